@@ -1,0 +1,235 @@
+"""What a correction is: frozen options, declared needs, hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from regrad.errors import RegradError
+from regrad.hookspecs import HOOKS
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+API_VERSION = 1
+
+Stage = Literal["criterion", "weights", "hidden", "gradient", "moment"]
+HOOK_OF_STAGE: Mapping[str, str] = types.MappingProxyType(
+    {
+        "criterion": "wrap_criterion",
+        "weights": "predict_weights",
+        "hidden": "setup",
+        "gradient": "correct_gradients",
+        "moment": "correct_moments",
+    }
+)
+RESOURCE_OF_STAGE = {"weights": "window", "criterion": "criterion"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a correction declares about itself.
+
+    Attributes:
+        stages: When it acts; each stage's hook must be implemented, and no other.
+        exclusive: Resources that one correction at most may own. The stage
+            "weights" owns "window" and the stage "criterion" owns "criterion"
+            without saying so.
+        layouts: Where it is exact: "plain" (one process, or each its own copy),
+            "ddp", "fsdp2". Attaching elsewhere is refused.
+        closures: Whether it bears an optimizer that evaluates its closure several
+            times per step.
+        sparse: Whether it has a rule for sparse gradients.
+        before: Names of corrections that must come later in the same stage.
+        after: Names of corrections that must come earlier in the same stage.
+        conflicts: Name of a correction that it refuses to work with, to the reason.
+        warmup_steps: Optimizer steps in which it changes nothing by design.
+        record: Whether it reads the record of the first training forward.
+    """
+
+    stages: tuple[Stage, ...]
+    exclusive: tuple[str, ...] = ()
+    layouts: tuple[Literal["plain", "ddp", "fsdp2"], ...] = ("plain",)
+    closures: bool = False
+    sparse: bool = False
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    conflicts: Mapping[str, str] = field(default_factory=dict)
+    warmup_steps: int = 0
+    record: bool = False
+
+    @property
+    def resources(self) -> frozenset[str]:
+        """Everything that no second correction may own."""
+        return frozenset(self.exclusive).union(RESOURCE_OF_STAGE[s] for s in self.stages if s in RESOURCE_OF_STAGE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """The trivial change that a correction must beat before it may be called better.
+
+    Attributes:
+        name: Short name of the change, such as "nesterov".
+        optimizer: Keyword arguments of the optimizer to set.
+        head_init: Factor on the initial weights and bias of the output layer.
+        head_lr: Factor on the learning rate of the output layer.
+        body_lr: Factor on the learning rate of every other layer.
+        corrections: Corrections (as strings for `regrad.create`) to attach instead.
+    """
+
+    name: str
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    head_init: float = 1.0
+    head_lr: float = 1.0
+    body_lr: float = 1.0
+    corrections: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a correction that has none; others subclass it and validate in `__post_init__`."""
+
+
+def _matches(value: object, annotation: Any) -> bool:
+    """Say whether `value` fits a plain annotation: a class, a union, a Literal, a homogeneous tuple."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, types.NoneType if annotation is None else annotation)
+
+
+def _allowed(annotation: Any) -> str:
+    """Name what an annotation allows, for an error message."""
+    if typing.get_origin(annotation) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
+    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """Return '; did you mean ...?' where a known name is near, else nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Correction:
+    """An object that changes gradients: subclass it, declare `needs`, implement hooks.
+
+    A subclass sets `name` and `needs`, may nest a frozen dataclass `Options` (its
+    fields become keyword arguments), and implements the hooks of
+    `regrad.hookspecs.CorrectionSpec` that belong to its stages. Numbers that
+    change over training are state: keep them apart from the options, by parameter
+    name, and return them from `state_dict`.
+
+    Args:
+        **options: The fields of the class's `Options`.
+
+    Raises:
+        TypeError: If an option is unknown or of the wrong type.
+        ValueError: If an option is out of its range.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from regrad import Correction
+        >>> from regrad.correction import Needs, Options
+        >>> class Scale(Correction):
+        ...     "Multiply every gradient by a factor."
+        ...     name = "scale"
+        ...     needs = Needs(stages=("gradient",), layouts=("plain", "ddp", "fsdp2"))
+        ...     @dataclass(frozen=True, kw_only=True)
+        ...     class Options(Options):
+        ...         factor: float = 0.5
+        ...     def correct_gradients(self, step):
+        ...         for gradient in step.gradients:
+        ...             if gradient is not None:
+        ...                 gradient.mul_(self.options.factor)
+        >>> Scale(factor=0.1)
+        Scale(factor=0.1)
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs]
+    api_version: ClassVar[int] = API_VERSION
+    Options: ClassVar[type[Any]] = Options
+
+    def __init__(self, **options: Any) -> None:
+        hints = typing.get_type_hints(self.Options)
+        for key, value in options.items():
+            if key not in hints:
+                known = f"allowed: {', '.join(hints)}" if hints else "it has none"
+                raise TypeError(f"{self.name} has no option {key!r}; {known}{did_you_mean(key, hints)}")
+            if not _matches(value, hints[key]):
+                raise TypeError(f"{key} must be {_allowed(hints[key])}, got {value!r}")
+        self.options = self.Options(**options)
+        self.attachment: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parameters = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in dataclasses.fields(cls.Options)
+        ]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.option_values().items())
+        return f"{type(self).__name__}({options})"
+
+    def option_values(self) -> dict[str, Any]:
+        """Return the options by name, as they will act."""
+        return {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)}
+
+    def control(self, optimizer: Optimizer) -> Control | None:
+        """Return the trivial change that this correction must beat on `optimizer`, or None."""
+        del optimizer
+
+    def metrics(self) -> dict[str, float]:
+        """Return numbers worth a curve, by name; called rarely, so it may synchronise the device."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors and plain values, by parameter name."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        if state:
+            raise RegradError(f"correction {self.name!r} has no state, got {', '.join(state)}")
+
+    def idle_reason(self) -> str | None:
+        """Say why nothing may have changed; None says that changing nothing is normal."""
+        return "it changed no tensor"
+
+    @classmethod
+    def hooks(cls) -> tuple[str, ...]:
+        """Return the names of the hooks that this class implements."""
+        return tuple(hook for hook in HOOKS if hasattr(cls, hook))
+
+    @classmethod
+    def check_class(cls) -> None:
+        """Raise `RegradError` unless the declared stages and the implemented hooks agree."""
+        if not isinstance(getattr(cls, "name", None), str) or not isinstance(getattr(cls, "needs", None), Needs):
+            raise RegradError(f"{cls.__name__} must declare name (a string) and needs (a Needs)")
+        implemented = cls.hooks()
+        if not cls.needs.stages:
+            raise RegradError(f"correction {cls.name!r} implements no stage; stages: {', '.join(HOOK_OF_STAGE)}")
+        for stage, hook in HOOK_OF_STAGE.items():
+            if stage in cls.needs.stages and hook not in implemented:
+                near = did_you_mean(hook, (n for n in dir(cls) if not n.startswith("_")))
+                raise RegradError(f"correction {cls.name!r} declares stage {stage!r} but has no method {hook!r}{near}")
+            if stage != "hidden" and stage not in cls.needs.stages and hook in implemented:
+                raise RegradError(f"correction {cls.name!r} implements {hook!r} but does not declare stage {stage!r}")
