@@ -1,0 +1,45 @@
+"""Stratified choices of samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import train_test_split
+
+Indices = npt.NDArray[np.int64]
+
+
+def take_stratified(labels: npt.NDArray[np.int64], size: int, *, seed: int, what: str) -> tuple[Indices, Indices]:
+    """Divide samples at random into `size` and the rest, each class in the same proportion.
+
+    Args:
+        labels: Class of each sample, shape [N].
+        size: Number of samples to take, at least one per class and leaving at least one per class.
+        seed: Fixes the choice, at least 0.
+        what: What the size is called in an error.
+
+    Returns:
+        Sorted positions of the samples taken, shape [size], and of the rest, shape [N - size].
+
+    Raises:
+        ValueError: If the size is out of its range or a class has fewer than 2 samples.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        raise ValueError(f"every class must have at least 2 training images, got 1 of class {classes[counts.argmin()]}")
+    most = len(labels) - len(classes)
+    if not len(classes) <= size <= most:
+        raise ValueError(f"{what} must be from {len(classes)} (the classes) to {most}, got {size!r}")
+    taken, rest = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=seed)
+    return np.sort(taken), np.sort(rest)
+
+
+def keep_stratified(labels: npt.NDArray[np.int64], train_size: int | None, *, seed: int) -> Indices:
+    """Return the sorted positions of `train_size` samples, or of all where it is None or their number.
+
+    Raises:
+        ValueError: As `take_stratified`.
+    """
+    if train_size is None or train_size == len(labels):
+        return np.arange(len(labels))
+    return take_stratified(labels, train_size, seed=seed, what="train_size")[0]
