@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import types
 import typing
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from regrad.errors import RegradError
 from regrad.hookspecs import HOOKS
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
 API_VERSION = 1
@@ -46,8 +46,8 @@ class Needs:
         closures: Whether it bears an optimizer that evaluates its closure several
             times per step.
         sparse: Whether it has a rule for sparse gradients.
-        before: Names of corrections that must come later in the same stage.
-        after: Names of corrections that must come earlier in the same stage.
+        before: Names of corrections that this one acts before, in a stage they share.
+        after: Names of corrections that this one acts after, in a stage they share.
         conflicts: Name of a correction that it refuses to work with, to the reason.
         warmup_steps: Optimizer steps in which it changes nothing by design.
         record: Whether it reads the record of the first training forward.
@@ -96,28 +96,18 @@ class Options:
     """Options of a correction that has none; others subclass it and validate in `__post_init__`."""
 
 
-def _matches(value: object, annotation: Any) -> bool:
+def _fits(value: object, annotation: Any) -> bool:
     """Say whether `value` fits a plain annotation: a class, a union, a Literal, a homogeneous tuple."""
-    origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, argument) for argument in arguments)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return value in arguments
     if origin is tuple:
-        return isinstance(value, tuple) and all(_matches(item, arguments[0]) for item in value)
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, types.NoneType if annotation is None else annotation)
-
-
-def _allowed(annotation: Any) -> str:
-    """Name what an annotation allows, for an error message."""
-    if typing.get_origin(annotation) is Literal:
-        return f"one of {', '.join(map(repr, typing.get_args(annotation)))}"
-    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if arguments:
+        return any(_fits(value, argument) for argument in arguments)
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, int | float if annotation is float else annotation)
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
@@ -162,7 +152,7 @@ class Correction:
     """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
+    needs: Needs
     api_version: ClassVar[int] = API_VERSION
     Options: ClassVar[type[Any]] = Options
 
@@ -172,18 +162,11 @@ class Correction:
             if key not in hints:
                 known = f"allowed: {', '.join(hints)}" if hints else "it has none"
                 raise TypeError(f"{self.name} has no option {key!r}; {known}{did_you_mean(key, hints)}")
-            if not _matches(value, hints[key]):
-                raise TypeError(f"{key} must be {_allowed(hints[key])}, got {value!r}")
+            if not _fits(value, hints[key]):
+                wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key])
+                raise TypeError(f"{key} must be {wanted.removeprefix('typing.')}, got {value!r}")
         self.options = self.Options(**options)
         self.attachment: Any = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        parameters = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in dataclasses.fields(cls.Options)
-        ]
-        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.option_values().items())
@@ -213,6 +196,11 @@ class Correction:
     def idle_reason(self) -> str | None:
         """Say why nothing may have changed; None says that changing nothing is normal."""
         return "it changed no tensor"
+
+    def selects(self, name: str, parameter: Tensor) -> bool:
+        """Say whether this correction acts on a parameter; the receipt lists those it acts on."""
+        del name, parameter
+        return True
 
     @classmethod
     def hooks(cls) -> tuple[str, ...]:

@@ -1,0 +1,198 @@
+"""Find, load and create corrections from the entry points of installed distributions."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from regrad.correction import API_VERSION, Correction, did_you_mean
+from regrad.errors import PluginLoadError
+
+CORRECTIONS = "regrad"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What metadata says of one plugin, without importing it.
+
+    Attributes:
+        name: The name that loads it.
+        group: Entry-point group.
+        distribution: Distribution that offers it; all of them, where several claim the name.
+        version: Version of that distribution.
+        value: Where the object is, as "module:attribute".
+        summary: The distribution's one-line description.
+        refused: Why it cannot be loaded, or None.
+    """
+
+    name: str
+    group: str
+    distribution: str
+    version: str
+    value: str
+    summary: str
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """Corrections that go by one name.
+
+    Args:
+        parts: Names of the corrections, in order. `create` takes their options
+            with the part's name in front: "gcgd:gcw.prior=0.9".
+    """
+
+    parts: tuple[str, ...]
+    api_version: int = API_VERSION
+
+
+def available(group: str = CORRECTIONS) -> dict[str, Entry]:
+    """Return what is installed, by name, from metadata alone.
+
+    Args:
+        group: "regrad" (corrections), "regrad.optimizers" or "regrad.workloads".
+
+    Returns:
+        One `Entry` per name, sorted. A name that two distributions claim is listed
+        with `refused` set, and `load` refuses it.
+    """
+    offers: dict[str, dict[str, Entry]] = {}
+    for point in metadata.entry_points(group=group):
+        about = point.dist.metadata if point.dist else {}
+        distribution, version = str(about["Name"]), str(about["Version"])
+        key = re.sub(r"[-_.]+", "-", distribution).lower()
+        entry = Entry(point.name, group, distribution, version, point.value, str(about.get("Summary", "")))
+        offers.setdefault(point.name, {}).setdefault(key, entry)
+    return {name: _only(list(offers[name].values())) for name in sorted(offers)}
+
+
+def _only(entries: list[Entry]) -> Entry:
+    """Return the one entry, or one that says who else claims its name."""
+    first = entries[0]
+    if len(entries) == 1:
+        return first
+    both = " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries))
+    refused = f"{first.name!r} is offered by {both}; uninstall all but one"
+    return Entry(first.name, first.group, both, "", "", "", refused)
+
+
+def load(name: str, group: str = CORRECTIONS) -> Any:
+    """Import one plugin and return what its entry point names.
+
+    Args:
+        name: Name of the correction (or optimizer, or workload).
+        group: Entry-point group, as for `available`.
+
+    Returns:
+        The class, function or `Composition`.
+
+    Raises:
+        ValueError: If nothing of that name is installed.
+        PluginLoadError: If it cannot be imported, does not fit this core, or two
+            distributions claim the name. Other plugins are unaffected.
+    """
+    entries = available(group)
+    if name not in entries:
+        kind = "correction" if group == CORRECTIONS else group.partition(".")[2].rstrip("s")
+        installed = ", ".join(entries) or "none"
+        raise ValueError(f"no {kind} named {name!r}; installed: {installed}{did_you_mean(name, entries)}")
+    entry = entries[name]
+    if entry.refused:
+        raise PluginLoadError(entry.refused)
+    plugin = f"plugin {name!r} ({entry.distribution} {entry.version})"
+    try:
+        loaded = metadata.EntryPoint(name, entry.value, group).load()
+    except Exception as cause:  # noqa: BLE001 - a plugin may fail in any way; it is named and the cause chained
+        raise PluginLoadError(f"{plugin} could not be imported: {cause}") from cause
+    if group == CORRECTIONS:
+        _check_correction(loaded, name, plugin)
+    return loaded
+
+
+def _check_correction(loaded: Any, name: str, plugin: str) -> None:
+    """Raise `PluginLoadError` unless `loaded` is a correction that fits this core."""
+    is_class = isinstance(loaded, type) and issubclass(loaded, Correction)
+    if not is_class and not isinstance(loaded, Composition):
+        raise PluginLoadError(f"{plugin} must offer a Correction class or a Composition, got {loaded!r}")
+    if loaded.api_version != API_VERSION:
+        newer = loaded.api_version > API_VERSION
+        mend = "a newer regrad" if newer else f"a version of the plugin made for api {API_VERSION}"
+        raise PluginLoadError(
+            f"{plugin} is made for api {loaded.api_version}, this core has {API_VERSION}; install {mend}"
+        )
+    if is_class and loaded.name != name:
+        raise PluginLoadError(f"{plugin} must offer a class whose name is {name!r}, got {loaded.name!r}")
+
+
+def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
+    """Create a correction from its name and options.
+
+    Args:
+        spec: Name, optionally with options: "agc:max_ratio=0.02,axis=auto".
+        **options: More options; they win over those in `spec`.
+
+    Returns:
+        The correction, or one per part for a `Composition`.
+
+    Raises:
+        ValueError: If the name is not installed, `spec` cannot be read or an
+            option is out of range.
+        TypeError: If an option is unknown or of the wrong type.
+        PluginLoadError: If the plugin cannot be loaded.
+    """
+    name, _, text = spec.partition(":")
+    merged = {**_parse_options(text, spec), **options}
+    loaded = load(name.strip())
+    if not isinstance(loaded, Composition):
+        correction: Correction = loaded(**merged)
+        return correction
+    routed: dict[str, dict[str, Any]] = {part: {} for part in loaded.parts}
+    for key, value in merged.items():
+        part, dot, option = key.partition(".")
+        if not dot or part not in routed:
+            raise TypeError(
+                f"{key} must start with a part of {name!r} ({', '.join(routed)}), as in '{loaded.parts[0]}.…'"
+            )
+        routed[part][option] = value
+    return tuple(c for part, values in routed.items() for c in as_tuple(create(part, **values)))
+
+
+def as_tuple(created: Correction | tuple[Correction, ...]) -> tuple[Correction, ...]:
+    """Return what `create` returned as a tuple."""
+    return created if isinstance(created, tuple) else (created,)
+
+
+def _parse_options(text: str, spec: str) -> dict[str, Any]:
+    """Read "a=1,b=[x,y]" into values; commas inside brackets do not separate."""
+    options: dict[str, Any] = {}
+    for item in re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|[^,])+", text):
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"options must look like 'name:option=value,option=value', got {spec!r}")
+        if key.strip() in options:
+            raise ValueError(f"option {key.strip()!r} must be given once, got {spec!r}")
+        options[key.strip()] = _parse_value(value.strip())
+    return options
+
+
+def _parse_value(text: str) -> Any:
+    """Read a number, true, false, none, a bracketed list, or else the text itself."""
+    if text[:1] in ("[", "("):
+        return tuple(_parse_value(item.strip()) for item in text[1:-1].split(",") if item.strip())
+    for kind in (int, float, {"true": True, "false": False, "none": None}.__getitem__):
+        with contextlib.suppress(ValueError, KeyError):
+            return kind(text.lower())
+    return text
+
+
+def origin(correction: Correction) -> tuple[str, str]:
+    """Return the distribution and version that a correction comes from; ("local", "") where it is not installed."""
+    entry = available().get(correction.name)
+    package = type(correction).__module__.partition(".")[0]
+    if entry is not None and entry.value.partition(":")[0].partition(".")[0] == package:
+        return entry.distribution, entry.version
+    return "local", ""

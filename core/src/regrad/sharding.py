@@ -1,0 +1,109 @@
+"""Tensors that may be shards: local views, and norms that are exact on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether `tensor` is a DTensor, without importing what only shards need."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of `tensor` that this process holds: a view, so in-place changes show."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return `local` of each tensor."""
+    return [local(tensor) for tensor in tensors]
+
+
+def like_sharded(part: Tensor, tensor: Tensor) -> Tensor:
+    """Return `part` as a DTensor laid out as `tensor`, or `part` itself if `tensor` is a plain one."""
+    if not is_sharded(tensor):
+        return part
+    sharded: Any = tensor
+    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    whole: Tensor = type(sharded).from_local(part, sharded.device_mesh, sharded.placements, **layout)
+    return whole
+
+
+def _sum_over_shards(squares: Tensor, tensor: Tensor, kept: int | None) -> Tensor:
+    """Add `squares` over the processes that hold other parts of the same units."""
+    if is_sharded(tensor):
+        sharded: Any = tensor
+        for mesh_dim, placement in enumerate(sharded.placements):
+            if placement.is_partial():
+                raise ValueError("tensor must not be a pending sum; reduce it before its norms are read")
+            if placement.is_shard() and placement.dim != kept:
+                distributed.all_reduce(squares, group=sharded.device_mesh.get_group(mesh_dim))
+    return squares
+
+
+@torch.no_grad()
+def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
+    r"""Return the norm of each unit of `tensor`, exact where it is sharded.
+
+    Args:
+        tensor: Shape [d_0, …, d_n], plain or DTensor.
+        axis: Dimension that counts the units; None makes the whole tensor one unit.
+
+    Returns:
+        Norms :math:`\|X_i\|` in float32 at least, a plain tensor of the local
+        shape with every dimension but `axis` reduced to 1, so that it broadcasts
+        against the local part.
+
+    Raises:
+        ValueError: If the tensor is a pending sum over processes.
+
+    Example:
+        >>> import torch
+        >>> from regrad.sharding import row_norms
+        >>> row_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[5.],
+                [2.]])
+    """
+    part = local(tensor)
+    kept = None if axis is None or part.dim() == 0 else axis % part.dim()
+    dims = [d for d in range(part.dim()) if d != kept]
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=dtype) if dims else part.abs().to(dtype)
+    return _sum_over_shards(norms.square(), tensor, kept).sqrt() if is_sharded(tensor) else norms
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all tensors together, exact where they are sharded.
+
+    Args:
+        tensors: Any shapes, plain or DTensor. May be empty.
+
+    Returns:
+        A scalar in float32 at least, on the device of the first tensor.
+
+    Example:
+        >>> import torch
+        >>> from regrad.sharding import total_norm
+        >>> total_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5.)
+    """
+    if not tensors:
+        return torch.zeros(())
+    norms = torch._foreach_norm(locals_of(tensors))
+    device, dtype = norms[0].device, torch.promote_types(norms[0].dtype, torch.float32)
+    groups: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        key = (getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None))
+        groups.setdefault(key, []).append(index)
+    total = torch.zeros((), device=device, dtype=dtype)
+    for members in groups.values():
+        squares = torch.stack([norms[i].to(device, dtype) for i in members]).square().sum()
+        total += _sum_over_shards(squares, tensors[members[0]], None)
+    return total.sqrt()

@@ -1,0 +1,78 @@
+"""The window: the time between moving the weights and restoring them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regrad.errors import RegradError
+from regrad.sharding import like_sharded, local, locals_of
+
+
+class Window:
+    """Moves weights and restores them bit for bit.
+
+    The true weights are copied into buffers that are kept from step to step:
+    allocating them anew costs several times the copy.
+
+    Attributes:
+        is_open: Whether the weights of this step were already asked for; true also
+            when nothing had to be moved.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._moved: list[Tensor] = []
+        self._buffers: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def open(self, parameters: Sequence[Tensor], displacements: Sequence[Tensor | None] | None) -> bool:
+        """Add a displacement to each parameter.
+
+        Args:
+            parameters: The live parameters. Overwritten until `close`.
+            displacements: One per parameter, of its local shape, or None.
+
+        Returns:
+            Whether any parameter was moved.
+
+        Raises:
+            RegradError: If the number of displacements is not the number of parameters.
+        """
+        displacements = displacements or [None] * len(parameters)
+        if len(displacements) != len(parameters):
+            raise RegradError(f"predict_weights must return {len(parameters)} displacements, got {len(displacements)}")
+        pairs = [(p, d) for p, d in zip(parameters, displacements, strict=True) if d is not None]
+        self.is_open, self._moved = True, [p for p, _ in pairs]
+        self._buffers = {p: self._buffer(p) for p in self._moved}
+        if pairs:
+            live = locals_of(self._moved)
+            torch._foreach_copy_(list(self._buffers.values()), live)
+            torch._foreach_add_(live, locals_of(d for _, d in pairs))
+        return bool(pairs)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        part, kept = local(parameter), self._buffers.get(parameter)
+        if kept is not None and (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device):
+            return kept
+        return torch.empty_like(part)
+
+    @torch.no_grad()
+    def close(self) -> bool:
+        """Restore every moved parameter; return whether there was any."""
+        moved, self._moved, self.is_open = self._moved, [], False
+        if moved:
+            torch._foreach_copy_(locals_of(moved), [self._buffers[p] for p in moved])
+        return bool(moved)
+
+    @property
+    def moved(self) -> tuple[Tensor, ...]:
+        """The parameters that are moved now."""
+        return tuple(self._moved)
+
+    @property
+    def true_weights(self) -> dict[Tensor, Tensor]:
+        """Copies of the true weights by moved parameter: safe to hand out, since the buffers are reused."""
+        return {p: like_sharded(self._buffers[p].clone(), p) for p in self._moved}
