@@ -1,0 +1,121 @@
+"""What a contributor and the continuous integration run: `uv run nox -s NAME`; `uv run nox -l` lists the names.
+
+The members of the workspace are found in the folders, never listed.
+"""
+
+import shutil
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PATTERNS = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["uv"]["workspace"]["members"]
+MEMBERS = [path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
+PLUGINS = [Path(member).name for member in MEMBERS if member.startswith("plugins/")]
+# One computing thread per process: the tests' tensors are small, and threads that wait for each other cost more.
+TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+NOT_FOR_A_PLUGIN = {"accelerate", "mlflow", "torchvision"}
+
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+def metadata(member: str) -> dict:
+    """Return the `[project]` table of a member."""
+    return nox.project.load_toml(ROOT / member / "pyproject.toml")["project"]
+
+
+def import_name(member: str) -> str:
+    """Return the name by which a member is imported."""
+    return next((ROOT / member / "src").iterdir()).name
+
+
+def sync(session: nox.Session, *groups: str) -> None:
+    """Install every member, editable, with the pinned development versions and some dependency groups."""
+    wanted = [argument for group in groups for argument in ("--group", group)]
+    place = session.virtualenv.location
+    command = ["uv", "sync", "--all-packages", "--no-default-groups", f"--python={place}", *wanted]
+    session.run_install(*command, env={"UV_PROJECT_ENVIRONMENT": place})
+
+
+def build_wheels(session: nox.Session, *members: str) -> list[str]:
+    """Build wheels of some members and return their paths."""
+    folder = Path(session.create_tmp()) / "wheels"
+    shutil.rmtree(folder, ignore_errors=True)
+    for member in members:
+        session.run_install("uv", "build", "--wheel", "--out-dir", str(folder), member, silent=True)
+    return [str(path.resolve()) for path in folder.glob("*.whl")]
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test of every member and the doctests, with everything installed."""
+    sync(session, "test")
+    session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
+
+
+@nox.session
+@nox.parametrize("plugin", PLUGINS)
+def isolation(session: nox.Session, plugin: str) -> None:
+    """Run one plugin's tests where only the core and what the plugin declares are installed."""
+    member = f"plugins/{plugin}"
+    session.install(*build_wheels(session, "core", member), "--group", "test")
+    allowed = {import_name("core"), import_name(member)}
+    declared = " ".join(metadata(member)["dependencies"])
+    forbidden = {import_name(other) for other in MEMBERS} - allowed
+    forbidden |= {name for name in NOT_FOR_A_PLUGIN if name not in declared}
+    check = (
+        "import importlib.util, sys; "
+        "found = [name for name in sys.argv[1:] if importlib.util.find_spec(name)]; "
+        "sys.exit(f'importable, but not declared: {found}' if found else 0)"
+    )
+    session.run("python", "-c", check, *sorted(forbidden))
+    session.run("pytest", f"{member}/tests", *session.posargs, env=TEST_ENVIRONMENT)
+
+
+@nox.session
+def together(session: nox.Session) -> None:
+    """Run the core's tests where every plugin is installed: installing must not mean activating."""
+    members = ["core", *(f"plugins/{plugin}" for plugin in PLUGINS)]
+    session.install(*build_wheels(session, *members), "--group", "test")
+    session.run("pytest", "core/tests", *session.posargs, env=TEST_ENVIRONMENT)
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run every test with the lowest versions that the members allow."""
+    requirements = [argument for member in MEMBERS for argument in ("-r", f"{member}/pyproject.toml")]
+    # Outside the workspace, so that its pins for development do not hold.
+    wheels = build_wheels(session, *MEMBERS)
+    session.install("--no-config", "--resolution", "lowest-direct", *requirements, *wheels, "--group", "test")
+    session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("--group", "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check the types of every member's source."""
+    sync(session, "typecheck")
+    session.run("mypy", "--strict", *(f"{member}/src" for member in MEMBERS))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a warning is an error."""
+    sync(session, "docs")
+    session.run("python", "docs/corrections_table.py", "--check")
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheels and source distributions of every member into dist/."""
+    session.run_install("uv", "build", "--all-packages", "--clear", "--out-dir", "dist")
