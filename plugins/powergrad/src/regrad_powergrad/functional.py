@@ -1,0 +1,315 @@
+"""PowerGrad as one function: the value of cross entropy, the gradient of a flattened softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+REDUCTIONS = ("none", "mean", "sum")
+
+# Elements worked on at once. On a CPU a tile and its temporaries should stay in the cache;
+# elsewhere it only has to be long enough to hide the launch of a kernel.
+CPU_TILE = 2**19
+DEVICE_TILE = 2**24
+
+Index = tuple[slice, ...]
+
+
+class _Rule(NamedTuple):
+    """Everything that is not a tensor."""
+
+    alpha: float
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise `ValueError` unless `alpha` is in (0, 1]."""
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be in (0, 1], got {alpha!r}; 1 is plain cross entropy")
+
+
+def power_grad_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 0.25,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Return plain cross entropy, whose gradient is that of a flattened softmax.
+
+    With logits z, their softmax p and the target distribution q, the gradient of
+    a row is, instead of c (p - q),
+
+    .. math:: c\,(p' - q), \qquad
+        p'_i = \frac{p_i^\alpha}{\sum_j p_j^\alpha} = \mathrm{softmax}(\alpha z)_i .
+
+    For every combination of the arguments it is the gradient of
+    `cross_entropy(alpha * logits, target, ...) / alpha`; class weights, soft and
+    smoothed targets, where no single c exists, included. The value is
+    `cross_entropy(logits, target, ...)`. So the gradient is not the derivative of
+    the value: a finite-difference check must fail.
+
+    Args:
+        logits: z, shape [C], [N, C] or [N, C, d1, ...], floating point. Must not
+            be changed in place before the backward pass.
+        target: Class indices (int64 or uint8), shape [], [N] or [N, d1, ...], in
+            [0, C) or `ignore_index`; or class probabilities q of the shape of
+            `logits`. Has no gradient.
+        alpha: :math:`\alpha`, the exponent, in (0, 1]; 1 delegates to
+            `torch.nn.functional.cross_entropy`.
+        weight: Weight of each class, shape [C], dtype of `logits`. Has no gradient.
+        ignore_index: Class index whose rows count nothing.
+        reduction: "none", "mean" (over the weights of the rows that count; over
+            all rows for class probabilities) or "sum".
+        label_smoothing: Share of the target spread over all classes, in [0, 1].
+
+    Returns:
+        The loss in nats: shape [], or with "none" the shape of the class indices.
+
+    Raises:
+        ValueError: If `alpha`, `reduction` or `label_smoothing` is out of range,
+            the shapes do not fit, or `target` or `weight` requires a gradient.
+        TypeError: If the dtype of `target` does not fit its shape.
+        RuntimeError: If it is differentiated twice.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]], requires_grad=True)
+        >>> loss = power_grad_cross_entropy(logits, torch.tensor([0]), alpha=0.5)
+        >>> loss
+        tensor(0.1269, grad_fn=<_PowerGradBackward>)
+        >>> loss.backward()
+        >>> logits.grad  # softmax(z / 2) = [.7311, .2689] minus the target [1, 0]
+        tensor([[-0.2689,  0.2689]])
+
+    References:
+        Das, Mondal, Lall, Joshi and Dutta Roy, 2021, "Altering Backward Pass
+        Gradients improves Convergence" (arXiv 2111.12495), PowerGrad Transform. We
+        differ: the published code hooks the logits and divides by the batch size,
+        which is the formula only for one loss scale; this is invariant to loss
+        scale, reduction and accumulation. Powers of p are never formed (a logit
+        gap of 120 makes p zero in float32).
+    """
+    check_alpha(alpha)
+    if alpha == 1:
+        return F.cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    _check_options(reduction, label_smoothing)
+    _check_tensors(logits, target, weight)
+    rule = _Rule(alpha, ignore_index, reduction, label_smoothing)
+    if torch.compiler.is_compiling():
+        return _traced(logits, target, weight, rule)
+    flat_logits, flat_target = _flatten(logits, target)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        value: Tensor = _PowerGrad.apply(flat_logits, flat_target, weight, rule)
+    else:
+        value = _value(flat_logits, flat_target, weight, rule)
+    return value.reshape(_rows_shape(logits)) if reduction == "none" else value
+
+
+def _check_options(reduction: str, label_smoothing: float) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+
+
+def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
+    """Raise where `F.cross_entropy` would, or where a gradient would silently be missing."""
+    if not logits.dim():
+        raise ValueError("logits must have shape [C], [N, C] or [N, C, d1, ...], got a scalar")
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: PowerGrad has none for it; pass {name}.detach()")
+    rows = _rows_shape(logits)
+    if target.shape == logits.shape:
+        if not target.is_floating_point():
+            raise TypeError(
+                f"target must be floating point where it has the shape of logits, got {target.dtype}; "
+                f"class indices have shape {list(rows)}"
+            )
+    elif target.shape != rows and not (logits.dim() == 1 and target.numel() == 1):
+        raise ValueError(
+            f"target must have shape {list(rows)} (class indices) or {list(logits.shape)} (class probabilities), "
+            f"got {list(target.shape)}"
+        )
+    elif target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"target must hold class indices as int64 or uint8, got {target.dtype}; pass target.long()")
+
+
+def _rows_shape(logits: Tensor) -> Size:
+    """Return the shape of `logits` without the classes."""
+    return Size() if logits.dim() == 1 else logits.shape[:1] + logits.shape[2:]
+
+
+def _flatten(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `logits` as [N, C] or [N, C, S] and `target` as [N], [N, S] or the shape of the logits."""
+    soft = target.shape == logits.shape
+    if not soft:
+        target = target.long()
+    if logits.dim() == 1:
+        return logits.unsqueeze(0), target.unsqueeze(0) if soft else target.reshape(1)
+    if logits.dim() == 2:
+        return logits, target
+    return logits.flatten(2), target.flatten(2 if soft else 1)
+
+
+def _tiles(logits: Tensor) -> list[tuple[Index, Index]]:
+    """Cut [N, C] or [N, C, S] into tiles of whole rows: an index of the logits, and one of what has no classes."""
+    budget = CPU_TILE if logits.device.type == "cpu" else DEVICE_TILE
+    batch, classes, *rest = logits.shape
+    if logits.numel() <= budget:
+        return [((), ())]
+    items = budget // (classes * math.prod(rest))
+    if items or not rest:
+        cuts = _cuts(batch, max(items, 1))
+        return [((cut,), (cut,)) for cut in cuts]
+    places = _cuts(rest[0], max(budget // classes, 1))
+    return [((item, slice(None), place), (item, place)) for item in _cuts(batch, 1) for place in places]
+
+
+def _cuts(length: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, length, step)]
+
+
+def _plain(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, reduction: str) -> Tensor:
+    return F.cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=rule.ignore_index,
+        reduction=reduction,
+        label_smoothing=rule.label_smoothing,
+    )
+
+
+def _value(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
+    """Return plain cross entropy, tile by tile; torch's own kernel gives every row."""
+    tiles = _tiles(logits)
+    reduction = rule.reduction if len(tiles) == 1 else "none"
+    soft = target.is_floating_point()
+    parts = [_plain(logits[tile], target[tile if soft else rows], weight, rule, reduction) for tile, rows in tiles]
+    if len(parts) == 1:
+        return parts[0]
+    losses = torch.cat([part.flatten() for part in parts]).view(_rows_shape(logits))
+    if rule.reduction == "none":
+        return losses
+    total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+    if rule.reduction == "mean":
+        total = total / _rows_that_count(logits, target, weight, None if soft else target != rule.ignore_index)
+    return total.to(losses.dtype)
+
+
+def _rows_that_count(logits: Tensor, target: Tensor, weight: Tensor | None, keep: Tensor | None) -> Tensor | int:
+    """Return what "mean" divides by: the number of rows, or over the rows to `keep` the sum of their weights."""
+    if keep is None:
+        return math.prod(_rows_shape(logits))
+    if weight is None:
+        return keep.sum()
+    weights = weight.to(torch.promote_types(weight.dtype, torch.float32))[torch.where(keep, target, 0)]
+    return torch.where(keep, weights, 0).sum()
+
+
+class _PowerGrad(torch.autograd.Function):
+    """Keep the logits alone; all the rest of the gradient is made in the backward pass, tile by tile."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
+        ctx.save_for_backward(logits, target, weight)
+        ctx.rule = rule
+        return _value(logits, target, weight, rule)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, target, weight = ctx.saved_tensors
+        return _gradient(logits, target, weight, ctx.rule, upstream), None, None, None
+
+
+def _gradient(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, upstream: Tensor) -> Tensor:
+    """Return the gradient of the logits for the gradient `upstream` of the reduced loss."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    weight = None if weight is None else weight.to(dtype)
+    keep = None if target.is_floating_point() else target != rule.ignore_index
+    scale = upstream.to(dtype)
+    if rule.reduction == "mean":
+        scale = scale / _rows_that_count(logits, target, weight, keep)
+    if keep is None:
+        scale = scale.expand(_rows_shape(logits))
+    else:
+        # selected, not multiplied: with every row ignored the mean divides by zero, and F's gradient is zero
+        scale, target = torch.where(keep, scale, 0), torch.where(keep, target, 0)
+    tiles = _tiles(logits)
+    if len(tiles) == 1:
+        return _residual(logits, target, weight, rule).mul_(scale.unsqueeze(1)).to(logits.dtype)
+    gradient = torch.empty_like(logits)
+    for tile, rows in tiles:
+        residual = _residual(logits[tile], target[tile if keep is None else rows], weight, rule)
+        torch.mul(residual, scale[rows].unsqueeze(1), out=gradient[tile])
+    return gradient
+
+
+def _residual(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
+    """Return |d| p' - d per row, d the smoothed and weighted target, in the dtype to calculate in."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    residual = torch.softmax(logits.to(dtype) * rule.alpha, 1)
+    subtract = _subtract_probabilities if target.is_floating_point() else _subtract_classes
+    subtract(residual, target, weight, rule.label_smoothing)
+    return residual
+
+
+def _subtract_classes(residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float) -> None:
+    index = target.unsqueeze(1)
+    if weight is None:
+        own = torch.full_like(index, smoothing - 1, dtype=residual.dtype)
+    else:
+        own = weight[index] * (smoothing - 1)
+        residual.mul_(weight.mean() * smoothing - own)
+    if smoothing:
+        residual.sub_(_per_class(weight, residual) * (smoothing / residual.shape[1]))
+    residual.scatter_add_(1, index, own)
+
+
+def _subtract_probabilities(residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float) -> None:
+    wanted = target.to(residual.dtype)
+    if smoothing:
+        wanted = wanted * (1 - smoothing) + smoothing / residual.shape[1]
+    if weight is not None:
+        wanted = wanted * _per_class(weight, residual)
+    residual.mul_(wanted.sum(1, keepdim=True)).sub_(wanted)
+
+
+def _per_class(weight: Tensor | None, like: Tensor) -> Tensor | float:
+    """Return `weight` so that it broadcasts along dimension 1 of `like`; 1 without weights."""
+    return 1.0 if weight is None else weight.view(-1, *[1] * (like.dim() - 2))
+
+
+class _GradientOf(torch.autograd.Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
+        ctx.dtype = surrogate.dtype
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream.to(ctx.dtype), None
+
+
+def _traced(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
+    """Return the same for a compiler, which fuses whole operations and would unroll tiles."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide_weight = None if weight is None else weight.to(wide.dtype)
+    surrogate = _plain(wide * rule.alpha, target, wide_weight, rule, rule.reduction) / rule.alpha
+    value: Tensor = _GradientOf.apply(surrogate, _plain(logits.detach(), target, weight, rule, rule.reduction))
+    return value
