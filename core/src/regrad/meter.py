@@ -27,15 +27,14 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         after: n tensors of the same shapes.
 
     Returns:
-        Shape [n, 5], float64 where the device has it: largest absolute difference,
-        and the squared norms of difference, before and after; last, 1 where `after` is not finite.
+        Shape [n, 5], float32: largest absolute difference; squared norms of the
+        difference, of before and of after; last, 1 where `after` is not finite.
     """
-    difference = torch._foreach_sub(list(after), list(before))
-    columns = [torch._foreach_norm(difference, torch.inf)]
-    columns += [torch._foreach_norm(tensors, 2, torch.float32) for tensors in (difference, list(before), list(after))]
-    device = before[0].device
-    rows = [torch.stack([n.to(device, torch.float32) for n in column]) for column in columns]
-    return torch.stack([rows[0], *(r.square() for r in rows[1:]), (~rows[3].isfinite()).float()], dim=1)
+    old, new = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors] for tensors in (before, after))
+    difference = torch._foreach_sub(new, old)
+    norms = [torch._foreach_norm(difference, torch.inf), *map(torch._foreach_norm, (difference, old, new))]
+    largest, *rest = (torch.stack([n.to(before[0].device, torch.float32) for n in column]) for column in norms)
+    return torch.stack([largest, *(r.square() for r in rest), (~rest[2].isfinite()).float()], dim=1)
 
 
 def cosine(squares: Tensor) -> Tensor:
