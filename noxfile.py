@@ -28,7 +28,7 @@ def metadata(member: str) -> dict:
 
 def import_name(member: str) -> str:
     """Return the name by which a member is imported."""
-    return next((ROOT / member / "src").iterdir()).name
+    return next((ROOT / member / "src").glob("*/__init__.py")).parent.name
 
 
 def sync(session: nox.Session, *groups: str) -> None:

@@ -1,0 +1,113 @@
+"""Members, plugins and files of the repository, found in the folders and never listed."""
+
+import ast
+import io
+import re
+import subprocess
+import tokenize
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One distribution of the workspace."""
+
+    path: Path
+
+    @property
+    def folder(self) -> str:
+        return self.path.relative_to(ROOT).as_posix()
+
+    @property
+    def is_plugin(self) -> bool:
+        return self.path.parent.name == "plugins"
+
+    @property
+    def pyproject(self) -> dict:
+        return tomllib.loads((self.path / "pyproject.toml").read_text())
+
+    @property
+    def project(self) -> dict:
+        return self.pyproject["project"]
+
+    @property
+    def package(self) -> str:
+        """The name by which it is imported."""
+        (package,) = [path.parent.name for path in (self.path / "src").glob("*/__init__.py")]
+        return package
+
+    @property
+    def sources(self) -> list[Path]:
+        return sorted((self.path / "src").rglob("*.py"))
+
+    @property
+    def dependencies(self) -> set[str]:
+        """Names of the distributions that it declares."""
+        return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in self.project["dependencies"]}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def found_members() -> list[Member]:
+    workspace = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]["workspace"]
+    return [Member(path) for pattern in workspace["members"] for path in sorted(ROOT.glob(pattern))]
+
+
+MEMBERS = found_members()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for `member` or `plugin` once for each."""
+    for name, values in (("member", MEMBERS), ("plugin", [m for m in MEMBERS if m.is_plugin])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, ids=lambda value: value.folder)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def members() -> list[Member]:
+    return MEMBERS
+
+
+@pytest.fixture(scope="session")
+def normal_name():
+    return normal
+
+
+@pytest.fixture(scope="session")
+def tracked() -> list[Path]:
+    """Files of the repository; needs git."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("needs a git checkout to know which files are tracked")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="session")
+def code_lines():
+    """Count the lines that hold code: no blank lines, comments or docstrings."""
+
+    def count(source: str) -> int:
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        lines = {line for t in tokens if t.type not in NOT_CODE for line in range(t.start[0], t.end[0] + 1)}
+        for node in ast.walk(ast.parse(source)):
+            documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+                text = node.body[0]
+                lines -= set(range(text.lineno, text.end_lineno + 1))
+        return len(lines)
+
+    return count

@@ -1,0 +1,58 @@
+"""Who may import whom: read from the source files, so that a lazy import counts as well."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+
+import pytest
+
+
+def imported(path) -> set[str]:
+    """Top-level names that a file imports anywhere, in functions and under TYPE_CHECKING too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+@pytest.fixture
+def imports(member) -> set[str]:
+    return set().union(*map(imported, member.sources)) - {member.package}
+
+
+def test_the_core_imports_torch_and_pluggy_and_nothing_else(members):
+    (core,) = [m for m in members if m.folder == "core"]
+    assert set().union(*map(imported, core.sources)) == {"regrad", "torch", "pluggy"}
+    assert core.dependencies == {"torch", "pluggy"}
+
+
+def test_nobody_imports_or_names_the_package_of_a_plugin(member, members):
+    others = {m.package for m in members if m.is_plugin} - {member.package}
+    named = re.compile(rf"\b(?:{'|'.join(others)})\b")
+    assert [path.name for path in member.sources if named.search(path.read_text())] == []
+
+
+def test_a_plugin_imports_no_member_but_the_core(plugin, members):
+    others = {m.package for m in members if m.folder != "core"} - {plugin.package}
+    assert set().union(*map(imported, plugin.sources)) & others == set()
+
+
+def test_everything_imported_is_declared_by_the_member_itself(member, members, imports, normal_name):
+    distributions = {m.package: [m.project["name"]] for m in members}
+    for name in imports:
+        offered_by = {normal_name(d) for d in distributions.get(name) or packages_distributions().get(name, [])}
+        assert offered_by & member.dependencies, f"{member.folder} imports {name} ({offered_by}) without declaring it"
+
+
+def test_importing_the_core_and_listing_plugins_imports_no_heavy_library():
+    body = (
+        "import sys, regrad; regrad.available(); regrad.available('regrad.workloads'); "
+        "print(sorted({'torch', 'numpy', 'accelerate', 'mlflow', 'pydantic', 'scipy'} & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", body], text=True) == "[]\n"

@@ -1,0 +1,69 @@
+"""The public names are frozen: to change one is to break somebody's script, so it takes a change here too."""
+
+import importlib
+import inspect
+
+import pytest
+
+PUBLIC = {
+    "regrad": {
+        *("attach", "available", "load", "create", "Correction", "Composition", "Attachment", "hookimpl"),
+        *("RegradError", "PluginLoadError", "RegradWarning"),
+    },
+    "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
+    "regrad_xgrad": {"XGrad"},
+}
+ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
+ENTRY_POINTS = {"regrad": {"powergrad", "xgrad"}, "regrad.workloads": {"digits", "parquet"}}
+SIGNATURES = {
+    "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],
+    "regrad:available": ["group='regrad'"],
+    "regrad:load": ["name", "group='regrad'"],
+    "regrad:create": ["spec", "**options"],
+    "regrad_powergrad.functional:power_grad_cross_entropy": [
+        *("logits", "target", "*alpha=0.25", "*weight=None", "*ignore_index=-100", "*reduction='mean'"),
+        "*label_smoothing=0.0",
+    ],
+    "regrad_xgrad:XGrad": ["*horizon=1.0", "*decoupled_decay=None", "*allow_double_lookahead=False"],
+}
+
+
+def written(parameter: inspect.Parameter) -> str:
+    star = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
+    return f"{star}{parameter.name}{default}"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_a_package_offers_exactly_its_frozen_names(module):
+    package = importlib.import_module(module)
+    assert set(package.__all__) == PUBLIC[module]
+    assert all(getattr(package, name).__doc__ for name in PUBLIC[module] - {"hookimpl"})
+
+
+@pytest.mark.parametrize("place", SIGNATURES)
+def test_a_public_callable_takes_exactly_its_frozen_arguments(place):
+    module, _, name = place.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    assert [written(p) for p in inspect.signature(function).parameters.values()] == SIGNATURES[place]
+
+
+def test_an_attachment_has_its_frozen_names():
+    regrad = importlib.import_module("regrad")
+    assert set(dir(regrad.Attachment)) >= ATTACHMENT
+
+
+@pytest.mark.parametrize("group", ENTRY_POINTS)
+def test_what_users_ask_for_by_name_is_installed_under_that_name(group):
+    regrad = importlib.import_module("regrad")
+    entries = regrad.available(group)
+    assert set(entries) == ENTRY_POINTS[group]
+    assert all(entry.refused is None for entry in entries.values())
+    assert all(regrad.load(name, group) for name in entries)
+
+
+def test_completion_shows_the_lazy_names():
+    regrad = importlib.import_module("regrad")
+    assert set(dir(regrad)) >= PUBLIC["regrad"]
+    with pytest.raises(AttributeError, match="module 'regrad' has no attribute 'atach'"):
+        _ = regrad.atach
