@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -228,10 +227,28 @@ class _PowerGrad(torch.autograd.Function):
         return _value(logits, target, weight, rule)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target, weight = ctx.saved_tensors
-        return _gradient(logits, target, weight, ctx.rule, upstream), None, None, None
+        with torch.no_grad():
+            gradient = _gradient(logits, target, weight, ctx.rule, upstream)
+        if torch.is_grad_enabled():
+            gradient = _NotTwice.apply(gradient, logits, upstream)
+        return gradient, None, None, None
+
+
+class _NotTwice(torch.autograd.Function):
+    """Refuse to differentiate a gradient; torch's `once_differentiable` would treat it as a constant instead."""
+
+    @staticmethod
+    def forward(_ctx: Any, gradient: Tensor, _logits: Tensor, _upstream: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, _upstream: Tensor) -> Tensor:
+        raise RuntimeError(
+            "power_grad_cross_entropy must be differentiated once only, its gradient was differentiated again; "
+            "use alpha=1 or F.cross_entropy for second derivatives"
+        )
 
 
 def _gradient(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, upstream: Tensor) -> Tensor:
@@ -301,7 +318,6 @@ class _GradientOf(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return upstream.to(ctx.dtype), None
 
