@@ -1,0 +1,129 @@
+"""The documentation says what is there: its code runs, its tables are fresh, nothing is missing from it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("p*/*/README.md"))]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def documented() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch) -> dict:
+    """What a reader is told to have: a model, its optimizer, a criterion and data."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+    inputs, targets = torch.randn(24, 12, generator=generator), torch.randint(5, (24,), generator=generator)
+    return {
+        "torch": torch,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "criterion": torch.nn.CrossEntropyLoss(),
+        "loader": list(zip(inputs.split(6), targets.split(6), strict=True)),
+    }
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, user, monkeypatch):
+    module = type(sys)("page")
+    module.__dict__.update(user)
+    monkeypatch.setitem(sys.modules, "page", module)
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), module.__dict__)
+
+
+def test_the_example_of_the_readme_has_eight_lines_and_both_corrections_act(user, capsys):
+    (example,) = blocks(ROOT / "README.md", "python")
+    assert len(example.splitlines()) <= 8
+    before = [parameter.detach().clone() for parameter in user["model"].parameters()]
+    exec(compile(example, "README.md", "exec"), user)
+    metrics = user["attachment"].metrics()
+    assert metrics["steps_applied"] == len(user["loader"])
+    assert metrics["xgrad/weights/share_touched"] > 0
+    assert metrics["powergrad/criterion/share_touched"] == 1
+    assert str(metrics) in capsys.readouterr().out
+    assert not any(map(user["torch"].equal, before, user["model"].parameters()))
+
+
+def test_the_table_of_corrections_in_the_readme_is_fresh():
+    command = [sys.executable, str(ROOT / "docs" / "corrections_table.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_first_screen_of_the_readme_has_the_two_commands_and_the_picture():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "python -m pip install uv && uv run --all-packages regrad compare\n" in text
+    assert "python -m pip install uv && uv run nox -s tests\n" in text
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", text)
+    assert (ROOT / picture).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_link_to_a_file_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_every_hook_is_in_the_documentation():
+    from regrad.hookspecs import HOOKS
+
+    assert [hook for hook in HOOKS if f"`{hook}(" not in documented()] == []
+
+
+def test_every_public_name_is_in_the_api_page():
+    import regrad
+
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [name for name in regrad.__all__ if f"regrad.{name}" not in text] == []
+
+
+def test_every_command_and_option_is_in_the_documentation():
+    from regrad_runner.cli import app
+    from typer.main import get_command
+
+    text = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
+    waiting, missing = [("regrad", get_command(app))], []
+    while waiting:
+        name, command = waiting.pop()
+        waiting += [(f"{name} {sub}", child) for sub, child in getattr(command, "commands", {}).items()]
+        if not hasattr(command, "commands"):
+            missing += [name] * (f"`{name}" not in text)
+            options = [option for parameter in command.params for option in parameter.opts if option.startswith("--")]
+            missing += [f"{name} {option}" for option in options if f"`{option}" not in text and option != "--help"]
+    assert missing == []
+
+
+def test_every_plugin_has_its_page(plugin):
+    page = ROOT / "docs" / "methods" / f"{plugin.path.name}.md"
+    assert f"plugins/{plugin.path.name}/README.md" in page.read_text(encoding="utf-8")
+
+
+def test_every_trap_names_a_test_that_exists():
+    rows = [line for line in (ROOT / "docs" / "traps.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    traps = [row for row in rows if not row.startswith(("| trap", "| ---"))]
+    assert traps
+    for row in traps:
+        named = re.findall(r"`([\w/.]+\.py)::(test_\w+)`", row)
+        assert named, f"no test: {row}"
+        for path, name in named:
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, f"{path}::{name}"
