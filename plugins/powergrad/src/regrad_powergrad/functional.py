@@ -13,7 +13,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 # Elements worked on at once. On a CPU a tile and its temporaries should stay in the cache;
 # elsewhere it only has to be long enough to hide the launch of a kernel.
-CPU_TILE = 2**19
+CPU_TILE = 2**20
 DEVICE_TILE = 2**24
 
 Index = tuple[slice, ...]
