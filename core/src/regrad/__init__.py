@@ -2,7 +2,7 @@
 
 `attach` binds corrections to a model and its optimizer; the loop stays as it is.
 Names are imported when they are first used, so that listing plugins never imports
-torch.
+torch; `__init__.pyi` tells type checkers where they live.
 
 Example:
     >>> import regrad
@@ -10,28 +10,24 @@ Example:
     []
 """
 
-from __future__ import annotations
-
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from regrad.attachment import Attachment, attach
-    from regrad.correction import Correction
-    from regrad.errors import PluginLoadError, RegradError, RegradWarning
-    from regrad.hookspecs import hookimpl
-    from regrad.registry import Composition, available, create, load
-
-__all__ = [
-    *("Attachment", "Composition", "Correction", "PluginLoadError", "RegradError", "RegradWarning"),
-    *("attach", "available", "create", "hookimpl", "load"),
-]
-_HOMES = ("registry", "correction", "errors", "hookspecs", "attachment")
+_PUBLIC = {
+    "attachment": ("Attachment", "attach"),
+    "correction": ("Correction",),
+    "errors": ("PluginLoadError", "RegradError", "RegradWarning"),
+    "hookspecs": ("hookimpl",),
+    "registry": ("Composition", "available", "create", "load"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    homes = (importlib.import_module(f"regrad.{home}") for home in _HOMES if name in __all__)
-    for home in homes:
-        if hasattr(home, name):
-            return getattr(home, name)
+    for home, names in _PUBLIC.items():
+        if name in names:
+            return getattr(importlib.import_module(f"regrad.{home}"), name)
     raise AttributeError(f"module 'regrad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [name for names in _PUBLIC.values() for name in names]

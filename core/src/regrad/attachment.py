@@ -1,34 +1,25 @@
 """Bind corrections to one model and its optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor, nn, optim
 
-from regrad import refusals
+from regrad import explain, hooks, order, receipt, record, refusals, registry
 from regrad.correction import Correction
-from regrad.criterion import SwitchingCriterion
-from regrad.engine import Engine
+from regrad.engine import Engine, SwitchingCriterion
 from regrad.errors import RegradError
-from regrad.explain import Explanation, explain
-from regrad.hooks import Hook, innermost_module, innermost_optimizer, was_compiled_and_called
-from regrad.order import resolve_order
-from regrad.receipt import differences, make_receipt
-from regrad.record import ForwardRecord
-from regrad.registry import as_tuple, create
+
+Criterion = Callable[..., Tensor]
 
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: optim.Optimizer,
     corrections: Sequence[str | Correction],
-    criterion: Callable[..., Tensor] | None = None,
-) -> Attachment:
+    criterion: Criterion | None = None,
+) -> "Attachment":
     """Bind corrections to a model and its optimizer; the training loop stays as it is.
 
     Args:
@@ -61,13 +52,13 @@ def attach(
     """
     if isinstance(corrections, str):
         raise TypeError(f"corrections must be a list, got {corrections!r}; write [{corrections!r}]")
-    made = [c for item in corrections for c in (as_tuple(create(item)) if isinstance(item, str) else (item,))]
+    made = [c for item in corrections for c in (registry.created(item) if isinstance(item, str) else (item,))]
     for correction in made:
         if not isinstance(correction, Correction):
             raise TypeError(f"corrections must be names or Correction objects, got {correction!r}")
         correction.check_class()
-    ordered, reasons = resolve_order(made)
-    inner = innermost_optimizer(optimizer)
+    ordered, reasons = order.resolve_order(made)
+    inner = hooks.innermost_optimizer(optimizer)
     refusals.check(model, inner, optimizer, ordered, criterion)
     refusals.agree_across_ranks(ordered)
     return Attachment(model, inner, ordered, criterion, reasons)
@@ -83,23 +74,24 @@ class Attachment:
         reasons: Why any correction was moved from the place it was given.
         record: The record of the first training forward, where a correction needs
             it and the model is not compiled; else None.
-        registry: The pluggy registry: register observers (`hookimpl(wrapper=True)`) here.
+        engine: Runs the corrections. Register observers (`hookimpl(wrapper=True)`)
+            with `engine.registry.register`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
-        corrections: Sequence[Correction],
-        criterion: Callable[..., Tensor] | None,
-        reasons: Sequence[str],
+        optimizer: optim.Optimizer,
+        ordered: Sequence[Correction],
+        criterion: Any,
+        reasons: Any = (),
     ) -> None:
-        self.model, self.optimizer = innermost_module(model), optimizer
-        self.corrections, self.reasons = tuple(corrections), tuple(reasons)
-        self._outer, self._criterion, self._handles = model, criterion, list[Any]()
-        self._engine = Engine(self.model, optimizer, self.corrections)
-        self.registry = self._engine.registry
-        self.record: ForwardRecord | None = None
+        self.model, self.optimizer, self._outer = hooks.innermost_module(model), optimizer, model
+        self.corrections, self.reasons = tuple(ordered), tuple(reasons)
+        self._original = self._criterion = criterion
+        self._handles: list[Any] = []
+        self.engine = Engine(self.model, optimizer, self.corrections)
+        self.record: record.ForwardRecord | None = None
         self.is_detached = False
         try:
             self._set_up()
@@ -113,29 +105,27 @@ class Attachment:
         for correction in self.corrections:
             correction.attachment = self
         if any(c.needs.record for c in self.corrections) and not hasattr(self._outer, "_orig_mod"):
-            self.record = ForwardRecord(self.model)
+            self.record = record.ForwardRecord(self.model)
             self._handles += self.record.handles
         random_state = torch.get_rng_state()
-        for correction, call in self._engine.callers["setup"]:
+        for correction, call in self.engine.callers["setup"]:
             call(attachment=self)
             if not torch.equal(torch.get_rng_state(), random_state):
                 torch.set_rng_state(random_state)
                 raise RegradError(f"{correction.name!r} must not draw global random numbers in setup")
-        for _, call in self._engine.callers["wrap_criterion"]:
-            corrected = call(criterion=self._criterion)
-            self._criterion = SwitchingCriterion(self._engine, self._criterion, corrected)
+        for owner, call in self.engine.callers["wrap_criterion"]:
+            self._criterion = SwitchingCriterion(self.engine, owner, self._original, call(criterion=self._original))
 
     def _register(self) -> None:
         """Put the hooks on model and optimizer."""
-        engine, model, optimizer = self._engine, self.model, self.optimizer
-        for module in dict.fromkeys((model, self._outer)):
-            hook = Hook(module, engine.before_forward)
+        engine, model, optimizer = self.engine, self.model, self.optimizer
+        for module in {model: 0, self._outer: 0}:
+            hook = hooks.Hook(module, engine.before_forward)
             self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
-        if engine.callers["predict_weights"]:
-            self._handles.append(model.register_forward_hook(Hook(model, engine.after_forward)))
         self._handles += [
-            model.register_state_dict_post_hook(Hook(model, engine.on_state_dict)),
-            model.register_load_state_dict_pre_hook(Hook(model, engine.close_window)),
+            model.register_forward_hook(hooks.Hook(model, engine.after_forward)),
+            model.register_state_dict_post_hook(hooks.Hook(model, engine.on_state_dict)),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_pre_hook(hooks.Hook(model, engine.close_window)),  # type: ignore[no-untyped-call]
             optimizer.register_load_state_dict_pre_hook(engine.close_window),
             optimizer.register_step_pre_hook(engine.before_step),
             optimizer.register_step_post_hook(engine.after_step),
@@ -148,63 +138,65 @@ class Attachment:
         Raises:
             RegradError: If the model was compiled and called already: the hook would never fire.
         """
-        if was_compiled_and_called(self._outer):
+        if hooks.was_compiled_and_called(self._outer):
             raise RegradError("submodule hooks must be set before the first compiled call; attach earlier")
-        self._handles.append(module.register_forward_hook(Hook(module, function)))
+        self._handles.append(module.register_forward_hook(hooks.Hook(module, function)))
 
     @property
-    def criterion(self) -> Callable[..., Tensor]:
+    def criterion(self) -> Criterion:
         """The criterion to call in the loop: corrected in training mode, the original otherwise."""
         if self._criterion is None:
             raise RegradError("attachment has no criterion; pass attach(…, criterion=criterion)")
-        return self._criterion
+        return self._criterion  # type: ignore[no-any-return]
 
     def detach(self) -> None:
         """Restore the weights and remove every hook; the criterion is the original from here on."""
-        self._engine.close_window()
+        self.engine.close_window()
         for handle in self._handles:
             handle.remove()
         for correction in self.corrections:
             correction.attachment = None
-        if isinstance(self._criterion, SwitchingCriterion):
+        if self._criterion is not self._original:
             self._criterion.corrected = None
         refusals.ATTACHED.discard(self.optimizer)
         self.is_detached = True
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.detach()
 
     def metrics(self) -> dict[str, float]:
         """Return counts, effects ("<correction>/<stage>/<measure>") and each correction's own metrics."""
-        values = {"steps_applied": float(self._engine.applied), "steps_skipped": float(self._engine.skipped)}
-        for name, stages in self._engine.meter.effects().items():
+        values = {"steps_applied": float(self.engine.applied), "steps_skipped": float(self.engine.skipped)}
+        for name, stages in self.engine.meter.effects().items():
             values |= {f"{name}/{stage}/{key}": v for stage, seen in stages.items() for key, v in seen.items()}
         return values | {f"{c.name}/{key}": float(v) for c in self.corrections for key, v in c.metrics().items()}
 
     def receipt(self) -> dict[str, Any]:
         """Return what really happened, as plain values that JSON can hold."""
-        return make_receipt(self._engine, self.reasons)
+        return receipt.make_receipt(self.engine, self.reasons)
 
-    def explain(self, batch: Any) -> Explanation:
-        """Say what each correction would change on one batch; nothing is changed afterwards.
+    def explain(self, batch: Any) -> explain.Explanation:
+        """Say what each correction would change on one batch, tried on copies; nothing is changed afterwards.
 
         Args:
             batch: (inputs, target) for a model with a criterion, or a mapping of
                 keyword arguments for a model that returns its `loss`.
+
+        Raises:
+            TypeError: If the batch is neither.
+            RegradError: If the attachment is detached.
         """
         if self.is_detached:
             raise RegradError("attachment is detached; call attach() again before explaining")
-        return explain(self._outer, self._engine, self._criterion, batch)
+        self.engine.close_window()
+        return explain.explain(self, self._original, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the corrections' state by name, with the receipt. Plain values and tensors only."""
-        states = {c.name: c.state_dict() for c in self.corrections}
-        return {"corrections": states, "receipt": self.receipt()}
+        return {"corrections": {c.name: c.state_dict() for c in self.corrections}, "receipt": self.receipt()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Take back what `state_dict` returned.
@@ -217,14 +209,11 @@ class Attachment:
         Raises:
             RegradError: If `strict` and anything differs; says what.
         """
-        found = differences(state["receipt"], self.receipt())
+        found = "; ".join(receipt.differences(state["receipt"], self.receipt()))
         if strict and found:
-            raise RegradError(
-                f"state must come from the same corrections; {'; '.join(found)}; strict=False loads the rest"
-            )
-        self._engine.close_window()
-        self._engine.applied = int(state["receipt"]["steps_applied"])
-        self._engine.skipped = int(state["receipt"]["steps_skipped"])
+            raise RegradError(f"state must come from the same corrections; {found}; strict=False loads the rest")
+        self.engine.close_window()
+        self.engine.applied, self.engine.skipped = (int(state["receipt"][f"steps_{k}"]) for k in ("applied", "skipped"))
         for correction in self.corrections:
             if correction.name in state["corrections"]:
                 correction.load_state_dict(state["corrections"][correction.name])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,14 +18,9 @@ if TYPE_CHECKING:
 API_VERSION = 1
 
 Stage = Literal["criterion", "weights", "hidden", "gradient", "moment"]
-HOOK_OF_STAGE: Mapping[str, str] = types.MappingProxyType(
-    {
-        "criterion": "wrap_criterion",
-        "weights": "predict_weights",
-        "hidden": "setup",
-        "gradient": "correct_gradients",
-        "moment": "correct_moments",
-    }
+STAGES: tuple[Stage, ...] = typing.get_args(Stage)
+HOOK_OF_STAGE = dict(
+    zip(STAGES, ("wrap_criterion", "predict_weights", "setup", "correct_gradients", "correct_moments"), strict=True)
 )
 RESOURCE_OF_STAGE = {"weights": "window", "criterion": "criterion"}
 
@@ -93,7 +86,7 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a correction that has none; others subclass it and validate in `__post_init__`."""
+    """Options of a correction that has none; others nest a frozen dataclass of their own and validate in it."""
 
 
 def _fits(value: object, annotation: Any) -> bool:
@@ -135,13 +128,13 @@ class Correction:
     Example:
         >>> from dataclasses import dataclass
         >>> from regrad import Correction
-        >>> from regrad.correction import Needs, Options
+        >>> from regrad.correction import Needs
         >>> class Scale(Correction):
         ...     "Multiply every gradient by a factor."
         ...     name = "scale"
         ...     needs = Needs(stages=("gradient",), layouts=("plain", "ddp", "fsdp2"))
         ...     @dataclass(frozen=True, kw_only=True)
-        ...     class Options(Options):
+        ...     class Options:
         ...         factor: float = 0.5
         ...     def correct_gradients(self, step):
         ...         for gradient in step.gradients:
@@ -169,16 +162,12 @@ class Correction:
         self.attachment: Any = None
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{key}={value!r}" for key, value in self.option_values().items())
+        options = ", ".join(f"{key}={value!r}" for key, value in vars(self.options).items())
         return f"{type(self).__name__}({options})"
 
-    def option_values(self) -> dict[str, Any]:
-        """Return the options by name, as they will act."""
-        return {f.name: getattr(self.options, f.name) for f in dataclasses.fields(self.options)}
-
-    def control(self, optimizer: Optimizer) -> Control | None:
+    def control(self, optimizer: Optimizer) -> Control | None:  # noqa: ARG002
         """Return the trivial change that this correction must beat on `optimizer`, or None."""
-        del optimizer
+        return None
 
     def metrics(self) -> dict[str, float]:
         """Return numbers worth a curve, by name; called rarely, so it may synchronise the device."""
@@ -197,9 +186,8 @@ class Correction:
         """Say why nothing may have changed; None says that changing nothing is normal."""
         return "it changed no tensor"
 
-    def selects(self, name: str, parameter: Tensor) -> bool:
+    def selects(self, name: str, parameter: Tensor) -> bool:  # noqa: ARG002
         """Say whether this correction acts on a parameter; the receipt lists those it acts on."""
-        del name, parameter
         return True
 
     @classmethod
@@ -212,12 +200,12 @@ class Correction:
         """Raise `RegradError` unless the declared stages and the implemented hooks agree."""
         if not isinstance(getattr(cls, "name", None), str) or not isinstance(getattr(cls, "needs", None), Needs):
             raise RegradError(f"{cls.__name__} must declare name (a string) and needs (a Needs)")
-        implemented = cls.hooks()
         if not cls.needs.stages:
-            raise RegradError(f"correction {cls.name!r} implements no stage; stages: {', '.join(HOOK_OF_STAGE)}")
+            raise RegradError(f"correction {cls.name!r} implements no stage; stages: {', '.join(STAGES)}")
         for stage, hook in HOOK_OF_STAGE.items():
-            if stage in cls.needs.stages and hook not in implemented:
-                near = did_you_mean(hook, (n for n in dir(cls) if not n.startswith("_")))
+            declared, implemented = stage in cls.needs.stages, hasattr(cls, hook)
+            if declared and not implemented:
+                near = did_you_mean(hook, (name for name in dir(cls) if not name.startswith("_")))
                 raise RegradError(f"correction {cls.name!r} declares stage {stage!r} but has no method {hook!r}{near}")
-            if stage != "hidden" and stage not in cls.needs.stages and hook in implemented:
+            if implemented and not declared and stage != "hidden":
                 raise RegradError(f"correction {cls.name!r} implements {hook!r} but does not declare stage {stage!r}")

@@ -1,8 +1,8 @@
 """Runs the corrections at their moments of the training step."""
 
-from __future__ import annotations
-
+import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,16 +27,14 @@ class HookRegistry(pluggy.PluginManager):
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         """Return the options of one implementation; raise `RegradError` where its kind is not allowed."""
         marked: Any = super().parse_hookimpl_opts(plugin, name)
-        if not isinstance(plugin, Correction):
-            if marked and not marked["wrapper"]:
-                raise RegradError(f"observer {plugin!r} must mark {name!r} with hookimpl(wrapper=True)")
-            return marked
-        for option in ("wrapper", "hookwrapper", "tryfirst", "trylast"):
-            if marked and marked[option]:
-                raise RegradError(
-                    f"correction {plugin.name!r} must not mark {name!r} with {option}; declare before/after"
-                )
-        return {} if marked is None and name in HOOKS else marked
+        placing = [o for o in ("wrapper", "hookwrapper", "tryfirst", "trylast") if marked and marked[o]]
+        if isinstance(plugin, Correction):
+            if placing:
+                raise RegradError(f"{plugin.name!r} must not mark {name!r} with {placing[0]}; declare before or after")
+            return {} if marked is None and name in HOOKS else marked
+        if marked and "wrapper" not in placing:
+            raise RegradError(f"observer {plugin!r} must mark {name!r} with hookimpl(wrapper=True)")
+        return marked
 
 
 class Engine:
@@ -50,28 +48,28 @@ class Engine:
     Attributes:
         applied: Optimizer steps that really happened.
         skipped: Steps that a scaler skipped inside a fused optimizer.
+        forwards: Training forwards since the last step.
+        seconds: Host time spent in each correction's hooks so far, by name.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction]) -> None:
         self.model, self.optimizer, self.corrections = model, optimizer, corrections
         self.window, self.meter, self.name_of = Window(), Meter(), ParameterNames(model)
-        self.applied = self.skipped = 0
-        self._forwards = self._closures = 0
+        self.applied = self.skipped = self.forwards = self._closures = 0
         self._skipping = self._warned = self._graph_waits = False
+        self.seconds: dict[str, float] = defaultdict(float)
         self.registry = HookRegistry("regrad")
         self.registry.add_hookspecs(CorrectionSpec)
         for correction in corrections:
             self.registry.register(correction, correction.name)
         self.registry.check_pending()
         self.registry.register(self.meter, "regrad effect meter")
-        self.callers: dict[str, list[tuple[Correction, Callable[..., Any]]]] = {
-            hook: [
-                (c, self.registry.subset_hook_caller(hook, [other for other in corrections if other is not c]))
-                for c in corrections
-                if hook in c.hooks()
-            ]
-            for hook in HOOKS
-        }
+        self.callers = {hook: self._callers_of(hook) for hook in HOOKS}
+
+    def _callers_of(self, hook: str) -> list[tuple[Correction, Callable[..., Any]]]:
+        """Return one caller per correction that implements `hook`: observers wrap it, no other correction does."""
+        own = [c for c in self.corrections if hook in c.hooks()]
+        return [(c, self.registry.subset_hook_caller(hook, [other for other in own if other is not c])) for c in own]
 
     def step(self) -> Step:
         """Return the coming optimizer step as it stands now."""
@@ -81,60 +79,61 @@ class Engine:
     def run(self, hook: str, step: Step) -> Any:
         """Call the corrections of one hook in order; return what the last one returned."""
         result = None
-        for correction, call in self.callers[hook]:
-            step.correction = correction
+        for step.correction, call in self.callers[hook]:
+            start = time.perf_counter()
             result = call(step=step)
+            self.seconds[step.correction.name] += time.perf_counter() - start
         return result
+
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(p) for group in self.optimizer.param_groups for p in group["params"])
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
-            return self.close_window(forward=True)
-        if not torch.is_grad_enabled():
-            return None
-        self._forwards += 1
-        if self.callers["predict_weights"] and not self.window.is_open:
-            step = self.step()
-            sharded = any(map(is_sharded, step.parameters))
-            hook = next(iter(module._forward_pre_hooks.values()))
-            if sharded and getattr(hook, "function", None) != self.before_forward:
-                raise RegradError("the prediction must run before FSDP2's own hook; attach after fully_shard()")
-            if self.window.open(step.parameters, self.run("predict_weights", step)) and sharded:
-                self._reshard()
-        return None
+            if self._graph_waits and self.window.moved:
+                raise RegradError("evaluation between forward and backward is wrong under FSDP2; call backward() first")
+            self.close_window()
+        elif torch.is_grad_enabled():
+            self.forwards += 1
+            if self.callers["predict_weights"] and not self.window.is_open:
+                self._open_window(module)
 
-    def after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _open_window(self, module: nn.Module) -> None:
+        first = next(iter(module._forward_pre_hooks.values()))
+        if self._is_sharded() and getattr(first, "function", None) != self.before_forward:
+            raise RegradError("the prediction must run before FSDP2's own hook; attach after fully_shard()")
+        step = self.step()
+        if self.window.open(step.parameters, self.run("predict_weights", step)):
+            self._reshard()
+
+    def after_forward(self, _: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
         """Under FSDP2, note that a graph waits for its backward: a restore before it would go unnoticed."""
-        if module.training and isinstance(output, Tensor) and output.requires_grad and self.window.moved:
-            self._graph_waits = is_sharded(self.optimizer.param_groups[0]["params"][0])
-            if self._graph_waits:
-                output.register_hook(self._backward_began)
+        if self.window.moved and self._is_sharded() and isinstance(output, Tensor) and output.requires_grad:
+            self._graph_waits = True
+            output.register_hook(lambda _: setattr(self, "_graph_waits", False))
 
-    def _backward_began(self, _: Tensor) -> None:
-        self._graph_waits = False
-
-    def close_window(self, *_: Any, forward: bool = False) -> None:
+    def close_window(self, *_: Any) -> None:
         """Restore the weights if they are moved."""
-        if forward and self._graph_waits and self.window.moved:
-            raise RegradError("evaluation between forward and backward is wrong under FSDP2; call backward() first")
-        parameters = list(self.window.moved)
-        if self.window.close() and any(map(is_sharded, parameters)):
+        if self.window.close():
             self._reshard()
 
     def _reshard(self) -> None:
-        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - heavy, and only shards need it
+        """Make FSDP2 gather the weights anew."""
+        if self._is_sharded():
+            from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - heavy, and only shards need it
 
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
-    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """Correct now, or, where a closure computes the gradients, right after it."""
         if torch._C._current_graph_task_id() != -1:
             raise RegradError("the optimizer must not be stepped inside backward; gradients are not final there")
         wrapped = wrap_closure(args, kwargs, self._after_closure)
         if wrapped is None:
-            self._correct()
+            self.correct()
         return wrapped
 
     def _after_closure(self) -> None:
@@ -142,54 +141,47 @@ class Engine:
         unfit = [c.name for c in self.corrections if not c.needs.closures]
         if self._closures > 1 and unfit:
             raise RegradError(f"{', '.join(unfit)} must see one closure call per step, got {self._closures}")
-        self._correct()
+        self.correct()
 
-    def _correct(self) -> None:
+    def correct(self) -> None:
         """Restore, check for a skip, unscale, then correct gradients and moments."""
         self.close_window()
-        if not self.corrections:
-            return
-        found_inf = getattr(self.optimizer, "found_inf", None)
+        found_inf = getattr(self.optimizer, "found_inf", None) if self.corrections else None
         self._skipping = found_inf is not None and bool(found_inf != 0)
-        if self._skipping:
+        if self._skipping or not self.corrections:
             return
         step = self.step()
+        self._check(step)
         self._unscale([g for g in step.gradients if g is not None])
-        self._warn_without_forward()
-        self._refuse_sparse(step)
         self.run("correct_gradients", step)
         self.run("correct_moments", step)
 
+    def _check(self, step: Step) -> None:
+        """Refuse sparse gradients without a rule; warn once where no training forward was seen."""
+        unfit = [c.name for c in self.corrections if not c.needs.sparse]
+        for name, gradient in zip(step.names, step.gradients, strict=True):
+            if unfit and gradient is not None and gradient.layout != torch.strided:
+                raise RegradError(f"{', '.join(unfit)} has no rule for sparse gradients, got one for {name!r}")
+        if self.forwards == 0 and not self._warned:
+            self._warned = True
+            cause = "was another module attached, or a compiled train function called before attach()?"
+            message = f"an optimizer step came without a training forward of the attached model: {cause}"
+            warnings.warn(message, RegradWarning, stacklevel=2)
+
     @torch.no_grad()
     def _unscale(self, gradients: list[Tensor]) -> None:
+        """Take over from a fused optimizer what it would do itself under a GradScaler."""
         scale: Any = getattr(self.optimizer, "grad_scale", None)
         if scale is not None:
             for gradient in locals_of(gradients):
                 gradient.div_(scale.to(gradient.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
-    def _warn_without_forward(self) -> None:
-        if self._forwards == 0 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "an optimizer step came without a training forward of the attached model: was another module attached, "
-                "or a compiled train function called before attach()?",
-                RegradWarning,
-                stacklevel=2,
-            )
-
-    def _refuse_sparse(self, step: Step) -> None:
-        unfit = [c.name for c in self.corrections if not c.needs.sparse]
-        for name, gradient in zip(step.names, step.gradients, strict=True):
-            if gradient is not None and gradient.layout != torch.strided and unfit:
-                raise RegradError(f"{', '.join(unfit)} has no rule for sparse gradients, got one for {name!r}")
-
     def after_step(self, *_: Any) -> None:
         """Let corrections learn from a step that really happened."""
-        self._forwards = self._closures = 0
+        self.forwards = self._closures = 0
         if self._skipping:
-            self._skipping = False
-            self.skipped += 1
+            self._skipping, self.skipped = False, self.skipped + 1
             return
         self.run("after_step", self.step())
         self.applied += 1
@@ -198,7 +190,40 @@ class Engine:
 
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """Put copies of the true weights into a state_dict taken inside the window."""
-        true = self.window.true_weights
+        true = self.window.true_weights()
         for name, parameter in module.named_parameters(remove_duplicate=False) if true else ():
             if parameter in true and prefix + name in state:
                 state[prefix + name] = true[parameter]
+
+
+class SwitchingCriterion:
+    """Calls the corrected criterion while the attached model is in training mode, else the original.
+
+    Args:
+        engine: Says whether the model trains, and which steps are measured.
+        owner: The correction that made `corrected`.
+        original: The user's criterion.
+        corrected: What the correction made of it; None after detach.
+    """
+
+    def __init__(self, engine: Engine, owner: Correction, original: Any, corrected: Any) -> None:
+        self._engine, self._owner, self.original, self.corrected = engine, owner, original, corrected
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if self.corrected is None or not self._engine.model.training:
+            return self.original(*arguments, **options)
+        measured = torch.is_grad_enabled() and self._engine.meter.due(self._owner, self._engine.applied)
+        if measured and arguments and not torch.compiler.is_compiling():
+            self._measure(*arguments, **options)
+        return self.corrected(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
+
+    def _measure(self, logits: Tensor, *rest: Any, **options: Any) -> None:
+        """Compare the logit gradients of both criteria."""
+        gradients = []
+        for criterion in (self.original, self.corrected):
+            leaf = logits.detach().requires_grad_()
+            gradients += torch.autograd.grad(criterion(leaf, *rest, **options).sum(), leaf)
+        self._engine.meter.observe(self._owner.name, "criterion", gradients[:1], gradients[1:], ["logits"])

@@ -1,18 +1,12 @@
-"""Hook objects that torch.compile leaves alone and that do not follow copies of a model."""
-
-from __future__ import annotations
+"""Hook objects that torch.compile leaves alone and that do not follow copies of a model, and what is inside wrappers."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-
-
-def _copied_hook() -> Hook:
-    return Hook(None, None)
 
 
 class Hook:
@@ -24,31 +18,24 @@ class Hook:
     """
 
     def __init__(self, module: nn.Module | None, function: Callable[..., Any] | None) -> None:
-        self.module = module
-        self.function = function
+        self.module, self.function = module, function
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
-        if self.function is None or module is not self.module:
-            return None
-        return self.function(module, *arguments)
+        return self.function(module, *arguments) if self.function and module is self.module else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        return _copied_hook()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)(None, None)
 
-    def __reduce__(self) -> tuple[Callable[[], Hook], tuple[()]]:
-        return _copied_hook, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None, None)
 
 
 def innermost_module(model: nn.Module) -> nn.Module:
     """Return the user's module inside data-parallel and compile wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+    inner = model.module if wrapped else getattr(model, "_orig_mod", None)
+    return innermost_module(inner) if isinstance(inner, nn.Module) else model
 
 
 def innermost_optimizer(optimizer: Any) -> Optimizer:
@@ -57,12 +44,12 @@ def innermost_optimizer(optimizer: Any) -> Optimizer:
     Raises:
         TypeError: If there is none.
     """
-    seen = optimizer
-    while not isinstance(seen, Optimizer) or not hasattr(seen, "_optimizer_step_pre_hooks"):
-        if not hasattr(seen, "optimizer"):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
-        seen = seen.optimizer
-    return seen
+    inner = optimizer
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
+    return inner
 
 
 def was_compiled_and_called(model: nn.Module) -> bool:
@@ -72,13 +59,12 @@ def was_compiled_and_called(model: nn.Module) -> bool:
         return False
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # noqa: PLC0415 - loads the compiler
 
-    codes = (type(innermost_module(m)).forward.__code__ for m in compiled)
-    return any(map(_debug_get_cache_entry_list, codes))
+    return any(_debug_get_cache_entry_list(type(innermost_module(m)).forward.__code__) for m in compiled)
 
 
 def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
     """Return (args, kwargs) of `optimizer.step` with `then` called after its closure; None without a closure."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    optimizer, closure, *rest = (*args, kwargs.get("closure")) if len(args) == 1 else args
     if not callable(closure):
         return None
 
@@ -88,6 +74,4 @@ def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[
         then()
         return loss
 
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": corrected_closure}
-    return (args[0], corrected_closure, *args[2:]), kwargs
+    return (optimizer, corrected_closure, *rest), {key: kwargs[key] for key in kwargs if key != "closure"}

@@ -1,7 +1,5 @@
 """The effect meter: what each correction really changed."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -12,11 +10,12 @@ from torch import Tensor
 from regrad.correction import Correction
 from regrad.errors import RegradWarning
 from regrad.hookspecs import hookimpl
-from regrad.sharding import locals_of
+from regrad.sharding import local
 from regrad.step import Step
 
 FIRST_STEPS, EVERY, PATIENCE = 20, 50, 200
 MEASURES = ("share_touched", "relative_change", "cosine", "trigger_rate", "non_finite")
+TINY = torch.finfo(torch.float32).tiny
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -37,25 +36,26 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return torch.stack([largest, *(r.square() for r in rest), (~rest[2].isfinite()).float()], dim=1)
 
 
-def cosine(squares: Tensor) -> Tensor:
-    """Return cosines from the last dimension (…, |b − a|², |a|², |b|², …) of what `compare` returned."""
-    difference, before, after = squares[..., 1], squares[..., 2], squares[..., 3]
-    product = (before * after).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((before + after - difference) / (2 * product)).clamp(-1, 1)
+def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return relative change |b − a|/|a| and cosine of a and b from rows, shape [*, 5], of `compare`."""
+    difference, before, after = rows[..., 1], rows[..., 2], rows[..., 3]
+    product = (before.sqrt() * after.sqrt()).clamp_min(TINY)
+    angle = ((before + after - difference) / (2 * product)).clamp(-1, 1)
+    return (difference / before.clamp_min(TINY)).sqrt(), angle
 
 
 class Meter:
     """Observes every correction: the first steps, the first after its warm-up, then every 50th.
 
     Attributes:
-        detail: Where to keep per-tensor rows as well, or None: a list of
+        detail: Where to keep rows per tensor as well, or None: a list of
             (correction, stage, names, what `compare` returned).
+        sums: Summed measures and their number, by (correction, stage).
     """
 
     def __init__(self) -> None:
-        self.detail: list[tuple[str, str, list[str], Tensor]] | None = None
-        self._sums: dict[tuple[str, str], Tensor] = {}
-        self._counts: dict[tuple[str, str], int] = {}
+        self.detail: list[tuple[str, str, Sequence[str], Tensor]] | None = None
+        self.sums: dict[tuple[str, str], tuple[Tensor, int]] = {}
 
     def due(self, correction: Correction, index: int) -> bool:
         """Say whether optimizer step `index` of `correction` is measured."""
@@ -64,35 +64,24 @@ class Meter:
 
     @torch.no_grad()
     def observe(
-        self, name: str, stage: str, before: Sequence[Tensor], after: Sequence[Tensor], names: Sequence[str] = ()
+        self, name: str, stage: str, before: Sequence[Tensor], after: Sequence[Tensor], names: Sequence[str]
     ) -> None:
-        """Count one measurement of the correction `name` in `stage`."""
+        """Count one measurement of the correction `name` in `stage`, on n tensors with `names`."""
         if not before:
             return
         rows = compare(before, after)
-        total = rows.sum(dim=0)
         touched = (rows[:, 0] != 0).float()
-        change = (total[1] / total[2].clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
-        seen = torch.stack([touched.mean(), change, cosine(total), touched.amax(), rows[:, 4].amax()])
-        key = (name, stage)
-        self._sums[key] = seen + self._sums[key].to(seen.device) if key in self._sums else seen
-        self._counts[key] = self._counts.get(key, 0) + 1
+        change, angle = change_and_cosine(rows.sum(dim=0))
+        seen = torch.stack([touched.mean(), change, angle, touched.amax(), rows[:, 4].amax()])
+        total, count = self.sums.get((name, stage), (torch.zeros_like(seen), 0))
+        self.sums[name, stage] = (total.to(seen.device) + seen, count + 1)
         if self.detail is not None:
-            self.detail.append((name, stage, list(names), rows))
+            self.detail.append((name, stage, names, rows))
 
     @hookimpl(wrapper=True)
     def predict_weights(self, step: Step) -> Generator[None, Any, Any]:
-        """Measure the displacement against the weights."""
-        displacements = yield
-        correction = step.correction
-        if displacements and self.due(correction, step.index):
-            moved = [
-                (p, d, n) for p, d, n in zip(step.parameters, displacements, step.names, strict=True) if d is not None
-            ]
-            before = locals_of(p.detach() for p, _, _ in moved)
-            after = [b + d for b, d in zip(before, locals_of(d for _, d, _ in moved), strict=True)]
-            self.observe(correction.name, "weights", before, after, [n for *_, n in moved])
-        return displacements
+        """Measure the weights against the predicted weights."""
+        return (yield from self._around(step, "weights", _weights))
 
     @hookimpl(wrapper=True)
     def correct_gradients(self, step: Step) -> Generator[None, Any, Any]:
@@ -104,23 +93,21 @@ class Meter:
         """Measure the optimizer's state before and after."""
         return (yield from self._around(step, "moment", _moments))
 
-    def _around(self, step: Step, stage: str, read: Callable[[Step], dict[str, Tensor]]) -> Generator[None, Any, Any]:
-        correction = step.correction
-        if not self.due(correction, step.index):
-            return (yield)
-        before = {name: tensor.clone() for name, tensor in read(step).items()}
+    def _around(
+        self, step: Step, stage: str, read: Callable[[Step, Any], dict[str, Tensor]]
+    ) -> Generator[None, Any, Any]:
+        due = self.due(step.correction, step.index)
+        before = {name: tensor.clone() for name, tensor in read(step, None).items()} if due else {}
         result = yield
-        after = read(step)
-        names = [n for n in before if n in after]
-        self.observe(correction.name, stage, [before[n] for n in names], [after[n] for n in names], names)
+        after = {name: tensor for name, tensor in read(step, result).items() if name in before} if due else {}
+        self.observe(step.correction.name, stage, [before[name] for name in after], [*after.values()], [*after])
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
         """Return mean measures by correction and stage. Synchronises the device."""
         result: dict[str, dict[str, dict[str, float]]] = {}
-        for (name, stage), sums in self._sums.items():
-            means = (sums / self._counts[name, stage]).tolist()
-            result.setdefault(name, {})[stage] = dict(zip(MEASURES, means, strict=True))
+        for (name, stage), (total, count) in self.sums.items():
+            result.setdefault(name, {})[stage] = dict(zip(MEASURES, (total / count).tolist(), strict=True))
         return result
 
     def warn_if_idle(self, correction: Correction, index: int) -> None:
@@ -133,15 +120,17 @@ class Meter:
             warnings.warn(f"{correction.name!r} had no effect in {index} steps: {reason}", RegradWarning, stacklevel=2)
 
 
-def _gradients(step: Step) -> dict[str, Tensor]:
-    pairs = zip(step.names, step.gradients, strict=True)
-    return {n: t for n, g in pairs if g is not None and not g.is_sparse for t in locals_of([g])}
+def _weights(step: Step, moves: Any) -> dict[str, Tensor]:
+    moved = zip(step.names, step.parameters, moves or [None] * len(step.names), strict=True)
+    return {n: local(p.detach()) if d is None else local(p.detach()) + local(d) for n, p, d in moved}
 
 
-def _moments(step: Step) -> dict[str, Tensor]:
+def _gradients(step: Step, _: Any) -> dict[str, Tensor]:
+    return {n: local(g) for n, g in zip(step.names, step.gradients, strict=True) if g is not None and not g.is_sparse}
+
+
+def _moments(step: Step, _: Any) -> dict[str, Tensor]:
+    states = ((n, p, step.optimizer.state.get(p, {})) for n, p in zip(step.names, step.parameters, strict=True))
     return {
-        f"{name}: {key}": locals_of([value])[0]
-        for name, parameter in zip(step.names, step.parameters, strict=True)
-        for key, value in step.optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+        f"{n}: {k}": local(v) for n, p, s in states for k, v in s.items() if getattr(v, "shape", ()) == p.shape != ()
     }

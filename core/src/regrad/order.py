@@ -1,7 +1,5 @@
 """Put corrections in the order in which they act within a stage."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from regrad.correction import Correction
@@ -26,7 +24,7 @@ def resolve_order(corrections: Sequence[Correction]) -> tuple[list[Correction], 
     """
     _refuse_conflicts(corrections)
     behind = {c.name: _must_follow(c, corrections) for c in corrections}
-    waiting, ordered, reasons = list(corrections), [], []
+    waiting, ordered, reasons = list(corrections), list[Correction](), list[str]()
     while waiting:
         done = {c.name for c in ordered}
         ready = next((c for c in waiting if behind[c.name].keys() <= done), None)
@@ -34,11 +32,8 @@ def resolve_order(corrections: Sequence[Correction]) -> tuple[list[Correction], 
             circle = "; ".join(reason for c in waiting for reason in behind[c.name].values())
             raise RegradError(f"corrections cannot be ordered, their declarations form a cycle: {circle}")
         if ready is not waiting[0]:
-            skipped = waiting[0]
-            reasons.append(
-                f"{skipped.name!r} acts after {ready.name!r}: "
-                + "; ".join(why for first, why in behind[skipped.name].items() if first not in done)
-            )
+            why = "; ".join(why for first, why in behind[waiting[0].name].items() if first not in done)
+            reasons.append(f"{waiting[0].name!r} acts after {ready.name!r}: {why}")
         waiting.remove(ready)
         ordered.append(ready)
     return ordered, reasons

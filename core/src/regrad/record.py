@@ -1,13 +1,10 @@
 """The record of a model's first training forward: which modules ran, in which order, on which shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from regrad.hooks import Hook
 
@@ -50,30 +47,22 @@ class ForwardRecord:
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: tuple[Call, ...] = ()
+        self._names = {module: name for name, module in model.named_modules()}
         self._seen: list[tuple[str, Any, list[Tensor]]] = []
-        self.handles: list[RemovableHandle] = []
-        for name, module in model.named_modules():
-            self.handles.append(module.register_forward_hook(Hook(module, self._keeper(name, model))))
+        self.handles = [m.register_forward_hook(Hook(m, self._keep)) for m in self._names]
 
-    def _keeper(self, name: str, model: nn.Module) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not model.training:
-                return
-            if module is model:
-                self._finish(output)
-            else:
-                self._seen.append((name, [tuple(t.shape) for t in tensors_in(inputs)], list(tensors_in(output))))
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._names[module]:
+            self._seen.append((self._names[module], _shapes(tensors_in(inputs)), list(tensors_in(output))))
+            return
+        if module.training:
+            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            final = {id(t) for t in tensors_in(output if logits is None else logits)}
+            self.calls = tuple(Call(n, i, _shapes(o), bool(final & {*map(id, o)})) for n, i, o in self._seen)
+            for handle in self.handles:
+                handle.remove()
+        self._seen.clear()  # keep no tensor alive
 
-        return keep
 
-    def _finish(self, output: Any) -> None:
-        """Turn what was seen into calls; keep no tensor alive."""
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        final = {id(t) for t in tensors_in(output if logits is None else logits)}
-        self.calls = tuple(
-            Call(name, tuple(shapes), tuple(tuple(t.shape) for t in outputs), bool(final & {id(t) for t in outputs}))
-            for name, shapes, outputs in self._seen
-        )
-        self._seen.clear()
-        for handle in self.handles:
-            handle.remove()
+def _shapes(tensors: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(t.shape) for t in tensors)

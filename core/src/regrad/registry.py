@@ -1,7 +1,5 @@
 """Find, load and create corrections from the entry points of installed distributions."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from dataclasses import dataclass
@@ -62,18 +60,17 @@ def available(group: str = CORRECTIONS) -> dict[str, Entry]:
     """
     offers: dict[str, dict[str, Entry]] = {}
     for point in metadata.entry_points(group=group):
-        about = point.dist.metadata if point.dist else {}
-        distribution, version = str(about["Name"]), str(about["Version"])
-        key = re.sub(r"[-_.]+", "-", distribution).lower()
-        entry = Entry(point.name, group, distribution, version, point.value, str(about.get("Summary", "")))
-        offers.setdefault(point.name, {}).setdefault(key, entry)
-    return {name: _only(list(offers[name].values())) for name in sorted(offers)}
+        if point.dist is not None:
+            key, summary = re.sub(r"[-_.]+", "-", point.dist.name).lower(), point.dist.metadata["Summary"] or ""
+            entry = Entry(point.name, group, point.dist.name, point.dist.version, point.value, summary)
+            offers.setdefault(point.name, {}).setdefault(key, entry)
+    return {name: _only([*offers[name].values()]) for name in sorted(offers)}
 
 
 def _only(entries: list[Entry]) -> Entry:
     """Return the one entry, or one that says who else claims its name."""
-    first = entries[0]
-    if len(entries) == 1:
+    first, *others = entries
+    if not others:
         return first
     both = " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries))
     refused = f"{first.name!r} is offered by {both}; uninstall all but one"
@@ -106,7 +103,7 @@ def load(name: str, group: str = CORRECTIONS) -> Any:
     plugin = f"plugin {name!r} ({entry.distribution} {entry.version})"
     try:
         loaded = metadata.EntryPoint(name, entry.value, group).load()
-    except Exception as cause:  # noqa: BLE001 - a plugin may fail in any way; it is named and the cause chained
+    except Exception as cause:  # a plugin may fail in any way: it is named, and the cause chained
         raise PluginLoadError(f"{plugin} could not be imported: {cause}") from cause
     if group == CORRECTIONS:
         _check_correction(loaded, name, plugin)
@@ -115,16 +112,12 @@ def load(name: str, group: str = CORRECTIONS) -> Any:
 
 def _check_correction(loaded: Any, name: str, plugin: str) -> None:
     """Raise `PluginLoadError` unless `loaded` is a correction that fits this core."""
-    is_class = isinstance(loaded, type) and issubclass(loaded, Correction)
-    if not is_class and not isinstance(loaded, Composition):
+    if not isinstance(loaded, Composition) and not (isinstance(loaded, type) and issubclass(loaded, Correction)):
         raise PluginLoadError(f"{plugin} must offer a Correction class or a Composition, got {loaded!r}")
     if loaded.api_version != API_VERSION:
-        newer = loaded.api_version > API_VERSION
-        mend = "a newer regrad" if newer else f"a version of the plugin made for api {API_VERSION}"
-        raise PluginLoadError(
-            f"{plugin} is made for api {loaded.api_version}, this core has {API_VERSION}; install {mend}"
-        )
-    if is_class and loaded.name != name:
+        mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
+        raise PluginLoadError(f"{plugin} has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}")
+    if isinstance(loaded, type) and loaded.name != name:
         raise PluginLoadError(f"{plugin} must offer a class whose name is {name!r}, got {loaded.name!r}")
 
 
@@ -148,22 +141,20 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
     merged = {**_parse_options(text, spec), **options}
     loaded = load(name.strip())
     if not isinstance(loaded, Composition):
-        correction: Correction = loaded(**merged)
-        return correction
+        return loaded(**merged)  # type: ignore[no-any-return]
     routed: dict[str, dict[str, Any]] = {part: {} for part in loaded.parts}
     for key, value in merged.items():
         part, dot, option = key.partition(".")
         if not dot or part not in routed:
-            raise TypeError(
-                f"{key} must start with a part of {name!r} ({', '.join(routed)}), as in '{loaded.parts[0]}.…'"
-            )
+            raise TypeError(f"options of {name!r} must start with one of {', '.join(routed)} and a dot, got {key!r}")
         routed[part][option] = value
-    return tuple(c for part, values in routed.items() for c in as_tuple(create(part, **values)))
+    return tuple(c for part, values in routed.items() for c in created(part, **values))
 
 
-def as_tuple(created: Correction | tuple[Correction, ...]) -> tuple[Correction, ...]:
-    """Return what `create` returned as a tuple."""
-    return created if isinstance(created, tuple) else (created,)
+def created(spec: str, **options: Any) -> tuple[Correction, ...]:
+    """Return what `create` returns, always as a tuple."""
+    made = create(spec, **options)
+    return made if isinstance(made, tuple) else (made,)
 
 
 def _parse_options(text: str, spec: str) -> dict[str, Any]:
@@ -191,8 +182,6 @@ def _parse_value(text: str) -> Any:
 
 def origin(correction: Correction) -> tuple[str, str]:
     """Return the distribution and version that a correction comes from; ("local", "") where it is not installed."""
-    entry = available().get(correction.name)
-    package = type(correction).__module__.partition(".")[0]
-    if entry is not None and entry.value.partition(":")[0].partition(".")[0] == package:
-        return entry.distribution, entry.version
-    return "local", ""
+    entry, package = available().get(correction.name), type(correction).__module__.partition(".")[0]
+    known = entry is not None and entry.value.startswith((f"{package}.", f"{package}:"))
+    return (entry.distribution, entry.version) if entry and known else ("local", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 if TYPE_CHECKING:
     from regrad.correction import Correction
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = r"_orig_mod\.|_checkpoint_wrapped_module\."
 
 
 class ParameterNames:
@@ -28,16 +29,9 @@ class ParameterNames:
     def __call__(self, parameter: Tensor, fallback: str) -> str:
         """Return the parameter's name in the model without wrappers' prefixes, or `fallback`."""
         if parameter not in self._names:
-            named = {parameter: name for name, parameter in self._model.named_parameters()}
-            self._names = {**self._names, **{p: _without_wrappers(name) for p, name in named.items()}}
+            self._names |= {p: re.sub(_WRAPPERS, "", name) for name, p in self._model.named_parameters()}
             self._names.setdefault(parameter, fallback)
         return self._names[parameter]
-
-
-def _without_wrappers(name: str) -> str:
-    for prefix in _WRAPPERS:
-        name = name.replace(prefix, "")
-    return name
 
 
 class Step:

@@ -1,6 +1,4 @@
-"""The window: the time between moving the weights and restoring them."""
-
-from __future__ import annotations
+"""The window: the time between moving weights and restoring them."""
 
 from collections.abc import Sequence
 
@@ -20,11 +18,11 @@ class Window:
     Attributes:
         is_open: Whether the weights of this step were already asked for; true also
             when nothing had to be moved.
+        moved: The parameters that are moved now.
     """
 
     def __init__(self) -> None:
-        self.is_open = False
-        self._moved: list[Tensor] = []
+        self.is_open, self.moved = False, list[Tensor]()
         self._buffers: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
@@ -44,35 +42,27 @@ class Window:
         displacements = displacements or [None] * len(parameters)
         if len(displacements) != len(parameters):
             raise RegradError(f"predict_weights must return {len(parameters)} displacements, got {len(displacements)}")
-        pairs = [(p, d) for p, d in zip(parameters, displacements, strict=True) if d is not None]
-        self.is_open, self._moved = True, [p for p, _ in pairs]
-        self._buffers = {p: self._buffer(p) for p in self._moved}
-        if pairs:
-            live = locals_of(self._moved)
-            torch._foreach_copy_(list(self._buffers.values()), live)
-            torch._foreach_add_(live, locals_of(d for _, d in pairs))
-        return bool(pairs)
+        moves = {p: local(d) for p, d in zip(parameters, displacements, strict=True) if d is not None}
+        self.is_open, self.moved = True, list(moves)
+        self._buffers = {p: self._buffer(p) for p in moves}
+        if moves:
+            torch._foreach_copy_(list(self._buffers.values()), locals_of(moves))
+            torch._foreach_add_(locals_of(moves), list(moves.values()))
+        return bool(moves)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         part, kept = local(parameter), self._buffers.get(parameter)
-        if kept is not None and (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device):
-            return kept
-        return torch.empty_like(part)
+        fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)
+        return kept if kept is not None and fits else torch.empty_like(part)
 
     @torch.no_grad()
     def close(self) -> bool:
         """Restore every moved parameter; return whether there was any."""
-        moved, self._moved, self.is_open = self._moved, [], False
+        moved, self.moved, self.is_open = self.moved, [], False
         if moved:
             torch._foreach_copy_(locals_of(moved), [self._buffers[p] for p in moved])
         return bool(moved)
 
-    @property
-    def moved(self) -> tuple[Tensor, ...]:
-        """The parameters that are moved now."""
-        return tuple(self._moved)
-
-    @property
     def true_weights(self) -> dict[Tensor, Tensor]:
-        """Copies of the true weights by moved parameter: safe to hand out, since the buffers are reused."""
-        return {p: like_sharded(self._buffers[p].clone(), p) for p in self._moved}
+        """Return copies of the true weights by moved parameter: the buffers themselves are reused."""
+        return {p: like_sharded(self._buffers[p].clone(), p) for p in self.moved}

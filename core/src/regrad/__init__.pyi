@@ -1,0 +1,11 @@
+from regrad.attachment import Attachment as Attachment
+from regrad.attachment import attach as attach
+from regrad.correction import Correction as Correction
+from regrad.errors import PluginLoadError as PluginLoadError
+from regrad.errors import RegradError as RegradError
+from regrad.errors import RegradWarning as RegradWarning
+from regrad.hookspecs import hookimpl as hookimpl
+from regrad.registry import Composition as Composition
+from regrad.registry import available as available
+from regrad.registry import create as create
+from regrad.registry import load as load

@@ -1,0 +1,102 @@
+"""Copies of an attached model are plain models."""
+
+import copy
+import io
+
+import pytest
+import regrad
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+
+@pytest.fixture
+def attached(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    shift = toys.Shift()
+    attachment = regrad.attach(model, optimizer, [shift, toys.Listen()])
+    toys.train_step(model, optimizer)
+    return model, optimizer, shift, attachment
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def averaged(model):
+    return AveragedModel(model).module
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copy_of", [copied, averaged, saved_and_loaded])
+def test_a_copy_is_inert_and_holds_the_same_weights(toys, same_bits, attached, copy_of):
+    model, _, shift, attachment = attached
+    calls, heard = shift.calls, len(attachment.corrections[1].heard)
+    twin = copy_of(model)
+    before = toys.weights_of(twin)
+    assert same_bits(before, toys.weights_of(model))
+    twin.train()
+    loss = toys.loss_of(twin)
+    loss.backward()
+    assert same_bits(toys.weights_of(twin), before)
+    assert same_bits(dict(twin.state_dict()), before)
+    twin.load_state_dict(model.state_dict())
+    assert (shift.calls, len(attachment.corrections[1].heard)) == (calls, heard)
+
+
+@pytest.mark.parametrize("copy_of", [copied, averaged, saved_and_loaded])
+def test_using_a_copy_does_not_disturb_the_window_of_the_original(toys, same_bits, attached, copy_of):
+    model, optimizer, shift, _ = attached
+    twin = copy_of(model)
+    toys.loss_of(model).backward()
+    moved = toys.weights_of(model)
+    twin.eval()
+    toys.loss_of(twin)
+    twin.state_dict()
+    assert same_bits(toys.weights_of(model), moved)
+    optimizer.step()
+    assert shift.calls == 2
+
+
+def test_a_copy_taken_inside_the_window_holds_the_predicted_weights_as_documented(toys, attached):
+    model, *_ = attached
+    true = toys.weights_of(model)
+    toys.loss_of(model)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin.body.weight, true["body.weight"] + 0.5, rtol=0, atol=0)
+
+
+def test_a_copy_can_be_attached_itself(toys, attached):
+    model, *_ = attached
+    twin = copy.deepcopy(model)
+    optimizer = toys.sgd(twin)
+    shift = toys.Shift()
+    regrad.attach(twin, optimizer, [shift])
+    toys.train_step(twin, optimizer)
+    assert shift.calls == 1
+
+
+def test_a_model_that_keeps_the_criterion_can_still_be_copied(toys):
+    model = toys.Net()
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Louder()], torch.nn.CrossEntropyLoss())
+    model.criterion = attachment.criterion
+    twin = copy.deepcopy(model)
+    logits, labels = model(toys.batch()[0]), toys.batch()[1]
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(model.criterion(logits, labels), 3 * plain)
+    torch.testing.assert_close(twin.criterion(logits, labels), plain)
+
+
+def test_pickling_a_model_with_hooks_needs_no_attachment_to_load(toys, python, tmp_path):
+    model = torch.nn.Linear(2, 1)
+    regrad.attach(model, toys.sgd(model), [toys.Shift()])
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys, torch; print(torch.load(sys.argv[1], weights_only=False)(torch.ones(3, 2)).shape)"
+    code = code.replace("sys.argv[1]", repr(str(tmp_path / "model.pt")))
+    assert python(code) == "torch.Size([3, 1])\n"
