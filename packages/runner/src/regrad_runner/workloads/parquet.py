@@ -1,0 +1,173 @@
+"""A folder of Hugging Face parquet files with images and labels."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from regrad_runner.workloads import Defaults, Measure, Workload
+from regrad_runner.workloads.decode import EncodedImage, common_format, decode_images
+from regrad_runner.workloads.images import Augmentation, standardized
+from regrad_runner.workloads.split import Indices, keep_stratified, take_stratified
+
+VALIDATION_SHARE = 0.1
+LOOKED_AT = 100
+ROWS_AT_ONCE = 1000
+LAYOUT = "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
+DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20", width=16)
+
+
+def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> Workload:
+    """Return the images of `train.parquet` and `test.parquet`, or of `train-*.parquet` and `test-*.parquet`.
+
+    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` is
+    an encoded JPEG, PNG, GIF or WebP) and `label` (integers or strings; classes are numbered in sorted order).
+    A tenth of the training images, the same share of each class, is the validation split.
+
+    Images become square: the shorter side is resized to the median shorter side of the first 100 training images,
+    but at most to 64 pixels, and the middle is cut out; images that fit already are left alone. They are grey if
+    those 100 are, else RGB. Training images are shifted by up to an eighth of their size, what moves in is black,
+    and half of them are mirrored. All are standardised with the mean and the standard deviation of the training
+    pixels per channel.
+
+    Only the images in use are decoded, once, into memory. The files are read where they lie: nothing is copied to
+    a cache, and nothing is asked of the network.
+
+    Args:
+        seed_of_split: Fixes which images validate and which are kept, at least 0.
+        data_dir: The folder.
+        train_size: Number of training images to keep after the validation split; None for all.
+
+    Raises:
+        ValueError: If the folder, a file, a column or an image is missing or cannot be read, if there are fewer
+            than 2 classes or too few images of one, or if `train_size` is out of its range.
+
+    References:
+        He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2, for the
+        augmentation: theirs pads after subtracting the mean, this before, so that what moves in is black.
+    """
+    train_split, test_split = _Split.find(data_dir, "train"), _Split.find(data_dir, "test")
+    classes, labels = _numbered(train_split.labels())
+    validation_size = max(len(classes), round(VALIDATION_SHARE * len(labels)))
+    validation, train = take_stratified(labels, validation_size, seed=seed_of_split, what="validation images")
+    train = train[keep_stratified(labels[train], train_size, seed=seed_of_split)]
+    test_labels = _looked_up(test_split.labels(), classes)
+
+    looked_at = np.arange(min(LOOKED_AT, len(labels)))
+    encoded = train_split.encoded(np.unique(np.concatenate([looked_at, train, validation])))
+    form = common_format([encoded[row] for row in looked_at.tolist()])
+    train_set, validation_set, test_set = standardized(
+        (decode_images([encoded[row] for row in train.tolist()], form), torch.from_numpy(labels[train])),
+        (decode_images([encoded[row] for row in validation.tolist()], form), torch.from_numpy(labels[validation])),
+        (decode_images(list(test_split.encoded().values()), form), torch.from_numpy(test_labels)),
+        augment=Augmentation(shift=form.side // 8, flip=True),
+    )
+    return Workload(
+        name="parquet",
+        measure=Measure(),
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
+        classes=len(classes),
+        defaults=DEFAULTS,
+    )
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The parquet files of one split, in order; rows are counted from 0 over all of them."""
+
+    name: str
+    files: tuple[str, ...]
+
+    @classmethod
+    def find(cls, data_dir: Path | None, name: str) -> _Split:
+        """Find the files of a split, whole or in shards, in the folder or in its subfolder `data`."""
+        if data_dir is None:
+            raise ValueError(f"data_dir must be {LAYOUT}, got None; name the folder")
+        if not data_dir.is_dir():
+            raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}'; there is no such folder")
+        for folder in (data_dir, data_dir / "data"):
+            for pattern in (f"{name}.parquet", f"{name}-*.parquet"):
+                if found := sorted(folder.glob(pattern)):
+                    return cls(name, tuple(map(str, found)))
+        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}' without {name} files")
+
+    def labels(self) -> npt.NDArray[Any]:
+        """Return the column `label`, shape [N], at least one row."""
+        with self._column("label") as (_, tables):
+            columns = [table["label"] for table in tables]
+        if not sum(map(len, columns)):
+            raise ValueError(f"the {self.name} split must hold images, got none")
+        if any(column.null_count for column in columns):
+            raise ValueError(f"label must be given for every image, got none for some of the {self.name} split")
+        labels = np.concatenate([column.to_numpy() for column in columns])
+        if labels.dtype.kind not in "iub" and not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"label must be an integer or a string, got {labels[0]!r} in the {self.name} split")
+        return labels
+
+    def encoded(self, rows: Indices | None = None) -> dict[int, EncodedImage]:
+        """Return the image files in these rows, sorted without repetition, or in all; others are passed over."""
+        found: dict[int, EncodedImage] = {}
+        with self._column("image") as (feature, tables):
+            if not (isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)):
+                raise ValueError(f"image must be a struct with bytes, got {feature}")
+            start = 0
+            for table in tables:
+                inside = np.arange(start, start + len(table))
+                if rows is not None:
+                    inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))]
+                for row, image in zip(inside.tolist(), table["image"].take(inside - start).to_pylist(), strict=True):
+                    where = f"row {row} of the {self.name} split"
+                    found[row] = EncodedImage(where=where, content=image["bytes"] if image else None)
+                start += len(table)
+        return found
+
+    @contextlib.contextmanager
+    def _column(self, column: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+        """Give a column's type and its content as pyarrow tables; what `datasets` logs or raises becomes one line."""
+        verbosity = datasets.utils.logging.get_verbosity()
+        datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+        try:
+            # A streamed dataset stores nothing but a lock file.
+            with tempfile.TemporaryDirectory() as folder:
+                features = self._open(folder).features
+                if column not in features:
+                    raise ValueError(f"columns must be image and label, got {', '.join(features)}")
+                tables = self._open(folder, columns=[column]).with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
+                # A reader that is left open can keep the interpreter from ending.
+                with contextlib.closing(tables):
+                    yield features[column], tables
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
+            raise ValueError(f"{self.files[0]}: {str(problem).splitlines()[0]}") from problem
+        finally:
+            datasets.utils.logging.set_verbosity(verbosity)
+
+    def _open(self, folder: str, **options: Any) -> Any:
+        return datasets.Dataset.from_parquet(list(self.files), cache_dir=folder, streaming=True, **options)
+
+
+def _numbered(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Indices]:
+    """Return the sorted classes of the training images, at least two, and each label's position there."""
+    classes, numbers = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"label must have at least 2 classes in the train split, got {classes[0]!r} alone")
+    return classes, numbers.astype(np.int64)
+
+
+def _looked_up(labels: npt.NDArray[Any], classes: npt.NDArray[Any]) -> Indices:
+    """Return the position of each test label among the classes of the training images."""
+    number_of = {label: number for number, label in enumerate(classes.tolist())}
+    unknown = [label for label in labels.tolist() if label not in number_of]
+    if unknown:
+        raise ValueError(f"label must be one that the train split has, got {unknown[0]!r} in the test split")
+    return np.array([number_of[label] for label in labels.tolist()], dtype=np.int64)
