@@ -85,10 +85,9 @@ def together(session: nox.Session) -> None:
 @nox.session
 def minimums(session: nox.Session) -> None:
     """Run every test with the lowest versions that the members allow."""
-    requirements = [argument for member in MEMBERS for argument in ("-r", f"{member}/pyproject.toml")]
-    # Outside the workspace, so that its pins for development do not hold.
-    wheels = build_wheels(session, *MEMBERS)
-    session.install("--no-config", "--resolution", "lowest-direct", *requirements, *wheels, "--group", "test")
+    # "-r" makes a member's dependencies direct, so that lowest-direct means them; "--no-config" leaves the pins out.
+    members = [text for member in MEMBERS for text in ("-r", f"{member}/pyproject.toml", "-e", member)]
+    session.install("--no-config", "--resolution", "lowest-direct", *members, "--group", "test")
     session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
 
 
