@@ -24,7 +24,7 @@ OPTIONS = {
     "everything": {"weight": WEIGHT, "label_smoothing": 0.2, "ignore_index": 2},
 }
 SHAPES = [(5,), (6, 5), (1, 5), (3, 5, 4), (2, 5, 3, 2)]
-TILES = [1, 41, 2**20]
+TILES = [1, 41, 2**21]
 
 
 def draw(shape, generator, *, soft=False):
