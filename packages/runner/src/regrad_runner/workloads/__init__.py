@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
+
+import regrad
 
 from regrad_runner.workloads.images import ImageSet
 
@@ -94,11 +95,9 @@ def load_workload(
 
     Raises:
         ValueError: If no workload has this name, or its data are missing or unfit: one line each.
+        PluginLoadError: If its distribution cannot be imported.
     """
-    points = {point.name: point for point in entry_points(group=GROUP)}
-    if name not in points:
-        raise ValueError(f"no workload named {name!r}; installed: {', '.join(sorted(points))}")
-    load = points[name].load()
+    load = regrad.load(name, group=GROUP)
     workload = load(seed_of_split=seed_of_split, data_dir=data_dir, train_size=train_size)
     if not isinstance(workload, Workload):
         raise TypeError(f"workload {name!r} must return a Workload, got {type(workload).__name__}")
