@@ -1,5 +1,6 @@
 """The public names are frozen: to change one is to break somebody's script, so it takes a change here too."""
 
+import dataclasses
 import importlib
 import inspect
 
@@ -40,7 +41,7 @@ def written(parameter: inspect.Parameter) -> str:
 @pytest.mark.parametrize("module", PUBLIC)
 def test_a_package_offers_exactly_its_frozen_names(module):
     package = importlib.import_module(module)
-    assert set(package.__all__) == PUBLIC[module]
+    assert set(getattr(package, "__all__", dir(package))) == PUBLIC[module]
     assert all(getattr(package, name).__doc__ for name in PUBLIC[module] - {"hookimpl"})
 
 
@@ -54,7 +55,7 @@ def test_a_public_callable_takes_exactly_its_frozen_arguments(place):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_correction_has_exactly_its_frozen_options_and_defaults(name):
     regrad = importlib.import_module("regrad")
-    assert regrad.create(name).option_values() == OPTIONS[name]
+    assert dataclasses.asdict(regrad.create(name).options) == OPTIONS[name]
 
 
 def test_an_attachment_has_its_frozen_names():
