@@ -1,0 +1,224 @@
+"""Settings of a comparison or a run: from a YAML file and flags, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from regrad_runner.optimizers import spec_of
+from regrad_runner.workloads import Workload
+
+FIRST_TUNING_SEED = 1_000_000
+WITHOUT_EFFECT_ON_RESULTS = frozenset({"tracker", "tracking_uri", "threads", "processes", "checkpoint_every"})
+# Below this many pixels per batch, one thread is as fast as two that wait for each other.
+PIXELS_FOR_ONE_THREAD = 32_768
+
+
+class RunConfig(BaseModel):
+    """What `compare` and `train` share. None stands for what suits the workload until `resolved` fills it in.
+
+    Attributes:
+        workload: Name of the workload.
+        data_dir: Folder with its data, for workloads that need one.
+        train_size: Training images to keep, the same share of each class.
+        model: Name of the model.
+        width: Channels of its first stage.
+        norm: Normalisation; "group" does not mix the samples of a batch.
+        epochs: Passes over the training images.
+        batch_size: Samples per optimizer step, over all processes and micro-batches.
+        optimizer: Name with options, such as "sgd:momentum=0.9".
+        warmup_steps: Optimizer steps in which the learning rate rises linearly.
+        accumulate: Micro-batches per optimizer step.
+        mixed_precision: Number format of the forward pass.
+        clip_norm: Largest gradient norm, or None for no clipping.
+        evaluations_per_epoch: How often the validation images are looked at.
+        threads: CPU threads of each process.
+        processes: Processes that must have been started, or None for any number.
+        tracker: Where metrics go.
+        tracking_uri: An MLflow server or database, or None for a database in the output folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    workload: str = "digits"
+    data_dir: str | None = None
+    train_size: int | None = Field(default=None, gt=0)
+    model: str | None = None
+    width: int | None = Field(default=None, gt=0)
+    norm: Literal["batch", "group"] = "batch"
+    epochs: int | None = Field(default=None, gt=0)
+    batch_size: int | None = Field(default=None, gt=0)
+    optimizer: str | None = None
+    warmup_steps: int = Field(default=0, ge=0)
+    accumulate: int = Field(default=1, gt=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    clip_norm: float | None = Field(default=None, gt=0)
+    evaluations_per_epoch: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+    processes: int | None = Field(default=None, gt=0)
+    tracker: Literal["mlflow", "none"] = "mlflow"
+    tracking_uri: str | None = None
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        # The default of MLflow and a relative file depend on the working directory, a plain folder it refuses.
+        if value is not None and not re.match(r"https?://|sqlite:////|(postgresql|mysql|mssql)\S*://", value):
+            raise ValueError(
+                f"tracking_uri must be an absolute address, got {value!r}; give http://host:port or sqlite:////folder/file.db"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Self:
+        if self.batch_size is not None and self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size must be a multiple of accumulate ({self.accumulate}), got {self.batch_size}")
+        return self
+
+    def resolved(self, workload: Workload) -> Self:
+        """Return a copy in which nothing is left to the workload's defaults.
+
+        Raises:
+            ValueError: If a value does not fit the workload.
+        """
+        defaults = workload.defaults
+        names = ("epochs", "batch_size", "model", "width", "evaluations_per_epoch")
+        values = {name: getattr(self, name) or getattr(defaults, name) for name in names}
+        values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.image_size**2)
+        values["optimizer"], lr = spec_of(self.optimizer, defaults)
+        given = self.model_dump()
+        values["lr"] = lr if given["lr"] is None else given["lr"]
+        if values["batch_size"] > len(workload.train):
+            raise ValueError(
+                f"batch_size must be at most {len(workload.train)} (the training images), got {values['batch_size']}"
+            )
+        return validated(type(self), {**given, **values})
+
+
+class CompareConfig(RunConfig):
+    """Settings of a comparison.
+
+    Attributes:
+        corrections: One string per arm; "+" stacks corrections.
+        controls: Whether the trivial changes that corrections must beat run too.
+        seeds: Number of paired seeds, counted from 0.
+        lr: One learning rate for every arm, or several among which every arm chooses on the validation split.
+        tuning_seeds: Seeds per learning rate and arm in that choice; none of them is compared on.
+    """
+
+    corrections: tuple[str, ...] = ("powergrad", "xgrad", "xgrad+powergrad")
+    controls: bool = True
+    seeds: int = Field(default=10, gt=0)
+    lr: tuple[float, ...] | None = None
+    tuning_seeds: int = Field(default=2, gt=0)
+
+    @field_validator("lr", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return (value,) if isinstance(value, int | float | str) else value
+
+    @field_validator("lr")
+    @classmethod
+    def _positive_and_different(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        return value if value is None else _learning_rates(value)
+
+
+class TrainConfig(RunConfig):
+    """Settings of one run.
+
+    Attributes:
+        corrections: Attached together, in this order.
+        lr: Learning rate at the start of the cosine.
+        seed: Fixes initial weights, order of the data and augmentation.
+        checkpoint_every: Optimizer steps between checkpoints, or None for one at the end of each epoch.
+    """
+
+    corrections: tuple[str, ...] = ()
+    lr: float | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
+    checkpoint_every: int | None = Field(default=None, gt=0)
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def load_config(kind: type[Config], *, file: Path | None = None, flags: Mapping[str, Any]) -> Config:
+    """Return the settings in `file`, with the flags that were given in their place.
+
+    Args:
+        kind: `CompareConfig` or `TrainConfig`.
+        file: A YAML mapping from settings to values, or None.
+        flags: Values by setting; None stands for a flag that was not given.
+
+    Raises:
+        ValueError: If the file cannot be read, or a setting is unknown or out of its range.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    return validated(kind, {**(_read(file) if file else {}), **given})
+
+
+def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Return the settings, or raise a `ValueError` of one line that names setting, rule and value."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as problems:
+        raise ValueError(_line(kind, problems)) from None
+
+
+def write_config(config: RunConfig) -> str:
+    """Return the settings as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def first_difference(old: RunConfig, new: RunConfig) -> str | None:
+    """Name the first setting in which two configurations would give different results, with both values."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for name, value in after.items():
+        if name not in WITHOUT_EFFECT_ON_RESULTS and before.get(name) != value:
+            return f"{name} {before.get(name)!r} there and {value!r} here"
+    return None
+
+
+def _threads(pixels: int) -> int:
+    return 1 if pixels < PIXELS_FOR_ONE_THREAD else torch.get_num_threads()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ValueError(f"config must be a readable file, got '{file}': {problem.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise ValueError(f"config must be YAML, got '{file}': {' '.join(str(problem).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(  # noqa: TRY004 - what the file says is wrong, not what a caller passed
+            f"config must map settings to values, got {type(loaded).__name__} in '{file}'"
+        )
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _learning_rates(values: tuple[float, ...]) -> tuple[float, ...]:
+    if not values or min(values) <= 0 or len(set(values)) < len(values):
+        raise ValueError(f"lr must be different positive numbers, got {', '.join(f'{v:g}' for v in values) or 'none'}")
+    return values
+
+
+def _line(kind: type[RunConfig], problems: ValidationError) -> str:
+    """Say the first problem in one line."""
+    problem = problems.errors()[0]
+    name, message, value = str(next(iter(problem["loc"]), "")), problem["msg"], problem["input"]
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, kind.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(kind.model_fields)}"
+        return f"no setting named {name!r}; {hint}"
+    if problem["type"] == "value_error":
+        return message.removeprefix("Value error, ")
+    rule = re.split(r", (?:unable|got) ", message.replace("Input should", "must"))[0]
+    return f"{name} {rule}, got {value!r}"

@@ -1,0 +1,117 @@
+"""Optimizers by name: torch's own, and those of plugins."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import regrad
+import torch
+from torch.optim import Optimizer
+
+from regrad_runner.workloads import Defaults
+
+GROUP = "regrad.optimizers"
+# They need a closure, sparse gradients or only matrices: not what the loop here offers.
+UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
+
+
+def read_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """Split "name:option=value,option=value" into the name and its options.
+
+    Raises:
+        ValueError: If it is not of that form.
+
+    Example:
+        >>> read_spec("sgd:momentum=0.9,nesterov=true")
+        ('sgd', {'momentum': 0.9, 'nesterov': True})
+    """
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key:
+            raise ValueError(f"optimizer must look like 'name:option=value,option=value', got {text!r}")
+        options[key] = _value(value)
+    return name.strip(), options
+
+
+def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
+    """Return the optimizer's complete spec and the learning rate that suits it.
+
+    The workload's momentum, weight decay and learning rate belong to its own optimizer; any other one starts from
+    its class's defaults.
+
+    Raises:
+        ValueError: If the optimizer is unknown or `text` cannot be read.
+    """
+    name, options = read_spec(text or defaults.optimizer)
+    kind = optimizer_class(name)
+    lr = inspect.signature(kind).parameters["lr"].default
+    if name == defaults.optimizer:
+        own = {"momentum": defaults.momentum, "weight_decay": defaults.weight_decay}
+        options = {**{key: own[key] for key in own if key in inspect.signature(kind).parameters}, **options}
+        lr = defaults.lr
+    if "lr" in options:
+        raise ValueError(f"optimizer must not set lr, got {text!r}; use the setting lr")
+    written = ",".join(f"{key}={value}" for key, value in options.items())
+    return (f"{name}:{written}" if written else name), float(lr)
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """Return the optimizer's class.
+
+    Raises:
+        ValueError: If neither torch nor a plugin has it.
+    """
+    known = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and key not in UNFIT
+    }
+    if name in known:
+        return known[name]
+    plugins = regrad.available(GROUP)
+    if name in plugins:
+        loaded: type[Optimizer] = regrad.load(name, GROUP)
+        return loaded
+    raise ValueError(f"no optimizer named {name!r}; there are: {', '.join(sorted([*known, *plugins]))}")
+
+
+def build_optimizer(
+    spec: str, parameters: Iterable[Any], *, lr: float, changes: Mapping[str, Any] | None = None
+) -> Optimizer:
+    """Create an optimizer.
+
+    Args:
+        spec: Name with options, such as "sgd:momentum=0.9".
+        parameters: Parameters or parameter groups.
+        lr: Learning rate of the groups that set none.
+        changes: Options that win over those in `spec`: what a control changes.
+
+    Raises:
+        ValueError: If the name or an option is unknown, or a value is out of its range.
+    """
+    name, options = read_spec(spec)
+    kind = optimizer_class(name)
+    options.update(changes or {})
+    allowed = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr")]
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"optimizer {name!r} has no option {key!r}; allowed: {', '.join(allowed)}")
+    try:
+        return kind(parameters, lr=lr, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as problem:
+        raise ValueError(f"optimizer must be one that torch accepts, got {spec!r}: {problem}") from problem
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
