@@ -1,0 +1,144 @@
+"""The arms of a comparison: the baseline, the corrections, and the controls that they must beat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import regrad
+from regrad.correction import Control, Correction
+from torch.optim import Optimizer
+
+BASELINE = "none"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared.
+
+    Attributes:
+        name: As printed.
+        corrections: Strings for `regrad.create`, in order.
+        control: The trivial change to make, for a control arm.
+        must_beat: Name of the arm with the trivial change that this one must beat, whether or not it runs; None
+            where the corrections declare none.
+    """
+
+    name: str
+    corrections: tuple[str, ...] = ()
+    control: Control | None = None
+    must_beat: str | None = None
+
+    @property
+    def folder_name(self) -> str:
+        """The name, without what a file name cannot hold."""
+        return re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name)
+
+
+def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
+    """Return the arms: the baseline, one per string, then their controls, equal controls once.
+
+    Args:
+        corrections: One string per arm, as for `regrad.create`; "+" stacks corrections.
+        optimizer: What the arms train with: a control depends on it.
+        controls: Whether to add controls.
+
+    Raises:
+        ValueError: If a correction cannot be created, or two arms would be the same.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> [arm.name for arm in expand([], sgd)]
+        ['none']
+    """
+    arms = {BASELINE: Arm(BASELINE)}
+    changes: dict[str, Control] = {}
+    for text in corrections:
+        parts = parts_of(text)
+        name = "+".join(parts)
+        if name in arms:
+            raise ValueError(f"corrections must be different, got {name!r} twice")
+        change = merged([c.control(optimizer) for part in parts for c in created(part)])
+        must_beat = None
+        if change is not None:
+            must_beat = _control_name(change, name, changes, taken=arms)
+            changes[must_beat] = change
+        arms[name] = Arm(name, corrections=parts, must_beat=must_beat)
+    extra = [Arm(name, control=change) for name, change in changes.items()] if controls else []
+    return [*arms.values(), *extra]
+
+
+def parts_of(text: str) -> tuple[str, ...]:
+    """Split "a+b:option=1" at each plus that does not belong to a number.
+
+    Raises:
+        ValueError: If a part is empty.
+    """
+    parts = tuple(part.strip() for part in re.split(r"(?<![0-9.][eE])\+", text))
+    if not all(parts):
+        raise ValueError(f"corrections must name one correction on each side of '+', got {text!r}")
+    return parts
+
+
+def created(text: str) -> tuple[Correction, ...]:
+    """Return the corrections behind one string.
+
+    Raises:
+        ValueError: If it cannot be read, or the correction or an option is unknown or unfit.
+    """
+    try:
+        correction = regrad.create(text)
+    except TypeError as problem:
+        raise ValueError(str(problem)) from problem
+    return correction if isinstance(correction, tuple) else (correction,)
+
+
+def create_all(arm: Arm) -> list[Correction]:
+    """Return fresh corrections to attach in `arm`, its control's own among them."""
+    extra = arm.control.corrections if arm.control else ()
+    return list(chain.from_iterable(created(text) for text in (*arm.corrections, *extra)))
+
+
+def must_beat(arms: Iterable[Arm]) -> dict[str, str | None]:
+    """Return what each correction arm must beat, by its name."""
+    return {arm.name: arm.must_beat for arm in arms if arm.corrections}
+
+
+def merged(controls: Iterable[Control | None]) -> Control | None:
+    """Return one control that makes every change of these; None where there is none.
+
+    Raises:
+        ValueError: If two of them set the same option of the optimizer differently.
+    """
+    present = [control for control in controls if control is not None]
+    if not present:
+        return None
+    together = present[0]
+    for control in present[1:]:
+        together = Control(
+            name=together.name if control.name == together.name else f"{together.name}+{control.name}",
+            optimizer=_united(together.optimizer, control.optimizer),
+            head_init=together.head_init * control.head_init,
+            head_lr=together.head_lr * control.head_lr,
+            body_lr=together.body_lr * control.body_lr,
+            corrections=tuple(dict.fromkeys((*together.corrections, *control.corrections))),
+        )
+    return together
+
+
+def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    for key in one.keys() & other.keys():
+        if one[key] != other[key]:
+            raise ValueError(f"the controls of a stack must agree on {key}, got {one[key]!r} and {other[key]!r}")
+    return {**one, **other}
+
+
+def _control_name(change: Control, corrected: str, changes: Mapping[str, Control], *, taken: Collection[str]) -> str:
+    """Return the name of the equal change that is there already, or a new one."""
+    for name, known in changes.items():
+        if known == change:
+            return name
+    return change.name if change.name not in {*changes, *taken} else f"{change.name} ({corrected})"

@@ -1,0 +1,139 @@
+from types import SimpleNamespace
+
+import pytest
+import regrad
+import torch
+from regrad.correction import Control
+from regrad_runner import arms as module
+from regrad_runner.arms import Arm, expand, merged, must_beat, parts_of
+
+NESTEROV = Control(name="nesterov", optimizer={"nesterov": True})
+HEAD = Control(name="scaled-head", head_init=0.25, head_lr=0.25, body_lr=4.0)
+
+
+@pytest.fixture
+def optimizer():
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+
+
+@pytest.fixture
+def with_controls(monkeypatch):
+    """Corrections that need no plugin: what `regrad.create` returns, by name."""
+
+    def install(**controls):
+        def create(text):
+            return SimpleNamespace(control=lambda optimizer: controls[text.partition(":")[0]])
+
+        monkeypatch.setattr(regrad, "create", create)
+
+    return install
+
+
+def test_every_correction_brings_its_control(with_controls, optimizer):
+    with_controls(xgrad=NESTEROV, powergrad=HEAD)
+    arms = expand(["powergrad", "xgrad", "xgrad+powergrad"], optimizer)
+    assert [arm.name for arm in arms] == [
+        "none",
+        "powergrad",
+        "xgrad",
+        "xgrad+powergrad",
+        "scaled-head",
+        "nesterov",
+        "nesterov+scaled-head",
+    ]
+    assert must_beat(arms) == {
+        "powergrad": "scaled-head",
+        "xgrad": "nesterov",
+        "xgrad+powergrad": "nesterov+scaled-head",
+    }
+    assert arms[-1].control == Control(
+        name="nesterov+scaled-head", optimizer={"nesterov": True}, head_init=0.25, head_lr=0.25, body_lr=4.0
+    )
+
+
+def test_equal_controls_run_once(with_controls, optimizer):
+    with_controls(xgrad=NESTEROV, gcw=NESTEROV)
+    arms = expand(["xgrad", "gcw", "xgrad:horizon=2"], optimizer)
+    assert [arm.name for arm in arms] == ["none", "xgrad", "gcw", "xgrad:horizon=2", "nesterov"]
+    assert set(must_beat(arms).values()) == {"nesterov"}
+
+
+def test_different_controls_of_one_name_stay_apart(with_controls, optimizer):
+    with_controls(a=HEAD, b=Control(name="scaled-head", head_init=0.3, head_lr=0.3, body_lr=1 / 0.3))
+    arms = expand(["a", "b"], optimizer)
+    assert must_beat(arms) == {"a": "scaled-head", "b": "scaled-head (b)"}
+    assert [arm.name for arm in arms[3:]] == ["scaled-head", "scaled-head (b)"]
+
+
+def test_without_controls_it_is_still_known_what_had_to_be_beaten(with_controls, optimizer):
+    with_controls(xgrad=NESTEROV)
+    arms = expand(["xgrad"], optimizer, controls=False)
+    assert [arm.name for arm in arms] == ["none", "xgrad"]
+    assert must_beat(arms) == {"xgrad": "nesterov"}
+
+
+def test_a_correction_without_a_control_has_none_to_beat(with_controls, optimizer):
+    with_controls(agc=None)
+    arms = expand(["agc"], optimizer)
+    assert [arm.name for arm in arms] == ["none", "agc"]
+    assert must_beat(arms) == {"agc": None}
+
+
+def test_the_same_arm_twice_is_refused(with_controls, optimizer):
+    with_controls(agc=None)
+    with pytest.raises(ValueError, match="corrections must be different, got 'agc' twice"):
+        expand(["agc", "agc"], optimizer)
+
+
+def test_no_arm_may_be_called_like_the_baseline(with_controls, optimizer):
+    with_controls(none=None)
+    with pytest.raises(ValueError, match="corrections must be different, got 'none' twice"):
+        expand(["none"], optimizer)
+
+
+def test_controls_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="the controls of a stack must agree on nesterov, got True and False"):
+        merged([NESTEROV, Control(name="plain", optimizer={"nesterov": False})])
+
+
+def test_merged_controls_multiply_their_factors_and_join_their_corrections():
+    one = Control(name="a", head_lr=2.0, corrections=("clip-norm",))
+    other = Control(name="b", head_lr=3.0, corrections=("clip-norm", "agc"))
+    assert merged([one, None, other]) == Control(name="a+b", head_lr=6.0, corrections=("clip-norm", "agc"))
+    assert merged([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("xgrad", ("xgrad",)),
+        ("xgrad + agc:max_ratio=1e+2", ("xgrad", "agc:max_ratio=1e+2")),
+        ("a:x=1.5E+3+b", ("a:x=1.5E+3", "b")),
+    ],
+)
+def test_a_plus_stacks_unless_it_belongs_to_a_number(text, parts):
+    assert parts_of(text) == parts
+
+
+@pytest.mark.parametrize("text", ["", "+", "xgrad+", "xgrad++agc"])
+def test_an_empty_part_is_refused(text):
+    with pytest.raises(ValueError, match=r"corrections must name one correction on each side of '\+'"):
+        parts_of(text)
+
+
+def test_an_unknown_correction_or_option_fails_early(optimizer):
+    with pytest.raises(ValueError, match="no correction named 'no-such'"):
+        expand(["no-such"], optimizer)
+
+
+def test_an_unknown_option_becomes_a_value_error(monkeypatch):
+    def create(text):
+        raise TypeError("agc has no option 'h'")
+
+    monkeypatch.setattr(regrad, "create", create)
+    with pytest.raises(ValueError, match="agc has no option 'h'"):
+        module.created("agc:h=1")
+
+
+def test_folder_names_hold_nothing_that_a_file_name_cannot():
+    assert Arm("agc:max_ratio=0.1+x y/z").folder_name == "agc_max_ratio=0.1+x_y_z"
