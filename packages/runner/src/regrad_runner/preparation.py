@@ -1,0 +1,55 @@
+"""What every command checks and sets before its first step. Nothing here writes a file."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import regrad
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from regrad_runner.arms import Arm, create_all
+from regrad_runner.config import Config, RunConfig
+from regrad_runner.optimizers import build_optimizer
+from regrad_runner.training import build_training
+from regrad_runner.workloads import Workload, load_workload
+
+
+def load_data(config: Config) -> tuple[Workload, Config]:
+    """Load the workload and return it with the settings that it completes; set the number of CPU threads.
+
+    Raises:
+        ValueError: If the workload, its data or a setting is unknown or unfit.
+    """
+    data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
+    workload = load_workload(config.workload, data_dir=data_dir, train_size=config.train_size)
+    config = config.resolved(workload)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    return workload, config
+
+
+def example_optimizer(config: RunConfig, *, lr: float) -> Optimizer:
+    """Return an optimizer like those of the runs, with a parameter of its own: corrections name their controls by it.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    return build_optimizer(str(config.optimizer), [nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> None:
+    """Attach an arm's corrections to a model like those of the runs, and detach them.
+
+    Raises:
+        ValueError: If model, optimizer or a correction cannot be made.
+        RegradError: If the corrections cannot work here.
+    """
+    model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
+    regrad.attach(model, optimizer, create_all(arm), criterion=nn.CrossEntropyLoss()).detach()
+
+
+def default_folder(kind: str, workload: str) -> Path:
+    """Return a folder name under the current folder that says what, on what, and when."""
+    return Path(f"regrad-{kind}{workload}-{datetime.now():%Y%m%d-%H%M%S}")

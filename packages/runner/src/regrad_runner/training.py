@@ -1,0 +1,348 @@
+"""One training run through Accelerate: the loop that `compare` and `train` share."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import regrad
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from regrad_runner.arms import Arm, create_all
+from regrad_runner.config import RunConfig
+from regrad_runner.models import build_model, head_of
+from regrad_runner.optimizers import build_optimizer
+from regrad_runner.workloads import Measure, Workload
+from regrad_runner.workloads.images import ImageSet, training_loader
+
+# The effect meter looks at each of these first steps: they are slower in the arms that have a correction.
+METERED_STEPS = 20
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Passes over the training images done.
+        loss: Mean training loss since the last evaluation.
+        value: The measure on the validation images.
+        lr: Learning rate of the coming step.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    value: float
+    lr: float
+
+    def as_metrics(self, measure: Measure) -> dict[str, float]:
+        """Return the numbers by the names of curves."""
+        return {"training loss": self.loss, name_on_validation(measure): self.value, "lr": self.lr}
+
+
+@dataclass
+class Position:
+    """How far a run is; with weights and states, what a checkpoint holds.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: The epoch under way, from 0.
+        batch: Micro-batches of that epoch done.
+        points: The evaluations so far.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    points: list[Point] = field(default_factory=list)
+
+
+def name_on_validation(measure: Measure) -> str:
+    """Return what the measure is called on the validation images.
+
+    Example:
+        >>> name_on_validation(Measure(name="test accuracy", target=None))
+        'validation accuracy'
+    """
+    return f"validation {measure.name.removeprefix('test ')}"
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Return an Accelerator whose batches do not depend on the number of processes.
+
+    Raises:
+        ValueError: If the precision needs hardware that is missing, or there are more or fewer processes than asked.
+    """
+    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'")
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    _check_processes(config, accelerator.num_processes)
+    return accelerator
+
+
+def _check_processes(config: RunConfig, started: int) -> None:
+    """Raise unless as many processes run as were asked for: `accelerate launch --cpu` starts only one."""
+    launch = "launch with: torchrun --nproc-per-node N -m regrad_runner …"
+    # Only accelerate's launcher for one process sets the first two without the third.
+    launched = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    if config.processes not in (None, started):
+        raise ValueError(f"processes must be {config.processes} as asked, got {started}; {launch}")
+    if launched and started == 1:
+        raise ValueError(f"processes must be several as asked of accelerate launch, got 1; {launch}")
+    share = config.accumulate * started
+    if config.batch_size is not None and config.batch_size % share:
+        raise ValueError(
+            f"batch_size must be a multiple of accumulate × processes ({config.accumulate} × {started}), "
+            f"got {config.batch_size}"
+        )
+
+
+def build_training(
+    config: RunConfig, workload: Workload, arm: Arm, *, seed: int, lr: float
+) -> tuple[nn.Module, Optimizer]:
+    """Return the model and the optimizer of an arm, the change of its control made.
+
+    Args:
+        config: Resolved settings.
+        workload: What is trained.
+        arm: Whose control is applied.
+        seed: Fixes the initial weights.
+        lr: Learning rate before a control changes it.
+
+    Raises:
+        ValueError: If model or optimizer cannot be made.
+    """
+    model = build_model(
+        str(config.model),
+        classes=workload.classes,
+        channels=workload.train.channels,
+        image_size=workload.train.image_size,
+        width=config.width or 1,
+        norm=config.norm,
+        seed=seed,
+    )
+    control = arm.control
+    if control is None:
+        return model, build_optimizer(str(config.optimizer), model.parameters(), lr=lr)
+    head = list(head_of(model).parameters())
+    with torch.no_grad():
+        for parameter in head:
+            parameter.mul_(control.head_init)
+    groups: Any = model.parameters()
+    if control.head_lr != control.body_lr or control.body_lr != 1:
+        body = [p for p in model.parameters() if all(p is not h for h in head)]
+        groups = [{"params": body, "lr": lr * control.body_lr}, {"params": head, "lr": lr * control.head_lr}]
+    return model, build_optimizer(str(config.optimizer), groups, lr=lr, changes=control.optimizer)
+
+
+def schedule(step: int, *, warmup_steps: int, total_steps: int) -> float:
+    """Return the factor on the learning rate of step `step`, from 0: a line up to 1, then a cosine down to 0.
+
+    Example:
+        >>> [round(schedule(step, warmup_steps=2, total_steps=6), 3) for step in range(7)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def steps_to_target(points: Sequence[Point], measure: Measure) -> int | None:
+    """Return the step at which the running median of three evaluations reached the target; None if it never did."""
+    if measure.target is None:
+        return None
+    sign = 1 if measure.higher_is_better else -1
+    for three in zip(points, points[1:], points[2:], strict=False):
+        if sign * (median(point.value for point in three) - measure.target) >= 0:
+            return three[-1].step
+    return None
+
+
+class TrainingRun:
+    """One run, ready to step.
+
+    Everything random is fixed by `seed` before anything is built, so that runs of one seed differ by their arm
+    alone.
+
+    Args:
+        config: Resolved settings.
+        workload: What is trained.
+        arm: Corrections to attach, or a control's change to make.
+        seed: Of weights, order, augmentation and everything else.
+        lr: Learning rate at the start of the cosine.
+
+    Attributes:
+        position: How far it is.
+        attachment: What `regrad.attach` returned.
+        steps_per_epoch: Optimizer steps in an epoch; images that do not fill a batch wait for the next one.
+        total_steps: Optimizer steps of the whole run.
+    """
+
+    def __init__(self, config: RunConfig, workload: Workload, arm: Arm, *, seed: int, lr: float) -> None:
+        set_seed(seed)
+        self.config, self.workload, self.arm = config, workload, arm
+        self.seed, self.lr = seed, lr
+        self.accelerator = make_accelerator(config)
+        model, optimizer = build_training(config, workload, arm, seed=seed, lr=lr)
+        batch_size = int(config.batch_size or 1)
+        self.steps_per_epoch = len(workload.train) // batch_size
+        self.total_steps = self.steps_per_epoch * int(config.epochs or 1)
+        loader = training_loader(workload.train, batch_size=batch_size // config.accumulate, seed=seed)
+        scheduler = LambdaLR(
+            optimizer, lambda step: schedule(step, warmup_steps=config.warmup_steps, total_steps=self.total_steps)
+        )
+        self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
+            model, optimizer, loader, scheduler
+        )
+        self.attachment = regrad.attach(self.model, self.optimizer, create_all(arm), criterion=nn.CrossEntropyLoss())
+        self.position = Position()
+        self.loss_sum = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
+        self._dtype = next(model.parameters()).dtype
+        self._laps: list[tuple[int, float]] = []
+        self.begin_lap()
+
+    @property
+    def evaluate_every(self) -> int:
+        """Optimizer steps between evaluations."""
+        return max(1, self.steps_per_epoch // int(self.config.evaluations_per_epoch or 1))
+
+    def train(self, *, on_point: Callable[[Point], None], on_step: Callable[[int], None]) -> None:
+        """Train to the end, evaluating on the way.
+
+        Args:
+            on_point: Called with each evaluation.
+            on_step: Called after each optimizer step, and after its evaluation if it has one.
+        """
+        for step in self.steps():
+            if step % self.evaluate_every == 0 or step == self.total_steps:
+                on_point(self.evaluate())
+            on_step(step)
+
+    def steps(self) -> Iterator[int]:
+        """Train; after every optimizer step yield how many are done."""
+        per_epoch = self.steps_per_epoch * self.config.accumulate
+        started = time.perf_counter()
+        while self.position.epoch < int(self.config.epochs or 1):
+            for images, labels in self._rest_of_epoch():
+                if self.position.batch == per_epoch:
+                    continue  # micro-batches left over do not fill an optimizer step
+                self._micro_batch(images, labels)
+                self.position.batch += 1
+                if self.accelerator.sync_gradients:
+                    self.position.step += 1
+                    self._busy += time.perf_counter() - started
+                    yield self.position.step
+                    started = time.perf_counter()
+            self.position.epoch, self.position.batch = self.position.epoch + 1, 0
+
+    def evaluate(self) -> Point:
+        """Look at the validation images and append what was seen to the points."""
+        self._end_lap()
+        position = self.position
+        since = position.points[-1].step if position.points else 0
+        losses = self.accelerator.reduce(self.loss_sum, "mean").item() / (position.step - since)
+        self.loss_sum.zero_()
+        point = Point(
+            step=position.step,
+            epoch=position.step / self.steps_per_epoch,
+            loss=losses / self.config.accumulate,
+            value=self.accuracy(self.workload.validation),
+            lr=self.scheduler.get_last_lr()[0],
+        )
+        position.points.append(point)
+        return point
+
+    @torch.no_grad()
+    def accuracy(self, images: ImageSet) -> float:
+        """Return the share of images that the model labels right, each process looking at its part."""
+        model = self.accelerator.unwrap_model(self.model)
+        self._share_buffers(model)
+        self.model.eval()
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        mine = list(range(self.accelerator.process_index, len(images), processes))
+        right = torch.zeros((), device=device, dtype=torch.int64)
+        for start in range(0, len(mine), EVALUATION_BATCH):
+            batch, labels = images.__getitems__(mine[start : start + EVALUATION_BATCH])
+            logits = model(batch.to(device, self._dtype))
+            right += (logits.argmax(1) == labels.to(device)).sum()
+        self.model.train()
+        return float(self.accelerator.reduce(right, "sum").item()) / len(images)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the images and labels that the next step would see, without moving on."""
+        images, labels = next(iter(self._rest_of_epoch()))
+        return images.to(self._dtype), labels
+
+    def step_seconds(self) -> float:
+        """Return the median time of a training step, fetching its batch included, evaluations not."""
+        plain = [seconds for first, seconds in self._laps if first >= METERED_STEPS]
+        return median(plain or [seconds for _, seconds in self._laps] or [0.0])
+
+    def touched(self) -> bool:
+        """Say whether a correction changed any tensor."""
+        return any(key.endswith("/share_touched") and value > 0 for key, value in self.attachment.metrics().items())
+
+    def receipt(self) -> dict[str, Any]:
+        """Return the attachment's receipt with what it cannot know: arm, seed, learning rate and a control's change."""
+        control = asdict(self.arm.control) if self.arm.control else None
+        run = {"arm": self.arm.name, "seed": self.seed, "lr": self.lr, "control": control}
+        return {**self.attachment.receipt(), "run": {**run, "threads": torch.get_num_threads()}}
+
+    def close(self) -> None:
+        """Detach the corrections."""
+        self.attachment.detach()
+
+    def _rest_of_epoch(self) -> Any:
+        self.loader.set_epoch(self.position.epoch)
+        if not self.position.batch:
+            return self.loader
+        return self.accelerator.skip_first_batches(self.loader, self.position.batch)
+
+    def _micro_batch(self, images: Tensor, labels: Tensor) -> None:
+        with self.accelerator.accumulate(self.model):
+            loss = self.attachment.criterion(self.model(images.to(self._dtype)), labels)
+            self.accelerator.backward(loss)
+            if self.config.clip_norm is not None and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+        self.loss_sum += loss.detach()
+
+    def begin_lap(self) -> None:
+        """Measure time per step from here: after a checkpoint was loaded."""
+        self._busy, self._lap_from = 0.0, self.position.step
+
+    def _end_lap(self) -> None:
+        """Note the time per step since the last evaluation."""
+        started = time.perf_counter()
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()  # what is still running belongs to these steps
+        self._busy += time.perf_counter() - started
+        steps = self.position.step - self._lap_from
+        self._laps.append((self._lap_from, self._busy / steps))
+        self.begin_lap()
+
+    def _share_buffers(self, model: nn.Module) -> None:
+        """Give every process the running statistics of process 0: those that a checkpoint holds."""
+        if self.accelerator.num_processes > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
