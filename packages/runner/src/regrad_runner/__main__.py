@@ -1,0 +1,7 @@
+"""`python -m regrad_runner`, and with it `torchrun -m regrad_runner` and `accelerate launch -m regrad_runner`."""
+
+import sys
+
+from regrad_runner.cli import main
+
+sys.exit(main())

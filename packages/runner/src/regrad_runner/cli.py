@@ -1,0 +1,65 @@
+"""The command `regrad`: one clear line and exit code 2 for bad input, no traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from regrad.errors import RegradWarning
+
+BAD_INPUT, STOPPED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Words after the command's name; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 where a run failed, 2 for bad input with nothing written, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:2] == ["plugins", "list"] and set(words[2:]) <= {"--json"}:
+        from regrad_runner.plugins import show_plugins  # noqa: PLC0415 - the parser imports pydantic, this does not
+
+        show_plugins(as_json="--json" in words)
+        return 0
+    return _run(words)
+
+
+def _run(words: list[str]) -> int:
+    import typer  # noqa: PLC0415 - a listing needs no parser
+
+    from regrad_runner.commands import app  # noqa: PLC0415
+    from regrad_runner.errors import BadInput  # noqa: PLC0415
+
+    # Typer has its own copy of click since some version: its usage error goes by no public name in every one.
+    usage_error: Any = typer.BadParameter.__base__
+    warnings.formatwarning = _format_warning
+    try:
+        return int(app(words or ["--help"], prog_name="regrad", standalone_mode=False) or 0)
+    except BadInput as problem:
+        return _complain(str(problem))
+    except usage_error as problem:
+        return _complain(problem.format_message())
+    except (typer.Abort, KeyboardInterrupt):
+        return STOPPED
+
+
+def _complain(problem: str) -> int:
+    if problem and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"regrad: {problem}\n")
+    return BAD_INPUT
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """Write our own warnings for people, and others as Python does."""
+    if issubclass(category, RegradWarning):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"

@@ -1,0 +1,238 @@
+"""The commands: from flags to plans, from results to the screen. What is heavy is imported when it is used."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regrad_runner import options as o
+from regrad_runner.errors import checking_input
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from regrad_runner.config import Config
+
+app = typer.Typer(
+    name="regrad",
+    help="Compare gradient corrections on your data: paired seeds, controls, a plain verdict.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plugins = typer.Typer(help="What is installed.", no_args_is_help=True)
+app.add_typer(plugins, name="plugins")
+
+
+@app.command(cls=o.ManyValues)
+def compare(
+    ctx: typer.Context,
+    *,
+    corrections: o.Corrections = None,
+    no_controls: Annotated[
+        bool, typer.Option("--no-controls", help="Leave out the changes to beat.", metavar=" ", rich_help_panel=o.WHAT)
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="Paired runs of each arm.", metavar="N", rich_help_panel=o.WHAT)
+    ] = None,
+    workload: o.WorkloadName = None,
+    data_dir: o.DataDir = None,
+    train_size: o.TrainSize = None,
+    model: o.Model = None,
+    width: o.Width = None,
+    norm: o.Norm = None,
+    lr: Annotated[
+        str | None, typer.Option(help="Of several every arm chooses one.", metavar="X,X…", rich_help_panel=o.HOW)
+    ] = None,
+    tuning_seeds: Annotated[
+        int | None, typer.Option(help="Runs per rate and arm in that choice.", metavar="N", rich_help_panel=o.HOW)
+    ] = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    optimizer: o.Optimizer = None,
+    warmup_steps: o.WarmupSteps = None,
+    accumulate: o.Accumulate = None,
+    mixed_precision: o.MixedPrecision = None,
+    clip_norm: o.ClipNorm = None,
+    evaluations_per_epoch: o.Evaluations = None,
+    threads: o.Threads = None,
+    processes: o.Processes = None,
+    tracker: o.TrackerKind = None,
+    tracking_uri: o.TrackingUri = None,
+    config: o.ConfigFile = None,
+    out: o.Out = None,
+    resume: o.Resume = False,
+    json: o.AsJson = False,
+) -> int:
+    """Compare corrections with the baseline and with the trivial changes they must beat.
+
+    Without flags: powergrad, xgrad and both, with their controls, on handwritten digits, 10 seeds.
+    """
+    with checking_input():
+        from regrad_runner.compare import compare as run  # noqa: PLC0415
+        from regrad_runner.compare import make_plan  # noqa: PLC0415
+        from regrad_runner.config import CompareConfig  # noqa: PLC0415
+
+        plan = make_plan(_settings(CompareConfig, ctx, config, out, resume=resume), out=out, resume=resume)
+    from regrad_runner.progress import Display  # noqa: PLC0415
+    from regrad_runner.report import show_comparison  # noqa: PLC0415
+
+    console = _console()
+    display = Display(console, runs=plan.runs, quiet=not plan.reports)
+    display.say(plan.in_words())
+    with _stoppable(console, f"regrad compare --resume --out {plan.path}", quiet=not plan.reports), display:
+        folder = run(plan, display)
+    if plan.reports:
+        show_comparison(folder.path, as_json=json)
+    return int(any(result.status == "failed" for result in folder.results))
+
+
+@app.command(cls=o.ManyValues)
+def train(
+    ctx: typer.Context,
+    *,
+    corrections: o.Corrections = None,
+    workload: o.WorkloadName = None,
+    data_dir: o.DataDir = None,
+    train_size: o.TrainSize = None,
+    model: o.Model = None,
+    width: o.Width = None,
+    norm: o.Norm = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights, order and augmentation.", metavar="N", rich_help_panel=o.HOW)
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate before the cosine.", metavar="X", rich_help_panel=o.HOW)
+    ] = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    optimizer: o.Optimizer = None,
+    warmup_steps: o.WarmupSteps = None,
+    accumulate: o.Accumulate = None,
+    mixed_precision: o.MixedPrecision = None,
+    clip_norm: o.ClipNorm = None,
+    evaluations_per_epoch: o.Evaluations = None,
+    threads: o.Threads = None,
+    processes: o.Processes = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps; an epoch by default.", metavar="N", rich_help_panel=o.WHERE)
+    ] = None,
+    tracker: o.TrackerKind = None,
+    tracking_uri: o.TrackingUri = None,
+    config: o.ConfigFile = None,
+    out: o.Out = None,
+    resume: o.Resume = False,
+    json: o.AsJson = False,
+) -> int:
+    """Train one model, with checkpoints; --resume continues it exactly."""
+    with checking_input():
+        from regrad_runner.config import TrainConfig  # noqa: PLC0415
+        from regrad_runner.train import make_plan  # noqa: PLC0415
+        from regrad_runner.train import train as run  # noqa: PLC0415
+
+        plan = make_plan(_settings(TrainConfig, ctx, config, out, resume=resume), out=out, resume=resume)
+    from regrad_runner.progress import Display  # noqa: PLC0415
+    from regrad_runner.report import show_run  # noqa: PLC0415
+
+    console = _console()
+    display = Display(console, runs=1, quiet=not plan.reports)
+    with _stoppable(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
+        run(plan, display)
+    if plan.reports:
+        show_run(plan.path, as_json=json)
+    return 0
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)],
+    json: o.AsJson = False,
+) -> int:
+    """Show again what a comparison or run showed, and draw its figures again; nothing is trained."""
+    with checking_input():
+        from regrad_runner.report import show  # noqa: PLC0415
+
+        show(folder, as_json=json)
+    return 0
+
+
+@app.command(cls=o.ManyValues)
+def explain(
+    ctx: typer.Context,
+    *,
+    corrections: o.Corrections = None,
+    workload: o.WorkloadName = None,
+    data_dir: o.DataDir = None,
+    train_size: o.TrainSize = None,
+    model: o.Model = None,
+    width: o.Width = None,
+    norm: o.Norm = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", metavar="X", rich_help_panel=o.HOW)] = None,
+    batch_size: o.BatchSize = None,
+    optimizer: o.Optimizer = None,
+    after_steps: Annotated[
+        int, typer.Option(help="Steps to train first: some corrections need one.", metavar="N", rich_help_panel=o.HOW)
+    ] = 1,
+    json: o.AsJson = False,
+) -> int:
+    """Show what corrections would change, tensor by tensor, on one batch."""
+    with checking_input():
+        from regrad_runner.config import TrainConfig  # noqa: PLC0415
+        from regrad_runner.explain import explain as run  # noqa: PLC0415
+        from regrad_runner.report import show_explanation  # noqa: PLC0415
+
+        settings = _settings(TrainConfig, ctx, None, None, resume=False)
+        show_explanation(run(settings, after_steps=after_steps), as_json=json)
+    return 0
+
+
+@plugins.command("list")
+def list_plugins(json: o.AsJson = False) -> int:
+    """List corrections, optimizers and workloads that are installed."""
+    from regrad_runner.plugins import show_plugins  # noqa: PLC0415
+
+    show_plugins(as_json=json)
+    return 0
+
+
+def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool) -> Config:
+    """Read the settings: from the file and the flags, and of a run to resume from its folder."""
+    from regrad_runner.config import load_config  # noqa: PLC0415
+
+    if resume and out is None:
+        raise ValueError("out must be given with --resume: the folder to continue")
+    if resume and out is not None and file is None:
+        file = out / "config.yaml"
+        if not file.is_file():
+            raise ValueError(f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml")
+    return load_config(kind, file=file, flags=o.settings_of(ctx))
+
+
+def _console() -> Console:
+    """Return where progress goes: not where results go, which may be piped to a program."""
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(stderr=True)
+
+
+@contextmanager
+def _stoppable(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
+    """Let SIGTERM end runs as killed, and say how to go on after it or Ctrl-C."""
+    from regrad_runner.tracking import Terminated  # noqa: PLC0415
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if not quiet:
+            console.print(f"stopped; this goes on from here: {again}", highlight=False, markup=False, soft_wrap=True)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,34 @@
+"""The list of installed plugins, from metadata alone: no torch, no parser, no plugin is imported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import regrad
+from rich.console import Console
+from rich.table import Table
+
+GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
+
+
+def show_plugins(*, as_json: bool = False) -> None:
+    """Print what is installed.
+
+    Args:
+        as_json: For programs; else a table for people.
+    """
+    entries = [(kind, entry) for kind, group in GROUPS.items() for entry in regrad.available(group).values()]
+    console = Console(soft_wrap=as_json)
+    if as_json:
+        console.out(json.dumps([{"kind": kind, **asdict(entry)} for kind, entry in entries], indent=2), highlight=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("kind", "name", "from", "what it is"):
+        table.add_column(name, overflow="fold")
+    for kind, entry in entries:
+        source = f"{entry.distribution} {entry.version}".strip()
+        table.add_row(kind, entry.name, source, f"refused: {entry.refused}" if entry.refused else entry.summary)
+    console.print(table)
+    if not any(kind == "correction" for kind, _ in entries):
+        console.print("no correction is installed; for example: pip install regrad-xgrad")

@@ -1,0 +1,151 @@
+"""What a folder shows: the table and figures of a comparison, the numbers of a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from regrad.explain import Explanation
+from rich.console import Console
+
+from regrad_runner.results import Result, ResultsFolder
+from regrad_runner.statistics import ArmSummary, summarize
+from regrad_runner.table import print_comparison, to_json
+from regrad_runner.training import name_on_validation
+from regrad_runner.workloads import Measure
+
+
+def show(path: Path, *, as_json: bool = False) -> None:
+    """Show what is in a folder, whichever command wrote it.
+
+    Args:
+        path: What `compare` or `train` wrote.
+        as_json: Print JSON instead of text.
+
+    Raises:
+        ValueError: If it is no such folder, or holds no finished run.
+    """
+    if _about(path)["kind"] == "comparison":
+        show_comparison(path, as_json=as_json)
+    else:
+        show_run(path, as_json=as_json)
+
+
+def show_comparison(path: Path, *, as_json: bool = False) -> None:
+    """Draw the figures of a comparison and print its table, the sentences, and where everything is.
+
+    Raises:
+        ValueError: If the folder holds no comparison, or no run of the baseline.
+    """
+    from regrad_runner.figures import write_figures  # noqa: PLC0415 - matplotlib takes a second to load
+
+    measure = Measure(**_about(path)["measure"])
+    folder = ResultsFolder(path)
+    if not folder.results:
+        raise ValueError(f"folder must hold runs, got '{path}' without any; --resume starts them")
+    summaries = summarize_results(folder.results, measure)
+    write_figures(folder, path)
+    console = Console()
+    if as_json:
+        console.out(to_json(summaries, measure), highlight=False)
+        return
+    print_comparison(console, summaries, measure)
+    _print_rates(console, folder)
+    _print_places(console, path)
+
+
+def summarize_results(results: list[Result], measure: Measure) -> list[ArmSummary]:
+    """Return one summary per arm, in the order in which the arms first ran."""
+    return summarize(
+        [result.as_run_row() for result in results],
+        controls={result.arm: result.must_beat for result in results},
+        higher_is_better=measure.higher_is_better,
+    )
+
+
+def show_run(path: Path, *, as_json: bool = False) -> None:
+    """Print what a run came to.
+
+    Raises:
+        ValueError: If the folder holds no run, or it has not ended.
+    """
+    measure = Measure(**_about(path)["measure"])
+    folder = ResultsFolder(path)
+    if not folder.results:
+        raise ValueError(f"folder must hold a run that ended, got '{path}'; regrad train --resume --out goes on")
+    result, console = folder.results[-1], Console()
+    if as_json:
+        console.out(json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2), highlight=False)
+        return
+    lines = {
+        measure.name: f"{result.value:.4f}",
+        name_on_validation(measure): f"{result.validation:.4f}",
+        "optimizer steps": f"{result.steps:,}",
+        "time per step": f"{result.step_seconds * 1e3:.2f} ms",
+    }
+    if measure.target is not None:
+        reached = "never" if result.steps_to_target is None else f"{result.steps_to_target:,}"
+        lines[f"steps to {measure.target:g}"] = reached
+    console.print(f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}", style="bold", highlight=False)
+    for name, value in lines.items():
+        console.print(f"  {name:<20} {value}", highlight=False)
+    for name, value in _effects(path).items():
+        console.print(f"  {name:<20} {value}", highlight=False, soft_wrap=True)
+    _print_places(console, path)
+
+
+def show_explanation(explanation: Explanation, *, as_json: bool = False) -> None:
+    """Print what corrections would change."""
+    text = json.dumps(explanation.as_dict(), indent=2) if as_json else str(explanation)
+    Console(soft_wrap=True).out(text, highlight=False)
+
+
+def open_ui(path: Path) -> str | None:
+    """Return the command that shows a folder's tracked runs, or where they are; None if they were not tracked."""
+    settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    if settings["tracker"] == "none":
+        return None
+    uri = settings["tracking_uri"]
+    if uri and not uri.startswith("sqlite"):
+        return f"open {uri}"
+    database = f"sqlite:///{(path / 'mlflow.db').as_posix()}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri or database)}"
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what the folder says about itself."""
+    try:
+        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise ValueError(f"folder must be one that compare or train wrote, got '{path}'") from None
+    return about
+
+
+def _effects(path: Path) -> dict[str, str]:
+    """Return one line per correction and stage of a run's receipt."""
+    receipt = json.loads((path / "receipt.json").read_text(encoding="utf-8"))
+    return {
+        f"{name} on {stage}": f"{100 * seen['share_touched']:.0f} % of tensors, relative change "
+        f"{seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
+        for name, stages in receipt["effects"].items()
+        for stage, seen in stages.items()
+    }
+
+
+def _print_rates(console: Console, folder: ResultsFolder) -> None:
+    """Say which learning rate each arm chose, where there was a choice."""
+    if folder.trials:
+        chosen = {result.arm: result.lr for result in folder.results}
+        rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
+        console.print(f"learning rates chosen on the validation images: {rates}", highlight=False, soft_wrap=True)
+
+
+def _print_places(console: Console, path: Path) -> None:
+    console.print(f"\neverything is in {path}; regrad report {path} shows this again", highlight=False, soft_wrap=True)
+    command = open_ui(path)
+    if command is not None:
+        console.print(f"curves and receipts of every run: {command}", highlight=False, soft_wrap=True)

@@ -1,0 +1,234 @@
+"""The folder that a comparison writes: whole after every run, and enough to show or continue it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from regrad_runner.arms import Arm
+from regrad_runner.config import Config, RunConfig, first_difference, load_config, write_config
+from regrad_runner.statistics import RunRow
+from regrad_runner.training import Point, TrainingRun, steps_to_target
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One run of a comparison, as `results.csv` keeps it.
+
+    Attributes:
+        arm: Name of the arm.
+        seed: Its seed.
+        status: Whether it ended.
+        value: The primary measure on the test images; None where it failed.
+        validation: The measure on the validation images at the end.
+        steps: Optimizer steps.
+        steps_to_target: Those after which the target was reached; None if it never was.
+        step_seconds: Median time of a training step.
+        seconds: Time of the whole run, evaluations included.
+        touched: Whether a correction changed any tensor.
+        lr: Learning rate.
+        must_beat: Name of the control arm; None where there is none.
+    """
+
+    arm: str
+    seed: int
+    status: Literal["finished", "failed"] = "finished"
+    value: float | None = None
+    validation: float | None = None
+    steps: int = 0
+    steps_to_target: int | None = None
+    step_seconds: float = 0.0
+    seconds: float = 0.0
+    touched: bool = False
+    lr: float = 0.0
+    must_beat: str | None = None
+
+    def as_run_row(self) -> RunRow:
+        """Return what the statistics need."""
+        return RunRow(
+            arm=self.arm,
+            seed=self.seed,
+            value=float("nan") if self.value is None else self.value,
+            steps_to_target=self.steps_to_target,
+            step_seconds=self.step_seconds,
+            touched=self.touched,
+            status=self.status,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint(Point):
+    """One evaluation of one run, as `curves.csv` keeps it."""
+
+    arm: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of the choice of a learning rate, as `tuning.csv` keeps it.
+
+    Attributes:
+        arm: Name of the arm.
+        lr: Learning rate tried.
+        seed: A seed that is not compared on.
+        validation: The measure on the validation images at the end.
+    """
+
+    arm: str
+    lr: float
+    seed: int
+    validation: float
+
+
+def finished_result(run: TrainingRun, result: Result, *, started: float) -> Result:
+    """Return the result of a run at its end. Reads the test images, which nothing else does.
+
+    Args:
+        run: At its end.
+        result: Of a run that has not ended: arm, seed, learning rate.
+        started: When it began, by `time.perf_counter`.
+    """
+    measure = run.workload.measure
+    return replace(
+        result,
+        status="finished",
+        value=run.accuracy(run.workload.test),
+        validation=run.position.points[-1].value,
+        steps=run.position.step,
+        steps_to_target=steps_to_target(run.position.points, measure),
+        step_seconds=run.step_seconds(),
+        seconds=time.perf_counter() - started,
+        touched=run.touched(),
+    )
+
+
+class ResultsFolder:
+    """A comparison's or run's folder.
+
+    Args:
+        path: Where it is.
+
+    Attributes:
+        results: Runs that ended or failed.
+        curves: Evaluations of those that ended.
+        trials: Runs of the choice of learning rates.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.results = read_rows(path / "results.csv", Result)
+        self.trials = read_rows(path / "tuning.csv", Trial)
+        finished = {(result.arm, result.seed) for result in self.results if result.status == "finished"}
+        curves = read_rows(path / "curves.csv", CurvePoint)
+        self.curves = [point for point in curves if (point.arm, point.seed) in finished]
+
+    def is_finished(self, arm: str, seed: int) -> bool:
+        """Say whether this run ended before."""
+        return any(r.arm == arm and r.seed == seed and r.status == "finished" for r in self.results)
+
+    def run_folder(self, arm: Arm, seed: int) -> Path:
+        """Return the folder of one run, made if need be."""
+        folder = self.path / "runs" / f"{arm.folder_name}-seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def add(self, result: Result, points: Sequence[Point] = ()) -> None:
+        """Keep a run; one that failed before is replaced. The row comes last: it says that the rest is there."""
+        self.results = [r for r in self.results if (r.arm, r.seed) != (result.arm, result.seed)] + [result]
+        if points:
+            self.curves += [CurvePoint(arm=result.arm, seed=result.seed, **asdict(point)) for point in points]
+            write_rows(self.path / "curves.csv", self.curves, CurvePoint)
+        write_rows(self.path / "results.csv", self.results, Result)
+
+    def add_trial(self, trial: Trial) -> None:
+        """Keep a run of the choice of a learning rate."""
+        self.trials.append(trial)
+        write_rows(self.path / "tuning.csv", self.trials, Trial)
+
+
+def check_folder(path: Path, config: Config, *, resume: bool) -> None:
+    """Raise a `ValueError` unless this configuration may write to the folder.
+
+    Args:
+        path: May be missing.
+        config: Resolved settings.
+        resume: Whether to continue what is there; otherwise nothing may be there.
+    """
+    saved = path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out must be a folder, got the file '{path}'")
+    if not resume:
+        if path.is_dir() and any(path.iterdir()):
+            more = "; --resume continues it" if saved.is_file() else ""
+            raise ValueError(f"out must be a new or empty folder, got '{path}'{more}")
+        return
+    if not saved.is_file():
+        raise ValueError(f"out must be the folder of an earlier run to resume it, got '{path}' without config.yaml")
+    difference = first_difference(load_config(type(config), file=saved, flags={}), config)
+    if difference:
+        raise ValueError(f"out must hold the same configuration, got {difference}; choose another folder")
+
+
+def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> ResultsFolder:
+    """Make the folder, with the settings and what else a report needs, and return what it holds."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(path / "config.yaml", write_config(config))
+    write_whole(path / "about.json", json.dumps(about, indent=2) + "\n")
+    return ResultsFolder(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never a half."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
+    """Write dataclass rows as CSV; None is an empty cell."""
+    names = sorted((f.name for f in fields(kind)), key=lambda name: name not in ("arm", "seed"))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(asdict(row) for row in rows)
+    write_whole(path, text.getvalue())
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read back what `write_rows` wrote; nothing where there is no file.
+
+    Raises:
+        ValueError: If the file does not hold such rows.
+    """
+    if not path.is_file():
+        return []
+    hints = get_type_hints(kind)
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            return [kind(**{k: _read_cell(v, hints[k]) for k, v in row.items()}) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as problem:
+            raise ValueError(f"'{path}' must hold the columns {', '.join(hints)}: {problem}") from problem
+
+
+def _read_cell(text: str, hint: Any) -> Any:
+    """Turn a cell into the type that the row's annotation names."""
+    kinds = getattr(hint, "__args__", (hint,))
+    if type(None) in kinds and not text:
+        return None
+    if bool in kinds:
+        return {"True": True, "False": False}[text]
+    kind = next((kind for kind in (int, float) if kind in kinds), str)
+    return kind(text)
