@@ -4,21 +4,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from regrad import explain, hooks, order, receipt, record, refusals, registry
+from regrad import explain, hooks, order, receipt, refusals, registry
 from regrad.correction import Correction
 from regrad.engine import Engine, SwitchingCriterion
-from regrad.errors import RegradError
+from regrad.errors import refuse_if
 
 Criterion = Callable[..., Tensor]
 
 
 def attach(
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    corrections: Sequence[str | Correction],
-    criterion: Criterion | None = None,
+    model: nn.Module, optimizer: Optimizer, corrections: Sequence[str | Correction], criterion: Criterion | None = None
 ) -> "Attachment":
     """Bind corrections to a model and its optimizer; the training loop stays as it is.
 
@@ -57,11 +55,11 @@ def attach(
         if not isinstance(correction, Correction):
             raise TypeError(f"corrections must be names or Correction objects, got {correction!r}")
         correction.check_class()
-    ordered, reasons = order.resolve_order(made)
+    order.resolve_order(made)
     inner = hooks.innermost_optimizer(optimizer)
-    refusals.check(model, inner, optimizer, ordered, criterion)
-    refusals.agree_across_ranks(ordered)
-    return Attachment(model, inner, ordered, criterion, reasons)
+    refusals.check(model, inner, optimizer, made, criterion)
+    refusals.agree_across_ranks(made)
+    return Attachment(model, inner, made, criterion)
 
 
 class Attachment:
@@ -78,20 +76,13 @@ class Attachment:
             with `engine.registry.register`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: optim.Optimizer,
-        ordered: Sequence[Correction],
-        criterion: Any,
-        reasons: Any = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, given: Sequence[Correction], criterion: Any) -> None:
         self.model, self.optimizer, self._outer = hooks.innermost_module(model), optimizer, model
-        self.corrections, self.reasons = tuple(ordered), tuple(reasons)
+        self.corrections, self.reasons = order.resolve_order(given)
         self._original = self._criterion = criterion
         self._handles: list[Any] = []
         self.engine = Engine(self.model, optimizer, self.corrections)
-        self.record: record.ForwardRecord | None = None
+        self.record: hooks.ForwardRecord | None = None
         self.is_detached = False
         try:
             self._set_up()
@@ -101,18 +92,15 @@ class Attachment:
         self._register()
 
     def _set_up(self) -> None:
-        """Let every correction build its state; random numbers drawn for it are an error."""
+        """Let every correction build its state; what it draws leaves the global random numbers as they were."""
         for correction in self.corrections:
             correction.attachment = self
         if any(c.needs.record for c in self.corrections) and not hasattr(self._outer, "_orig_mod"):
-            self.record = record.ForwardRecord(self.model)
+            self.record = hooks.ForwardRecord(self.model)
             self._handles += self.record.handles
-        random_state = torch.get_rng_state()
-        for correction, call in self.engine.callers["setup"]:
-            call(attachment=self)
-            if not torch.equal(torch.get_rng_state(), random_state):
-                torch.set_rng_state(random_state)
-                raise RegradError(f"{correction.name!r} must not draw global random numbers in setup")
+        for _, call in self.engine.callers["setup"]:
+            with torch.random.fork_rng(devices=[]):
+                call(attachment=self)
         for owner, call in self.engine.callers["wrap_criterion"]:
             self._criterion = SwitchingCriterion(self.engine, owner, self._original, call(criterion=self._original))
 
@@ -138,19 +126,20 @@ class Attachment:
         Raises:
             RegradError: If the model was compiled and called already: the hook would never fire.
         """
-        if hooks.was_compiled_and_called(self._outer):
-            raise RegradError("submodule hooks must be set before the first compiled call; attach earlier")
+        late = hooks.was_compiled_and_called(self._outer)
+        refuse_if(late, "submodule hooks must be set before the first compiled call; attach earlier")
         self._handles.append(module.register_forward_hook(hooks.Hook(module, function)))
 
     @property
     def criterion(self) -> Criterion:
         """The criterion to call in the loop: corrected in training mode, the original otherwise."""
-        if self._criterion is None:
-            raise RegradError("attachment has no criterion; pass attach(…, criterion=criterion)")
+        refuse_if(self._criterion is None, "attachment has no criterion; pass attach(…, criterion=criterion)")
         return self._criterion  # type: ignore[no-any-return]
 
     def detach(self) -> None:
         """Restore the weights and remove every hook; the criterion is the original from here on."""
+        if self.is_detached:
+            return
         self.engine.close_window()
         for handle in self._handles:
             handle.remove()
@@ -187,10 +176,7 @@ class Attachment:
 
         Raises:
             TypeError: If the batch is neither.
-            RegradError: If the attachment is detached.
         """
-        if self.is_detached:
-            raise RegradError("attachment is detached; call attach() again before explaining")
         self.engine.close_window()
         return explain.explain(self, self._original, batch)
 
@@ -210,8 +196,7 @@ class Attachment:
             RegradError: If `strict` and anything differs; says what.
         """
         found = "; ".join(receipt.differences(state["receipt"], self.receipt()))
-        if strict and found:
-            raise RegradError(f"state must come from the same corrections; {found}; strict=False loads the rest")
+        refuse_if(strict and found != "", f"state must come from the same corrections; {found}; or pass strict=False")
         self.engine.close_window()
         self.engine.applied, self.engine.skipped = (int(state["receipt"][f"steps_{k}"]) for k in ("applied", "skipped"))
         for correction in self.corrections:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from regrad.errors import RegradError
+from regrad.errors import refuse_if
 from regrad.hookspecs import HOOKS
 
 if TYPE_CHECKING:
@@ -17,12 +17,8 @@ if TYPE_CHECKING:
 
 API_VERSION = 1
 
-Stage = Literal["criterion", "weights", "hidden", "gradient", "moment"]
-STAGES: tuple[Stage, ...] = typing.get_args(Stage)
-HOOK_OF_STAGE = dict(
-    zip(STAGES, ("wrap_criterion", "predict_weights", "setup", "correct_gradients", "correct_moments"), strict=True)
-)
-RESOURCE_OF_STAGE = {"weights": "window", "criterion": "criterion"}
+Stage = Literal["hidden", "criterion", "weights", "gradient", "moment"]
+HOOK_OF_STAGE: dict[Stage, str] = dict(zip(typing.get_args(Stage), HOOKS, strict=False))  # the last hook has no stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +27,8 @@ class Needs:
 
     Attributes:
         stages: When it acts; each stage's hook must be implemented, and no other.
-        exclusive: Resources that one correction at most may own. The stage
-            "weights" owns "window" and the stage "criterion" owns "criterion"
-            without saying so.
+        exclusive: Resources that one correction at most may own. The stages
+            "weights" (the window) and "criterion" are such resources without saying so.
         layouts: Where it is exact: "plain" (one process, or each its own copy),
             "ddp", "fsdp2". Attaching elsewhere is refused.
         closures: Whether it bears an optimizer that evaluates its closure several
@@ -56,11 +51,6 @@ class Needs:
     conflicts: Mapping[str, str] = field(default_factory=dict)
     warmup_steps: int = 0
     record: bool = False
-
-    @property
-    def resources(self) -> frozenset[str]:
-        """Everything that no second correction may own."""
-        return frozenset(self.exclusive).union(RESOURCE_OF_STAGE[s] for s in self.stages if s in RESOURCE_OF_STAGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +155,7 @@ class Correction:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self.options).items())
         return f"{type(self).__name__}({options})"
 
-    def control(self, optimizer: Optimizer) -> Control | None:  # noqa: ARG002
+    def control(self, optimizer: Optimizer) -> Control | None:
         """Return the trivial change that this correction must beat on `optimizer`, or None."""
         return None
 
@@ -179,33 +169,25 @@ class Correction:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        if state:
-            raise RegradError(f"correction {self.name!r} has no state, got {', '.join(state)}")
+        refuse_if(bool(state), f"correction {self.name!r} has no state, got {', '.join(state)}")
 
     def idle_reason(self) -> str | None:
         """Say why nothing may have changed; None says that changing nothing is normal."""
         return "it changed no tensor"
 
-    def selects(self, name: str, parameter: Tensor) -> bool:  # noqa: ARG002
+    def selects(self, name: str, parameter: Tensor) -> bool:
         """Say whether this correction acts on a parameter; the receipt lists those it acts on."""
         return True
 
     @classmethod
-    def hooks(cls) -> tuple[str, ...]:
-        """Return the names of the hooks that this class implements."""
-        return tuple(hook for hook in HOOKS if hasattr(cls, hook))
-
-    @classmethod
     def check_class(cls) -> None:
         """Raise `RegradError` unless the declared stages and the implemented hooks agree."""
-        if not isinstance(getattr(cls, "name", None), str) or not isinstance(getattr(cls, "needs", None), Needs):
-            raise RegradError(f"{cls.__name__} must declare name (a string) and needs (a Needs)")
-        if not cls.needs.stages:
-            raise RegradError(f"correction {cls.name!r} implements no stage; stages: {', '.join(STAGES)}")
+        known = isinstance(getattr(cls, "name", None), str) and isinstance(getattr(cls, "needs", None), Needs)
+        refuse_if(not known, f"{cls.__name__} must declare name (a string) and needs (a Needs)")
+        mine, who = cls.needs.stages, f"correction {cls.name!r}"
+        refuse_if(not mine, f"{who} implements no stage; stages: {', '.join(HOOK_OF_STAGE)}")
         for stage, hook in HOOK_OF_STAGE.items():
-            declared, implemented = stage in cls.needs.stages, hasattr(cls, hook)
-            if declared and not implemented:
-                near = did_you_mean(hook, (name for name in dir(cls) if not name.startswith("_")))
-                raise RegradError(f"correction {cls.name!r} declares stage {stage!r} but has no method {hook!r}{near}")
-            if implemented and not declared and stage != "hidden":
-                raise RegradError(f"correction {cls.name!r} implements {hook!r} but does not declare stage {stage!r}")
+            near = did_you_mean(hook, (name for name in dir(cls) if not name.startswith("_")))
+            lacks, extra = stage in mine and not hasattr(cls, hook), stage not in mine and hasattr(cls, hook)
+            refuse_if(lacks, f"{who} declares stage {stage!r} but has no method {hook!r}{near}")
+            refuse_if(extra and stage != "hidden", f"{who} implements {hook!r} but does not declare stage {stage!r}")

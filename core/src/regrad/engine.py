@@ -1,5 +1,7 @@
 """Runs the corrections at their moments of the training step."""
 
+import copy
+import re
 import time
 import warnings
 from collections import defaultdict
@@ -8,16 +10,14 @@ from typing import Any
 
 import pluggy
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor, nn, optim
 
 from regrad.correction import Correction
-from regrad.errors import RegradError, RegradWarning
-from regrad.hooks import wrap_closure
-from regrad.hookspecs import HOOKS, CorrectionSpec
+from regrad.errors import RegradWarning, refuse_if
+from regrad.hooks import WRAPPER, wrap_closure
+from regrad.hookspecs import HOOKS, CorrectionSpec, Step
 from regrad.meter import Meter
 from regrad.sharding import is_sharded, locals_of
-from regrad.step import ParameterNames, Step
 from regrad.window import Window
 
 
@@ -28,13 +28,11 @@ class HookRegistry(pluggy.PluginManager):
         """Return the options of one implementation; raise `RegradError` where its kind is not allowed."""
         marked: Any = super().parse_hookimpl_opts(plugin, name)
         placing = [o for o in ("wrapper", "hookwrapper", "tryfirst", "trylast") if marked and marked[o]]
-        if isinstance(plugin, Correction):
-            if placing:
-                raise RegradError(f"{plugin.name!r} must not mark {name!r} with {placing[0]}; declare before or after")
-            return {} if marked is None and name in HOOKS else marked
-        if marked and "wrapper" not in placing:
-            raise RegradError(f"observer {plugin!r} must mark {name!r} with hookimpl(wrapper=True)")
-        return marked
+        own = isinstance(plugin, Correction)
+        refuse_if(own and bool(placing), f"{plugin!r} must not mark {name!r} with {placing}; declare before or after")
+        inner = bool(marked) and not own and "wrapper" not in placing
+        refuse_if(inner, f"observer {plugin!r} must mark {name!r} with hookimpl(wrapper=True)")
+        return {} if own and marked is None and name in HOOKS else marked
 
 
 class Engine:
@@ -46,16 +44,17 @@ class Engine:
         corrections: In acting order.
 
     Attributes:
-        applied: Optimizer steps that really happened.
+        applied: optim.Optimizer steps that really happened.
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         seconds: Host time spent in each correction's hooks so far, by name.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction]) -> None:
+    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, corrections: Sequence[Correction]) -> None:
         self.model, self.optimizer, self.corrections = model, optimizer, corrections
-        self.window, self.meter, self.name_of = Window(), Meter(), ParameterNames(model)
-        self.applied = self.skipped = self.forwards = self._closures = 0
+        self.window, self.meter = Window(), Meter()
+        self._names: dict[Tensor, str] = {}
+        self.applied = self.skipped = self.forwards = self._calls = 0
         self._skipping = self._warned = self._graph_waits = False
         self.seconds: dict[str, float] = defaultdict(float)
         self.registry = HookRegistry("regrad")
@@ -64,16 +63,18 @@ class Engine:
             self.registry.register(correction, correction.name)
         self.registry.check_pending()
         self.registry.register(self.meter, "regrad effect meter")
-        self.callers = {hook: self._callers_of(hook) for hook in HOOKS}
-
-    def _callers_of(self, hook: str) -> list[tuple[Correction, Callable[..., Any]]]:
-        """Return one caller per correction that implements `hook`: observers wrap it, no other correction does."""
-        own = [c for c in self.corrections if hook in c.hooks()]
-        return [(c, self.registry.subset_hook_caller(hook, [other for other in own if other is not c])) for c in own]
+        self.callers: dict[str, list[tuple[Correction, Callable[..., Any]]]] = {hook: [] for hook in HOOKS}
+        for c, hook in ((c, hook) for c in corrections for hook in HOOKS if hasattr(c, hook)):
+            others = [other for other in corrections if other is not c]  # a caller reaches one correction: design §3
+            self.callers[hook].append((c, self.registry.subset_hook_caller(hook, others)))
 
     def step(self) -> Step:
-        """Return the coming optimizer step as it stands now."""
-        return Step(self.optimizer, self.name_of, self.applied)
+        """Return the coming optimizer step as it stands now; parameters may have come since the last."""
+        step = Step(self.optimizer, self.applied)
+        if any(p not in self._names for p in step.parameters):
+            self._names |= {p: re.sub(WRAPPER, "", name) for name, p in self.model.named_parameters()}
+        step.names = [self._names.setdefault(p, f"unnamed.{i}") for i, p in enumerate(step.parameters)]
+        return step
 
     @torch.no_grad()
     def run(self, hook: str, step: Step) -> Any:
@@ -91,8 +92,8 @@ class Engine:
     def before_forward(self, module: nn.Module, *_: Any) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
-            if self._graph_waits and self.window.moved:
-                raise RegradError("evaluation between forward and backward is wrong under FSDP2; call backward() first")
+            late = self._graph_waits and bool(self.window.moved)
+            refuse_if(late, "evaluation between forward and backward is wrong under FSDP2; call backward() first")
             self.close_window()
         elif torch.is_grad_enabled():
             self.forwards += 1
@@ -101,17 +102,21 @@ class Engine:
 
     def _open_window(self, module: nn.Module) -> None:
         first = next(iter(module._forward_pre_hooks.values()))
-        if self._is_sharded() and getattr(first, "function", None) != self.before_forward:
-            raise RegradError("the prediction must run before FSDP2's own hook; attach after fully_shard()")
+        hidden = self._is_sharded() and getattr(first, "function", None) != self.before_forward
+        refuse_if(hidden, "the prediction must run before FSDP2's own hook; attach after fully_shard()")
+        self._refuse_inside_backward("checkpoint parts of the model, or with use_reentrant=False")
         step = self.step()
         if self.window.open(step.parameters, self.run("predict_weights", step)):
             self._reshard()
 
-    def after_forward(self, _: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG002
+    def after_forward(self, _: nn.Module, inputs: Any, output: Any) -> None:
         """Under FSDP2, note that a graph waits for its backward: a restore before it would go unnoticed."""
         if self.window.moved and self._is_sharded() and isinstance(output, Tensor) and output.requires_grad:
             self._graph_waits = True
-            output.register_hook(lambda _: setattr(self, "_graph_waits", False))
+            output.register_hook(lambda _: setattr(self, "_graph_waits", False))  # type: ignore[no-untyped-call]
+
+    def _refuse_inside_backward(self, why: str) -> None:
+        refuse_if(torch._C._current_graph_task_id() != -1, f"a step must not begin or end inside backward; {why}")
 
     def close_window(self, *_: Any) -> None:
         """Restore the weights if they are moved."""
@@ -127,25 +132,21 @@ class Engine:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+    def before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Correct now, or, where a closure computes the gradients, right after it."""
-        if torch._C._current_graph_task_id() != -1:
-            raise RegradError("the optimizer must not be stepped inside backward; gradients are not final there")
-        wrapped = wrap_closure(args, kwargs, self._after_closure)
+        self._refuse_inside_backward("gradients are not final there")
+        self._calls = 0
+        wrapped = wrap_closure(args, kwargs, self.correct)
         if wrapped is None:
             self.correct()
         return wrapped
 
-    def _after_closure(self) -> None:
-        self._closures += 1
-        unfit = [c.name for c in self.corrections if not c.needs.closures]
-        if self._closures > 1 and unfit:
-            raise RegradError(f"{', '.join(unfit)} must see one closure call per step, got {self._closures}")
-        self.correct()
-
     def correct(self) -> None:
         """Restore, check for a skip, unscale, then correct gradients and moments."""
         self.close_window()
+        self._calls += 1
+        unfit = [c.name for c in self.corrections if not c.needs.closures and self._calls > 1]
+        refuse_if(bool(unfit), f"{', '.join(unfit)} must see one closure call per step, got {self._calls}")
         found_inf = getattr(self.optimizer, "found_inf", None) if self.corrections else None
         self._skipping = found_inf is not None and bool(found_inf != 0)
         if self._skipping or not self.corrections:
@@ -158,10 +159,9 @@ class Engine:
 
     def _check(self, step: Step) -> None:
         """Refuse sparse gradients without a rule; warn once where no training forward was seen."""
-        unfit = [c.name for c in self.corrections if not c.needs.sparse]
-        for name, gradient in zip(step.names, step.gradients, strict=True):
-            if unfit and gradient is not None and gradient.layout != torch.strided:
-                raise RegradError(f"{', '.join(unfit)} has no rule for sparse gradients, got one for {name!r}")
+        unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
+        sparse = [n for n, g in zip(step.names, step.gradients, strict=True) if g is not None and g.is_sparse]
+        refuse_if(unfit != "" and sparse != [], f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
         if self.forwards == 0 and not self._warned:
             self._warned = True
             cause = "was another module attached, or a compiled train function called before attach()?"
@@ -179,7 +179,7 @@ class Engine:
 
     def after_step(self, *_: Any) -> None:
         """Let corrections learn from a step that really happened."""
-        self.forwards = self._closures = 0
+        self.forwards = 0
         if self._skipping:
             self._skipping, self.skipped = False, self.skipped + 1
             return
@@ -210,6 +210,7 @@ class SwitchingCriterion:
         self._engine, self._owner, self.original, self.corrected = engine, owner, original, corrected
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss, as the criterion does."""
         if self.corrected is None or not self._engine.model.training:
             return self.original(*arguments, **options)
         measured = torch.is_grad_enabled() and self._engine.meter.due(self._owner, self._engine.applied)
@@ -220,10 +221,13 @@ class SwitchingCriterion:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["original"], name)
 
+    def __reduce__(self) -> Any:  # a copy is the plain criterion
+        return copy.copy, (self.original,)
+
     def _measure(self, logits: Tensor, *rest: Any, **options: Any) -> None:
         """Compare the logit gradients of both criteria."""
-        gradients = []
+        gradients: list[Tensor] = []
         for criterion in (self.original, self.corrected):
             leaf = logits.detach().requires_grad_()
             gradients += torch.autograd.grad(criterion(leaf, *rest, **options).sum(), leaf)
-        self._engine.meter.observe(self._owner.name, "criterion", gradients[:1], gradients[1:], ["logits"])
+        self._engine.meter.observe(self._owner.name, "criterion", *({"logits": g} for g in gradients))

@@ -14,3 +14,9 @@ class PluginLoadError(RegradError):
 
 class RegradWarning(UserWarning):
     """Something that regrad was told to do has probably not the effect that was meant."""
+
+
+def refuse_if(condition: bool, reason: str) -> None:
+    """Raise `RegradError(reason)` if `condition` holds."""
+    if condition:
+        raise RegradError(reason)

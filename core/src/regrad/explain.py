@@ -13,6 +13,8 @@ from regrad.meter import change_and_cosine
 if TYPE_CHECKING:
     from regrad.attachment import Attachment
 
+COLUMNS = ("correction", "stage", "tensor", "relative_change", "cosine")
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -31,9 +33,8 @@ class Explanation:
     notes: list[str]
 
     def __str__(self) -> str:
-        head = f"{'correction':<16} {'stage':<10} {'tensor':<40} {'change':>9} {'cosine':>8}"
-        form = "{correction:<16} {stage:<10} {tensor:<40} {relative_change:>9.2e} {cosine:>8.4f}"
-        return "\n".join([head, *(form.format(**row) for row in self.rows), *self.notes])
+        form, head = "{:<16} {:<10} {:<40} {:>15.4} {:>8.4}", "{:<16} {:<10} {:<40} {:>15} {:>8}".format(*COLUMNS)
+        return "\n".join([head, *(form.format(*row.values()) for row in self.rows), *self.notes])
 
 
 def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation:
@@ -41,7 +42,8 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
     rows, live = [], attachment.corrections
     model, optimizer = copy.deepcopy((attachment.model, attachment.optimizer))
     twins = [type(c)(**vars(c.options)) for c in live]
-    with torch.random.fork_rng(), type(attachment)(model, optimizer, twins, criterion) as trial:
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices), type(attachment)(model, optimizer, twins, criterion) as trial:
         for twin, correction in zip(twins, live, strict=True):
             twin.load_state_dict(copy.deepcopy(correction.state_dict()))
         trial.engine.meter.detail = []
@@ -50,8 +52,7 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
         for name, stage, names, table in trial.engine.meter.detail:
             changes, cosines = (column.tolist() for column in change_and_cosine(table))
             for tensor, change, cosine in zip(names, changes, cosines, strict=True):
-                keys = ("correction", "stage", "tensor", "relative_change", "cosine")
-                rows.append(dict(zip(keys, (name, stage, tensor, change, cosine), strict=True)))
+                rows.append(dict(zip(COLUMNS, (name, stage, tensor, change, cosine), strict=True)))
     quiet = [c.name for c in live if c.name not in {row["correction"] for row in rows}]
     notes = [f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)" for name in quiet]
     return Explanation(rows, dict(trial.engine.seconds), [*attachment.reasons, *notes])

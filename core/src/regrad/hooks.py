@@ -1,12 +1,15 @@
-"""Hook objects that torch.compile leaves alone and that do not follow copies of a model, and what is inside wrappers."""
+"""Hooks that torch.compile and copies of a model leave alone, what is inside wrappers, and the forward record."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn, optim
+from torch.utils._pytree import tree_leaves
+
+WRAPPER = r"_orig_mod\.|_checkpoint_wrapped_module\."
 
 
 class Hook:
@@ -22,6 +25,7 @@ class Hook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        """Run the function if the event is the own module's."""
         return self.function(module, *arguments) if self.function and module is self.module else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -38,7 +42,7 @@ def innermost_module(model: nn.Module) -> nn.Module:
     return innermost_module(inner) if isinstance(inner, nn.Module) else model
 
 
-def innermost_optimizer(optimizer: Any) -> Optimizer:
+def innermost_optimizer(optimizer: Any) -> optim.Optimizer:
     """Return the torch optimizer inside wrappers that keep it as `.optimizer`.
 
     Raises:
@@ -47,7 +51,7 @@ def innermost_optimizer(optimizer: Any) -> Optimizer:
     inner = optimizer
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
-    if not isinstance(inner, Optimizer):
+    if not isinstance(inner, optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
     return inner
 
@@ -75,3 +79,53 @@ def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[
         return loss
 
     return (optimizer, corrected_closure, *rest), {key: kwargs[key] for key in kwargs if key != "closure"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a submodule.
+
+    Attributes:
+        name: The module's name in the model.
+        inputs: Shapes of the tensors that went in.
+        outputs: Shapes of the tensors that came out.
+        makes_output: Whether its output is the model's output, or that output's `logits`.
+    """
+
+    name: str
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    makes_output: bool
+
+
+class ForwardRecord:
+    """Records the first training forward after it is made, then takes its hooks away.
+
+    Args:
+        model: The innermost module. Gets a forward hook per submodule until then.
+
+    Attributes:
+        calls: One `Call` per finished submodule call, in that order; empty until the forward ran.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: tuple[Call, ...] = ()
+        self._names = {module: name for name, module in model.named_modules()}
+        self._seen: list[tuple[str, Any, list[Any]]] = []
+        self.handles = [m.register_forward_hook(Hook(m, self._keep)) for m in self._names]
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._names[module]:
+            self._seen.append((self._names[module], _shapes(tree_leaves(inputs)), tree_leaves(output)))
+            return
+        if module.training:
+            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            final = {*map(id, tree_leaves(output if logits is None else logits))}
+            self.calls = tuple(Call(n, i, _shapes(o), bool(final & {*map(id, o)})) for n, i, o in self._seen)
+            for handle in self.handles:
+                handle.remove()
+        self._seen.clear()  # keep no tensor alive
+
+
+def _shapes(leaves: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor))

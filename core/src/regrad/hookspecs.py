@@ -1,4 +1,4 @@
-"""The moments of a training step at which a correction may act.
+"""The moments of a training step at which a correction may act, and what it is given then.
 
 In time order of one optimizer step::
 
@@ -16,34 +16,65 @@ In time order of one optimizer step::
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn, optim
 
     from regrad.attachment import Attachment
-    from regrad.step import Step
+    from regrad.correction import Correction
 
 hookspec = pluggy.HookspecMarker("regrad")
 hookimpl = pluggy.HookimplMarker("regrad")
 
 
+class Step:
+    """One optimizer step, as it stands at the moment of the call.
+
+    Attributes:
+        optimizer: The innermost torch optimizer.
+        index: Optimizer steps completed before this one.
+        parameters: The optimizer's trainable parameters, in the order of its groups.
+        names: Their names in the model, in the same order.
+        correction: The correction that is running.
+    """
+
+    correction: Correction
+
+    def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
+        self.optimizer, self.index = optimizer, index
+        pairs = ((parameter, group) for group in optimizer.param_groups for parameter in group["params"])
+        self._groups: dict[nn.Parameter, dict[str, Any]] = {p: group for p, group in pairs if p.requires_grad}
+        self.parameters, self.names = [*self._groups], list[str]()
+
+    @property
+    def gradients(self) -> list[Tensor | None]:
+        """`.grad` of each of `parameters`; None where there is none."""
+        return [parameter.grad for parameter in self.parameters]
+
+    def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Return the optimizer's parameter group of `parameter`."""
+        return self._groups[parameter]
+
+    def lr_of(self, parameter: nn.Parameter) -> float | Tensor:
+        """Return the learning rate that the coming update of `parameter` will use."""
+        return self._groups[parameter]["lr"]  # type: ignore[no-any-return]
+
+
 class CorrectionSpec:
     """The hooks. A correction implements those of its stages; each may take fewer arguments than named here."""
 
-    @hookspec
     def setup(self, attachment: Attachment) -> None:
         """Build state, or refuse by raising.
 
         Called once, at attach, after every argument was validated and before any
         hook is on the model. Submodule hooks go through
-        `attachment.hook_forward`, so that detach removes them. Draws no global
-        random number.
+        `attachment.hook_forward`, so that detach removes them. The global random
+        numbers are put back afterwards: use an own generator.
         """
 
-    @hookspec(firstresult=True)
     def wrap_criterion(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
         """Return the criterion to use while the model is in training mode.
 
@@ -51,7 +82,6 @@ class CorrectionSpec:
         attachment goes back to the original in evaluation mode and after detach.
         """
 
-    @hookspec(firstresult=True)
     def predict_weights(self, step: Step) -> Sequence[Tensor | None] | None:
         """Return how far to move each parameter before the forward pass.
 
@@ -63,7 +93,6 @@ class CorrectionSpec:
         window, and must then return the same numbers.
         """
 
-    @hookspec
     def correct_gradients(self, step: Step) -> None:
         """Change `.grad` in place.
 
@@ -71,14 +100,12 @@ class CorrectionSpec:
         the weights are restored. Not called for a step that a scaler skips.
         """
 
-    @hookspec
     def correct_moments(self, step: Step) -> None:
         """Add to optimizer state that the coming update will read.
 
         Called after every `correct_gradients`, just before the update.
         """
 
-    @hookspec
     def after_step(self, step: Step) -> None:
         """Learn from the step and update own state.
 
@@ -87,3 +114,5 @@ class CorrectionSpec:
 
 
 HOOKS = tuple(name for name in vars(CorrectionSpec) if not name.startswith("_"))
+for _hook in HOOKS:  # a caller reaches one correction only, so its result is the result
+    hookspec(vars(CorrectionSpec)[_hook], firstresult=True)

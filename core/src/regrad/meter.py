@@ -9,13 +9,13 @@ from torch import Tensor
 
 from regrad.correction import Correction
 from regrad.errors import RegradWarning
-from regrad.hookspecs import hookimpl
+from regrad.hookspecs import Step, hookimpl
 from regrad.sharding import local
-from regrad.step import Step
 
 FIRST_STEPS, EVERY, PATIENCE = 20, 50, 200
 MEASURES = ("share_touched", "relative_change", "cosine", "trigger_rate", "non_finite")
 TINY = torch.finfo(torch.float32).tiny
+Named = dict[str, Tensor]
 
 
 def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -31,7 +31,7 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """
     old, new = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors] for tensors in (before, after))
     difference = torch._foreach_sub(new, old)
-    norms = [torch._foreach_norm(difference, torch.inf), *map(torch._foreach_norm, (difference, old, new))]
+    norms = [torch._foreach_norm(difference, torch.inf), *(torch._foreach_norm(t) for t in (difference, old, new))]
     largest, *rest = (torch.stack([n.to(before[0].device, torch.float32) for n in column]) for column in norms)
     return torch.stack([largest, *(r.square() for r in rest), (~rest[2].isfinite()).float()], dim=1)
 
@@ -54,7 +54,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self.detail: list[tuple[str, str, Sequence[str], Tensor]] | None = None
+        self.detail: list[tuple[str, str, list[str], Tensor]] | None = None
         self.sums: dict[tuple[str, str], tuple[Tensor, int]] = {}
 
     def due(self, correction: Correction, index: int) -> bool:
@@ -63,13 +63,12 @@ class Meter:
         return self.detail is not None or index < FIRST_STEPS or 0 <= since < FIRST_STEPS or index % EVERY == 0
 
     @torch.no_grad()
-    def observe(
-        self, name: str, stage: str, before: Sequence[Tensor], after: Sequence[Tensor], names: Sequence[str]
-    ) -> None:
-        """Count one measurement of the correction `name` in `stage`, on n tensors with `names`."""
-        if not before:
+    def observe(self, name: str, stage: str, before: Named, after: Named) -> None:
+        """Count one measurement of the correction `name` in `stage`, on the tensors that are in both."""
+        names = [n for n in after if n in before]
+        if not names:
             return
-        rows = compare(before, after)
+        rows = compare([before[n] for n in names], [after[n] for n in names])
         touched = (rows[:, 0] != 0).float()
         change, angle = change_and_cosine(rows.sum(dim=0))
         seen = torch.stack([touched.mean(), change, angle, touched.amax(), rows[:, 4].amax()])
@@ -93,14 +92,11 @@ class Meter:
         """Measure the optimizer's state before and after."""
         return (yield from self._around(step, "moment", _moments))
 
-    def _around(
-        self, step: Step, stage: str, read: Callable[[Step, Any], dict[str, Tensor]]
-    ) -> Generator[None, Any, Any]:
+    def _around(self, step: Step, stage: str, read: Callable[[Step, Any], Named]) -> Generator[None, Any, Any]:
         due = self.due(step.correction, step.index)
         before = {name: tensor.clone() for name, tensor in read(step, None).items()} if due else {}
         result = yield
-        after = {name: tensor for name, tensor in read(step, result).items() if name in before} if due else {}
-        self.observe(step.correction.name, stage, [before[name] for name in after], [*after.values()], [*after])
+        self.observe(step.correction.name, stage, before, read(step, result) if due else {})
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -120,17 +116,16 @@ class Meter:
             warnings.warn(f"{correction.name!r} had no effect in {index} steps: {reason}", RegradWarning, stacklevel=2)
 
 
-def _weights(step: Step, moves: Any) -> dict[str, Tensor]:
-    moved = zip(step.names, step.parameters, moves or [None] * len(step.names), strict=True)
+def _weights(step: Step, moves: Any) -> Named:
+    moved = zip(step.names, step.parameters, moves or [None] * len(step.names), strict=False)  # the window checks
     return {n: local(p.detach()) if d is None else local(p.detach()) + local(d) for n, p, d in moved}
 
 
-def _gradients(step: Step, _: Any) -> dict[str, Tensor]:
+def _gradients(step: Step, _: Any) -> Named:
     return {n: local(g) for n, g in zip(step.names, step.gradients, strict=True) if g is not None and not g.is_sparse}
 
 
-def _moments(step: Step, _: Any) -> dict[str, Tensor]:
+def _moments(step: Step, _: Any) -> Named:
     states = ((n, p, step.optimizer.state.get(p, {})) for n, p in zip(step.names, step.parameters, strict=True))
-    return {
-        f"{n}: {k}": local(v) for n, p, s in states for k, v in s.items() if getattr(v, "shape", ()) == p.shape != ()
-    }
+    pairs = ((f"{n}: {key}", value, p) for n, p, state in states for key, value in state.items())
+    return {name: local(v) for name, v, p in pairs if getattr(v, "shape", ()) == p.shape != ()}

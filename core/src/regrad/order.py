@@ -1,12 +1,13 @@
 """Put corrections in the order in which they act within a stage."""
 
+import itertools
 from collections.abc import Sequence
 
 from regrad.correction import Correction
-from regrad.errors import RegradError
+from regrad.errors import RegradError, refuse_if
 
 
-def resolve_order(corrections: Sequence[Correction]) -> tuple[list[Correction], list[str]]:
+def resolve_order(corrections: Sequence[Correction]) -> tuple[tuple[Correction, ...], tuple[str, ...]]:
     """Return the corrections in acting order, and why any of them was moved.
 
     The order given holds, unless a correction that shares a stage with another
@@ -36,30 +37,23 @@ def resolve_order(corrections: Sequence[Correction]) -> tuple[list[Correction], 
             reasons.append(f"{waiting[0].name!r} acts after {ready.name!r}: {why}")
         waiting.remove(ready)
         ordered.append(ready)
-    return ordered, reasons
+    return tuple(ordered), tuple(reasons)
 
 
 def _must_follow(correction: Correction, others: Sequence[Correction]) -> dict[str, str]:
     """Return the names that act before `correction`, each with the declaration that says so."""
-    first: dict[str, str] = {}
-    for other in others:
-        if other is correction or not set(other.needs.stages) & set(correction.needs.stages):
-            continue
-        if other.name in correction.needs.after:
-            first[other.name] = f"{correction.name!r} declares after {other.name!r}"
-        if correction.name in other.needs.before:
-            first[other.name] = f"{other.name!r} declares before {correction.name!r}"
-    return first
+    name, needs = correction.name, correction.needs
+    sharing = [o for o in others if o is not correction and set(o.needs.stages) & set(needs.stages)]
+    first = {o.name: f"{name!r} declares after {o.name!r}" for o in sharing if o.name in needs.after}
+    return first | {o.name: f"{o.name!r} declares before {name!r}" for o in sharing if name in o.needs.before}
 
 
 def _refuse_conflicts(corrections: Sequence[Correction]) -> None:
     """Raise where two corrections cannot be attached together."""
-    for index, one in enumerate(corrections):
-        for other in corrections[:index]:
-            if one.name == other.name:
-                raise RegradError(f"corrections must be different, got {one.name!r} twice")
-            reason = one.needs.conflicts.get(other.name) or other.needs.conflicts.get(one.name)
-            if reason:
-                raise RegradError(f"{other.name!r} and {one.name!r} cannot work together: {reason}")
-            for resource in sorted(one.needs.resources & other.needs.resources):
-                raise RegradError(f"{other.name!r} and {one.name!r} cannot work together: both own the {resource}")
+    for one, other in itertools.combinations(corrections, 2):
+        refuse_if(one.name == other.name, f"corrections must be different, got {one.name!r} twice")
+        told = (one.needs.conflicts.get(other.name), other.needs.conflicts.get(one.name))
+        own, others = ({*c.needs.exclusive} | {"weights", "criterion"} & {*c.needs.stages} for c in (one, other))
+        owned = [f"both own {resource!r}" for resource in sorted(own & others)]
+        reasons = "; ".join(reason for reason in (*told, *owned) if reason)
+        refuse_if(reasons != "", f"{one.name!r} and {other.name!r} cannot work together: {reasons}")

@@ -8,7 +8,7 @@ from torch import distributed, nn
 from torch.optim import LBFGS, Optimizer
 
 from regrad.correction import Correction
-from regrad.errors import RegradError
+from regrad.errors import refuse_if
 from regrad.registry import origin
 from regrad.sharding import is_sharded
 
@@ -44,41 +44,36 @@ def check(model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Co
         TypeError: If the model is no module, or the criterion cannot be called.
         RegradError: For every refusal, with its reason.
     """
-    if _is_kind(model, "deepspeed") or _is_kind(given, "deepspeed"):
-        raise RegradError("DeepSpeed hides gradients from the optimizer's hooks; use DDP or FSDP2 (fully_shard)")
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) and not _is_kind(model, "deepspeed"):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable, got {criterion!r}")
-    if optimizer in ATTACHED:
-        raise RegradError("optimizer is attached already; detach() the other attachment first")
+    hidden = _is_kind(model, "deepspeed") or _is_kind(given, "deepspeed")
+    refuse_if(hidden, "DeepSpeed hides gradients from the optimizer's hooks; use DDP or FSDP2 (fully_shard)")
     own = set(model.parameters())
-    if any(hasattr(p, "_in_backward_optimizers") for p in own):
-        raise RegradError("the optimizer must not be stepped inside backward; gradients are not final there")
-    if not any(p in own for group in optimizer.param_groups for p in group["params"]):
-        raise RegradError("optimizer must hold parameters of model, got none; pass the model that it trains")
-    layout = layout_of(model, optimizer)
-    for correction in corrections:
-        name, needs = correction.name, correction.needs
-        moves = "window" in needs.resources
-        if correction.attachment is not None:
-            raise RegradError(f"{name!r} is attached already; create a second correction for a second attachment")
-        if layout not in needs.layouts:
-            raise RegradError(f"{name!r} is not exact on layout {layout!r}; it is on {', '.join(needs.layouts)}")
-        if isinstance(optimizer, LBFGS) and (moves or not needs.closures):
-            raise RegradError(f"{name!r} must see one closure call per step; LBFGS makes several")
-        if moves and _is_kind(optimizer, "schedulefree"):
-            raise RegradError(f"{name!r} and a Schedule-Free optimizer both move the point where gradients are taken")
-        if "criterion" in needs.stages and criterion is None:
-            raise RegradError(f"{name!r} corrects the criterion; pass it to attach and call attachment.criterion")
+    trains = any(p in own for group in optimizer.param_groups for p in group["params"])
+    refuse_if(not trains, "optimizer must hold parameters of model, got none; pass the model that it trains")
+    refuse_if(optimizer in ATTACHED, "optimizer is attached already; detach() the other attachment first")
+    inside = any(hasattr(p, "_in_backward_optimizers") for p in own)
+    refuse_if(inside, "the optimizer must not be stepped inside backward; gradients are not final there")
+    layout, several = layout_of(model, optimizer), isinstance(optimizer, LBFGS)
+    ahead = _is_kind(optimizer, "schedulefree")
+    for c in corrections:
+        name, needs, moves = repr(c.name), c.needs, "weights" in c.needs.stages
+        layouts, lost = ", ".join(needs.layouts), "criterion" in needs.stages and criterion is None
+        refuse_if(c.attachment is not None, f"{name} is attached already; create another for a second attachment")
+        refuse_if(layout not in needs.layouts, f"{name} is not exact on layout {layout!r}; it is on {layouts}")
+        refuse_if(several and (moves or not needs.closures), f"{name} must see one closure call; LBFGS makes several")
+        refuse_if(moves and ahead, f"{name} and a Schedule-Free optimizer both move the point of the gradient")
+        refuse_if(lost, f"{name} corrects the criterion; pass criterion=… to attach and call attachment.criterion")
 
 
 def agree_across_ranks(corrections: Sequence[Correction]) -> None:
     """Raise on every rank unless all ranks attach the same corrections, versions and options."""
     if distributed.is_available() and distributed.is_initialized():
-        mine = [f"{c!r} from {' '.join(origin(c))}" for c in corrections]
+        mine = [f"{c!r} of {origin(c)}" for c in corrections]
         everyone: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everyone, mine)
         for rank, theirs in enumerate(everyone):
-            if theirs != everyone[0]:
-                raise RegradError(f"ranks must attach the same, got {everyone[0]} on rank 0 and {theirs} on {rank}")
+            both = f"{everyone[0]} on rank 0 and {theirs} on {rank}"
+            refuse_if(theirs != everyone[0], f"ranks must attach the same, got {both}")

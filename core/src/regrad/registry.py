@@ -9,8 +9,6 @@ from typing import Any
 from regrad.correction import API_VERSION, Correction, did_you_mean
 from regrad.errors import PluginLoadError
 
-CORRECTIONS = "regrad"
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -48,7 +46,7 @@ class Composition:
     api_version: int = API_VERSION
 
 
-def available(group: str = CORRECTIONS) -> dict[str, Entry]:
+def available(group: str = "regrad") -> dict[str, Entry]:
     """Return what is installed, by name, from metadata alone.
 
     Args:
@@ -69,15 +67,12 @@ def available(group: str = CORRECTIONS) -> dict[str, Entry]:
 
 def _only(entries: list[Entry]) -> Entry:
     """Return the one entry, or one that says who else claims its name."""
-    first, *others = entries
-    if not others:
-        return first
-    both = " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries))
-    refused = f"{first.name!r} is offered by {both}; uninstall all but one"
-    return Entry(first.name, first.group, both, "", "", "", refused)
+    name, both = entries[0].name, " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries))
+    refused = Entry(name, entries[0].group, both, "", "", "", f"{name!r} is offered by {both}; uninstall all but one")
+    return entries[0] if len(entries) == 1 else refused
 
 
-def load(name: str, group: str = CORRECTIONS) -> Any:
+def load(name: str, group: str = "regrad") -> Any:
     """Import one plugin and return what its entry point names.
 
     Args:
@@ -94,9 +89,9 @@ def load(name: str, group: str = CORRECTIONS) -> Any:
     """
     entries = available(group)
     if name not in entries:
-        kind = "correction" if group == CORRECTIONS else group.partition(".")[2].rstrip("s")
-        installed = ", ".join(entries) or "none"
-        raise ValueError(f"no {kind} named {name!r}; installed: {installed}{did_you_mean(name, entries)}")
+        kind = "correction" if group == "regrad" else group.partition(".")[2].rstrip("s")
+        near = did_you_mean(name, entries)
+        raise ValueError(f"no {kind} named {name!r}; installed: {', '.join(entries) or 'none'}{near}")
     entry = entries[name]
     if entry.refused:
         raise PluginLoadError(entry.refused)
@@ -105,7 +100,7 @@ def load(name: str, group: str = CORRECTIONS) -> Any:
         loaded = metadata.EntryPoint(name, entry.value, group).load()
     except Exception as cause:  # a plugin may fail in any way: it is named, and the cause chained
         raise PluginLoadError(f"{plugin} could not be imported: {cause}") from cause
-    if group == CORRECTIONS:
+    if group == "regrad":
         _check_correction(loaded, name, plugin)
     return loaded
 
@@ -180,8 +175,9 @@ def _parse_value(text: str) -> Any:
     return text
 
 
-def origin(correction: Correction) -> tuple[str, str]:
-    """Return the distribution and version that a correction comes from; ("local", "") where it is not installed."""
+def origin(correction: Correction) -> dict[str, str]:
+    """Return distribution and version that a correction comes from; "local" where it is not installed."""
     entry, package = available().get(correction.name), type(correction).__module__.partition(".")[0]
     known = entry is not None and entry.value.startswith((f"{package}.", f"{package}:"))
-    return (entry.distribution, entry.version) if entry and known else ("local", "")
+    distribution, version = (entry.distribution, entry.version) if entry and known else ("local", "")
+    return {"distribution": distribution, "version": version}

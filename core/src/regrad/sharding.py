@@ -1,7 +1,7 @@
 """Tensors that may be shards: local views, and norms that are exact on them."""
 
-from __future__ import annotations
-
+import functools
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,8 +16,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of `tensor` that this process holds: a view, so in-place changes show."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -25,31 +24,20 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(tensor) for tensor in tensors]
 
 
-def like_sharded(part: Tensor, tensor: Tensor) -> Tensor:
-    """Return `part` as a DTensor laid out as `tensor`, or `part` itself if `tensor` is a plain one."""
-    if not is_sharded(tensor):
-        return part
-    sharded: Any = tensor
-    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    whole: Tensor = type(sharded).from_local(part, sharded.device_mesh, sharded.placements, **layout)
-    return whole
-
-
-def _sum_over_shards(squares: Tensor, tensor: Tensor, kept: int | None) -> Tensor:
+def _sum_over_shards(squares: Tensor, tensor: Any, kept: int | None) -> Tensor:
     """Add `squares` over the processes that hold other parts of the same units."""
     if is_sharded(tensor):
-        sharded: Any = tensor
-        for mesh_dim, placement in enumerate(sharded.placements):
+        for mesh_dim, placement in enumerate(tensor.placements):
             if placement.is_partial():
                 raise ValueError("tensor must not be a pending sum; reduce it before its norms are read")
             if placement.is_shard() and placement.dim != kept:
-                distributed.all_reduce(squares, group=sharded.device_mesh.get_group(mesh_dim))
+                distributed.all_reduce(squares, group=tensor.device_mesh.get_group(mesh_dim))
     return squares
 
 
 @torch.no_grad()
 def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
-    r"""Return the norm of each unit of `tensor`, exact where it is sharded.
+    r"""Return the norm of each unit of `tensor`, exact where it is tensor.
 
     Args:
         tensor: Shape [d_0, …, d_n], plain or DTensor.
@@ -80,7 +68,7 @@ def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
 
 @torch.no_grad()
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all tensors together, exact where they are sharded.
+    """Return the norm of all tensors together, exact where they are tensor.
 
     Args:
         tensors: Any shapes, plain or DTensor. May be empty.
@@ -96,14 +84,10 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    norms = torch._foreach_norm(locals_of(tensors))
-    device, dtype = norms[0].device, torch.promote_types(norms[0].dtype, torch.float32)
-    groups: dict[Any, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        key = (getattr(tensor, "device_mesh", None), getattr(tensor, "placements", None))
-        groups.setdefault(key, []).append(index)
-    total = torch.zeros((), device=device, dtype=dtype)
-    for members in groups.values():
-        squares = torch.stack([norms[i].to(device, dtype) for i in members]).square().sum()
-        total += _sum_over_shards(squares, tensors[members[0]], None)
-    return total.sqrt()
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    layouts: dict[Any, list[Tensor]] = defaultdict(list)
+    for t in tensors:
+        layouts[getattr(t, "device_mesh", None), getattr(t, "placements", None), local(t).device].append(t)
+    norms = [(torch.stack(torch._foreach_norm(locals_of(same), 2, dtype)), same[0]) for same in layouts.values()]
+    squares = [_sum_over_shards(norm.square().sum(), example, None) for norm, example in norms]
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

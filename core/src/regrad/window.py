@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regrad.errors import RegradError
-from regrad.sharding import like_sharded, local, locals_of
+from regrad.errors import refuse_if
+from regrad.sharding import local, locals_of
 
 
 class Window:
@@ -40,8 +40,8 @@ class Window:
             RegradError: If the number of displacements is not the number of parameters.
         """
         displacements = displacements or [None] * len(parameters)
-        if len(displacements) != len(parameters):
-            raise RegradError(f"predict_weights must return {len(parameters)} displacements, got {len(displacements)}")
+        wanted, got = len(parameters), len(displacements)
+        refuse_if(wanted != got, f"predict_weights must return {wanted} displacements, got {got}")
         moves = {p: local(d) for p, d in zip(parameters, displacements, strict=True) if d is not None}
         self.is_open, self.moved = True, list(moves)
         self._buffers = {p: self._buffer(p) for p in moves}
@@ -65,4 +65,7 @@ class Window:
 
     def true_weights(self) -> dict[Tensor, Tensor]:
         """Return copies of the true weights by moved parameter: the buffers themselves are reused."""
-        return {p: like_sharded(self._buffers[p].clone(), p) for p in self.moved}
+        copies = {p: p.detach().clone() for p in self.moved}
+        for parameter, copy in copies.items():
+            local(copy).copy_(self._buffers[parameter])
+        return copies
