@@ -12,7 +12,6 @@ class Wrapped:
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
-        self.param_groups = optimizer.param_groups
 
     def step(self):
         self.optimizer.step()

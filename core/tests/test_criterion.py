@@ -1,0 +1,115 @@
+"""The criterion that the loop calls."""
+
+import pytest
+import regrad
+import torch
+from regrad import RegradError
+from torch import nn
+
+
+@pytest.fixture
+def louder(toys):
+    model = toys.Net()
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Louder(factor=3.0)], criterion)
+    inputs, labels = toys.batch()
+    return model, criterion, attachment, lambda: (attachment.criterion(model(inputs), labels)), labels, inputs
+
+
+def test_the_criterion_is_corrected_only_while_the_model_trains_and_never_after_detach(louder):
+    model, criterion, attachment, loss, labels, inputs = louder
+    plain = criterion(model(inputs), labels)
+    kept = attachment.criterion
+    torch.testing.assert_close(loss(), 3 * plain, rtol=0, atol=1e-15)
+    model.eval()
+    torch.testing.assert_close(loss(), plain, rtol=0, atol=0)
+    model.train()
+    torch.testing.assert_close(loss(), 3 * plain, rtol=0, atol=1e-15)
+    attachment.detach()
+    torch.testing.assert_close(loss(), plain, rtol=0, atol=0)
+    torch.testing.assert_close(kept(model(inputs), labels), plain, rtol=0, atol=0)
+
+
+def test_the_gradient_is_that_of_the_corrected_criterion(toys, louder):
+    model, criterion, _, loss, labels, inputs = louder
+    loss().backward()
+    corrected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    criterion(model(inputs), labels).backward()
+    for one, other in zip(corrected, model.parameters(), strict=True):
+        torch.testing.assert_close(one, 3 * other.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_keyword_arguments_go_through(louder):
+    model, criterion, attachment, _, labels, inputs = louder
+    logits = model(inputs)
+    torch.testing.assert_close(attachment.criterion(logits, target=labels), 3 * criterion(logits, labels))
+    torch.testing.assert_close(attachment.criterion(input=logits, target=labels), 3 * criterion(logits, labels))
+
+
+def test_attributes_are_those_of_the_users_criterion(louder):
+    _, criterion, attachment, *_ = louder
+    assert attachment.criterion.label_smoothing == 0.1
+    assert attachment.criterion.reduction == "mean"
+    assert attachment.criterion.parameters
+    criterion.label_smoothing = 0.2
+    assert attachment.criterion.label_smoothing == 0.2
+    with pytest.raises(AttributeError):
+        _ = attachment.criterion.no_such_attribute
+
+
+def test_without_an_owner_the_criterion_is_the_one_given(toys):
+    model, criterion = toys.Net(), nn.CrossEntropyLoss()
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Scale()], criterion)
+    assert attachment.criterion is criterion
+
+
+def test_a_criterion_correction_without_a_criterion_says_how(toys):
+    model = toys.Net()
+    with pytest.raises(RegradError, match=r"'louder' corrects the criterion; pass attach\(…, criterion=criterion\)"):
+        regrad.attach(model, toys.sgd(model), [toys.Louder()])
+
+
+def test_asking_for_a_criterion_that_was_not_given_says_how(toys):
+    model = toys.Net()
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Scale()])
+    with pytest.raises(RegradError, match=r"attachment has no criterion; pass attach\(…, criterion=criterion\)"):
+        _ = attachment.criterion
+
+
+def test_a_criterion_without_gradients_is_not_measured(toys, louder):
+    _, _, attachment, loss, *_ = louder
+    with torch.no_grad():
+        loss()
+    assert attachment.receipt()["effects"] == {}
+
+
+def test_a_function_may_be_the_criterion(toys):
+    model = toys.Net()
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Louder()], nn.functional.cross_entropy)
+    inputs, labels = toys.batch()
+    logits = model(inputs)
+    torch.testing.assert_close(attachment.criterion(logits, labels), 3 * nn.functional.cross_entropy(logits, labels))
+
+
+def test_unreduced_losses_keep_their_shape(toys):
+    model = toys.Net()
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Louder()], nn.CrossEntropyLoss(reduction="none"))
+    inputs, labels = toys.batch()
+    assert attachment.criterion(model(inputs), labels).shape == (8,)
+    assert attachment.receipt()["effects"]["louder"]["criterion"]["relative_change"] == pytest.approx(2, rel=1e-5)
+
+
+def test_under_accumulation_every_micro_batch_is_corrected(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    spy = toys.Spy()
+    attachment = regrad.attach(model, optimizer, [toys.Louder(), spy], nn.CrossEntropyLoss())
+    inputs, labels = toys.batch(8)
+    for part, target in zip(inputs.chunk(2), labels.chunk(2), strict=True):
+        (attachment.criterion(model(part), target) / 2).backward()
+    optimizer.step()
+    twin = toys.Net()
+    (3 * nn.functional.cross_entropy(twin(inputs), labels)).backward()
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(spy.gradients[0][name], parameter.grad, rtol=0, atol=1e-14)

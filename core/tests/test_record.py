@@ -1,0 +1,131 @@
+"""The record of the first training forward."""
+
+import pytest
+import regrad
+import torch
+from regrad.correction import Needs
+
+
+@pytest.fixture
+def reading(toys):
+    """A correction that needs the record."""
+
+    class Reads(toys.Spy):
+        needs = Needs(stages=("gradient",), record=True)
+
+    return Reads
+
+
+def test_the_record_has_names_order_shapes_and_the_head(toys, reading):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [reading()])
+    assert attachment.record.calls == ()
+    toys.train_step(model, optimizer)
+    calls = attachment.record.calls
+    assert [call.name for call in calls] == ["body", "norm", "head"]
+    assert [(call.inputs, call.outputs) for call in calls] == [
+        (((8, 3),), ((8, 4),)),
+        (((8, 4),), ((8, 4),)),
+        (((8, 4),), ((8, 2),)),
+    ]
+    assert [call.makes_output for call in calls] == [False, False, True]
+
+
+def test_there_is_no_record_where_nobody_needs_it(toys):
+    model = toys.Net()
+    assert regrad.attach(model, toys.sgd(model), [toys.Scale()]).record is None
+
+
+def test_only_the_first_training_forward_is_recorded_and_then_the_hooks_are_gone(toys, reading, hooks_on):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [reading()])
+    with_hooks = hooks_on(model.body, optimizer)
+    model.eval()
+    model(torch.ones(5, 3, dtype=torch.float64))
+    assert attachment.record.calls == ()
+    model.train()
+    toys.train_step(model, optimizer)
+    first = attachment.record.calls
+    assert first[0].inputs == ((8, 3),)
+    assert sum(map(len, hooks_on(model.body, optimizer).values())) == sum(map(len, with_hooks.values())) - 1
+    model(torch.ones(7, 3, dtype=torch.float64))
+    assert attachment.record.calls is first
+
+
+def test_the_logits_of_a_mapping_are_the_output(toys, reading):
+    model = toys.Messy()
+    attachment = regrad.attach(model, toys.sgd(model), [reading()])
+    inputs, labels = toys.batch(dtype=torch.float32)
+    model(inputs, labels)["loss"].backward()
+    assert [call.name for call in attachment.record.calls if call.makes_output] == ["head"]
+
+
+def test_a_forward_that_raises_leaves_nothing_in_the_record(toys, reading):
+    class Fails(toys.Net):
+        fails = True
+
+        def forward(self, x):
+            hidden = self.body(x)
+            if self.fails:
+                raise ZeroDivisionError
+            return self.head(torch.tanh(self.norm(hidden)))
+
+    model = Fails()
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [reading()])
+    with pytest.raises(ZeroDivisionError):
+        toys.loss_of(model)
+    model.fails = False
+    toys.train_step(model, optimizer)
+    assert [call.name for call in attachment.record.calls] == ["body", "norm", "head"]
+
+
+def test_a_module_called_twice_is_recorded_twice(toys, reading):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model = Twice()
+    record = regrad.attach(model, toys.sgd(model), [reading()]).record
+    model(torch.ones(2, 3))
+    assert [(call.name, call.makes_output) for call in record.calls] == [("layer", False), ("layer", True)]
+
+
+def test_detach_before_the_first_forward_takes_the_hooks_away(toys, reading, hooks_on):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    before = hooks_on(model, optimizer)
+    regrad.attach(model, optimizer, [reading()]).detach()
+    assert hooks_on(model, optimizer) == before
+
+
+def test_a_model_compiled_before_attach_has_no_record(toys, reading):
+    model = toys.Net()
+    compiled = torch.compile(model, backend="eager")
+    assert regrad.attach(compiled, toys.sgd(model), [reading()]).record is None
+
+
+def test_a_model_compiled_in_place_before_attach_has_no_record_either(toys, reading):
+    model = toys.Net()
+    model.compile(backend="eager")
+    assert regrad.attach(model, toys.sgd(model), [reading()]).record is None
+
+
+def test_the_record_keeps_no_tensor_alive(toys, reading):
+    import gc
+    import weakref
+
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    regrad.attach(model, optimizer, [reading()])
+    alive = []
+    model.body.register_forward_hook(lambda module, inputs, output: alive.append(weakref.ref(output)))
+    toys.train_step(model, optimizer)
+    gc.collect()
+    assert [reference() for reference in alive] == [None]

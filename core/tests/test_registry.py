@@ -1,0 +1,235 @@
+"""Entry points of installed distributions, by fake distributions in a temporary folder."""
+
+import importlib
+import itertools
+import sys
+
+import pytest
+import regrad
+from regrad import Composition, Correction, PluginLoadError
+from regrad.correction import API_VERSION
+
+SOURCE = """
+from dataclasses import dataclass
+from regrad import Composition, Correction
+from regrad.correction import Needs, Options
+
+class Gain(Correction):
+    name = "gain"
+    needs = Needs(stages=("gradient",))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Options):
+        amount: float = 0.5
+        power: int = 1
+
+    def correct_gradients(self, step):
+        pass
+
+class Tilt(Gain):
+    name = "tilt"
+
+class Nameless(Correction):
+    needs = Needs(stages=("gradient",))
+
+class Newer(Gain):
+    name = "newer"
+    api_version = {api} + 1
+
+class Older(Gain):
+    name = "older"
+    api_version = {api} - 1
+
+pair = Composition(parts=("gain", "tilt"))
+not_a_correction = object()
+def function(): return "called"
+"""
+modules = itertools.count()
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that installs a distribution with entry points; all are gone after the test."""
+
+    def add(name, entries, *, version="1.0", source=SOURCE, folder="site", group="regrad", file=None):
+        site = tmp_path / folder
+        module = f"fake_plugin_{next(modules)}"
+        info = site / f"{(file or name).replace('-', '_')}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (site / f"{module}.py").write_text(source.replace("{api}", str(API_VERSION)))
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: A fake\n")
+        lines = "".join(f"{key} = {module}:{value}\n" for key, value in entries.items())
+        (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
+        if str(site) not in sys.path:
+            monkeypatch.syspath_prepend(str(site))
+        importlib.invalidate_caches()
+        return module
+
+    return add
+
+
+def test_available_reads_metadata_alone(install):
+    module = install("regrad-gain", {"gain": "Gain"}, version="1.2", source="raise RuntimeError('imported')")
+    entry = regrad.available()["gain"]
+    assert (entry.name, entry.group, entry.distribution, entry.version) == ("gain", "regrad", "regrad-gain", "1.2")
+    assert entry.value == f"{module}:Gain"
+    assert entry.summary == "A fake"
+    assert entry.refused is None
+    assert module not in sys.modules
+
+
+def test_importing_regrad_and_listing_imports_no_torch(python):
+    code = "import regrad, sys; regrad.available(); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert python(code) == "False False\n"
+
+
+def test_installing_does_not_activate(install, toys):
+    install("regrad-gain", {"gain": "Gain"})
+    model = toys.Net()
+    assert str(regrad.attach(model, toys.sgd(model), [])) == "regrad attachment: no corrections"
+
+
+def test_a_correction_is_created_by_name_with_options_from_the_text_and_from_keywords(install):
+    install("regrad-gain", {"gain": "Gain"})
+    assert issubclass(regrad.load("gain"), Correction)
+    assert regrad.create("gain").option_values() == {"amount": 0.5, "power": 1}
+    assert regrad.create("gain:amount=0.25,power=3").option_values() == {"amount": 0.25, "power": 3}
+    assert regrad.create("gain", amount=2).option_values()["amount"] == 2
+    assert regrad.create("gain:amount=0.25", amount=2.0).option_values()["amount"] == 2.0
+    assert repr(regrad.create("gain:power=3")) == "Gain(amount=0.5, power=3)"
+
+
+def test_attach_takes_names_and_the_receipt_says_where_they_come_from(install, toys):
+    install("regrad-gain", {"gain": "Gain"}, version="3.1")
+    model = toys.Net()
+    attachment = regrad.attach(model, toys.sgd(model), ["gain:power=2", toys.Scale()])
+    first, second = attachment.receipt()["corrections"]
+    assert (first["name"], first["distribution"], first["version"]) == ("gain", "regrad-gain", "3.1")
+    assert first["options"] == {"amount": 0.5, "power": 2}
+    assert (second["distribution"], second["version"]) == ("local", "")
+
+
+def test_a_correction_of_ones_own_with_the_name_of_an_installed_one_is_called_local(install, toys):
+    install("regrad-scale", {"scale": "Gain"})
+    model = toys.Net()
+    receipt = regrad.attach(model, toys.sgd(model), [toys.Scale()]).receipt()
+    assert receipt["corrections"][0]["distribution"] == "local"
+
+
+def test_a_plugin_that_fails_on_import_is_named_with_its_cause_and_leaves_the_others_alone(install):
+    install("regrad-gain", {"gain": "Gain"})
+    install("regrad-broken", {"broken": "Broken"}, version="0.3", source="import no_such_module_at_all")
+    assert set(regrad.available()) >= {"gain", "broken"}
+    message = r"plugin 'broken' \(regrad-broken 0.3\) could not be imported: No module named 'no_such_module_at_all'"
+    with pytest.raises(PluginLoadError, match=message) as caught:
+        regrad.create("broken")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+    assert regrad.create("gain").name == "gain"
+
+
+@pytest.mark.parametrize("source", ["1 / 0", "def broken(:", "Other = 1", "raise SystemExit(3)"])
+def test_any_way_of_failing_on_import_is_the_plugins_and_named(install, source):
+    install("regrad-broken", {"broken": "Broken"}, source=source)
+    with pytest.raises(PluginLoadError, match=r"plugin 'broken' \(regrad-broken 1.0\) could not be imported"):
+        regrad.load("broken")
+
+
+def test_two_distributions_with_one_name_are_refused_and_both_named(install):
+    install("regrad-gain", {"gain": "Gain"})
+    install("rival-gain", {"gain": "Gain", "tilt": "Tilt"}, version="2.0")
+    assert "regrad-gain 1.0 and rival-gain 2.0" in regrad.available()["gain"].refused
+    with pytest.raises(PluginLoadError, match="'gain' is offered by regrad-gain 1.0 and rival-gain 2.0; uninstall"):
+        regrad.create("gain")
+    assert regrad.create("tilt").name == "tilt"
+
+
+@pytest.mark.parametrize("spelling", ["regrad-gain", "Regrad_Gain", "regrad.gain"])
+def test_the_same_distribution_found_twice_is_one(install, spelling):
+    install("regrad-gain", {"gain": "Gain"}, folder="lib")
+    # The name of the folder differs as well, so that importlib itself does not take the two for one.
+    install(spelling, {"gain": "Gain"}, folder="lib64", file=f"{spelling}.copy")
+    assert regrad.available()["gain"].refused is None
+    assert regrad.create("gain").name == "gain"
+
+
+def test_a_linked_site_folder_lists_a_distribution_once(install, tmp_path, monkeypatch):
+    install("regrad-gain", {"gain": "Gain"}, folder="lib")
+    (tmp_path / "lib64").symlink_to(tmp_path / "lib")
+    monkeypatch.syspath_prepend(str(tmp_path / "lib64"))
+    assert regrad.available()["gain"].refused is None
+    assert regrad.create("gain").name == "gain"
+
+
+def test_a_distribution_without_metadata_does_not_stop_the_listing(install, tmp_path):
+    install("regrad-gain", {"gain": "Gain"})
+    install("regrad-half", {"half": "Gain"})
+    (tmp_path / "site" / "regrad_half-1.0.dist-info" / "METADATA").unlink()
+    assert regrad.create("gain").name == "gain"
+    assert "gain" in regrad.available()
+
+
+@pytest.mark.parametrize(("name", "mend"), [("newer", "a newer regrad"), ("older", "a version of the plugin made for")])
+def test_a_plugin_for_another_api_is_refused_and_says_what_to_install(install, name, mend):
+    install("regrad-other", {name: name.title()})
+    with pytest.raises(PluginLoadError, match=rf"plugin '{name}' \(regrad-other 1.0\) is made for api \d+.*{mend}"):
+        regrad.create(name)
+
+
+def test_a_class_whose_name_differs_from_its_entry_point_is_refused(install):
+    install("regrad-gain", {"gains": "Gain"})
+    with pytest.raises(PluginLoadError, match="must offer a class whose name is 'gains', got 'gain'"):
+        regrad.load("gains")
+
+
+def test_a_class_without_a_name_is_refused(install):
+    install("regrad-gain", {"gain": "Nameless"})
+    with pytest.raises(PluginLoadError, match=r"plugin 'gain' \(regrad-gain 1.0\)"):
+        regrad.load("gain")
+
+
+def test_an_object_that_is_no_correction_is_refused(install):
+    install("regrad-gain", {"gain": "not_a_correction"})
+    with pytest.raises(PluginLoadError, match="must offer a Correction class or a Composition, got <object"):
+        regrad.load("gain")
+
+
+def test_an_unknown_name_lists_what_is_installed_and_the_nearest(install):
+    install("regrad-gain", {"gain": "Gain"})
+    with pytest.raises(ValueError, match="no correction named 'gian'; installed: .*gain.*; did you mean 'gain'"):
+        regrad.create("gian")
+
+
+def test_other_groups_follow_the_same_rules(install):
+    install("regrad-tom", {"tom": "function"}, group="regrad.optimizers")
+    install("regrad-data", {"digit": "function"}, group="regrad.workloads", source="import no_such_module_at_all")
+    assert regrad.load("tom", "regrad.optimizers")() == "called"
+    assert "tom" not in regrad.available()
+    with pytest.raises(PluginLoadError, match=r"plugin 'digit' \(regrad-data 1.0\) could not be imported"):
+        regrad.load("digit", "regrad.workloads")
+    with pytest.raises(ValueError, match="no optimizer named 'tim'; installed: .*tom"):
+        regrad.load("tim", "regrad.optimizers")
+
+
+def test_a_composition_becomes_its_parts_with_prefixed_options(install, toys):
+    install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
+    assert regrad.load("pair") == Composition(parts=("gain", "tilt"))
+    made = regrad.create("pair:gain.amount=0.25,tilt.power=4", **{"gain.power": 2})
+    assert [(c.name, c.option_values()) for c in made] == [
+        ("gain", {"amount": 0.25, "power": 2}),
+        ("tilt", {"amount": 0.5, "power": 4}),
+    ]
+    model = toys.Net()
+    assert [c.name for c in regrad.attach(model, toys.sgd(model), ["pair"]).corrections] == ["gain", "tilt"]
+
+
+@pytest.mark.parametrize("option", ["amount=1", "other.amount=1", "gain.amonut=1"])
+def test_an_option_of_a_composition_that_no_part_has_is_refused(install, option):
+    install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
+    with pytest.raises(TypeError, match=r"must start with a part of 'pair' \(gain, tilt\)|has no option 'amonut'"):
+        regrad.create(f"pair:{option}")
+
+
+def test_a_part_that_is_missing_is_named(install):
+    install("regrad-pair", {"gain": "Gain", "pair": "pair"})
+    with pytest.raises(ValueError, match="no correction named 'tilt'"):
+        regrad.create("pair")
