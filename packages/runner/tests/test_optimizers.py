@@ -40,7 +40,7 @@ def test_a_complete_spec_stays_as_it_is():
 
 
 def test_a_learning_rate_inside_the_spec_is_refused():
-    with pytest.raises(ValueError, match="optimizer must not set lr, got 'adam:lr=0.1'; use the setting lr"):
+    with pytest.raises(ValueError, match=r"optimizer must not set lr, got 'adam:lr=0.1'; use the setting lr"):
         spec_of("adam:lr=0.1", DEFAULTS)
 
 
