@@ -20,6 +20,7 @@ from regrad_runner.arms import Arm, expand
 from regrad_runner.config import FIRST_TUNING_SEED, CompareConfig
 from regrad_runner.preparation import default_folder, example_optimizer, load_data, try_on
 from regrad_runner.progress import Display
+from regrad_runner.report import draw
 from regrad_runner.results import Result, ResultsFolder, Trial, check_folder, finished_result, start_folder, write_whole
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
@@ -131,7 +132,8 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         for arm, seed in agreed(pending):
             comparison.run(arm, seed=seed, lr=rates[arm.name])
         if plan.reports:
-            parent.artifact(plan.path / "results.csv")
+            for path in [plan.path / "results.csv", *draw(folder, plan.workload.measure)]:
+                parent.artifact(path)
         if any(result.status == "failed" for result in folder.results):
             parent.finish("FAILED")
     return folder

@@ -20,7 +20,7 @@ from regrad_runner.workloads import Measure
 
 
 def show(path: Path, *, as_json: bool = False) -> None:
-    """Show what is in a folder, whichever command wrote it.
+    """Show what is in a folder, whichever command wrote it; draw the figures of a comparison again.
 
     Args:
         path: What `compare` or `train` wrote.
@@ -29,27 +29,31 @@ def show(path: Path, *, as_json: bool = False) -> None:
     Raises:
         ValueError: If it is no such folder, or holds no finished run.
     """
-    if _about(path)["kind"] == "comparison":
-        show_comparison(path, as_json=as_json)
-    else:
+    if _about(path)["kind"] != "comparison":
         show_run(path, as_json=as_json)
+        return
+    draw(ResultsFolder(path), Measure(**_about(path)["measure"]))
+    show_comparison(path, as_json=as_json)
+
+
+def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
+    """Draw the figures of a comparison into its folder and return them."""
+    from regrad_runner.figures import write_figures  # noqa: PLC0415 - matplotlib takes a second to load
+
+    rows = [result.as_run_row() for result in folder.results]
+    summaries = summarize_results(folder.results, measure)
+    return write_figures(folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure)
 
 
 def show_comparison(path: Path, *, as_json: bool = False) -> None:
-    """Draw the figures of a comparison and print its table, the sentences, and where everything is.
+    """Print a comparison's table, a sentence per arm, and where everything is.
 
     Raises:
-        ValueError: If the folder holds no comparison, or no run of the baseline.
+        ValueError: If the folder holds no comparison, or no run.
     """
-    from regrad_runner.figures import write_figures  # noqa: PLC0415 - matplotlib takes a second to load
-
     measure = Measure(**_about(path)["measure"])
-    folder = ResultsFolder(path)
-    if not folder.results:
-        raise ValueError(f"folder must hold runs, got '{path}' without any; --resume starts them")
+    folder, console = ResultsFolder(path), Console()
     summaries = summarize_results(folder.results, measure)
-    write_figures(folder, path)
-    console = Console()
     if as_json:
         console.out(to_json(summaries, measure), highlight=False)
         return
@@ -59,7 +63,13 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
 
 
 def summarize_results(results: list[Result], measure: Measure) -> list[ArmSummary]:
-    """Return one summary per arm, in the order in which the arms first ran."""
+    """Return one summary per arm, in the order in which the arms first ran.
+
+    Raises:
+        ValueError: If there is no run.
+    """
+    if not results:
+        raise ValueError("folder must hold runs, got none; regrad compare --resume --out starts them")
     return summarize(
         [result.as_run_row() for result in results],
         controls={result.arm: result.must_beat for result in results},
