@@ -1,13 +1,15 @@
 """Bind corrections to one model and its optimizer."""
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrad import explain, hooks, order, receipt, refusals, registry
+from regrad import explain, hooks, order, refusals, registry
 from regrad.correction import Correction
 from regrad.engine import Engine, SwitchingCriterion
 from regrad.errors import refuse_if
@@ -164,8 +166,30 @@ class Attachment:
         return values | {f"{c.name}/{key}": float(v) for c in self.corrections for key, v in c.metrics().items()}
 
     def receipt(self) -> dict[str, Any]:
-        """Return what really happened, as plain values that JSON can hold."""
-        return receipt.make_receipt(self.engine, self.reasons)
+        """Return what really happened, as plain values that JSON can hold.
+
+        Returns:
+            "corrections" (name, distribution, version, options, stages, matched
+            parameters), "order", "notes", "parameters", "steps_applied",
+            "steps_skipped", "effects", "seed" and "environment".
+        """
+        step, engine, rows = self.engine.step(), self.engine, []
+        for c in self.corrections:
+            on_weights = {"gradient", "moment", "weights"} & set(c.needs.stages)
+            matched = [n for n, p in zip(step.names, step.parameters, strict=True) if on_weights and c.selects(n, p)]
+            row = {"name": c.name, **registry.origin(c), "options": vars(c.options)}
+            rows.append(row | {"stages": list(c.needs.stages), "matched": matched})
+        counts = {"parameters": len(step.names), "steps_applied": engine.applied, "steps_skipped": engine.skipped}
+        machine = {"python": platform.python_version(), "torch": str(torch.__version__), "regrad": version("regrad")}
+        seen = {"effects": engine.meter.effects(), "seed": torch.initial_seed(), "environment": machine}
+        return {"corrections": rows, "order": [c.name for c in self.corrections], "notes": self.notes, **counts, **seen}
+
+    @property
+    def notes(self) -> list[str]:
+        """What else is worth knowing of this attachment, in sentences."""
+        reads = self.engine.callers["correct_gradients"] or self.engine.callers["correct_moments"]
+        clipped = "gradients are read as the loop leaves them at step(): clipping in the loop comes first"
+        return [*self.reasons, *([clipped] if reads else [])]
 
     def explain(self, batch: Any) -> explain.Explanation:
         """Say what each correction would change on one batch, tried on copies; nothing is changed afterwards.
@@ -181,8 +205,9 @@ class Attachment:
         return explain.explain(self, self._original, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the corrections' state by name, with the receipt. Plain values and tensors only."""
-        return {"corrections": {c.name: c.state_dict() for c in self.corrections}, "receipt": self.receipt()}
+        """Return the corrections' state by name, with effects and receipt. Plain values and tensors only."""
+        states = {c.name: c.state_dict() for c in self.corrections}
+        return {"corrections": states, "effects": dict(self.engine.meter.sums), "receipt": self.receipt()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Take back what `state_dict` returned.
@@ -195,14 +220,25 @@ class Attachment:
         Raises:
             RegradError: If `strict` and anything differs; says what.
         """
-        found = "; ".join(receipt.differences(state["receipt"], self.receipt()))
+        found = "; ".join(_differences(state["receipt"], self.receipt()))
         refuse_if(strict and found != "", f"state must come from the same corrections; {found}; or pass strict=False")
         self.engine.close_window()
         self.engine.applied, self.engine.skipped = (int(state["receipt"][f"steps_{k}"]) for k in ("applied", "skipped"))
         for correction in self.corrections:
             if correction.name in state["corrections"]:
                 correction.load_state_dict(state["corrections"][correction.name])
+                seen = {key: sums for key, sums in state["effects"].items() if key[0] == correction.name}
+                self.engine.meter.sums.update(seen)
 
     def __str__(self) -> str:
         chain = " → ".join(map(repr, self.corrections)) or "no corrections"
         return "\n  ".join((f"regrad attachment: {chain}", *self.reasons))
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Return one line per correction that is missing, added, or has other options."""
+    old, new = ({c["name"]: c["options"] for c in receipt["corrections"]} for receipt in (theirs, ours))
+    lines = [f"{name!r} is {'missing' if name in old else 'new'} here" for name in sorted(old.keys() ^ new.keys())]
+    pairs = [(name, key) for name in old if name in new for key in {**old[name], **new[name]}]
+    changed = [(name, key) for name, key in pairs if old[name].get(key) != new[name].get(key)]
+    return lines + [f"{n}.{key} was {old[n].get(key)!r}, is {new[n].get(key)!r}" for n, key in changed]

@@ -12,13 +12,11 @@ import pluggy
 import torch
 from torch import Tensor, nn, optim
 
+from regrad import hooks, sharding, window
 from regrad.correction import Correction
 from regrad.errors import RegradWarning, refuse_if
-from regrad.hooks import WRAPPER, wrap_closure
 from regrad.hookspecs import HOOKS, CorrectionSpec, Step
 from regrad.meter import Meter
-from regrad.sharding import is_sharded, locals_of
-from regrad.window import Window
 
 
 class HookRegistry(pluggy.PluginManager):
@@ -52,7 +50,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer, corrections: Sequence[Correction]) -> None:
         self.model, self.optimizer, self.corrections = model, optimizer, corrections
-        self.window, self.meter = Window(), Meter()
+        self.window, self.meter = window.Window(), Meter()
         self._names: dict[Tensor, str] = {}
         self.applied = self.skipped = self.forwards = self._calls = 0
         self._skipping = self._warned = self._graph_waits = False
@@ -72,7 +70,7 @@ class Engine:
         """Return the coming optimizer step as it stands now; parameters may have come since the last."""
         step = Step(self.optimizer, self.applied)
         if any(p not in self._names for p in step.parameters):
-            self._names |= {p: re.sub(WRAPPER, "", name) for name, p in self.model.named_parameters()}
+            self._names |= {p: re.sub(hooks.WRAPPER, "", name) for name, p in self.model.named_parameters()}
         step.names = [self._names.setdefault(p, f"unnamed.{i}") for i, p in enumerate(step.parameters)]
         return step
 
@@ -136,7 +134,7 @@ class Engine:
         """Correct now, or, where a closure computes the gradients, right after it."""
         self._refuse_inside_backward("gradients are not final there")
         self._calls = 0
-        wrapped = wrap_closure(args, kwargs, self.correct)
+        wrapped = hooks.wrap_closure(args, kwargs, self.correct)
         if wrapped is None:
             self.correct()
         return wrapped
@@ -147,13 +145,13 @@ class Engine:
         self._calls += 1
         unfit = [c.name for c in self.corrections if not c.needs.closures and self._calls > 1]
         refuse_if(bool(unfit), f"{', '.join(unfit)} must see one closure call per step, got {self._calls}")
-        found_inf = getattr(self.optimizer, "found_inf", None) if self.corrections else None
+        found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipping = found_inf is not None and bool(found_inf != 0)
         if self._skipping or not self.corrections:
             return
         step = self.step()
         self._check(step)
-        self._unscale([g for g in step.gradients if g is not None])
+        self._unscale()
         self.run("correct_gradients", step)
         self.run("correct_moments", step)
 
@@ -169,12 +167,12 @@ class Engine:
             warnings.warn(message, RegradWarning, stacklevel=2)
 
     @torch.no_grad()
-    def _unscale(self, gradients: list[Tensor]) -> None:
-        """Take over from a fused optimizer what it would do itself under a GradScaler."""
+    def _unscale(self) -> None:
+        """Take over from a fused optimizer what it would do itself under a GradScaler, frozen parameters included."""
         scale: Any = getattr(self.optimizer, "grad_scale", None)
-        if scale is not None:
-            for gradient in locals_of(gradients):
-                gradient.div_(scale.to(gradient.device))
+        gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
+        for gradient in sharding.locals_of(gradients) if scale is not None else ():
+            gradient.div_(scale.to(gradient.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def after_step(self, *_: Any) -> None:

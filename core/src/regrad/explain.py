@@ -55,7 +55,7 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
                 rows.append(dict(zip(COLUMNS, (name, stage, tensor, change, cosine), strict=True)))
     quiet = [c.name for c in live if c.name not in {row["correction"] for row in rows}]
     notes = [f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)" for name in quiet]
-    return Explanation(rows, dict(trial.engine.seconds), [*attachment.reasons, *notes])
+    return Explanation(rows, dict(trial.engine.seconds), [*attachment.notes, *notes])
 
 
 def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:

@@ -108,11 +108,11 @@ class Meter:
 
     def warn_if_idle(self, correction: Correction, index: int) -> None:
         """Warn once, `PATIENCE` steps after the warm-up, if nothing was ever changed."""
-        if index != correction.needs.warmup_steps + PATIENCE:
+        if index != correction.needs.warmup_steps + PATIENCE or correction.needs.stages == ("hidden",):
             return
         seen = [stage["trigger_rate"] for stage in self.effects().get(correction.name, {}).values()]
         reason = correction.idle_reason()
-        if seen and not any(seen) and reason is not None:
+        if not any(seen) and reason is not None:
             warnings.warn(f"{correction.name!r} had no effect in {index} steps: {reason}", RegradWarning, stacklevel=2)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from regrad.correction import Correction
 from regrad.errors import RegradError, refuse_if
 
+OWNED = {"weights": "window", "criterion": "criterion"}
+
 
 def resolve_order(corrections: Sequence[Correction]) -> tuple[tuple[Correction, ...], tuple[str, ...]]:
     """Return the corrections in acting order, and why any of them was moved.
@@ -25,18 +27,19 @@ def resolve_order(corrections: Sequence[Correction]) -> tuple[tuple[Correction, 
     """
     _refuse_conflicts(corrections)
     behind = {c.name: _must_follow(c, corrections) for c in corrections}
-    waiting, ordered, reasons = list(corrections), list[Correction](), list[str]()
+    waiting, ordered = list(corrections), list[Correction]()
     while waiting:
         done = {c.name for c in ordered}
         ready = next((c for c in waiting if behind[c.name].keys() <= done), None)
+        circle = "; ".join(reason for c in waiting for reason in behind[c.name].values())
         if ready is None:
-            circle = "; ".join(reason for c in waiting for reason in behind[c.name].values())
             raise RegradError(f"corrections cannot be ordered, their declarations form a cycle: {circle}")
-        if ready is not waiting[0]:
-            why = "; ".join(why for first, why in behind[waiting[0].name].items() if first not in done)
-            reasons.append(f"{waiting[0].name!r} acts after {ready.name!r}: {why}")
         waiting.remove(ready)
         ordered.append(ready)
+    given, reasons = [c.name for c in corrections], []
+    for index, name in enumerate(given):
+        later = {first: why for first, why in behind[name].items() if first in given[index:]}
+        reasons += [f"{name!r} acts after {', '.join(map(repr, later))}: {'; '.join(later.values())}"] if later else []
     return tuple(ordered), tuple(reasons)
 
 
@@ -53,7 +56,7 @@ def _refuse_conflicts(corrections: Sequence[Correction]) -> None:
     for one, other in itertools.combinations(corrections, 2):
         refuse_if(one.name == other.name, f"corrections must be different, got {one.name!r} twice")
         told = (one.needs.conflicts.get(other.name), other.needs.conflicts.get(one.name))
-        own, others = ({*c.needs.exclusive} | {"weights", "criterion"} & {*c.needs.stages} for c in (one, other))
-        owned = [f"both own {resource!r}" for resource in sorted(own & others)]
+        own, others = ({*c.needs.exclusive} | {OWNED[s] for s in c.needs.stages if s in OWNED} for c in (one, other))
+        owned = [f"both own the {resource}" for resource in sorted(own & others)]
         reasons = "; ".join(reason for reason in (*told, *owned) if reason)
         refuse_if(reasons != "", f"{one.name!r} and {other.name!r} cannot work together: {reasons}")

@@ -7,10 +7,9 @@ from typing import Any
 from torch import distributed, nn
 from torch.optim import LBFGS, Optimizer
 
+from regrad import registry, sharding
 from regrad.correction import Correction
 from regrad.errors import refuse_if
-from regrad.registry import origin
-from regrad.sharding import is_sharded
 
 ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -25,7 +24,7 @@ def layout_of(model: nn.Module, optimizer: Optimizer) -> str:
     modules = list(model.modules())
     if _is_kind(optimizer, "zeroredundancyoptimizer") or any(_is_kind(m, "fullyshardeddataparallel") for m in modules):
         return "flat"
-    if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+    if any(sharding.is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
         return "fsdp2"
     return "ddp" if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules) else "plain"
 
@@ -71,7 +70,7 @@ def check(model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Co
 def agree_across_ranks(corrections: Sequence[Correction]) -> None:
     """Raise on every rank unless all ranks attach the same corrections, versions and options."""
     if distributed.is_available() and distributed.is_initialized():
-        mine = [f"{c!r} of {origin(c)}" for c in corrections]
+        mine = [f"{c!r} of {registry.origin(c)}" for c in corrections]
         everyone: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(everyone, mine)
         for rank, theirs in enumerate(everyone):

@@ -98,7 +98,7 @@ def load(name: str, group: str = "regrad") -> Any:
     plugin = f"plugin {name!r} ({entry.distribution} {entry.version})"
     try:
         loaded = metadata.EntryPoint(name, entry.value, group).load()
-    except Exception as cause:  # a plugin may fail in any way: it is named, and the cause chained
+    except (Exception, SystemExit) as cause:  # a plugin may fail in any way: it is named, and the cause chained
         raise PluginLoadError(f"{plugin} could not be imported: {cause}") from cause
     if group == "regrad":
         _check_correction(loaded, name, plugin)
@@ -112,8 +112,8 @@ def _check_correction(loaded: Any, name: str, plugin: str) -> None:
     if loaded.api_version != API_VERSION:
         mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
         raise PluginLoadError(f"{plugin} has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}")
-    if isinstance(loaded, type) and loaded.name != name:
-        raise PluginLoadError(f"{plugin} must offer a class whose name is {name!r}, got {loaded.name!r}")
+    if isinstance(loaded, type) and getattr(loaded, "name", None) != name:
+        raise PluginLoadError(f"{plugin} must offer a class with name = {name!r}")
 
 
 def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
@@ -168,6 +168,8 @@ def _parse_options(text: str, spec: str) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     """Read a number, true, false, none, a bracketed list, or else the text itself."""
     if text[:1] in ("[", "("):
+        if text[-1:] != {"[": "]", "(": ")"}[text[0]]:
+            raise ValueError(f"options must close every bracket, got {text!r}")
         return tuple(_parse_value(item.strip()) for item in text[1:-1].split(",") if item.strip())
     for kind in (int, float, {"true": True, "false": False, "none": None}.__getitem__):
         with contextlib.suppress(ValueError, KeyError):
