@@ -85,7 +85,7 @@ class Engine:
         return result
 
     def _is_sharded(self) -> bool:
-        return any(is_sharded(p) for group in self.optimizer.param_groups for p in group["params"])
+        return any(sharding.is_sharded(p) for group in self.optimizer.param_groups for p in group["params"])
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
