@@ -1,6 +1,8 @@
 """PowerGrad through `regrad.attach`, in loops as users write them."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import regrad
@@ -105,7 +107,24 @@ def test_the_meter_sees_the_effect_and_that_alpha_one_has_none(make, data):
 
 
 def test_without_a_criterion_or_with_another_attaching_is_refused(make):
-    with pytest.raises(regrad.RegradError, match="'powergrad' corrects the criterion; pass it to attach"):
+    with pytest.raises(regrad.RegradError, match="'powergrad' corrects the criterion"):
         regrad.attach(*make(), ["powergrad"])
     with pytest.raises(TypeError, match=r"criterion must be nn\.CrossEntropyLoss"):
         regrad.attach(*make(), ["powergrad"], nn.MSELoss())
+
+
+def test_the_use_shown_in_the_card_runs(make, data):
+    card = (Path(__file__).parents[1] / "README.md").read_text()
+    (use,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    model, optimizer = make()
+    names = {
+        "regrad": regrad,
+        "torch": torch,
+        "model": model,
+        "optimizer": optimizer,
+        "loader": zip(*data, strict=True),
+    }
+    exec(use, names)
+    assert names["attachment"].metrics()["steps_applied"] == 4
+    assert names["attachment"].metrics()["powergrad/criterion/relative_change"] > 0
+    names["attachment"].detach()
