@@ -5,13 +5,45 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import datasets
+import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional
 
 LARGEST_SIDE = 64
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # Pillow's names
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file.
+
+    Attributes:
+        where: Where it was found, for errors.
+        content: JPEG, PNG or whatever else Pillow reads; None where there is none.
+    """
+
+    where: str
+    content: bytes | None
+
+    def decoded(self) -> Any:
+        """Return the image as a Pillow image, upright.
+
+        Raises:
+            ValueError: If it is missing or cannot be decoded.
+        """
+        if not self.content:
+            raise ValueError(f"image must hold the bytes of an image file, got none in {self.where}")
+        try:
+            return datasets.Image().decode_example({"bytes": self.content, "path": None})
+        except (OSError, SyntaxError, ValueError) as problem:
+            cause = str(problem).splitlines()[0]
+            raise ValueError(
+                f"image must be a JPEG, PNG or the like, got another in {self.where}: {cause}"
+            ) from problem
 
 
 @dataclass(frozen=True)
@@ -26,18 +58,10 @@ class Format:
     side: int
     grey: bool
 
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image file.
-
-    Attributes:
-        where: Where it was found, for errors.
-        content: JPEG, PNG, GIF or WebP; None where there is none.
-    """
-
-    where: str
-    content: bytes | None
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (1 if self.grey else 3, self.side, self.side)
 
 
 def common_format(encoded: Sequence[EncodedImage]) -> Format:
@@ -47,11 +71,11 @@ def common_format(encoded: Sequence[EncodedImage]) -> Format:
         encoded: At least one image.
 
     Raises:
-        ValueError: If an image cannot be decoded.
+        ValueError: If an image is missing or cannot be decoded.
     """
-    images = [_decoded(image, ImageReadMode.UNCHANGED) for image in encoded]
-    side = int(statistics.median(min(image.shape[1:]) for image in images))
-    return Format(side=min(side, LARGEST_SIDE), grey=all(image.shape[0] == 1 for image in images))
+    images = [file.decoded() for file in encoded]
+    side = int(statistics.median(min(image.size) for image in images))
+    return Format(side=min(side, LARGEST_SIDE), grey=all(image.mode in GREY_MODES for image in images))
 
 
 def decode_images(encoded: Sequence[EncodedImage], form: Format) -> Tensor:
@@ -67,28 +91,19 @@ def decode_images(encoded: Sequence[EncodedImage], form: Format) -> Tensor:
     Raises:
         ValueError: If an image is missing or cannot be decoded.
     """
-    mode = ImageReadMode.GRAY if form.grey else ImageReadMode.RGB
-    images = torch.empty(len(encoded), 1 if form.grey else 3, form.side, form.side, dtype=torch.uint8)
+    images = torch.empty(len(encoded), *form.shape, dtype=torch.uint8)
     for position, file in enumerate(encoded):
-        image = _decoded(file, mode)
+        image = _pixels(file.decoded(), grey=form.grey)
         if image.shape != images.shape[1:]:
             image = functional.center_crop(functional.resize(image, [form.side], antialias=True), [form.side])
         images[position] = image
     return images
 
 
-def _decoded(file: EncodedImage, mode: ImageReadMode) -> Tensor:
-    if not file.content:
-        raise ValueError(f"image must hold the bytes of an image file, got none in {file.where}")
-    try:
-        image: Tensor = decode_image(torch.frombuffer(bytearray(file.content), dtype=torch.uint8), mode=mode)
-    except RuntimeError as problem:
-        cause = str(problem).splitlines()[0]
-        raise ValueError(
-            f"image must be a JPEG, PNG, GIF or WebP file, got another in {file.where}: {cause}"
-        ) from problem
-    if image.ndim == 4:  # an animation
-        image = image[0]
-    if image.dtype != torch.uint8:
-        image = functional.to_dtype(image, torch.uint8, scale=True)
-    return image
+def _pixels(image: Any, *, grey: bool) -> Tensor:
+    """Return a Pillow image as uint8 of shape [C, H, W]."""
+    if image.mode.startswith("I"):  # 16 bits, of which Pillow would cut off the upper ones
+        levels = torch.from_numpy(np.asarray(image).astype(np.int32)) // 257
+        return levels.to(torch.uint8).expand(1 if grey else 3, -1, -1)
+    tensor: Tensor = functional.pil_to_tensor(image.convert("L" if grey else "RGB"))
+    return tensor

@@ -29,9 +29,9 @@ DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_deca
 def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> Workload:
     """Return the images of `train.parquet` and `test.parquet`, or of `train-*.parquet` and `test-*.parquet`.
 
-    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` is
-    an encoded JPEG, PNG, GIF or WebP) and `label` (integers or strings; classes are numbered in sorted order).
-    A tenth of the training images, the same share of each class, is the validation split.
+    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are
+    a JPEG, PNG or whatever else Pillow reads) and `label` (integers or strings; classes are numbered in sorted
+    order). A tenth of the training images, the same share of each class, is the validation split.
 
     Images become square: the shorter side is resized to the median shorter side of the first 100 training images,
     but at most to 64 pixels, and the middle is cut out; images that fit already are left alone. They are grey if
@@ -112,7 +112,9 @@ class _Split:
             raise ValueError(f"label must be given for every image, got none for some of the {self.name} split")
         labels = np.concatenate([column.to_numpy() for column in columns])
         if labels.dtype.kind not in "iub" and not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"label must be an integer or a string, got {labels[0]!r} in the {self.name} split")
+            raise ValueError(
+                f"label must be an integer or a string, got {labels.tolist()[0]!r} in the {self.name} split"
+            )
         return labels
 
     def encoded(self, rows: Indices | None = None) -> dict[int, EncodedImage]:
@@ -160,7 +162,7 @@ def _numbered(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Indices]:
     """Return the sorted classes of the training images, at least two, and each label's position there."""
     classes, numbers = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"label must have at least 2 classes in the train split, got {classes[0]!r} alone")
+        raise ValueError(f"label must have at least 2 classes in the train split, got {classes.tolist()[0]!r} alone")
     return classes, numbers.astype(np.int64)
 
 
