@@ -18,7 +18,7 @@ from regrad_runner.workloads import Measure
 # Okabe and Ito's colours, distinct with every common colour blindness; black is the baseline's.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DPI = 160
-SHOWN_FROM = 0.15
+SHOWN_FROM = 0.25
 QUIET = "#666666"
 
 
@@ -60,7 +60,7 @@ def write_figures(
 ) -> list[Path]:
     """Draw a comparison as PNG files.
 
-    `curves.png` has the measure on the validation images against optimizer steps, mean and range over seeds.
+    `curves.png` has the measure on the validation images against optimizer steps, median and middle half over seeds.
     `steps.png`, if there is a target, has the steps to it of every run; a run that missed stands at the right edge.
     `comparison.png` has the curves, and beside them the paired differences to the baseline: one dot per seed, the
     mean and its interval, the verdict. A control has the colour of the arm that must beat it, in dashes.
@@ -101,8 +101,8 @@ class _Band:
     """An arm's curve over its seeds, each array of shape [steps]."""
 
     steps: npt.NDArray[np.int64]
-    mean: npt.NDArray[np.float64]
     low: npt.NDArray[np.float64]
+    middle: npt.NDArray[np.float64]
     high: npt.NDArray[np.float64]
 
 
@@ -117,8 +117,8 @@ def _bands(curves: Iterable[CurveRow], arms: Sequence[str]) -> dict[str, _Band]:
             continue
         seeds = max(map(len, by_step.values()))
         steps = sorted(step for step, seen in by_step.items() if len(seen) == seeds)
-        table = np.array([by_step[step] for step in steps])
-        bands[arm] = _Band(steps=np.array(steps), mean=table.mean(1), low=table.min(1), high=table.max(1))
+        low, middle, high = np.quantile([by_step[step] for step in steps], (0.25, 0.5, 0.75), axis=1)
+        bands[arm] = _Band(steps=np.array(steps), low=low, middle=middle, high=high)
     return bands
 
 
@@ -143,7 +143,7 @@ def _draw_curves(axes: Axes, bands: Mapping[str, _Band], styles: Mapping[str, St
         style = styles[arm]
         axes.plot(
             band.steps,
-            band.mean,
+            band.middle,
             label=arm,
             color=style.colour,
             linestyle=style.line,
@@ -154,7 +154,7 @@ def _draw_curves(axes: Axes, bands: Mapping[str, _Band], styles: Mapping[str, St
     if measure.target is not None:
         axes.axhline(measure.target, color=QUIET, linewidth=0.8, linestyle=":")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(f"{_on_validation(measure)} (mean and range over seeds)")
+    axes.set_ylabel(f"{_on_validation(measure)} (median and middle half of the seeds)")
     _zoom(axes, bands.values())
     axes.legend(frameon=False, fontsize="small")
     _tidy(axes)
@@ -164,8 +164,8 @@ def _zoom(axes: Axes, bands: Iterable[_Band]) -> None:
     """Leave the first, steep part of training outside, so that the arms can be told apart."""
     bands = list(bands)
     shown = [(band, band.steps >= SHOWN_FROM * band.steps[-1]) for band in bands]
-    low = min(float(band.mean[part].min()) for band, part in shown)
-    high = max(float(band.mean[part].max()) for band, part in shown)
+    low = min(float(band.middle[part].min()) for band, part in shown)
+    high = max(float(band.middle[part].max()) for band, part in shown)
     if high > low:
         margin = 0.06 * (high - low)
         axes.set_ylim(low - margin, high + margin)
