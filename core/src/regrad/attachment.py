@@ -1,5 +1,6 @@
 """Bind corrections to one model and its optimizer."""
 
+import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from regrad.engine import Engine, SwitchingCriterion
 from regrad.errors import refuse_if
 
 Criterion = Callable[..., Tensor]
+CLIPPED = "gradients are read as the loop leaves them at step(): clipping in the loop comes first"
 
 
 def attach(
@@ -97,7 +99,8 @@ class Attachment:
         """Let every correction build its state; what it draws leaves the global random numbers as they were."""
         for correction in self.corrections:
             correction.attachment = self
-        if any(c.needs.record for c in self.corrections) and not hasattr(self._outer, "_orig_mod"):
+        compiled = hasattr(self._outer, "_orig_mod") or self.model._compiled_call_impl is not None
+        if any(c.needs.record for c in self.corrections) and not compiled:
             self.record = hooks.ForwardRecord(self.model)
             self._handles += self.record.handles
         for _, call in self.engine.callers["setup"]:
@@ -177,19 +180,16 @@ class Attachment:
         for c in self.corrections:
             on_weights = {"gradient", "moment", "weights"} & set(c.needs.stages)
             matched = [n for n, p in zip(step.names, step.parameters, strict=True) if on_weights and c.selects(n, p)]
-            row = {"name": c.name, **registry.origin(c), "options": vars(c.options)}
+            options = json.loads(json.dumps(vars(c.options), default=str))
+            row = {"name": c.name, **registry.origin(c), "options": options}
             rows.append(row | {"stages": list(c.needs.stages), "matched": matched})
         counts = {"parameters": len(step.names), "steps_applied": engine.applied, "steps_skipped": engine.skipped}
         machine = {"python": platform.python_version(), "torch": str(torch.__version__), "regrad": version("regrad")}
+        machine["device"] = ", ".join(sorted({str(p.device) for p in step.parameters}))
         seen = {"effects": engine.meter.effects(), "seed": torch.initial_seed(), "environment": machine}
-        return {"corrections": rows, "order": [c.name for c in self.corrections], "notes": self.notes, **counts, **seen}
-
-    @property
-    def notes(self) -> list[str]:
-        """What else is worth knowing of this attachment, in sentences."""
-        reads = self.engine.callers["correct_gradients"] or self.engine.callers["correct_moments"]
-        clipped = "gradients are read as the loop leaves them at step(): clipping in the loop comes first"
-        return [*self.reasons, *([clipped] if reads else [])]
+        reads = engine.callers["correct_gradients"] or engine.callers["correct_moments"]
+        told = {"order": [c.name for c in self.corrections], "notes": [*self.reasons, *([CLIPPED] if reads else [])]}
+        return {"corrections": rows, **told, **counts, **seen}
 
     def explain(self, batch: Any) -> explain.Explanation:
         """Say what each correction would change on one batch, tried on copies; nothing is changed afterwards.
@@ -227,8 +227,7 @@ class Attachment:
         for correction in self.corrections:
             if correction.name in state["corrections"]:
                 correction.load_state_dict(state["corrections"][correction.name])
-                seen = {key: sums for key, sums in state["effects"].items() if key[0] == correction.name}
-                self.engine.meter.sums.update(seen)
+                self.engine.meter.sums |= {k: s for k, s in state["effects"].items() if k[0] == correction.name}
 
     def __str__(self) -> str:
         chain = " → ".join(map(repr, self.corrections)) or "no corrections"

@@ -95,8 +95,7 @@ def _fits(value: object, annotation: Any) -> bool:
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """Return '; did you mean ...?' where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, list(known), n=1))
 
 
 class Correction:
@@ -143,8 +142,8 @@ class Correction:
         hints = typing.get_type_hints(self.Options)
         for key, value in options.items():
             if key not in hints:
-                known = f"allowed: {', '.join(hints)}" if hints else "it has none"
-                raise TypeError(f"{self.name} has no option {key!r}; {known}{did_you_mean(key, hints)}")
+                known = ", ".join(hints) or "none"
+                raise TypeError(f"{self.name} has no option {key!r}; allowed: {known}{did_you_mean(key, hints)}")
             if not _fits(value, hints[key]):
                 wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key])
                 raise TypeError(f"{key} must be {wanted.removeprefix('typing.')}, got {value!r}")

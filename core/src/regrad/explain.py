@@ -44,8 +44,7 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
     twins = [type(c)(**vars(c.options)) for c in live]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices), type(attachment)(model, optimizer, twins, criterion) as trial:
-        for twin, correction in zip(twins, live, strict=True):
-            twin.load_state_dict(copy.deepcopy(correction.state_dict()))
+        trial.load_state_dict(copy.deepcopy(attachment.state_dict()))
         trial.engine.meter.detail = []
         _loss_of(model.train(), trial.criterion if criterion else None, batch).backward()  # type: ignore[no-untyped-call]
         trial.engine.correct()
@@ -53,9 +52,9 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
             changes, cosines = (column.tolist() for column in change_and_cosine(table))
             for tensor, change, cosine in zip(names, changes, cosines, strict=True):
                 rows.append(dict(zip(COLUMNS, (name, stage, tensor, change, cosine), strict=True)))
-    quiet = [c.name for c in live if c.name not in {row["correction"] for row in rows}]
+    quiet = [c.name for c in live if not any(row["correction"] == c.name and row["relative_change"] for row in rows)]
     notes = [f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)" for name in quiet]
-    return Explanation(rows, dict(trial.engine.seconds), [*attachment.notes, *notes])
+    return Explanation(rows, dict(trial.engine.seconds), [*attachment.receipt()["notes"], *notes])
 
 
 def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:

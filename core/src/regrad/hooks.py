@@ -113,6 +113,7 @@ class ForwardRecord:
         self._names = {module: name for name, module in model.named_modules()}
         self._seen: list[tuple[str, Any, list[Any]]] = []
         self.handles = [m.register_forward_hook(Hook(m, self._keep)) for m in self._names]
+        self.handles.append(model.register_forward_pre_hook(Hook(model, lambda *_: self._seen.clear())))
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._names[module]:

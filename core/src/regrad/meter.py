@@ -96,7 +96,7 @@ class Meter:
         due = self.due(step.correction, step.index)
         before = {name: tensor.clone() for name, tensor in read(step, None).items()} if due else {}
         result = yield
-        self.observe(step.correction.name, stage, before, read(step, result) if due else {})
+        self.observe(step.correction.name, stage, before, read(step, result or ()) if due else {})
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -117,8 +117,10 @@ class Meter:
 
 
 def _weights(step: Step, moves: Any) -> Named:
-    moved = zip(step.names, step.parameters, moves or [None] * len(step.names), strict=False)  # the window checks
-    return {n: local(p.detach()) if d is None else local(p.detach()) + local(d) for n, p, d in moved}
+    weights = ((n, local(p.detach())) for n, p in zip(step.names, step.parameters, strict=True))
+    if moves is None:
+        return dict(weights)
+    return {n: w + local(d) for (n, w), d in zip(weights, moves, strict=False) if d is not None}  # the window checks
 
 
 def _gradients(step: Step, _: Any) -> Named:

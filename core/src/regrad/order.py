@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from regrad.correction import Correction
-from regrad.errors import RegradError, refuse_if
+from regrad.errors import refuse_if
 
 OWNED = {"weights": "window", "criterion": "criterion"}
 
@@ -30,10 +30,10 @@ def resolve_order(corrections: Sequence[Correction]) -> tuple[tuple[Correction, 
     waiting, ordered = list(corrections), list[Correction]()
     while waiting:
         done = {c.name for c in ordered}
-        ready = next((c for c in waiting if behind[c.name].keys() <= done), None)
+        ready = next((c for c in waiting if behind[c.name].keys() <= done), waiting[0])
         circle = "; ".join(reason for c in waiting for reason in behind[c.name].values())
-        if ready is None:
-            raise RegradError(f"corrections cannot be ordered, their declarations form a cycle: {circle}")
+        stuck = not behind[ready.name].keys() <= done
+        refuse_if(stuck, f"corrections cannot be ordered, their declarations form a cycle: {circle}")
         waiting.remove(ready)
         ordered.append(ready)
     given, reasons = [c.name for c in corrections], []

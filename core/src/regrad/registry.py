@@ -58,7 +58,7 @@ def available(group: str = "regrad") -> dict[str, Entry]:
     """
     offers: dict[str, dict[str, Entry]] = {}
     for point in metadata.entry_points(group=group):
-        if point.dist is not None:
+        if point.dist is not None and point.dist.name:
             key, summary = re.sub(r"[-_.]+", "-", point.dist.name).lower(), point.dist.metadata["Summary"] or ""
             entry = Entry(point.name, group, point.dist.name, point.dist.version, point.value, summary)
             offers.setdefault(point.name, {}).setdefault(key, entry)
@@ -112,8 +112,9 @@ def _check_correction(loaded: Any, name: str, plugin: str) -> None:
     if loaded.api_version != API_VERSION:
         mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
         raise PluginLoadError(f"{plugin} has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}")
-    if isinstance(loaded, type) and getattr(loaded, "name", None) != name:
-        raise PluginLoadError(f"{plugin} must offer a class with name = {name!r}")
+    own = getattr(loaded, "name", None)
+    if isinstance(loaded, type) and own != name:
+        raise PluginLoadError(f"{plugin} must offer a class whose name is {name!r}, got {own!r}")
 
 
 def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
@@ -148,8 +149,7 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
 
 def created(spec: str, **options: Any) -> tuple[Correction, ...]:
     """Return what `create` returns, always as a tuple."""
-    made = create(spec, **options)
-    return made if isinstance(made, tuple) else (made,)
+    return made if isinstance(made := create(spec, **options), tuple) else (made,)
 
 
 def _parse_options(text: str, spec: str) -> dict[str, Any]:
@@ -157,8 +157,9 @@ def _parse_options(text: str, spec: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for item in re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|[^,])+", text):
         key, equals, value = item.partition("=")
-        if not equals or not key.strip():
-            raise ValueError(f"options must look like 'name:option=value,option=value', got {spec!r}")
+        closing = {"[": "]", "(": ")"}.get(value.strip()[:1], "")
+        if not (equals and key.strip() and value.strip().endswith(closing)):
+            raise ValueError(f"options must look like 'name:option=value,option=[value,value]', got {spec!r}")
         if key.strip() in options:
             raise ValueError(f"option {key.strip()!r} must be given once, got {spec!r}")
         options[key.strip()] = _parse_value(value.strip())
@@ -168,8 +169,6 @@ def _parse_options(text: str, spec: str) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     """Read a number, true, false, none, a bracketed list, or else the text itself."""
     if text[:1] in ("[", "("):
-        if text[-1:] != {"[": "]", "(": ")"}[text[0]]:
-            raise ValueError(f"options must close every bracket, got {text!r}")
         return tuple(_parse_value(item.strip()) for item in text[1:-1].split(",") if item.strip())
     for kind in (int, float, {"true": True, "false": False, "none": None}.__getitem__):
         with contextlib.suppress(ValueError, KeyError):
