@@ -52,12 +52,12 @@ def comparison_table(summaries: Sequence[ArmSummary], measure: Measure, *, narro
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     longest = max((len(summary.arm) for summary in summaries), default=0)
     table.add_column("arm", overflow="fold", no_wrap=not narrow and longest <= LONGEST_NAME)
-    table.add_column(f"{measure.name}\nmean ± sd", no_wrap=not narrow)
+    table.add_column(f"{measure.name}\nmean ± sd", overflow="fold", no_wrap=not narrow)
     if measure.target is not None:
-        table.add_column(f"steps to\n{_short(f'{measure.target:g}')}\n(misses)", no_wrap=not narrow)
-    table.add_column(f"difference to {_baseline(summaries)}\n95 % interval", no_wrap=not narrow)
-    table.add_column("step\ntime", no_wrap=not narrow)
-    table.add_column("effect\nin runs", no_wrap=not narrow)
+        table.add_column(f"steps to\n{_short(f'{measure.target:g}')}\n(misses)", overflow="fold", no_wrap=not narrow)
+    table.add_column(f"difference to {_baseline(summaries)}\n95 % interval", overflow="fold", no_wrap=not narrow)
+    table.add_column("step\ntime", overflow="fold", no_wrap=not narrow)
+    table.add_column("effect\nin runs", overflow="fold", no_wrap=not narrow)
     table.add_column("verdict", overflow="fold")
     for summary in summaries:
         cells = [summary.arm, _mean(summary), _difference(summary), _time(summary), _effect(summary)]
