@@ -76,7 +76,7 @@ def test_an_optimizer_is_attached_at_most_once_and_again_after_detach(toys):
 def test_a_correction_object_is_attached_at_most_once_and_again_after_detach(toys):
     model, other, scale = toys.Net(), toys.Net(), toys.Scale()
     first = regrad.attach(model, toys.sgd(model), [scale])
-    with pytest.raises(RegradError, match="'scale' is attached already; create a second correction"):
+    with pytest.raises(RegradError, match="'scale' is attached already; create"):
         regrad.attach(other, toys.sgd(other), [scale])
     first.detach()
     regrad.attach(other, toys.sgd(other), [scale])
@@ -246,7 +246,7 @@ def test_a_sparse_gradient_is_refused_where_a_correction_has_no_rule_for_it(toys
     model, optimizer = sparse_model()
     regrad.attach(model, optimizer, [toys.Spy(), toys.Scale()])
     model(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RegradError, match=r"scale.*no rule for sparse gradients, got one for '0.weight'"):
+    with pytest.raises(RegradError, match=r"scale.*sparse gradients, got .*0\.weight"):
         optimizer.step()
 
 

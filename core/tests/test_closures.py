@@ -85,14 +85,14 @@ def test_lbfgs_is_refused_with_a_window(toys):
 
     model = toys.Net()
     optimizer = torch.optim.LBFGS(model.parameters(), **LBFGS_OPTIONS)
-    with pytest.raises(RegradError, match="'shift' must see one closure call per step; LBFGS makes several"):
+    with pytest.raises(RegradError, match="'shift' must see one closure call.*LBFGS makes several"):
         regrad.attach(model, optimizer, [Bears()])
 
 
 def test_lbfgs_is_refused_where_a_correction_does_not_bear_several_closures(toys):
     model = toys.Net()
     optimizer = torch.optim.LBFGS(model.parameters(), **LBFGS_OPTIONS)
-    with pytest.raises(RegradError, match="'tally' must see one closure call per step; LBFGS makes several"):
+    with pytest.raises(RegradError, match="'tally' must see one closure call.*LBFGS makes several"):
         regrad.attach(model, optimizer, [toys.Scale(), toys.Tally()])
 
 

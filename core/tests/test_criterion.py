@@ -66,14 +66,14 @@ def test_without_an_owner_the_criterion_is_the_one_given(toys):
 
 def test_a_criterion_correction_without_a_criterion_says_how(toys):
     model = toys.Net()
-    with pytest.raises(RegradError, match=r"'louder' corrects the criterion; pass attach\(…, criterion=criterion\)"):
+    with pytest.raises(RegradError, match=r"'louder' corrects the criterion; pass .*criterion="):
         regrad.attach(model, toys.sgd(model), [toys.Louder()])
 
 
 def test_asking_for_a_criterion_that_was_not_given_says_how(toys):
     model = toys.Net()
     attachment = regrad.attach(model, toys.sgd(model), [toys.Scale()])
-    with pytest.raises(RegradError, match=r"attachment has no criterion; pass attach\(…, criterion=criterion\)"):
+    with pytest.raises(RegradError, match=r"attachment has no criterion; pass .*criterion="):
         _ = attachment.criterion
 
 

@@ -139,7 +139,7 @@ def test_a_correction_must_not_mark_its_hooks_with_an_order(toys, option):
             yield
 
     model = toys.Net()
-    with pytest.raises(RegradError, match=f"'scale' must not mark 'correct_gradients' with {option}"):
+    with pytest.raises(RegradError, match=f"must not mark 'correct_gradients' with .*{option}"):
         regrad.attach(model, toys.sgd(model), [Marked()])
 
 
@@ -198,7 +198,7 @@ def test_a_correction_that_implements_no_stage_is_refused(toys):
         needs = Needs(stages=())
 
     model = toys.Net()
-    with pytest.raises(RegradError, match="'nothing' implements no stage; stages: criterion, weights, hidden"):
+    with pytest.raises(RegradError, match="'nothing' implements no stage; stages: .*gradient"):
         regrad.attach(model, toys.sgd(model), [Nothing()])
 
 

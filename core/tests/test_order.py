@@ -4,7 +4,7 @@ import pytest
 import regrad
 from regrad import Correction, RegradError
 from regrad.correction import Needs
-from regrad.order import resolve_order
+from regrad import order
 
 
 def make(name, *, stages=("gradient",), **needs):
@@ -13,6 +13,12 @@ def make(name, *, stages=("gradient",), **needs):
     hooks |= {"criterion": "wrap_criterion"}
     body = {hooks[stage]: lambda self: None for stage in stages}
     return type(name, (Correction,), {"name": name, "needs": Needs(stages=stages, **needs), **body})()
+
+
+def resolve_order(corrections):
+    """Return the acting order and the reasons as lists."""
+    ordered, reasons = order.resolve_order(corrections)
+    return list(ordered), list(reasons)
 
 
 def names(corrections):
@@ -73,12 +79,12 @@ def test_a_conflict_is_refused_with_its_reason_whoever_declares_it():
 
 @pytest.mark.parametrize(("stage", "resource"), [("weights", "window"), ("criterion", "criterion")])
 def test_two_owners_of_a_stage_that_has_one_owner_are_refused(stage, resource):
-    with pytest.raises(RegradError, match=f"'a' and 'b' cannot work together: both own the {resource}"):
+    with pytest.raises(RegradError, match=f"'a' and 'b' cannot work together: both own .*{resource}"):
         resolve_order([make("a", stages=(stage,)), make("b", stages=(stage,))])
 
 
 def test_two_owners_of_a_declared_resource_are_refused():
-    with pytest.raises(RegradError, match="both own the look-ahead"):
+    with pytest.raises(RegradError, match="both own .*look-ahead"):
         resolve_order([make("a", exclusive=("look-ahead",)), make("b", exclusive=("look-ahead",))])
 
 

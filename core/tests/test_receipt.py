@@ -146,8 +146,10 @@ def test_state_of_other_corrections_or_options_is_refused_with_the_difference(to
 
 def test_all_differences_are_told_at_once(toys):
     state = attached(toys, [toys.Scale(), toys.Tally()]).state_dict()
-    with pytest.raises(RegradError, match=r"'tally' is missing here; 'add' is new here; scale.factor was 0.5, is 2.0"):
+    with pytest.raises(RegradError, match=r"scale.factor was 0.5, is 2.0") as caught:
         attached(toys, [toys.Scale(factor=2.0), toys.Add()]).load_state_dict(state)
+    assert "'tally' is missing here" in str(caught.value)
+    assert "'add' is new here" in str(caught.value)
 
 
 def test_strict_false_loads_what_goes_by_the_same_name(toys):

@@ -92,10 +92,10 @@ def test_installing_does_not_activate(install, toys):
 def test_a_correction_is_created_by_name_with_options_from_the_text_and_from_keywords(install):
     install("regrad-gain", {"gain": "Gain"})
     assert issubclass(regrad.load("gain"), Correction)
-    assert regrad.create("gain").option_values() == {"amount": 0.5, "power": 1}
-    assert regrad.create("gain:amount=0.25,power=3").option_values() == {"amount": 0.25, "power": 3}
-    assert regrad.create("gain", amount=2).option_values()["amount"] == 2
-    assert regrad.create("gain:amount=0.25", amount=2.0).option_values()["amount"] == 2.0
+    assert vars(regrad.create("gain").options) == {"amount": 0.5, "power": 1}
+    assert vars(regrad.create("gain:amount=0.25,power=3").options) == {"amount": 0.25, "power": 3}
+    assert vars(regrad.create("gain", amount=2).options)["amount"] == 2
+    assert vars(regrad.create("gain:amount=0.25", amount=2.0).options)["amount"] == 2.0
     assert repr(regrad.create("gain:power=3")) == "Gain(amount=0.5, power=3)"
 
 
@@ -168,16 +168,16 @@ def test_a_distribution_without_metadata_does_not_stop_the_listing(install, tmp_
     assert "gain" in regrad.available()
 
 
-@pytest.mark.parametrize(("name", "mend"), [("newer", "a newer regrad"), ("older", "a version of the plugin made for")])
+@pytest.mark.parametrize(("name", "mend"), [("newer", "a newer regrad"), ("older", "a newer version of the plugin")])
 def test_a_plugin_for_another_api_is_refused_and_says_what_to_install(install, name, mend):
     install("regrad-other", {name: name.title()})
-    with pytest.raises(PluginLoadError, match=rf"plugin '{name}' \(regrad-other 1.0\) is made for api \d+.*{mend}"):
+    with pytest.raises(PluginLoadError, match=rf"plugin '{name}' \(regrad-other 1.0\) .*api \d+.*install {mend}"):
         regrad.create(name)
 
 
 def test_a_class_whose_name_differs_from_its_entry_point_is_refused(install):
     install("regrad-gain", {"gains": "Gain"})
-    with pytest.raises(PluginLoadError, match="must offer a class whose name is 'gains', got 'gain'"):
+    with pytest.raises(PluginLoadError, match=r"plugin 'gains' \(regrad-gain 1.0\) must offer a class .*name.*'gains'"):
         regrad.load("gains")
 
 
@@ -214,7 +214,7 @@ def test_a_composition_becomes_its_parts_with_prefixed_options(install, toys):
     install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
     assert regrad.load("pair") == Composition(parts=("gain", "tilt"))
     made = regrad.create("pair:gain.amount=0.25,tilt.power=4", **{"gain.power": 2})
-    assert [(c.name, c.option_values()) for c in made] == [
+    assert [(c.name, vars(c.options)) for c in made] == [
         ("gain", {"amount": 0.25, "power": 2}),
         ("tilt", {"amount": 0.5, "power": 4}),
     ]
@@ -225,7 +225,7 @@ def test_a_composition_becomes_its_parts_with_prefixed_options(install, toys):
 @pytest.mark.parametrize("option", ["amount=1", "other.amount=1", "gain.amonut=1"])
 def test_an_option_of_a_composition_that_no_part_has_is_refused(install, option):
     install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
-    with pytest.raises(TypeError, match=r"must start with a part of 'pair' \(gain, tilt\)|has no option 'amonut'"):
+    with pytest.raises(TypeError, match=r"'pair' must start with .*gain, tilt|has no option 'amonut'"):
         regrad.create(f"pair:{option}")
 
 

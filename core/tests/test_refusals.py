@@ -1,0 +1,95 @@
+"""What attach refuses, by fakes of the libraries in question; more are in `workers.py`."""
+
+import pytest
+import regrad
+import torch
+from regrad import RegradError
+from regrad.correction import Needs
+
+
+def fake_class(module, name, *bases):
+    """Return a class that looks as if it came from another library."""
+    return type(name, bases, {"__module__": module})
+
+
+def test_deepspeed_is_refused_with_the_reason(toys):
+    engine_class = fake_class("deepspeed.runtime.engine", "DeepSpeedEngine", torch.nn.Module)
+    engine, model = engine_class(), toys.Net()
+    engine.module = model
+    with pytest.raises(RegradError, match="DeepSpeed"):
+        regrad.attach(engine, toys.sgd(model), [toys.Scale()])
+
+
+def test_an_optimizer_of_deepspeed_is_refused_with_the_reason(toys):
+    optimizer_class = fake_class("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer")
+    model = toys.Net()
+    optimizer = optimizer_class()
+    optimizer.optimizer = toys.sgd(model)
+    with pytest.raises(RegradError, match="DeepSpeed"):
+        regrad.attach(model, optimizer, [toys.Scale()])
+
+
+def test_a_schedule_free_optimizer_is_refused_with_a_window_and_allowed_without(toys):
+    optimizer_class = fake_class("schedulefree.sgd_schedulefree", "SGDScheduleFree", torch.optim.SGD)
+    model = toys.Net()
+    with pytest.raises(RegradError, match="'shift' and a Schedule-Free optimizer"):
+        regrad.attach(model, optimizer_class(model.parameters(), lr=0.1), [toys.Shift()])
+    regrad.attach(model, optimizer_class(model.parameters(), lr=0.1), [toys.Scale()])
+
+
+def test_fsdp1_flat_parameters_are_refused(toys):
+    name = "FullyShardedDataParallel"
+    wrapper_class = fake_class("torch.distributed.fsdp.fully_sharded_data_parallel", name, torch.nn.Module)
+    wrapper = wrapper_class()
+    wrapper.inner = toys.Net()
+    with pytest.raises(RegradError, match="'scale' is not exact on layout 'flat'; it is on plain, ddp, fsdp2"):
+        regrad.attach(wrapper, toys.sgd(wrapper), [toys.Scale()])
+
+
+def test_an_optimizer_stepped_inside_backward_is_refused_at_the_step(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    regrad.attach(model, optimizer, [toys.Scale()])
+    model.head.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(RegradError, match="inside backward.*gradients are not final"):
+        toys.loss_of(model).backward()
+
+
+def test_an_optimizer_per_parameter_stepped_inside_backward_is_refused(toys):
+    model = toys.Net()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    regrad.attach(model, optimizers[model.head.weight], [toys.Scale()])
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    with pytest.raises(RegradError, match="inside backward.*gradients are not final"):
+        toys.loss_of(model).backward()
+
+
+def test_torchs_own_optimizers_in_backward_are_refused_at_attach(toys):
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    model = toys.Net()
+    _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+    with pytest.raises(RegradError, match="inside backward.*gradients are not final"):
+        regrad.attach(model, toys.sgd(model), [toys.Scale()])
+
+
+def test_a_correction_says_on_which_layouts_it_is_exact(toys):
+    class Elsewhere(toys.Scale):
+        needs = Needs(stages=("gradient",), layouts=("ddp",))
+
+    model = toys.Net()
+    with pytest.raises(RegradError, match="'scale' is not exact on layout 'plain'; it is on ddp"):
+        regrad.attach(model, toys.sgd(model), [Elsewhere()])
+
+
+def test_a_refusal_changes_nothing(toys, same_bits, hooks_on):
+    model = toys.Net()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    corrections = [toys.Listen(), toys.Scale(), toys.Shift()]
+    before = toys.weights_of(model), hooks_on(model, optimizer)
+    with pytest.raises(RegradError):
+        regrad.attach(model, optimizer, corrections)
+    assert same_bits((toys.weights_of(model), hooks_on(model, optimizer)), before)
+    assert {correction.attachment for correction in corrections} == {None}
+    regrad.attach(model, toys.sgd(model), corrections)
