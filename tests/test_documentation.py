@@ -24,6 +24,7 @@ def documented() -> str:
 @pytest.fixture
 def user(tmp_path, monkeypatch) -> dict:
     """What a reader is told to have: a model, its optimizer, a criterion and data."""
+    import regrad
     import torch
 
     monkeypatch.chdir(tmp_path)
@@ -33,6 +34,7 @@ def user(tmp_path, monkeypatch) -> dict:
         model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
     inputs, targets = torch.randn(24, 12, generator=generator), torch.randint(5, (24,), generator=generator)
     return {
+        "regrad": regrad,
         "torch": torch,
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
