@@ -8,11 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
+from PIL import Image
 from regrad_runner.workloads import load_workload
 from regrad_runner.workloads.images import Augmentation, ImageSet, standardized, training_loader
+from regrad_runner.workloads.parquet import _Split
 from regrad_runner.workloads.split import keep_stratified, take_stratified
 from sklearn.datasets import load_digits
-from torchvision.transforms.v2.functional import to_pil_image
 
 
 def pixels(*shape, seed=0):
@@ -360,7 +361,7 @@ def test_a_class_with_one_sample_cannot_be_divided():
 
 def encoded(image, kind="png", **options):
     file = io.BytesIO()
-    to_pil_image(image).save(file, kind, **options)
+    Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -484,6 +485,16 @@ def test_reading_uses_no_network_and_leaves_nothing_behind(tmp_path, monkeypatch
     load_workload("parquet", data_dir=tmp_path / "images")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["test.parquet", "train.parquet"]
+
+
+def test_a_reader_is_closed_when_reading_is_interrupted(tmp_path):
+    # One that is left open can keep the interpreter from ending.
+    write_set(tmp_path)
+    split = _Split.find(tmp_path, "train")
+    with pytest.raises(KeyboardInterrupt), split._column("image") as (_, tables):
+        next(tables)
+        raise KeyboardInterrupt
+    assert tables.gi_frame is None
 
 
 def spoilt(folder, split, *, images=None, labels=None, **columns):

@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 LARGEST_SIDE = 64
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # Pillow's names
@@ -93,17 +92,23 @@ def decode_images(encoded: Sequence[EncodedImage], form: Format) -> Tensor:
     """
     images = torch.empty(len(encoded), *form.shape, dtype=torch.uint8)
     for position, file in enumerate(encoded):
-        image = _pixels(file.decoded(), grey=form.grey)
-        if image.shape != images.shape[1:]:
-            image = functional.center_crop(functional.resize(image, [form.side], antialias=True), [form.side])
-        images[position] = image
+        image = _fitted(_eight_bits(file.decoded()).convert("L" if form.grey else "RGB"), form.side)
+        pixels = torch.from_numpy(np.array(image))
+        images[position] = pixels if form.grey else pixels.permute(2, 0, 1)
     return images
 
 
-def _pixels(image: Any, *, grey: bool) -> Tensor:
-    """Return a Pillow image as uint8 of shape [C, H, W]."""
-    if image.mode.startswith("I"):  # 16 bits, of which Pillow would cut off the upper ones
-        levels = torch.from_numpy(np.asarray(image).astype(np.int32)) // 257
-        return levels.to(torch.uint8).expand(1 if grey else 3, -1, -1)
-    tensor: Tensor = functional.pil_to_tensor(image.convert("L" if grey else "RGB"))
-    return tensor
+def _eight_bits(image: Any) -> Any:
+    """Scale 65,536 levels of grey to 256; Pillow alone would cut off the upper ones."""
+    return image.convert("I").point(lambda level: level * (1 / 257) + 0.5) if image.mode.startswith("I") else image
+
+
+def _fitted(image: Any, side: int) -> Any:
+    """Resize a Pillow image, bicubic, to a shorter side of `side` pixels and cut out its middle square."""
+    width, height = image.size
+    if width == height == side:
+        return image
+    scale = side / min(width, height)
+    image = image.resize((round(width * scale), round(height * scale)))
+    left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
+    return image.crop((left, top, left + side, top + side))
