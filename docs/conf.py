@@ -1,6 +1,10 @@
 """Sphinx settings. `uv run nox -s docs` builds with warnings as errors."""
 
+import re
 from importlib import metadata
+from pathlib import Path
+
+from sphinx.application import Sphinx
 
 project = "regrad"
 author = "The regrad founders"
@@ -18,3 +22,14 @@ napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = f"regrad {release}"
+
+
+def setup(app: Sphinx) -> None:
+    """Let the cards, which are pages of the repository, link to pages of the documentation."""
+    app.connect("include-read", link_within_the_documentation)
+
+
+def link_within_the_documentation(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
+    """Point links of a card to the README at the first page, and links to other cards at their pages here."""
+    text = content[0].replace("](../../README.md)", "](../index.md)")
+    content[0] = re.sub(r"\]\(\.\./(\w+)/README\.md", r"](\1.md", text)
