@@ -8,6 +8,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+# Run by processes of their own, see test_processes.py.
+collect_ignore_glob = ["workers.py", "cases_*.py", "shared_cases.py"]
 
 
 def _load(name):

@@ -191,18 +191,19 @@ def test_a_train_function_compiled_before_attach_but_called_after_is_right(toys,
 
 
 @GRAPH_MAY_BREAK
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("attach_first", [False, True])
-def test_a_compiled_optimizer_step_is_right_or_refused_and_never_silent(toys, same_bits, backend, attach_first):
+def test_a_compiled_optimizer_step_is_right_or_refused_and_never_silent(toys, same_bits, backend, attach_first, direct):
     model = toys.Net()
     optimizer = toys.sgd(model)
-    corrections = [toys.Push(amount=0.1), toys.Scale()]
+    corrections = [toys.Push(amount=0.01), toys.Scale()]
     if attach_first:
         regrad.attach(model, optimizer, corrections)
 
-    @torch.compile(backend=backend)
-    def step():
+    def loop_step():
         optimizer.step()
 
+    step = torch.compile(optimizer.step if direct else loop_step, backend=backend)
     if not attach_first:
         toys.loss_of(model).backward()
         step()
@@ -210,13 +211,13 @@ def test_a_compiled_optimizer_step_is_right_or_refused_and_never_silent(toys, sa
         optimizer.state.clear()
         regrad.attach(model, optimizer, corrections)
     try:
-        for seed in range(4):
+        for seed in range(24):
             optimizer.zero_grad()
             toys.loss_of(model, seed=seed).backward()
             step()
     except (RegradError, RegradWarning):
         return
-    assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()]))
+    assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.01), toys.Scale()], steps=24))
 
 
 @GRAPH_MAY_BREAK

@@ -13,7 +13,7 @@ def louder(toys):
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     attachment = regrad.attach(model, toys.sgd(model), [toys.Louder(factor=3.0)], criterion)
     inputs, labels = toys.batch()
-    return model, criterion, attachment, lambda: (attachment.criterion(model(inputs), labels)), labels, inputs
+    return model, criterion, attachment, lambda: attachment.criterion(model(inputs), labels), labels, inputs
 
 
 def test_the_criterion_is_corrected_only_while_the_model_trains_and_never_after_detach(louder):

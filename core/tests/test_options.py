@@ -96,13 +96,13 @@ def test_several_options_are_separated_by_commas():
         ("kind=odd", TypeError, "kind must be .*plain.*fancy.*, got 'odd'"),
         ("several=[a]", TypeError, "several must be .*, got"),
         ("whole=-1", ValueError, "whole must be at least 0, got -1"),
-        ("real", ValueError, "options must look like 'name:option=value,option=value', got 'sample:real'"),
+        ("real", ValueError, "options must look like 'name:option=value.*, got 'sample:real'"),
         ("=1", ValueError, "options must look like"),
         ("real=1,real=2", ValueError, "option 'real' must be given once"),
         ("several=[1,2", ValueError, "options must .*, got '"),
-        ("several=[1", ValueError, "options must close every bracket, got '.*\\[1'"),
-        ("several=[12", ValueError, "options must close every bracket, got '.*\\[12'"),
-        ("several=[1)", ValueError, "options must close every bracket, got '.*\\[1\\)'"),
+        ("several=[1", ValueError, "options must look like .*, got 'sample:several=\\[1'"),
+        ("several=[12", ValueError, "options must look like .*, got 'sample:several=\\[12'"),
+        ("several=[1)", ValueError, "options must look like .*, got 'sample:several=\\[1\\)'"),
         ("several=1]", (ValueError, TypeError), "several|options"),
     ],
 )
@@ -112,7 +112,7 @@ def test_what_cannot_be_read_or_is_not_allowed_says_so(text, error, message):
 
 
 def test_a_correction_without_options_says_that_it_has_none(toys):
-    with pytest.raises(TypeError, match="spy has no option 'factor'; it has none"):
+    with pytest.raises(TypeError, match="spy has no option 'factor'"):
         toys.Spy(factor=1)
 
 
@@ -138,9 +138,7 @@ reals = st.floats(allow_nan=False)
     several=st.lists(reals, max_size=4).map(tuple),
     chosen=st.lists(words, max_size=3).map(tuple),
 )
-def test_writing_options_and_reading_them_again_is_a_round_trip(
-    real, whole, flag, text, kind, maybe, several, chosen
-):
+def test_writing_options_and_reading_them_again_is_a_round_trip(real, whole, flag, text, kind, maybe, several, chosen):
     values = {"real": real, "whole": whole, "flag": flag, "text": text, "kind": kind, "maybe": maybe}
     values |= {"several": several, "words": chosen}
 

@@ -2,9 +2,8 @@
 
 import pytest
 import regrad
-from regrad import Correction, RegradError
+from regrad import Correction, RegradError, order
 from regrad.correction import Needs
-from regrad import order
 
 
 def make(name, *, stages=("gradient",), **needs):
@@ -84,7 +83,7 @@ def test_two_owners_of_a_stage_that_has_one_owner_are_refused(stage, resource):
 
 
 def test_two_owners_of_a_declared_resource_are_refused():
-    with pytest.raises(RegradError, match="both own .*look-ahead"):
+    with pytest.raises(RegradError, match=r"both own .*look-ahead"):
         resolve_order([make("a", exclusive=("look-ahead",)), make("b", exclusive=("look-ahead",))])
 
 

@@ -1,4 +1,4 @@
-"""Two processes: DDP, FSDP2 and shards, each case of `workers.py` a test."""
+"""Two processes: DDP, FSDP2 and shards, each case of `cases_*.py` a test."""
 
 import ast
 import json
@@ -12,7 +12,8 @@ import pytest
 WORKERS = Path(__file__).with_name("workers.py")
 CASES = [
     node.name.removeprefix("case_")
-    for node in ast.parse(WORKERS.read_text()).body
+    for path in sorted(WORKERS.parent.glob("cases_*.py"))
+    for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("case_")
 ]
 

@@ -138,7 +138,7 @@ def test_two_distributions_with_one_name_are_refused_and_both_named(install):
     install("regrad-gain", {"gain": "Gain"})
     install("rival-gain", {"gain": "Gain", "tilt": "Tilt"}, version="2.0")
     assert "regrad-gain 1.0 and rival-gain 2.0" in regrad.available()["gain"].refused
-    with pytest.raises(PluginLoadError, match="'gain' is offered by regrad-gain 1.0 and rival-gain 2.0; uninstall"):
+    with pytest.raises(PluginLoadError, match=r"'gain' is offered by regrad-gain 1.0 and rival-gain 2.0; uninstall"):
         regrad.create("gain")
     assert regrad.create("tilt").name == "tilt"
 
@@ -195,7 +195,7 @@ def test_an_object_that_is_no_correction_is_refused(install):
 
 def test_an_unknown_name_lists_what_is_installed_and_the_nearest(install):
     install("regrad-gain", {"gain": "Gain"})
-    with pytest.raises(ValueError, match="no correction named 'gian'; installed: .*gain.*; did you mean 'gain'"):
+    with pytest.raises(ValueError, match=r"no correction named 'gian'; installed: .*gain.*; did you mean 'gain'"):
         regrad.create("gian")
 
 
@@ -206,7 +206,7 @@ def test_other_groups_follow_the_same_rules(install):
     assert "tom" not in regrad.available()
     with pytest.raises(PluginLoadError, match=r"plugin 'digit' \(regrad-data 1.0\) could not be imported"):
         regrad.load("digit", "regrad.workloads")
-    with pytest.raises(ValueError, match="no optimizer named 'tim'; installed: .*tom"):
+    with pytest.raises(ValueError, match=r"no optimizer named 'tim'; installed: .*tom"):
         regrad.load("tim", "regrad.optimizers")
 
 

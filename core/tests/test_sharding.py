@@ -1,4 +1,4 @@
-"""Norms of whole tensors; those of shards are in `workers.py`."""
+"""Norms of whole tensors; those of shards are in `cases_shards.py`."""
 
 import itertools
 import math

@@ -102,9 +102,7 @@ def test_no_prediction_in_evaluation_mode_or_without_gradients(toys, same_bits, 
     assert same_bits(toys.weights_of(model), true)
 
 
-def test_an_evaluation_forward_closes_the_window_and_the_next_training_forward_predicts_again(
-    toys, same_bits, shifted
-):
+def test_an_evaluation_forward_closes_the_window_and_the_next_training_forward_predicts_again(toys, same_bits, shifted):
     model, optimizer, shift, spy, _ = shifted
     true = toys.weights_of(model)
     toys.loss_of(model).backward()
@@ -244,9 +242,7 @@ def test_reentrant_checkpointing_of_the_whole_model_is_never_silently_wrong(toys
         regrad.attach(model, optimizer, [toys.Shift()])
         inputs, labels = toys.batch()
         inputs.requires_grad_()
-        logits = (
-            torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=True) if checkpointed else model(inputs)
-        )
+        logits = torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=True) if checkpointed else model(inputs)
         try:
             torch.nn.functional.cross_entropy(logits, labels).backward()
             optimizer.step()
