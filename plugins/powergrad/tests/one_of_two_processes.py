@@ -3,6 +3,7 @@
 Arguments: rank, file for the rendezvous.
 """
 
+import os
 import sys
 from datetime import timedelta
 
@@ -55,7 +56,10 @@ def main(rank, rendezvous):
         pairs = zip(model.parameters(), alone.parameters(), strict=True)
         full = ((p.full_tensor() if layout == "fsdp2" else p, q) for p, q in pairs)
         sys.stdout.write(f"{layout} {max((p - q).abs().max().item() for p, q in full)}\n")
+    distributed.barrier()
     distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive the group and abort the interpreter's own exit
 
 
 if __name__ == "__main__":

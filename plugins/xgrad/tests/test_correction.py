@@ -2,11 +2,10 @@ import math
 import warnings
 
 import pytest
+import regrad
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-import regrad
 from regrad_xgrad import XGrad
 
 RATES = [0.1, 0.1, 0.07, 0.2, 0.0, 0.05, 0.03, 0.11, 0.09, 0.02]

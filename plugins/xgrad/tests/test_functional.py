@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from regrad_xgrad import functional
 
 

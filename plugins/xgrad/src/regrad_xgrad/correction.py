@@ -10,13 +10,13 @@ from dataclasses import replace as with_changes
 from typing import Any
 
 import torch
+from regrad import Attachment, Correction, RegradError, RegradWarning
+from regrad.correction import Control, Needs, Options
+from regrad.hookspecs import Step
+from regrad.sharding import local
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from regrad import Attachment, Correction, RegradError, RegradWarning
-from regrad.correction import Control, Needs, Options
-from regrad.sharding import local
-from regrad.hookspecs import Step
 from regrad_xgrad.functional import Scalar
 from regrad_xgrad.state_forms import decoupled_decay, looks_ahead, state_form
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from regrad.sharding import local, locals_of
 from torch import Tensor
 from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
 
-from regrad.sharding import local, locals_of
 from regrad_xgrad.functional import Scalar, adam_displacement_, momentum_displacement_
 
 Group = Mapping[str, Any]
