@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from regrad import Attachment, Correction, RegradError, RegradWarning
-from regrad.correction import Control, Needs, Options
+from regrad.correction import Control, Needs
 from regrad.hookspecs import Step
 from regrad.sharding import local
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from regrad_xgrad.functional import Scalar
@@ -61,7 +61,7 @@ class XGrad(Correction):
     needs = Needs(stages=("weights",), exclusive=("look-ahead",), layouts=("plain", "ddp", "fsdp2"))
 
     @dataclass(frozen=True, kw_only=True)
-    class Options(Options):
+    class Options:
         """How far to look ahead, and what to take out of foreign steps."""
 
         horizon: float = 1.0
@@ -123,7 +123,7 @@ class XGrad(Correction):
             rule(out, [step.optimizer.state[p] for _, p in ready], group, rates)
         return [(n, self._displacements[n]) for n, _ in ready]
 
-    def _predict_from_displacement(self, name: str, parameter: Tensor, step: Step) -> list[tuple[str, Tensor]]:
+    def _predict_from_displacement(self, name: str, parameter: nn.Parameter, step: Step) -> list[tuple[str, Tensor]]:
         """Scale the last step by the change of the learning rate, and note the weights for the next."""
         self._buffer(self._before, name, parameter).copy_(local(parameter))
         self._noted.add(name)
