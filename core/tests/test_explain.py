@@ -257,6 +257,19 @@ def test_a_buffer_that_every_forward_replaces_is_put_back(toys):
     assert model.forwards.item() == 0
 
 
+def test_a_model_that_cannot_be_copied_is_refused_in_one_line(toys):
+    class Keeps(toys.Net):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    model = Keeps()
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Scale()], nn.CrossEntropyLoss())
+    toys.loss_of(model)
+    with pytest.raises(RegradError, match=r"^.*cop.*$"):
+        attachment.explain(toys.batch())
+
+
 def test_an_empty_list_explains_nothing(toys):
     explanation = Everything(toys, []).attachment.explain(arrays(toys))
     assert explanation.rows == []

@@ -172,6 +172,21 @@ def test_measuring_the_criterion_changes_no_gradient_and_no_random_number(toys, 
     assert same_bits(*gradients)
 
 
+def test_measuring_a_criterion_that_draws_random_numbers_draws_none_of_its_own(toys):
+    def noisy(logits, labels):
+        return nn.functional.cross_entropy(logits + torch.rand_like(logits), labels)
+
+    states = []
+    for attached in (False, True):
+        model, criterion = toys.Net(), noisy
+        if attached:
+            criterion = regrad.attach(model, toys.sgd(model), [toys.Louder()], noisy).criterion
+        torch.manual_seed(0)
+        criterion(model(toys.batch()[0]), toys.batch()[1]).backward()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_meters_measure_before_an_optimizer_clears_the_gradients(toys):
     class Clears(torch.optim.SGD):
         def step(self, closure=None):
