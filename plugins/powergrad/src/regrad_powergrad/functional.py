@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -195,12 +196,15 @@ def _plain(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, r
 def _value(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
     """Return plain cross entropy, tile by tile; torch's own kernel gives every row."""
     tiles = _tiles(logits)
-    reduction = rule.reduction if len(tiles) == 1 else "none"
+    if len(tiles) == 1:
+        return _plain(logits, target, weight, rule, rule.reduction)
     soft = target.is_floating_point()
-    parts = [_plain(logits[tile], target[tile if soft else rows], weight, rule, reduction) for tile, rows in tiles]
-    if len(parts) == 1:
-        return parts[0]
-    losses = torch.cat([part.flatten() for part in parts]).view(_rows_shape(logits))
+    parts = (_plain(logits[tile], target[tile if soft else rows], weight, rule, "none") for tile, rows in tiles)
+    first = next(parts)
+    # one tensor from the start: small ones kept between the tiles would leave the freed memory in pieces
+    losses = first.new_empty(_rows_shape(logits))
+    for (_, rows), part in zip(tiles, chain([first], parts), strict=True):
+        losses[rows] = part
     if rule.reduction == "none":
         return losses
     total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
