@@ -9,9 +9,7 @@ def count(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("resnet20", 269722), ("resnet32", 464154), ("resnet56", 853018)],
-    ids=str,
+    ("name", "parameters"), [("resnet20", 269722), ("resnet32", 464154), ("resnet56", 853018)], ids=str
 )
 def test_sizes_are_the_papers(name, parameters):
     # Table 6 of He et al. says 0.27 M, 0.46 M and 0.85 M; option A adds no parameters.

@@ -407,6 +407,12 @@ def test_a_smaller_training_set_keeps_validation_and_test(tmp_path):
     assert torch.equal(whole.test.images, small.test.images)
 
 
+def test_there_are_never_more_validation_images_than_training_images_asked_for(tmp_path):
+    write_set(tmp_path)
+    small = load_workload("parquet", data_dir=tmp_path, train_size=2)
+    assert (len(small.train), len(small.validation), len(small.test)) == (2, 2, 40)
+
+
 def test_shards_in_the_data_folder_are_read_in_order(tmp_path):
     images = pixels(60, 3, 8, 8)
     for split, shard in itertools.product(("train", "test"), range(2)):

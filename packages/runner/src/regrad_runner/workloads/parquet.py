@@ -31,7 +31,8 @@ def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: in
 
     The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are
     a JPEG, PNG or whatever else Pillow reads) and `label` (integers or strings; classes are numbered in sorted
-    order). A tenth of the training images, the same share of each class, is the validation split.
+    order). A tenth of the training images, but at most `train_size`, is the validation split, with the same share of
+    each class.
 
     Images become square: the shorter side is resized to the median shorter side of the first 100 training images,
     but at most to 64 pixels, and the middle is cut out; images that fit already are left alone. They are grey if
@@ -57,7 +58,8 @@ def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: in
     """
     train_split, test_split = _Split.find(data_dir, "train"), _Split.find(data_dir, "test")
     classes, labels = _numbered(train_split.labels())
-    validation_size = max(len(classes), round(VALIDATION_SHARE * len(labels)))
+    share = round(VALIDATION_SHARE * len(labels))
+    validation_size = max(len(classes), share if train_size is None else min(share, train_size))
     validation, train = take_stratified(labels, validation_size, seed=seed_of_split, what="validation images")
     train = train[keep_stratified(labels[train], train_size, seed=seed_of_split)]
     test_labels = _looked_up(test_split.labels(), classes)
