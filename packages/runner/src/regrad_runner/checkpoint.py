@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from regrad.errors import RegradError
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrad_runner.training import Point, TrainingRun
@@ -93,7 +93,7 @@ def load_checkpoint(run: TrainingRun, path: Path) -> None:
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return the optimizer's state by the parameters' names in the model."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = [
         {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
         for group in optimizer.param_groups
@@ -124,7 +124,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, A
 
 def random_state() -> dict[str, Any]:
     """Return every global random state as tensors and plain values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]  # noqa: NPY002
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

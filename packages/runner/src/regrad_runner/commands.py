@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -84,7 +83,7 @@ def compare(
     console = _console()
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
-    with _stoppable(console, f"regrad compare --resume --out {plan.path}", quiet=not plan.reports), display:
+    with _going_on(console, f"regrad compare --resume --out {plan.path}", quiet=not plan.reports), display:
         folder = run(plan, display)
     if plan.reports:
         show_comparison(folder.path, as_json=json)
@@ -140,7 +139,7 @@ def train(
 
     console = _console()
     display = Display(console, runs=1, quiet=not plan.reports)
-    with _stoppable(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
+    with _going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
         run(plan, display)
     if plan.reports:
         show_run(plan.path, as_json=json)
@@ -220,19 +219,14 @@ def _console() -> Console:
 
 
 @contextmanager
-def _stoppable(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
-    """Let SIGTERM end runs as killed, and say how to go on after it or Ctrl-C."""
-    from regrad_runner.tracking import Terminated  # noqa: PLC0415
+def _going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on."""
+    from regrad_runner.stopping import stoppable  # noqa: PLC0415
 
-    def terminate(number: int, frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        with stoppable():
+            yield
     except (KeyboardInterrupt, SystemExit):
         if not quiet:
             console.print(f"stopped; this goes on from here: {again}", highlight=False, markup=False, soft_wrap=True)
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)

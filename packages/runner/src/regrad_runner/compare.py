@@ -7,7 +7,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from regrad_runner.preparation import default_folder, example_optimizer, load_da
 from regrad_runner.progress import Display
 from regrad_runner.report import draw
 from regrad_runner.results import Result, ResultsFolder, Trial, check_folder, finished_result, start_folder, write_whole
+from regrad_runner.stopping import tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
 from regrad_runner.workloads import Workload
@@ -125,7 +126,7 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         folder = start_folder(plan.path, plan.config, about)
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     settings = plan.config.model_dump(mode="json")
-    with tracker.start(plan.experiment, plan.path.name, settings) as parent:
+    with tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
         comparison = Comparison(plan, folder, tracker, parent, display)
         rates = comparison.choose_rates()
         pending = [(a, s) for s, a in product(range(plan.config.seeds), plan.arms) if not folder.is_finished(a.name, s)]
@@ -172,13 +173,13 @@ class Comparison:
         name, points = f"{arm.name}, seed {seed}", list[Point]()
         result = Result(arm=arm.name, seed=seed, status="failed", lr=lr, must_beat=arm.must_beat)
         outcome = "failed"
-        with self._alone(name), self._tracked(name, arm, seed=seed, lr=lr) as tracked:
+        with self._alone(name), self._tracked(name, arm, seed=seed, lr=lr) as shown:
             started = time.perf_counter()
             with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=seed, lr=lr)) as run:
-                self._train(run, name, tracked)
+                self._train(run, name, shown)
                 points = run.position.points
                 result = finished_result(run, result, started=started)
-                self._keep_receipt(run, result, tracked)
+                self._keep_receipt(run, result, shown)
             outcome = self._in_words(result)
         if self.plan.reports:
             self.folder.add(result, points)
@@ -190,34 +191,34 @@ class Comparison:
         validation = math.nan
         with (
             self._alone(name),
-            self._tracked(name, arm, seed=seed, lr=lr, trial=True) as tracked,
+            self._tracked(name, arm, seed=seed, lr=lr, trial=True) as shown,
             closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=seed, lr=lr)) as run,
         ):
-            self._train(run, name, tracked)
+            self._train(run, name, shown)
             validation = run.position.points[-1].value
         if self.plan.reports:
             self.folder.add_trial(Trial(arm=arm.name, lr=lr, seed=seed, validation=validation))
         self.display.end(f"{name}: {name_on_validation(self.plan.workload.measure)} {validation:.4f}")
 
-    def _train(self, run: TrainingRun, name: str, tracked: Run) -> None:
+    def _train(self, run: TrainingRun, name: str, shown: Run) -> None:
         def keep(point: Point) -> None:
-            tracked.log(point.step, point.as_metrics(self.plan.workload.measure))
+            shown.log(point.step, point.as_metrics(self.plan.workload.measure))
 
         self.display.begin(name, steps=run.total_steps)
         run.train(on_point=keep, on_step=self.display.step)
 
-    def _tracked(self, name: str, arm: Arm, *, trial: bool = False, **params: float) -> Run:
+    def _tracked(self, name: str, arm: Arm, *, trial: bool = False, **params: float) -> AbstractContextManager[Run]:
         change = {"control": arm.control} if arm.control else {}
         about = {"arm": arm.name, "corrections": " ".join(arm.corrections), "trial": trial, **params, **change}
-        return self.tracker.start(self.plan.experiment, name, about, parent=self.parent)
+        return tracked(lambda: self.tracker.start(self.plan.experiment, name, about, parent=self.parent))
 
-    def _keep_receipt(self, run: TrainingRun, result: Result, tracked: Run) -> None:
+    def _keep_receipt(self, run: TrainingRun, result: Result, shown: Run) -> None:
         if not self.plan.reports:
             return
         path = self.folder.run_folder(run.arm, result.seed) / "receipt.json"
         write_whole(path, json.dumps(run.receipt(), indent=2) + "\n")
-        tracked.artifact(path)
-        tracked.log(result.steps, run.attachment.metrics() | {self.plan.workload.measure.name: result.value})
+        shown.artifact(path)
+        shown.log(result.steps, run.attachment.metrics() | {self.plan.workload.measure.name: result.value})
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:

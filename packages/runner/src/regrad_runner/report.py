@@ -110,7 +110,7 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
 
 def show_explanation(explanation: Explanation, *, as_json: bool = False) -> None:
     """Print what corrections would change."""
-    text = json.dumps(explanation.as_dict(), indent=2) if as_json else str(explanation)
+    text = json.dumps(asdict(explanation), indent=2) if as_json else str(explanation)
     Console(soft_wrap=True).out(text, highlight=False)
 
 

@@ -146,7 +146,8 @@ class ResultsFolder:
         """Keep a run; one that failed before is replaced. The row comes last: it says that the rest is there."""
         self.results = [r for r in self.results if (r.arm, r.seed) != (result.arm, result.seed)] + [result]
         if points:
-            self.curves += [CurvePoint(arm=result.arm, seed=result.seed, **asdict(point)) for point in points]
+            others = [point for point in self.curves if (point.arm, point.seed) != (result.arm, result.seed)]
+            self.curves = others + [CurvePoint(arm=result.arm, seed=result.seed, **asdict(p)) for p in points]
             write_rows(self.path / "curves.csv", self.curves, CurvePoint)
         write_rows(self.path / "results.csv", self.results, Result)
 

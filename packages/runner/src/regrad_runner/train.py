@@ -14,6 +14,7 @@ from regrad_runner.config import TrainConfig
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.results import Result, ResultsFolder, check_folder, finished_result, start_folder, write_whole
+from regrad_runner.stopping import tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
 from regrad_runner.workloads import Workload
@@ -78,13 +79,13 @@ def train(plan: Plan, display: Display) -> Result:
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     config = plan.config
     settings = config.model_dump(mode="json")
-    with tracker.start(f"regrad {plan.workload.name}", plan.path.name, settings) as tracked:
+    with tracked(lambda: tracker.start(f"regrad {plan.workload.name}", plan.path.name, settings)) as shown:
         run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
         with closing(run):
-            return _follow(run, plan, tracked, display)
+            return _follow(run, plan, shown, display)
 
 
-def _follow(run: TrainingRun, plan: Plan, tracked: Run, display: Display) -> Result:
+def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Result:
     """Train, keep checkpoints on the way and the result at the end."""
     started = time.perf_counter()
     checkpoints = plan.path / "checkpoints"
@@ -96,7 +97,7 @@ def _follow(run: TrainingRun, plan: Plan, tracked: Run, display: Display) -> Res
     validation = name_on_validation(plan.workload.measure)
 
     def keep_point(point: Point) -> None:
-        tracked.log(point.step, point.as_metrics(plan.workload.measure))
+        shown.log(point.step, point.as_metrics(plan.workload.measure))
         display.note(f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, {validation} {point.value:.4f}")
 
     def keep_step(step: int) -> None:
@@ -111,6 +112,6 @@ def _follow(run: TrainingRun, plan: Plan, tracked: Run, display: Display) -> Res
         ResultsFolder(plan.path).add(result, run.position.points)
         receipt = plan.path / "receipt.json"
         write_whole(receipt, json.dumps(run.receipt(), indent=2) + "\n")
-        tracked.artifact(receipt)
-        tracked.log(result.steps, run.attachment.metrics() | {plan.workload.measure.name: result.value})
+        shown.artifact(receipt)
+        shown.log(result.steps, run.attachment.metrics() | {plan.workload.measure.name: result.value})
     return result

@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM: they end what is under way as killed, and never leave a tracked run open."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from regrad_runner.tracking import Run, Terminated
+
+
+@dataclass
+class _Signals:
+    """Whether signals wait, and the one that came meanwhile."""
+
+    wait: bool = False
+    came: int | None = None
+
+    def stop_waiting(self) -> int | None:
+        """Let signals act at once, and return the one that waited."""
+        came, self.came, self.wait = self.came, None, False
+        return came
+
+
+_signals = _Signals()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait. Main thread only."""
+    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let a signal that comes during the block act at its end."""
+    _signals.wait = True
+    try:
+        yield
+    finally:
+        came = _signals.stop_waiting()
+    if came is not None:
+        _raise(came)
+
+
+@contextmanager
+def tracked(start: Callable[[], Run]) -> Iterator[Run]:
+    """Begin a run and end it with the block: finished, failed or killed, also where a signal comes in between.
+
+    Args:
+        start: Begins the run. A signal waits until it is known, and again while it is finished.
+    """
+    with ExitStack() as stack:
+        with signals_wait():
+            run = stack.enter_context(start())
+        yield run
+        with signals_wait():
+            run.finish()
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    del frame
+    if _signals.wait:
+        _signals.came = number
+    else:
+        _raise(number)
+
+
+def _raise(number: int) -> None:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
