@@ -1,0 +1,278 @@
+import itertools
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import regrad
+from regrad_runner.cli import main
+from regrad_runner.config import CompareConfig, TrainConfig, write_config
+from regrad_runner.options import repeat_flag
+from regrad_runner.results import ResultsFolder
+from regrad_runner.training import TrainingRun
+from regrad_runner.workloads import load_workload
+
+SHAPE = ["--train-size", "100", "--batch-size", "25", "--width", "4"]
+SMALL = [*SHAPE, "--epochs", "2", "--tracker", "none"]
+needs_plugins = pytest.mark.skipif(
+    not {"xgrad", "powergrad"} <= regrad.available().keys(),
+    reason="regrad-xgrad and regrad-powergrad are not installed",
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+BAD = [
+    ("compare --workload nope", "no workload named 'nope'; installed: digits"),
+    ("compare --workload parquet", "data_dir must be"),
+    ("compare --workload parquet --data-dir nowhere", "data_dir must be a folder"),
+    ("compare --workload digits --data-dir nowhere", "data_dir must be left out"),
+    ("compare --corrections nope", "no correction named 'nope'"),
+    ("compare --corrections +", "corrections must name one correction on each side of '+', got '+'"),
+    ("compare --corrections", "'--corrections' requires an argument"),
+    ("compare --epochs 0", "epochs must be greater than 0, got 0"),
+    ("compare --epochs many", "'--epochs'"),
+    ("compare --seeds -3", "seeds must be greater than 0, got -3"),
+    ("compare --train-size 5", "train_size must be from 10 (the classes) to 1067, got 5"),
+    ("compare --train-size 5000", "train_size must be from 10 (the classes) to 1067, got 5000"),
+    ("compare --batch-size 2000", "batch_size must be at most 1077 (the training images), got 2000"),
+    ("compare --optimizer sdg", "no optimizer named 'sdg'"),
+    ("compare --optimizer sgd:speed=1", "optimizer 'sgd' has no option 'speed'"),
+    ("compare --model resnet9", "model must be one of resnet8, resnet20"),
+    ("compare --norm layer", "norm must be 'batch' or 'group', got 'layer'"),
+    ("compare --lr fast", "lr must be a valid number, got 'fast'"),
+    ("compare --tracker wandb", "tracker must be 'mlflow' or 'none', got 'wandb'"),
+    ("compare --tracking-uri mlruns", "tracking_uri must be an absolute address, got 'mlruns'"),
+    ("compare --processes 2", "processes must be 2 as asked, got 1"),
+    ("compare --config settings.yaml", "no setting named 'epoch'; did you mean 'epochs'?"),
+    ("compare --config nowhere.yaml", "config must be a readable file, got 'nowhere.yaml'"),
+    ("compare --resume", "out must be given with --resume"),
+    ("compare --resume --out nowhere", "out must be the folder of an earlier run to resume it, got 'nowhere'"),
+    ("compare --out .", "out must be a new or empty folder, got '.'"),
+    ("compare --speed 3", "No such option: --speed"),
+    ("compare 3", "unexpected extra argument"),
+    ("train --seed -1", "seed must be greater than or equal to 0, got -1"),
+    ("train --lr 0", "lr must be greater than 0, got 0.0"),
+    ("explain --after-steps -1", "after_steps must be from 0 to"),
+    ("report nowhere", "folder must be one that compare or train wrote, got 'nowhere'"),
+    ("report", "Missing argument"),
+    ("paint", "No such command 'paint'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[words for words, _ in BAD])
+def test_bad_input_is_one_clear_line_and_writes_nothing(here, capsys, words, message):
+    (here / "settings.yaml").write_text("epoch: 3\n")
+    assert main(words.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err
+    assert said.err.startswith("regrad: ")
+    assert said.err.count("\n") == 1
+    assert [path.name for path in here.iterdir()] == ["settings.yaml"]
+
+
+@needs_plugins
+@pytest.mark.parametrize(
+    ("corrections", "message"),
+    [
+        ("xgrad:horizon=-1", "horizon must be at least 0 and finite, got -1"),
+        ("xgrad:speed=1", "xgrad has no option 'speed'; allowed: horizon"),
+        ("xgrid", "no correction named 'xgrid'; installed: .*did you mean 'xgrad'?"),
+        ("xgrad xgrad", "corrections must be different, got 'xgrad' twice"),
+        ("xgrad+xgrad", "corrections must be different, got 'xgrad' twice"),
+    ],
+)
+def test_a_bad_correction_is_one_clear_line(here, capsys, corrections, message):
+    assert main(["compare", "--corrections", *corrections.split()]) == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in message.split(".*"))
+    assert list(here.iterdir()) == []
+
+
+def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsys):
+    (here / "out").mkdir()
+    config = CompareConfig(epochs=3).resolved(load_workload("digits"))
+    (here / "out" / "config.yaml").write_text(write_config(config))
+    assert main(["compare", "--resume", "--out", "out", "--epochs", "4"]) == 2
+    assert "got epochs 3 there and 4 here; choose another folder" in capsys.readouterr().err
+    assert [path.name for path in (here / "out").iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("words", ["", "compare", "train", "report", "explain", "plugins", "plugins list"])
+def test_help_fits_80_columns(monkeypatch, capsys, words):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*words.split(), "--help"] if words else []) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 80
+
+
+def test_every_setting_has_its_flag(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, kind in (("compare", CompareConfig), ("train", TrainConfig)):
+        assert main([command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        flags = {f"--{'no-' if name == 'controls' else ''}{name.replace('_', '-')} " for name in kind.model_fields}
+        assert [flag for flag in flags if flag not in shown] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "repeated"),
+    [
+        ("--corrections a b --seeds 3", "--corrections a --corrections b --seeds 3"),
+        ("--seeds 3 --corrections a", "--seeds 3 --corrections a"),
+        ("--correction a b", "--corrections a --corrections b"),
+        ("--corrections a --corrections b c", "--corrections a --corrections b --corrections c"),
+        ("folder --json", "folder --json"),
+    ],
+)
+def test_one_flag_takes_many_corrections(words, repeated):
+    assert repeat_flag(words.split()) == repeated.split()
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("words", [["plugins", "list"], ["plugins", "list", "--json"]])
+def test_listing_plugins_imports_nothing_heavy(words):
+    heavy = "('torch', 'accelerate', 'mlflow', 'pydantic', 'numpy', 'typer')"
+    code = f"import sys; from regrad_runner.cli import main; main({words!r}); "
+    done = python(f"{code} sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or 0)")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "digits" in done.stdout
+
+
+def test_the_list_of_plugins_is_json_for_programs(capsys):
+    assert main(["plugins", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"digits", "parquet"} <= {entry["name"] for entry in listed if entry["kind"] == "workload"}
+
+
+def test_a_comparison_and_its_report_print_the_same_and_only_progress_goes_to_stderr(here, capsys):
+    (here / "baseline.yaml").write_text("corrections: []\n")
+    assert main(["compare", *SMALL, "--config", "baseline.yaml", "--seeds", "2", "--out", "out"]) == 0
+    compared = capsys.readouterr()
+    assert "test accuracy" in compared.out
+    assert "regrad report out shows this again" in compared.out
+    assert "[2/2] none, seed 1" in compared.err
+    (here / "out" / "curves.png").unlink()
+    assert main(["report", "out"]) == 0
+    assert capsys.readouterr().out == compared.out
+    assert (here / "out" / "curves.png").is_file()
+    assert main(["report", "out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"][0]["seeds"] == 2
+
+
+def test_a_run_and_its_report_print_the_same(here, capsys):
+    assert main(["train", *SMALL, "--out", "out"]) == 0
+    trained = capsys.readouterr().out
+    assert "none, seed 0, learning rate 0.05" in trained
+    assert main(["report", "out"]) == 0
+    assert capsys.readouterr().out == trained
+    assert main(["report", "out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["steps"] == 8
+
+
+@needs_plugins
+def test_explain_says_what_each_correction_would_change(here, capsys):
+    assert main(["explain", *SHAPE, "--corrections", "xgrad", "powergrad"]) == 0
+    shown = capsys.readouterr().out
+    assert "fc.weight" in shown
+    assert "logits" in shown
+    assert main(["explain", *SHAPE, "--corrections", "xgrad", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["correction"] for row in rows} == {"xgrad"}
+    assert list(here.iterdir()) == []
+
+
+def tracked(folder: Path) -> dict[str, str]:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        return dict(database.execute("select name, status from runs"))
+
+
+@pytest.fixture
+def baseline(here):
+    """Settings of very short runs of the baseline alone."""
+    (here / "baseline.yaml").write_text("corrections: []\nepochs: 1\ntrain_size: 100\nwidth: 4\n")
+    return ["--config", "baseline.yaml", "--out", "out"]
+
+
+def in_the_step(monkeypatch, number, action):
+    """Let something happen in a training step, counted over all runs from 1."""
+    count = itertools.count(1)
+    original = TrainingRun._micro_batch
+
+    def step(self, images, labels):
+        if next(count) == number:
+            action()
+        original(self, images, labels)
+
+    monkeypatch.setattr(TrainingRun, "_micro_batch", step)
+
+
+def test_a_sigterm_ends_comparison_and_run_as_killed(here, baseline, monkeypatch, capsys):
+    in_the_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--seeds", "3", *baseline])
+    assert stop.value.code == 143
+    assert "stopped; this goes on from here: regrad compare --resume --out out" in capsys.readouterr().err
+    assert tracked(here / "out") == {"out": "KILLED", "none, seed 0": "FINISHED", "none, seed 1": "KILLED"}
+
+
+def test_ctrl_c_ends_a_run_as_killed_with_code_130(here, baseline, monkeypatch, capsys):
+    in_the_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["train", *baseline]) == 130
+    assert "stopped; this goes on from here: regrad train --resume --out out" in capsys.readouterr().err
+    assert tracked(here / "out") == {"out": "KILLED"}
+
+
+def crash():
+    raise RuntimeError("the machine is on fire")
+
+
+def test_a_crash_of_one_run_is_failed_in_the_tracker_and_in_the_exit_code(here, baseline, monkeypatch, capsys):
+    in_the_step(monkeypatch, 2, crash)
+    assert main(["compare", "--seeds", "3", *baseline]) == 1
+    said = capsys.readouterr()
+    assert "none, seed 1 failed: RuntimeError: the machine is on fire" in said.err
+    assert "1 run failed" in said.out
+    assert tracked(here / "out") == {
+        "out": "FAILED",
+        "none, seed 0": "FINISHED",
+        "none, seed 1": "FAILED",
+        "none, seed 2": "FINISHED",
+    }
+
+
+def test_a_crash_in_training_is_failed_in_the_tracker_and_shows_its_traceback(here, baseline, monkeypatch):
+    in_the_step(monkeypatch, 1, crash)
+    with pytest.raises(RuntimeError, match="the machine is on fire"):
+        main(["train", *baseline])
+    assert tracked(here / "out") == {"out": "FAILED"}
+
+
+def test_a_process_that_gets_a_sigterm_leaves_no_run_open_and_a_folder_to_go_on_from(here, baseline):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    words = ["-m", "regrad_runner", "compare", "--seeds", "500", *baseline]
+    process = subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True)
+    while not process.stderr.readline().startswith("[  1/500]"):
+        assert process.poll() is None
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    statuses = tracked(here / "out")
+    assert statuses.pop("out") == "KILLED"
+    assert set(statuses.values()) <= {"FINISHED", "KILLED"}
+    assert len(ResultsFolder(here / "out").results) >= 1
