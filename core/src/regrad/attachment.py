@@ -131,8 +131,8 @@ class Attachment:
         Raises:
             RegradError: If the model was compiled and called already: the hook would never fire.
         """
-        late = hooks.was_compiled_and_called(self._outer)
-        refuse_if(late, "submodule hooks must be set before the first compiled call; attach earlier")
+        traced = hooks.was_compiled_and_called(self._outer)
+        refuse_if(traced, "submodule hooks must be set before the first compiled call; attach earlier")
         self._handles.append(module.register_forward_hook(hooks.Hook(module, function)))
 
     @property
@@ -221,7 +221,7 @@ class Attachment:
             RegradError: If `strict` and anything differs; says what.
         """
         found = "; ".join(_differences(state["receipt"], self.receipt()))
-        refuse_if(strict and found != "", f"state must come from the same corrections; {found}; or pass strict=False")
+        refuse_if(strict and found, f"state must come from the same corrections; {found}; or pass strict=False")
         self.engine.close_window()
         self.engine.applied, self.engine.skipped = (int(state["receipt"][f"steps_{k}"]) for k in ("applied", "skipped"))
         for correction in self.corrections:

@@ -168,7 +168,7 @@ class Correction:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        refuse_if(bool(state), f"correction {self.name!r} has no state, got {', '.join(state)}")
+        refuse_if(state, f"correction {self.name!r} has no state, got {', '.join(state)}")
 
     def idle_reason(self) -> str | None:
         """Say why nothing may have changed; None says that changing nothing is normal."""

@@ -11,12 +11,15 @@ from typing import Any
 import pluggy
 import torch
 from torch import Tensor, nn, optim
+from torch.utils._pytree import tree_leaves
 
 from regrad import hooks, sharding, window
 from regrad.correction import Correction
 from regrad.errors import RegradWarning, refuse_if
 from regrad.hookspecs import HOOKS, CorrectionSpec, Step
 from regrad.meter import Meter
+
+NO_FORWARD = "a step came without a training forward of the attached model: wrong model, or compiled before attach()?"
 
 
 class HookRegistry(pluggy.PluginManager):
@@ -27,9 +30,8 @@ class HookRegistry(pluggy.PluginManager):
         marked: Any = super().parse_hookimpl_opts(plugin, name)
         placing = [o for o in ("wrapper", "hookwrapper", "tryfirst", "trylast") if marked and marked[o]]
         own = isinstance(plugin, Correction)
-        refuse_if(own and bool(placing), f"{plugin!r} must not mark {name!r} with {placing}; declare before or after")
-        inner = bool(marked) and not own and "wrapper" not in placing
-        refuse_if(inner, f"observer {plugin!r} must mark {name!r} with hookimpl(wrapper=True)")
+        refuse_if(own and placing, f"{plugin!r} must not mark {name!r} with {placing}; declare before or after")
+        refuse_if(marked and not own and "wrapper" not in placing, f"{plugin!r} must mark {name!r} with wrapper=True")
         return {} if own and marked is None and name in HOOKS else marked
 
 
@@ -84,14 +86,14 @@ class Engine:
             self.seconds[step.correction.name] += time.perf_counter() - start
         return result
 
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
+        """Say whether any parameter is a shard now."""
         return any(sharding.is_sharded(p) for group in self.optimizer.param_groups for p in group["params"])
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
-            late = self._graph_waits and bool(self.window.moved)
-            refuse_if(late, "evaluation between forward and backward is wrong under FSDP2; call backward() first")
+            refuse_if(self._graph_waits and self.window.moved, "no evaluation between forward and backward under FSDP2")
             self.close_window()
         elif torch.is_grad_enabled():
             self.forwards += 1
@@ -100,21 +102,24 @@ class Engine:
 
     def _open_window(self, module: nn.Module) -> None:
         first = next(iter(module._forward_pre_hooks.values()))
-        hidden = self._is_sharded() and getattr(first, "function", None) != self.before_forward
+        hidden = self.is_sharded() and getattr(first, "function", None) != self.before_forward
         refuse_if(hidden, "the prediction must run before FSDP2's own hook; attach after fully_shard()")
-        self._refuse_inside_backward("checkpoint parts of the model, or with use_reentrant=False")
+        self._refuse_nested("checkpoint parts of the model, or with use_reentrant=False")
         step = self.step()
         if self.window.open(step.parameters, self.run("predict_weights", step)):
             self._reshard()
 
     def after_forward(self, _: nn.Module, inputs: Any, output: Any) -> None:
         """Under FSDP2, note that a graph waits for its backward: a restore before it would go unnoticed."""
-        if self.window.moved and self._is_sharded() and isinstance(output, Tensor) and output.requires_grad:
-            self._graph_waits = True
-            output.register_hook(lambda _: setattr(self, "_graph_waits", False))  # type: ignore[no-untyped-call]
+        for leaf in tree_leaves(output) if self.window.moved and self.is_sharded() else ():
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self._graph_waits = True
+                leaf.register_hook(lambda _: setattr(self, "_graph_waits", False))  # type: ignore[no-untyped-call]
 
-    def _refuse_inside_backward(self, why: str) -> None:
+    def _refuse_nested(self, why: str) -> None:
         refuse_if(torch._C._current_graph_task_id() != -1, f"a step must not begin or end inside backward; {why}")
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        refuse_if(captured, "a whole step must not be captured in a CUDA graph; capture forward and backward alone")
 
     def close_window(self, *_: Any) -> None:
         """Restore the weights if they are moved."""
@@ -123,7 +128,7 @@ class Engine:
 
     def _reshard(self) -> None:
         """Make FSDP2 gather the weights anew."""
-        if self._is_sharded():
+        if self.is_sharded():
             from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - heavy, and only shards need it
 
             for module in self.model.modules():
@@ -132,7 +137,7 @@ class Engine:
 
     def before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Correct now, or, where a closure computes the gradients, right after it."""
-        self._refuse_inside_backward("gradients are not final there")
+        self._refuse_nested("gradients are not final there")
         self._calls = 0
         wrapped = hooks.wrap_closure(args, kwargs, self.correct)
         if wrapped is None:
@@ -144,7 +149,7 @@ class Engine:
         self.close_window()
         self._calls += 1
         unfit = [c.name for c in self.corrections if not c.needs.closures and self._calls > 1]
-        refuse_if(bool(unfit), f"{', '.join(unfit)} must see one closure call per step, got {self._calls}")
+        refuse_if(unfit, f"{', '.join(unfit)} must see one closure call per step, got {self._calls}")
         found_inf = getattr(self.optimizer, "found_inf", None)
         self._skipping = found_inf is not None and bool(found_inf != 0)
         if self._skipping or not self.corrections:
@@ -159,12 +164,10 @@ class Engine:
         """Refuse sparse gradients without a rule; warn once where no training forward was seen."""
         unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
         sparse = [n for n, g in zip(step.names, step.gradients, strict=True) if g is not None and g.is_sparse]
-        refuse_if(unfit != "" and sparse != [], f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
+        refuse_if(unfit and sparse, f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
         if self.forwards == 0 and not self._warned:
             self._warned = True
-            cause = "was another module attached, or a compiled train function called before attach()?"
-            message = f"an optimizer step came without a training forward of the attached model: {cause}"
-            warnings.warn(message, RegradWarning, stacklevel=2)
+            warnings.warn(NO_FORWARD, RegradWarning, stacklevel=2)
 
     @torch.no_grad()
     def _unscale(self) -> None:
@@ -224,8 +227,9 @@ class SwitchingCriterion:
 
     def _measure(self, logits: Tensor, *rest: Any, **options: Any) -> None:
         """Compare the logit gradients of both criteria."""
-        gradients: list[Tensor] = []
-        for criterion in (self.original, self.corrected):
-            leaf = logits.detach().requires_grad_()
-            gradients += torch.autograd.grad(criterion(leaf, *rest, **options).sum(), leaf)
+        leaves = [logits.detach().requires_grad_() for _ in range(2)]
+        with torch.random.fork_rng([logits.device] if logits.is_cuda else []):
+            pairs = zip((self.original, self.corrected), leaves, strict=True)
+            values = [criterion(leaf, *rest, **options).sum() for criterion, leaf in pairs]
+        gradients = torch.autograd.grad(values, leaves)
         self._engine.meter.observe(self._owner.name, "criterion", *({"logits": g} for g in gradients))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regrad.errors import refuse_if
 from regrad.meter import change_and_cosine
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Explanation:
 
 def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation:
     """Run one batch and every correction on copies of model, optimizer and corrections."""
-    rows, live = [], attachment.corrections
+    rows, live, sharded = [], attachment.corrections, attachment.engine.is_sharded()
+    refuse_if(sharded, "explain works on a copy, and FSDP2 modules cannot be copied; explain before fully_shard()")
     model, optimizer = copy.deepcopy((attachment.model, attachment.optimizer))
     twins = [type(c)(**vars(c.options)) for c in live]
     devices = {p.device for p in model.parameters() if p.is_cuda}

@@ -14,7 +14,6 @@ from regrad.sharding import local
 
 FIRST_STEPS, EVERY, PATIENCE = 20, 50, 200
 MEASURES = ("share_touched", "relative_change", "cosine", "trigger_rate", "non_finite")
-TINY = torch.finfo(torch.float32).tiny
 Named = dict[str, Tensor]
 
 
@@ -39,9 +38,9 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return relative change |b − a|/|a| and cosine of a and b from rows, shape [*, 5], of `compare`."""
     difference, before, after = rows[..., 1], rows[..., 2], rows[..., 3]
-    product = (before.sqrt() * after.sqrt()).clamp_min(TINY)
+    product = (before.sqrt() * after.sqrt()).clamp_min(1e-38)
     angle = ((before + after - difference) / (2 * product)).clamp(-1, 1)
-    return (difference / before.clamp_min(TINY)).sqrt(), angle
+    return (difference / before.clamp_min(1e-38)).sqrt(), angle
 
 
 class Meter:

@@ -59,4 +59,4 @@ def _refuse_conflicts(corrections: Sequence[Correction]) -> None:
         own, others = ({*c.needs.exclusive} | {OWNED[s] for s in c.needs.stages if s in OWNED} for c in (one, other))
         owned = [f"both own the {resource}" for resource in sorted(own & others)]
         reasons = "; ".join(reason for reason in (*told, *owned) if reason)
-        refuse_if(reasons != "", f"{one.name!r} and {other.name!r} cannot work together: {reasons}")
+        refuse_if(reasons, f"{one.name!r} and {other.name!r} cannot work together: {reasons}")

@@ -47,14 +47,12 @@ def check(model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Co
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable, got {criterion!r}")
-    hidden = _is_kind(model, "deepspeed") or _is_kind(given, "deepspeed")
-    refuse_if(hidden, "DeepSpeed hides gradients from the optimizer's hooks; use DDP or FSDP2 (fully_shard)")
+    refuse_if(any(_is_kind(part, "deepspeed") for part in (model, given)), "DeepSpeed hides gradients; use DDP, FSDP2")
     own = set(model.parameters())
     trains = any(p in own for group in optimizer.param_groups for p in group["params"])
     refuse_if(not trains, "optimizer must hold parameters of model, got none; pass the model that it trains")
     refuse_if(optimizer in ATTACHED, "optimizer is attached already; detach() the other attachment first")
-    inside = any(hasattr(p, "_in_backward_optimizers") for p in own)
-    refuse_if(inside, "the optimizer must not be stepped inside backward; gradients are not final there")
+    refuse_if(any(hasattr(p, "_in_backward_optimizers") for p in own), "the optimizer must not step inside backward")
     layout, several = layout_of(model, optimizer), isinstance(optimizer, LBFGS)
     ahead = _is_kind(optimizer, "schedulefree")
     for c in corrections:

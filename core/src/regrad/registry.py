@@ -16,7 +16,6 @@ class Entry:
 
     Attributes:
         name: The name that loads it.
-        group: Entry-point group.
         distribution: Distribution that offers it; all of them, where several claim the name.
         version: Version of that distribution.
         value: Where the object is, as "module:attribute".
@@ -25,7 +24,6 @@ class Entry:
     """
 
     name: str
-    group: str
     distribution: str
     version: str
     value: str
@@ -60,7 +58,7 @@ def available(group: str = "regrad") -> dict[str, Entry]:
     for point in metadata.entry_points(group=group):
         if point.dist is not None and point.dist.name:
             key, summary = re.sub(r"[-_.]+", "-", point.dist.name).lower(), point.dist.metadata["Summary"] or ""
-            entry = Entry(point.name, group, point.dist.name, point.dist.version, point.value, summary)
+            entry = Entry(point.name, point.dist.name, point.dist.version, point.value, summary)
             offers.setdefault(point.name, {}).setdefault(key, entry)
     return {name: _only([*offers[name].values()]) for name in sorted(offers)}
 
@@ -68,7 +66,7 @@ def available(group: str = "regrad") -> dict[str, Entry]:
 def _only(entries: list[Entry]) -> Entry:
     """Return the one entry, or one that says who else claims its name."""
     name, both = entries[0].name, " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries))
-    refused = Entry(name, entries[0].group, both, "", "", "", f"{name!r} is offered by {both}; uninstall all but one")
+    refused = Entry(name, both, "", "", "", f"{name!r} is offered by {both}; uninstall all but one")
     return entries[0] if len(entries) == 1 else refused
 
 
@@ -112,9 +110,8 @@ def _check_correction(loaded: Any, name: str, plugin: str) -> None:
     if loaded.api_version != API_VERSION:
         mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
         raise PluginLoadError(f"{plugin} has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}")
-    own = getattr(loaded, "name", None)
-    if isinstance(loaded, type) and own != name:
-        raise PluginLoadError(f"{plugin} must offer a class whose name is {name!r}, got {own!r}")
+    if isinstance(loaded, type) and getattr(loaded, "name", None) != name:
+        raise PluginLoadError(f"{plugin} must offer a class whose name is {name!r}, as its entry point's")
 
 
 def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
