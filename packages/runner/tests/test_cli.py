@@ -58,7 +58,7 @@ BAD = [
     ("compare --resume", "out must be given with --resume"),
     ("compare --resume --out nowhere", "out must be the folder of an earlier run to resume it, got 'nowhere'"),
     ("compare --out .", "out must be a new or empty folder, got '.'"),
-    ("compare --speed 3", "No such option: --speed"),
+    ("compare --speed 3", "No such option"),
     ("compare 3", "unexpected extra argument"),
     ("train --seed -1", "seed must be greater than or equal to 0, got -1"),
     ("train --lr 0", "lr must be greater than 0, got 0.0"),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from regrad_runner.config import Config
 
+CHECKING = "checking settings, data and corrections"
+
 app = typer.Typer(
     name="regrad",
     help="Compare gradient corrections on your data: paired seeds, controls, a plain verdict.",
@@ -33,23 +35,17 @@ def compare(
     *,
     corrections: o.Corrections = None,
     no_controls: Annotated[
-        bool, typer.Option("--no-controls", help="Leave out the changes to beat.", metavar=" ", rich_help_panel=o.WHAT)
+        bool, o.flag("Leave out the changes to beat.", o.WHAT, "--no-controls", metavar=" ")
     ] = False,
-    seeds: Annotated[
-        int | None, typer.Option(help="Paired runs of each arm.", metavar="N", rich_help_panel=o.WHAT)
-    ] = None,
+    seeds: Annotated[int | None, o.flag("Paired runs of each arm.", o.WHAT, metavar="N")] = None,
     workload: o.WorkloadName = None,
     data_dir: o.DataDir = None,
     train_size: o.TrainSize = None,
     model: o.Model = None,
     width: o.Width = None,
     norm: o.Norm = None,
-    lr: Annotated[
-        str | None, typer.Option(help="Of several every arm chooses one.", metavar="X,X…", rich_help_panel=o.HOW)
-    ] = None,
-    tuning_seeds: Annotated[
-        int | None, typer.Option(help="Runs per rate and arm in that choice.", metavar="N", rich_help_panel=o.HOW)
-    ] = None,
+    lr: Annotated[str | None, o.flag("Of several every arm chooses one.", o.HOW, metavar="X,X…")] = None,
+    tuning_seeds: Annotated[int | None, o.flag("Runs per rate and arm in that choice.", o.HOW, metavar="N")] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
@@ -71,7 +67,8 @@ def compare(
 
     Without flags: powergrad, xgrad and both, with their controls, on handwritten digits, 10 seeds.
     """
-    with checking_input():
+    console = _console()
+    with checking_input(), console.status(CHECKING):
         from regrad_runner.compare import compare as run  # noqa: PLC0415
         from regrad_runner.compare import make_plan  # noqa: PLC0415
         from regrad_runner.config import CompareConfig  # noqa: PLC0415
@@ -80,7 +77,6 @@ def compare(
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_comparison  # noqa: PLC0415
 
-    console = _console()
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
     with _going_on(console, f"regrad compare --resume --out {plan.path}", quiet=not plan.reports), display:
@@ -101,12 +97,8 @@ def train(
     model: o.Model = None,
     width: o.Width = None,
     norm: o.Norm = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of weights, order and augmentation.", metavar="N", rich_help_panel=o.HOW)
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate before the cosine.", metavar="X", rich_help_panel=o.HOW)
-    ] = None,
+    seed: Annotated[int | None, o.flag("Of weights, order and augmentation.", o.HOW, metavar="N")] = None,
+    lr: Annotated[float | None, o.flag("Learning rate before the cosine.", o.HOW, metavar="X")] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
@@ -117,9 +109,7 @@ def train(
     evaluations_per_epoch: o.Evaluations = None,
     threads: o.Threads = None,
     processes: o.Processes = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps; an epoch by default.", metavar="N", rich_help_panel=o.WHERE)
-    ] = None,
+    checkpoint_every: Annotated[int | None, o.flag("Steps; an epoch by default.", o.WHERE, metavar="N")] = None,
     tracker: o.TrackerKind = None,
     tracking_uri: o.TrackingUri = None,
     config: o.ConfigFile = None,
@@ -128,7 +118,8 @@ def train(
     json: o.AsJson = False,
 ) -> int:
     """Train one model, with checkpoints; --resume continues it exactly."""
-    with checking_input():
+    console = _console()
+    with checking_input(), console.status(CHECKING):
         from regrad_runner.config import TrainConfig  # noqa: PLC0415
         from regrad_runner.train import make_plan  # noqa: PLC0415
         from regrad_runner.train import train as run  # noqa: PLC0415
@@ -137,7 +128,6 @@ def train(
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_run  # noqa: PLC0415
 
-    console = _console()
     display = Display(console, runs=1, quiet=not plan.reports)
     with _going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
         run(plan, display)
@@ -170,12 +160,10 @@ def explain(
     model: o.Model = None,
     width: o.Width = None,
     norm: o.Norm = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.", metavar="X", rich_help_panel=o.HOW)] = None,
+    lr: Annotated[float | None, o.flag("Learning rate.", o.HOW, metavar="X")] = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
-    after_steps: Annotated[
-        int, typer.Option(help="Steps to train first: some corrections need one.", metavar="N", rich_help_panel=o.HOW)
-    ] = 1,
+    after_steps: Annotated[int, o.flag("Steps to train first: some corrections need one.", o.HOW, metavar="N")] = 1,
     json: o.AsJson = False,
 ) -> int:
     """Show what corrections would change, tensor by tensor, on one batch."""

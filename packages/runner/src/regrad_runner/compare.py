@@ -56,12 +56,12 @@ class Plan:
         return len(self.trials) + len(self.arms) * self.config.seeds
 
     def in_words(self) -> str:
-        """Return one line that says what will be done."""
+        """Say what will be done."""
         config, images = self.config, len(self.workload.train)
         tuning = f" after {len(self.trials)} runs to choose learning rates" if self.trials else ""
         return (
-            f"{len(self.arms)} arms × {config.seeds} seeds{tuning}: {config.model} on {images:,} images of "
-            f"{self.workload.name}, {config.epochs} epochs, {config.optimizer}; writing {self.path}"
+            f"{self.workload.name}, {images:,} training images: {len(self.arms)} arms × {config.seeds} seeds{tuning}\n"
+            f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}"
         )
 
     @property
@@ -228,7 +228,8 @@ class Comparison:
         except Exception as problem:
             if self.plan.processes > 1:
                 raise
-            self.display.say(f"{name} failed: {type(problem).__name__}: {problem}")
+            reason = str(problem).partition("\n")[0]
+            self.display.say(f"{name} failed: {type(problem).__name__}: {reason}")
             with (self.plan.path / "failures.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{name}\n{traceback.format_exc()}\n")
 

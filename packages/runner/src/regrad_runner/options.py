@@ -14,34 +14,35 @@ NOT_SETTINGS = {"config", "out", "resume", "json", "after_steps"}
 MANY = {"--corrections": "--corrections", "--correction": "--corrections"}
 
 
-def _flag(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
+def flag(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
+    """Return an option without a default of its own: that is in the settings."""
     return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
-WorkloadName = Annotated[str | None, _flag("digits (the default), parquet or a plugin's.", WHAT, metavar="NAME")]
-DataDir = Annotated[str | None, _flag("Folder with the data, where there is one.", WHAT, metavar="DIR")]
-TrainSize = Annotated[int | None, _flag("Training images to keep, of each class alike.", WHAT, metavar="N")]
-Model = Annotated[str | None, _flag("resnet8, resnet20, resnet32 or resnet56.", WHAT, metavar="NAME")]
-Width = Annotated[int | None, _flag("Channels of the model's first stage.", WHAT, metavar="N")]
-Norm = Annotated[str | None, _flag("batch or group (which does not mix samples).", WHAT, metavar="NORM")]
-Epochs = Annotated[int | None, _flag("Passes over the training images.", HOW, metavar="N")]
-BatchSize = Annotated[int | None, _flag("Images per step, over all processes.", HOW, metavar="N")]
-Optimizer = Annotated[str | None, _flag("Such as sgd:momentum=0.9, or adamw.", HOW, metavar="NAME")]
-WarmupSteps = Annotated[int | None, _flag("Steps in which the learning rate rises.", HOW, metavar="N")]
-Accumulate = Annotated[int | None, _flag("Parts that a batch is worked through in.", HOW, metavar="N")]
-MixedPrecision = Annotated[str | None, _flag("no, bf16 or fp16.", HOW, metavar="FORMAT")]
-ClipNorm = Annotated[float | None, _flag("Largest gradient norm; none by default.", HOW, metavar="X")]
-Evaluations = Annotated[int | None, _flag("Looks at the validation images.", HOW, metavar="N")]
-Threads = Annotated[int | None, _flag("CPU threads of each process.", HOW, metavar="N")]
-Processes = Annotated[int | None, _flag("Fail unless as many processes were launched.", HOW, metavar="N")]
-TrackerKind = Annotated[str | None, _flag("mlflow (the default) or none.", WHERE, "--tracker", metavar="KIND")]
-TrackingUri = Annotated[str | None, _flag("MLflow server; else a database in the folder.", WHERE, metavar="URI")]
-ConfigFile = Annotated[Path | None, _flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")]
-Out = Annotated[Path | None, _flag("Folder to write; a new one here by default.", WHERE, metavar="DIR")]
-Resume = Annotated[bool, _flag("Go on with what is in --out, as it was set.", WHERE, "--resume", metavar=" ")]
-AsJson = Annotated[bool, _flag("Print JSON for programs instead of a table.", WHERE, "--json", metavar=" ")]
+WorkloadName = Annotated[str | None, flag("digits (the default), parquet or a plugin's.", WHAT, metavar="NAME")]
+DataDir = Annotated[str | None, flag("Folder with the data, where there is one.", WHAT, metavar="DIR")]
+TrainSize = Annotated[int | None, flag("Training images to keep, of each class alike.", WHAT, metavar="N")]
+Model = Annotated[str | None, flag("resnet8, resnet20, resnet32 or resnet56.", WHAT, metavar="NAME")]
+Width = Annotated[int | None, flag("Channels of the model's first stage.", WHAT, metavar="N")]
+Norm = Annotated[str | None, flag("batch or group (which does not mix samples).", WHAT, metavar="NORM")]
+Epochs = Annotated[int | None, flag("Passes over the training images.", HOW, metavar="N")]
+BatchSize = Annotated[int | None, flag("Images per step, over all processes.", HOW, metavar="N")]
+Optimizer = Annotated[str | None, flag("Such as sgd:momentum=0.9, or adamw.", HOW, metavar="NAME")]
+WarmupSteps = Annotated[int | None, flag("Steps in which the learning rate rises.", HOW, metavar="N")]
+Accumulate = Annotated[int | None, flag("Parts that a batch is worked through in.", HOW, metavar="N")]
+MixedPrecision = Annotated[str | None, flag("no, bf16 or fp16.", HOW, metavar="FORMAT")]
+ClipNorm = Annotated[float | None, flag("Largest gradient norm; none by default.", HOW, metavar="X")]
+Evaluations = Annotated[int | None, flag("Looks at the validation images.", HOW, metavar="N")]
+Threads = Annotated[int | None, flag("CPU threads of each process.", HOW, metavar="N")]
+Processes = Annotated[int | None, flag("Fail unless as many processes were launched.", HOW, metavar="N")]
+TrackerKind = Annotated[str | None, flag("mlflow (the default) or none.", WHERE, "--tracker", metavar="KIND")]
+TrackingUri = Annotated[str | None, flag("MLflow server; else a database in the folder.", WHERE, metavar="URI")]
+ConfigFile = Annotated[Path | None, flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")]
+Out = Annotated[Path | None, flag("Folder to write; a new one here by default.", WHERE, metavar="DIR")]
+Resume = Annotated[bool, flag("Go on with what is in --out, as it was set.", WHERE, "--resume", metavar=" ")]
+AsJson = Annotated[bool, flag("Print JSON for programs instead of a table.", WHERE, "--json", metavar=" ")]
 Corrections = Annotated[
-    list[str] | None, _flag("One or more, such as xgrad:horizon=2; + stacks them.", WHAT, metavar="NAME...")
+    list[str] | None, flag("One or more, such as xgrad:horizon=2; + stacks them.", WHAT, metavar="NAME...")
 ]
 
 
@@ -50,26 +51,26 @@ class ManyValues(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the flag in front of each of its values, which is what the parser understands."""
-        rest: list[str] = super().parse_args(ctx, repeat_flag(args))
+        rest: list[str] = super().parse_args(ctx, repeatflag(args))
         return rest
 
 
-def repeat_flag(words: Sequence[str]) -> list[str]:
+def repeatflag(words: Sequence[str]) -> list[str]:
     """Put `--corrections` in front of each of its values; `--correction` is the same flag.
 
     Example:
-        >>> repeat_flag(["--corrections", "agc", "xgrad", "--seeds", "3"])
+        >>> repeatflag(["--corrections", "agc", "xgrad", "--seeds", "3"])
         ['--corrections', 'agc', '--corrections', 'xgrad', '--seeds', '3']
     """
     repeated: list[str] = []
-    flag, values = "", 0
+    name, values = "", 0
     for word in words:
         if word.startswith("-"):
-            flag, values = MANY.get(word, ""), 0
-        elif flag:
+            name, values = MANY.get(word, ""), 0
+        elif name:
             values += 1
             if values > 1:
-                repeated.append(flag)
+                repeated.append(name)
         repeated.append(MANY.get(word, word))
     return repeated
 

@@ -53,7 +53,7 @@ class Display:
         if self._bars is not None:
             self._bars.start()
             self._all = self._bars.add_task("all runs", total=self._runs, unit="runs")
-            self._current = self._bars.add_task("", total=None, unit="steps")
+            self._current = self._bars.add_task("starting", total=None, unit="steps")
         return self
 
     def __exit__(

@@ -59,6 +59,10 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
         return
     print_comparison(console, summaries, measure)
     _print_rates(console, folder)
+    failed = sum(result.status == "failed" for result in folder.results)
+    if failed:
+        where = f"{path / 'failures.txt'} says why; regrad compare --resume --out {path} repeats them"
+        console.print(f"{failed} of {len(folder.results)} runs failed: {where}", highlight=False, soft_wrap=True)
     _print_places(console, path)
 
 
@@ -102,9 +106,9 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
         lines[f"steps to {measure.target:g}"] = reached
     console.print(f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}", style="bold", highlight=False)
     for name, value in lines.items():
-        console.print(f"  {name:<20} {value}", highlight=False)
+        console.print(f"  {name:<24} {value}", highlight=False)
     for name, value in _effects(path).items():
-        console.print(f"  {name:<20} {value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name:<24} {value}", highlight=False, soft_wrap=True)
     _print_places(console, path)
 
 
@@ -151,7 +155,8 @@ def _print_rates(console: Console, folder: ResultsFolder) -> None:
     if folder.trials:
         chosen = {result.arm: result.lr for result in folder.results}
         rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
-        console.print(f"learning rates chosen on the validation images: {rates}", highlight=False, soft_wrap=True)
+        wrap = not console.is_terminal
+        console.print(f"learning rates chosen on the validation images: {rates}", highlight=False, soft_wrap=wrap)
 
 
 def _print_places(console: Console, path: Path) -> None:
