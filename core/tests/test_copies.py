@@ -64,6 +64,18 @@ def test_using_a_copy_does_not_disturb_the_window_of_the_original(toys, same_bit
     assert shift.calls == 2
 
 
+def test_a_shallow_copy_such_as_a_replica_fires_no_hook(toys, same_bits, attached):
+    model, _, shift, _ = attached
+    toys.loss_of(model).backward()
+    moved = toys.weights_of(model)
+    replica = copy.copy(model)
+    replica.eval()
+    toys.loss_of(replica)
+    replica.state_dict()
+    assert same_bits(toys.weights_of(model), moved)
+    assert shift.calls == 2
+
+
 def test_a_copy_taken_inside_the_window_holds_the_predicted_weights_as_documented(toys, attached):
     model, *_ = attached
     true = toys.weights_of(model)

@@ -159,6 +159,15 @@ def test_a_step_after_an_observed_forward_is_not_warned_about(toys):
             toys.train_step(model, optimizer, seed=seed)
 
 
+def test_a_later_step_without_an_observed_forward_is_warned_about_too(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    regrad.attach(model, optimizer, [toys.Scale()])
+    toys.train_step(model, optimizer)
+    with pytest.warns(RegradWarning, match="without a training forward of the attached model"):
+        optimizer.step()
+
+
 def test_an_empty_list_warns_about_nothing(toys):
     model, other = toys.Net(), toys.Net()
     optimizer = toys.sgd(model)

@@ -60,6 +60,19 @@ def test_restoring_is_bit_exact_for_zeros_of_both_signs_and_tiny_numbers(same_bi
         assert same_bits(parameter, values)
 
 
+def test_restoring_is_bit_exact_after_the_model_changed_its_precision(toys, same_bits):
+    model = toys.Net(dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    spy = toys.Spy()
+    regrad.attach(model, optimizer, [toys.Shift(), spy])
+    toys.train_step(model, optimizer)
+    model.double()
+    toys.train_step(model, optimizer)
+    true = toys.weights_of(model)
+    toys.train_step(model, optimizer)
+    assert same_bits(spy.weights[2], true)
+
+
 def test_a_prediction_with_the_wrong_number_of_displacements_is_refused_with_nothing_moved(toys, same_bits):
     class Short(toys.Shift):
         def predict_weights(self, step):
