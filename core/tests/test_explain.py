@@ -1,13 +1,13 @@
 """`explain`: one batch through the user's model, and nothing changed afterwards."""
 
 import copy
+import dataclasses
 import json
 import random
 
 import pytest
 import regrad
 import torch
-from regrad import RegradError
 from torch import nn
 
 
@@ -155,8 +155,9 @@ def test_an_explanation_is_a_table_for_people_and_plain_values_for_programs(toys
     lines = str(explanation).splitlines()
     assert lines[0].split()[:3] == ["correction", "stage", "tensor"]
     assert len(lines) >= 1 + len(explanation.rows)
-    assert json.loads(json.dumps(explanation.as_dict())) == explanation.as_dict()
-    assert set(explanation.as_dict()) >= {"rows", "notes"}
+    plain = dataclasses.asdict(explanation)
+    assert json.loads(json.dumps(plain)) == plain
+    assert set(plain) == {"rows", "seconds", "notes"}
 
 
 def test_the_cost_of_every_correction_that_ran_is_told(toys):
@@ -220,11 +221,12 @@ def test_a_correction_that_fails_is_put_back(toys, same_bits):
     assert same_bits(everything.snapshot(), before)
 
 
-def test_after_detach_there_is_nothing_to_explain(toys):
-    everything = Everything(toys, [toys.Scale()])
+def test_a_detached_attachment_may_still_explain(toys, same_bits):
+    everything = Everything(toys, [toys.Shift(), toys.Scale()])
     everything.attachment.detach()
-    with pytest.raises(RegradError, match="attachment is detached; call attach"):
-        everything.attachment.explain(arrays(toys))
+    before = everything.snapshot()
+    assert {row["correction"] for row in everything.attachment.explain(arrays(toys)).rows} == {"shift", "scale"}
+    assert same_bits(everything.snapshot(), before)
 
 
 def test_state_that_a_correction_puts_into_the_optimizer_is_taken_out_again(toys, same_bits):
@@ -255,19 +257,6 @@ def test_a_buffer_that_every_forward_replaces_is_put_back(toys):
     attachment.explain(arrays(toys))
     assert model.forwards is before
     assert model.forwards.item() == 0
-
-
-def test_a_model_that_cannot_be_copied_is_refused_in_one_line(toys):
-    class Keeps(toys.Net):
-        def forward(self, x):
-            self.last = super().forward(x)
-            return self.last
-
-    model = Keeps()
-    attachment = regrad.attach(model, toys.sgd(model), [toys.Scale()], nn.CrossEntropyLoss())
-    toys.loss_of(model)
-    with pytest.raises(RegradError, match=r"^.*cop.*$"):
-        attachment.explain(toys.batch())
 
 
 def test_an_empty_list_explains_nothing(toys):

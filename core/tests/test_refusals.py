@@ -51,7 +51,7 @@ def test_an_optimizer_stepped_inside_backward_is_refused_at_the_step(toys):
     optimizer = toys.sgd(model)
     regrad.attach(model, optimizer, [toys.Scale()])
     model.head.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
-    with pytest.raises(RegradError, match=r"inside backward.*gradients are not final"):
+    with pytest.raises(RegradError, match="inside backward"):
         toys.loss_of(model).backward()
 
 
@@ -61,7 +61,7 @@ def test_an_optimizer_per_parameter_stepped_inside_backward_is_refused(toys):
     regrad.attach(model, optimizers[model.head.weight], [toys.Scale()])
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
-    with pytest.raises(RegradError, match=r"inside backward.*gradients are not final"):
+    with pytest.raises(RegradError, match="inside backward"):
         toys.loss_of(model).backward()
 
 
@@ -70,7 +70,7 @@ def test_torchs_own_optimizers_in_backward_are_refused_at_attach(toys):
 
     model = toys.Net()
     _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
-    with pytest.raises(RegradError, match=r"inside backward.*gradients are not final"):
+    with pytest.raises(RegradError, match="inside backward"):
         regrad.attach(model, toys.sgd(model), [toys.Scale()])
 
 
@@ -80,6 +80,7 @@ def test_capturing_a_whole_step_in_a_cuda_graph_is_refused(toys, monkeypatch):
     regrad.attach(model, optimizer, [toys.Scale()])
     toys.loss_of(model).backward()
     # What torch says inside `torch.cuda.graph`, for machines without a device.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RegradError, match="captur"):
         optimizer.step()

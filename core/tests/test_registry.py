@@ -71,7 +71,7 @@ def install(tmp_path, monkeypatch):
 def test_available_reads_metadata_alone(install):
     module = install("regrad-gain", {"gain": "Gain"}, version="1.2", source="raise RuntimeError('imported')")
     entry = regrad.available()["gain"]
-    assert (entry.name, entry.group, entry.distribution, entry.version) == ("gain", "regrad", "regrad-gain", "1.2")
+    assert (entry.name, entry.distribution, entry.version) == ("gain", "regrad-gain", "1.2")
     assert entry.value == f"{module}:Gain"
     assert entry.summary == "A fake"
     assert entry.refused is None
