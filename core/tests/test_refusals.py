@@ -80,7 +80,7 @@ def test_capturing_a_whole_step_in_a_cuda_graph_is_refused(toys, monkeypatch):
     regrad.attach(model, optimizer, [toys.Scale()])
     toys.loss_of(model).backward()
     # What torch says inside `torch.cuda.graph`, for machines without a device.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RegradError, match="captur"):
         optimizer.step()

@@ -44,7 +44,7 @@ class Engine:
         corrections: In acting order.
 
     Attributes:
-        applied: optim.Optimizer steps that really happened.
+        applied: Optimizer steps that really happened.
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         seconds: Host time spent in each correction's hooks so far, by name.
@@ -118,7 +118,7 @@ class Engine:
 
     def _refuse_nested(self, why: str) -> None:
         refuse_if(torch._C._current_graph_task_id() != -1, f"a step must not begin or end inside backward; {why}")
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         refuse_if(captured, "a whole step must not be captured in a CUDA graph; capture forward and backward alone")
 
     def close_window(self, *_: Any) -> None:
@@ -214,8 +214,8 @@ class SwitchingCriterion:
         """Return the loss, as the criterion does."""
         if self.corrected is None or not self._engine.model.training:
             return self.original(*arguments, **options)
-        measured = torch.is_grad_enabled() and self._engine.meter.due(self._owner, self._engine.applied)
-        if measured and arguments and not torch.compiler.is_compiling():
+        watched = arguments and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if watched and self._engine.meter.due(self._owner, self._engine.applied):
             self._measure(*arguments, **options)
         return self.corrected(*arguments, **options)
 

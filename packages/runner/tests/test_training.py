@@ -234,10 +234,13 @@ def test_a_launcher_that_started_one_process_of_several_is_found_out(monkeypatch
 
 TWO_PROCESSES = """
 import sys
+from pathlib import Path
+
 import torch
 from accelerate import PartialState
 from regrad_runner import training
 from regrad_runner.arms import Arm
+from regrad_runner.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.config import TrainConfig
 from regrad_runner.models import build_model
 from regrad_runner.workloads import load_workload
@@ -249,8 +252,11 @@ config = TrainConfig(
 ).resolved(digits)
 results = {}
 for names in sys.argv[2:]:
-    run = training.TrainingRun(config, digits, Arm(names, tuple(filter(None, names.split("+")))), seed=0, lr=0.05)
-    run.train(on_point=lambda point: None, on_step=lambda step: None)
+    arm = Arm(names, tuple(filter(None, names.split("+"))))
+    run = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
+    paths = []
+    save = lambda step: paths.append(save_checkpoint(run, Path("checkpoints", names or "none"))) if step == 4 else None
+    run.train(on_point=lambda point: None, on_step=save)
     model = run.accelerator.unwrap_model(run.model)
     results[names] = {
         "weights": {name: p.detach() for name, p in model.named_parameters()},
@@ -258,6 +264,13 @@ for names in sys.argv[2:]:
         "values": [p.value for p in run.position.points],
     }
     run.close()
+    again = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
+    load_checkpoint(again, paths[0])
+    again.train(on_point=lambda point: None, on_step=lambda step: None)
+    weights = dict(again.accelerator.unwrap_model(again.model).named_parameters())
+    same = all(torch.equal(weights[name], p) for name, p in results[names]["weights"].items())
+    results[names]["resumed_exactly"] = same and again.position.points == run.position.points
+    again.close()
 if run.accelerator.is_main_process:
     torch.save(results, sys.argv[1])
 PartialState().destroy_process_group()
@@ -279,7 +292,7 @@ def launched(command: list[str], folder: Path, **environment: str) -> subprocess
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_two_processes_train_like_one(tmp_path, digits, config):
+def test_two_processes_train_like_one_and_resume_exactly(tmp_path, digits, config):
     names = ["", "xgrad+powergrad"] if {"xgrad", "powergrad"} <= regrad.available().keys() else [""]
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -291,6 +304,7 @@ def test_two_processes_train_like_one(tmp_path, digits, config):
         assert largest_difference(one, two[name]["weights"]) <= 1e-12
         assert two[name]["losses"] == pytest.approx([p.loss for p in one_points], abs=1e-12)
         assert two[name]["values"] == [p.value for p in one_points]
+        assert two[name]["resumed_exactly"]
 
 
 def test_accelerate_launch_that_starts_one_process_of_two_fails(tmp_path):

@@ -46,10 +46,10 @@ def save_checkpoint(run: TrainingRun, folder: Path) -> Path:
         raise RegradError(
             f"checkpoint must be saved after an optimizer step, got micro-batch {done} of {run.config.accumulate}"
         )
-    random_states = gather_object([random_state()])
+    own = gather_object([{"random": random_state(), "loss_sum": run.loss_sum.item()}])
     path = folder / f"{PREFIX}{run.position.step:08d}"
     if run.accelerator.is_main_process:
-        _write(path, tensors={**_tensors(run), "random": random_states}, state=_state(run))
+        _write(path, tensors={**_tensors(run), "of_each_process": own}, state=_state(run))
         for old in _checkpoints(folder)[:-KEPT]:
             shutil.rmtree(old)
     run.accelerator.wait_for_everyone()
@@ -86,9 +86,10 @@ def load_checkpoint(run: TrainingRun, path: Path) -> None:
     position = run.position
     position.step, position.epoch, position.batch = state["step"], state["epoch"], state["batch"]
     position.points = [Point(**point) for point in state["points"]]
-    run.loss_sum.copy_(tensors["loss_sum"])
     run.begin_lap()
-    set_random_state(tensors["random"][run.accelerator.process_index % len(tensors["random"])])
+    own = tensors["of_each_process"][run.accelerator.process_index % len(tensors["of_each_process"])]
+    run.loss_sum.fill_(own["loss_sum"])
+    set_random_state(own["random"])
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -153,7 +154,6 @@ def _tensors(run: TrainingRun) -> dict[str, Any]:
         "model": model.state_dict(),
         "optimizer": optimizer_state(model, run.optimizer.optimizer),
         "attachment": run.attachment.state_dict(),
-        "loss_sum": run.loss_sum,
     }
 
 
