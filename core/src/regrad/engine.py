@@ -220,7 +220,7 @@ class SwitchingCriterion:
         return self.corrected(*arguments, **options)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["original"], name)
+        return getattr(self.original if hasattr(self.original, name) else self.corrected, name)
 
     def __reduce__(self) -> Any:  # a copy is the plain criterion
         return copy.copy, (self.original,)
