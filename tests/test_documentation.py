@@ -1,6 +1,7 @@
 """The documentation says what is there: its code runs, its tables are fresh, nothing is missing from it."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -124,8 +125,15 @@ def test_every_trap_names_tests_that_exist():
     traps = re.split(r"^\*\*", text, flags=re.MULTILINE)[1:]
     assert traps
     for trap in traps:
-        named = re.findall(r"^- `([\w/.]+\.py)::(test_\w+)`$", trap, flags=re.MULTILINE)
+        named = re.findall(r"^- `([\w/]+)`: `((?:test|case)_\w+)`$", trap, flags=re.MULTILINE)
         assert named, f"no test: {trap}"
-        for path, name in named:
-            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-            assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, f"{path}::{name}"
+        missing = [f"{folder}: {name}" for folder, name in named if name not in tests_in(folder)]
+        assert missing == [], trap
+
+
+@functools.cache
+def tests_in(folder: str) -> set[str]:
+    """Names of the functions in the tests of a member, or of the repository."""
+    place = ROOT / folder / "tests" if folder != "tests" else ROOT / "tests"
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in place.glob("*.py"))
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
