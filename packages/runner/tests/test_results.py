@@ -90,6 +90,12 @@ def test_a_file_or_a_folder_with_something_in_it_is_refused(tmp_path):
         check_folder(tmp_path, CompareConfig(), resume=False)
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out must be in a folder that can be written, got"):
+        check_folder(tmp_path / "notes.txt" / "out", CompareConfig(), resume=False)
+
+
 def test_only_the_same_configuration_continues_a_folder(tmp_path):
     start_folder(tmp_path, CompareConfig(seeds=3), {})
     with pytest.raises(ValueError, match=r"out must be a new or empty folder, got .*; --resume continues it"):

@@ -237,12 +237,12 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from regrad_runner import training
 from regrad_runner.arms import Arm
 from regrad_runner.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.config import TrainConfig
 from regrad_runner.models import build_model
+from regrad_runner.preparation import leave_processes
 from regrad_runner.workloads import load_workload
 
 training.build_model = lambda *args, **kwargs: build_model(*args, **kwargs).double()
@@ -273,7 +273,8 @@ for names in sys.argv[2:]:
     again.close()
 if run.accelerator.is_main_process:
     torch.save(results, sys.argv[1])
-PartialState().destroy_process_group()
+del run, again, model, weights, save
+leave_processes()
 """
 
 

@@ -74,6 +74,7 @@ def compare(
         from regrad_runner.config import CompareConfig  # noqa: PLC0415
 
         plan = make_plan(_settings(CompareConfig, ctx, config, out, resume=resume), out=out, resume=resume)
+    from regrad_runner.preparation import leave_processes  # noqa: PLC0415
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_comparison  # noqa: PLC0415
 
@@ -81,6 +82,7 @@ def compare(
     display.say(plan.in_words())
     with _going_on(console, f"regrad compare --resume --out {plan.path}", quiet=not plan.reports), display:
         folder = run(plan, display)
+    leave_processes()
     if plan.reports:
         show_comparison(folder.path, as_json=json)
     return int(any(result.status == "failed" for result in folder.results))
@@ -125,12 +127,14 @@ def train(
         from regrad_runner.train import train as run  # noqa: PLC0415
 
         plan = make_plan(_settings(TrainConfig, ctx, config, out, resume=resume), out=out, resume=resume)
+    from regrad_runner.preparation import leave_processes  # noqa: PLC0415
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_run  # noqa: PLC0415
 
     display = Display(console, runs=1, quiet=not plan.reports)
     with _going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
         run(plan, display)
+    leave_processes()
     if plan.reports:
         show_run(plan.path, as_json=json)
     return 0

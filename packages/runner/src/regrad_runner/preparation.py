@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import datetime
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
     """
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
     regrad.attach(model, optimizer, create_all(arm), criterion=nn.CrossEntropyLoss()).detach()
+
+
+def leave_processes() -> None:
+    """End the process group, if there is one. Call it on every process, after the last run was let go.
+
+    Left to the end of the interpreter, threads of the group or of a model that is still wrapped abort the process
+    ("terminate called without an active exception"; seen in one of five launches on gloo).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # hooks and models refer to each other
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def default_folder(kind: str, workload: str) -> Path:

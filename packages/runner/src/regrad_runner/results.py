@@ -168,6 +168,9 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
     saved = path / "config.yaml"
     if path.exists() and not path.is_dir():
         raise ValueError(f"out must be a folder, got the file '{path}'")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"out must be in a folder that can be written, got '{path}'")
     if not resume:
         if path.is_dir() and any(path.iterdir()):
             more = "; --resume continues it" if saved.is_file() else ""

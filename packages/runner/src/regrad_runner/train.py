@@ -96,8 +96,14 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
         display.say(f"continuing from step {run.position.step} ({latest})")
     validation = name_on_validation(plan.workload.measure)
 
-    def keep_point(point: Point) -> None:
+    def log(point: Point) -> None:
         shown.log(point.step, point.as_metrics(plan.workload.measure))
+
+    for point in run.position.points:  # the curve up to the checkpoint, which an earlier tracked run has
+        log(point)
+
+    def keep_point(point: Point) -> None:
+        log(point)
         display.note(f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, {validation} {point.value:.4f}")
 
     def keep_step(step: int) -> None:
