@@ -47,6 +47,26 @@ def case_a_state_dict_inside_the_window_is_true_under_ddp(rank):
     close(toys.weights_of(model), true, 0)
 
 
+def case_evaluating_the_inner_module_closes_the_window_under_ddp(rank):
+    model = toys.Net()
+    parallel, true = DistributedDataParallel(model), toys.weights_of(model)
+    regrad.attach(parallel, toys.sgd(model), [toys.Shift()])
+    toys.loss_of(parallel).backward()
+    parallel.module.eval()
+    toys.loss_of(parallel.module)
+    close(toys.weights_of(model), true, 0)
+
+
+def case_ddp_under_compile_is_one_process(rank):
+    model = toys.Net()
+    optimizer, corrections = toys.sgd(model), every_stage()
+    compiled = torch.compile(DistributedDataParallel(model), backend="eager")
+    attachment = regrad.attach(compiled, optimizer, corrections, nn.CrossEntropyLoss())
+    weights = train(compiled, optimizer, attachment, rank, WORLD)
+    assert corrections[0].calls == STEPS
+    close({name.removeprefix("_orig_mod.module."): weight for name, weight in weights.items()}, alone(every_stage()))
+
+
 def case_ranks_that_attach_different_options_all_stop_with_the_difference(rank):
     model = toys.Net()
     optimizer = toys.sgd(model)

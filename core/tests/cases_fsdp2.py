@@ -82,13 +82,11 @@ def case_an_evaluation_between_forward_and_backward_raises_under_fsdp2(rank):
 
 
 def case_an_evaluation_restores_and_the_next_prediction_is_seen_under_fsdp2(rank):
-    plain, moved = toys.Net(), toys.Net()
-    with torch.no_grad():
-        for parameter in moved.parameters():
-            parameter.add_(0.5)
+    plain, moved = toys.Net(), toys.moved(toys.Net(), 0.5)
     for reshard, nested in itertools.product((True, False), repeat=2):
         model, *_ = sharded([toys.Shift(amount=0.5)], reshard=reshard, nested=nested)
-        for _ in range(2):
+        for reshard_after_backward in (True, False, False):
+            model.set_reshard_after_backward(reshard_after_backward)
             model.train()
             loss = toys.loss_of(model)
             torch.testing.assert_close(loss, toys.loss_of(moved), rtol=0, atol=1e-14)

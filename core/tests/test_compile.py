@@ -103,6 +103,19 @@ def test_a_model_already_compiled_and_called_can_still_get_corrections_without_s
     assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()]))
 
 
+@pytest.mark.parametrize("attach_to_compiled", [False, True])
+def test_the_compiled_and_the_inner_module_are_one_whichever_is_called(toys, same_bits, backend, attach_to_compiled):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    compiled = torch.compile(model, backend=backend)
+    shift = toys.Push(amount=0.1)
+    regrad.attach(compiled if attach_to_compiled else model, optimizer, [shift, toys.Scale()])
+    for seed in range(4):
+        toys.train_step(compiled if seed % 2 else model, optimizer, seed=seed)
+    assert shift.calls == 4
+    assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()]))
+
+
 def test_evaluation_of_a_compiled_module_closes_the_window(toys, same_bits, backend):
     model = toys.Net()
     optimizer = toys.sgd(model)

@@ -146,6 +146,17 @@ def test_moments_are_measured_before_and_after(toys):
     assert measured["share_touched"] == 1
 
 
+def test_counters_in_the_optimizer_are_no_moments(toys):
+    model = Two()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    attachment = regrad.attach(model, optimizer, [toys.Boost(amount=1.0)])
+    for _ in range(2):
+        model().backward()
+        optimizer.step()
+    # Two parameters have two averages and a step count each; one of the averages is changed.
+    assert attachment.receipt()["effects"]["boost"]["moment"]["share_touched"] == 1 / 2
+
+
 def test_the_criterion_is_measured_by_its_logit_gradient(toys):
     model = toys.Net()
     attachment = regrad.attach(model, toys.sgd(model), [toys.Louder(factor=3.0)], nn.CrossEntropyLoss())

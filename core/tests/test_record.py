@@ -70,7 +70,7 @@ def test_a_forward_that_raises_leaves_nothing_in_the_record(toys, reading):
             hidden = self.body(x)
             if self.fails:
                 raise ZeroDivisionError
-            return self.head(torch.tanh(self.norm(hidden)))
+            return self.head(self.norm(torch.tanh(hidden)))
 
     model = Fails()
     optimizer = toys.sgd(model)

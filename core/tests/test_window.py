@@ -17,7 +17,8 @@ def shifted(toys):
 
 
 def moved_by(toys, model, true, amount):
-    return all(torch.equal(now, true[name] + amount) for name, now in toys.weights_of(model).items())
+    now = toys.weights_of(model)
+    return all(torch.equal(now[name], weight + toys.away(weight, amount)) for name, weight in true.items())
 
 
 def test_the_forward_sees_moved_weights_and_the_correction_true_ones(toys, same_bits, shifted):
@@ -36,10 +37,7 @@ def test_the_forward_sees_moved_weights_and_the_correction_true_ones(toys, same_
 
 def test_the_gradient_is_that_at_the_moved_weights_and_the_update_starts_at_the_true_ones(toys, shifted):
     model, optimizer, *_ = shifted
-    twin = toys.Net()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(0.1)
+    twin = toys.moved(toys.Net(), 0.1)
     toys.loss_of(twin).backward()
     true = toys.weights_of(model)
     toys.train_step(model, optimizer)
@@ -146,10 +144,7 @@ def test_a_training_forward_without_gradients_inside_the_window_sees_moved_weigh
     toys.loss_of(model).backward()
     with torch.no_grad():
         inside = toys.loss_of(model)
-    twin = toys.Net()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(0.1)
+    twin = toys.moved(toys.Net(), 0.1)
     torch.testing.assert_close(inside, toys.loss_of(twin).detach(), rtol=0, atol=0)
 
 
@@ -197,7 +192,8 @@ def test_a_submodules_state_dict_inside_the_window_sees_moved_weights_as_documen
     model, *_ = shifted
     true = toys.weights_of(model)
     toys.loss_of(model)
-    assert torch.equal(model.head.state_dict()["weight"], true["head.weight"] + 0.1)
+    before = true["head.weight"]
+    assert torch.equal(model.head.state_dict()["weight"], before + toys.away(before, 0.1))
 
 
 def test_loading_inside_the_window_writes_what_was_loaded(toys, same_bits, shifted):
@@ -232,9 +228,8 @@ def test_loading_the_optimizer_inside_the_window_restores_the_weights(toys, same
 def test_reentrant_checkpointing_of_a_part_gives_the_same_numbers(toys, same_bits):
     class Checkpointed(toys.Net):
         def forward(self, x):
-            hidden = self.body(x)
-            hidden = torch.utils.checkpoint.checkpoint(self.norm, hidden, use_reentrant=True)
-            return self.head(torch.tanh(hidden))
+            hidden = torch.tanh(self.body(x))
+            return self.head(torch.utils.checkpoint.checkpoint(self.norm, hidden, use_reentrant=True))
 
     results = []
     for kind in (toys.Net, Checkpointed):

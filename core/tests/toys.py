@@ -13,8 +13,24 @@ from torch import nn
 EVERYWHERE = ("plain", "ddp", "fsdp2")
 
 
+def away(weight: torch.Tensor, amount: float) -> torch.Tensor:
+    """Return `amount` with the sign of each weight."""
+    return weight.sign() * amount
+
+
+def moved(model: nn.Module, amount: float) -> nn.Module:
+    """Move the weights of a model as `Shift` does, for good; return the model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(away(parameter, amount))
+    return model
+
+
 class Shift(Correction):
-    """Move every weight by `amount` for the forward pass: the window's simplest user."""
+    """Move every weight by `amount` away from zero for the forward pass: the window's simplest user.
+
+    A move of all weights by one constant would be invisible behind a softmax or a normalisation.
+    """
 
     name = "shift"
     needs = Needs(stages=("weights",), layouts=EVERYWHERE)
@@ -29,7 +45,7 @@ class Shift(Correction):
 
     def predict_weights(self, step):
         self.calls += 1
-        return [torch.full_like(local(p), self.options.amount, requires_grad=False) for p in step.parameters]
+        return [away(local(p.detach()), self.options.amount) for p in step.parameters]
 
 
 class Push(Shift):
@@ -40,7 +56,7 @@ class Push(Shift):
     def predict_weights(self, step):
         self.calls += 1
         amount = self.options.amount * step.index
-        return [torch.full_like(local(p), amount, requires_grad=False) for p in step.parameters] if amount else None
+        return [away(local(p.detach()), amount) for p in step.parameters] if amount else None
 
 
 class Scale(Correction):
@@ -199,7 +215,7 @@ class UnitRows(Correction):
 
 
 class Net(nn.Module):
-    """Body, group normalisation, head: [N, 3] to [N, 2]."""
+    """Body, tanh, group normalisation, head: [N, 3] to [N, 2]. Every weight but the head's mean matters."""
 
     def __init__(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -209,7 +225,7 @@ class Net(nn.Module):
         fill(self, seed)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.norm(self.body(x))))
+        return self.head(self.norm(torch.tanh(self.body(x))))
 
 
 class Messy(nn.Module):
