@@ -51,15 +51,15 @@ class ManyValues(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the flag in front of each of its values, which is what the parser understands."""
-        rest: list[str] = super().parse_args(ctx, repeatflag(args))
+        rest: list[str] = super().parse_args(ctx, repeat_flag(args))
         return rest
 
 
-def repeatflag(words: Sequence[str]) -> list[str]:
+def repeat_flag(words: Sequence[str]) -> list[str]:
     """Put `--corrections` in front of each of its values; `--correction` is the same flag.
 
     Example:
-        >>> repeatflag(["--corrections", "agc", "xgrad", "--seeds", "3"])
+        >>> repeat_flag(["--corrections", "agc", "xgrad", "--seeds", "3"])
         ['--corrections', 'agc', '--corrections', 'xgrad', '--seeds', '3']
     """
     repeated: list[str] = []
