@@ -127,12 +127,12 @@ def test_every_trap_names_tests_that_exist():
     for trap in traps:
         named = re.findall(r"^- `([\w/]+)`: `((?:test|case)_\w+)`$", trap, flags=re.MULTILINE)
         assert named, f"no test: {trap}"
-        missing = [f"{folder}: {name}" for folder, name in named if name not in tests_in(folder)]
+        missing = [f"{folder}: {name}" for folder, name in named if name not in functions_beside(folder)]
         assert missing == [], trap
 
 
 @functools.cache
-def tests_in(folder: str) -> set[str]:
+def functions_beside(folder: str) -> set[str]:
     """Names of the functions in the tests of a member, or of the repository."""
     place = ROOT / folder / "tests" if folder != "tests" else ROOT / "tests"
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in place.glob("*.py"))
