@@ -50,6 +50,7 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
         ValueError: If a correction cannot be created, or two arms would be the same.
 
     Example:
+        >>> import torch
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> [arm.name for arm in expand([], sgd)]
         ['none']
