@@ -168,6 +168,12 @@ def test_a_distribution_without_metadata_does_not_stop_the_listing(install, tmp_
     assert "gain" in regrad.available()
 
 
+def test_a_distribution_without_a_summary_is_listed(install, tmp_path):
+    install("regrad-gain", {"gain": "Gain"})
+    (tmp_path / "site" / "regrad_gain-1.0.dist-info" / "METADATA").write_text("Name: regrad-gain\nVersion: 1.0\n")
+    assert regrad.available()["gain"].summary == ""
+
+
 @pytest.mark.parametrize(("name", "mend"), [("newer", "a newer regrad"), ("older", "a newer version of the plugin")])
 def test_a_plugin_for_another_api_is_refused_and_says_what_to_install(install, name, mend):
     install("regrad-other", {name: name.title()})
