@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
@@ -28,10 +28,7 @@ class Hook:
         """Run the function if the event is the own module's."""
         return self.function(module, *arguments) if self.function and module is self.module else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(None, None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # copy and deepcopy use it too
         return type(self), (None, None)
 
 

@@ -56,10 +56,11 @@ def available(group: str = "regrad") -> dict[str, Entry]:
     """
     offers: dict[str, dict[str, Entry]] = {}
     for point in metadata.entry_points(group=group):
-        if point.dist is not None and point.dist.name:
-            key, summary = re.sub(r"[-_.]+", "-", point.dist.name).lower(), point.dist.metadata["Summary"] or ""
-            entry = Entry(point.name, point.dist.name, point.dist.version, point.value, summary)
-            offers.setdefault(point.name, {}).setdefault(key, entry)
+        about: Any = point.dist.metadata if point.dist else {}  # what a half-removed distribution left may lack all
+        name, version, summary = (about.get(field) or "" for field in ("Name", "Version", "Summary"))
+        if name:
+            entry = Entry(point.name, name, version, point.value, summary)
+            offers.setdefault(point.name, {}).setdefault(re.sub(r"[-_.]+", "-", name).lower(), entry)
     return {name: _only([*offers[name].values()]) for name in sorted(offers)}
 
 
