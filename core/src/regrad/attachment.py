@@ -73,7 +73,8 @@ class Attachment:
         model: The innermost module.
         optimizer: The innermost torch optimizer.
         corrections: In acting order.
-        reasons: Why any correction was moved from the place it was given.
+        reasons: Why any correction was moved from the place it was given, and what
+            corrections note of their choices.
         record: The record of the first training forward, where a correction needs
             it and the model is not compiled; else None.
         engine: Runs the corrections. Register observers (`hookimpl(wrapper=True)`)

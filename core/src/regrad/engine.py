@@ -118,7 +118,7 @@ class Engine:
 
     def _refuse_nested(self, why: str) -> None:
         refuse_if(torch._C._current_graph_task_id() != -1, f"a step must not begin or end inside backward; {why}")
-        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
         refuse_if(captured, "a whole step must not be captured in a CUDA graph; capture forward and backward alone")
 
     def close_window(self, *_: Any) -> None:

@@ -56,7 +56,8 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
                 rows.append(dict(zip(COLUMNS, (name, stage, tensor, change, cosine), strict=True)))
     quiet = [c.name for c in live if not any(row["correction"] == c.name and row["relative_change"] for row in rows)]
     notes = [f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)" for name in quiet]
-    return Explanation(rows, dict(trial.engine.seconds), [*attachment.receipt()["notes"], *notes])
+    learned = [reason for reason in trial.reasons if reason not in attachment.reasons]
+    return Explanation(rows, dict(trial.engine.seconds), [*attachment.receipt()["notes"], *learned, *notes])
 
 
 def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:
