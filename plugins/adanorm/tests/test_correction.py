@@ -385,3 +385,29 @@ def test_any_sequence_of_norms_follows_the_reference(decay, sizes, momentum, wei
             optimizer.step()
             weight = plain.step(weight, gradient)
     torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-10, atol=1e-11 * (1 + max(sizes)))
+
+
+class Watched(AdaNorm):
+    """Fails where the correction would wait for the device."""
+
+    def correct_moments(self, step):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            super().correct_moments(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_gpu_trains_as_the_cpu_without_waiting(decay):
+    here, there = Model(), Model().cuda()
+    expected = run(here, torch.optim.Adam(here.parameters(), weight_decay=decay))
+    optimizer = torch.optim.Adam(there.parameters(), weight_decay=decay)
+    with regrad.attach(there, optimizer, [Watched()]):
+        for index in range(STEPS):
+            optimizer.zero_grad()
+            there(index, gradient_at(there.weight.detach().cpu(), index).cuda()).backward()
+            optimizer.step()
+    torch.testing.assert_close(there.weight.detach().cpu(), expected[-1], rtol=1e-10, atol=1e-12)

@@ -61,7 +61,8 @@ def average_and_excess(norms: Tensor, averages: Tensor, *, decay: float = 0.95) 
     """
     moved = torch.where(norms.isfinite(), decay * averages + (1 - decay) * norms, averages)
     short = (moved > norms) & (norms > 0)
-    return moved, torch.where(short, (moved - norms) / torch.where(short, norms, 1.0), 0.0)
+    # A number filled in stays a kernel argument; as a branch of torch.where it would be copied, and waited for.
+    return moved, ((moved - norms) / norms).masked_fill_(~short, 0.0)
 
 
 @torch.no_grad()
