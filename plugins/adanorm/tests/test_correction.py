@@ -97,7 +97,7 @@ def test_training_is_that_of_the_optimizer_with_the_rule_inside(make, plain, ref
     weights = run(model, make(model.parameters()))
     expected = reference.train(start(), gradient_at, plain(reference, reference.Rule()), STEPS)
     for got, want in zip(weights, expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
     without = reference.train(start(), gradient_at, plain(reference, None), STEPS)
     if getattr(plain(reference, None), "dampening", 0.0) != 1.0:  # then the buffer takes no gradient any more
         assert (without[-1] - expected[-1]).abs().max() > 1e-3
