@@ -11,11 +11,17 @@ PUBLIC = {
         *("attach", "available", "load", "create", "Correction", "Composition", "Attachment", "hookimpl"),
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
+    "regrad_adanorm": {"AdaNorm"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
-    "regrad_xgrad": {"XGrad"},
+    "regrad_tom": {"Tom"},
+    "regrad_xgrad": {"AdaM3", "XGrad"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
-ENTRY_POINTS = {"regrad": {"powergrad", "xgrad"}, "regrad.workloads": {"digits", "parquet"}}
+ENTRY_POINTS = {
+    "regrad": {"adanorm", "powergrad", "xgrad"},
+    "regrad.optimizers": {"adam3", "tom"},
+    "regrad.workloads": {"digits", "parquet"},
+}
 SIGNATURES = {
     "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],
     "regrad:available": ["group='regrad'"],
@@ -25,8 +31,17 @@ SIGNATURES = {
         *("logits", "target", "*alpha=0.25", "*weight=None", "*ignore_index=-100", "*reduction='mean'"),
         "*label_smoothing=0.0",
     ],
+    "regrad_tom:Tom": [
+        *("params", "lr=0.001", "betas=(0.9, 0.99, 0.999)", "eps=1e-08", "weight_decay=0.0"),
+        *("*correct_bias=False", "*maximize=False", "*foreach=None"),
+    ],
+    "regrad_xgrad:AdaM3": [
+        *("params", "lr=0.001", "betas=(0.9, 0.999)", "eps=1e-16", "weight_decay=0.0"),
+        *("*maximize=False", "*foreach=None"),
+    ],
 }
 OPTIONS = {
+    "adanorm": {"decay": 0.95, "target": "moment"},
     "powergrad": {"alpha": 0.25},
     "xgrad": {"horizon": 1.0, "decoupled_decay": None, "allow_double_lookahead": False},
 }

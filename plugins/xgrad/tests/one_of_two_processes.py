@@ -8,6 +8,7 @@ import sys
 
 import regrad
 import torch
+from regrad_xgrad import AdaM3
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +23,8 @@ class OtherLibrary(torch.optim.Adam):
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "adam3": lambda p: AdaM3(p, lr=1e-3, weight_decay=0.1),
+    "adam3-foreach": lambda p: AdaM3(p, lr=1e-3, foreach=True),
     "displacement": lambda p: OtherLibrary(p, lr=0.01),
 }
 

@@ -81,6 +81,54 @@ class Adam:
         return first_unbiased / (root + self.eps)
 
 
+class AdaM3:
+    def __init__(self, betas=(0.9, 0.999), eps=1e-16, decay=0.0, maximize=False):
+        self.betas, self.eps, self.decay, self.sign = betas, eps, decay, -1.0 if maximize else 1.0
+        self.first = self.second = 0.0
+        self.steps = 0
+
+    def step(self, weight, gradient, rate):
+        self.steps += 1
+        weight = weight - rate * self.decay * weight
+        self.first = self.betas[0] * self.first + (1 - self.betas[0]) * self.sign * gradient
+        self.second = self.betas[1] * self.second + (1 - self.betas[1]) * self.first**2 + self.eps
+        return weight - rate * self.direction()
+
+    def direction(self):
+        if self.steps == 0:
+            return None
+        root = torch.sqrt(self.second / (1 - self.betas[1] ** self.steps))
+        return self.first / (1 - self.betas[0] ** self.steps) / root
+
+
+class AdaBelief:
+    def __init__(self, betas=(0.9, 0.999), eps=1e-16, decay=0.0, decoupled=True, ams_bound=False, maximize=False):
+        self.betas, self.eps, self.decay, self.decoupled, self.ams_bound = betas, eps, decay, decoupled, ams_bound
+        self.sign = -1.0 if maximize else 1.0
+        self.first = self.variance = 0.0
+        self.largest = torch.zeros((), dtype=torch.float64)
+        self.steps = 0
+
+    def step(self, weight, gradient, rate):
+        gradient = self.sign * gradient
+        self.steps += 1
+        if self.decoupled:
+            weight = weight - rate * self.decay * weight
+        else:
+            gradient = gradient + self.decay * weight
+        self.first = self.betas[0] * self.first + (1 - self.betas[0]) * gradient
+        self.variance = self.betas[1] * self.variance + (1 - self.betas[1]) * (gradient - self.first) ** 2 + self.eps
+        self.largest = torch.maximum(self.largest, self.variance)
+        return weight - rate * self.direction()
+
+    def direction(self):
+        if self.steps == 0:
+            return None
+        variance = self.largest if self.ams_bound else self.variance
+        root = torch.sqrt(variance / (1 - self.betas[1] ** self.steps))
+        return self.first / (1 - self.betas[0] ** self.steps) / (root + self.eps)
+
+
 def train(weight, gradient_at, optimizer, rates, horizon):
     """Return the weights after each step, and the points at which gradients were taken."""
     weights, points = [], []

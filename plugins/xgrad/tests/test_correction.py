@@ -1,4 +1,7 @@
 import math
+import subprocess
+import sys
+import types
 import warnings
 
 import pytest
@@ -6,7 +9,8 @@ import regrad
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from regrad_xgrad import XGrad
+from regrad_xgrad import AdaM3, XGrad
+from regrad_xgrad.state_forms import state_form
 
 RATES = [0.1, 0.1, 0.07, 0.2, 0.0, 0.05, 0.03, 0.11, 0.09, 0.02]
 WIDTH = 7
@@ -68,6 +72,24 @@ def adam(cls=torch.optim.Adam, **options):
     return lambda reference, p: (cls(p, lr=0.1, **options), reference.Adam(decoupled=decoupled, **decay))
 
 
+def adam3(**options):
+    own = {"decay" if key == "weight_decay" else key: value for key, value in options.items() if key != "foreach"}
+    return lambda reference, p: (AdaM3(p, lr=0.1, **options), reference.AdaM3(**own))
+
+
+def adabelief(**options):
+    names = {"weight_decay": "decay", "weight_decouple": "decoupled"}
+
+    def make(reference, p):
+        library = pytest.importorskip(
+            "pytorch_optimizer", reason="AdaBelief comes from pytorch_optimizer, not installed"
+        )
+        own = {names.get(key, key): value for key, value in options.items() if key != "foreach"}
+        return library.AdaBelief(p, lr=0.1, **options), reference.AdaBelief(**own)
+
+    return make
+
+
 OPTIMIZERS = [
     named(sgd(), "sgd"),
     named(sgd(dampening=0.3), "sgd dampening"),
@@ -86,6 +108,14 @@ OPTIMIZERS = [
     named(adam(torch.optim.AdamW), "adamw"),
     named(adam(torch.optim.AdamW, amsgrad=True), "adamw amsgrad"),
     named(adam(torch.optim.AdamW, foreach=True), "adamw foreach"),
+    named(adam3(eps=1e-3), "adam3"),
+    named(adam3(eps=1e-3, weight_decay=0.1, betas=(0.8, 0.9)), "adam3 decay"),
+    named(adam3(eps=1e-3, maximize=True, foreach=True), "adam3 maximize foreach"),
+    named(adabelief(eps=1e-3), "adabelief"),
+    named(adabelief(eps=1e-3, weight_decay=0.1), "adabelief decay"),
+    named(adabelief(eps=1e-3, weight_decay=0.1, weight_decouple=False), "adabelief coupled decay"),
+    named(adabelief(eps=1e-3, ams_bound=True), "adabelief ams_bound"),
+    named(adabelief(eps=1e-3, foreach=True, maximize=True), "adabelief foreach maximize"),
 ]
 
 
@@ -164,6 +194,10 @@ class ForeignRMSprop(torch.optim.RMSprop):
     pass
 
 
+class ForeignAdaM3(AdaM3):
+    pass
+
+
 @pytest.mark.parametrize(
     ("known", "foreign", "options"),
     [
@@ -171,16 +205,57 @@ class ForeignRMSprop(torch.optim.RMSprop):
         (torch.optim.Adam, ForeignAdam, {"weight_decay": 0.1, "amsgrad": True}),
         (torch.optim.SGD, ForeignSGD, {"momentum": 0.9, "weight_decay": 0.1}),
         (torch.optim.RMSprop, ForeignRMSprop, {"momentum": 0.9, "weight_decay": 0.1}),
+        (AdaM3, ForeignAdaM3, {"eps": 1e-3, "weight_decay": 0.1}),
     ],
 )
 def test_displacement_form_is_the_state_form_under_a_changing_rate(known, foreign, options):
     one, two = Quadratic(), Quadratic()
     rates = [r or 0.04 for r in RATES]
-    decay = 0.1 if known is torch.optim.AdamW else 0.0
+    decay = 0.1 if known in (torch.optim.AdamW, AdaM3) else 0.0
     expected = run(one, known(one.parameters(), lr=0.1, **options), rates)
     got = run(two, foreign(two.parameters(), lr=0.1, **options), rates, decoupled_decay=decay)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"ams_bound": True}], ids=str)
+def test_the_displacement_form_of_adabelief_is_its_state_form(options):
+    library = pytest.importorskip("pytorch_optimizer", reason="AdaBelief comes from pytorch_optimizer, not installed")
+    foreign = type("ForeignAdaBelief", (library.AdaBelief,), {})
+    one, two = Quadratic(), Quadratic()
+    rates = [r or 0.04 for r in RATES]
+    decay = options.get("weight_decay", 0.0)
+    expected = run(one, library.AdaBelief(one.parameters(), lr=0.1, eps=1e-3, **options), rates)
+    made = foreign(two.parameters(), lr=0.1, eps=1e-3, **options)
+    for a, b in zip(run(two, made, rates, decoupled_decay=decay), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+class NoAdaBelief(torch.optim.Adam):
+    """Stands in for AdaBelief where the library is absent: same place, so the state form is asked for."""
+
+
+@pytest.mark.parametrize("variant", ["rectify", "adanorm", "adam_debias"])
+def test_only_adabelief_itself_in_its_plain_form_has_a_state_form(variant, monkeypatch):
+    weight = [torch.nn.Parameter(torch.ones(1))]
+    group = {"ams_bound": False, "rectify": False}
+    assert state_form(NoAdaBelief(weight), group) is None
+    module = types.ModuleType("pytorch_optimizer.optimizer.adabelief")
+    module.AdaBelief = NoAdaBelief
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert state_form(NoAdaBelief(weight), group)[0] == "exp_avg"
+    assert state_form(NoAdaBelief(weight), {**group, variant: True}) is None
+    assert state_form(type("Sub", (NoAdaBelief,), {})(weight), group) is None
+
+
+def test_attaching_imports_no_optional_library():
+    body = "import sys, regrad_xgrad; print([m for m in sys.modules if m.startswith('pytorch_optimizer')])"
+    assert subprocess.check_output([sys.executable, "-c", body], text=True) == "[]\n"
+
+
+def test_a_decay_that_is_not_predicted_is_not_asked_about():
+    model = Quadratic()
+    regrad.attach(model, AdaM3(model.parameters(), weight_decay=0.1), ["xgrad"]).detach()
 
 
 def test_no_prediction_in_the_step_after_a_rate_of_zero():

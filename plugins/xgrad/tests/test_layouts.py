@@ -24,6 +24,7 @@ def test_two_processes_train_as_one_under_ddp_and_fsdp2(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     for output in outputs:
         differences = dict(line.split() for line in output.splitlines())
-        assert len(differences) == 6
-        # float64: the mean of two half batches and of the whole round differently
-        assert all(float(difference) < 1e-14 for difference in differences.values()), output
+        assert len(differences) == 10
+        # float64: the mean of two half batches and of the whole round differently; AdaM3 steps further
+        limits = {name: 1e-12 if "adam3" in name else 1e-14 for name in differences}
+        assert all(float(difference) < limits[name] for name, difference in differences.items()), output

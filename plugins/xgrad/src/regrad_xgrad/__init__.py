@@ -1,5 +1,6 @@
-"""XGrad, weight prediction for any optimizer, as a correction for regrad."""
+"""XGrad, weight prediction for any optimizer, as a correction for regrad, and the optimizer AdaM3."""
 
 from regrad_xgrad.correction import XGrad
+from regrad_xgrad.optimizer import AdaM3
 
-__all__ = ["XGrad"]
+__all__ = ["AdaM3", "XGrad"]

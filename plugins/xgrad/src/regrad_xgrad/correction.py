@@ -27,8 +27,9 @@ class XGrad(Correction):
     Per optimizer step: keep θ, move to :math:`\hat\theta = \theta - s\,\eta\,D`,
     run forward and backward there, restore θ, step as usual. D is what the last
     step subtracted per unit of learning rate, read from the state of torch's SGD
-    with momentum, RMSprop with momentum, Adam and AdamW; for every other optimizer
-    the last displacement takes its place,
+    with momentum, RMSprop with momentum, Adam and AdamW, of `AdaM3`, and of
+    pytorch_optimizer's AdaBelief; for every other optimizer the last displacement
+    takes its place,
     :math:`s\,\eta_t D = -s\,(\eta_t/\eta_{t-1})(\theta_t - \theta_{t-1})`,
     after decoupled decay has been taken out of it. The first step predicts nothing.
 
@@ -95,7 +96,8 @@ class XGrad(Correction):
             )
         if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
             raise RegradError("'xgrad' has no rule for complex parameters; train them with a separate optimizer")
-        unknown = any(decoupled_decay(optimizer, group) is None for group in optimizer.param_groups)
+        moving = [group for group in optimizer.param_groups if state_form(optimizer, group) is None]
+        unknown = any(decoupled_decay(optimizer, group) is None for group in moving)
         if unknown and self.options.decoupled_decay is None:
             warnings.warn(
                 f"{type(optimizer).__name__} has a weight_decay that may be decoupled; pass decoupled_decay=… "
