@@ -11,22 +11,32 @@ PUBLIC = {
         *("attach", "available", "load", "create", "Correction", "Composition", "Attachment", "hookimpl"),
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
+    "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_xgrad": {"XGrad"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
-ENTRY_POINTS = {"regrad": {"powergrad", "xgrad"}, "regrad.workloads": {"digits", "parquet"}}
+ENTRY_POINTS = {
+    "regrad": {"agc", "clip-norm", "clip-value", "powergrad", "xgrad"},
+    "regrad.workloads": {"digits", "parquet"},
+}
 SIGNATURES = {
     "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],
     "regrad:available": ["group='regrad'"],
     "regrad:load": ["name", "group='regrad'"],
     "regrad:create": ["spec", "**options"],
+    "regrad_clipping.functional:clip_adaptive_": [
+        *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")
+    ],
     "regrad_powergrad.functional:power_grad_cross_entropy": [
         *("logits", "target", "*alpha=0.25", "*weight=None", "*ignore_index=-100", "*reduction='mean'"),
         "*label_smoothing=0.0",
     ],
 }
 OPTIONS = {
+    "agc": {"max_ratio": 0.01, "weight_floor": 1e-3, "head": "auto", "axis": "auto"},
+    "clip-norm": {"max_norm": 1.0},
+    "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
     "xgrad": {"horizon": 1.0, "decoupled_decay": None, "allow_double_lookahead": False},
 }
