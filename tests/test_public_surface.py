@@ -11,13 +11,14 @@ PUBLIC = {
         *("attach", "available", "load", "create", "Correction", "Composition", "Attachment", "hookimpl"),
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
+    "regrad_centralization": {"Centralization"},
     "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_xgrad": {"XGrad"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
 ENTRY_POINTS = {
-    "regrad": {"agc", "clip-norm", "clip-value", "powergrad", "xgrad"},
+    "regrad": {"agc", "centralization", "clip-norm", "clip-value", "powergrad", "xgrad"},
     "regrad.workloads": {"digits", "parquet"},
 }
 SIGNATURES = {
@@ -25,6 +26,7 @@ SIGNATURES = {
     "regrad:available": ["group='regrad'"],
     "regrad:load": ["name", "group='regrad'"],
     "regrad:create": ["spec", "**options"],
+    "regrad_centralization.functional:centralize_": ["grad"],
     "regrad_clipping.functional:clip_adaptive_": [
         *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")
     ],
@@ -35,6 +37,7 @@ SIGNATURES = {
 }
 OPTIONS = {
     "agc": {"max_ratio": 0.01, "weight_floor": 1e-3, "head": "auto", "axis": "auto"},
+    "centralization": {"placement": "gradient", "conv_only": False},
     "clip-norm": {"max_norm": 1.0},
     "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
