@@ -69,7 +69,7 @@ class AGC(Correction):
 
         max_ratio: float = 0.01
         weight_floor: float = 1e-3
-        head: str | None = "auto"
+        head: str | float | None = "auto"  # "agc:head=2" is read as a number, and layers may be called so
         axis: Literal["auto"] | tuple[str, ...] = "auto"
 
         def __post_init__(self) -> None:
@@ -96,8 +96,8 @@ class AGC(Correction):
         if self.options.head is None:
             self._spared = frozenset()
         elif self.options.head != "auto":
-            check_head(self.options.head, self._held)
-            self._spare([self.options.head])
+            check_head(str(self.options.head), self._held)
+            self._spare([str(self.options.head)])
         elif attachment.record is None:
             raise RegradError("'agc' cannot see a compiled model's head; pass head='name', or attach before compiling")
 
@@ -128,7 +128,10 @@ class AGC(Correction):
         if self._spared is None:
             found = head_modules(self.attachment.model, self.attachment.record.calls, self._held)
             if not found:
-                raise RegradError("'agc' saw no classifier head in a training forward; pass head='name', or head=None")
+                raise RegradError(
+                    "'agc' saw no classifier head in a training forward (there is none, the model was not called, or "
+                    "compiled code ran without hooks); pass head='name', or head=None to leave nothing alone"
+                )
             self._spare(found)
         return self._spared or frozenset()
 

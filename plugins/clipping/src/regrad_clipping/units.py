@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from regrad.correction import did_you_mean
 from regrad.hooks import WRAPPER, Call
@@ -104,10 +103,10 @@ def head_modules(model: nn.Module, calls: Sequence[Call], held: Sequence[Holding
     return list(dict.fromkeys(makers)) or last
 
 
-def check_head(name: Any, held: Sequence[Holding]) -> None:
+def check_head(name: str, held: Sequence[Holding]) -> None:
     """Raise `ValueError` unless `name` is a module with a weight."""
     layers = list(dict.fromkeys(h.module for h in held if h.is_weight))
     if name not in layers:
         inside = next((layer for layer in reversed(layers) if layer.startswith(f"{name}.")), None)
-        near = f"; did you mean {inside!r}?" if inside else did_you_mean(str(name), layers)
+        near = f"; did you mean {inside!r}?" if inside else did_you_mean(name, layers)
         raise ValueError(f"head must name a module that has a weight, got {name!r}{near}")
