@@ -12,13 +12,15 @@ PUBLIC = {
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
     "regrad_adanorm": {"AdaNorm"},
+    "regrad_centralization": {"Centralization"},
+    "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_tom": {"Tom"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
 ENTRY_POINTS = {
-    "regrad": {"adanorm", "powergrad", "xgrad"},
+    "regrad": {"adanorm", "agc", "centralization", "clip-norm", "clip-value", "powergrad", "xgrad"},
     "regrad.optimizers": {"adam3", "tom"},
     "regrad.workloads": {"digits", "parquet"},
 }
@@ -27,6 +29,10 @@ SIGNATURES = {
     "regrad:available": ["group='regrad'"],
     "regrad:load": ["name", "group='regrad'"],
     "regrad:create": ["spec", "**options"],
+    "regrad_centralization.functional:centralize_": ["grad"],
+    "regrad_clipping.functional:clip_adaptive_": [
+        *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")
+    ],
     "regrad_powergrad.functional:power_grad_cross_entropy": [
         *("logits", "target", "*alpha=0.25", "*weight=None", "*ignore_index=-100", "*reduction='mean'"),
         "*label_smoothing=0.0",
@@ -42,6 +48,10 @@ SIGNATURES = {
 }
 OPTIONS = {
     "adanorm": {"decay": 0.95, "target": "moment"},
+    "agc": {"max_ratio": 0.01, "weight_floor": 1e-3, "head": "auto", "axis": "auto"},
+    "centralization": {"placement": "gradient", "conv_only": False},
+    "clip-norm": {"max_norm": 1.0},
+    "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
     "xgrad": {"horizon": 1.0, "decoupled_decay": None, "allow_double_lookahead": False},
 }

@@ -1,0 +1,124 @@
+"""Gradient centralization as a correction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from regrad import Attachment, Correction, RegradError
+from regrad.correction import Needs
+from regrad.hookspecs import Step
+from torch import Tensor, nn
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
+
+from regrad_centralization.functional import Unit, subtract_, unit_means
+from regrad_centralization.units import units_of
+
+# By class, exactly: they add weight_decay times the weight to the gradient, unless a group says it is decoupled.
+COUPLED = (SGD, Adam, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, ASGD)
+
+
+def coupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | None:
+    """Return what the optimizer adds to the (ascending) gradient per unit of weight, or None where it does not."""
+    if type(optimizer) not in COUPLED or group.get("decoupled_weight_decay"):
+        return None
+    decay = float(group["weight_decay"])
+    return -decay if group.get("maximize") else decay  # with maximize the decay is added to the negated gradient
+
+
+class Centralization(Correction):
+    r"""Take the mean out of every output's gradient.
+
+    For output :math:`i` of a layer with M weights per output, gradient G and weight W,
+
+    .. math:: G_i \leftarrow G_i - \frac{1}{M} \sum_j (G_{ij} + \lambda W_{ij}),
+
+    with :math:`\lambda = 0` for the placement "gradient", and for "decayed" the
+    coupled weight decay of the optimizer's group, so that the optimizer, which adds
+    :math:`\lambda W` itself, works with a gradient whose means are zero: the mean
+    of every output's weights then never moves under SGD. Biases, norms, gains,
+    tables, embeddings, depthwise convolutions and outputs with one weight are left
+    alone.
+
+    Args:
+        placement: "gradient" centres what the loss sends back, "decayed" that with
+            coupled weight decay in it.
+        conv_only: Centre nothing but the weights of convolutions.
+
+    Raises:
+        TypeError: If an option is none of these.
+        RegradError: At attach, for "decayed" on an optimizer with decoupled decay, or
+            of which it is not known.
+
+    Example:
+        >>> Centralization(placement="decayed")
+        Centralization(placement='decayed', conv_only=False)
+
+    References:
+        Yong, Huang, Hua and Zhang, 2020, "Gradient Centralization: A New Optimization
+        Technique for Deep Neural Networks", sections 3.2 and 4. Transposed
+        convolutions are centred per output, which is their dimension 1 within each
+        group; the published code takes dimension 0, which counts their inputs.
+    """
+
+    name = "centralization"
+    needs = Needs(stages=("gradient",), layouts=("plain", "ddp", "fsdp2"), closures=True, sparse=True, before=("gcw",))
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What is centred, and which tensors."""
+
+        placement: Literal["gradient", "decayed"] = "gradient"
+        conv_only: bool = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._units: dict[str, Unit | None] = {}
+
+    def setup(self, attachment: Attachment) -> None:
+        """Read the units from the modules' types; refuse a decay that is not part of the gradient."""
+        self._units = units_of(attachment.model, conv_only=self.options.conv_only)
+        for group in attachment.optimizer.param_groups:
+            self._decay(attachment.optimizer, group)
+
+    def _decay(self, optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+        """Return the decay that belongs to what is centred, or raise `RegradError` where there is none."""
+        if self.options.placement == "gradient":
+            return 0.0
+        decay = coupled_decay(optimizer, group)
+        if decay is None:
+            known = ", ".join(kind.__name__ for kind in COUPLED)
+            raise RegradError(
+                "'centralization' with placement='decayed' needs weight decay that is added to the gradient, as by "
+                f"torch's {known}; {type(optimizer).__name__} decouples it or is not known; use placement='gradient'"
+            )
+        return decay
+
+    def correct_gradients(self, step: Step) -> None:
+        """Centre the gradients of the step."""
+        if not self._units.keys() >= {*step.names}:
+            self._units |= units_of(self.attachment.model, conv_only=self.options.conv_only)
+        grads, means = list[Tensor](), list[Tensor]()
+        for name, parameter, gradient in zip(step.names, step.parameters, step.gradients, strict=True):
+            unit = self._units.get(name)
+            if unit is not None and gradient is not None and not gradient.is_sparse:
+                grads.append(gradient)
+                means.append(self._means(step, parameter, gradient, unit))
+        subtract_(grads, means)
+
+    def _means(self, step: Step, parameter: nn.Parameter, gradient: Tensor, unit: Unit) -> Tensor:
+        """Return what one gradient has too much of."""
+        means, decay = unit_means(gradient, unit), self._decay(step.optimizer, step.group_of(parameter))
+        return means.add_(unit_means(parameter, unit), alpha=decay) if decay else means
+
+    def selects(self, name: str, parameter: Tensor) -> bool:
+        """Say whether a parameter is centred."""
+        return self._units.get(name) is not None
+
+    def idle_reason(self) -> str:
+        """Say why no gradient may have changed."""
+        if not any(self._units.values()):
+            kind = "convolution" if self.options.conv_only else "layer"
+            return f"the model has no {kind} with several weights per output"
+        return "the gradients' means were zero already"

@@ -1,0 +1,112 @@
+"""Clipping by norm and by value as corrections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from regrad import Correction
+from regrad.correction import Needs
+from regrad.hookspecs import Step
+from torch import Tensor
+
+from regrad_clipping.functional import check_positive, clip_norm_, clip_value_, gradient_norm
+
+CLIPPING = Needs(
+    stages=("gradient",), layouts=("plain", "ddp", "fsdp2"), closures=True, after=("centralization", "gcw")
+)
+
+
+class ClipNorm(Correction):
+    r"""Scale all gradients together so that their norm stays within a bound.
+
+    .. math:: G \leftarrow G \min(1, c / (\|G\| + 10^{-6}))
+
+    as `torch.nn.utils.clip_grad_norm_` does, over every gradient of the optimizer,
+    where a GradScaler's scale is already gone. A NaN or infinite norm spreads to
+    every gradient, as in torch.
+
+    Args:
+        max_norm: c, the largest norm, in the units of the gradient. Positive.
+
+    Raises:
+        ValueError: If `max_norm` is not positive.
+
+    Example:
+        >>> ClipNorm(max_norm=0.5)
+        ClipNorm(max_norm=0.5)
+
+    References:
+        Pascanu, Mikolov and Bengio, 2013, "On the difficulty of training recurrent
+        neural networks", algorithm 1.
+    """
+
+    name = "clip-norm"
+    needs = CLIPPING
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """The bound."""
+
+        max_norm: float = 1.0
+
+        def __post_init__(self) -> None:
+            check_positive("max_norm", self.max_norm)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._norm: Tensor | None = None
+
+    def correct_gradients(self, step: Step) -> None:
+        """Clip the gradients of the step."""
+        grads = [g for g in step.gradients if g is not None]
+        if grads:
+            self._norm = gradient_norm(grads)
+            clip_norm_(grads, self._norm, max_norm=self.options.max_norm)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the last gradient norm before clipping."""
+        return {} if self._norm is None else {"norm": self._norm.item()}
+
+    def idle_reason(self) -> None:
+        """Return None: a bound that is never reached is information, not a fault."""
+
+
+class ClipValue(Correction):
+    r"""Clamp every element of every gradient to a bound.
+
+    .. math:: G \leftarrow \min(\max(G, -c), c)
+
+    as `torch.nn.utils.clip_grad_value_` does. Before an optimizer that divides by
+    the gradient's own deviation, as AdaBelief does, it is ruinous: constant
+    gradients make steps of 3e5 times the learning rate.
+
+    Args:
+        max_value: c, the largest magnitude, in the units of the gradient. Positive.
+
+    Raises:
+        ValueError: If `max_value` is not positive.
+
+    Example:
+        >>> ClipValue(max_value=0.5)
+        ClipValue(max_value=0.5)
+    """
+
+    name = "clip-value"
+    needs = CLIPPING
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """The bound."""
+
+        max_value: float = 1.0
+
+        def __post_init__(self) -> None:
+            check_positive("max_value", self.max_value)
+
+    def correct_gradients(self, step: Step) -> None:
+        """Clamp the gradients of the step."""
+        clip_value_([g for g in step.gradients if g is not None], max_value=self.options.max_value)
+
+    def idle_reason(self) -> None:
+        """Return None: a bound that is never reached is information, not a fault."""

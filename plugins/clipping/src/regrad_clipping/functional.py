@@ -1,0 +1,228 @@
+"""Clipping as functions of gradients and weights, exact on shards."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from regrad.sharding import is_sharded, local, locals_of, row_norms, total_norm
+from torch import Tensor
+
+
+class Unit(NamedTuple):
+    """What counts as one unit of a tensor.
+
+    Attributes:
+        axis: Dimension that counts the units; None makes the whole tensor one unit.
+        groups: Into how many equal parts dimension 0 falls first, each with units of its own.
+    """
+
+    axis: int | None = 0
+    groups: int = 1
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise `ValueError` unless `value` is positive and finite."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive, got {value!r}")
+
+
+@torch.no_grad()
+def clip_adaptive_(
+    grad: Tensor, weight: Tensor, *, max_ratio: float = 0.01, weight_floor: float = 1e-3, axis: int | None = 0
+) -> Tensor:
+    r"""Shrink, in place, each unit of `grad` that is large against its weights.
+
+    A unit is one index of dimension `axis`, or the whole tensor if it has fewer
+    than two dimensions. For unit :math:`i` of the gradient G and the weight W,
+
+    .. math:: G_i \leftarrow G_i \min(1, \lambda \max(\|W_i\|, \epsilon) / \|G_i\|).
+
+    Args:
+        grad: Gradient G, shape [O, *], plain or DTensor. Overwritten.
+        weight: Parameter W that `grad` belongs to, same shape and device.
+        max_ratio: :math:`\lambda`, the largest allowed gradient norm per unit of
+            weight norm. Positive.
+        weight_floor: :math:`\epsilon`, the smallest weight norm used, in the units
+            of the weight. Positive, so that units starting at zero can move.
+        axis: Dimension that counts the outputs; 1 for a transposed convolution.
+            None makes the whole tensor one unit, as for a gain of shape [C, 1, 1].
+
+    Returns:
+        `grad` itself.
+
+    Raises:
+        ValueError: If the shapes differ, or `max_ratio` or `weight_floor` is not
+            positive.
+
+    Example:
+        >>> grad, weight = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])
+        >>> clip_adaptive_(grad, weight, max_ratio=0.5)
+        tensor([[0.3000, 0.4000]])
+
+    References:
+        Brock, De, Smith and Simonyan, 2021, "High-Performance Large-Scale Image
+        Recognition Without Normalization", section 4.
+    """
+    if grad.shape != weight.shape:
+        raise ValueError(f"weight must have the shape of grad, {[*grad.shape]}, got {[*weight.shape]}")
+    check_positive("max_ratio", max_ratio)
+    check_positive("weight_floor", weight_floor)
+    units = [Unit(None if grad.dim() < 2 else axis)]
+    scale_units_([grad], unit_factors([grad], [weight], units, max_ratio=max_ratio, weight_floor=weight_floor))
+    return grad
+
+
+@torch.no_grad()
+def unit_factors(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], units: Sequence[Unit], *, max_ratio: float, weight_floor: float
+) -> list[Tensor]:
+    r"""Return what adaptive clipping multiplies each unit by, in (0, 1].
+
+    Nothing of a gradient's size is allocated, and the arithmetic on the norms runs
+    once for all tensors together.
+
+    Args:
+        grads: n gradients, plain or DTensor.
+        weights: Their parameters, of the same shapes and devices.
+        units: What a unit is in each.
+        max_ratio: :math:`\lambda`, positive.
+        weight_floor: :math:`\epsilon`, positive, in the units of the weights.
+
+    Returns:
+        n plain tensors in float32 at least, each broadcasting against the local
+        part of its gradient. 1 for a gradient of zero; NaN where a norm is NaN.
+    """
+    gradient_norms, weight_norms = _norms(grads, units), _norms(weights, units)
+    factors, alike = [torch.empty(0)] * len(grads), defaultdict[Any, list[int]](list)
+    for index, norm in enumerate(gradient_norms):
+        alike[norm.device, norm.dtype].append(index)
+    for indices in alike.values():
+        largest = torch.cat([weight_norms[i].flatten() for i in indices]).clamp_(min=weight_floor).mul_(max_ratio)
+        flat = largest.div_(torch.cat([gradient_norms[i].flatten() for i in indices])).clamp_(max=1)
+        parts = flat.split([gradient_norms[i].numel() for i in indices])  # type: ignore[no-untyped-call]
+        for i, part in zip(indices, parts, strict=True):
+            factors[i] = _spread(part.view_as(gradient_norms[i]), grads[i], units[i])
+    return factors
+
+
+@torch.no_grad()
+def scale_units_(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each gradient by its factors, in place.
+
+    Args:
+        grads: n gradients, plain or DTensor. Overwritten.
+        factors: What `unit_factors` returned for them.
+    """
+    pairs = list(zip(locals_of(grads), factors, strict=True))
+    # On a CPU looking is free and a pass over the gradient is not; elsewhere looking would wait for the device.
+    moved = [(g, f) for g, f in pairs if g.device.type != "cpu" or (f.numel() and not f.min() >= 1)]
+    if moved:
+        torch._foreach_mul_([g for g, _ in moved], [f for _, f in moved])
+
+
+def _norms(tensors: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
+    """Return the norms of each tensor's units; all whole tensors that lie here go in one call."""
+    norms, together = [torch.empty(0)] * len(tensors), defaultdict[Any, list[int]](list)
+    for i, (tensor, unit) in enumerate(zip(tensors, units, strict=True)):
+        if unit == Unit(None) and not is_sharded(tensor):
+            together[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(i)
+        else:
+            norms[i] = row_norms(tensor, unit.axis) if unit.groups == 1 else _grouped_norms(tensor, unit)
+    for (_, dtype), indices in together.items():
+        for i, norm in zip(indices, torch._foreach_norm([tensors[i] for i in indices], 2, dtype), strict=True):
+            norms[i] = norm.view([1] * tensors[i].dim())
+    return norms
+
+
+def _grouped_norms(tensor: Any, unit: Unit) -> Tensor:
+    """Return the norms [groups, …] of units that dimension 0 holds several groups of."""
+    parts = (tensor.full_tensor() if is_sharded(tensor) else tensor).unflatten(0, (unit.groups, -1))
+    dims = [d for d in range(1, parts.dim()) if unit.axis is None or d != unit.axis + 1]
+    dtype = torch.promote_types(parts.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(parts, dim=dims, keepdim=True, dtype=dtype)
+    return norms
+
+
+def _spread(factor: Tensor, grad: Any, unit: Unit) -> Tensor:
+    """Give factors of grouped units the shape that broadcasts against the local part of the gradient."""
+    if unit.groups == 1:
+        return factor
+    size = grad.shape[0] // unit.groups
+    spread = factor.expand(-1, size, *factor.shape[2:]).flatten(0, 1)
+    if not is_sharded(grad):
+        return spread
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - heavy, and only shards need it
+
+    everywhere = [Replicate()] * grad.device_mesh.ndim
+    whole = DTensor.from_local(spread.expand(grad.shape), grad.device_mesh, everywhere, run_check=False)
+    return local(whole.redistribute(placements=grad.placements))
+
+
+@torch.no_grad()
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, to the bit as `torch.nn.utils.get_total_norm` where none is a shard.
+
+    Args:
+        grads: Any shapes, plain or DTensor. May be empty.
+
+    Returns:
+        A scalar on the device of the first gradient.
+    """
+    return total_norm(grads) if any(map(is_sharded, grads)) else torch.nn.utils.get_total_norm(grads)
+
+
+@torch.no_grad()
+def clip_norm_(grads: Sequence[Tensor], norm: Tensor, *, max_norm: float) -> None:
+    r"""Scale all gradients, in place, so that their norm together is at most `max_norm`.
+
+    .. math:: G \leftarrow G \min(1, c / (\|G\| + 10^{-6}))
+
+    Args:
+        grads: Gradients, plain or DTensor. Overwritten.
+        norm: Their norm :math:`\|G\|`, a scalar.
+        max_norm: c, positive.
+
+    Example:
+        >>> grads = [torch.tensor([3.0]), torch.tensor([4.0])]
+        >>> clip_norm_(grads, gradient_norm(grads), max_norm=1.0)
+        >>> grads
+        [tensor([0.6000]), tensor([0.8000])]
+
+    References:
+        Pascanu, Mikolov and Bengio, 2013, "On the difficulty of training recurrent
+        neural networks", algorithm 1; the 1e-6 is `torch.nn.utils.clip_grad_norm_`'s.
+    """
+    coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    by_device = defaultdict[Any, list[Tensor]](list)
+    for part in locals_of(grads):
+        by_device[part.device].append(part)
+    for device, parts in by_device.items():
+        torch._foreach_mul_(parts, coefficient.to(device))
+
+
+@torch.no_grad()
+def clip_value_(grads: Sequence[Tensor], *, max_value: float) -> None:
+    r"""Clamp every element of the gradients to :math:`[-c, c]`, in place; NaN stays NaN.
+
+    Args:
+        grads: Gradients, plain or DTensor. Overwritten.
+        max_value: c, positive, in the units of the gradient.
+
+    Example:
+        >>> grads = [torch.tensor([3.0, -0.5])]
+        >>> clip_value_(grads, max_value=1.0)
+        >>> grads
+        [tensor([ 1.0000, -0.5000])]
+    """
+    parts = locals_of(grads)
+    on_device = [part for part in parts if part.device.type != "cpu"]
+    if on_device:
+        torch._foreach_clamp_min_(on_device, -max_value)
+        torch._foreach_clamp_max_(on_device, max_value)
+    for part in parts:
+        if part.device.type == "cpu":
+            part.clamp_(-max_value, max_value)

@@ -1,0 +1,358 @@
+"""The three corrections in the loops that people have."""
+
+import re
+
+import pytest
+import regrad
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from regrad import Correction
+from regrad.correction import Needs
+from regrad_clipping import AGC, ClipNorm, ClipValue
+from torch import nn
+
+SPECS = ["clip-norm:max_norm=0.05", "clip-value:max_value=0.01", "agc:max_ratio=0.02"]
+
+
+def make_model(dtype=torch.float32, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
+
+
+def batches(count=5, size=32, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 6, generator=generator, dtype=dtype), torch.randint(3, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def loss_of(model, inputs, target):
+    return nn.functional.cross_entropy(model(inputs), target)
+
+
+def train(model, corrections, *, parts=1, make=None, clip=None, data=None):
+    optimizer = make(model) if make else torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    with regrad.attach(model, optimizer, corrections) as attachment:
+        for inputs, target in data or batches(dtype=next(model.parameters()).dtype):
+            optimizer.zero_grad()
+            for x, y in zip(inputs.chunk(parts), target.chunk(parts), strict=True):
+                (loss_of(model, x, y) / parts).backward()
+            if clip:
+                clip(model)
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()], attachment.metrics()
+
+
+def by_the_reference(reference, max_ratio=0.02):
+    """Return what clips all but the head's weight, as the loop would."""
+
+    def clip(model):
+        for name, p in model.named_parameters():
+            if name != "2.weight":
+                module, attribute = model[int(name[0])], name[2:]
+                every = reference.units(module, attribute, p.shape)
+                p.grad = reference.clip_adaptive(p.grad, p.detach(), every, max_ratio, 1e-3).view(p.shape)
+
+    return clip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("correction", "clip"),
+    [
+        (ClipNorm(max_norm=0.05), lambda m: nn.utils.clip_grad_norm_(m.parameters(), 0.05)),
+        (ClipValue(max_value=0.01), lambda m: nn.utils.clip_grad_value_(m.parameters(), 0.01)),
+    ],
+    ids=["norm", "value"],
+)
+def test_training_is_that_with_torchs_own_clipping_to_the_bit(correction, clip, dtype):
+    ours, metrics = train(make_model(dtype), [correction])
+    theirs, _ = train(make_model(dtype), [], clip=clip)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert metrics[f"{correction.name}/gradient/trigger_rate"] == 1
+
+
+def test_training_with_agc_is_that_of_the_reference(reference):
+    ours, metrics = train(make_model(torch.float64), ["agc:max_ratio=0.02"])
+    theirs, _ = train(make_model(torch.float64), [], clip=by_the_reference(reference))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+    assert metrics["agc/gradient/trigger_rate"] == 1
+    assert 0 < metrics["agc/share_clipped"] <= 1
+
+
+@pytest.mark.parametrize("spec", ["clip-norm:max_norm=1e9", "clip-value:max_value=1e9", "agc:max_ratio=1e9"])
+def test_a_bound_that_is_never_reached_changes_no_bit(spec):
+    ours, metrics = train(make_model(), [spec])
+    plain, _ = train(make_model(), [])
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert metrics[f"{spec.partition(':')[0]}/gradient/trigger_rate"] == 0
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_four_parts_of_a_batch_are_the_batch(spec):
+    whole, parts = (train(make_model(torch.float64), [spec], parts=n)[0] for n in (1, 4))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_scaler_and_its_overflows_change_nothing(spec, fused):
+    make = lambda m: torch.optim.AdamW(m.parameters(), lr=0.05, fused=fused)  # noqa: E731
+    plain, _ = train(make_model(), [spec], make=make)
+    model, scaler = make_model(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = make(model)
+    with regrad.attach(model, optimizer, [spec]):
+        for index, (inputs, target) in enumerate(batches()):
+            for overflow in (True, False) if index == 2 else (False,):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, inputs, target) * (torch.inf if overflow else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    for a, b in zip(plain, model.parameters(), strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-7)
+
+
+# Where a graph breaks, dynamo itself looks at `.grad` of what crosses the break, and hides the warning by a log filter.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_model_compiled_after_attach_trains_as_the_plain_one(spec):
+    plain, _ = train(make_model(), [spec])
+    torch.compiler.reset()  # code compiled for another model of the class would run without this one's hooks
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    with regrad.attach(model, optimizer, [spec]):
+        compiled = torch.compile(model, backend="eager")
+        for inputs, target in batches():
+            optimizer.zero_grad()
+            loss_of(compiled, inputs, target).backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(plain, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_closure_gives_the_numbers_of_the_plain_loop(spec):
+    plain, _ = train(make_model(), [spec])
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    with regrad.attach(model, optimizer, [spec]):
+        for inputs, target in batches():
+
+            def closure(inputs=inputs, target=target):
+                optimizer.zero_grad()
+                loss = loss_of(model, inputs, target)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in zip(plain, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_lbfgs_is_borne(spec):
+    model = make_model()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    (inputs, target), *_ = batches()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(model, inputs, target)
+        loss.backward()
+        return loss
+
+    with regrad.attach(model, optimizer, [spec]):
+        optimizer.step(closure)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_frozen_parameters_missing_and_zero_gradients_are_left_alone(spec):
+    model = make_model()
+    model[0].weight.requires_grad_(requires_grad=False)
+    frozen = model[0].weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with regrad.attach(model, optimizer, [spec]):
+        model(torch.ones(2, 6))
+        optimizer.step()
+        model(torch.ones(2, 6)).sum().mul(0).backward()
+        model[2].weight.grad = None
+        optimizer.step()
+    assert torch.equal(model[0].weight, frozen)
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad is None
+    assert not model[0].bias.grad.any()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_sparse_gradients_are_refused(spec):
+    model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with regrad.attach(model, optimizer, [spec]):
+        model(torch.tensor([1])).sum().backward()
+        with pytest.raises(regrad.RegradError, match="must not see sparse gradients"):
+            optimizer.step()
+
+
+def test_a_tensor_that_starts_at_zero_moves_under_agc():
+    model = make_model()
+    nn.init.zeros_(model[0].weight)
+    train(model, ["agc"])
+    assert model[0].weight.any()
+
+
+def test_parameters_that_come_later_are_clipped_too():
+    model = make_model()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    with regrad.attach(model, optimizer, ["agc:max_ratio=1e-6"]):
+        for index, (inputs, target) in enumerate(batches()):
+            if index == 1:
+                optimizer.add_param_group({"params": list(model[0].parameters())})
+                model.append(nn.Linear(3, 3))
+                optimizer.add_param_group({"params": list(model[3].parameters())})
+            optimizer.zero_grad()
+            loss_of(model, inputs, target).backward()
+            optimizer.step()
+    for weight in (model[0].weight, model[3].weight):
+        assert (weight.grad.norm(dim=1) <= 1e-6 * weight.norm(dim=1) * 1.01).all()
+
+
+def test_without_a_recorded_forward_agc_asks_for_the_head():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, target = batches()[0]
+    loss = nn.functional.cross_entropy(model.forward(inputs), target)
+    with regrad.attach(model, optimizer, ["agc"]):
+        loss.backward()
+        with (
+            pytest.warns(regrad.RegradWarning, match="without a training forward"),
+            pytest.raises(
+                regrad.RegradError, match=r"saw no classifier head in a training forward \(.*\); pass head='name'"
+            ),
+        ):
+            optimizer.step()
+
+
+class Before(Correction):
+    """Stands for a correction that clipping must follow."""
+
+    name = "centralization"
+    needs = Needs(stages=("gradient",))
+
+    def correct_gradients(self, step):
+        """Do nothing."""
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_clipping_acts_last(spec):
+    model = make_model()
+    with regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [spec, Before()]) as attachment:
+        assert [c.name for c in attachment.corrections] == ["centralization", spec.partition(":")[0]]
+        assert "declares after 'centralization'" in str(attachment)
+
+
+def test_explain_shows_what_would_be_clipped_and_changes_nothing():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, target = batches()[0]
+    before = [p.detach().clone() for p in model.parameters()]
+    with regrad.attach(model, optimizer, ["agc:max_ratio=1e-4"], nn.CrossEntropyLoss()) as attachment:
+        rows = attachment.explain((inputs, target)).rows
+        assert {row["tensor"]: row["relative_change"] > 0 for row in rows} == {
+            **{"0.weight": True, "0.bias": True},
+            **{"2.weight": False, "2.bias": True},
+        }
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_clipping_has_no_state_and_a_resumed_run_continues_to_the_bit():
+    model = make_model()
+    whole, _ = train(model, SPECS)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    state = None
+    for part in (slice(0, 2), slice(2, 5)):
+        with regrad.attach(model, optimizer, SPECS) as attachment:
+            if state:
+                attachment.load_state_dict(state)
+            for inputs, target in batches()[part]:
+                optimizer.zero_grad()
+                loss_of(model, inputs, target).backward()
+                optimizer.step()
+            state = attachment.state_dict()
+            assert not any(state["corrections"].values())
+    assert state["receipt"]["steps_applied"] == 5
+    assert all(torch.equal(a, b) for a, b in zip(whole, model.parameters(), strict=True))
+
+
+def test_metrics_are_the_norm_before_and_the_share_after():
+    model = make_model(torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with regrad.attach(model, optimizer, ["clip-norm:max_norm=0.01", "agc:max_ratio=1e6"]) as attachment:
+        assert "clip-norm/norm" not in attachment.metrics()
+        loss_of(model, *batches(dtype=torch.float64)[0]).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+        optimizer.step()
+        assert attachment.metrics()["clip-norm/norm"] == norm
+        assert attachment.metrics()["agc/share_clipped"] == 0
+
+
+def test_a_bound_never_reached_is_a_warning_for_agc_only():
+    assert ClipNorm().idle_reason() is None
+    assert ClipValue().idle_reason() is None
+    assert AGC().idle_reason() == "threshold never reached: no unit's gradient exceeded 0.01 of its weights"
+
+
+def test_agc_must_beat_clipping_by_the_global_norm():
+    model = make_model()
+    assert AGC().control(torch.optim.SGD(model.parameters())).corrections == ("clip-norm",)
+    assert ClipNorm().control(torch.optim.SGD(model.parameters())) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (ClipNorm, {"max_norm": 0}, "max_norm must be positive, got 0"),
+        (ClipNorm, {"max_norm": float("inf")}, "max_norm must be positive, got inf"),
+        (ClipValue, {"max_value": -1.0}, "max_value must be positive, got -1.0"),
+        (AGC, {"max_ratio": 0.0}, "max_ratio must be positive, got 0.0"),
+        (AGC, {"weight_floor": float("nan")}, "weight_floor must be positive, got nan"),
+    ],
+)
+def test_options_out_of_range_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        kind(**options)
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name():
+    with pytest.raises(TypeError, match=r"agc has no option 'max_ration'; allowed: max_ratio, .*did you mean 'max_rat"):
+        AGC(max_ration=1.0)
+
+
+def test_only_torchs_numbers_come_out_where_a_gradient_is_not_finite():
+    for spec, clip in (
+        ("clip-norm:max_norm=0.05", lambda m: nn.utils.clip_grad_norm_(m.parameters(), 0.05)),
+        ("clip-value:max_value=0.01", lambda m: nn.utils.clip_grad_value_(m.parameters(), 0.01)),
+    ):
+        inputs, target = batches()[0]
+        data = [(inputs.clone().index_fill_(0, torch.tensor([0]), torch.inf), target)]
+        ours, _ = train(make_model(), [spec], data=data)
+        theirs, _ = train(make_model(), [], clip=clip, data=data)
+        assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(ours, theirs, strict=True))
+
+
+@given(seed=st.integers(0, 50), max_ratio=st.floats(1e-4, 0.5))
+def test_agc_follows_the_reference_for_any_ratio(seed, max_ratio, reference):
+    ours, _ = train(make_model(torch.float64, seed), [AGC(max_ratio=max_ratio)], data=batches(2, dtype=torch.float64))
+    theirs, _ = train(
+        make_model(torch.float64, seed),
+        [],
+        clip=by_the_reference(reference, max_ratio),
+        data=batches(2, dtype=torch.float64),
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
