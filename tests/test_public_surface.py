@@ -13,9 +13,10 @@ PUBLIC = {
     },
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_xgrad": {"XGrad"},
+    "regrad_gcw": {"GCW"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
-ENTRY_POINTS = {"regrad": {"powergrad", "xgrad"}, "regrad.workloads": {"digits", "parquet"}}
+ENTRY_POINTS = {"regrad": {"powergrad", "xgrad", "gcw"}, "regrad.workloads": {"digits", "parquet"}}
 SIGNATURES = {
     "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],
     "regrad:available": ["group='regrad'"],
@@ -28,6 +29,11 @@ SIGNATURES = {
 }
 OPTIONS = {
     "powergrad": {"alpha": 0.25},
+    "gcw": {
+        **{"layers": "stages", "slots": ("last", "fast", "slow"), "prior": None, "predictor": "slot"},
+        **{"fit_target": "next", "target": "moment", "norm": "free", "gate": True},
+        **{"warmup_steps": 10, "fit_every": 10, "allow_double_lookahead": False},
+    },
     "xgrad": {"horizon": 1.0, "decoupled_decay": None, "allow_double_lookahead": False},
 }
 
