@@ -259,6 +259,28 @@ def _as_saved(state):
     return torch.load(file, weights_only=True)
 
 
+def test_a_window_is_closed_after_a_resume_though_its_tensor_gets_no_gradient_any_more():
+    model = torch.nn.ModuleDict({key: torch.nn.Linear(3, 1) for key in ("a", "b")})
+    model.forward = lambda both: model["a"](torch.ones(3)).sum() + (model["b"](torch.ones(3)).sum() if both else 0.0)
+    optimizer, state = sgd(model.parameters()), None
+    for both in (True, False):
+        with regrad.attach(model, optimizer, [GCW(layers="all", warmup_steps=0, fit_every=8)]) as attachment:
+            if state:
+                attachment.load_state_dict(_as_saved(state))
+            for _ in range(6):
+                optimizer.zero_grad()
+                model(both).backward()
+                optimizer.step()
+            state = attachment.state_dict()
+    kept = state["corrections"]["gcw"]
+    assert {name: memory["rows"] for name, memory in kept.items()} == {
+        "a.weight": 3,
+        "a.bias": 3,
+        "b.weight": 0,
+        "b.bias": 0,
+    }
+
+
 def test_none_frozen_zero_and_infinite_gradients():
     model = torch.nn.ModuleDict({key: torch.nn.Linear(3, 1, bias=False) for key in ("often", "rare", "zero", "frozen")})
     model["frozen"].weight.requires_grad_(False)

@@ -25,16 +25,13 @@ class Memory:
             S + 2], Gram matrices, NaN where missing; "gains" [5 · rows, 2], of the prior
             and of the learned coefficients, first order; "query", "key", "scale" where attention predicts; "snapshot"
             [S + 1, N] and "sum" [N] where the target is hindsight.
+        prior: S coefficients, as the optimizer's group had them last.
         seen: Gradients taken in.
         rows: Gradients that the window has seen.
-
-    Attributes:
-        prior: S coefficients, as the optimizer's group has them now.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], seen: int = 0, rows: int = 0) -> None:
-        self.tensors, self.seen, self.rows = tensors, seen, rows
-        self.prior: Sequence[float] = ()
+    def __init__(self, tensors: dict[str, Tensor], prior: Sequence[float], seen: int = 0, rows: int = 0) -> None:
+        self.tensors, self.prior, self.seen, self.rows = tensors, prior, seen, rows
 
     @classmethod
     def begin(cls, gradient: Tensor, prior: Sequence[float], *, rows: int | None, attention: bool) -> Self:
@@ -53,7 +50,7 @@ class Memory:
         if rows is None:
             tensors["snapshot"] = torch.full_like(tensors["history"], torch.nan)
             tensors["sum"] = torch.zeros_like(tensors["history"][0])
-        return cls(tensors)
+        return cls(tensors, prior)
 
     def to_(self, device: torch.device) -> Self:
         """Move to where the gradient is, after a load."""
@@ -86,13 +83,14 @@ class Memory:
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything."""
-        return {key: t.clone() for key, t in self.tensors.items()} | {"seen": self.seen, "rows": self.rows}
+        plain = {"prior": list(self.prior), "seen": self.seen, "rows": self.rows}
+        return {key: tensor.clone() for key, tensor in self.tensors.items()} | plain
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Return the memory that `state` described."""
         tensors = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
-        return cls(tensors, int(state["seen"]), int(state["rows"]))
+        return cls(tensors, state["prior"], state["seen"], state["rows"])
 
 
 def fit(memories: Sequence[Memory], *, predictor: str, gated: bool) -> None:
