@@ -205,7 +205,7 @@ class GCW(Correction):
         """Fit coefficients and gates at the end of a window."""
         since, options = step.index - self.options.warmup_steps, self.options
         due = [memory for memory in self._memories.values() if memory.rows]
-        if due and since > 0 and since % options.fit_every == 0:
+        if due and since % options.fit_every == 0:  # before the end of the warm-up nothing is due
             fit(due, predictor=options.predictor, gated=options.gate)
 
     def control(self, optimizer: Optimizer) -> Control | None:
