@@ -15,12 +15,13 @@ PUBLIC = {
     "regrad_centralization": {"Centralization"},
     "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
+    "regrad_gcw": {"GCW"},
     "regrad_tom": {"Tom"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
 ENTRY_POINTS = {
-    "regrad": {"adanorm", "agc", "centralization", "clip-norm", "clip-value", "powergrad", "xgrad"},
+    "regrad": {"adanorm", "agc", "centralization", "clip-norm", "clip-value", "gcw", "powergrad", "xgrad"},
     "regrad.optimizers": {"adam3", "tom"},
     "regrad.workloads": {"digits", "parquet"},
 }
@@ -53,6 +54,11 @@ OPTIONS = {
     "clip-norm": {"max_norm": 1.0},
     "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
+    "gcw": {
+        **{"layers": "stages", "slots": ("last", "fast", "slow"), "prior": None, "predictor": "slot"},
+        **{"fit_target": "next", "target": "moment", "norm": "free", "gate": True},
+        **{"warmup_steps": 10, "fit_every": 10, "allow_double_lookahead": False},
+    },
     "xgrad": {"horizon": 1.0, "decoupled_decay": None, "allow_double_lookahead": False},
 }
 
