@@ -3,6 +3,7 @@
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -25,11 +26,18 @@ html_title = f"regrad {release}"
 
 
 def setup(app: Sphinx) -> None:
-    """Let the cards, which are pages of the repository, link to pages of the documentation."""
+    """Let cards, which are pages of the repository, link to pages here, and docstrings write shapes as they do."""
     app.connect("include-read", link_within_the_documentation)
+    app.connect("autodoc-process-docstring", take_stars_of_shapes_as_they_are)
 
 
 def link_within_the_documentation(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
     """Point links of a card to the README at the first page, and links to other cards at their pages here."""
     text = content[0].replace("](../../README.md)", "](../index.md)")
     content[0] = re.sub(r"\]\(\.\./(\w+)/README\.md", r"](\1.md", text)
+
+
+def take_stars_of_shapes_as_they_are(*event: object) -> None:
+    """Keep the star of a shape like [O, *] from opening an emphasis; the lines of the docstring come last."""
+    lines: Any = event[-1]
+    lines[:] = [re.sub(r"\[([^\]`]*, )\*(?=[\],])", r"[\1\\*", line) for line in lines]
