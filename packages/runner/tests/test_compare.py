@@ -108,8 +108,9 @@ def test_a_stopped_comparison_goes_on_and_repeats_no_finished_run(plan, monkeypa
         original(self, config, workload, arm, seed=seed, lr=lr)
 
     monkeypatch.setattr(TrainingRun, "__init__", counting)
-    resumed, _ = run(plan(resume=True))
+    resumed, text = run(plan(resume=True))
     assert started == [("nesterov", 1)]
+    assert [line[:5] for line in text.splitlines()] == ["[4/4]"]
     assert outcomes(resumed) == outcomes(whole)
 
 

@@ -128,6 +128,7 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
     settings = plan.config.model_dump(mode="json")
     with tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
         comparison = Comparison(plan, folder, tracker, parent, display)
+        display.skip(len(folder.trials) + sum(result.status == "finished" for result in folder.results))
         rates = comparison.choose_rates()
         pending = [(a, s) for s, a in product(range(plan.config.seeds), plan.arms) if not folder.is_finished(a.name, s)]
         for arm, seed in agreed(pending):

@@ -67,6 +67,12 @@ class Display:
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def skip(self, runs: int) -> None:
+        """Count runs that were done before."""
+        self._done += runs
+        if self._bars is not None and self._all is not None:
+            self._bars.update(self._all, completed=self._done)
+
     def begin(self, name: str, *, steps: int) -> None:
         """Say which run starts."""
         if self._bars is not None and self._current is not None:
