@@ -59,10 +59,9 @@ def attach(
         if not isinstance(correction, Correction):
             raise TypeError(f"corrections must be names or Correction objects, got {correction!r}")
         correction.check_class()
-    order.resolve_order(made)
     inner = hooks.innermost_optimizer(optimizer)
     refusals.check(model, inner, optimizer, made, criterion)
-    refusals.agree_across_ranks(made)
+    refusals.agree_across_ranks(made, inner.param_groups[0]["params"][0].device)
     return Attachment(model, inner, made, criterion)
 
 

@@ -32,8 +32,7 @@ def resolve_order(corrections: Sequence[Correction]) -> tuple[tuple[Correction, 
         done = {c.name for c in ordered}
         ready = next((c for c in waiting if behind[c.name].keys() <= done), waiting[0])
         circle = "; ".join(reason for c in waiting for reason in behind[c.name].values())
-        stuck = not behind[ready.name].keys() <= done
-        refuse_if(stuck, f"corrections cannot be ordered, their declarations form a cycle: {circle}")
+        refuse_if(not behind[ready.name].keys() <= done, f"corrections' declarations form a cycle: {circle}")
         waiting.remove(ready)
         ordered.append(ready)
     given, reasons = [c.name for c in corrections], []

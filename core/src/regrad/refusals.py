@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import distributed, nn
 from torch.optim import LBFGS, Optimizer
 
@@ -65,12 +66,13 @@ def check(model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Co
         refuse_if(lost, f"{name} corrects the criterion; pass criterion=… to attach and call attachment.criterion")
 
 
-def agree_across_ranks(corrections: Sequence[Correction]) -> None:
+def agree_across_ranks(corrections: Sequence[Correction], device: torch.device) -> None:
     """Raise on every rank unless all ranks attach the same corrections, versions and options."""
     if distributed.is_available() and distributed.is_initialized():
-        mine = [f"{c!r} of {registry.origin(c)}" for c in corrections]
-        everyone: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(everyone, mine)
+        text = str([f"{c!r} of {registry.origin(c)}" for c in corrections]).encode()[: 1 << 14].ljust(1 << 14)
+        mine = torch.tensor([*text], dtype=torch.uint8, device=device)  # all_gather_object would need numpy
+        table = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(table, mine)
+        everyone = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in table]
         for rank, theirs in enumerate(everyone):
-            both = f"{everyone[0]} on rank 0 and {theirs} on {rank}"
-            refuse_if(theirs != everyone[0], f"ranks must attach the same, got {both}")
+            refuse_if(theirs != everyone[0], f"ranks must attach the same, got {everyone[0]} on 0, {theirs} on {rank}")
