@@ -137,7 +137,7 @@ class Attachment:
 
     @property
     def criterion(self) -> Criterion:
-        """The criterion to call in the loop: corrected in training mode, the original otherwise."""
+        """The criterion to call in the loop, corrected in training mode, the original otherwise."""
         refuse_if(self._criterion is None, "attachment has no criterion; pass attach(…, criterion=criterion)")
         return self._criterion  # type: ignore[no-any-return]
 
