@@ -200,6 +200,7 @@ class Attachment:
 
         Raises:
             TypeError: If the batch is neither.
+            RegradError: Under FSDP2, whose modules cannot be copied.
         """
         self.engine.close_window()
         return explain.explain(self, self._original, batch)
