@@ -88,6 +88,12 @@ def test_the_same_object_twice_in_one_list_is_refused(toys):
         regrad.attach(model, toys.sgd(model), [scale, scale])
 
 
+def test_two_objects_of_one_name_are_refused_whatever_stands_between_them(toys):
+    model = toys.Net()
+    with pytest.raises(RegradError, match=r"must be different, got 'scale' twice in \[Scale.*, Add.*, Scale"):
+        regrad.attach(model, toys.sgd(model), [toys.Scale(), toys.Add(), toys.Scale(factor=0.25)])
+
+
 def test_one_model_may_have_two_optimizers_each_with_its_own_corrections(toys, same_bits):
     model = toys.Net()
     body = torch.optim.SGD([*model.body.parameters(), *model.norm.parameters()], lr=0.1)

@@ -87,11 +87,6 @@ def test_two_owners_of_a_declared_resource_are_refused():
         resolve_order([make("a", exclusive=("look-ahead",)), make("b", exclusive=("look-ahead",))])
 
 
-def test_one_name_twice_is_refused():
-    with pytest.raises(RegradError, match="got 'a' twice"):
-        resolve_order([make("a"), make("a")])
-
-
 def test_print_and_receipt_say_what_was_moved(toys):
     model = toys.Net()
     first, second = make("clip", after=("center",)), make("center")

@@ -2,11 +2,12 @@
 
 import importlib
 import itertools
+import re
 import sys
 
 import pytest
 import regrad
-from regrad import Composition, Correction, PluginLoadError
+from regrad import Composition, Correction, PluginLoadError, RegradError
 from regrad.correction import API_VERSION
 
 SOURCE = """
@@ -179,6 +180,14 @@ def test_a_plugin_for_another_api_is_refused_and_says_what_to_install(install, n
     install("regrad-other", {name: name.title()})
     with pytest.raises(PluginLoadError, match=rf"plugin '{name}' \(regrad-other 1.0\) .*api \d+.*install {mend}"):
         regrad.create(name)
+
+
+def test_a_part_beside_its_composition_is_the_same_correction_twice_and_both_are_named(install, toys):
+    install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
+    model = toys.Net()
+    for given in (["pair", "gain"], ["gain", "pair"]):
+        with pytest.raises(RegradError, match=re.escape(f"must be different, got 'gain' twice in {given}")):
+            regrad.attach(model, toys.sgd(model), given)
 
 
 def test_a_class_whose_name_differs_from_its_entry_point_is_refused(install):

@@ -16,14 +16,14 @@ def resolve_order(corrections: Sequence[Correction]) -> tuple[tuple[Correction, 
     declares `before` or `after` it.
 
     Args:
-        corrections: In the user's order.
+        corrections: In the user's order, of different names.
 
     Returns:
         The acting order, and one sentence per correction that was moved.
 
     Raises:
-        RegradError: If a name stands twice, two corrections own the same resource,
-            one refuses another, or the declarations form a cycle.
+        RegradError: If two corrections own the same resource, one refuses another, or
+            the declarations form a cycle.
     """
     _refuse_conflicts(corrections)
     behind = {c.name: _must_follow(c, corrections) for c in corrections}
@@ -53,7 +53,6 @@ def _must_follow(correction: Correction, others: Sequence[Correction]) -> dict[s
 def _refuse_conflicts(corrections: Sequence[Correction]) -> None:
     """Raise where two corrections cannot be attached together."""
     for one, other in itertools.combinations(corrections, 2):
-        refuse_if(one.name == other.name, f"corrections must be different, got {one.name!r} twice")
         told = (one.needs.conflicts.get(other.name), other.needs.conflicts.get(one.name))
         own, others = ({*c.needs.exclusive} | {OWNED[s] for s in c.needs.stages if s in OWNED} for c in (one, other))
         owned = [f"both own the {resource}" for resource in sorted(own & others)]
