@@ -33,7 +33,7 @@ def row(entry: Entry, card: str) -> str:
         what, acts = entry.summary, " + ".join(loaded.parts)
     else:
         what = (inspect.getdoc(loaded) or entry.summary).partition("\n")[0].rstrip(".")
-        acts = ", ".join(loaded.needs.stages)
+        acts = ", ".join(loaded().needs.stages)  # a class declares more stages than an object acts in
     return f"| [`{entry.name}`]({card}) | {what} | {acts} | `{entry.distribution}` {entry.version} |\n"
 
 

@@ -321,3 +321,30 @@ def test_resuming_shortly_before_the_two_hundredth_step_does_not_call_an_effect_
     second = Steps([double_a()])
     second.attachment.load_state_dict(first.attachment.state_dict())
     quiet(second, 60)
+
+
+@pytest.mark.parametrize("stage", ["gradient", "moment"])
+def test_a_hook_of_a_stage_in_which_an_instance_does_not_act_is_neither_called_nor_measured(toys, stage):
+    class Either(toys.Scale):
+        """Declares two stages for the class; each object acts in one."""
+
+        name = "either"
+        needs = Needs(stages=("gradient", "moment"))
+
+        def __init__(self, stage):
+            super().__init__()
+            self.needs = Needs(stages=(stage,))
+
+        def correct_moments(self, step):
+            for parameter in step.parameters:
+                step.optimizer.state[parameter]["momentum_buffer"].mul_(2)
+
+    run = Steps([], momentum=0.9)
+    run()
+    run.attachment.detach()
+    attachment = regrad.attach(run.model, run.optimizer, [Either(stage)])
+    run()
+    factor = 0.5 if stage == "gradient" else 2
+    assert attachment.metrics()[f"either/{stage}/relative_change"] == pytest.approx(abs(factor - 1))
+    assert attachment.engine.meter.effects()["either"].keys() == {stage}
+    assert attachment.receipt()["corrections"][0]["stages"] == [stage]

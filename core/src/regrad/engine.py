@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
 from regrad import hooks, sharding, window
-from regrad.correction import Correction
+from regrad.correction import HOOK_OF_STAGE, Correction
 from regrad.errors import RegradWarning, refuse_if
 from regrad.hookspecs import HOOKS, CorrectionSpec, Step
 from regrad.meter import Meter
@@ -64,7 +64,8 @@ class Engine:
         self.registry.check_pending()
         self.registry.register(self.meter, "regrad effect meter")
         self.callers: dict[str, list[tuple[Correction, Callable[..., Any]]]] = {hook: [] for hook in HOOKS}
-        for c, hook in ((c, hook) for c in corrections for hook in HOOKS if hasattr(c, hook)):
+        acting = {c: {"setup", "after_step", *(HOOK_OF_STAGE[s] for s in c.needs.stages)} for c in corrections}
+        for c, hook in ((c, hook) for c in corrections for hook in HOOKS if hook in acting[c] and hasattr(c, hook)):
             others = [other for other in corrections if other is not c]  # a caller reaches one correction: design §3
             self.callers[hook].append((c, self.registry.subset_hook_caller(hook, others)))
 

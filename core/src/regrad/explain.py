@@ -40,7 +40,7 @@ class Explanation:
 
 def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation:
     """Run one batch and every correction on copies of model, optimizer and corrections."""
-    rows, live, sharded = [], attachment.corrections, attachment.engine.is_sharded()
+    rows, live, sharded = list[dict[str, Any]](), attachment.corrections, attachment.engine.is_sharded()
     refuse_if(sharded, "explain works on a copy, and FSDP2 modules cannot be copied; explain before fully_shard()")
     model, optimizer = copy.deepcopy((attachment.model, attachment.optimizer))
     twins = [type(c)(**vars(c.options)) for c in live]
@@ -51,9 +51,8 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
         _loss_of(model.train(), trial.criterion if criterion else None, batch).backward()  # type: ignore[no-untyped-call]
         trial.engine.correct()
         for name, stage, names, table in trial.engine.meter.detail:
-            changes, cosines = (column.tolist() for column in change_and_cosine(table))
-            for tensor, change, cosine in zip(names, changes, cosines, strict=True):
-                rows.append(dict(zip(COLUMNS, (name, stage, tensor, change, cosine), strict=True)))
+            measures = (column.tolist() for column in change_and_cosine(table))
+            rows += [dict(zip(COLUMNS, (name, stage, *row), strict=True)) for row in zip(names, *measures, strict=True)]
     quiet = [c.name for c in live if not any(row["correction"] == c.name and row["relative_change"] for row in rows)]
     notes = [f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)" for name in quiet]
     learned = [reason for reason in trial.reasons if reason not in attachment.reasons]
