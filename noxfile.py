@@ -111,6 +111,7 @@ def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
     sync(session, "docs")
     session.run("python", "docs/corrections_table.py", "--check")
+    session.run("python", "docs/interactions.py", "--check", env=TEST_ENVIRONMENT)
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 
