@@ -46,6 +46,8 @@ def compare(
     norm: o.Norm = None,
     lr: Annotated[str | None, o.flag("Of several every arm chooses one.", o.HOW, metavar="X,X…")] = None,
     tuning_seeds: Annotated[int | None, o.flag("Runs per rate and arm in that choice.", o.HOW, metavar="N")] = None,
+    probe_every: o.ProbeEvery = None,
+    probe_size: o.ProbeSize = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,

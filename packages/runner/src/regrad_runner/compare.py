@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from regrad_runner.arms import Arm, expand
 from regrad_runner.config import FIRST_TUNING_SEED, CompareConfig
 from regrad_runner.preparation import default_folder, example_optimizer, load_data, try_on
+from regrad_runner.probing import FILE, Probe, Quality, check_probing, keep_qualities
 from regrad_runner.progress import Display
 from regrad_runner.report import draw
 from regrad_runner.results import Result, ResultsFolder, Trial, check_folder, finished_result, start_folder, write_whole
@@ -97,6 +98,7 @@ def make_plan(config: CompareConfig, *, out: Path | None = None, resume: bool = 
     """
     workload, config = load_data(config)
     accelerator = make_accelerator(config)
+    check_probing(config, processes=accelerator.num_processes, samples=len(workload.train))
     path = out or default_folder("", config.workload)
     if accelerator.is_main_process:
         check_folder(path, config, resume=resume)
@@ -134,7 +136,8 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         for arm, seed in agreed(pending):
             comparison.run(arm, seed=seed, lr=rates[arm.name])
         if plan.reports:
-            for path in [plan.path / "results.csv", *draw(folder, plan.workload.measure)]:
+            probed = [path] if (path := plan.path / FILE).is_file() else []
+            for path in [plan.path / "results.csv", *probed, *draw(folder, plan.workload.measure)]:
                 parent.artifact(path)
         if any(result.status == "failed" for result in folder.results):
             parent.finish("FAILED")
@@ -171,18 +174,19 @@ class Comparison:
 
     def run(self, arm: Arm, *, seed: int, lr: float) -> None:
         """Run one arm on one seed and keep what came out."""
-        name, points = f"{arm.name}, seed {seed}", list[Point]()
+        name, points, qualities = f"{arm.name}, seed {seed}", list[Point](), list[Quality]()
         result = Result(arm=arm.name, seed=seed, status="failed", lr=lr, must_beat=arm.must_beat)
         outcome = "failed"
         with self._alone(name), self._tracked(name, arm, seed=seed, lr=lr) as shown:
             started = time.perf_counter()
             with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=seed, lr=lr)) as run:
-                self._train(run, name, shown)
+                self._train(run, name, shown, qualities)
                 points = run.position.points
                 result = finished_result(run, result, started=started)
                 self._keep_receipt(run, result, shown)
             outcome = self._in_words(result)
         if self.plan.reports:
+            keep_qualities(self.folder, qualities if points else [])
             self.folder.add(result, points)
         self.display.end(f"{name}: {outcome}")
 
@@ -201,12 +205,24 @@ class Comparison:
             self.folder.add_trial(Trial(arm=arm.name, lr=lr, seed=seed, validation=validation))
         self.display.end(f"{name}: {name_on_validation(self.plan.workload.measure)} {validation:.4f}")
 
-    def _train(self, run: TrainingRun, name: str, shown: Run) -> None:
+    def _train(self, run: TrainingRun, name: str, shown: Run, qualities: list[Quality] | None = None) -> None:
+        """Train to the end; probe gradient quality where that was asked for and there is a list for it."""
+        config, probe = self.plan.config, None
+        if qualities is not None and config.probe_every is not None:
+            probe = Probe(run, every=config.probe_every, size=config.probe_size)
+
         def keep(point: Point) -> None:
             shown.log(point.step, point.as_metrics(self.plan.workload.measure))
 
+        def end_step(step: int) -> None:
+            self.display.step(step)
+            quality = probe.finish_step() if probe is not None else None
+            if quality is not None and qualities is not None:
+                qualities.append(quality)
+                shown.log(step, quality.as_metrics())
+
         self.display.begin(name, steps=run.total_steps)
-        run.train(on_point=keep, on_step=self.display.step)
+        run.train(on_point=keep, on_step=end_step)
 
     def _tracked(self, name: str, arm: Arm, *, trial: bool = False, **params: float) -> AbstractContextManager[Run]:
         change = {"control": arm.control} if arm.control else {}

@@ -111,6 +111,8 @@ class CompareConfig(RunConfig):
         seeds: Number of paired seeds, counted from 0.
         lr: One learning rate for every arm, or several among which every arm chooses on the validation split.
         tuning_seeds: Seeds per learning rate and arm in that choice; none of them is compared on.
+        probe_every: Optimizer steps between probes of gradient quality, or None for none.
+        probe_size: Training samples of the large batch that gradients are compared with there.
     """
 
     corrections: tuple[str, ...] = ("powergrad", "xgrad", "xgrad+powergrad")
@@ -118,6 +120,8 @@ class CompareConfig(RunConfig):
     seeds: int = Field(default=10, gt=0)
     lr: tuple[float, ...] | None = None
     tuning_seeds: int = Field(default=2, gt=0)
+    probe_every: int | None = Field(default=None, gt=0)
+    probe_size: int = Field(default=2048, gt=0)
 
     @field_validator("lr", mode="before")
     @classmethod

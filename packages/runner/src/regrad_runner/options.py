@@ -33,6 +33,8 @@ Accumulate = Annotated[int | None, flag("Parts that a batch is worked through in
 MixedPrecision = Annotated[str | None, flag("no, bf16 or fp16.", HOW, metavar="FORMAT")]
 ClipNorm = Annotated[float | None, flag("Largest gradient norm; none by default.", HOW, metavar="X")]
 Evaluations = Annotated[int | None, flag("Looks at the validation images.", HOW, metavar="N")]
+ProbeEvery = Annotated[int | None, flag("Steps between looks at gradient quality.", HOW, metavar="N")]
+ProbeSize = Annotated[int | None, flag("Images of the large batch in those looks.", HOW, metavar="N")]
 Threads = Annotated[int | None, flag("CPU threads of each process.", HOW, metavar="N")]
 Processes = Annotated[int | None, flag("Fail unless as many processes were launched.", HOW, metavar="N")]
 TrackerKind = Annotated[str | None, flag("mlflow (the default) or none.", WHERE, "--tracker", metavar="KIND")]

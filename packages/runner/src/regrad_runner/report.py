@@ -12,6 +12,7 @@ import yaml
 from regrad.explain import Explanation
 from rich.console import Console
 
+from regrad_runner.probing import kept_qualities, mean_qualities, print_qualities
 from regrad_runner.results import Result, ResultsFolder
 from regrad_runner.statistics import ArmSummary, summarize
 from regrad_runner.table import print_comparison, to_json
@@ -54,10 +55,13 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     measure = Measure(**_about(path)["measure"])
     folder, console = ResultsFolder(path), Console()
     summaries = summarize_results(folder.results, measure)
+    qualities = kept_qualities(folder)
     if as_json:
-        console.out(to_json(summaries, measure), highlight=False)
+        more = {"gradient_quality": mean_qualities(qualities)} if qualities else {}
+        console.out(to_json(summaries, measure, **more), highlight=False)
         return
     print_comparison(console, summaries, measure)
+    print_qualities(console, qualities)
     _print_rates(console, folder)
     failed = sum(result.status == "failed" for result in folder.results)
     if failed:

@@ -194,6 +194,7 @@ class TrainingRun:
         attachment: What `regrad.attach` returned.
         steps_per_epoch: Optimizer steps in an epoch; images that do not fill a batch wait for the next one.
         total_steps: Optimizer steps of the whole run.
+        on_micro_batch: Called with images and labels before each micro-batch.
     """
 
     def __init__(self, config: RunConfig, workload: Workload, arm: Arm, *, seed: int, lr: float) -> None:
@@ -214,6 +215,7 @@ class TrainingRun:
         )
         self.attachment = regrad.attach(self.model, self.optimizer, create_all(arm), criterion=nn.CrossEntropyLoss())
         self.position = Position()
+        self.on_micro_batch: Callable[[Tensor, Tensor], None] = lambda images, labels: None
         self.loss_sum = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
         self._dtype = next(model.parameters()).dtype
         self._laps: list[tuple[int, float]] = []
@@ -289,7 +291,11 @@ class TrainingRun:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Return the images and labels that the next step would see, without moving on."""
         images, labels = next(iter(self._rest_of_epoch()))
-        return images.to(self._dtype), labels
+        return self.as_inputs(images), labels
+
+    def as_inputs(self, images: Tensor) -> Tensor:
+        """Return images in the number format of the weights."""
+        return images.to(self._dtype)
 
     def step_seconds(self) -> float:
         """Return the median time of a training step, fetching its batch included, evaluations not."""
@@ -317,8 +323,9 @@ class TrainingRun:
         return self.accelerator.skip_first_batches(self.loader, self.position.batch)
 
     def _micro_batch(self, images: Tensor, labels: Tensor) -> None:
+        self.on_micro_batch(images, labels)
         with self.accelerator.accumulate(self.model):
-            loss = self.attachment.criterion(self.model(images.to(self._dtype)), labels)
+            loss = self.attachment.criterion(self.model(self.as_inputs(images)), labels)
             self.accelerator.backward(loss)
             if self.config.clip_norm is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
