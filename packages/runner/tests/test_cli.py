@@ -20,8 +20,8 @@ from regrad_runner.workloads import load_workload
 SHAPE = ["--train-size", "100", "--batch-size", "25", "--width", "4"]
 SMALL = [*SHAPE, "--epochs", "2", "--tracker", "none"]
 needs_plugins = pytest.mark.skipif(
-    not {"xgrad", "powergrad"} <= regrad.available().keys(),
-    reason="regrad-xgrad and regrad-powergrad are not installed",
+    not {"xgrad", "powergrad", "gcw"} <= regrad.available().keys(),
+    reason="regrad-xgrad, regrad-powergrad and regrad-gcw are not installed",
 )
 
 
@@ -188,11 +188,16 @@ def test_a_run_and_its_report_print_the_same(here, capsys):
 def test_explain_says_what_each_correction_would_change(here, capsys):
     assert main(["explain", *SHAPE, "--corrections", "xgrad", "powergrad"]) == 0
     shown = capsys.readouterr().out
-    assert "fc.weight" in shown
+    assert "more; --all shows them" in shown
     assert "logits" in shown
     assert main(["explain", *SHAPE, "--corrections", "xgrad", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["correction"] for row in rows} == {"xgrad"}
+    (one,) = json.loads(capsys.readouterr().out)["corrections"]
+    assert one["name"] == "xgrad"
+    assert one["refuses"]["gcw"] == "both own the look-ahead"
+    assert {row["stage"] for row in one["rows"]} == {"weights"}
+    assert main(["explain", *SHAPE, "--corrections", "xgrad", "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert [row["tensor"] for row in one["rows"] if row["tensor"] not in shown] == []
     assert list(here.iterdir()) == []
 
 

@@ -170,16 +170,18 @@ def explain(
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
     after_steps: Annotated[int, o.flag("Steps to train first: some corrections need one.", o.HOW, metavar="N")] = 1,
+    every_tensor: Annotated[bool, o.flag("Show every tensor.", o.WHERE, "--all", metavar=" ")] = False,
     json: o.AsJson = False,
 ) -> int:
-    """Show what corrections would change, tensor by tensor, on one batch."""
+    """Show what corrections would change on one batch, why, what they cost and with what they conflict."""
     with checking_input():
         from regrad_runner.config import TrainConfig  # noqa: PLC0415
         from regrad_runner.explain import explain as run  # noqa: PLC0415
         from regrad_runner.report import show_explanation  # noqa: PLC0415
 
         settings = _settings(TrainConfig, ctx, None, None, resume=False)
-        show_explanation(run(settings, after_steps=after_steps), as_json=json)
+        explanation = run(settings, after_steps=after_steps)
+    show_explanation(explanation, as_json=json, every_tensor=every_tensor)
     return 0
 
 

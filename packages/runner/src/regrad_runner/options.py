@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 WHAT, HOW, WHERE = "What is trained", "How it is trained", "Where it goes"
-NOT_SETTINGS = {"config", "out", "resume", "json", "after_steps"}
+NOT_SETTINGS = {"config", "out", "resume", "json", "after_steps", "every_tensor"}
 MANY = {"--corrections": "--corrections", "--correction": "--corrections"}
 
 

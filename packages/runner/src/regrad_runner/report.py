@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from regrad.explain import Explanation
 from rich.console import Console
 
+from regrad_runner.explain import Explanation
+from regrad_runner.explanation import as_json as explanation_as_json
+from regrad_runner.explanation import as_text
 from regrad_runner.probing import kept_qualities, mean_qualities, print_qualities
 from regrad_runner.results import Result, ResultsFolder
 from regrad_runner.statistics import ArmSummary, summarize
@@ -116,9 +118,9 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     _print_places(console, path)
 
 
-def show_explanation(explanation: Explanation, *, as_json: bool = False) -> None:
-    """Print what corrections would change."""
-    text = json.dumps(asdict(explanation), indent=2) if as_json else str(explanation)
+def show_explanation(explanation: Explanation, *, as_json: bool = False, every_tensor: bool = False) -> None:
+    """Print what corrections would change, and at what cost; all of it as JSON."""
+    text = explanation_as_json(explanation) if as_json else as_text(explanation, every_tensor=every_tensor)
     Console(soft_wrap=True).out(text, highlight=False)
 
 

@@ -290,7 +290,8 @@ class TrainingRun:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Return the images and labels that the next step would see, without moving on."""
-        images, labels = next(iter(self._rest_of_epoch()))
+        ended = self.position.batch == self.steps_per_epoch * self.config.accumulate
+        images, labels = next(iter(self._rest_of_epoch() if not ended else self._epoch(self.position.epoch + 1)))
         return self.as_inputs(images), labels
 
     def as_inputs(self, images: Tensor) -> Tensor:
@@ -316,11 +317,13 @@ class TrainingRun:
         """Detach the corrections."""
         self.attachment.detach()
 
+    def _epoch(self, epoch: int) -> Any:
+        self.loader.set_epoch(epoch)
+        return self.loader
+
     def _rest_of_epoch(self) -> Any:
-        self.loader.set_epoch(self.position.epoch)
-        if not self.position.batch:
-            return self.loader
-        return self.accelerator.skip_first_batches(self.loader, self.position.batch)
+        loader = self._epoch(self.position.epoch)
+        return self.accelerator.skip_first_batches(loader, self.position.batch) if self.position.batch else loader
 
     def _micro_batch(self, images: Tensor, labels: Tensor) -> None:
         self.on_micro_batch(images, labels)
