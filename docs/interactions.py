@@ -66,8 +66,9 @@ class Interaction:
             return f"ordered, `{self.first}` first: {self.reason}"
         if self.shared:
             return f"ok, in the order of the list ({', '.join(self.shared)})"
-        both = sorted(zip(self.pair, self.stages, strict=True), key=lambda item: IN_TIME.index(item[1][0]))
-        return "ok, different stages: " + ", then ".join(f"`{name}` ({', '.join(where)})" for name, where in both)
+        acts = [(stage, name) for name, stages in zip(self.pair, self.stages, strict=True) for stage in stages]
+        acts.sort(key=lambda act: IN_TIME.index(act[0]))
+        return "ok, different stages: " + ", then ".join(f"`{name}` ({stage})" for stage, name in acts)
 
     def row(self) -> str:
         """Return one line of the table."""
@@ -171,7 +172,7 @@ def commutator_of(first: str, second: str, optimizer: str, stage: str) -> float:
 def interaction_of(pair: tuple[str, str], optimizer: str) -> Interaction:
     """Attach both in both orders, and tell what comes of it."""
     try:
-        for given in (pair[::-1], pair):
+        for given in (pair, pair[::-1]):
             model = network()
             rule = OPTIMIZERS[optimizer](model.parameters(), lr=0.1)
             regrad.attach(model, rule, given, nn.CrossEntropyLoss()).detach()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
+pytestmark = pytest.mark.timeout(900)  # half a minute of computing for the pairs, minutes on a busy machine
 
 
 @pytest.fixture(scope="module")
