@@ -20,6 +20,14 @@ def test_a_gradient_pulled_back_is_the_references(before, after, stride, groups,
     assert all(parameter.grad is None for parameter in branch.parameters())
 
 
+def test_pulling_back_under_autocast_changes_no_bit():
+    branch = Branch((2, 4, 4), (4, 2, 2), solver="midpoint", adjoint=False)
+    hidden, gradient = draw(2, 2, 4, 4).float(), draw(2, 4, 2, 2, seed=1).float()
+    plain = pull_back(branch, hidden, gradient, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(pull_back(branch, hidden, gradient, dtype=torch.float32), plain)
+
+
 def test_pulling_back_is_linear_in_the_gradient():
     branch, hidden = Branch((2, 4, 4), (4, 2, 2), solver="rk4", adjoint=False).double(), draw(2, 2, 4, 4)
     one, other = draw(2, 4, 2, 2, seed=1), draw(2, 4, 2, 2, seed=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +13,6 @@ from torchdiffeq import odeint, odeint_adjoint
 
 Solver = Literal["euler", "midpoint", "heun3", "rk4", "bosh3", "adaptive_heun", "fehlberg2", "dopri5", "dopri8"]
 TOLERANCE = 1e-4
-GROUPS = 8
 
 
 class Field(nn.Module):
@@ -30,7 +30,7 @@ class Field(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         # A group of one channel at 1×1 pixels would normalise every number to 0.
-        self.norm = nn.GroupNorm(math.gcd(GROUPS, channels) if channels > GROUPS else 1, channels)
+        self.norm = nn.GroupNorm(math.gcd(8, channels) if channels > 8 else 1, channels)
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.pointwise = nn.Conv2d(channels + 1, channels, 1)
 
@@ -69,16 +69,10 @@ class Branch(nn.Module):
         self.field, self.solver, self.adjoint = Field(after[0]), solver, adjoint
         self.register_buffer("times", torch.tensor([0.0, 1.0]), persistent=False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the branch computes in."""
-        return self.field.pointwise.weight.dtype
-
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return b [B, C', H', W'] of h [B, C, H, W], both in `dtype`."""
-        how = {"method": self.solver, "rtol": TOLERANCE, "atol": TOLERANCE}
-        start = self.project(hidden)
-        if not self.adjoint or self.field.pointwise.weight.requires_grad:  # a fit needs the steps' own gradients
-            return odeint(self.field, start, self.times, **how)[-1]  # type: ignore[no-any-return]
+        """Return b [B, C', H', W'] of h [B, C, H, W], both in the branch's precision."""
+        adjoint = self.adjoint and not self.field.pointwise.weight.requires_grad  # a fit needs the steps' own gradients
         # Without the empty tuple the adjoint would write gradients into the field's parameters.
-        return odeint_adjoint(self.field, start, self.times, adjoint_params=(), **how)[-1]  # type: ignore[no-any-return]
+        solve = partial(odeint_adjoint, adjoint_params=()) if adjoint else odeint
+        how = {"method": self.solver, "rtol": TOLERANCE, "atol": TOLERANCE}
+        return solve(self.field, self.project(hidden), self.times, **how)[-1]  # type: ignore[no-any-return]

@@ -25,6 +25,9 @@ from regrad_gcode.functional import add_flow, pull_back, scale_flow
 from regrad_gcode.pair import Pair, Passage, Shape
 from regrad_gcode.selection import Stage, find_stages
 
+WHOLE = "'gcode' must see whole stages; checkpoint them whole, or with use_reentrant=False"
+UNSEEN = "'gcode' saw no forward of a stage; do not replace modules after attach()"
+
 
 class GCODE(Correction):
     r"""Add the gradient flow of neural ODE branches beside the stages to hidden states (experimental).
@@ -87,13 +90,12 @@ class GCODE(Correction):
         seed: int = 0
 
         def __post_init__(self) -> None:
-            alone = self.flow == "branch" or self.norm == "free"
             rules = (
                 ("weight", 0 <= self.weight < math.inf, "be at least 0 and finite"),
                 ("warmup_steps", self.warmup_steps >= 1, "be at least 1"),
                 ("fit_every", self.fit_every >= 1, "be at least 1"),
                 ("learning_rate", 0 < self.learning_rate < math.inf, "be positive and finite"),
-                ("norm", alone, "be 'free' with flow='scale', which changes nothing else"),
+                ("norm", self.flow == "branch" or self.norm == "free", "be 'free' with flow='scale', the control"),
                 ("stages", len(self.stages) == len({*self.stages}) != 1, "be two or more different names"),
                 ("seed", self.seed >= 0, "be at least 0"),
             )
@@ -126,13 +128,17 @@ class GCODE(Correction):
         """Build the branches when the first training forward has shown the stages."""
         if not self._acts():
             return
+        if not self._pairs:
+            self._find()
+        if self._forwards == 0:
+            self.attachment.reasons = (*self.attachment.reasons, f"'gcode' sees the stages {', '.join(self._pairs)}")
         self._forwards += 1
-        if self._pairs:
-            return
+
+    def _find(self) -> None:
+        """Make the pairs of the stages that were named or that the record shows."""
         model, calls = self.attachment.model, self.attachment.record.calls
-        named = [Stage(str(name), str(name)) for name in self.options.stages]
         convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-        stages = named or find_stages(calls, convolutions)
+        stages = [Stage(str(name), str(name)) for name in self.options.stages] or find_stages(calls, convolutions)
         found = ", ".join(last for _, last in stages) or "none"
         refuse_if(len(stages) < 2, f"'gcode' must find two stages or more, found {found}; name them with stages=[…]")
         spans = {call.name: (call.inputs[:1], call.outputs[:1]) for call in reversed(calls)}
@@ -141,7 +147,6 @@ class GCODE(Correction):
             images = [len(shape) for shape in shapes] == [4, 4]
             refuse_if(not images, f"stages must take and give images [B, C, H, W]; {last!r} takes and gives {shapes}")
             self._build(Stage(first, last), (shapes[0][1:], shapes[1][1:]))
-        self.attachment.reasons = (*self.attachment.reasons, f"'gcode' sees the stages {found}")
 
     def _build(self, stage: Stage, shapes: tuple[Shape, Shape]) -> None:
         """Make the pair of a stage and hook it."""
@@ -160,9 +165,8 @@ class GCODE(Correction):
         if not self._acts():
             return
         before, after, pair.entered = pair.entered, tree_leaves(output)[0], None
-        crossing = before is None and pair.passages == 0
-        refuse_if(crossing, "'gcode' must see whole stages; checkpoint them whole, or with use_reentrant=False")
-        pair.passages += 1
+        refuse_if(self._forwards > 1 and before is None and pair.passages == 0, WHOLE)
+        pair.passages += before is not None
         if before is None or not (before.requires_grad and after.requires_grad):
             return
         origin, end = (torch.autograd.graph.get_gradient_edge(tensor) for tensor in (before, after))
@@ -182,20 +186,15 @@ class GCODE(Correction):
     def _inject(self, pair: Pair, passage: Passage, gradient: Tensor) -> Tensor | None:
         """Return the gradient of h before the stage with the branch's part."""
         following, passage.gradient = passage.gradient, None
-        hidden, strength = passage.hidden, self._strength() if self.attachment is not None else 0.0
-        if hidden is None or strength == 0:
+        if passage.hidden is None or self.attachment is None or not self._strength():
             return None
         lost = following is None and passage.is_view  # torch drops the hooks of a view that is written to
-        refuse_if(
-            lost, f"stage {pair.name!r} ends in a view that is written in place; copy there, or name other stages"
-        )
+        refuse_if(lost, f"stage {pair.name!r} ends in a view that is written in place; copy it, or name other stages")
         if following is None:
             return None
-        extra = strength * pull_back(pair.branch, hidden, following, dtype=pair.branch.dtype)
-        if self.options.flow == "scale":
-            corrected = scale_flow(gradient, extra)
-        else:
-            corrected = add_flow(gradient, extra, keep_norm=self.options.norm == "keep")
+        extra = self._strength() * pull_back(pair.branch, passage.hidden, following, dtype=pair.dtype)
+        scaled, kept = self.options.flow == "scale", self.options.norm == "keep"
+        corrected = scale_flow(gradient, extra) if scaled else add_flow(gradient, extra, keep_norm=kept)
         engine = self.attachment.engine
         if engine.meter.due(self, engine.applied):
             pair.witnessed = gradient.detach(), corrected
@@ -204,7 +203,6 @@ class GCODE(Correction):
         return corrected
 
     def _strength(self) -> float:
-        """Return λ of this step."""
         return float(self.options.weight * min(1.0, self.attachment.engine.applied / self.options.warmup_steps))
 
     def _fits(self, index: int) -> bool:
@@ -217,19 +215,16 @@ class GCODE(Correction):
             if pair.witnessed is not None:
                 before[name], after[name] = pair.witnessed
                 row, pair.witnessed = compare([before[name]], [after[name]])[0], None
-                pair.seen |= {
-                    "cosine": change_and_cosine(row)[1],
-                    "norm_ratio": (row[3] / row[2].clamp_min(1e-38)).sqrt(),
-                }
+                pair.seen["cosine"] = change_and_cosine(row)[1]
+                pair.seen["norm_ratio"] = (row[3] / row[2].clamp_min(1e-38)).sqrt()
         self.attachment.engine.meter.observe(self.name, "hidden", before, after)
 
     def after_step(self, step: Step) -> None:
         """Fit the branches when it is time, and let go what the step held."""
-        pairs = [*self._pairs.values()]
-        unseen = self._forwards > 1 and not any(pair.passages for pair in pairs)
-        refuse_if(unseen, "'gcode' saw no forward of a stage; do not compile or replicate the model after attach()")
+        unseen = not any(pair.passages for pair in self._pairs.values())
+        refuse_if(self._forwards > 1 and unseen, UNSEEN)
         self._witness()
-        for pair in pairs if self._fits(step.index) else ():
+        for pair in self._pairs.values() if self._fits(step.index) else ():
             pair.fit()
         for passage in self._passages:
             passage.hidden = None
@@ -238,16 +233,13 @@ class GCODE(Correction):
         """Return the same layers' gradients scaled as the branches scale them; none where norms are kept."""
         if self.options.flow == "scale" or self.options.norm == "keep":
             return None
-        changed = {
-            f.name: v for f in dataclasses.fields(self.options) if (v := getattr(self.options, f.name)) != f.default
-        }
+        changed = {key: value for key, value in vars(self.options).items() if value != getattr(self.Options, key)}
         written = ",".join(f"{name}={_written(value)}" for name, value in {**changed, "flow": "scale"}.items())
         return Control(name="scaled-flow", corrections=(f"{self.name}:{written}",))
 
     def metrics(self) -> dict[str, float]:
         """Return per pair cosine and norm ratio of the stage's gradient and the corrected one, and the last fit."""
-        seen = {f"{key}_{name}": value for name, pair in self._pairs.items() for key, value in pair.seen.items()}
-        return {name: value.item() for name, value in seen.items()}
+        return {f"{key}_{name}": v.item() for name, pair in self._pairs.items() for key, v in pair.seen.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the branches and their Adams, by stage."""
@@ -260,8 +252,10 @@ class GCODE(Correction):
             return
         for name, kept in state.items() if not self._pairs else ():
             self._build(Stage(name.partition("..")[0], name.rpartition("..")[2]), kept["shapes"])
-        unfit = {*state} != {*self._pairs} if state else False
-        refuse_if(unfit, f"state must be of the stages {', '.join(self._pairs)}, got {', '.join(state)}")
+        refuse_if(
+            state and {*state} != {*self._pairs},
+            f"state must be of the stages {', '.join(self._pairs)}, got {', '.join(state)}",
+        )
         for name, kept in state.items():
             self._pairs[name].load(kept)
 

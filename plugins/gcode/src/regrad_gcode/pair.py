@@ -47,6 +47,7 @@ class Pair:
         like: Tells device and precision (float32 at least).
 
     Attributes:
+        dtype: What the branch computes in.
         entered: What went into the stage that is running.
         sample: (h before, h after) to fit to, of the last forward of a step that fits.
         witnessed: The gradient before and after the correction, in a measured step.
@@ -64,7 +65,8 @@ class Pair:
             torch.default_generator.manual_seed(seed)  # of the CPU alone: others are not forked
             branch = Branch(*shapes, solver=options.solver, adjoint=options.adjoint)
         self.name, self.shapes = name, shapes
-        self.branch = branch.to(like.device, torch.promote_types(like.dtype, torch.float32)).requires_grad_(False)
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self.branch = branch.to(like.device, self.dtype).requires_grad_(False)
         self.adam = torch.optim.Adam(self.branch.parameters(), lr=options.learning_rate)
         self.seen: dict[str, Tensor] = {}
         for parameter in self.branch.parameters() if is_distributed() else ():
@@ -85,7 +87,7 @@ class Pair:
         parameters, sample, self.sample = [*self.branch.parameters()], self.sample, None
         if sample is None:
             return [torch.zeros_like(p) for p in parameters]
-        before, after = (hidden.to(self.branch.dtype) for hidden in sample)
+        before, after = (hidden.to(self.dtype) for hidden in sample)
         self.branch.requires_grad_(True)
         with torch.enable_grad(), torch.autocast(before.device.type, enabled=False):
             loss = nn.functional.mse_loss(self.branch(before), after)

@@ -42,8 +42,7 @@ def find_stages(calls: Sequence[Call], convolutions: Collection[str]) -> list[St
     matches = ((name, NUMBERED.fullmatch(name)) for name, span in spans.items() if all(span))
     numbered = sorted((match[1], int(match[2]), name) for name, match in matches if match)
     for _, beside in groupby(numbered, key=lambda row: row[0]):
-        names = [name for *_, name in beside]
-        if len(names) > 1:
+        if len(names := [name for *_, name in beside]) > 1:
             return [Stage(name, name) for name in names]
     return _runs(calls, spans, convolutions)
 
@@ -59,8 +58,7 @@ def _runs(calls: Sequence[Call], spans: Mapping[str, Span], convolutions: Collec
     path: list[str] = []
     for name in _units("", children, spans):
         before, after = spans[name]
-        beside = path and math.prod(before) > math.prod(spans[path[-1]][1])
-        if before and after and not beside:
+        if before and after and not (path and math.prod(before) > math.prod(spans[path[-1]][1])):
             path.append(name)
     learned = {name for name in path if any(f"{c}.".startswith(f"{name}.") for c in convolutions)}
     second = [*(index for index, name in enumerate(path) if name in learned), len(path), len(path)][1]
@@ -72,7 +70,7 @@ def _units(parent: str, children: Mapping[str, list[str]], spans: Mapping[str, S
     """Yield the largest modules within which the image changes its size once at most."""
     for name in children.get(parent, ()):
         before, after = spans[name]
-        sizes = {spans[child][1] for child in children.get(name, ())} - {before, ()}
+        sizes = {size for inner, (_, size) in spans.items() if inner.startswith(f"{name}.")} - {before, ()}
         if len({size for size in sizes if math.prod(size) >= math.prod(after)}) > 1:
             yield from _units(name, children, spans)
         else:
