@@ -3,6 +3,7 @@
 The members of the workspace are found in the folders, never listed.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,16 @@ nox.options.reuse_existing_virtualenvs = True
 def metadata(member: str) -> dict:
     """Return the `[project]` table of a member."""
     return nox.project.load_toml(ROOT / member / "pyproject.toml")["project"]
+
+
+def needed_members(member: str) -> list[str]:
+    """Return the members that a member declares, and those that they declare, itself and the core included."""
+    projects = {metadata(other)["name"]: other for other in MEMBERS}
+    needed = [member]
+    for other in needed:  # grows while it is read
+        declared = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in metadata(other)["dependencies"]]
+        needed += [projects[name] for name in declared if name in projects and projects[name] not in needed]
+    return needed
 
 
 def import_name(member: str) -> str:
@@ -60,9 +71,10 @@ def tests(session: nox.Session) -> None:
 def isolation(session: nox.Session, plugin: str) -> None:
     """Run one plugin's tests where only the core and what the plugin declares are installed."""
     member = f"plugins/{plugin}"
-    session.install(*build_wheels(session, "core", member), "--group", "test")
-    allowed = {import_name("core"), import_name(member)}
-    declared = " ".join(metadata(member)["dependencies"])
+    needed = needed_members(member)
+    session.install(*build_wheels(session, *needed), "--group", "test")
+    allowed = {import_name(other) for other in needed}
+    declared = " ".join(line for other in needed for line in metadata(other)["dependencies"])
     forbidden = {import_name(other) for other in MEMBERS} - allowed
     forbidden |= {name for name in NOT_FOR_A_PLUGIN if name not in declared}
     check = (

@@ -15,13 +15,17 @@ PUBLIC = {
     "regrad_centralization": {"Centralization"},
     "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
+    "regrad_gcgd": {"GCGD"},
+    "regrad_gcode": {"GCODE"},
     "regrad_gcw": {"GCW"},
     "regrad_tom": {"Tom"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
 ENTRY_POINTS = {
-    "regrad": {"adanorm", "agc", "centralization", "clip-norm", "clip-value", "gcw", "powergrad", "xgrad"},
+    "regrad": {
+        *("adanorm", "agc", "centralization", "clip-norm", "clip-value", "gcgd", "gcode", "gcw", "powergrad", "xgrad")
+    },
     "regrad.optimizers": {"adam3", "tom"},
     "regrad.workloads": {"digits", "parquet"},
 }
@@ -54,6 +58,10 @@ OPTIONS = {
     "clip-norm": {"max_norm": 1.0},
     "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
+    "gcode": {
+        **{"weight": 0.1, "warmup_steps": 400, "fit_every": 4, "learning_rate": 1e-3, "solver": "midpoint"},
+        **{"adjoint": False, "norm": "free", "flow": "branch", "stages": (), "seed": 0},
+    },
     "gcw": {
         **{"layers": "stages", "slots": ("last", "fast", "slow"), "prior": None, "predictor": "slot"},
         **{"fit_target": "next", "target": "moment", "norm": "free", "gate": True},

@@ -79,6 +79,19 @@ def test_a_correction_without_a_control_has_none_to_beat(with_controls, optimize
     assert must_beat(arms) == {"agc": None}
 
 
+@pytest.mark.skipif("gcgd" not in regrad.available(), reason="needs the plugin regrad-gcgd")
+def test_a_composition_must_beat_the_controls_of_its_parts_together(optimizer):
+    arms = expand(["gcgd:gcode.weight=.2", "gcgd:gcode.norm=keep"], optimizer)
+    flow = ("gcode:weight=0.2,flow=scale",)
+    assert [arm.control for arm in arms[3:]] == [
+        Control(name="nesterov+scaled-flow", optimizer={"nesterov": True}, corrections=flow),
+        NESTEROV,
+    ]
+    assert [[c.name for c in module.create_all(arm)] for arm in arms[1:]] == [["gcw", "gcode"]] * 2 + [["gcode"], []]
+    on_adam = expand(["gcgd:gcode.weight=.2"], torch.optim.AdamW(optimizer.param_groups[0]["params"]))
+    assert on_adam[-1].control == Control(name="scaled-flow", corrections=flow)
+
+
 def test_the_same_arm_twice_is_refused(with_controls, optimizer):
     with_controls(agc=None)
     with pytest.raises(ValueError, match="corrections must be different, got 'agc' twice"):

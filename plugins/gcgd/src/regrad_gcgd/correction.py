@@ -1,0 +1,6 @@
+"""GCGD: the corrections that act together under one name."""
+
+from regrad import Composition
+
+# Named, not imported: the registry finds the parts, and says what is missing where one is.
+GCGD = Composition(parts=("gcw", "gcode"))
