@@ -48,7 +48,7 @@ BAD = [
     ("compare --optimizer sdg", "no optimizer named 'sdg'"),
     ("compare --optimizer sgd:speed=1", "optimizer 'sgd' has no option 'speed'"),
     ("compare --model resnet9", "model must be one of resnet8, resnet20"),
-    ("compare --norm layer", "norm must be 'batch' or 'group', got 'layer'"),
+    ("compare --norm layer", "norm must be 'batch', 'group' or 'none', got 'layer'"),
     ("compare --lr fast", "lr must be a valid number, got 'fast'"),
     ("compare --tracker wandb", "tracker must be 'mlflow' or 'none', got 'wandb'"),
     ("compare --tracking-uri mlruns", "tracking_uri must be an absolute address, got 'mlruns'"),

@@ -30,7 +30,7 @@ class RunConfig(BaseModel):
         train_size: Training images to keep, the same share of each class.
         model: Name of the model.
         width: Channels of its first stage.
-        norm: Normalisation; "group" does not mix the samples of a batch.
+        norm: Normalisation; "group" does not mix the samples of a batch, "none" is none at all.
         epochs: Passes over the training images.
         batch_size: Samples per optimizer step, over all processes and micro-batches.
         optimizer: Name with options, such as "sgd:momentum=0.9".
@@ -52,7 +52,7 @@ class RunConfig(BaseModel):
     train_size: int | None = Field(default=None, gt=0)
     model: str | None = None
     width: int | None = Field(default=None, gt=0)
-    norm: Literal["batch", "group"] = "batch"
+    norm: Literal["batch", "group", "none"] = "batch"
     epochs: int | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, gt=0)
     optimizer: str | None = None

@@ -24,7 +24,7 @@ DataDir = Annotated[str | None, flag("Folder with the data, where there is one."
 TrainSize = Annotated[int | None, flag("Training images to keep, of each class alike.", WHAT, metavar="N")]
 Model = Annotated[str | None, flag("resnet8, resnet20, resnet32 or resnet56.", WHAT, metavar="NAME")]
 Width = Annotated[int | None, flag("Channels of the model's first stage.", WHAT, metavar="N")]
-Norm = Annotated[str | None, flag("batch or group (which does not mix samples).", WHAT, metavar="NORM")]
+Norm = Annotated[str | None, flag("batch, group (mixes no samples) or none.", WHAT, metavar="NORM")]
 Epochs = Annotated[int | None, flag("Passes over the training images.", HOW, metavar="N")]
 BatchSize = Annotated[int | None, flag("Images per step, over all processes.", HOW, metavar="N")]
 Optimizer = Annotated[str | None, flag("Such as sgd:momentum=0.9, or adamw.", HOW, metavar="NAME")]
