@@ -12,6 +12,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from regrad_runner.models import is_own
 from regrad_runner.optimizers import spec_of
 from regrad_runner.workloads import Workload
 
@@ -29,7 +30,7 @@ class RunConfig(BaseModel):
         data_dir: Folder with its data, for workloads that need one.
         train_size: Training images to keep, the same share of each class.
         model: Name of the model.
-        width: Channels of its first stage.
+        width: Channels of its first stage, where it can be chosen.
         norm: Normalisation; "group" does not mix the samples of a batch, "none" is none at all.
         epochs: Passes over the training images.
         batch_size: Samples per optimizer step, over all processes and micro-batches.
@@ -89,8 +90,9 @@ class RunConfig(BaseModel):
             ValueError: If a value does not fit the workload.
         """
         defaults = workload.defaults
-        names = ("epochs", "batch_size", "model", "width", "evaluations_per_epoch")
+        names = ("epochs", "batch_size", "model", "evaluations_per_epoch")
         values = {name: getattr(self, name) or getattr(defaults, name) for name in names}
+        values["width"] = self.width or (defaults.width if is_own(values["model"]) else None)
         values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.image_size**2)
         values["optimizer"], lr = spec_of(self.optimizer, defaults)
         given = self.model_dump()

@@ -1,4 +1,4 @@
-"""Residual networks for small images, initialised without touching the global random state."""
+"""Models by name, initialised without touching the global random state: residual networks for small images here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typing
 from typing import Literal
 
 import torch
+from regrad.correction import did_you_mean
 from torch import Tensor, nn
 
 Norm = Literal["batch", "group", "none"]
@@ -22,24 +23,32 @@ def build_model(
     classes: int,
     channels: int = 3,
     image_size: int = 32,
-    width: int = 16,
+    width: int | None = None,
     norm: Norm = "batch",
     seed: int = 0,
 ) -> nn.Module:
-    """Return a CIFAR residual network: a convolution, three stages of n blocks, an average, a linear layer.
+    r"""Return a CIFAR residual network, or a classifier of torchvision.
 
+    A CIFAR network is a convolution, three stages of n blocks, an average and a linear layer.
     The depth 6n + 2 is in the name. Stage k has `width` · 2ᵏ channels, k = 0, 1, 2, and halves the image where
     k > 0. Shortcuts have no parameters (option A). Convolutions and the output layer start from a normal
     distribution with variance 2 / fan-in, biases from zero, normalisations from the identity.
 
+    torchvision's classifiers come without pretrained weights and auxiliary outputs, initialised as torchvision does;
+    those that expect colour are given grey images with their channel repeated.
+
     Args:
-        name: "resnet8", "resnet20", "resnet32" or "resnet56".
+        name: "resnet8", "resnet20", "resnet32", "resnet56", or one of `torchvision.models.list_models`, of its
+            classifiers.
         classes: Number of outputs, at least 2.
         channels: Channels of the images, at least 1.
         image_size: Height and width of the images in pixels, at least 4: what three stages leave of less is empty.
-        width: Channels of the first stage, at least 1; the paper's is 16.
-        norm: "batch"; "group" (at most 8 groups), which does not mix the samples of a batch; or "none": no
-            normalisation but an initialisation that does without, as the references say.
+            torchvision's have other bounds.
+        width: Channels of the first stage, at least 1; None for the paper's 16. torchvision's have widths of their
+            own, and must be given None.
+        norm: "batch", and what torchvision's have of their own; "group" (at most 8 groups), which does not mix the
+            samples of a batch; or "none": no normalisation but an initialisation that does without, as the
+            references say.
         seed: Fixes the initial weights; two calls with one seed return equal models. No global random number
             is drawn.
 
@@ -48,7 +57,8 @@ def build_model(
         logits [B, classes].
 
     Raises:
-        ValueError: If the name or norm is unknown or a number is out of its range.
+        ValueError: If the name or norm is unknown, a number is out of its range, or what is asked does not fit one
+            of torchvision's.
 
     Example:
         >>> model = build_model("resnet8", classes=10, channels=1, image_size=8, seed=0)
@@ -64,21 +74,39 @@ def build_model(
 
         Without normalisation: De and Smith, 2020, "Batch Normalization Biases Residual Blocks Towards the Identity
         Function in Deep Networks", section 4 (SkipInit): convolutions have biases, and every residual branch ends
-        in a learned factor that starts small. Of the values that they allow ours starts at :math:`1/\\sqrt{d}` with
+        in a learned factor that starts small. Of the values that they allow ours starts at :math:`1/\sqrt{d}` with
         d blocks, where gradients reach every layer from the first step, not at 0. The last convolution of a branch,
         which no rectifier follows, has variance 1 / fan-in, so that a block adds 1/d of its input's second moment
-        and all d together at most a factor e. Theirs normalises before, ours rectifies after the sum.
+        and all d together at most a factor e. Their branches start with a rectifier, ours rectifies after the sum.
     """
-    if name not in BLOCKS_PER_STAGE:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     if norm not in typing.get_args(Norm):
         raise ValueError(f"norm must be one of {', '.join(typing.get_args(Norm))}, got {norm!r}")
-    for what, value, least in (
-        ("classes", classes, 2),
-        ("channels", channels, 1),
-        ("image_size", image_size, 4),
-        ("width", width, 1),
-    ):
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, got {classes!r}")
+    shape: dict[str, int] = {"classes": classes, "channels": channels, "image_size": image_size, "seed": seed}
+    if is_own(name):
+        return _residual_network(name, width=16 if width is None else width, norm=norm, **shape)
+    from regrad_runner import classifiers  # noqa: PLC0415 - torchvision takes a second to load
+
+    if name not in (known := classifiers.classifier_names()):
+        near = did_you_mean(name, [*MODELS, *known])
+        raise ValueError(f"no model named {name!r}; there are {', '.join(MODELS)} and torchvision's classifiers{near}")
+    if width is not None:
+        raise ValueError(f"width must be left out for model {name!r}, whose widths are fixed, got {width!r}")
+    return classifiers.build_classifier(
+        name, **shape, group_norm=group_norm if norm == "group" else None, bare=norm == "none"
+    )
+
+
+def is_own(name: str) -> bool:
+    """Say whether a name is that of a CIFAR residual network, whose width can be chosen."""
+    return name in BLOCKS_PER_STAGE
+
+
+def _residual_network(
+    name: str, *, width: int, norm: Norm, classes: int, channels: int, image_size: int, seed: int
+) -> nn.Module:
+    for what, value, least in (("channels", channels, 1), ("image_size", image_size, 4), ("width", width, 1)):
         if value < least:
             raise ValueError(f"{what} must be at least {least}, got {value!r}")
     # Modules draw their default weights when they are made; the fork puts the global state back.
@@ -88,26 +116,29 @@ def build_model(
     return model
 
 
-def head_of(model: nn.Module) -> nn.Linear:
+def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
     """Return the output layer: the last `torch.nn.Linear` that the model registered.
 
+    Where there is none it is the last convolution, as in SqueezeNet. Seen to hold for every classifier of torchvision.
+
     Args:
-        model: Any module with a linear output layer, bare or wrapped (DDP).
+        model: Any module with such an output layer, bare or wrapped (DDP).
 
     Returns:
         The layer itself, not a copy.
 
     Raises:
-        ValueError: If the model has no linear layer.
+        ValueError: If the model has neither.
 
     Example:
         >>> head_of(build_model("resnet8", classes=10))
         Linear(in_features=64, out_features=10, bias=True)
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise ValueError(f"model must have a linear output layer, got {type(model).__name__} without one")
-    return layers[-1]
+    for kind in (nn.Linear, nn.Conv2d):
+        layers = [module for module in model.modules() if isinstance(module, kind)]
+        if layers:
+            return layers[-1]
+    raise ValueError(f"model must have a linear output layer, got {type(model).__name__} without one")
 
 
 class ResidualNetwork(nn.Module):

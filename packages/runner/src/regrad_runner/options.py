@@ -22,7 +22,7 @@ def flag(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
 WorkloadName = Annotated[str | None, flag("digits (the default), parquet or a plugin's.", WHAT, metavar="NAME")]
 DataDir = Annotated[str | None, flag("Folder with the data, where there is one.", WHAT, metavar="DIR")]
 TrainSize = Annotated[int | None, flag("Training images to keep, of each class alike.", WHAT, metavar="N")]
-Model = Annotated[str | None, flag("resnet8, resnet20, resnet32 or resnet56.", WHAT, metavar="NAME")]
+Model = Annotated[str | None, flag("resnet8, 20, 32, 56, or any of torchvision.", WHAT, metavar="NAME")]
 Width = Annotated[int | None, flag("Channels of the model's first stage.", WHAT, metavar="N")]
 Norm = Annotated[str | None, flag("batch, group (mixes no samples) or none.", WHAT, metavar="NORM")]
 Epochs = Annotated[int | None, flag("Passes over the training images.", HOW, metavar="N")]

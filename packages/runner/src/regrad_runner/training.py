@@ -134,7 +134,7 @@ def build_training(
         classes=workload.classes,
         channels=workload.train.channels,
         image_size=workload.train.image_size,
-        width=config.width or 1,
+        width=config.width,
         norm=config.norm,
         seed=seed,
     )
