@@ -23,7 +23,7 @@ ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics",
 ENTRY_POINTS = {
     "regrad": {"adanorm", "agc", "centralization", "clip-norm", "clip-value", "gcw", "powergrad", "xgrad"},
     "regrad.optimizers": {"adam3", "tom"},
-    "regrad.workloads": {"digits", "parquet"},
+    "regrad.workloads": {"cifar10", "cifar100", "digits", "fashion-mnist", "imagefolder", "parquet"},
 }
 SIGNATURES = {
     "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],

@@ -32,7 +32,7 @@ def here(tmp_path, monkeypatch):
 
 
 BAD = [
-    ("compare --workload nope", "no workload named 'nope'; installed: digits"),
+    ("compare --workload nope", "no workload named 'nope'; installed: cifar10, cifar100, digits"),
     ("compare --workload parquet", "data_dir must be"),
     ("compare --workload parquet --data-dir nowhere", "data_dir must be a folder"),
     ("compare --workload digits --data-dir nowhere", "data_dir must be left out"),

@@ -17,7 +17,9 @@ from regrad_runner.optimizers import spec_of
 from regrad_runner.workloads import Workload
 
 FIRST_TUNING_SEED = 1_000_000
-WITHOUT_EFFECT_ON_RESULTS = frozenset({"tracker", "tracking_uri", "threads", "processes", "checkpoint_every"})
+WITHOUT_EFFECT_ON_RESULTS = frozenset(
+    {"download", "workers", "tracker", "tracking_uri", "threads", "processes", "checkpoint_every"}
+)
 # Below this many pixels per batch, one thread is as fast as two that wait for each other.
 PIXELS_FOR_ONE_THREAD = 32_768
 
@@ -28,6 +30,8 @@ class RunConfig(BaseModel):
     Attributes:
         workload: Name of the workload.
         data_dir: Folder with its data, for workloads that need one.
+        download: Whether missing data may be fetched.
+        image_size: Height and width to give the images, for workloads whose images have many sizes.
         train_size: Training images to keep, the same share of each class.
         model: Name of the model.
         width: Channels of its first stage, where it can be chosen.
@@ -41,6 +45,7 @@ class RunConfig(BaseModel):
         clip_norm: Largest gradient norm, or None for no clipping.
         evaluations_per_epoch: How often the validation images are looked at.
         threads: CPU threads of each process.
+        workers: Processes beside each that read images from the disk for it.
         processes: Processes that must have been started, or None for any number.
         tracker: Where metrics go.
         tracking_uri: An MLflow server or database, or None for a database in the output folder.
@@ -50,6 +55,8 @@ class RunConfig(BaseModel):
 
     workload: str = "digits"
     data_dir: str | None = None
+    download: bool = False
+    image_size: int | None = Field(default=None, gt=0)
     train_size: int | None = Field(default=None, gt=0)
     model: str | None = None
     width: int | None = Field(default=None, gt=0)
@@ -64,6 +71,7 @@ class RunConfig(BaseModel):
     evaluations_per_epoch: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
     processes: int | None = Field(default=None, gt=0)
+    workers: int = Field(default=0, ge=0)
     tracker: Literal["mlflow", "none"] = "mlflow"
     tracking_uri: str | None = None
 

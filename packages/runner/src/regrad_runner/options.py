@@ -19,8 +19,10 @@ def flag(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
-WorkloadName = Annotated[str | None, flag("digits (the default), parquet or a plugin's.", WHAT, metavar="NAME")]
+WorkloadName = Annotated[str | None, flag("digits (the default), cifar10, imagefolder, …", WHAT, metavar="NAME")]
 DataDir = Annotated[str | None, flag("Folder with the data, where there is one.", WHAT, metavar="DIR")]
+Download = Annotated[bool | None, flag("Fetch the data if they are not there.", WHAT, "--download", metavar=" ")]
+ImageSize = Annotated[int | None, flag("Pixels to give images of many sizes.", WHAT, metavar="N")]
 TrainSize = Annotated[int | None, flag("Training images to keep, of each class alike.", WHAT, metavar="N")]
 Model = Annotated[str | None, flag("resnet8, 20, 32, 56, or any of torchvision.", WHAT, metavar="NAME")]
 Width = Annotated[int | None, flag("Channels of the model's first stage.", WHAT, metavar="N")]
@@ -35,6 +37,7 @@ ClipNorm = Annotated[float | None, flag("Largest gradient norm; none by default.
 Evaluations = Annotated[int | None, flag("Looks at the validation images.", HOW, metavar="N")]
 Threads = Annotated[int | None, flag("CPU threads of each process.", HOW, metavar="N")]
 Processes = Annotated[int | None, flag("Fail unless as many processes were launched.", HOW, metavar="N")]
+Workers = Annotated[int | None, flag("Processes that read images from the disk.", HOW, metavar="N")]
 TrackerKind = Annotated[str | None, flag("mlflow (the default) or none.", WHERE, "--tracker", metavar="KIND")]
 TrackingUri = Annotated[str | None, flag("MLflow server; else a database in the folder.", WHERE, metavar="URI")]
 ConfigFile = Annotated[Path | None, flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")]

@@ -25,7 +25,13 @@ def load_data(config: Config) -> tuple[Workload, Config]:
         ValueError: If the workload, its data or a setting is unknown or unfit.
     """
     data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
-    workload = load_workload(config.workload, data_dir=data_dir, train_size=config.train_size)
+    workload = load_workload(
+        config.workload,
+        data_dir=data_dir,
+        train_size=config.train_size,
+        download=config.download,
+        image_size=config.image_size,
+    )
     config = config.resolved(workload)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     return workload, config
