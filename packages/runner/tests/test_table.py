@@ -82,6 +82,12 @@ def test_a_narrow_terminal_breaks_lines_and_leaves_nothing_out(summaries):
     assert "[+.0" in text
 
 
+def test_a_control_that_is_a_correction_of_its_own_has_its_verdict():
+    rows = [*BASELINE, *rows_of("agc", 0.02), *rows_of("clip-norm", 0.008, wobble=WOBBLE[::-1])]
+    verdicts = {s.arm: s.verdict for s in summarize(rows, controls={"agc": "clip-norm", "clip-norm": None})}
+    assert verdicts == {"none": "baseline", "agc": "better", "clip-norm": "better"}
+
+
 def test_a_console_keeps_its_width(summaries):
     console = Console(file=io.StringIO(), width=40, force_terminal=False)
     print_comparison(console, summaries, MEASURE)

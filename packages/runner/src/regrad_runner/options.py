@@ -42,10 +42,10 @@ TrackerKind = Annotated[str | None, flag("mlflow (the default) or none.", WHERE,
 TrackingUri = Annotated[str | None, flag("MLflow server; else a database in the folder.", WHERE, metavar="URI")]
 ConfigFile = Annotated[Path | None, flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")]
 Out = Annotated[Path | None, flag("Folder to write; a new one here by default.", WHERE, metavar="DIR")]
-Resume = Annotated[bool, flag("Go on with what is in --out, as it was set.", WHERE, "--resume", metavar=" ")]
+Resume = Annotated[bool, flag("Go on in --out; corrections, seeds may be added.", WHERE, "--resume", metavar=" ")]
 AsJson = Annotated[bool, flag("Print JSON for programs instead of a table.", WHERE, "--json", metavar=" ")]
 Corrections = Annotated[
-    list[str] | None, flag("One or more, such as xgrad:horizon=2; + stacks them.", WHAT, metavar="NAME...")
+    list[str] | None, flag("Such as xgrad:horizon=2 agc; + stacks; all: each.", WHAT, metavar="NAME...")
 ]
 
 

@@ -12,7 +12,7 @@ import yaml
 from regrad.explain import Explanation
 from rich.console import Console
 
-from regrad_runner.results import Result, ResultsFolder
+from regrad_runner.results import Result, ResultsFolder, read_about
 from regrad_runner.statistics import ArmSummary, summarize
 from regrad_runner.table import print_comparison, to_json
 from regrad_runner.training import name_on_validation
@@ -51,13 +51,15 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     Raises:
         ValueError: If the folder holds no comparison, or no run.
     """
-    measure = Measure(**_about(path)["measure"])
+    measure, left_out = Measure(**_about(path)["measure"]), _about(path).get("left_out", {})
     folder, console = ResultsFolder(path), Console()
     summaries = summarize_results(folder.results, measure)
     if as_json:
-        console.out(to_json(summaries, measure), highlight=False)
+        console.out(to_json(summaries, measure, left_out=left_out), highlight=False)
         return
     print_comparison(console, summaries, measure)
+    for name, why in left_out.items():
+        console.print(f"left out: {name} ({why})", highlight=False, markup=False, soft_wrap=not console.is_terminal)
     _print_rates(console, folder)
     failed = sum(result.status == "failed" for result in folder.results)
     if failed:
@@ -74,9 +76,11 @@ def summarize_results(results: list[Result], measure: Measure) -> list[ArmSummar
     """
     if not results:
         raise ValueError("folder must hold runs, got none; regrad compare --resume --out starts them")
+    beaten = {result.must_beat for result in results}
+    alone = {result.arm for result in results if result.control or (result.control is None and result.arm in beaten)}
     return summarize(
         [result.as_run_row() for result in results],
-        controls={result.arm: result.must_beat for result in results},
+        controls={result.arm: result.must_beat for result in results if result.arm not in alone},
         higher_is_better=measure.higher_is_better,
     )
 
@@ -132,10 +136,9 @@ def open_ui(path: Path) -> str | None:
 
 def _about(path: Path) -> dict[str, Any]:
     """Return what the folder says about itself."""
-    try:
-        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise ValueError(f"folder must be one that compare or train wrote, got '{path}'") from None
+    about = read_about(path)
+    if not about:
+        raise ValueError(f"folder must be one that compare or train wrote, got '{path}'")
     return about
 
 

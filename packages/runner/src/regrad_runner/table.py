@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -89,19 +90,20 @@ def sentence(summary: ArmSummary, measure: Measure, *, baseline: str = "none") -
     return f"{summary.arm}: {text}."
 
 
-def to_json(summaries: Sequence[ArmSummary], measure: Measure) -> str:
+def to_json(summaries: Sequence[ArmSummary], measure: Measure, **more: Any) -> str:
     """Return the measure and every summary with its sentence as JSON; what is unknown is null.
 
     Args:
         summaries: From `regrad_runner.statistics.summarize`.
         measure: What was compared.
+        **more: What else the object shall hold, by key.
 
     Returns:
         An object with the keys `measure` and `arms`; an arm has the fields of `ArmSummary` and `sentence`.
     """
     baseline = _baseline(summaries)
     arms = [asdict(summary) | {"sentence": sentence(summary, measure, baseline=baseline)} for summary in summaries]
-    return json.dumps({"measure": asdict(measure), "arms": arms}, indent=2, allow_nan=False)
+    return json.dumps({"measure": asdict(measure), "arms": arms, **more}, indent=2, allow_nan=False)
 
 
 def _baseline(summaries: Sequence[ArmSummary]) -> str:
