@@ -65,13 +65,16 @@ BAD = [
     ("train --seed -1", "seed must be greater than or equal to 0, got -1"),
     ("train --lr 0", "lr must be greater than 0, got 0.0"),
     ("explain --after-steps -1", "after_steps must be from 0 to"),
+    ("plugins show digit", "no plugin named 'digit'; installed: "),
+    ("plugins show digit", "; did you mean 'digits'?"),
+    ("plugins show", "Missing argument"),
     ("report nowhere", "folder must be one that compare or train wrote, got 'nowhere'"),
     ("report", "Missing argument"),
     ("paint", "No such command 'paint'"),
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), BAD, ids=[words for words, _ in BAD])
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[f"{words}: {message[:20]}" for words, message in BAD])
 def test_bad_input_is_one_clear_line_and_writes_nothing(here, capsys, words, message):
     (here / "settings.yaml").write_text("epoch: 3\n")
     assert main(words.split()) == 2
@@ -110,7 +113,9 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsy
     assert [path.name for path in (here / "out").iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("words", ["", "compare", "train", "report", "explain", "plugins", "plugins list"])
+@pytest.mark.parametrize(
+    "words", ["", "compare", "train", "report", "explain", "plugins", "plugins list", "plugins show"]
+)
 def test_help_fits_80_columns(monkeypatch, capsys, words):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*words.split(), "--help"] if words else []) == 0

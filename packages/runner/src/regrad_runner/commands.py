@@ -198,6 +198,19 @@ def list_plugins(json: o.AsJson = False) -> int:
     return 0
 
 
+@plugins.command("show")
+def show_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As plugins list has it.", show_default=False)],
+    json: o.AsJson = False,
+) -> int:
+    """Show what a plugin does, its options, where it acts and what it must beat."""
+    with checking_input():
+        from regrad_runner.plugin_details import show_plugin as show  # noqa: PLC0415
+
+        show(name, as_json=json)
+    return 0
+
+
 def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool) -> Config:
     """Read the settings: from the file and the flags, and of a run to resume from its folder."""
     from regrad_runner.config import load_config  # noqa: PLC0415
