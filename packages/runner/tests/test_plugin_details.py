@@ -48,7 +48,7 @@ class Thing(Correction):
     def control(self, optimizer):
         if type(optimizer).__name__ == "AdamW":
             return None
-        return Control(name="turned-rate", optimizer={"maximize": True}, head_lr=-1.0)
+        return Control(name="turned", optimizer={"maximize": True}, head_lr=-1.0)
 
 
 class Other(Thing):
@@ -84,7 +84,7 @@ def test_a_correction_is_described_by_what_it_declares(installed):
     assert details["needs"]["stages"] == ("gradient",)
     assert details["needs"]["conflicts"] == {"xgrad": "it turns too"}
     assert details["controls"] == {
-        "sgd:momentum=0.9": {"name": "turned-rate", "optimizer": {"maximize": True}, "head_lr": -1.0},
+        "sgd:momentum=0.9": {"name": "turned", "optimizer": {"maximize": True}, "head_lr": -1.0},
         "adamw": None,
     }
     assert details["links"] == {"Home": "https://example.org"}
@@ -102,7 +102,7 @@ def test_a_composition_has_the_options_of_its_parts_under_their_names(installed)
         "other.axis",
     ]
     assert details["needs"] == {"stages": ["gradient"]}
-    assert details["controls"]["sgd:momentum=0.9"]["name"] == "turned-rate"
+    assert details["controls"]["sgd:momentum=0.9"]["name"] == "turned"
 
 
 @pytest.mark.usefixtures("installed")
@@ -118,7 +118,7 @@ def test_everything_is_printed_for_people(capsys, monkeypatch):
         "acts after: agc",
         "bears closures that run several times: yes",
         "conflicts with xgrad: it turns too",
-        "must beat on sgd:momentum=0.9: turned-rate (optimizer maximize=True, head_lr -1.0)",
+        "must beat on sgd:momentum=0.9: turned (optimizer maximize=True, head_lr -1.0)",
         "must beat on adamw: nothing but the baseline",
         "Home: https://example.org",
     ):
