@@ -65,6 +65,30 @@ def test_different_controls_of_one_name_stay_apart(with_controls, optimizer):
     assert [arm.name for arm in arms[3:]] == ["scaled-head", "scaled-head (b)"]
 
 
+CLIPPING = Control(name="clip-norm", corrections=("clip-norm",))
+
+
+@pytest.mark.parametrize("order", [("agc", "clip-norm"), ("clip-norm", "agc")])
+def test_a_control_that_is_an_arm_already_is_that_arm(with_controls, optimizer, order):
+    with_controls(agc=CLIPPING, **{"clip-norm": None})
+    arms = expand(order, optimizer)
+    assert [arm.name for arm in arms] == ["none", *order]
+    assert must_beat(arms) == {"agc": "clip-norm", "clip-norm": None}
+
+
+def test_a_control_called_like_another_arm_gets_a_name_of_its_own(with_controls, optimizer):
+    with_controls(a=Control(name="b", head_lr=2.0), b=None)
+    assert [arm.name for arm in expand(["a", "b"], optimizer)] == ["none", "a", "b", "b (a)"]
+
+
+def test_arms_keep_name_and_recipe_when_corrections_are_added_after_them(with_controls, optimizer):
+    with_controls(a=HEAD, b=Control(name="scaled-head", head_init=0.3), c=CLIPPING, **{"clip-norm": NESTEROV})
+    before = {arm.name: arm.recipe for arm in expand(["a", "c"], optimizer)}
+    after = {arm.name: arm.recipe for arm in expand(["a", "c", "b", "clip-norm"], optimizer)}
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() == {"b", "scaled-head (b)", "nesterov"}
+
+
 def test_without_controls_it_is_still_known_what_had_to_be_beaten(with_controls, optimizer):
     with_controls(xgrad=NESTEROV)
     arms = expand(["xgrad"], optimizer, controls=False)

@@ -32,7 +32,7 @@ def here(tmp_path, monkeypatch):
 
 
 BAD = [
-    ("compare --workload nope", "no workload named 'nope'; installed: digits"),
+    ("compare --workload nope", "no workload named 'nope'; installed: cifar10, cifar100, digits"),
     ("compare --workload parquet", "data_dir must be"),
     ("compare --workload parquet --data-dir nowhere", "data_dir must be a folder"),
     ("compare --workload digits --data-dir nowhere", "data_dir must be left out"),
@@ -47,8 +47,10 @@ BAD = [
     ("compare --batch-size 2000", "batch_size must be at most 1077 (the training images), got 2000"),
     ("compare --optimizer sdg", "no optimizer named 'sdg'"),
     ("compare --optimizer sgd:speed=1", "optimizer 'sgd' has no option 'speed'"),
-    ("compare --model resnet9", "model must be one of resnet8, resnet20"),
-    ("compare --norm layer", "norm must be 'batch' or 'group', got 'layer'"),
+    ("compare --model resnet9", "no model named 'resnet9'; there are resnet8, resnet20, resnet32, resnet56 and"),
+    ("compare --model resnet18 --width 8", "width must be left out for model 'resnet18', whose widths are"),
+    ("compare --model vit_b_16", "image_size must fit model 'vit_b_16', such as 224, got 8"),
+    ("compare --norm layer", "norm must be 'batch', 'group' or 'none', got 'layer'"),
     ("compare --lr fast", "lr must be a valid number, got 'fast'"),
     ("compare --tracker wandb", "tracker must be 'mlflow' or 'none', got 'wandb'"),
     ("compare --tracking-uri mlruns", "tracking_uri must be an absolute address, got 'mlruns'"),
@@ -63,13 +65,16 @@ BAD = [
     ("train --seed -1", "seed must be greater than or equal to 0, got -1"),
     ("train --lr 0", "lr must be greater than 0, got 0.0"),
     ("explain --after-steps -1", "after_steps must be from 0 to"),
+    ("plugins show digit", "no plugin named 'digit'; installed: "),
+    ("plugins show digit", "; did you mean 'digits'?"),
+    ("plugins show", "Missing argument"),
     ("report nowhere", "folder must be one that compare or train wrote, got 'nowhere'"),
     ("report", "Missing argument"),
     ("paint", "No such command 'paint'"),
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), BAD, ids=[words for words, _ in BAD])
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[f"{words}: {message[:20]}" for words, message in BAD])
 def test_bad_input_is_one_clear_line_and_writes_nothing(here, capsys, words, message):
     (here / "settings.yaml").write_text("epoch: 3\n")
     assert main(words.split()) == 2
@@ -108,7 +113,9 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsy
     assert [path.name for path in (here / "out").iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("words", ["", "compare", "train", "report", "explain", "plugins", "plugins list"])
+@pytest.mark.parametrize(
+    "words", ["", "compare", "train", "report", "explain", "plugins", "plugins list", "plugins show"]
+)
 def test_help_fits_80_columns(monkeypatch, capsys, words):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*words.split(), "--help"] if words else []) == 0

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import regrad
+import torch
 import yaml
-from regrad.correction import Control
+from regrad.correction import Control, Correction, Needs
 from regrad_runner import compare as module
 from regrad_runner.arms import Arm
 from regrad_runner.compare import Plan, compare, make_plan
@@ -112,6 +113,128 @@ def test_a_stopped_comparison_goes_on_and_repeats_no_finished_run(plan, monkeypa
     assert started == [("nesterov", 1)]
     assert [line[:5] for line in text.splitlines()] == ["[4/4]"]
     assert outcomes(resumed) == outcomes(whole)
+
+
+def test_more_seeds_and_corrections_are_added_and_nothing_is_repeated(plan, monkeypatch, tmp_path):
+    original = TrainingRun.__init__
+    started = []
+
+    def counting(self, config, workload, arm, *, seed, lr):
+        started.append((arm.name, seed))
+        original(self, config, workload, arm, seed=seed, lr=lr)
+
+    first, _ = run(plan(arms=(BASELINE,), seeds=2))
+    before = outcomes(first)
+    monkeypatch.setattr(TrainingRun, "__init__", counting)
+    resumed, text = run(plan(arms=(BASELINE, NESTEROV), seeds=3, resume=True))
+    assert started == [("nesterov", 0), ("nesterov", 1), ("none", 2), ("nesterov", 2)]
+    assert [line[:5] for line in text.splitlines()] == ["[3/6]", "[4/6]", "[5/6]", "[6/6]"]
+    assert before.items() <= outcomes(resumed).items()
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["seeds"] == 3
+
+
+@needs_plugins
+def test_a_correction_is_added_on_resume(tmp_path):
+    def made(*corrections, resume):
+        return make_plan(CompareConfig(**SMALL, corrections=corrections), out=tmp_path / "out", resume=resume)
+
+    run(made("xgrad", resume=False))
+    more = made("powergrad", "xgrad", resume=True)
+    assert [arm.name for arm in more.arms] == ["none", "xgrad", "powergrad", "nesterov", "scaled-head"]
+    folder, _ = run(more)
+    assert len(folder.results) == 10
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["corrections"] == ["xgrad", "powergrad"]
+    with pytest.raises(ValueError, match="out must hold the same configuration, got corrections"):
+        made("powergrad", resume=True)
+
+
+class Picky(Correction):
+    """Refuse to be attached."""
+
+    name = "picky"
+    needs = Needs(stages=("gradient",))
+
+    def correct_gradients(self, step):
+        """Change nothing."""
+
+    def setup(self, attachment):
+        """Refuse."""
+        raise regrad.RegradError("'picky' wants\nanother model")
+
+
+class Late(Picky):
+    """Refuse at the first step."""
+
+    name = "late"
+
+    def setup(self, attachment):
+        """Allow it."""
+
+    def correct_gradients(self, step):
+        """Refuse."""
+        raise ValueError("'late' found no layer that it could correct")
+
+
+class Mild(Late):
+    """Change little."""
+
+    name = "mild"
+
+    def correct_gradients(self, step):
+        """Halve what is there."""
+        for gradient in step.gradients:
+            gradient.mul_(0.5)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Install three corrections of which two cannot work, and a fourth that cannot be imported."""
+    kinds = {kind.name: kind for kind in (Late, Mild, Picky)}
+
+    def load(name, group="regrad"):
+        if group != "regrad":
+            return original(name, group)
+        if name not in kinds:
+            raise regrad.PluginLoadError(f"plugin {name!r} (x 1.0) could not be imported: No module named 'y'")
+        return kinds[name]
+
+    original = regrad.load
+    monkeypatch.setattr("regrad.registry.load", load)
+    monkeypatch.setattr(regrad, "load", load, raising=False)
+    monkeypatch.setattr(regrad, "available", lambda group="regrad": [*sorted(kinds), "torn"], raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_all_stands_for_every_correction_that_works_here_and_says_which_do_not(tmp_path, capsys):
+    config = CompareConfig(**{**SMALL, "seeds": 1, "epochs": 1}, corrections=("all",))
+    state = torch.get_rng_state()
+    made = make_plan(config, out=tmp_path / "out")
+    assert [arm.name for arm in made.arms] == ["none", "mild"]
+    assert dict(made.left_out) == {
+        "late": "'late' found no layer that it could correct",
+        "picky": "'picky' wants another model",
+        "torn": "plugin 'torn' (x 1.0) could not be imported: No module named 'y'",
+    }
+    assert not (tmp_path / "out").exists()
+    assert "left out: picky ('picky' wants another model)" in made.in_words().splitlines()
+    run(made)
+    torch.set_rng_state(state)
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["corrections"] == ["mild"]
+    show_comparison(tmp_path / "out")
+    assert "left out: late ('late' found no layer that it could correct)\n" in capsys.readouterr().out
+    show_comparison(tmp_path / "out", as_json=True)
+    assert set(json.loads(capsys.readouterr().out)["left_out"]) == {"late", "picky", "torn"}
+    again = make_plan(CompareConfig(**{**SMALL, "epochs": 1}, corrections=("mild",)), out=tmp_path / "out", resume=True)
+    assert set(again.left_out) == {"late", "picky", "torn"}
+
+
+@pytest.mark.usefixtures("installed")
+def test_all_leaves_what_is_named_beside_it_as_it_is_named(tmp_path):
+    stack = CompareConfig(**SMALL, corrections=("mild", "all", "mild+mild"))
+    with pytest.raises(regrad.RegradError, match="mild"):  # twice in one attachment
+        make_plan(stack, out=tmp_path / "out")
+    made = make_plan(CompareConfig(**SMALL, corrections=("mild", "all")), out=tmp_path / "out")
+    assert [arm.name for arm in made.arms] == ["none", "mild"]
 
 
 def test_a_run_that_fails_is_kept_as_failed_and_the_others_go_on(plan, monkeypatch):

@@ -34,7 +34,7 @@ def test_one_learning_rate_may_be_written_alone(rate):
         ({"epochs": 0}, "epochs must be greater than 0, got 0"),
         ({"epochs": 1.5}, "epochs must be a valid integer, got 1.5"),
         ({"seeds": -1}, "seeds must be greater than 0, got -1"),
-        ({"norm": "layer"}, "norm must be 'batch' or 'group', got 'layer'"),
+        ({"norm": "layer"}, "norm must be 'batch', 'group' or 'none', got 'layer'"),
         ({"lr": "fast"}, "lr must be a valid number, got 'fast'"),
         ({"lr": [0.1, 0.1]}, "lr must be different positive numbers, got 0.1, 0.1"),
         ({"lr": [0.1, -1]}, "lr must be different positive numbers, got 0.1, -1"),

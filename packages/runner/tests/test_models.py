@@ -1,6 +1,6 @@
 import pytest
 import torch
-from regrad_runner.models import MODELS, ResidualBlock, build_model, head_of
+from regrad_runner.models import MODELS, ResidualBlock, Scale, build_model, head_of
 from torch import nn
 
 
@@ -57,7 +57,7 @@ def test_a_block_whose_residual_is_zero_passes_positive_images_on():
     assert torch.equal(block(images), images)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
 def test_building_leaves_the_global_random_state_alone(norm):
     state = torch.get_rng_state()
     build_model("resnet8", classes=10, norm=norm, seed=5)
@@ -97,6 +97,64 @@ def test_group_normalisation_bears_any_width(width):
     assert torch.isfinite(model(torch.ones(2, 3, 8, 8))).all()
 
 
+def moments_by_block(model, images):
+    """Return the second moment per pixel, summed over the channels, after the first convolution and each block."""
+    moments = []
+
+    def note(module, given, result):
+        moments.append(result.square().sum(1).mean().item())
+
+    model.stages[0][0].register_forward_pre_hook(lambda module, given: note(module, None, *given))
+    for block in (block for stage in model.stages for block in stage):
+        block.register_forward_hook(note)
+    with torch.no_grad():
+        model(images)
+    return moments
+
+
+def test_without_normalisation_the_second_moment_is_kept_over_the_depth():
+    # Each of 27 blocks adds at most 1/27 of it: all together between 1 and e, give or take the draw. A shortcut
+    # fills new channels with zeros, which changes the mean over the channels and not their sum.
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for seed in range(3):
+        moments = moments_by_block(build_model("resnet56", classes=10, norm="none", seed=seed), images)
+        assert len(moments) == 28
+        assert min(moments) / moments[0] > 0.8
+        assert max(moments) / moments[0] < 3.3
+
+
+def test_what_keeps_the_second_moment_is_the_small_start_of_the_branches():
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = build_model("resnet56", classes=10, norm="none")
+    for module in model.modules():
+        if isinstance(module, Scale):
+            nn.init.ones_(module.factor)
+    moments = moments_by_block(model, images)
+    assert moments[-1] / moments[0] > 1000
+
+
+def test_a_branch_without_normalisation_starts_with_one_over_the_root_of_the_blocks():
+    model = build_model("resnet20", classes=10, norm="none")
+    factors = [module.factor.item() for module in model.modules() if isinstance(module, Scale)]
+    assert factors == pytest.approx([1 / 3] * 9)
+
+
+def test_without_normalisation_every_convolution_has_a_bias_and_there_is_no_other_layer():
+    model = build_model("resnet8", classes=10, width=4, norm="none")
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert all(torch.equal(layer.bias, torch.zeros_like(layer.bias)) for layer in convolutions)
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.GroupNorm) for module in model.modules())
+    # To the sizes with normalisation: a bias for each of two numbers per channel, and a factor per block.
+    assert count(model) == count(build_model("resnet8", classes=10, width=4)) - (3 * 4 + 2 * 8 + 2 * 16) + 3
+
+
+def test_without_normalisation_gradients_reach_every_parameter_from_the_first_step():
+    model = build_model("resnet20", classes=10, norm="none")
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    nn.functional.cross_entropy(model(images), torch.arange(4)).backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
 def test_head_is_the_output_layer():
     model = build_model("resnet8", classes=10)
     assert head_of(model) is model.fc
@@ -104,15 +162,15 @@ def test_head_is_the_output_layer():
 
 
 def test_a_model_without_linear_layer_has_no_head():
-    with pytest.raises(ValueError, match="model must have a linear output layer, got Conv2d without one"):
-        head_of(nn.Conv2d(1, 1, 1))
+    with pytest.raises(ValueError, match="model must have a linear output layer, got ReLU without one"):
+        head_of(nn.ReLU())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "resnet18"}, "model must be one of resnet8, resnet20, resnet32, resnet56, got 'resnet18'"),
-        ({"norm": "layer"}, "norm must be one of batch, group, got 'layer'"),
+        ({"name": "resnet9"}, "no model named 'resnet9'; there are resnet8, resnet20, .*; did you mean 'resnet8'"),
+        ({"norm": "layer"}, "norm must be one of batch, group, none, got 'layer'"),
         ({"classes": 1}, "classes must be at least 2, got 1"),
         ({"channels": 0}, "channels must be at least 1, got 0"),
         ({"image_size": 3}, "image_size must be at least 4, got 3"),

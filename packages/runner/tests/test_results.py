@@ -1,9 +1,12 @@
 import pytest
-from regrad_runner.config import CompareConfig
+from regrad.correction import Control
+from regrad_runner.arms import Arm
+from regrad_runner.config import CompareConfig, TrainConfig
 from regrad_runner.results import (
     Result,
     ResultsFolder,
     Trial,
+    check_arms,
     check_folder,
     read_rows,
     start_folder,
@@ -101,8 +104,54 @@ def test_only_the_same_configuration_continues_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"out must be a new or empty folder, got .*; --resume continues it"):
         check_folder(tmp_path, CompareConfig(seeds=3), resume=False)
     check_folder(tmp_path, CompareConfig(seeds=3, tracker="none"), resume=True)
-    with pytest.raises(ValueError, match="out must hold the same configuration, got seeds 3 there and 4 here"):
-        check_folder(tmp_path, CompareConfig(seeds=4), resume=True)
+    with pytest.raises(ValueError, match="out must hold the same configuration, got seeds 3 there and 2 here"):
+        check_folder(tmp_path, CompareConfig(seeds=2), resume=True)
+
+
+def test_a_folder_continues_with_more_and_what_was_there_comes_first(tmp_path):
+    start_folder(tmp_path, CompareConfig(seeds=3, corrections=("xgrad", "agc")), {})
+    more = CompareConfig(seeds=4, corrections=("gcw", "agc", "xgrad"))
+    continued = check_folder(tmp_path, more, resume=True)
+    assert (continued.seeds, continued.corrections) == (4, ("xgrad", "agc", "gcw"))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"corrections": ("xgrad", "gcw")}, r"corrections \['xgrad', 'agc'\] there and \['xgrad', 'gcw'\] here"),
+        ({"seeds": 4, "epochs": 9}, "epochs None there and 9 here"),
+        ({"seeds": 4, "controls": False}, "controls True there and False here"),
+    ],
+)
+def test_a_folder_does_not_continue_with_less_or_with_something_else(tmp_path, change, difference):
+    start_folder(tmp_path, CompareConfig(seeds=3, corrections=("xgrad", "agc")), {})
+    config = CompareConfig(**{"seeds": 3, "corrections": ("xgrad", "agc"), **change})
+    with pytest.raises(ValueError, match=f"out must hold the same configuration, got {difference}; choose another"):
+        check_folder(tmp_path, config, resume=True)
+
+
+def test_a_run_is_never_continued_with_other_corrections(tmp_path):
+    start_folder(tmp_path, TrainConfig(corrections=("xgrad",)), {})
+    with pytest.raises(ValueError, match=r"got corrections \['xgrad'\] there and \['xgrad', 'agc'\] here"):
+        check_folder(tmp_path, TrainConfig(corrections=("xgrad", "agc")), resume=True)
+
+
+def test_an_arm_that_would_mean_something_else_is_refused(tmp_path):
+    clipping = Arm("clip-norm", control=Control(name="clip-norm", corrections=("clip-norm",)))
+    start_folder(tmp_path, CompareConfig(), {"arms": {"clip-norm": clipping.recipe}})
+    check_arms(tmp_path, [Arm("clip-norm", corrections=("clip-norm",)), Arm("xgrad", corrections=("xgrad",))])
+    with pytest.raises(ValueError, match=r"out must hold the same arms, got another 'clip-norm' in .*; choose another"):
+        check_arms(tmp_path, [Arm("clip-norm", corrections=("clip-norm:max_norm=2",))])
+    with pytest.raises(ValueError, match="out must hold the same arms, got another 'clip-norm'"):
+        check_arms(tmp_path, [Arm("clip-norm", control=Control(name="clip-norm", head_lr=0.5))])
+
+
+def test_runs_say_what_their_arms_are_after_corrections_were_added(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    folder.add(result("clip-norm", control=True))
+    folder.name_anew([Arm("clip-norm", corrections=("clip-norm",), must_beat="smaller-rate")])
+    (row,) = ResultsFolder(tmp_path).results
+    assert (row.control, row.must_beat, row.value) == (False, "smaller-rate", 0.1 + 0.2)
 
 
 def test_there_must_be_something_to_continue(tmp_path):

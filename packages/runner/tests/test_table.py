@@ -82,6 +82,30 @@ def test_a_narrow_terminal_breaks_lines_and_leaves_nothing_out(summaries):
     assert "[+.0" in text
 
 
+def test_eighty_columns_break_no_number_and_names_where_their_parts_meet():
+    arms = ["centralization", "xgrad:horizon=2.0,decoupled_decay=0.01+powergrad:alpha=0.5", "slow"]
+    rows = [*BASELINE, *(row for arm in arms for row in rows_of(arm, -0.02, failed=(1,), steps=None))]
+    file = io.StringIO()
+    summaries = summarize(rows, controls=dict.fromkeys(arms))
+    Console(file=file, width=80, no_color=True).print(comparison_table(summaries, MEASURE, narrow=True))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    (first,) = [line for line in lines if line.startswith("centralization ")]
+    summary = summaries[1]
+    mean, sd, low, high = (f".{round(10000 * abs(x)):04d}" for x in (summary.mean, summary.sd, *summary.interval))
+    assert first.split()[:6] == ["centralization", mean, "±", sd, "–", "(9)"]
+    assert lines[lines.index(first) + 1].strip() == f"[-{low}, -{high}]"
+    place = next(number for number, line in enumerate(lines) if line.startswith("xgrad:"))
+    broken = ["xgrad:", "horizon=2.0,", "decoupled_deca", "y=0.01", "+powergrad:", "alpha=0.5"]
+    assert [line[:14].strip() for line in lines[place : place + 6]] == broken
+
+
+def test_a_control_that_is_a_correction_of_its_own_has_its_verdict():
+    rows = [*BASELINE, *rows_of("agc", 0.02), *rows_of("clip-norm", 0.008, wobble=WOBBLE[::-1])]
+    verdicts = {s.arm: s.verdict for s in summarize(rows, controls={"agc": "clip-norm", "clip-norm": None})}
+    assert verdicts == {"none": "baseline", "agc": "better", "clip-norm": "better"}
+
+
 def test_a_console_keeps_its_width(summaries):
     console = Console(file=io.StringIO(), width=40, force_terminal=False)
     print_comparison(console, summaries, MEASURE)

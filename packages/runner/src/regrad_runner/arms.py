@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -13,6 +13,7 @@ from regrad.correction import Control, Correction
 from torch.optim import Optimizer
 
 BASELINE = "none"
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class Arm:
     must_beat: str | None = None
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """What is done in this arm, as plain values: arms of equal recipes give equal runs, whatever their names."""
+        change = asdict(self.control or Control(name=""))
+        del change["name"]
+        return {**change, "corrections": [*self.corrections, *change["corrections"]]}
+
+    @property
     def folder_name(self) -> str:
         """The name, without what a file name cannot hold."""
         return re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name)
@@ -40,6 +48,8 @@ class Arm:
 
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
     """Return the arms: the baseline, one per string, then their controls, equal controls once.
+
+    A control that is one of the arms already, such as clipping by the norm, is that arm and not a second one.
 
     Args:
         corrections: One string per arm, as for `regrad.create`; "+" stacks corrections.
@@ -62,14 +72,17 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
         name = "+".join(parts)
         if name in arms:
             raise ValueError(f"corrections must be different, got {name!r} twice")
+        arms[name] = Arm(name, corrections=parts)
         change = merged([c.control(optimizer) for part in parts for c in created(part)])
-        must_beat = None
         if change is not None:
-            must_beat = _control_name(change, name, changes, taken=arms)
-            changes[must_beat] = change
-        arms[name] = Arm(name, corrections=parts, must_beat=must_beat)
-    extra = [Arm(name, control=change) for name, change in changes.items()] if controls else []
-    return [*arms.values(), *extra]
+            changes[name] = change
+    extra: dict[str, Arm] = {}
+    for name, change in changes.items():
+        control = _control_arm(change, name, [*arms.values(), *extra.values()])
+        arms[name] = replace(arms[name], must_beat=control.name)
+        if control.name not in arms:
+            extra[control.name] = control
+    return [*arms.values(), *(extra.values() if controls else ())]
 
 
 def parts_of(text: str) -> tuple[str, ...]:
@@ -137,9 +150,10 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return {**one, **other}
 
 
-def _control_name(change: Control, corrected: str, changes: Mapping[str, Control], *, taken: Collection[str]) -> str:
-    """Return the name of the equal change that is there already, or a new one."""
-    for name, known in changes.items():
-        if known == change:
-            return name
-    return change.name if change.name not in {*changes, *taken} else f"{change.name} ({corrected})"
+def _control_arm(change: Control, corrected: str, arms: Sequence[Arm]) -> Arm:
+    """Return the arm that makes this change already, or a new one."""
+    new = Arm(change.name, control=change)
+    for arm in arms:
+        if arm.recipe == new.recipe:
+            return arm
+    return replace(new, name=f"{change.name} ({corrected})") if new.name in {arm.name for arm in arms} else new

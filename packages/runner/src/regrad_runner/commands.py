@@ -40,6 +40,8 @@ def compare(
     seeds: Annotated[int | None, o.flag("Paired runs of each arm.", o.WHAT, metavar="N")] = None,
     workload: o.WorkloadName = None,
     data_dir: o.DataDir = None,
+    download: o.Download = None,
+    image_size: o.ImageSize = None,
     train_size: o.TrainSize = None,
     model: o.Model = None,
     width: o.Width = None,
@@ -58,6 +60,7 @@ def compare(
     evaluations_per_epoch: o.Evaluations = None,
     threads: o.Threads = None,
     processes: o.Processes = None,
+    workers: o.Workers = None,
     tracker: o.TrackerKind = None,
     tracking_uri: o.TrackingUri = None,
     config: o.ConfigFile = None,
@@ -97,6 +100,8 @@ def train(
     corrections: o.Corrections = None,
     workload: o.WorkloadName = None,
     data_dir: o.DataDir = None,
+    download: o.Download = None,
+    image_size: o.ImageSize = None,
     train_size: o.TrainSize = None,
     model: o.Model = None,
     width: o.Width = None,
@@ -113,6 +118,7 @@ def train(
     evaluations_per_epoch: o.Evaluations = None,
     threads: o.Threads = None,
     processes: o.Processes = None,
+    workers: o.Workers = None,
     checkpoint_every: Annotated[int | None, o.flag("Steps; an epoch by default.", o.WHERE, metavar="N")] = None,
     tracker: o.TrackerKind = None,
     tracking_uri: o.TrackingUri = None,
@@ -162,6 +168,8 @@ def explain(
     corrections: o.Corrections = None,
     workload: o.WorkloadName = None,
     data_dir: o.DataDir = None,
+    download: o.Download = None,
+    image_size: o.ImageSize = None,
     train_size: o.TrainSize = None,
     model: o.Model = None,
     width: o.Width = None,
@@ -191,6 +199,19 @@ def list_plugins(json: o.AsJson = False) -> int:
     from regrad_runner.plugins import show_plugins  # noqa: PLC0415
 
     show_plugins(as_json=json)
+    return 0
+
+
+@plugins.command("show")
+def show_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As plugins list has it.", show_default=False)],
+    json: o.AsJson = False,
+) -> int:
+    """Show what a plugin does, its options, where it acts and what it must beat."""
+    with checking_input():
+        from regrad_runner.plugin_details import show_plugin as show  # noqa: PLC0415
+
+        show(name, as_json=json)
     return 0
 
 

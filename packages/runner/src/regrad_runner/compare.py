@@ -6,9 +6,9 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -18,11 +18,21 @@ from accelerate.utils import broadcast_object_list
 
 from regrad_runner.arms import Arm, expand
 from regrad_runner.config import FIRST_TUNING_SEED, CompareConfig
-from regrad_runner.preparation import default_folder, example_optimizer, load_data, try_on
+from regrad_runner.preparation import default_folder, every_correction, example_optimizer, load_data, try_on
 from regrad_runner.probing import FILE, Probe, Quality, check_probing, keep_qualities
 from regrad_runner.progress import Display
 from regrad_runner.report import draw
-from regrad_runner.results import Result, ResultsFolder, Trial, check_folder, finished_result, start_folder, write_whole
+from regrad_runner.results import (
+    Result,
+    ResultsFolder,
+    Trial,
+    check_arms,
+    check_folder,
+    finished_result,
+    read_about,
+    start_folder,
+    write_whole,
+)
 from regrad_runner.stopping import tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
@@ -42,6 +52,7 @@ class Plan:
         path: Folder to write.
         reports: Whether this is the process that writes and prints.
         processes: How many there are.
+        left_out: Installed corrections that cannot work here, with the reason, where all were asked for.
     """
 
     config: CompareConfig
@@ -50,6 +61,7 @@ class Plan:
     path: Path
     reports: bool
     processes: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def runs(self) -> int:
@@ -60,10 +72,12 @@ class Plan:
         """Say what will be done."""
         config, images = self.config, len(self.workload.train)
         tuning = f" after {len(self.trials)} runs to choose learning rates" if self.trials else ""
-        return (
-            f"{self.workload.name}, {images:,} training images: {len(self.arms)} arms × {config.seeds} seeds{tuning}\n"
-            f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}"
+        lines = (
+            f"{self.workload.name}, {images:,} training images: {len(self.arms)} arms × {config.seeds} seeds{tuning}",
+            f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
+            *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
         )
+        return "\n".join(lines)
 
     @property
     def experiment(self) -> str:
@@ -100,13 +114,19 @@ def make_plan(config: CompareConfig, *, out: Path | None = None, resume: bool = 
     accelerator = make_accelerator(config)
     check_probing(config, processes=accelerator.num_processes, samples=len(workload.train))
     path = out or default_folder("", config.workload)
-    if accelerator.is_main_process:
-        check_folder(path, config, resume=resume)
     lr = (config.lr or (0.0,))[0]
+    config, left_out = every_correction(config, workload, lr=lr)
+    if accelerator.is_main_process:
+        config = check_folder(path, config, resume=resume)
+    config = agreed(config)
     arms = expand(config.corrections, example_optimizer(config, lr=lr), controls=config.controls)
+    if accelerator.is_main_process and resume:
+        check_arms(path, arms)
+        left_out = read_about(path).get("left_out", {}) | left_out
+        left_out = {name: why for name, why in left_out.items() if name not in config.corrections}
     for arm in arms:
         try_on(arm, config, workload, lr=lr)
-    return Plan(config, workload, tuple(arms), path, accelerator.is_main_process, accelerator.num_processes)
+    return Plan(config, workload, tuple(arms), path, accelerator.is_main_process, accelerator.num_processes, left_out)
 
 
 def compare(plan: Plan, display: Display) -> ResultsFolder:
@@ -125,7 +145,9 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
     tracker, folder = Tracker(), ResultsFolder(plan.path)
     if plan.reports:
         about = {"kind": "comparison", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
+        about |= {"left_out": dict(plan.left_out), "arms": {arm.name: arm.recipe for arm in plan.arms}}
         folder = start_folder(plan.path, plan.config, about)
+        folder.name_anew(plan.arms)
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     settings = plan.config.model_dump(mode="json")
     with tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
@@ -176,6 +198,7 @@ class Comparison:
         """Run one arm on one seed and keep what came out."""
         name, points, qualities = f"{arm.name}, seed {seed}", list[Point](), list[Quality]()
         result = Result(arm=arm.name, seed=seed, status="failed", lr=lr, must_beat=arm.must_beat)
+        result = replace(result, control=arm.control is not None)
         outcome = "failed"
         with self._alone(name), self._tracked(name, arm, seed=seed, lr=lr) as shown:
             started = time.perf_counter()

@@ -12,11 +12,14 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from regrad_runner.models import is_own
 from regrad_runner.optimizers import spec_of
 from regrad_runner.workloads import Workload
 
 FIRST_TUNING_SEED = 1_000_000
-WITHOUT_EFFECT_ON_RESULTS = frozenset({"tracker", "tracking_uri", "threads", "processes", "checkpoint_every"})
+WITHOUT_EFFECT_ON_RESULTS = frozenset(
+    {"download", "workers", "tracker", "tracking_uri", "threads", "processes", "checkpoint_every"}
+)
 # Below this many pixels per batch, one thread is as fast as two that wait for each other.
 PIXELS_FOR_ONE_THREAD = 32_768
 
@@ -27,10 +30,12 @@ class RunConfig(BaseModel):
     Attributes:
         workload: Name of the workload.
         data_dir: Folder with its data, for workloads that need one.
+        download: Whether missing data may be fetched.
+        image_size: Height and width to give the images, for workloads whose images have many sizes.
         train_size: Training images to keep, the same share of each class.
         model: Name of the model.
-        width: Channels of its first stage.
-        norm: Normalisation; "group" does not mix the samples of a batch.
+        width: Channels of its first stage, where it can be chosen.
+        norm: Normalisation; "group" does not mix the samples of a batch, "none" is none at all.
         epochs: Passes over the training images.
         batch_size: Samples per optimizer step, over all processes and micro-batches.
         optimizer: Name with options, such as "sgd:momentum=0.9".
@@ -40,6 +45,7 @@ class RunConfig(BaseModel):
         clip_norm: Largest gradient norm, or None for no clipping.
         evaluations_per_epoch: How often the validation images are looked at.
         threads: CPU threads of each process.
+        workers: Processes beside each that read images from the disk for it.
         processes: Processes that must have been started, or None for any number.
         tracker: Where metrics go.
         tracking_uri: An MLflow server or database, or None for a database in the output folder.
@@ -49,10 +55,12 @@ class RunConfig(BaseModel):
 
     workload: str = "digits"
     data_dir: str | None = None
+    download: bool = False
+    image_size: int | None = Field(default=None, gt=0)
     train_size: int | None = Field(default=None, gt=0)
     model: str | None = None
     width: int | None = Field(default=None, gt=0)
-    norm: Literal["batch", "group"] = "batch"
+    norm: Literal["batch", "group", "none"] = "batch"
     epochs: int | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, gt=0)
     optimizer: str | None = None
@@ -63,6 +71,7 @@ class RunConfig(BaseModel):
     evaluations_per_epoch: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
     processes: int | None = Field(default=None, gt=0)
+    workers: int = Field(default=0, ge=0)
     tracker: Literal["mlflow", "none"] = "mlflow"
     tracking_uri: str | None = None
 
@@ -89,8 +98,9 @@ class RunConfig(BaseModel):
             ValueError: If a value does not fit the workload.
         """
         defaults = workload.defaults
-        names = ("epochs", "batch_size", "model", "width", "evaluations_per_epoch")
+        names = ("epochs", "batch_size", "model", "evaluations_per_epoch")
         values = {name: getattr(self, name) or getattr(defaults, name) for name in names}
+        values["width"] = self.width or (defaults.width if is_own(values["model"]) else None)
         values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.image_size**2)
         values["optimizer"], lr = spec_of(self.optimizer, defaults)
         given = self.model_dump()
@@ -188,6 +198,33 @@ def first_difference(old: RunConfig, new: RunConfig) -> str | None:
         if name not in WITHOUT_EFFECT_ON_RESULTS and before.get(name) != value:
             return f"{name} {before.get(name)!r} there and {value!r} here"
     return None
+
+
+def continued(old: Config, new: Config) -> Config:
+    """Return settings that continue a folder: as `old`, with more corrections or seeds if `new` has them.
+
+    Args:
+        old: The folder's settings.
+        new: What is asked for now.
+
+    Returns:
+        `new`, its corrections in the order of `old` and those that it adds after them, so that arms and controls
+        that were there keep their names.
+
+    Raises:
+        ValueError: If `new` leaves out a correction or a seed, or differs in anything else that has an effect.
+    """
+    more: dict[str, Any] = {}
+    if isinstance(old, CompareConfig) and isinstance(new, CompareConfig):
+        added = tuple(text for text in new.corrections if text not in old.corrections)
+        if set(old.corrections) <= set(new.corrections):
+            more["corrections"] = (*old.corrections, *added)
+        if new.seeds > old.seeds:
+            more["seeds"] = new.seeds
+    difference = first_difference(old, new.model_copy(update={name: getattr(old, name) for name in more}))
+    if difference:
+        raise ValueError(f"out must hold the same configuration, got {difference}; choose another folder")
+    return new.model_copy(update=more)
 
 
 def _threads(pixels: int) -> int:

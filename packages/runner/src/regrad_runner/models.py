@@ -1,14 +1,16 @@
-"""Residual networks for small images, initialised without touching the global random state."""
+"""Models by name, initialised without touching the global random state: residual networks for small images here."""
 
 from __future__ import annotations
 
 import math
+import typing
 from typing import Literal
 
 import torch
+from regrad.correction import did_you_mean
 from torch import Tensor, nn
 
-Norm = Literal["batch", "group"]
+Norm = Literal["batch", "group", "none"]
 
 BLOCKS_PER_STAGE = {f"resnet{6 * blocks + 2}": blocks for blocks in (1, 3, 5, 9)}
 MODELS = tuple(BLOCKS_PER_STAGE)
@@ -21,23 +23,32 @@ def build_model(
     classes: int,
     channels: int = 3,
     image_size: int = 32,
-    width: int = 16,
+    width: int | None = None,
     norm: Norm = "batch",
     seed: int = 0,
 ) -> nn.Module:
-    """Return a CIFAR residual network: a convolution, three stages of n blocks, an average, a linear layer.
+    r"""Return a CIFAR residual network, or a classifier of torchvision.
 
+    A CIFAR network is a convolution, three stages of n blocks, an average and a linear layer.
     The depth 6n + 2 is in the name. Stage k has `width` · 2ᵏ channels, k = 0, 1, 2, and halves the image where
     k > 0. Shortcuts have no parameters (option A). Convolutions and the output layer start from a normal
     distribution with variance 2 / fan-in, biases from zero, normalisations from the identity.
 
+    torchvision's classifiers come without pretrained weights and auxiliary outputs, initialised as torchvision does;
+    those that expect colour are given grey images with their channel repeated.
+
     Args:
-        name: "resnet8", "resnet20", "resnet32" or "resnet56".
+        name: "resnet8", "resnet20", "resnet32", "resnet56", or one of `torchvision.models.list_models`, of its
+            classifiers.
         classes: Number of outputs, at least 2.
         channels: Channels of the images, at least 1.
         image_size: Height and width of the images in pixels, at least 4: what three stages leave of less is empty.
-        width: Channels of the first stage, at least 1; the paper's is 16.
-        norm: "batch", or "group" (at most 8 groups), which does not mix the samples of a batch.
+            torchvision's have other bounds.
+        width: Channels of the first stage, at least 1; None for the paper's 16. torchvision's have widths of their
+            own, and must be given None.
+        norm: "batch", and what torchvision's have of their own; "group" (at most 8 groups), which does not mix the
+            samples of a batch; or "none": no normalisation but an initialisation that does without, as the
+            references say.
         seed: Fixes the initial weights; two calls with one seed return equal models. No global random number
             is drawn.
 
@@ -46,7 +57,8 @@ def build_model(
         logits [B, classes].
 
     Raises:
-        ValueError: If the name or norm is unknown or a number is out of its range.
+        ValueError: If the name or norm is unknown, a number is out of its range, or what is asked does not fit one
+            of torchvision's.
 
     Example:
         >>> model = build_model("resnet8", classes=10, channels=1, image_size=8, seed=0)
@@ -59,17 +71,42 @@ def build_model(
         He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2; for the
         initialisation the same authors, 2015, "Delving Deep into Rectifiers", equation 10. Theirs draws from no
         named generator; here each model has its own.
+
+        Without normalisation: De and Smith, 2020, "Batch Normalization Biases Residual Blocks Towards the Identity
+        Function in Deep Networks", section 4 (SkipInit): convolutions have biases, and every residual branch ends
+        in a learned factor that starts small. Of the values that they allow ours starts at :math:`1/\sqrt{d}` with
+        d blocks, where gradients reach every layer from the first step, not at 0. The last convolution of a branch,
+        which no rectifier follows, has variance 1 / fan-in, so that a block adds 1/d of its input's second moment
+        and all d together at most a factor e. Their branches start with a rectifier, ours rectifies after the sum.
     """
-    if name not in BLOCKS_PER_STAGE:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
-    if norm not in ("batch", "group"):
-        raise ValueError(f"norm must be one of batch, group, got {norm!r}")
-    for what, value, least in (
-        ("classes", classes, 2),
-        ("channels", channels, 1),
-        ("image_size", image_size, 4),
-        ("width", width, 1),
-    ):
+    if norm not in typing.get_args(Norm):
+        raise ValueError(f"norm must be one of {', '.join(typing.get_args(Norm))}, got {norm!r}")
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, got {classes!r}")
+    shape: dict[str, int] = {"classes": classes, "channels": channels, "image_size": image_size, "seed": seed}
+    if is_own(name):
+        return _residual_network(name, width=16 if width is None else width, norm=norm, **shape)
+    from regrad_runner import classifiers  # noqa: PLC0415 - torchvision takes a second to load
+
+    if name not in (known := classifiers.classifier_names()):
+        near = did_you_mean(name, [*MODELS, *known])
+        raise ValueError(f"no model named {name!r}; there are {', '.join(MODELS)} and torchvision's classifiers{near}")
+    if width is not None:
+        raise ValueError(f"width must be left out for model {name!r}, whose widths are fixed, got {width!r}")
+    return classifiers.build_classifier(
+        name, **shape, group_norm=group_norm if norm == "group" else None, bare=norm == "none"
+    )
+
+
+def is_own(name: str) -> bool:
+    """Say whether a name is that of a CIFAR residual network, whose width can be chosen."""
+    return name in BLOCKS_PER_STAGE
+
+
+def _residual_network(
+    name: str, *, width: int, norm: Norm, classes: int, channels: int, image_size: int, seed: int
+) -> nn.Module:
+    for what, value, least in (("channels", channels, 1), ("image_size", image_size, 4), ("width", width, 1)):
         if value < least:
             raise ValueError(f"{what} must be at least {least}, got {value!r}")
     # Modules draw their default weights when they are made; the fork puts the global state back.
@@ -79,26 +116,29 @@ def build_model(
     return model
 
 
-def head_of(model: nn.Module) -> nn.Linear:
+def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
     """Return the output layer: the last `torch.nn.Linear` that the model registered.
 
+    Where there is none it is the last convolution, as in SqueezeNet. Seen to hold for every classifier of torchvision.
+
     Args:
-        model: Any module with a linear output layer, bare or wrapped (DDP).
+        model: Any module with such an output layer, bare or wrapped (DDP).
 
     Returns:
         The layer itself, not a copy.
 
     Raises:
-        ValueError: If the model has no linear layer.
+        ValueError: If the model has neither.
 
     Example:
         >>> head_of(build_model("resnet8", classes=10))
         Linear(in_features=64, out_features=10, bias=True)
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise ValueError(f"model must have a linear output layer, got {type(model).__name__} without one")
-    return layers[-1]
+    for kind in (nn.Linear, nn.Conv2d):
+        layers = [module for module in model.modules() if isinstance(module, kind)]
+        if layers:
+            return layers[-1]
+    raise ValueError(f"model must have a linear output layer, got {type(model).__name__} without one")
 
 
 class ResidualNetwork(nn.Module):
@@ -107,7 +147,7 @@ class ResidualNetwork(nn.Module):
     def __init__(self, blocks: int, *, classes: int, channels: int, width: int, norm: Norm) -> None:
         super().__init__()
         widths = [width * 2**stage for stage in range(3)]
-        self.conv = _conv3x3(channels, width)
+        self.conv = _conv3x3(channels, width, bias=norm == "none")
         self.norm = _norm(norm, width)
         self.stages = nn.Sequential()
         previous = width
@@ -115,7 +155,7 @@ class ResidualNetwork(nn.Module):
             stage = nn.Sequential()
             for block in range(blocks):
                 stride = 2 if index > 0 and block == 0 else 1
-                stage.append(ResidualBlock(previous, current, stride=stride, norm=norm))
+                stage.append(ResidualBlock(previous, current, stride=stride, norm=norm, depth=3 * blocks))
                 previous = current
             self.stages.append(stage)
         self.fc = nn.Linear(previous, classes)
@@ -127,14 +167,15 @@ class ResidualNetwork(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside an identity shortcut."""
+    """Two 3×3 convolutions beside an identity shortcut, one of `depth` such blocks in a row."""
 
-    def __init__(self, channels_in: int, channels_out: int, *, stride: int, norm: Norm) -> None:
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int, norm: Norm, depth: int = 1) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(channels_in, channels_out, stride=stride)
+        bias = norm == "none"
+        self.conv1 = _conv3x3(channels_in, channels_out, stride=stride, bias=bias)
         self.norm1 = _norm(norm, channels_out)
-        self.conv2 = _conv3x3(channels_out, channels_out)
-        self.norm2 = _norm(norm, channels_out)
+        self.conv2 = _conv3x3(channels_out, channels_out, bias=bias)
+        self.norm2 = Scale(1 / math.sqrt(depth)) if norm == "none" else _norm(norm, channels_out)
         self.stride = stride
         self.new_channels = channels_out - channels_in
 
@@ -153,12 +194,31 @@ class ResidualBlock(nn.Module):
         return images
 
 
-def _conv3x3(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+class Scale(nn.Module):
+    """One learned factor, where a residual branch without normalisation ends."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(start))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features of any shape times the factor."""
+        return features * self.factor
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return a group normalisation of the most groups, at most 8, that divide the channels alike."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+
+
+def _conv3x3(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+    if norm == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels) if norm == "batch" else group_norm(channels)
 
 
 @torch.no_grad()
@@ -168,3 +228,6 @@ def _initialize(model: nn.Module, generator: torch.Generator) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, ResidualBlock) and isinstance(module.norm2, Scale):
+            module.conv2.weight.mul_(math.sqrt(0.5))  # no rectifier follows that would halve the second moment

@@ -19,12 +19,14 @@ def flag(text: str, panel: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
 
 
-WorkloadName = Annotated[str | None, flag("digits (the default), parquet or a plugin's.", WHAT, metavar="NAME")]
+WorkloadName = Annotated[str | None, flag("digits (the default), cifar10, imagefolder, …", WHAT, metavar="NAME")]
 DataDir = Annotated[str | None, flag("Folder with the data, where there is one.", WHAT, metavar="DIR")]
+Download = Annotated[bool | None, flag("Fetch the data if they are not there.", WHAT, "--download", metavar=" ")]
+ImageSize = Annotated[int | None, flag("Pixels to give images of many sizes.", WHAT, metavar="N")]
 TrainSize = Annotated[int | None, flag("Training images to keep, of each class alike.", WHAT, metavar="N")]
-Model = Annotated[str | None, flag("resnet8, resnet20, resnet32 or resnet56.", WHAT, metavar="NAME")]
+Model = Annotated[str | None, flag("resnet8, 20, 32, 56, or any of torchvision.", WHAT, metavar="NAME")]
 Width = Annotated[int | None, flag("Channels of the model's first stage.", WHAT, metavar="N")]
-Norm = Annotated[str | None, flag("batch or group (which does not mix samples).", WHAT, metavar="NORM")]
+Norm = Annotated[str | None, flag("batch, group (mixes no samples) or none.", WHAT, metavar="NORM")]
 Epochs = Annotated[int | None, flag("Passes over the training images.", HOW, metavar="N")]
 BatchSize = Annotated[int | None, flag("Images per step, over all processes.", HOW, metavar="N")]
 Optimizer = Annotated[str | None, flag("Such as sgd:momentum=0.9, or adamw.", HOW, metavar="NAME")]
@@ -37,14 +39,15 @@ ProbeEvery = Annotated[int | None, flag("Steps between looks at gradient quality
 ProbeSize = Annotated[int | None, flag("Images of the large batch in those looks.", HOW, metavar="N")]
 Threads = Annotated[int | None, flag("CPU threads of each process.", HOW, metavar="N")]
 Processes = Annotated[int | None, flag("Fail unless as many processes were launched.", HOW, metavar="N")]
+Workers = Annotated[int | None, flag("Processes that read images from the disk.", HOW, metavar="N")]
 TrackerKind = Annotated[str | None, flag("mlflow (the default) or none.", WHERE, "--tracker", metavar="KIND")]
 TrackingUri = Annotated[str | None, flag("MLflow server; else a database in the folder.", WHERE, metavar="URI")]
 ConfigFile = Annotated[Path | None, flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")]
 Out = Annotated[Path | None, flag("Folder to write; a new one here by default.", WHERE, metavar="DIR")]
-Resume = Annotated[bool, flag("Go on with what is in --out, as it was set.", WHERE, "--resume", metavar=" ")]
+Resume = Annotated[bool, flag("Go on in --out; corrections, seeds may be added.", WHERE, "--resume", metavar=" ")]
 AsJson = Annotated[bool, flag("Print JSON for programs instead of a table.", WHERE, "--json", metavar=" ")]
 Corrections = Annotated[
-    list[str] | None, flag("One or more, such as xgrad:horizon=2; + stacks them.", WHAT, metavar="NAME...")
+    list[str] | None, flag("Such as xgrad:horizon=2 agc; + stacks; all: each.", WHAT, metavar="NAME...")
 ]
 
 

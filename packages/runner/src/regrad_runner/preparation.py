@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
+from contextlib import closing
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import regrad
@@ -11,10 +14,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from regrad_runner.arms import Arm, create_all
-from regrad_runner.config import Config, RunConfig
+from regrad_runner.arms import ALL, Arm, create_all
+from regrad_runner.config import CompareConfig, Config, RunConfig
 from regrad_runner.optimizers import build_optimizer
-from regrad_runner.training import build_training
+from regrad_runner.training import TrainingRun, build_training
 from regrad_runner.workloads import Workload, load_workload
 
 
@@ -25,7 +28,13 @@ def load_data(config: Config) -> tuple[Workload, Config]:
         ValueError: If the workload, its data or a setting is unknown or unfit.
     """
     data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
-    workload = load_workload(config.workload, data_dir=data_dir, train_size=config.train_size)
+    workload = load_workload(
+        config.workload,
+        data_dir=data_dir,
+        train_size=config.train_size,
+        download=config.download,
+        image_size=config.image_size,
+    )
     config = config.resolved(workload)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     return workload, config
@@ -49,6 +58,38 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
     """
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
     regrad.attach(model, optimizer, create_all(arm), criterion=nn.CrossEntropyLoss()).detach()
+
+
+def every_correction(config: CompareConfig, workload: Workload, *, lr: float) -> tuple[CompareConfig, dict[str, str]]:
+    """Put every installed correction in the place of "all" among the corrections.
+
+    Each is tried on a model and an optimizer like those of the runs, for two steps.
+
+    Args:
+        config: Resolved settings.
+        workload: What is trained.
+        lr: Learning rate of the trial.
+
+    Returns:
+        The settings without "all", and the names of those that cannot work here with the reason.
+    """
+    if ALL not in config.corrections:
+        return config, {}
+    left_out: dict[str, str] = {}
+    fit = []
+    for name in regrad.available():
+        if name in config.corrections:
+            continue
+        try:
+            with closing(TrainingRun(config, workload, Arm(name, (name,)), seed=0, lr=lr)) as run:
+                deque(islice(run.steps(), 2), maxlen=0)
+        except (ValueError, TypeError, RuntimeError) as problem:
+            left_out[name] = " ".join(str(problem).split())
+        else:
+            fit.append(name)
+    place = config.corrections.index(ALL)
+    names = (*config.corrections[:place], *fit, *(text for text in config.corrections[place:] if text != ALL))
+    return config.model_copy(update={"corrections": names}), left_out
 
 
 def leave_processes() -> None:

@@ -15,7 +15,7 @@ from regrad_runner.explain import Explanation
 from regrad_runner.explanation import as_json as explanation_as_json
 from regrad_runner.explanation import as_text
 from regrad_runner.probing import kept_qualities, mean_qualities, print_qualities
-from regrad_runner.results import Result, ResultsFolder
+from regrad_runner.results import Result, ResultsFolder, read_about
 from regrad_runner.statistics import ArmSummary, summarize
 from regrad_runner.table import print_comparison, to_json
 from regrad_runner.training import name_on_validation
@@ -54,16 +54,18 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     Raises:
         ValueError: If the folder holds no comparison, or no run.
     """
-    measure = Measure(**_about(path)["measure"])
+    measure, left_out = Measure(**_about(path)["measure"]), _about(path).get("left_out", {})
     folder, console = ResultsFolder(path), Console()
     summaries = summarize_results(folder.results, measure)
     qualities = kept_qualities(folder)
     if as_json:
         more = {"gradient_quality": mean_qualities(qualities)} if qualities else {}
-        console.out(to_json(summaries, measure, **more), highlight=False)
+        console.out(to_json(summaries, measure, left_out=left_out, **more), highlight=False)
         return
     print_comparison(console, summaries, measure)
     print_qualities(console, qualities)
+    for name, why in left_out.items():
+        console.print(f"left out: {name} ({why})", highlight=False, markup=False, soft_wrap=not console.is_terminal)
     _print_rates(console, folder)
     failed = sum(result.status == "failed" for result in folder.results)
     if failed:
@@ -80,9 +82,11 @@ def summarize_results(results: list[Result], measure: Measure) -> list[ArmSummar
     """
     if not results:
         raise ValueError("folder must hold runs, got none; regrad compare --resume --out starts them")
+    beaten = {result.must_beat for result in results}
+    alone = {result.arm for result in results if result.control or (result.control is None and result.arm in beaten)}
     return summarize(
         [result.as_run_row() for result in results],
-        controls={result.arm: result.must_beat for result in results},
+        controls={result.arm: result.must_beat for result in results if result.arm not in alone},
         higher_is_better=measure.higher_is_better,
     )
 
@@ -138,10 +142,9 @@ def open_ui(path: Path) -> str | None:
 
 def _about(path: Path) -> dict[str, Any]:
     """Return what the folder says about itself."""
-    try:
-        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise ValueError(f"folder must be one that compare or train wrote, got '{path}'") from None
+    about = read_about(path)
+    if not about:
+        raise ValueError(f"folder must be one that compare or train wrote, got '{path}'")
     return about
 
 

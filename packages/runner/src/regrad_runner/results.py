@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from regrad_runner.arms import Arm
-from regrad_runner.config import Config, RunConfig, first_difference, load_config, write_config
+from regrad_runner.config import Config, RunConfig, continued, load_config, write_config
 from regrad_runner.statistics import RunRow
 from regrad_runner.training import Point, TrainingRun, steps_to_target
 
@@ -37,6 +37,7 @@ class Result:
         touched: Whether a correction changed any tensor.
         lr: Learning rate.
         must_beat: Name of the control arm; None where there is none.
+        control: Whether the arm is a control and no correction of its own; None in folders that do not say.
     """
 
     arm: str
@@ -51,6 +52,7 @@ class Result:
     touched: bool = False
     lr: float = 0.0
     must_beat: str | None = None
+    control: bool | None = None
 
     def as_run_row(self) -> RunRow:
         """Return what the statistics need."""
@@ -151,19 +153,38 @@ class ResultsFolder:
             write_rows(self.path / "curves.csv", self.curves, CurvePoint)
         write_rows(self.path / "results.csv", self.results, Result)
 
+    def name_anew(self, arms: Iterable[Arm]) -> None:
+        """Let the runs that are there say what their arms are now: corrections that were added may change it."""
+        now = {arm.name: arm for arm in arms}
+        renamed = [
+            replace(result, must_beat=arm.must_beat, control=arm.control is not None)
+            for result in self.results
+            if (arm := now.get(result.arm))
+        ]
+        if renamed != self.results:
+            self.results = renamed
+            write_rows(self.path / "results.csv", self.results, Result)
+
     def add_trial(self, trial: Trial) -> None:
         """Keep a run of the choice of a learning rate."""
         self.trials.append(trial)
         write_rows(self.path / "tuning.csv", self.trials, Trial)
 
 
-def check_folder(path: Path, config: Config, *, resume: bool) -> None:
-    """Raise a `ValueError` unless this configuration may write to the folder.
+def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
+    """Return the settings with which the folder may be written.
 
     Args:
         path: May be missing.
         config: Resolved settings.
-        resume: Whether to continue what is there; otherwise nothing may be there.
+        resume: Whether to continue what is there, with more corrections or seeds if they say so; otherwise nothing
+            may be there.
+
+    Returns:
+        The settings, what was there before in the order in which it was there.
+
+    Raises:
+        ValueError: If these settings may not write to the folder.
     """
     saved = path / "config.yaml"
     if path.exists() and not path.is_dir():
@@ -175,12 +196,29 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
         if path.is_dir() and any(path.iterdir()):
             more = "; --resume continues it" if saved.is_file() else ""
             raise ValueError(f"out must be a new or empty folder, got '{path}'{more}")
-        return
+        return config
     if not saved.is_file():
         raise ValueError(f"out must be the folder of an earlier run to resume it, got '{path}' without config.yaml")
-    difference = first_difference(load_config(type(config), file=saved, flags={}), config)
-    if difference:
-        raise ValueError(f"out must hold the same configuration, got {difference}; choose another folder")
+    return continued(load_config(type(config), file=saved, flags={}), config)
+
+
+def check_arms(path: Path, arms: Iterable[Arm]) -> None:
+    """Raise a `ValueError` if an arm of the folder would mean something else by its name."""
+    known = read_about(path).get("arms", {})
+    for arm in arms:
+        if known.get(arm.name, arm.recipe) != json.loads(json.dumps(arm.recipe)):
+            raise ValueError(
+                f"out must hold the same arms, got another {arm.name!r} in '{path}'; choose another folder"
+            )
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return what a folder says about itself; nothing where it says nothing."""
+    try:
+        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return about
 
 
 def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> ResultsFolder:

@@ -144,7 +144,8 @@ def summarize(
         rows: One per run. Rows that failed or ended without a finite value count as failed.
         baseline: Name of the arm without corrections.
         controls: Correction arm to the name of its control arm, or to None where no control exists. An arm that is
-            missing here counts as one whose control was not run.
+            missing here counts as one whose control was not run. A control that is a correction of its own is
+            tested like one.
         higher_is_better: The direction of better.
         level: Probability of a false verdict per table, in (0, 1).
 
@@ -174,7 +175,8 @@ def summarize(
     arms = _by_arm(rows)
     if baseline not in arms:
         raise ValueError(f"baseline must be one of {', '.join(arms) or 'the arms (there are none)'}, got {baseline!r}")
-    others = {arm for arm in controls.values() if arm is not None} | {baseline}
+    # An arm may be both: a correction of its own, and the change that another one must beat.
+    others = {arm for arm in controls.values() if arm is not None and arm not in controls} | {baseline}
     tested = [arm for arm in arms if arm not in others]
     against = {arm: paired_difference(_pairs(arms[arm], arms[baseline]), level=level) for arm in arms}
     against_control = {

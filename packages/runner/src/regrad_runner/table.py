@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -19,6 +20,7 @@ from regrad_runner.workloads import Measure
 WIDEST = 1000
 WIDTH = 100
 LONGEST_NAME = 20  # what the other columns leave of 100 characters
+NARROW_NAME = 14  # what they leave of 80
 COLOURS = {"better": "green", "better than nothing": "yellow", "worse": "red", "inert": "red"}
 
 
@@ -48,20 +50,24 @@ def comparison_table(summaries: Sequence[ArmSummary], measure: Measure, *, narro
     Args:
         summaries: From `regrad_runner.statistics.summarize`.
         measure: What was compared; without a target there is no column for the steps to it.
-        narrow: Whether numbers may be broken into lines too, for fewer than 100 characters.
+        narrow: Whether a cell may have several lines, for fewer than 100 characters; 80 break no number.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    padding = (0, 0 if narrow else 1, 0, 0)
+    table = Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False, header_style="bold")
     longest = max((len(summary.arm) for summary in summaries), default=0)
     table.add_column("arm", overflow="fold", no_wrap=not narrow and longest <= LONGEST_NAME)
     table.add_column(f"{measure.name}\nmean ± sd", overflow="fold", no_wrap=not narrow)
     if measure.target is not None:
         table.add_column(f"steps to\n{_short(f'{measure.target:g}')}\n(misses)", overflow="fold", no_wrap=not narrow)
-    table.add_column(f"difference to {_baseline(summaries)}\n95 % interval", overflow="fold", no_wrap=not narrow)
+    difference = "difference" if narrow else f"difference to {_baseline(summaries)}"
+    table.add_column(f"{difference}\n95 % interval", overflow="fold", no_wrap=not narrow)
     table.add_column("step\ntime", overflow="fold", no_wrap=not narrow)
     table.add_column("effect\nin runs", overflow="fold", no_wrap=not narrow)
     table.add_column("verdict", overflow="fold")
     for summary in summaries:
         cells = [summary.arm, _mean(summary), _difference(summary), _time(summary), _effect(summary)]
+        if narrow:
+            cells[0], cells[2] = _in_lines(summary.arm, NARROW_NAME), cells[2].replace(" [", "\n[")
         if measure.target is not None:
             cells.insert(2, _steps(summary))
         verdict = Text(summary.verdict, style=COLOURS.get(summary.verdict, ""))
@@ -108,6 +114,16 @@ def to_json(summaries: Sequence[ArmSummary], measure: Measure, **more: Any) -> s
 
 def _baseline(summaries: Sequence[ArmSummary]) -> str:
     return next((summary.arm for summary in summaries if summary.verdict == "baseline"), "none")
+
+
+def _in_lines(name: str, width: int) -> str:
+    """Break an arm's name into lines of at most `width`, where its parts and options meet if that is enough."""
+    lines = [""]
+    for piece in re.split(r"(?<=[:,( ])(?=.)|(?=\+)", name):
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, width))
 
 
 def _mean(summary: ArmSummary) -> str:

@@ -23,7 +23,7 @@ from regrad_runner.config import RunConfig
 from regrad_runner.models import build_model, head_of
 from regrad_runner.optimizers import build_optimizer
 from regrad_runner.workloads import Measure, Workload
-from regrad_runner.workloads.images import ImageSet, training_loader
+from regrad_runner.workloads.images import LabelledImages, training_loader
 
 # The effect meter looks at each of these first steps: they are slower in the arms that have a correction.
 METERED_STEPS = 20
@@ -134,7 +134,7 @@ def build_training(
         classes=workload.classes,
         channels=workload.train.channels,
         image_size=workload.train.image_size,
-        width=config.width or 1,
+        width=config.width,
         norm=config.norm,
         seed=seed,
     )
@@ -206,7 +206,9 @@ class TrainingRun:
         batch_size = int(config.batch_size or 1)
         self.steps_per_epoch = len(workload.train) // batch_size
         self.total_steps = self.steps_per_epoch * int(config.epochs or 1)
-        loader = training_loader(workload.train, batch_size=batch_size // config.accumulate, seed=seed)
+        loader = training_loader(
+            workload.train, batch_size=batch_size // config.accumulate, seed=seed, workers=config.workers
+        )
         scheduler = LambdaLR(
             optimizer, lambda step: schedule(step, warmup_steps=config.warmup_steps, total_steps=self.total_steps)
         )
@@ -273,16 +275,15 @@ class TrainingRun:
         return point
 
     @torch.no_grad()
-    def accuracy(self, images: ImageSet) -> float:
+    def accuracy(self, images: LabelledImages) -> float:
         """Return the share of images that the model labels right, each process looking at its part."""
         model = self.accelerator.unwrap_model(self.model)
         self._share_buffers(model)
         self.model.eval()
         device, processes = self.accelerator.device, self.accelerator.num_processes
-        mine = list(range(self.accelerator.process_index, len(images), processes))
+        mine = range(self.accelerator.process_index, len(images), processes)
         right = torch.zeros((), device=device, dtype=torch.int64)
-        for start in range(0, len(mine), EVALUATION_BATCH):
-            batch, labels = images.__getitems__(mine[start : start + EVALUATION_BATCH])
+        for batch, labels in images.batches(EVALUATION_BATCH, indices=mine, workers=self.config.workers):
             logits = model(batch.to(device, self._dtype))
             right += (logits.argmax(1) == labels.to(device)).sum()
         self.model.train()

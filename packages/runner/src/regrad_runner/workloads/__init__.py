@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
 import regrad
 
-from regrad_runner.workloads.images import ImageSet
+from regrad_runner.workloads.images import LabelledImages
 
 GROUP = "regrad.workloads"
 
@@ -70,35 +71,47 @@ class Workload:
 
     name: str
     measure: Measure
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages
     classes: int
     defaults: Defaults
 
 
 def load_workload(
-    name: str, *, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None
+    name: str,
+    *,
+    seed_of_split: int = 0,
+    data_dir: Path | None = None,
+    train_size: int | None = None,
+    download: bool = False,
+    image_size: int | None = None,
 ) -> Workload:
     """Load a workload by its name among the entry points of group `regrad.workloads`.
 
-    An entry point is a function with these keyword arguments that returns a `Workload`.
+    An entry point is a function with these keyword arguments that returns a `Workload`. It may leave out the last
+    two, which are then refused.
 
     Args:
-        name: Such as "digits" or "parquet".
+        name: Such as "digits" or "cifar10".
         seed_of_split: Fixes which images are for training and which for validation, at least 0.
         data_dir: Folder with the data, for workloads that need one.
         train_size: Number of training images to keep, the same share of each class; None for all.
+        download: Whether missing data may be fetched from where they are published.
+        image_size: Height and width to give the images, in pixels; None for what suits them.
 
     Returns:
-        The workload, its images in memory.
+        The workload, its images in memory unless they are large.
 
     Raises:
         ValueError: If no workload has this name, or its data are missing or unfit: one line each.
         PluginLoadError: If its distribution cannot be imported.
     """
     load = regrad.load(name, group=GROUP)
-    workload = load(seed_of_split=seed_of_split, data_dir=data_dir, train_size=train_size)
+    asked = {key: value for key, value in {"download": download, "image_size": image_size}.items() if value}
+    for key in asked.keys() - inspect.signature(load).parameters.keys():
+        raise ValueError(f"{key} must be left out for workload {name!r}, got {asked[key]!r}")
+    workload = load(seed_of_split=seed_of_split, data_dir=data_dir, train_size=train_size, **asked)
     if not isinstance(workload, Workload):
         raise TypeError(f"workload {name!r} must return a Workload, got {type(workload).__name__}")
     return workload

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -46,6 +47,31 @@ class EncodedImage:
 
 
 @dataclass(frozen=True)
+class ImageFile:
+    """An image file on the disk, read each time that it is decoded.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    path: Path
+
+    def decoded(self) -> Any:
+        """Return the image as a Pillow image, upright.
+
+        Raises:
+            ValueError: If it is missing or cannot be decoded.
+        """
+        try:
+            return EncodedImage(where=f"'{self.path}'", content=self.path.read_bytes()).decoded()
+        except OSError as problem:
+            raise ValueError(f"image must be a readable file, got '{self.path}': {problem.strerror}") from problem
+
+
+Encoded = EncodedImage | ImageFile
+
+
+@dataclass(frozen=True)
 class Format:
     """What every image of a set is made to be.
 
@@ -63,7 +89,7 @@ class Format:
         return (1 if self.grey else 3, self.side, self.side)
 
 
-def common_format(encoded: Sequence[EncodedImage]) -> Format:
+def common_format(encoded: Sequence[Encoded]) -> Format:
     """Return the format that suits images: the median of their shorter sides, at most 64; grey if all are.
 
     Args:
@@ -77,7 +103,7 @@ def common_format(encoded: Sequence[EncodedImage]) -> Format:
     return Format(side=min(side, LARGEST_SIDE), grey=all(image.mode in GREY_MODES for image in images))
 
 
-def decode_images(encoded: Sequence[EncodedImage], form: Format) -> Tensor:
+def decode_images(encoded: Sequence[Encoded], form: Format) -> Tensor:
     """Return images in one format; where one differs its shorter side is resized and its middle cut out.
 
     Args:
@@ -92,10 +118,19 @@ def decode_images(encoded: Sequence[EncodedImage], form: Format) -> Tensor:
     """
     images = torch.empty(len(encoded), *form.shape, dtype=torch.uint8)
     for position, file in enumerate(encoded):
-        image = _fitted(_eight_bits(file.decoded()).convert("L" if form.grey else "RGB"), form.side)
+        image = _fitted(eight_bit_image(file, grey=form.grey), form.side)
         pixels = torch.from_numpy(np.array(image))
         images[position] = pixels if form.grey else pixels.permute(2, 0, 1)
     return images
+
+
+def eight_bit_image(file: Encoded, *, grey: bool) -> Any:
+    """Return a file as a Pillow image of mode "L" or "RGB", in its own size.
+
+    Raises:
+        ValueError: If it is missing or cannot be decoded.
+    """
+    return _eight_bits(file.decoded()).convert("L" if grey else "RGB")
 
 
 def _eight_bits(image: Any) -> Any:

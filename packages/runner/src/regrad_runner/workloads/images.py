@@ -1,11 +1,11 @@
-"""Sets of labelled images in memory, and loaders whose batches do not depend on what is trained on them."""
+"""Sets of labelled images, and loaders whose batches do not depend on what is trained on them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,67 @@ class Augmentation:
     flip: bool = False
 
 
-class ImageSet(Dataset[Batch]):
-    """Labelled images of one size, normalised and augmented when a batch is asked for.
+class LabelledImages(Dataset[Batch]):
+    """Labelled images of one size, normalised and augmented when a batch is asked for; a subclass says how.
 
     The augmentation of a sample is a function of (seed, epoch, index of the sample) alone: not of the batch it is
     in, the process, the order, or anything drawn before. It draws no global random number.
+
+    Args:
+        labels: Classes from 0, int64, shape [N].
+        channels: Channels of every image.
+        image_size: Height and width in pixels; the images of this project's workloads are square.
+        seed: Of the augmentation, at least 0.
+    """
+
+    def __init__(self, labels: Tensor, *, channels: int, image_size: int, seed: int = 0) -> None:
+        self.labels = labels
+        self.channels, self.image_size = channels, image_size
+        self.seed, self.epoch = seed, 0
+
+    def pixels(self, indices: list[int]) -> Tensor:
+        """Return the images [B, C, H, W], float32, normalised and augmented. A subclass must implement it."""
+        raise TypeError(f"{type(self).__name__} must implement pixels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return the images [B, C, H, W], float32, and labels [B] of these samples, made in one go."""
+        return self.pixels(indices), self.labels[torch.as_tensor(indices)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation is drawn, from 0."""
+        self.epoch = epoch
+
+    def with_seed(self, seed: int) -> Self:
+        """Return a view of the same images with an augmentation seed and an epoch of its own."""
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed!r}")
+        view = copy.copy(self)
+        view.seed, view.epoch = seed, 0
+        return view
+
+    def batches(self, size: int = 512, *, indices: Sequence[int] | None = None, workers: int = 0) -> Iterator[Batch]:
+        """Yield samples in order, at most `size` at a time: for evaluation.
+
+        Args:
+            size: Samples at once, at least 1.
+            indices: Which samples; None for each of them once.
+            workers: Processes that make the batches; 0 for this one alone.
+        """
+        chosen = list(range(len(self)) if indices is None else indices)
+        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        generator = torch.Generator()  # an iteration draws one number; without this, a global one
+        yield from DataLoader(self, batch_sampler=parts, collate_fn=_identity, num_workers=workers, generator=generator)
+
+
+class ImageSet(LabelledImages):
+    """Labelled images in memory.
 
     Args:
         images: Raw pixels, uint8, shape [N, C, H, W].
@@ -70,55 +126,19 @@ class ImageSet(Dataset[Batch]):
             raise ValueError(f"images must be uint8 of shape [N, C, H, W], got {images.dtype} {list(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must have shape {[len(images)]}, got {list(labels.shape)}")
+        super().__init__(labels, channels=images.shape[1], image_size=images.shape[2], seed=seed)
         self.images = images
-        self.labels = labels
         self.mean = mean.reshape(-1, 1, 1)
         self.std = std.reshape(-1, 1, 1)
         self.augment = augment
-        self.seed = seed
-        self.epoch = 0
 
-    @property
-    def channels(self) -> int:
-        """Channels of every image."""
-        return self.images.shape[1]
-
-    @property
-    def image_size(self) -> int:
-        """Height in pixels; the images of this project's workloads are square."""
-        return self.images.shape[2]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Batch:
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """Return the images [B, C, H, W], float32, and labels [B] of these samples, made in one go."""
+    def pixels(self, indices: list[int]) -> Tensor:
+        """Return the images [B, C, H, W], float32, normalised and augmented."""
         chosen = torch.as_tensor(indices)
         images = self.images[chosen]
         if self.augment is not None:
             images = _augmented(images, self.augment, seed=self.seed, epoch=self.epoch, indices=chosen.numpy())
-        return (images.float() - self.mean) / self.std, self.labels[chosen]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation is drawn, from 0."""
-        self.epoch = epoch
-
-    def with_seed(self, seed: int) -> ImageSet:
-        """Return a view of the same pixels with an augmentation seed and an epoch of its own."""
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed!r}")
-        view = copy.copy(self)
-        view.seed, view.epoch = seed, 0
-        return view
-
-    def batches(self, size: int = 512) -> Iterator[Batch]:
-        """Yield every sample once, in order, at most `size` at a time: for evaluation, without a loader."""
-        for start in range(0, len(self), size):
-            yield self.__getitems__(list(range(start, min(start + size, len(self)))))
+        return (images.float() - self.mean) / self.std
 
 
 def standardized(
@@ -159,7 +179,7 @@ class EpochSampler(Sampler[int]):
         seed: Of the order, at least 0.
     """
 
-    def __init__(self, image_set: ImageSet, *, seed: int) -> None:
+    def __init__(self, image_set: LabelledImages, *, seed: int) -> None:
         self.image_set = image_set
         self.seed = seed
         self.epoch = 0
@@ -186,7 +206,9 @@ class TrainingLoader(DataLoader[Batch]):
             sampler.set_epoch(epoch)
 
 
-def training_loader(image_set: ImageSet, *, batch_size: int, seed: int, drop_last: bool = True) -> TrainingLoader:
+def training_loader(
+    image_set: LabelledImages, *, batch_size: int, seed: int, drop_last: bool = True, workers: int = 0
+) -> TrainingLoader:
     """Return a loader whose k-th batch is a function of (seed, epoch, k) alone.
 
     So batch k is the same in every arm of a comparison, however many random numbers an arm draws; on any number of
@@ -199,6 +221,7 @@ def training_loader(image_set: ImageSet, *, batch_size: int, seed: int, drop_las
         batch_size: Samples per optimizer step over all processes, from 1 to the size of the set.
         seed: Of order and augmentation, at least 0.
         drop_last: Whether samples that do not fill a batch are left out of the epoch.
+        workers: Processes that make the batches; 0 for this one alone. The batches are the same.
 
     Returns:
         A loader of (float images [B, C, H, W], labels [B]).
@@ -215,6 +238,7 @@ def training_loader(image_set: ImageSet, *, batch_size: int, seed: int, drop_las
         sampler=EpochSampler(view, seed=seed),
         drop_last=drop_last,
         collate_fn=_identity,
+        num_workers=workers,
         generator=torch.Generator(),  # each iteration draws one number; without this, a global one
     )
 

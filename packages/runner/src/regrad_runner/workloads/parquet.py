@@ -17,9 +17,8 @@ import torch
 from regrad_runner.workloads import Defaults, Measure, Workload
 from regrad_runner.workloads.decode import EncodedImage, common_format, decode_images
 from regrad_runner.workloads.images import Augmentation, standardized
-from regrad_runner.workloads.split import Indices, keep_stratified, take_stratified
+from regrad_runner.workloads.split import Indices, validation_and_training
 
-VALIDATION_SHARE = 0.1
 LOOKED_AT = 100
 ROWS_AT_ONCE = 1000
 LAYOUT = "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
@@ -58,10 +57,7 @@ def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: in
     """
     train_split, test_split = _Split.find(data_dir, "train"), _Split.find(data_dir, "test")
     classes, labels = _numbered(train_split.labels())
-    share = round(VALIDATION_SHARE * len(labels))
-    validation_size = max(len(classes), share if train_size is None else min(share, train_size))
-    validation, train = take_stratified(labels, validation_size, seed=seed_of_split, what="validation images")
-    train = train[keep_stratified(labels[train], train_size, seed=seed_of_split)]
+    validation, train = validation_and_training(labels, train_size, seed=seed_of_split)
     test_labels = _looked_up(test_split.labels(), classes)
 
     looked_at = np.arange(min(LOOKED_AT, len(labels)))

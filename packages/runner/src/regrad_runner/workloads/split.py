@@ -7,6 +7,7 @@ import numpy.typing as npt
 from sklearn.model_selection import train_test_split
 
 Indices = npt.NDArray[np.int64]
+VALIDATION_SHARE = 0.1
 
 
 def take_stratified(labels: npt.NDArray[np.int64], size: int, *, seed: int, what: str) -> tuple[Indices, Indices]:
@@ -32,6 +33,28 @@ def take_stratified(labels: npt.NDArray[np.int64], size: int, *, seed: int, what
         raise ValueError(f"{what} must be from {len(classes)} (the classes) to {most}, got {size!r}")
     taken, rest = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=seed)
     return np.sort(taken), np.sort(rest)
+
+
+def validation_and_training(
+    labels: npt.NDArray[np.int64], train_size: int | None, *, seed: int
+) -> tuple[Indices, Indices]:
+    """Divide the training images of a data set: a tenth of them, but at most `train_size`, validates.
+
+    Args:
+        labels: Class of each image, shape [N].
+        train_size: Number of images to keep of the others, the same share of each class; None for all.
+        seed: Fixes the choice, at least 0.
+
+    Returns:
+        Sorted positions of the images that validate and of those that train, with each class in proportion.
+
+    Raises:
+        ValueError: As `take_stratified`.
+    """
+    share, classes = round(VALIDATION_SHARE * len(labels)), len(np.unique(labels))
+    size = max(classes, share if train_size is None else min(share, train_size))
+    validation, train = take_stratified(labels, size, seed=seed, what="validation images")
+    return validation, train[keep_stratified(labels[train], train_size, seed=seed)]
 
 
 def keep_stratified(labels: npt.NDArray[np.int64], train_size: int | None, *, seed: int) -> Indices:

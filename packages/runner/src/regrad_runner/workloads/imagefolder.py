@@ -1,0 +1,160 @@
+"""Folders of image files with one subfolder per class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import datasets
+
+from regrad_runner.workloads import Defaults, Measure, Workload
+from regrad_runner.workloads.decode import LARGEST_SIDE, Format, ImageFile, common_format, decode_images
+from regrad_runner.workloads.files import FileSet
+from regrad_runner.workloads.images import Augmentation, Batch, LabelledImages, standardized
+from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
+
+LOOKED_AT = 100
+MOST_BYTES = 8 * 2**30
+LAYOUT = "a folder with train and val, or train and test, each with a folder of images per class"
+SMALL = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20", width=16)
+LARGE = Defaults(epochs=90, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4, model="resnet18")
+
+
+def load(
+    *,
+    seed_of_split: int = 0,
+    data_dir: Path | None = None,
+    train_size: int | None = None,
+    image_size: int | None = None,
+) -> Workload:
+    """Return the images under `train` and `val` or `test`, one folder per class, as ImageNet is laid out.
+
+    Classes are the folders of `train`, numbered in sorted order. Of `val` and `test` the one that is there is the
+    test split, and a tenth of the training images, but at most `train_size`, validates, with the same share of each
+    class. With both of them `val` validates.
+
+    Up to 64 pixels images are decoded once, into memory, and treated as those of workload `parquet`: the shorter side
+    resized, the middle cut out, grey if the first 100 looked at are, shifted by up to an eighth and mirrored for
+    training, standardised with the training pixels' moments. Larger ones are read from the disk batch by batch and
+    treated as is usual for ImageNet: see `regrad_runner.workloads.files.FileSet`.
+
+    Args:
+        seed_of_split: Fixes which images validate and which are kept, at least 0.
+        data_dir: The folder.
+        train_size: Number of training images to keep after the validation split; None for all.
+        image_size: Height and width in pixels, at least 4; None for the median shorter side of 100 training images,
+            but at most 64.
+
+    Raises:
+        ValueError: If a folder, class or image is missing or cannot be read, if there are fewer than 2 classes or
+            too few images of one, if what is to be decoded into memory takes more than 8 GiB, or if `train_size` or
+            `image_size` is out of its range.
+    """
+    if image_size is not None and image_size < 4:
+        raise ValueError(f"image_size must be at least 4, got {image_size!r}")
+    folders = _folders(data_dir)
+    train = _Split.read(folders["train"])
+    held = {name: _Split.read(folder, train.classes) for name, folder in folders.items() if name != "train"}
+    test = held.get("test") or held["val"]
+    if len(held) == 2:
+        validation, kept = held["val"], keep_stratified(train.labels, train_size, seed=seed_of_split)
+    else:
+        validating, kept = validation_and_training(train.labels, train_size, seed=seed_of_split)
+        validation = train.only(validating)
+    splits = (train.only(kept), validation, test)
+    lazy = (image_size or 0) > LARGEST_SIDE
+    sets = _on_disk(splits, image_size or 0) if lazy else _in_memory(splits, _format(train, image_size))
+    return Workload(
+        name="imagefolder",
+        measure=Measure(),
+        train=sets[0],
+        validation=sets[1],
+        test=sets[2],
+        classes=len(train.classes),
+        defaults=LARGE if lazy else SMALL,
+    )
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The image files of one split.
+
+    Attributes:
+        paths: Where they are, N.
+        labels: Numbers of their classes, int64, shape [N].
+        classes: Names of the classes of the training images.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Indices
+    classes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path, classes: tuple[str, ...] = ()) -> _Split:
+        """Find the files; labels are the positions in `classes`, or in what is found where that is empty."""
+        try:
+            found = datasets.ImageFolder(folder)
+        except FileNotFoundError as problem:
+            raise ValueError(f"data_dir must be {LAYOUT}, got: {str(problem).splitlines()[0]}") from problem
+        classes = classes or tuple(found.classes)
+        if len(classes) < 2:
+            raise ValueError(f"'{folder}' must have at least 2 classes, got {classes[0]!r} alone")
+        unknown = [name for name in found.classes if name not in classes]
+        if unknown:
+            raise ValueError(f"'{folder}' must have the classes of the training images, got {unknown[0]!r}")
+        labels = [classes.index(found.classes[label]) for label in found.targets]
+        return cls(tuple(Path(path) for path, _ in found.samples), np.array(labels, dtype=np.int64), classes)
+
+    def only(self, chosen: Indices) -> _Split:
+        """Return the files at these positions."""
+        return replace(self, paths=tuple(self.paths[i] for i in chosen.tolist()), labels=self.labels[chosen])
+
+    def files(self) -> list[ImageFile]:
+        """Return what can be decoded."""
+        return [ImageFile(path) for path in self.paths]
+
+
+def _folders(data_dir: Path | None) -> dict[str, Path]:
+    """Return the folders of the splits that are there: `train`, and `val` or `test` or both."""
+    if data_dir is None:
+        raise ValueError(f"data_dir must be {LAYOUT}, got None; name it with --data-dir")
+    there = {name: data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()}
+    if "train" not in there or len(there) < 2:
+        got = f"only {', '.join(there)} in it" if there else "none of them in it" if data_dir.is_dir() else "no folder"
+        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}': {got}")
+    return there
+
+
+def _format(train: _Split, image_size: int | None) -> Format:
+    """Return the format of images in memory, from files all over the training split."""
+    files = train.files()
+    places = np.unique(np.linspace(0, len(files) - 1, LOOKED_AT).astype(int))
+    form = common_format([files[place] for place in places.tolist()])
+    return form if image_size is None else replace(form, side=image_size)
+
+
+def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[LabelledImages, ...]:
+    count = sum(len(split.paths) for split in splits)
+    size = count * int(np.prod(form.shape))
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"images must take at most {MOST_BYTES / 2**30:g} GiB in memory, got {size / 2**30:.1f} "
+            f"({count:,} of {form.side} pixels); use fewer with --train-size, or --image-size above {LARGEST_SIDE}, "
+            "which reads them from the disk"
+        )
+
+    def batch(split: _Split) -> Batch:
+        return decode_images(split.files(), form), torch.from_numpy(split.labels)
+
+    train, validation, test = splits
+    augment = Augmentation(shift=form.side // 8, flip=True)
+    return standardized(batch(train), batch(validation), batch(test), augment=augment)
+
+
+def _on_disk(splits: tuple[_Split, _Split, _Split], side: int) -> tuple[LabelledImages, ...]:
+    return tuple(
+        FileSet(split.paths, torch.from_numpy(split.labels), side=side, augment=position == 0)
+        for position, split in enumerate(splits)
+    )

@@ -1,0 +1,130 @@
+"""Published data sets of small images, read and, if asked, fetched by torchvision."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torchvision import datasets
+
+from regrad_runner.workloads import Defaults, Measure, Workload
+from regrad_runner.workloads.images import Augmentation, Batch, standardized
+from regrad_runner.workloads.split import validation_and_training
+
+FOLDER = Path("data")
+DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20", width=16)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A workload on a data set that torchvision knows.
+
+    A tenth of the training images, but at most `train_size`, is the validation split, with the same share of each
+    class; the published test images are the test split. Training images are shifted by up to an eighth of their
+    size, what moves in is black, and half of them are mirrored. All are standardised with the mean and the standard
+    deviation of the training pixels per channel.
+
+    Attributes:
+        name: Of the workload.
+        title: Of the data set.
+        kind: torchvision's class for it.
+        files: Folder that torchvision reads, inside of the one that it is given.
+    """
+
+    name: str
+    title: str
+    kind: Any
+    files: str
+
+    def __call__(
+        self,
+        *,
+        seed_of_split: int = 0,
+        data_dir: Path | None = None,
+        train_size: int | None = None,
+        download: bool = False,
+    ) -> Workload:
+        """Return the workload.
+
+        Args:
+            seed_of_split: Fixes which images validate and which are kept, at least 0.
+            data_dir: Folder that holds the data set's own, or that one itself; None for `data` in the working
+                directory.
+            train_size: Number of training images to keep after the validation split; None for all.
+            download: Whether to fetch what is missing, to that folder.
+
+        Raises:
+            ValueError: If the data are not there, are damaged or cannot be fetched, or `train_size` is out of its
+                range.
+        """
+        root = self._root(data_dir or FOLDER)
+        if download:
+            self._fetch(root)
+        pixels, labels = self._read(root, train=True)
+        validation, train = (
+            torch.from_numpy(part) for part in validation_and_training(labels.numpy(), train_size, seed=seed_of_split)
+        )
+        train_set, validation_set, test_set = standardized(
+            (pixels[train], labels[train]),
+            (pixels[validation], labels[validation]),
+            self._read(root, train=False),
+            augment=Augmentation(shift=pixels.shape[2] // 8, flip=True),
+        )
+        return Workload(
+            name=self.name,
+            measure=Measure(),
+            train=train_set,
+            validation=validation_set,
+            test=test_set,
+            classes=int(labels.max()) + 1,
+            defaults=DEFAULTS,
+        )
+
+    def _root(self, folder: Path) -> Path:
+        """Return the folder to give to torchvision, which wants the one around the data set's own."""
+        own = folder.name == Path(self.files).parts[0] and not (folder / self.files).is_dir()
+        return folder.parent if own else folder
+
+    def _fetch(self, root: Path) -> None:
+        """Fetch what is missing; processes that were started together do it one after the other."""
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            # What torchvision says of its progress must not stand between our results.
+            with FileLock(root / f".{self.name}.lock"), contextlib.redirect_stdout(sys.stderr):
+                self.kind(root, download=True)
+        except (OSError, RuntimeError) as problem:
+            cause = next(iter(str(problem).splitlines()), type(problem).__name__)
+            raise ValueError(
+                f"download must reach the publisher of {self.title}, got: {cause}; "
+                f"or copy {self.files} into '{root}' by other means"
+            ) from problem
+
+    def _read(self, root: Path, *, train: bool) -> Batch:
+        """Return the images, uint8, shape [N, C, H, W], and labels, int64, shape [N], of one split."""
+        try:
+            found = self.kind(root, train=train)
+        except (RuntimeError, OSError, ValueError, AssertionError) as problem:
+            raise ValueError(self._missing(root)) from problem
+        pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+        channels_first = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        return channels_first.contiguous(), labels.long()
+
+    def _missing(self, root: Path) -> str:
+        there = (root / self.files).is_dir()
+        got = f"'{root}' with a damaged or incomplete one" if there else f"'{root}' without it"
+        if any(found for folder in (root, root / "data") for found in folder.glob("*.parquet")):
+            got += "; it holds parquet files, which --workload parquet reads"
+        return (
+            f"data_dir must be a folder with {self.files} ({self.title}), got {got}; "
+            "--download fetches it there, --data-dir names another folder"
+        )
+
+
+cifar10 = Published("cifar10", "CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py")
+cifar100 = Published("cifar100", "CIFAR-100", datasets.CIFAR100, "cifar-100-python")
+fashion_mnist = Published("fashion-mnist", "Fashion-MNIST", datasets.FashionMNIST, "FashionMNIST/raw")
