@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import regrad
 import torch
 from pytorch_optimizer import centralize_gradient
 from pytorch_optimizer.base.optimizer import BaseOptimizer
@@ -12,7 +13,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adam, AdamW
 
 from regrad_bench.cases import Attached, Case, Pair, Setting
 from regrad_bench.tensors import HEAD, Gradients, largest_difference, resnet50_gradients
@@ -35,7 +36,9 @@ def alone_cases() -> list[Case]:
         name="alone/xgrad", ours="xgrad's prediction and restore", peer="AdamW step, fused", build=_xgrad, goal=1.5
     )
     looped = replace(fused, name="alone/xgrad-looped", peer="AdamW step, looped", build=_xgrad_looped, goal=None)
-    return [*gradients, fused, looped, *(_loss_case(*size, goal) for size, goal in LOSS_SIZES.items())]
+    losses = [_loss_case(*size, goal) for size, goal in LOSS_SIZES.items()]
+    optimizers = [_optimizer_case(name) for name in regrad.available("regrad.optimizers")]
+    return [*gradients, fused, looped, *losses, *optimizers]
 
 
 def _sgd(gradients: Gradients) -> SGD:
@@ -140,6 +143,17 @@ def _xgrad_against(setting: Setting, **kind: bool) -> Pair:
         prepare=attached.pass_the_meter,
         close=attached.attachment.detach,
     )
+
+
+def _optimizer_case(name: str) -> Case:
+    """Return the case of an installed optimizer: nothing is attached to it."""
+
+    def build(setting: Setting) -> Pair:
+        gradients = resnet50_gradients(setting.device, quick=setting.quick)
+        ours = regrad.load(name, "regrad.optimizers")(gradients.parameters, lr=1e-6)
+        return Pair(ours=ours.step, peer=Adam(gradients.parameters, lr=1e-6).step)
+
+    return Case(name=f"alone/optimizer-{name}", ours=f"{name}'s step", peer="Adam step, as torch takes it", build=build)
 
 
 def _loss_case(rows: int, classes: int, goal: float | None) -> Case:
