@@ -20,6 +20,7 @@ def test_the_command_measures_in_other_processes_and_writes_what_was_asked_for(t
     assert [row["name"] for row in told["results"]] == ["alone/clip-norm"]
     assert told["results"][0]["ratio"] > 0
     assert told["peers"]
+    assert "alone/clip-norm on cpu" in run.stderr
     assert "alone/clip-norm" in page.read_text(encoding="utf-8")
     assert table.read_text(encoding="utf-8").count("\n") == 2
 

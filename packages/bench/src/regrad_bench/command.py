@@ -52,10 +52,9 @@ def bench(
     torch.set_num_threads(threads)
     conditions = about.about(_typed(), pairs=pairs, quick=quick)
     settings = [Setting(device=torch.device(name), quick=quick) for name in DEVICES[device]]
-    with Console(stderr=True).status("") as status:
-        names = [case.name for case in cases]
-        results = measure_apart(names, settings, pairs=pairs, threads=threads, tell=status.update)
-        found = findings()
+    names = [case.name for case in cases]
+    results = measure_apart(names, settings, pairs=pairs, threads=threads, tell=Console(stderr=True).print)
+    found = findings()
     if csv:
         csv.write_text(report.to_csv(results), encoding="utf-8")
     if markdown:
