@@ -8,6 +8,7 @@ from regrad_clipping.functional import (
     Unit,
     clip_adaptive_,
     clip_norm_,
+    clip_units_,
     clip_value_,
     gradient_norm,
     scale_units_,
@@ -33,6 +34,26 @@ def test_adaptive_clipping_is_that_of_the_reference_for_every_shape(shape, max_r
     result = clip_adaptive_(grad, weight, max_ratio=max_ratio)
     assert result is grad
     torch.testing.assert_close(grad, expected, rtol=1e-14, atol=0)
+
+
+def test_clipping_many_tensors_is_scaling_each_by_its_factors():
+    kinds = [Unit(0), Unit(1), Unit(None), Unit(1, groups=2), Unit(None, groups=2), Unit(0), Unit(None), Unit(0)]
+    shapes = [(4, 3), (4, 3, 2), (5,), (4, 3, 2), (6,), (3, 2), (), (0, 3)]
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16] * 2
+    pairs = [pair(shape, i, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))]
+    pairs[2][0][0], pairs[5][0][0, 0] = 1e-8, float("nan")
+    pairs += [[torch.zeros(3, 2), torch.ones(3, 2)], [torch.zeros(3), torch.ones(3)]]
+    kinds += [Unit(0), Unit(None)]
+    weights = [weight for _, weight in pairs]
+    ours, theirs = ([grad.clone() for grad, _ in pairs] for _ in range(2))
+    bounds = {"max_ratio": 0.5, "weight_floor": 1e-3}
+    expected = unit_factors(theirs, weights, kinds, **bounds)
+    scale_units_(theirs, expected)
+    factors = clip_units_(ours, weights, kinds, **bounds)
+    for grad, factor, wanted, kept in zip(ours, factors, theirs, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(factor.flatten(), kept.flatten(), rtol=0, atol=0, equal_nan=True)
+    assert any(bool((factor < 1).any()) for factor in factors)
 
 
 def test_adaptive_clipping_by_hand():

@@ -103,8 +103,12 @@ class Centralization(Correction):
         for name, parameter, gradient in zip(step.names, step.parameters, step.gradients, strict=True):
             unit = self._units.get(name)
             if unit is not None and gradient is not None and not gradient.is_sparse:
-                grads.append(gradient)
-                means.append(self._means(step, parameter, gradient, unit))
+                mean = self._means(step, parameter, gradient, unit)
+                if gradient.is_cpu:  # what was just read is still in the cache; elsewhere one launch does all
+                    subtract_([gradient], [mean])
+                else:
+                    grads.append(gradient)
+                    means.append(mean)
         subtract_(grads, means)
 
     def _means(self, step: Step, parameter: nn.Parameter, gradient: Tensor, unit: Unit) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from regrad_clipping.correction import CLIPPING
-from regrad_clipping.functional import Unit, check_positive, scale_units_, unit_factors
+from regrad_clipping.functional import Unit, check_positive, clip_units_
 from regrad_clipping.units import Holding, check_head, head_modules, holdings
 
 AXIS_FORM = "axis must be 'auto' or a list of 'pattern=dimension' or 'pattern=none', got {!r}"
@@ -148,8 +148,7 @@ class AGC(Correction):
         if chosen:
             grads, weights, units = zip(*chosen, strict=True)
             bounds = {"max_ratio": self.options.max_ratio, "weight_floor": self.options.weight_floor}
-            self._factors = unit_factors(grads, weights, units, **bounds)
-            scale_units_(grads, self._factors)
+            self._factors = clip_units_(grads, weights, units, **bounds)
 
     def metrics(self) -> dict[str, float]:
         """Return the share of units clipped in the last step, of those that this process holds."""

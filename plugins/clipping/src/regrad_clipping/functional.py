@@ -72,7 +72,7 @@ def clip_adaptive_(
     check_positive("max_ratio", max_ratio)
     check_positive("weight_floor", weight_floor)
     units = [Unit(None if grad.dim() < 2 else axis)]
-    scale_units_([grad], unit_factors([grad], [weight], units, max_ratio=max_ratio, weight_floor=weight_floor))
+    clip_units_([grad], [weight], units, max_ratio=max_ratio, weight_floor=weight_floor)
     return grad
 
 
@@ -101,12 +101,88 @@ def unit_factors(
     for index, norm in enumerate(gradient_norms):
         alike[norm.device, norm.dtype].append(index)
     for indices in alike.values():
-        largest = torch.cat([weight_norms[i].flatten() for i in indices]).clamp_(min=weight_floor).mul_(max_ratio)
-        flat = largest.div_(torch.cat([gradient_norms[i].flatten() for i in indices])).clamp_(max=1)
+        held = [torch.cat([norms[i].flatten() for i in indices]) for norms in (weight_norms, gradient_norms)]
+        flat = _factors(*held, max_ratio=max_ratio, weight_floor=weight_floor)
         parts = flat.split([gradient_norms[i].numel() for i in indices])  # type: ignore[no-untyped-call]
         for i, part in zip(indices, parts, strict=True):
             factors[i] = _spread(part.view_as(gradient_norms[i]), grads[i], units[i])
     return factors
+
+
+@torch.no_grad()
+def clip_units_(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], units: Sequence[Unit], *, max_ratio: float, weight_floor: float
+) -> list[Tensor]:
+    """Clip every gradient, in place, and return its factors: `unit_factors` and `scale_units_` in one.
+
+    On a CPU each tensor with several units is finished before the next is read: its
+    gradient is still in the cache when it is scaled.
+
+    Args:
+        grads: n gradients, plain or DTensor. Overwritten.
+        weights: Their parameters, of the same shapes and devices.
+        units: What a unit is in each.
+        max_ratio: As for `unit_factors`.
+        weight_floor: As for `unit_factors`.
+
+    Returns:
+        What `unit_factors` returns for them.
+
+    Example:
+        >>> grads, weights = [torch.tensor([[3.0, 4.0]])], [torch.tensor([[1.0, 0.0]])]
+        >>> clip_units_(grads, weights, [Unit()], max_ratio=0.5, weight_floor=1e-3)
+        [tensor([[0.1000]])]
+        >>> grads
+        [tensor([[0.3000, 0.4000]])]
+    """
+    factors, batches = [torch.empty(0)] * len(grads), defaultdict[Any, list[int]](list)
+    for i, (grad, weight, unit) in enumerate(zip(grads, weights, units, strict=True)):
+        if unit.groups > 1 or not grad.is_cpu or is_sharded(grad):
+            batches[_clip_at_once_, None].append(i)
+        elif unit.axis is None:
+            batches[_clip_whole_, torch.promote_types(grad.dtype, torch.float32)].append(i)
+        else:
+            norms = row_norms(weight, unit.axis), row_norms(grad, unit.axis)
+            factors[i] = _factors(*norms, max_ratio=max_ratio, weight_floor=weight_floor)
+            _scale_if_any_is_less_(grad, factors[i])
+    for (clip, _), indices in batches.items():
+        chosen = ([values[i] for i in indices] for values in (grads, weights, units))
+        made = clip(*chosen, max_ratio=max_ratio, weight_floor=weight_floor)
+        for i, factor in zip(indices, made, strict=True):
+            factors[i] = factor
+    return factors
+
+
+def _factors(weight_norms: Tensor, gradient_norms: Tensor, *, max_ratio: float, weight_floor: float) -> Tensor:
+    """Return the factors of units with these norms; those of the weights are overwritten."""
+    return weight_norms.clamp_(min=weight_floor).mul_(max_ratio).div_(gradient_norms).clamp_(max=1)
+
+
+def _clip_at_once_(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], units: Sequence[Unit], *, max_ratio: float, weight_floor: float
+) -> Sequence[Tensor]:
+    factors = unit_factors(grads, weights, units, max_ratio=max_ratio, weight_floor=weight_floor)
+    scale_units_(grads, factors)
+    return factors
+
+
+def _clip_whole_(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], _: Sequence[Unit], *, max_ratio: float, weight_floor: float
+) -> Sequence[Tensor]:
+    """Clip tensors on the CPU that are one unit each, of dtypes whose norms have one dtype."""
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    norms = [torch.stack(torch._foreach_norm(list(tensors), 2, dtype)) for tensors in (weights, grads)]
+    factors = _factors(*norms, max_ratio=max_ratio, weight_floor=weight_floor)
+    for grad, number in zip(grads, factors.tolist(), strict=True):
+        if not number >= 1:  # so that NaN spreads
+            grad.mul_(number)
+    return factors.unbind()
+
+
+def _scale_if_any_is_less_(grad: Tensor, factor: Tensor) -> None:
+    """Scale a gradient on the CPU, where looking is free and a pass over the gradient is not."""
+    if factor.numel() and not factor.min().item() >= 1:  # so that NaN spreads
+        grad.mul_(factor)
 
 
 @torch.no_grad()
@@ -118,10 +194,12 @@ def scale_units_(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
         factors: What `unit_factors` returned for them.
     """
     pairs = list(zip(locals_of(grads), factors, strict=True))
-    # On a CPU looking is free and a pass over the gradient is not; elsewhere looking would wait for the device.
-    moved = [(g, f) for g, f in pairs if g.device.type != "cpu" or (f.numel() and not f.min() >= 1)]
-    if moved:
-        torch._foreach_mul_([g for g, _ in moved], [f for _, f in moved])
+    for grad, factor in pairs:
+        if grad.is_cpu:
+            _scale_if_any_is_less_(grad, factor)
+    elsewhere = [(g, f) for g, f in pairs if not g.is_cpu]  # looking there would wait for the device
+    if elsewhere:
+        torch._foreach_mul_([g for g, _ in elsewhere], [f for _, f in elsewhere])
 
 
 def _norms(tensors: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:

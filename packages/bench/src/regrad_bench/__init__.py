@@ -1,0 +1,1 @@
+"""What gradient corrections cost, beside the peers that ship the same."""

@@ -1,0 +1,117 @@
+"""What a case of the benchmark is: two sides, what must hold between them, and how they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import regrad
+import torch
+from regrad import Attachment, Correction
+from torch import nn
+from torch.optim import Optimizer
+
+# The effect meter looks at the first 20 steps, at 20 after a warm-up and at every 50th: none of them is near.
+BEYOND_THE_METER = 101
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and how large.
+
+    Attributes:
+        device: Where everything lies.
+        quick: Small sizes, to see that everything runs; no number of such a run means anything.
+    """
+
+    device: torch.device
+    quick: bool = False
+
+
+@dataclass(kw_only=True)
+class Pair:
+    """Both sides, ready to be called.
+
+    Attributes:
+        ours: One call of our side.
+        peer: One call of the other side.
+        prepare: Called before each timed call, not timed.
+        difference: Returns the largest relative difference between what the two
+            sides compute; None where they are not meant to be equal.
+        close: Called at the end.
+    """
+
+    ours: Callable[[], object]
+    peer: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+    difference: Callable[[], float] | None = None
+    close: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        name: Such as "step/xgrad"; the part before the slash is its section.
+        ours: What is timed, in words.
+        peer: What it is timed against, in words.
+        build: Makes both sides. Raises `ValueError` or a `RegradError` where that
+            cannot be done, and the table says so.
+        goal: The largest ratio that is good enough; None where there is no goal.
+        memory_goal: The same for the ratio of peak memories; it is measured where this is given.
+        scale: The ratio is divided by it: what the sizes of both sides lead one to expect.
+        most_pairs: Pairs at most, for what takes seconds.
+        repeats: Calls per time that is taken, for what takes microseconds.
+        host_only: Whether it is about the host alone, whatever the device.
+        wall: Whether it waits for another process.
+    """
+
+    name: str
+    ours: str
+    peer: str
+    build: Callable[[Setting], Pair]
+    goal: float | None = None
+    memory_goal: float | None = None
+    scale: float = 1.0
+    most_pairs: int = 1000
+    repeats: int = 1
+    host_only: bool = False
+    wall: bool = False
+
+
+class Attached:
+    """Corrections on a model and its optimizer, past the steps in which the effect meter looks.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        corrections: As for `regrad.attach`.
+        criterion: As for `regrad.attach`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        corrections: list[str | Correction],
+        criterion: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        self.attachment: Attachment = regrad.attach(model, optimizer, corrections, criterion)
+        self.model, self.engine = model, self.attachment.engine
+        self.pass_the_meter()
+
+    def pass_the_meter(self) -> None:
+        """Go on as if so many steps had been taken that none of the next is measured."""
+        self.engine.applied = BEYOND_THE_METER
+
+    def correct(self) -> None:
+        """Do what the hooks do in one step, without the forward pass, the backward pass and the update."""
+        self.engine.before_forward(self.model)
+        self.engine.before_step(self.engine.optimizer, (self.engine.optimizer,), {})
+        self.engine.after_step()
+
+    def predict_and_restore(self) -> None:
+        """Open the window and close it again."""
+        self.engine.before_forward(self.model)
+        self.engine.close_window()

@@ -1,0 +1,102 @@
+"""How the cost of corrections grows with the parameters, and with the number of corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import regrad
+import torch
+from regrad import Correction
+from regrad.correction import Needs
+from regrad.hookspecs import Step
+from torch.optim import SGD
+
+from regrad_bench.cases import Attached, Case, Pair, Setting
+from regrad_bench.tensors import square_layers
+
+SMALL, LARGE, MANY = 1, 300, 8
+
+
+def growth_cases() -> list[Case]:
+    """Return one case for each installed correction, and one for many corrections at once."""
+    sizes = [
+        Case(
+            name=f"growth/{name}",
+            ours=f"{name}, 300 M parameters",
+            peer="1 M parameters",
+            build=_sizes(name),
+            scale=LARGE / SMALL,
+            most_pairs=3,
+        )
+        for name in regrad.available()
+    ]
+    many = Case(
+        name=f"growth/{MANY}-corrections",
+        ours=f"{MANY} corrections that read one number",
+        peer="one of them",
+        build=_many,
+        scale=MANY,
+        repeats=100,
+        host_only=True,
+    )
+    return [*sizes, many]
+
+
+def _sizes(name: str) -> Callable[[Setting], Pair]:
+    def build(setting: Setting) -> Pair:
+        made = regrad.create(name)
+        parts = made if isinstance(made, tuple) else (made,)
+        if any({"hidden", "criterion"} & set(part.needs.stages) for part in parts):
+            raise ValueError("its cost is that of activations or logits, not of parameters")
+        large, small = (_attached(name, millions, setting) for millions in (LARGE, SMALL))
+
+        def close() -> None:
+            large.attachment.detach()
+            small.attachment.detach()
+
+        return Pair(ours=large.correct, peer=small.correct, prepare=large.pass_the_meter, close=close)
+
+    return build
+
+
+def _attached(name: str, millions: int, setting: Setting) -> Attached:
+    """Return the correction on linear layers of so many million weights, after one step that made its state."""
+    layers = square_layers(millions, setting.device, quick=setting.quick)
+    optimizer = SGD(layers.parameters, lr=1e-6, momentum=0.9)
+    optimizer.step()
+    attached = Attached(layers.model, optimizer, [name])
+    width = layers.parameters[0].shape[1]
+    layers.model(torch.zeros(1, width, device=setting.device))  # what some corrections read their choices from
+    return attached
+
+
+class Reader(Correction):
+    """Reads the number of gradients and changes nothing: what is left is the cost of being called."""
+
+    name = "reader"
+    needs = Needs(stages=("gradient",))
+
+    def correct_gradients(self, step: Step) -> None:
+        """Count the gradients."""
+        self.seen = len(step.gradients)
+
+
+def readers(number: int) -> list[Correction]:
+    """Return so many corrections under different names."""
+    classes = [type(f"Reader{index}", (Reader,), {"name": f"reader-{index}"}) for index in range(number)]
+    return [kind() for kind in classes]
+
+
+def _many(setting: Setting) -> Pair:
+    many, one = (_attached_readers(number, setting) for number in (MANY, 1))
+
+    def prepare() -> None:
+        many.pass_the_meter()
+        one.pass_the_meter()
+
+    return Pair(ours=many.correct, peer=one.correct, prepare=prepare)
+
+
+def _attached_readers(number: int, setting: Setting) -> Attached:
+    layers = square_layers(SMALL, setting.device, quick=setting.quick)
+    return Attached(layers.model, SGD(layers.parameters, lr=0.1), list(readers(number)))

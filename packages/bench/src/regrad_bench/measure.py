@@ -1,0 +1,151 @@
+"""Run a case and say what came out of it."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from regrad import RegradError, RegradWarning
+
+from regrad_bench.cases import Case, Pair, Setting
+from regrad_bench.memory import launches, peak_bytes
+from regrad_bench.timing import HostClock, WallClock, clock_for, interleave
+
+Verdict = Literal["met", "missed", "no goal", "not measured"]
+NO_DEVICE, HOST_ALONE = "no CUDA device here", "it is about the host alone"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One line of the table, measured.
+
+    Attributes:
+        name: The case.
+        ours: What was timed, in words.
+        peer: What it was timed against.
+        device: Type of the device.
+        goal: The largest ratio that is good enough, or None.
+        pairs: How many pairs were timed.
+        ours_ms: Median milliseconds of our side.
+        peer_ms: Median milliseconds of the peer.
+        ratio: Median of the ratios, over what the sizes lead one to expect.
+        low: Their first quartile.
+        high: Their third quartile.
+        memory_ratio: Ratio of the peak memories, where it was asked for.
+        memory_goal: The largest that is good enough, or None.
+        difference: Largest relative difference between both sides' results, where they should be equal.
+        ours_launches: Kernels that our side launched, on CUDA.
+        peer_launches: Kernels that the peer launched.
+        reason: Why nothing was measured, or None.
+    """
+
+    name: str
+    ours: str
+    peer: str
+    device: str
+    goal: float | None = None
+    pairs: int = 0
+    ours_ms: float | None = None
+    peer_ms: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    memory_ratio: float | None = None
+    memory_goal: float | None = None
+    difference: float | None = None
+    ours_launches: int | None = None
+    peer_launches: int | None = None
+    reason: str | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the ratio, and that of the memory, is within its goal."""
+        if self.ratio is None:
+            return "not measured"
+        if self.goal is None:
+            return "no goal"
+        beyond = self.ratio > self.goal
+        if self.memory_goal is not None and self.memory_ratio is not None:
+            beyond = beyond or self.memory_ratio > self.memory_goal
+        return "missed" if beyond else "met"
+
+
+def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
+    """Build a case, time it, and let it go.
+
+    Args:
+        case: The case.
+        setting: Where, and how large.
+        pairs: Pairs to time, unless the case allows fewer.
+
+    Returns:
+        What was measured, or the reason why nothing could be.
+    """
+    result = Result(name=case.name, ours=case.ours, peer=case.peer, device=setting.device.type, goal=case.goal)
+    if case.host_only and setting.device.type == "cuda":
+        return replace(result, reason=HOST_ALONE)
+    if setting.device.type == "cuda" and not torch.cuda.is_available():
+        return replace(result, reason=NO_DEVICE)
+    try:
+        with _own_random_numbers(setting.device):
+            return _measured(case, setting, result, min(pairs, case.most_pairs))
+    except (ValueError, RegradError) as problem:
+        return replace(result, reason=textwrap.shorten(str(problem), 100, placeholder=" …"))
+
+
+def _measured(case: Case, setting: Setting, result: Result, pairs: int) -> Result:
+    clock = WallClock() if case.wall else HostClock() if case.host_only else clock_for(setting.device)
+    with _built(case, setting) as pair:
+        repeats = 1 if setting.quick else case.repeats
+        timed = interleave(pair.ours, pair.peer, pairs=pairs, clock=clock, prepare=pair.prepare, repeats=repeats)
+        memory = _of_both(pair, lambda call: peak_bytes(call, setting.device)) if case.memory_goal else None
+        launched = _of_both(pair, launches) if setting.device.type == "cuda" else (None, None)
+        difference = pair.difference() if pair.difference else None  # last: what it frees changes how memory is got
+    return replace(
+        result,
+        pairs=pairs,
+        ours_ms=timed.medians[0] * 1000,
+        peer_ms=timed.medians[1] * 1000,
+        ratio=timed.ratio / case.scale,
+        low=timed.quartiles[0] / case.scale,
+        high=timed.quartiles[1] / case.scale,
+        memory_ratio=memory[0] / memory[1] if memory else None,
+        memory_goal=case.memory_goal,
+        difference=difference,
+        ours_launches=launched[0],
+        peer_launches=launched[1],
+    )
+
+
+def _of_both(pair: Pair, look: Callable[[Callable[[], object]], int]) -> tuple[int, int]:
+    """Return what `look` says of our side and of the peer."""
+    seen = []
+    for call in (pair.ours, pair.peer):
+        pair.prepare()
+        seen.append(look(call))
+    return seen[0], seen[1]
+
+
+@contextlib.contextmanager
+def _built(case: Case, setting: Setting) -> Iterator[Pair]:
+    """Build both sides, and detach them at the end."""
+    with warnings.catch_warnings():
+        # A correction that is called without a forward pass says so, and some say that nothing changes.
+        warnings.simplefilter("ignore", RegradWarning)
+        pair = case.build(setting)
+        try:
+            yield pair
+        finally:
+            pair.close()
+
+
+@contextlib.contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield

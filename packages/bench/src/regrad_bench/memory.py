@@ -1,0 +1,67 @@
+"""The largest memory that a call holds beyond what was there before it, and the kernels it launches."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], object]
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Return the most bytes that torch's allocator held for `call`, beyond what was there before it.
+
+    On a CPU every allocation and release is read from the profiler's trace; on CUDA
+    it is the allocator's own count. Memory that libraries take for themselves is
+    not in it.
+
+    Args:
+        call: Called once. What it returns is released first.
+        device: The device to look at.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    return highest(event["args"]["Bytes"] for event in _trace(call, memory=True) if event.get("name") == "[memory]")
+
+
+def highest(changes: Iterable[int]) -> int:
+    """Return the largest running sum.
+
+    Example:
+        >>> highest([4, 2, -4, 1])
+        6
+    """
+    held = most = 0
+    for change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+def launches(call: Call) -> int:
+    """Return how many kernels `call` launches on CUDA."""
+    return sum(str(event.get("name", "")).startswith(LAUNCHES) for event in _trace(call, memory=False))
+
+
+def _trace(call: Call, *, memory: bool) -> list[dict[str, Any]]:
+    """Return the profiler's events of one call in the order of time."""
+    activities = [ProfilerActivity.CPU] if memory else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, profile_memory=memory, acc_events=True) as seen:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return sorted((event for event in events if "ts" in event), key=lambda event: float(event["ts"]))

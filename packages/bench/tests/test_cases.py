@@ -1,0 +1,143 @@
+"""Every case at a small size: it runs, both sides agree where they should, and nothing is left attached."""
+
+import pytest
+import regrad
+import torch
+from regrad_bench.all_cases import chosen_cases
+from regrad_bench.alone_cases import alone_cases
+from regrad_bench.cases import BEYOND_THE_METER, Attached, Setting
+from regrad_bench.growth_cases import readers
+from regrad_bench.measure import measure
+from regrad_bench.step_cases import GOALS, Trainer
+from regrad_bench.tensors import Gradients, largest_difference, resnet50_gradients, square_layers
+from torch import nn
+
+QUICK = Setting(device=torch.device("cpu"), quick=True)
+ALONE = {case.name: case for case in alone_cases()}
+# float32, and for AdaNorm the difference of two large moments; the losses and the clips agree closely
+EQUAL = {"alone/agc": 1e-6, "alone/agc-idle": 1e-6, "alone/clip-norm": 1e-6, "alone/centralization": 1e-5}
+EQUAL |= {"alone/adanorm": 1e-4} | {name: 1e-6 for name in ALONE if "powergrad" in name}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", [case.name for case in chosen_cases()])
+def test_a_case_runs_at_a_small_size_or_says_why_not(name):
+    (case,) = chosen_cases(name)
+    state = torch.random.get_rng_state()
+    result = measure(case, QUICK, pairs=2)
+    assert torch.equal(state, torch.random.get_rng_state())
+    if result.ratio is None:
+        assert result.reason
+        assert name.startswith("growth/")  # no stages in a list of layers; no parameters in a loss
+    else:
+        assert 0 < result.low <= result.ratio <= result.high
+        assert result.ours_ms > 0 < result.peer_ms
+        assert (result.memory_ratio is not None) == (case.memory_goal is not None)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_both_sides_of_a_pair_compute_the_same(name):
+    pair = ALONE[name].build(QUICK)
+    assert pair.difference() <= EQUAL[name]
+    pair.close()
+
+
+@pytest.mark.parametrize("name", [name for name in EQUAL if "agc" in name or "clip" in name or "central" in name])
+def test_what_both_sides_agree_on_is_not_the_untouched_gradient(name):
+    pair = ALONE[name].build(QUICK)
+    pair.prepare()
+    model = pair.ours.__self__.model
+    before = [p.grad.clone() for p in model.parameters()]
+    pair.ours()
+    changed = largest_difference([p.grad for p in model.parameters()], before)
+    assert changed == 0 if name == "alone/agc-idle" else changed > 0.01
+    pair.close()
+
+
+def test_every_goal_of_the_project_has_a_case_or_a_correction_that_is_not_installed():
+    names = {case.name for case in chosen_cases("step/*")}
+    assert {f"step/{name}" for name in GOALS if name in regrad.available()} <= names
+    assert {case.goal for case in chosen_cases("alone/*")} == {None, 0.2, 1.0, 1.5}
+
+
+def test_resnet_50_has_161_tensors_and_quick_ones_are_small():
+    cpu = torch.device("cpu")
+    model = resnet50_gradients(cpu, quick=False)
+    assert (len(model.parameters), sum(p.numel() for p in model.parameters)) == (161, 25_557_032)
+    assert sum(p.numel() for p in resnet50_gradients(cpu, quick=True).parameters) < 10**6
+
+
+def test_square_layers_have_the_millions_asked_for():
+    assert sum(p.numel() for p in square_layers(2, torch.device("cpu"), quick=False).parameters) == 2 * 1024**2
+
+
+def test_gradients_come_back_as_they_were():
+    gradients = Gradients(nn.Linear(3, 2), relative_size=0.1)
+    first = [g.clone() for g in gradients.gradients]
+    for gradient in gradients.gradients:
+        gradient.zero_()
+    gradients.refill(2.0)
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, gradients.gradients, strict=True))
+
+
+def test_the_meter_does_not_look_while_a_correction_is_timed():
+    model = nn.Linear(3, 2)
+    gradients = Gradients(model, relative_size=0.1)
+    attached = Attached(model, torch.optim.SGD(model.parameters(), lr=0.1), ["clip-norm:max_norm=0.001"])
+    before = gradients.gradients[0].clone()
+    attached.correct()
+    assert attached.engine.applied == BEYOND_THE_METER + 1
+    assert not attached.engine.meter.sums
+    assert gradients.gradients[0].norm() < before.norm()
+    attached.attachment.detach()
+
+
+def test_a_step_with_a_correction_trains_and_one_without_any_is_the_plain_step():
+    pairs = [chosen_cases(f"step/{name}")[0].build(QUICK) for name in ("none", "clip-norm")]
+    trained = []
+    for pair in pairs:
+        for side in (pair.ours, pair.peer):
+            side()
+            trained.append(torch.cat([p.detach().flatten() for p in side.__self__.model.parameters()]))
+        pair.close()
+    start = torch.cat([p.detach().flatten() for p in Trainer(QUICK).model.parameters()])
+    none, plain, clipped, _ = trained
+    assert torch.equal(none, plain)
+    assert not torch.equal(plain, start)
+    assert not torch.equal(plain, clipped)
+
+
+def test_readers_have_names_of_their_own():
+    assert [correction.name for correction in readers(3)] == ["reader-0", "reader-1", "reader-2"]
+
+
+def test_a_pattern_that_fits_no_case_names_them_all():
+    with pytest.raises(ValueError, match=r"only must fit the name of a case, got 'nothing'; there are step/none, "):
+        chosen_cases("nothing")
+
+
+def test_without_a_device_or_a_correction_a_case_says_not_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = Setting(device=torch.device("cuda"), quick=True)
+    result = measure(ALONE["alone/agc"], there, pairs=1)
+    assert (result.verdict, result.reason, result.goal) == ("not measured", "no CUDA device here", 0.2)
+    monkeypatch.setattr(regrad.registry, "available", lambda group="regrad": {})
+    result = measure(ALONE["alone/agc"], QUICK, pairs=1)
+    assert result.verdict == "not measured"
+    assert "no correction named 'agc'" in result.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [case.name for case in chosen_cases() if not case.host_only])
+def test_a_case_runs_on_a_gpu_and_counts_its_launches(name):
+    (case,) = chosen_cases(name)
+    result = measure(case, Setting(device=torch.device("cuda"), quick=True), pairs=2)
+    assert result.reason or (result.ours_launches > 0 and result.peer_launches > 0)
