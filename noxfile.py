@@ -15,6 +15,7 @@ MEMBERS = [path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in
 PLUGINS = [Path(member).name for member in MEMBERS if member.startswith("plugins/")]
 # One computing thread per process: the tests' tensors are small, and threads that wait for each other cost more.
 TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+KIT = "packages/testing"
 NOT_FOR_A_PLUGIN = {"accelerate", "mlflow", "torchvision"}
 
 nox.options.default_venv_backend = "uv"
@@ -69,9 +70,9 @@ def tests(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("plugin", PLUGINS)
 def isolation(session: nox.Session, plugin: str) -> None:
-    """Run one plugin's tests where only the core and what the plugin declares are installed."""
+    """Run one plugin's tests where only the core, the conformance kit and what the plugin declares are installed."""
     member = f"plugins/{plugin}"
-    needed = needed_members(member)
+    needed = [*dict.fromkeys((*needed_members(member), *needed_members(KIT)))]
     session.install(*build_wheels(session, *needed), "--group", "test")
     allowed = {import_name(other) for other in needed}
     declared = " ".join(line for other in needed for line in metadata(other)["dependencies"])

@@ -18,6 +18,10 @@ PUBLIC = {
     "regrad_gcgd": {"GCGD"},
     "regrad_gcode": {"GCODE"},
     "regrad_gcw": {"GCW"},
+    "regrad_testing": {
+        *("CorrectionSuite", "OptimizerSuite", "OptimizerStep", "Problem", "ReferenceStep", "StagedImages"),
+        "load_beside",
+    },
     "regrad_tom": {"Tom"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }

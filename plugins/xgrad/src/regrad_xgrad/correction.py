@@ -182,7 +182,7 @@ class XGrad(Correction):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last displacements and their rates, where the displacement form is in use."""
-        return {"last": dict(self._last), "last_rates": dict(self._last_rates)}
+        return {"last": {name: last.clone() for name, last in self._last.items()}, "last_rates": dict(self._last_rates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the last displacements and their rates."""
