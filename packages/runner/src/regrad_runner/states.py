@@ -167,13 +167,15 @@ def _gathered(value: Tensor, owner: DTensor) -> Tensor:
 
 
 def _cut(value: Any, parameter: Tensor) -> Any:
-    """Return a whole tensor laid out as the sharded parameter of its shape; anything else as it is."""
-    if not is_sharded(parameter) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    """Return a copy of a whole tensor laid out as the sharded parameter of its shape; else a copy as it is."""
+    if not isinstance(value, Tensor):
         return value
+    if not is_sharded(parameter) or value.shape != parameter.shape:
+        return value.clone()  # the optimizer would step in what was passed
     owner = cast(DTensor, parameter)
     there = value.to(local(owner).device)
     part = distribute_tensor(there, owner.device_mesh, owner.placements, src_data_rank=None)  # all have the whole
-    return part.clone()  # a view would keep the whole in memory, and change it
+    return part.clone()  # a view would keep the whole in memory
 
 
 def _cut_local(value: Tensor, owner: DTensor) -> Tensor:
