@@ -135,5 +135,5 @@ def test_every_trap_names_tests_that_exist():
 def functions_beside(folder: str) -> set[str]:
     """Names of the functions in the tests of a member, or of the repository."""
     place = ROOT / folder / "tests" if folder != "tests" else ROOT / "tests"
-    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in place.glob("*.py"))
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in place.rglob("*.py"))
     return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from regrad_runner import train as module
-from regrad_runner.checkpoint import latest_checkpoint
 from regrad_runner.config import TrainConfig
 from regrad_runner.progress import Display
 from regrad_runner.results import ResultsFolder
+from regrad_runner.storage import checkpoints, read_checkpoint
 from regrad_runner.train import make_plan, train
 from rich.console import Console
 
@@ -24,7 +24,7 @@ def run(folder, *, resume=False, **values):
 
 
 def weights(folder):
-    return torch.load(latest_checkpoint(folder / "checkpoints") / "tensors.pt", weights_only=True)["model"]
+    return read_checkpoint(checkpoints(folder / "checkpoints")[-1]).tensors["model"]
 
 
 def without_times(result):
@@ -46,12 +46,25 @@ def test_without_a_number_a_checkpoint_is_written_after_each_epoch(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
 
 
+def test_as_many_checkpoints_stay_as_asked(tmp_path):
+    run(tmp_path / "out", checkpoint_every=2, keep_checkpoints=4)
+    assert [p.name[-2:] for p in checkpoints(tmp_path / "out" / "checkpoints")] == ["06", "08", "10", "12"]
+
+
+def test_a_damaged_checkpoint_is_told_of(tmp_path):
+    run(tmp_path / "out")
+    (tmp_path / "out" / "checkpoints" / "step-00000012" / "state.json").unlink()
+    _, text = run(tmp_path / "out", resume=True)
+    assert "checkpoint step-00000012 is damaged: state.json is missing" in text
+    assert "continuing from step 10" in text
+
+
 def test_a_run_that_was_stopped_goes_on_exactly(tmp_path, monkeypatch):
     whole, _ = run(tmp_path / "whole")
     original = module.save_checkpoint
 
-    def stopping(run, folder):
-        original(run, folder)
+    def stopping(run, folder, **options):
+        original(run, folder, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

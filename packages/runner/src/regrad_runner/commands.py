@@ -120,6 +120,7 @@ def train(
     processes: o.Processes = None,
     workers: o.Workers = None,
     checkpoint_every: Annotated[int | None, o.flag("Steps; an epoch by default.", o.WHERE, metavar="N")] = None,
+    keep_checkpoints: Annotated[int | None, o.flag("How many stay; 2 by default.", o.WHERE, metavar="N")] = None,
     tracker: o.TrackerKind = None,
     tracking_uri: o.TrackingUri = None,
     config: o.ConfigFile = None,

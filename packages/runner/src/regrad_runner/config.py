@@ -18,7 +18,7 @@ from regrad_runner.workloads import Workload
 
 FIRST_TUNING_SEED = 1_000_000
 WITHOUT_EFFECT_ON_RESULTS = frozenset(
-    {"download", "workers", "tracker", "tracking_uri", "threads", "processes", "checkpoint_every"}
+    {"download", "workers", "tracker", "tracking_uri", "threads", "processes", "checkpoint_every", "keep_checkpoints"}
 )
 # Below this many pixels per batch, one thread is as fast as two that wait for each other.
 PIXELS_FOR_ONE_THREAD = 32_768
@@ -152,12 +152,14 @@ class TrainConfig(RunConfig):
         lr: Learning rate at the start of the cosine.
         seed: Fixes initial weights, order of the data and augmentation.
         checkpoint_every: Optimizer steps between checkpoints, or None for one at the end of each epoch.
+        keep_checkpoints: How many of the last ones stay.
     """
 
     corrections: tuple[str, ...] = ()
     lr: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
     checkpoint_every: int | None = Field(default=None, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
 
 
 Config = TypeVar("Config", bound=RunConfig)

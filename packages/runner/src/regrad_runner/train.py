@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regrad_runner.arms import BASELINE, Arm, parts_of
-from regrad_runner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from regrad_runner.checkpoint import load_latest, save_checkpoint
 from regrad_runner.config import TrainConfig
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
@@ -90,9 +90,10 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
     started = time.perf_counter()
     checkpoints = plan.path / "checkpoints"
     every = plan.config.checkpoint_every or run.steps_per_epoch
-    latest = latest_checkpoint(checkpoints)
+    latest, notes = load_latest(run, checkpoints)
+    for note in notes:
+        display.say(note)
     if latest is not None:
-        load_checkpoint(run, latest)
         display.say(f"continuing from step {run.position.step} ({latest})")
     validation = name_on_validation(plan.workload.measure)
 
@@ -109,7 +110,7 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
     def keep_step(step: int) -> None:
         display.step(step)
         if step % every == 0 or step == run.total_steps:
-            save_checkpoint(run, checkpoints)
+            save_checkpoint(run, checkpoints, keep=plan.config.keep_checkpoints)
 
     display.begin(plan.arm.name, steps=run.total_steps)
     run.train(on_point=keep_point, on_step=keep_step)

@@ -1,0 +1,198 @@
+"""The folder of a checkpoint: written whole or not at all, every file with its checksum, the last few kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from regrad.errors import RegradError
+
+FORMAT = 2
+PREFIX, DAMAGED = "step-", "damaged-"
+TENSORS, CHECKSUMS = "tensors.pt", "checksums.json"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: Nested dictionaries and lists of tensors and plain values.
+        state: What JSON can hold.
+        receipt: What JSON can hold.
+    """
+
+    tensors: Mapping[str, Any]
+    state: Mapping[str, Any]
+    receipt: Mapping[str, Any]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the one with the most steps last."""
+    return sorted(folder.glob(f"{PREFIX}*"))
+
+
+def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) -> Path:
+    """Write a checkpoint under another name, force it to the disk, rename it, and remove the oldest.
+
+    Args:
+        folder: Holds the run's checkpoints; made if it does not exist.
+        step: Names the checkpoint; another one of this step is replaced.
+        content: What to keep.
+        keep: How many of the last checkpoints stay, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        RegradError: If the disk does not take it; what was there before is as it was.
+    """
+    path = folder / f"{PREFIX}{step:08d}"
+    aside = _aside(path)
+    try:
+        _fill(aside, content)
+        if path.exists():
+            _remove(path)
+        aside.rename(path)
+        _force_names(folder)
+    except OSError as problem:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RegradError(
+            f"checkpoint must be written, got {problem}; those before it are whole: make room and --resume"
+        ) from problem
+    for old in checkpoints(folder)[:-keep]:
+        _remove(old)
+    for left in folder.glob(f".{PREFIX}*"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    return path
+
+
+def read_checkpoint(path: Path) -> Content:
+    """Read a checkpoint without running anything that it holds.
+
+    Raises:
+        RegradError: If it is damaged, of another format, or holds more than tensors and plain values.
+    """
+    fault = fault_of(path)
+    if fault is not None:
+        raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
+    state = _read_json(path / "state.json")
+    if state["format"] != FORMAT:
+        raise RegradError(f"checkpoint must be of format {FORMAT}, got {state['format']!r} in '{path}'")
+    try:
+        tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:
+        raise RegradError(
+            f"checkpoint must hold tensors and plain values only, got '{path / TENSORS}', which would run code; "
+            "it is not loaded: remove it if you do not know where it comes from"
+        ) from problem
+    return Content(tensors, state, _read_json(path / "receipt.json"))
+
+
+def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
+    """Read the latest checkpoint that is whole.
+
+    Damaged ones that come after it are renamed, so that they no longer count.
+
+    Returns:
+        Where it is, what it holds, and a line for each damaged one; None where there is no checkpoint.
+
+    Raises:
+        RegradError: If all are damaged, or the one to be read is refused.
+    """
+    faults: list[tuple[Path, str]] = []
+    for path in reversed(checkpoints(folder)):
+        fault = fault_of(path)
+        if fault is None:
+            content = read_checkpoint(path)
+            return path, content, [_set_aside(old, why, instead=path) for old, why in faults]
+        faults.append((path, fault))
+    if faults:
+        listed = "; ".join(f"{path.name}: {fault}" for path, fault in faults)
+        raise RegradError(f"checkpoints must be whole to resume, got only damaged ones in '{folder}' ({listed})")
+    return None
+
+
+def fault_of(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint's files; None where every file is as it was written."""
+    try:
+        sums = _read_json(path / CHECKSUMS)
+        for name in (TENSORS, "state.json", "receipt.json"):
+            if checksum(path / name) != sums.get(name):
+                return f"{name} is not what was written"
+    except FileNotFoundError as problem:
+        return f"{Path(problem.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as problem:
+        return f"{CHECKSUMS} cannot be read ({type(problem).__name__})"
+    return None
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fill(folder: Path, content: Content) -> None:
+    """Write the files, and last the checksums: of what the disk took, not of what was meant."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write(folder / TENSORS, lambda file: torch.save(dict(content.tensors), file))
+    _write_json(folder / "state.json", {"format": FORMAT, **content.state})
+    _write_json(folder / "receipt.json", content.receipt)
+    _write_json(folder / CHECKSUMS, {file.name: checksum(file) for file in sorted(folder.iterdir())})
+    _force_names(folder)
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    with path.open("wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(path.read_bytes())
+    return read
+
+
+def _force_names(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and renaming is on the disk when it returns
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away in one go: a kill must not leave half of it under its name."""
+    gone = path.with_name(f".{path.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _set_aside(path: Path, fault: str, *, instead: Path) -> str:
+    """Rename a damaged checkpoint and say so."""
+    kept = path.with_name(DAMAGED + path.name)
+    shutil.rmtree(kept, ignore_errors=True)
+    path.rename(kept)
+    return f"checkpoint {path.name} is damaged: {fault}; it is now '{kept}', and {instead.name} is used instead"
