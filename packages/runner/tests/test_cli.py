@@ -114,8 +114,7 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsy
 
 
 @pytest.mark.parametrize(
-    "words",
-    ["", "compare", "train", "report", "explain", "plugins", "plugins list", "plugins show", "plugins check"],
+    "words", ["", "compare", "train", "report", "explain", "plugins", "plugins list", "plugins show", "plugins check"]
 )
 def test_help_fits_80_columns(monkeypatch, capsys, words):
     monkeypatch.setenv("COLUMNS", "80")

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from regrad_runner.checkpoint import random_state, set_random_state
 from regrad_runner.config import CompareConfig, RunConfig
 from regrad_runner.results import ResultsFolder, read_rows, write_rows
+from regrad_runner.states import random_state, set_random_state
 from regrad_runner.training import TrainingRun
 
 FILE = "gradient_quality.csv"
