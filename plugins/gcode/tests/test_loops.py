@@ -83,6 +83,41 @@ def test_checkpoints_of_both_kinds_give_the_numbers_without(reentrant, parts, ea
         assert torch.equal(value, wanted)
 
 
+def test_running_a_stage_again_in_backward_is_no_later_forward_to_fit_to(make_network, make_batches):
+    results = []
+    for wrap in (lambda network: network, lambda network: Checkpointed(network, "stages", reentrant=False)):
+        network = make_network()
+        model, optimizer, correction = wrap(network), sgd(network), GCODE(**STRONG)
+        with regrad.attach(model, optimizer, [correction]):
+            for inputs, target in make_batches(5):
+                optimizer.zero_grad()
+                parts = zip(inputs.split(4), target.split(4), strict=True)
+                with set_checkpoint_early_stop(False):
+                    sum([loss_of(model(x), y) for x, y in parts]).backward()  # both forwards before any backward
+                optimizer.step()
+        results.append([*branches_of(correction).values(), *network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_stage_that_ends_in_a_view_may_run_again_in_backward(make_network, make_batches):
+    class Viewed(nn.Sequential):
+        def forward(self, x):
+            x = super().forward(x)
+            return x.view(x.shape)
+
+    results = []
+    for again in (False, True):
+        network = make_network()
+        network.layer1, network.layer2 = Viewed(network.layer1), Viewed(network.layer2)
+        model = Checkpointed(network, "stages", reentrant=False)
+        if not again:
+            model.call = lambda function, x: function(x)
+        with set_checkpoint_early_stop(False):
+            train(model, make_batches(4))
+        results.append(network)
+    assert_same(*results)
+
+
 def test_a_checkpoint_that_cuts_through_a_stage_is_right_or_refused(make_batches):
     def make():
         with torch.random.fork_rng():
