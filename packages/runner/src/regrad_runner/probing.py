@@ -240,11 +240,12 @@ def print_qualities(console: Console, rows: Sequence[Quality]) -> None:
     """Print the means per arm, where anything was probed."""
     if not rows:
         return
-    title = "gradients against that of a large batch at the same weights: a diagnostic, no verdict reads it"
+    title = "\ngradients against that of a large batch at the same weights: a diagnostic, no verdict reads it"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for heading in ("arm", "probes", "cosine\nraw", "cosine\ncorrected", "norm ratio\nraw", "norm ratio\ncorrected"):
         table.add_column(heading, overflow="fold")
     for mean in mean_qualities(rows):
         numbers = ("–" if mean[name] is None else f"{mean[name]:.3f}" for name in MEASURES)
         table.add_row(mean["arm"], str(mean["probes"]), *numbers)
-    console.print("", title, table, sep="\n", highlight=False)
+    console.print(title, highlight=False, soft_wrap=True)
+    console.print(table)
