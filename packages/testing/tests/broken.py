@@ -186,7 +186,9 @@ class ActsOnMicroBatches(OwnHooks):
     """Halves what every backward pass leaves, where the sum is meant."""
 
     def setup(self, attachment):
-        halve = lambda p: p.grad.mul_(self.options.factor)  # noqa: E731
+        def halve(parameter):  # such a hook must return nothing
+            parameter.grad.mul_(self.options.factor)
+
         hooks = [p.register_post_accumulate_grad_hook(halve) for p in self.parameters_of(attachment)]
         self.keep(attachment, *hooks)
 
@@ -228,7 +230,9 @@ class ReadsScaledGradients(OwnHooks):
     """Bounds gradients as they are made, where a scaler's factor is still in them."""
 
     def setup(self, attachment):
-        clamp = lambda p: p.grad.clamp_(-5.0, 5.0)  # noqa: E731
+        def clamp(parameter):  # such a hook must return nothing
+            parameter.grad.clamp_(-5.0, 5.0)
+
         hooks = [p.register_post_accumulate_grad_hook(clamp) for p in self.parameters_of(attachment)]
         self.keep(attachment, *hooks)
 
