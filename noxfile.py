@@ -14,6 +14,7 @@ MEMBERS = [path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in
 PLUGINS = [Path(member).name for member in MEMBERS if member.startswith("plugins/")]
 # One computing thread per process: the tests' tensors are small, and threads that wait for each other cost more.
 TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+KIT = "packages/testing"
 NOT_FOR_A_PLUGIN = {"accelerate", "mlflow", "torchvision"}
 
 nox.options.default_venv_backend = "uv"
@@ -58,10 +59,10 @@ def tests(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("plugin", PLUGINS)
 def isolation(session: nox.Session, plugin: str) -> None:
-    """Run one plugin's tests where only the core and what the plugin declares are installed."""
+    """Run one plugin's tests where only the core, the conformance kit and what the plugin declares are installed."""
     member = f"plugins/{plugin}"
-    session.install(*build_wheels(session, "core", member), "--group", "test")
-    allowed = {import_name("core"), import_name(member)}
+    session.install(*build_wheels(session, "core", KIT, member), "--group", "test")
+    allowed = {import_name("core"), import_name(KIT), import_name(member)}
     declared = " ".join(metadata(member)["dependencies"])
     forbidden = {import_name(other) for other in MEMBERS} - allowed
     forbidden |= {name for name in NOT_FOR_A_PLUGIN if name not in declared}

@@ -32,6 +32,12 @@ def test_the_core_imports_torch_and_pluggy_and_nothing_else(members):
     assert core.dependencies == {"torch", "pluggy"}
 
 
+def test_the_kit_adds_pytest_and_nothing_else(members):
+    (kit,) = [m for m in members if m.folder == "packages/testing"]
+    assert set().union(*map(imported, kit.sources)) == {"regrad", "regrad_testing", "torch", "pytest"}
+    assert kit.dependencies == {"regrad", "torch", "pytest"}
+
+
 def test_nobody_imports_or_names_the_package_of_a_plugin(member, members):
     others = {m.package for m in members if m.is_plugin} - {member.package}
     named = re.compile(rf"\b(?:{'|'.join(others)})\b")

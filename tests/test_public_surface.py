@@ -16,6 +16,10 @@ PUBLIC = {
     "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_gcw": {"GCW"},
+    "regrad_testing": {
+        *("CorrectionSuite", "OptimizerSuite", "OptimizerStep", "Problem", "ReferenceStep", "StagedImages"),
+        "load_beside",
+    },
     "regrad_tom": {"Tom"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }

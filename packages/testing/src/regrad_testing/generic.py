@@ -1,0 +1,60 @@
+"""Suites for a correction or an optimizer that is only known by its name, which the environment holds."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import regrad
+from regrad import RegradError
+from torch.optim import Optimizer
+
+from regrad_testing.clauses import clause, skip
+from regrad_testing.corrections import CorrectionSuite
+from regrad_testing.optimizers import OptimizerSuite
+from regrad_testing.problem import Problem, StagedImages
+
+SPEC = os.environ.get("REGRAD_TESTING_SPEC", "")
+LONGEST_WARMUP = 40
+
+
+def fitting_problem(spec: str) -> Problem:
+    """Return the first of the kit's problems on which attaching is not refused, long enough for a short warm-up."""
+    for problem in (Problem(), StagedImages()):
+        suite: Any = type("Trial", (CorrectionSuite,), {"correction": spec, "problem": problem})
+        try:
+            suite.trains_on()
+            for name in suite.trains_on():
+                suite.train(name).run([0])
+        except (AssertionError, RegradError):
+            continue
+        warmup = max(correction.needs.warmup_steps for correction in suite.make())
+        problem.steps = Problem.steps + min(warmup, LONGEST_WARMUP)
+        return problem
+    return Problem()
+
+
+class TestInstalledCorrection(CorrectionSuite):
+    """A correction with its default options, or those given with its name; there is no reference."""
+
+    correction: ClassVar[Any] = SPEC
+    problem: ClassVar[Problem] = fitting_problem(SPEC) if SPEC in regrad.available() or ":" in SPEC else Problem()
+
+    @clause("effect")
+    def test_it_changes_the_training_and_the_meter_sees_it(self) -> None:
+        """With these options the weights differ, and the effect meter measured a change."""
+        try:
+            super().test_it_changes_the_training_and_the_meter_sees_it()
+        except AssertionError:
+            if any(correction.idle_reason() is not None for correction in self.make()):
+                raise
+            skip("it changed nothing here and says that this is normal; give options under which it acts")
+
+
+class TestInstalledOptimizer(OptimizerSuite):
+    """An optimizer with its default options but the learning rate; there is no reference."""
+
+    @staticmethod
+    def optimizer(parameters: Any, **options: Any) -> Optimizer:
+        """Return the optimizer that the entry point names."""
+        return regrad.load(SPEC, "regrad.optimizers")(parameters, **options)  # type: ignore[no-any-return]

@@ -1,0 +1,62 @@
+"""Start two processes for a suite and collect what each of them saw."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import multiprocessing
+import tempfile
+import time
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+
+from regrad_testing.clauses import require, skip
+from regrad_testing.worker import WORLD, work
+
+PATIENCE = 240
+HEAVY = ["regrad_testing.worker", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
+
+
+def launch(suite: type) -> list[dict[str, Any]]:
+    """Run `suite.cases()` on two gloo processes and return, per rank, result or error by case.
+
+    The class is imported in each process from the file that holds it, so it must
+    stand at the top level of one, and that file must be importable on its own.
+
+    Args:
+        suite: The class.
+
+    Raises:
+        AssertionError: If a process ends early.
+    """
+    if not distributed.is_available():
+        skip("this torch was built without torch.distributed")
+    if "<locals>" in suite.__qualname__:
+        skip("two processes import the suite from its file; define the class at its top level")
+    with tempfile.TemporaryDirectory() as name:
+        folder, context = Path(name), _context()
+        place = (inspect.getfile(suite), suite.__qualname__, folder)
+        processes: list[Any] = [context.Process(target=work, args=(*place, rank)) for rank in range(WORLD)]  # type: ignore[attr-defined]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + PATIENCE
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        printed = [path.read_text(errors="replace") for path in sorted(folder.glob("*.txt"))]
+        require(codes == [0] * WORLD, f"two processes ended with {codes} (None: too late):\n" + "\n".join(printed))
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+def _context() -> BaseContext:
+    """Return how to start processes: from a server that has imported torch once, where the system can fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    multiprocessing.set_forkserver_preload(HEAVY)
+    return multiprocessing.get_context("forkserver")

@@ -1,0 +1,80 @@
+"""What pytest saw of suites, clause by clause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from regrad_testing.settings import SuiteBase
+
+
+@dataclass
+class Row:
+    """One clause of one suite.
+
+    Attributes:
+        suite: Name of the class.
+        clause: Its name.
+        proves: What its success means.
+        outcome: "proved", "skipped" or "failed".
+        reason: Why it was skipped or failed, or what it measured; one line.
+        details: Everything that pytest printed of a failure.
+    """
+
+    suite: str
+    clause: str
+    proves: str
+    outcome: str = "proved"
+    reason: str = ""
+    details: str = ""
+
+
+class Recorder:
+    """A pytest plugin: keeps the tests of chosen suites, and a row for each.
+
+    Args:
+        chosen: Says of a suite's class and the name of a clause whether it shall run.
+    """
+
+    def __init__(self, chosen: Callable[[Any, str], bool]) -> None:
+        self.chosen, self.rows = chosen, dict[str, Row]()
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out what is not a test of a chosen suite."""
+        kept = [item for item in items if self._is_chosen(getattr(item, "cls", None), clause_of(item))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+    def _is_chosen(self, kind: Any, clause: str) -> bool:
+        return isinstance(kind, type) and issubclass(kind, SuiteBase) and self.chosen(kind, clause)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        """Note the outcome of one phase of one test."""
+        report: pytest.TestReport = yield
+        clause = clause_of(item)
+        says = (getattr(getattr(item, "function", None), "__doc__", None) or clause).strip().splitlines()[0]
+        cls: Any = item.cls  # type: ignore[attr-defined]
+        row = self.rows.setdefault(item.nodeid, Row(cls.__name__, clause, says))
+        if report.failed:
+            row.outcome, row.details = "failed", report.longreprtext
+            row.reason = _first_line(str(call.excinfo.value) if call.excinfo else "") or "it raised without a word"
+        elif report.skipped:
+            row.outcome = "skipped"
+            row.reason = _first_line(str(call.excinfo.value) if call.excinfo else "")
+        elif call.when == "call":
+            row.reason = "; ".join(str(value) for key, value in report.user_properties if key == "said")
+        return report
+
+
+def clause_of(item: pytest.Item) -> str:
+    """Return the clause that a test proves; of an author's own test, its name in words."""
+    name = item.name.removeprefix("test_").replace("_", " ")
+    return getattr(getattr(item, "function", None), "clause", name)
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
