@@ -62,46 +62,6 @@ def test_an_overflow_is_as_if_the_batch_had_not_been(kind, options, fused):
         torch.testing.assert_close(kept["history"], states[1][name]["history"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_four_parts_of_a_batch_are_the_batch(kind, options):
-    models = []
-    for parts in (1, 4):
-        model = make_model(torch.float64)
-        optimizer = kind(model.parameters(), lr=0.05, **options)
-        with regrad.attach(model, optimizer, [GCW(**OPTIONS)]) as attachment:
-            for inputs, target in batches(dtype=torch.float64):
-                optimizer.zero_grad()
-                for x, y in zip(inputs.chunk(parts), target.chunk(parts), strict=True):
-                    (loss_of(model, x, y) / parts).backward()
-                optimizer.step()
-            assert attachment.metrics()["steps_applied"] == 9
-        models.append(model)
-    assert_same_weights(*models, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_a_closure_that_runs_forward_and_backward_inside_step_gives_the_numbers_of_the_plain_loop(kind, options):
-    plain, inside = make_model(), make_model()
-    optimizer = kind(plain.parameters(), lr=0.05, **options)
-    with regrad.attach(plain, optimizer, [GCW(**OPTIONS)]):
-        for inputs, target in batches():
-            optimizer.zero_grad()
-            loss_of(plain, inputs, target).backward()
-            optimizer.step()
-    optimizer = kind(inside.parameters(), lr=0.05, **options)
-    with regrad.attach(inside, optimizer, [GCW(**OPTIONS)]):
-        for inputs, target in batches():
-
-            def closure(inputs=inputs, target=target):
-                optimizer.zero_grad()
-                loss = loss_of(inside, inputs, target)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
-    assert_same_weights(plain, inside)
-
-
 def test_several_closure_calls_per_step_are_refused():
     model = make_model()
     with pytest.raises(regrad.RegradError, match="'gcw' must see one closure call; LBFGS makes several"):
