@@ -108,7 +108,9 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsy
     assert [path.name for path in (here / "out").iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("words", ["", "compare", "train", "report", "explain", "plugins", "plugins list"])
+@pytest.mark.parametrize(
+    "words", ["", "compare", "train", "report", "explain", "plugins", "plugins list", "plugins check"]
+)
 def test_help_fits_80_columns(monkeypatch, capsys, words):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([*words.split(), "--help"] if words else []) == 0

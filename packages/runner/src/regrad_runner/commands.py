@@ -190,6 +190,20 @@ def list_plugins(json: o.AsJson = False) -> int:
     return 0
 
 
+@plugins.command("check")
+def check_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A correction or optimizer.", show_default=False)],
+    suite: Annotated[Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")] = None,
+    json: o.AsJson = False,
+) -> int:
+    """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
+    from regrad_runner.checks import run_check, show_check  # noqa: PLC0415
+
+    with checking_input(), _console().status(f"checking {name}: about half a minute"):
+        report = run_check(name, suite)
+    return show_check(report, as_json=json)
+
+
 def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool) -> Config:
     """Read the settings: from the file and the flags, and of a run to resume from its folder."""
     from regrad_runner.config import load_config  # noqa: PLC0415

@@ -1,0 +1,78 @@
+"""`regrad plugins check`: the conformance kit in a process of its own, and a table of what it proved."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+KIT = "regrad_testing"
+MISSING = "regrad-testing must be installed to check a plugin; pip install 'regrad-runner[check]'"
+SHOWN = {"proved": "proved", "skipped": "skipped because", "failed": "FAILED"}
+STYLES = {"proved": "", "skipped": "dim", "failed": "bold red"}
+
+
+def run_check(spec: str, suite: Path | None) -> dict[str, Any]:
+    """Return the kit's report on an installed correction or optimizer.
+
+    Args:
+        spec: Its name, with options or without.
+        suite: A file with suites, to prefer to its own.
+
+    Raises:
+        ValueError: If the kit is not installed, or finds nothing to check.
+    """
+    if importlib.util.find_spec(KIT) is None:
+        raise ValueError(MISSING)
+    if suite is not None and not suite.is_file():
+        raise ValueError(f"suite must be a file, got '{suite}'")
+    command = [sys.executable, "-m", KIT, spec, *([str(suite)] if suite else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
+    if done.returncode not in (0, 1) or not done.stdout.startswith("{"):
+        raise ValueError(done.stderr.strip() or f"the check of {spec!r} ended with exit code {done.returncode}")
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def show_check(report: dict[str, Any], *, as_json: bool) -> int:
+    """Print a report; return 1 if a clause failed.
+
+    Args:
+        report: As `run_check` returned it.
+        as_json: For programs; else a table for people, with the details of failures behind it.
+    """
+    rows, console = report["clauses"], Console(soft_wrap=as_json)
+    failed = [row for row in rows if row["outcome"] == "failed"]
+    if as_json:
+        console.out(json.dumps(report, indent=2), highlight=False)
+        return int(bool(failed))
+    suites = sorted({row["suite"] for row in rows})
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (*(["suite"] if len(suites) > 1 else []), "clause", "", "what"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        what = row["reason"] or row["proves"]
+        cells = (row["clause"], SHOWN[row["outcome"]], what)
+        shown = cells if len(suites) == 1 else (row["suite"], *cells)
+        table.add_row(*map(escape, shown), style=STYLES[row["outcome"]])
+    console.print(table)
+    for row in failed:
+        console.print(f"\n{row['suite']}, {row['clause']}: {row['proves']}\n{row['details']}", markup=False)
+    console.print(_summary(report, len(failed)), markup=False, highlight=False, soft_wrap=True)
+    return int(bool(failed))
+
+
+def _summary(report: dict[str, Any], failed: int) -> str:
+    rows, where = report["clauses"], report["suite"]
+    generic = where == "generic"
+    against = "the kit's generic suite, without a reference" if generic else f"the suite in {where}"
+    proved = sum(row["outcome"] == "proved" for row in rows)
+    skipped = len(rows) - proved - failed
+    source = f"{report['distribution']} {report['version']}"
+    return f"{report['name']} ({source}), {against}: {proved} proved, {skipped} skipped, {failed} failed"
