@@ -128,6 +128,17 @@ def test_a_resumed_run_draws_the_random_numbers_that_would_have_come(monkeypatch
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
 
+def test_the_loss_scale_comes_back(tmp_path, digits, config):
+    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+        next(run.steps())
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        path = save_checkpoint(run, tmp_path)
+    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        load_checkpoint(run, path)
+        assert run.accelerator.scaler.get_scale() == 8.0
+
+
 def test_a_checkpoint_in_the_middle_of_an_accumulation_is_refused(tmp_path, digits, config):
     with closing(TrainingRun(config(accumulate=3), digits, Arm("none"), seed=0, lr=0.05)) as run:
         next(run.steps())
