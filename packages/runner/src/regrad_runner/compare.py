@@ -126,7 +126,7 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         folder = start_folder(plan.path, plan.config, about)
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     settings = plan.config.model_dump(mode="json")
-    with tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
+    with tracker, tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
         comparison = Comparison(plan, folder, tracker, parent, display)
         display.skip(len(folder.trials) + sum(result.status == "finished" for result in folder.results))
         rates = comparison.choose_rates()
