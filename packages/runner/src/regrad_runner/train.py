@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from regrad_runner.config import TrainConfig
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.results import Result, ResultsFolder, check_folder, finished_result, start_folder, write_whole
-from regrad_runner.stopping import tracked
+from regrad_runner.stopping import stop_asked, stop_if_asked, stops_after_steps, tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
 from regrad_runner.workloads import Workload
@@ -79,7 +79,7 @@ def train(plan: Plan, display: Display) -> Result:
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     config = plan.config
     settings = config.model_dump(mode="json")
-    with tracked(lambda: tracker.start(f"regrad {plan.workload.name}", plan.path.name, settings)) as shown:
+    with tracker, tracked(lambda: tracker.start(f"regrad {plan.workload.name}", plan.path.name, settings)) as shown:
         run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
         with closing(run):
             return _follow(run, plan, shown, display)
@@ -108,11 +108,14 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
 
     def keep_step(step: int) -> None:
         display.step(step)
-        if step % every == 0 or step == run.total_steps:
+        if step % every == 0 or step == run.total_steps or stop_asked():
             save_checkpoint(run, checkpoints)
+        stop_if_asked()
 
     display.begin(plan.arm.name, steps=run.total_steps)
-    run.train(on_point=keep_point, on_step=keep_step)
+    # Several processes hear a signal at different steps and save together or not at all: there it acts at once.
+    with stops_after_steps() if run.accelerator.num_processes == 1 else nullcontext():
+        run.train(on_point=keep_point, on_step=keep_step)
     result = finished_result(run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started)
     if plan.reports:
         ResultsFolder(plan.path).add(result, run.position.points)
