@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from regrad_runner.arms import Arm, expand
 from regrad_runner.config import FIRST_TUNING_SEED, CompareConfig
+from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, example_optimizer, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.report import draw
@@ -206,7 +208,9 @@ class Comparison:
             shown.log(point.step, point.as_metrics(self.plan.workload.measure))
 
         self.display.begin(name, steps=run.total_steps)
-        run.train(on_point=keep, on_step=self.display.step)
+        folder = partial(self.folder.run_folder, run.arm, run.seed)
+        with keeping_norms(folder, shown, writes=self.plan.reports):
+            run.train(on_point=keep, on_step=self.display.step)
 
     def _tracked(self, name: str, arm: Arm, *, trial: bool = False, **params: float) -> AbstractContextManager[Run]:
         change = {"control": arm.control} if arm.control else {}
@@ -219,7 +223,7 @@ class Comparison:
         path = self.folder.run_folder(run.arm, result.seed) / "receipt.json"
         write_whole(path, json.dumps(run.receipt(), indent=2) + "\n")
         shown.artifact(path)
-        shown.log(result.steps, run.attachment.metrics() | {self.plan.workload.measure.name: result.value})
+        shown.log(result.steps, run.metrics() | {self.plan.workload.measure.name: result.value})
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:

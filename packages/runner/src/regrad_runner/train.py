@@ -11,6 +11,7 @@ from pathlib import Path
 from regrad_runner.arms import BASELINE, Arm, parts_of
 from regrad_runner.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from regrad_runner.config import TrainConfig
+from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.results import Result, ResultsFolder, check_folder, finished_result, start_folder, write_whole
@@ -114,7 +115,8 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
 
     display.begin(plan.arm.name, steps=run.total_steps)
     # Several processes hear a signal at different steps and save together or not at all: there it acts at once.
-    with stops_after_steps() if run.accelerator.num_processes == 1 else nullcontext():
+    stops = stops_after_steps() if run.accelerator.num_processes == 1 else nullcontext()
+    with stops, keeping_norms(lambda: plan.path, shown, writes=plan.reports):
         run.train(on_point=keep_point, on_step=keep_step)
     result = finished_result(run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started)
     if plan.reports:
@@ -122,5 +124,5 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
         receipt = plan.path / "receipt.json"
         write_whole(receipt, json.dumps(run.receipt(), indent=2) + "\n")
         shown.artifact(receipt)
-        shown.log(result.steps, run.attachment.metrics() | {plan.workload.measure.name: result.value})
+        shown.log(result.steps, run.metrics() | {plan.workload.measure.name: result.value})
     return result
