@@ -269,6 +269,7 @@ def test_a_stopped_training_saves_after_its_step_and_goes_on_from_there(here, mo
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
 
 
+@pytest.mark.filterwarnings("ignore:tracking at .* failed:regrad.errors.RegradWarning")
 def test_a_second_ctrl_c_leaves_at_once_without_saving_or_waiting(here, monkeypatch, capfd):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

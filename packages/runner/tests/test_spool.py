@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from regrad_runner import spool as module
-from regrad_runner.spool import address_of, new_spool, spools, take_spool
+from regrad_runner.spool import new_spool, spools, take_spool
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_spool_belongs_to_one_until_its_process_is_gone(unsent):
     spool = new_spool(unsent)
     spool.append({"op": "start", "run": "a", "address": "http://there:1"})
     assert spools(unsent) == [spool.path]
-    assert address_of(spool.path) == "http://there:1"
+    assert spool.address() == "http://there:1"
     assert take_spool(spool.path) is None
     spool.leave()
     taken = take_spool(spool.path)

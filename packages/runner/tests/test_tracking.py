@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ DEAD_SERVER = "http://127.0.0.1:9"
 def tracker(tmp_path_factory) -> Iterator[Tracker]:
     """One tracker for the module: a fresh schema takes seconds."""
     with open_tracker("mlflow", folder=tmp_path_factory.mktemp("tracked")) as tracker:
+        tracker.start("first", "first").finish()
         assert tracker.flush(240)
         yield tracker
 
@@ -285,6 +287,58 @@ def test_a_dead_server_costs_the_training_nothing_and_the_end_little(tmp_path):
     with pytest.warns(RegradWarning, match="6 tracking records wait in"):
         tracker.close()
     assert [r["name"] for r in kept(tmp_path) if r["op"] == "start"] == ["first", "second"]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of its own, of half a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own cannot be mounted; this takes root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk):
+    with (disk / "fill").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left on device"):
+        for _ in range(1024):
+            file.write(bytes(1024))
+
+
+def test_on_a_full_disk_everything_still_arrives_after_one_warning(small_disk, tracker, client, history, tmp_path):
+    (tmp_path / "receipt.json").write_text("{}")
+    second = MlflowTracker(folder=small_disk, uri=tracker.uri)
+    with second.start("full", "run") as run:
+        run.log(0, {"loss": 0.0})
+        fill(small_disk)
+        with pytest.warns(RegradWarning, match="tracking cannot write to .*No space left on device; training goes on"):
+            for step in range(1, 500):
+                run.log(step, {"loss": step})
+        run.artifact(tmp_path / "receipt.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.close()
+    assert history(run, "loss") == [(step, float(step)) for step in range(500)]
+    assert not (small_disk / "unsent").exists()
+
+
+@pytest.mark.filterwarnings("ignore:tracking (at|cannot):regrad.errors.RegradWarning")
+def test_a_full_disk_and_no_server_say_what_is_lost_and_what_was_there_is_kept(small_disk):
+    second = MlflowTracker(folder=small_disk, uri=DEAD_SERVER)
+    with second.start("full", "run") as run:
+        run.log(0, {"loss": 0.0})
+        fill(small_disk)
+        for step in range(1, 500):
+            run.log(step, {"loss": step})
+    with pytest.warns(
+        RegradWarning, match="502 tracking records could neither be sent nor written to .* lost: .*space"
+    ):
+        second.close()
+    steps = [record["values"][0][3] for record in kept(small_disk) if record["op"] == "metrics"]
+    assert steps == list(range(len(steps)))
+    assert 0 < len(steps) < 500
 
 
 def test_two_workers_that_start_at_once_on_a_fresh_file_both_succeed_and_say_nothing(tmp_path):

@@ -147,14 +147,23 @@ class Spool:
             self.append(end | {"error": "the process was killed without a word"})
         return ends + len(still_open)
 
+    def address(self) -> str | None:
+        """Return where the records go; None for the database in the output folder."""
+        with (self.path / "records.jsonl").open("rb") as file:
+            return _record(next(file, b"")).get("address")
+
+    def release(self) -> None:
+        """Let go of it as it is."""
+        self._file_lock.release()
+
     def leave(self) -> None:
         """Let go; remove what is delivered, which is everything unless records wait or were refused."""
         if not self.waiting:
             shutil.rmtree(self.path / "files", ignore_errors=True)
-            for path in (self.path / "sent.json", self.path / "records.jsonl", Path(self._file_lock.lock_file)):
+            for name in (".sent.json.part", "sent.json", "records.jsonl", self._file_lock.lock_file):
                 with suppress(OSError):
-                    path.unlink()
-        self._file_lock.release()
+                    (self.path / name).unlink()
+        self.release()
         for folder in (self.path, self.path.parent):
             with suppress(OSError):  # there is more in it
                 folder.rmdir()
@@ -218,26 +227,20 @@ def spools(folder: Path) -> list[Path]:
 
 
 def take_spool(path: Path) -> Spool | None:
-    """Return a spool whose process is gone; None if it lives, or another process takes care already.
+    """Return a spool whose process is gone; None if it lives, or another process takes care or took care of it.
 
     Args:
-        path: One of `spools`.
+        path: One of `spools`, which may be gone by now.
     """
     try:
         lock = _lock(path)
     except Timeout:
         return None
+    spool = Spool(path, lock)
     if (path / "records.jsonl").is_file():
-        return Spool(path, lock)
-    Path(lock.lock_file).unlink(missing_ok=True)
-    lock.release()
+        return spool
+    spool.leave()
     return None
-
-
-def address_of(path: Path) -> str | None:
-    """Return the address that a spool's records go to; None for the database in the output folder."""
-    with (path / "records.jsonl").open("rb") as file:
-        return _record(next(file, b"")).get("address")
 
 
 def _lock(path: Path) -> FileLock:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regrad_runner.delivery import Delivery
-from regrad_runner.spool import address_of, spools, take_spool
+from regrad_runner.spool import Spool, spools, take_spool
 from regrad_runner.tracking import UNSENT
 
 
@@ -66,19 +66,19 @@ def sync(folder: Path) -> Synced:
     done = Synced(delivered={})
     deliveries: dict[str | None, Delivery] = {}
     for path in spools(folder / UNSENT):
-        address = address_of(path)
+        spool = take_spool(path)
+        if spool is None:
+            done.busy += path.is_dir()
+            continue
+        address = spool.address()
         if address not in deliveries:
             deliveries[address] = Delivery(folder, address)
-        _sync_one(path, deliveries[address], done)
+        _sync_one(spool, deliveries[address], done)
     done.refused = tuple(sorted((folder / UNSENT).glob("*/refused.jsonl")))
     return done
 
 
-def _sync_one(path: Path, delivery: Delivery, done: Synced) -> None:
-    spool = take_spool(path)
-    if spool is None:
-        done.busy += path.is_dir()
-        return
+def _sync_one(spool: Spool, delivery: Delivery, done: Synced) -> None:
     killed = spool.take_up()
     before = spool.waiting
     try:

@@ -29,7 +29,7 @@ from typing import Any, Literal, Self
 from regrad.errors import RegradError, RegradWarning
 
 from regrad_runner.delivery import METRICS_PER_CALL, Delivery, Sender
-from regrad_runner.spool import Record, Spool, address_of, new_spool, spools, take_spool
+from regrad_runner.spool import Record, Spool, new_spool, spools, take_spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -224,21 +224,25 @@ class MlflowTracker(Tracker):
         atexit.unregister(self.close)
         if self._sender.close(seconds, in_vain=SECONDS_IN_VAIN):
             self._spool.leave()
-        if self._spool.problem is not None:
-            what = f"records could not be written to {self._spool.path}: {self._spool.problem}"
-            warnings.warn(f"{what}; those that were not delivered are lost", RegradWarning, stacklevel=2)
-        elif self._spool.waiting:
-            what = f"{self._spool.waiting} tracking records wait in {self._folder / UNSENT}"
+        left, problem = self._spool.waiting, self._spool.problem
+        if left and problem is not None:
+            what = f"{left} tracking records could neither be sent nor written to {self._spool.path}"
+            warnings.warn(f"{what}, those that are not there are lost: {problem}", RegradWarning, stacklevel=2)
+        elif left:
+            what = f"{left} tracking records wait in {self._folder / UNSENT}"
             warnings.warn(f"{what}; regrad sync {self._folder} delivers them", RegradWarning, stacklevel=2)
 
     def _abandoned(self) -> Iterator[Spool]:
         """Yield what processes left that are gone, for the same address."""
         for path in spools(self._folder / UNSENT):
-            if path != self._spool.path and address_of(path) == self._address:
-                spool = take_spool(path)
-                if spool is not None:
-                    spool.take_up()
-                    yield spool
+            spool = None if path == self._spool.path else take_spool(path)
+            if spool is None:
+                continue
+            if spool.address() == self._address:
+                spool.take_up()
+                yield spool
+            else:
+                spool.release()
 
     def _warn(self) -> None:
         """Warn once of each trouble, in the caller's thread, where a warning can be seen and filtered."""
