@@ -175,6 +175,23 @@ def test_on_a_full_disk_records_wait_in_memory_and_half_a_line_is_taken_back(uns
     assert numbers(spool) == [1, 2, 3]
 
 
+def test_a_record_whose_writing_a_signal_broke_off_comes_once(unsent, monkeypatch):
+    spool, write = new_spool(unsent), os.write
+    spool.append({"number": 0})
+
+    def broken_off(file, data):
+        write(file, data[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            spool.append({"number": 1})
+    assert numbers(spool) == [0]
+    spool.append({"number": 2})
+    assert (numbers(spool), spool.waiting) == ([0, 1, 2], 3)
+
+
 def test_what_was_sent_from_memory_is_neither_written_nor_sent_again(unsent, full_disk):
     spool = new_spool(unsent)
     full_disk(True)

@@ -191,7 +191,10 @@ class Spool:
             return []
         with (self.path / "records.jsonl").open("rb") as file:
             file.seek(offset)
-            return list(islice(file, READ_AT_ONCE))
+            lines = list(islice(file, READ_AT_ONCE))
+        while offset + sum(map(len, lines)) > self._size:
+            lines.pop()  # what a signal broke off is written again
+        return lines
 
     def _all(self) -> Iterator[tuple[int, Record]]:
         """Yield where each record starts, and the record."""
