@@ -78,6 +78,7 @@ def stops_after_steps() -> Iterator[None]:
     _signals.after_step = True
     try:
         yield
+        stop_if_asked()
     finally:
         _signals.after_step, _signals.came = False, None
 
