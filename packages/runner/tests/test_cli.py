@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import regrad
+import torch
+from regrad.errors import RegradWarning
+from regrad_runner.checkpoint import latest_checkpoint
 from regrad_runner.cli import main
 from regrad_runner.config import CompareConfig, TrainConfig, write_config
 from regrad_runner.options import repeat_flag
@@ -17,6 +20,7 @@ from regrad_runner.results import ResultsFolder
 from regrad_runner.training import TrainingRun
 from regrad_runner.workloads import load_workload
 
+DEAD_SERVER = "http://127.0.0.1:9"
 SHAPE = ["--train-size", "100", "--batch-size", "25", "--width", "4"]
 SMALL = [*SHAPE, "--epochs", "2", "--tracker", "none"]
 needs_plugins = pytest.mark.skipif(
@@ -70,6 +74,7 @@ BAD = [
     ("plugins show", "Missing argument"),
     ("report nowhere", "folder must be one that compare or train wrote, got 'nowhere'"),
     ("report", "Missing argument"),
+    ("sync nowhere", "folder must be one that compare or train wrote, got 'nowhere'"),
     ("paint", "No such command 'paint'"),
 ]
 
@@ -114,7 +119,8 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsy
 
 
 @pytest.mark.parametrize(
-    "words", ["", "compare", "train", "report", "explain", "plugins", "plugins list", "plugins show", "plugins check"]
+    "words",
+    ["", "compare", "train", "report", "sync", "explain", "plugins", "plugins list", "plugins show", "plugins check"],
 )
 def test_help_fits_80_columns(monkeypatch, capsys, words):
     monkeypatch.setenv("COLUMNS", "80")
@@ -247,6 +253,87 @@ def test_ctrl_c_ends_a_run_as_killed_with_code_130(here, baseline, monkeypatch, 
     assert main(["train", *baseline]) == 130
     assert "stopped; this goes on from here: regrad train --resume --out out" in capsys.readouterr().err
     assert tracked(here / "out") == {"out": "KILLED"}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(latest_checkpoint(folder / "checkpoints") / "tensors.pt", weights_only=True)["model"]
+
+
+def exit_code(words) -> int:
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return int(stop.code)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_training_saves_after_its_step_and_goes_on_from_there(here, monkeypatch, capfd, number, code):
+    corrections = ["--corrections", "xgrad"] if "xgrad" in regrad.available() else []
+    words = ["train", *SMALL, *corrections]
+    assert main([*words, "--out", "whole"]) == 0
+    with monkeypatch.context() as patch:
+        in_the_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        assert exit_code([*words, "--out", "out"]) == code
+    assert "stopping after this step; once more leaves at once" in capfd.readouterr().err
+    assert latest_checkpoint(here / "out" / "checkpoints").name == "step-00000003"
+    assert main(["train", "--resume", "--out", "out"]) == 0
+    assert "continuing from step 3" in capfd.readouterr().err
+    stopped, whole = weights(here / "out"), weights(here / "whole")
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+
+
+@pytest.mark.filterwarnings("ignore:tracking at .* failed:regrad.errors.RegradWarning")
+def test_a_second_ctrl_c_leaves_at_once_without_saving_or_waiting(here, monkeypatch, capfd):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the training went on")
+
+    in_the_step(monkeypatch, 3, twice)
+    words = [*SHAPE, "--epochs", "2", "--corrections", "xgrad"] if "xgrad" in regrad.available() else SHAPE
+    with pytest.warns(RegradWarning, match=f"tracking records wait in .*; regrad sync {here / 'out'} delivers them"):
+        assert main(["train", *words, "--tracking-uri", DEAD_SERVER, "--out", "out"]) == 130
+    assert "once more leaves at once" in capfd.readouterr().err
+    assert not (here / "out" / "checkpoints").exists()
+    (spool,) = (here / "out" / "unsent").glob("*/records.jsonl")
+    last = json.loads(spool.read_text().splitlines()[-1])
+    assert (last["op"], last["status"]) == ("finish", "KILLED")
+
+
+def test_sync_says_what_waits_and_where_nothing_does(here, baseline, capsys):
+    (here / "out").mkdir()
+    (here / "out" / "config.yaml").touch()
+    assert main(["sync", "out"]) == 0
+    assert capsys.readouterr().out == "nothing waits in out\n"
+
+
+KILLED_IN_ITS_THIRD_STEP = """
+import os, signal, sys
+from regrad_runner.cli import main
+from regrad_runner.training import TrainingRun
+original = TrainingRun._micro_batch
+def step(self, images, labels):
+    if self.position.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, images, labels)
+TrainingRun._micro_batch = step
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_was_killed_is_marked_when_it_goes_on_and_its_curve_is_whole(here):
+    words = ["train", *SHAPE, "--epochs", "1", "--evaluations-per-epoch", "4", "--checkpoint-every", "1"]
+    command = [sys.executable, "-c", KILLED_IN_ITS_THIRD_STEP, *words, "--out", "out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert main(["train", "--resume", "--out", "out"]) == 0
+    with closing(sqlite3.connect(here / "out" / "mlflow.db")) as database:
+        runs = database.execute("select run_uuid, status from runs order by start_time").fetchall()
+        losses = "select step from metrics where key = 'training loss' and run_uuid = ? order by step"
+        curves = [[step for (step,) in database.execute(losses, [run])] for run, _ in runs]
+    assert [status for _, status in runs] == ["KILLED", "FINISHED"]
+    assert curves == [[1, 2], [1, 2, 3, 4]]
+    assert not (here / "out" / "unsent").exists()
 
 
 def crash():

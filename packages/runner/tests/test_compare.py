@@ -273,7 +273,7 @@ def test_runs_are_tracked_under_their_comparison_and_a_failed_one_is_marked(plan
         tested = database.execute("select count(*) from metrics where key = 'test accuracy'").fetchone()
     assert (parents, curve, tested) == ((2,), (8,), (1,))
     artifacts = {file.name for file in (folder.path / "artifacts").rglob("*") if file.is_file()}
-    assert artifacts == {"receipt.json", "results.csv", "curves.png", "steps.png"}
+    assert artifacts == {"receipt.json", "results.csv", "curves.png", "steps.png", "traceback.txt"}
 
 
 def test_every_arm_chooses_among_the_same_learning_rates_on_seeds_of_its_own(plan):

@@ -162,6 +162,20 @@ def report(
     return 0
 
 
+@app.command()
+def sync(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)],
+) -> int:
+    """Deliver what tracking could not send while the server was down; runs that were killed are marked so."""
+    with checking_input():
+        from regrad_runner.sync import sync as run  # noqa: PLC0415
+
+        done = run(folder)
+    for line in done.in_words(folder):
+        typer.echo(line)
+    return int(done.waiting > 0)
+
+
 @app.command(cls=o.ManyValues)
 def explain(
     ctx: typer.Context,

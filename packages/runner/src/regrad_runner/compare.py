@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 
 from regrad_runner.arms import Arm, expand
 from regrad_runner.config import FIRST_TUNING_SEED, CompareConfig
+from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, every_correction, example_optimizer, load_data, try_on
 from regrad_runner.probing import FILE, Probe, Quality, check_probing, keep_qualities
 from regrad_runner.progress import Display
@@ -150,7 +152,7 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         folder.name_anew(plan.arms)
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     settings = plan.config.model_dump(mode="json")
-    with tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
+    with tracker, tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
         comparison = Comparison(plan, folder, tracker, parent, display)
         display.skip(len(folder.trials) + sum(result.status == "finished" for result in folder.results))
         rates = comparison.choose_rates()
@@ -245,7 +247,9 @@ class Comparison:
                 shown.log(step, quality.as_metrics())
 
         self.display.begin(name, steps=run.total_steps)
-        run.train(on_point=keep, on_step=end_step)
+        folder = partial(self.folder.run_folder, run.arm, run.seed)
+        with keeping_norms(folder, shown, writes=self.plan.reports):
+            run.train(on_point=keep, on_step=end_step)
 
     def _tracked(self, name: str, arm: Arm, *, trial: bool = False, **params: float) -> AbstractContextManager[Run]:
         change = {"control": arm.control} if arm.control else {}
@@ -258,7 +262,7 @@ class Comparison:
         path = self.folder.run_folder(run.arm, result.seed) / "receipt.json"
         write_whole(path, json.dumps(run.receipt(), indent=2) + "\n")
         shown.artifact(path)
-        shown.log(result.steps, run.attachment.metrics() | {self.plan.workload.measure.name: result.value})
+        shown.log(result.steps, run.metrics() | {self.plan.workload.measure.name: result.value})
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:

@@ -1,21 +1,28 @@
-"""Ctrl-C and SIGTERM: they end what is under way as killed, and never leave a tracked run open."""
+"""Ctrl-C and SIGTERM: they end what is under way as killed, and never leave a tracked run open.
+
+Where a checkpoint can be saved, the first one acts after the step under way and the second one at once.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from regrad_runner.tracking import Run, Terminated
+from regrad_runner.tracking import LeftAtOnce, Run, Terminated
+
+STOPPING = b"\nstopping after this step; once more leaves at once\n"
 
 
 @dataclass
 class _Signals:
-    """Whether signals wait, and the one that came meanwhile."""
+    """Whether signals wait, whether the first one may act after the step, and the one that came meanwhile."""
 
     wait: bool = False
+    after_step: bool = False
     came: int | None = None
 
     def stop_waiting(self) -> int | None:
@@ -65,10 +72,37 @@ def tracked(start: Callable[[], Run]) -> Iterator[Run]:
             run.finish()
 
 
+@contextmanager
+def stops_after_steps() -> Iterator[None]:
+    """Let the first signal in the block act where `stop_if_asked` is called, and the second one at once."""
+    _signals.after_step = True
+    try:
+        yield
+        stop_if_asked()
+    finally:
+        _signals.after_step, _signals.came = False, None
+
+
+def stop_asked() -> bool:
+    """Say whether a signal came that waits for `stop_if_asked`."""
+    return _signals.came is not None
+
+
+def stop_if_asked() -> None:
+    """Raise what the signal that came means."""
+    if _signals.came is not None:
+        _raise(_signals.came)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     del frame
     if _signals.wait:
         _signals.came = number
+    elif _signals.after_step and _signals.came is None:
+        _signals.came = number
+        os.write(2, STOPPING)  # the streams of Python may be in the middle of a line of ours
+    elif _signals.after_step and number == signal.SIGINT:
+        raise LeftAtOnce
     else:
         _raise(number)
 

@@ -1,58 +1,45 @@
-"""Tracking that never stops a training: MLflow runs, sent by a thread, kept on disk while nobody takes them.
+"""Tracking that never stops a training: MLflow runs, kept on the disk first and sent by a thread.
 
 A run is a context manager and always ends with a true status::
 
-    tracker = open_tracker("mlflow", folder=Path("out"))
-    with tracker.start("digits", "comparison") as parent, tracker.start("digits", "xgrad 0", parent=parent) as run:
-        run.log(100, {"validation accuracy": 0.93})
+    with open_tracker("mlflow", folder=Path("out")) as tracker, tracker.start("digits", "comparison") as parent:
+        with tracker.start("digits", "xgrad 0", parent=parent) as run:
+            run.log(100, {"validation accuracy": 0.93})
 
 MLflow's client is used and never its global "active run", always with an explicit
 absolute address, so neither the environment nor an `mlruns` folder in the working
-directory decides where numbers go. What could not be delivered is appended to
-`unsent/records.jsonl` in the folder: one JSON object per line, in order, complete
-enough to be delivered later.
+directory decides where numbers go. A run has an id of ours, kept in the tag
+`regrad.run`: MLflow gives its own when it is there to do so. `regrad_runner.spool`
+keeps what is not delivered, `regrad_runner.delivery` sends it.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
+import atexit
 import re
-import shutil
 import time
 import traceback
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from filelock import FileLock
 from regrad.errors import RegradError, RegradWarning
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-Record = dict[str, Any]
+from regrad_runner.delivery import METRICS_PER_CALL, Delivery, Sender
+from regrad_runner.spool import Record, Spool, new_spool, spools, take_spool
 
-# Limits of MLflow's API: entities per call, characters per value, characters allowed in a name.
-METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+# Limits of MLflow's API: settings per call, characters per value, characters allowed in a name.
+PARAMS_PER_CALL = 100
 PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
 NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
-SECONDS_BETWEEN_CALLS = 5.0
-SECONDS_FOR_THE_SCHEMA = 300.0
-
-# Set before MLflow is imported and only where the user has not: no telemetry, no links
-# printed, and an unreachable server is given up after seconds instead of minutes.
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
+# How long the end of a process waits for MLflow, and how long if MLflow fails to answer.
+SECONDS_AT_THE_END, SECONDS_IN_VAIN = 60.0, 10.0
+UNSENT = "unsent"
 
 
 class Terminated(SystemExit):
@@ -62,22 +49,28 @@ class Terminated(SystemExit):
         super().__init__(code)
 
 
+class LeftAtOnce(KeyboardInterrupt):
+    """Ctrl-C was pressed again: nothing is waited for any more."""
+
+
 class Run:
     """One tracked run, made by `Tracker.start`.
 
-    As a context manager it ends FINISHED, FAILED on an error (with the traceback in
-    the tag `regrad.traceback`), KILLED on `KeyboardInterrupt` and `SystemExit`.
+    As a context manager it ends FINISHED, FAILED on an error (with the traceback as the
+    file `traceback.txt` and, its end, in the tag `regrad.traceback`), KILLED on
+    `KeyboardInterrupt` and `SystemExit`.
+
+    Attributes:
+        id: Ours, which MLflow has in the tag `regrad.run`.
     """
 
     def __init__(self, tracker: Tracker, run_id: str) -> None:
         self.id = run_id
         self._tracker = tracker
-        self._values: list[tuple[str, float, int, int]] = []
-        self._sent = time.monotonic()
         self._finished = False
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record numbers of one step; they are sent in the background, at most some seconds later.
+        """Record numbers of one step: on the disk when this returns, sent some seconds later.
 
         Args:
             step: Optimizer steps so far, the x axis of the curve.
@@ -89,12 +82,9 @@ class Run:
         """
         self._check_open()
         now = time.time_ns() // 1_000_000
-        for name, value in metrics.items():
-            number = _number(name, value)
-            if number is not None:
-                self._values.append((_name(name), number, now, int(step)))
-        if len(self._values) >= METRICS_PER_CALL or time.monotonic() - self._sent > SECONDS_BETWEEN_CALLS:
-            self._send_values()
+        numbers = [(_name(name), _number(name, value), now, int(step)) for name, value in metrics.items()]
+        for part in _parts([number for number in numbers if number[1] is not None], METRICS_PER_CALL):
+            self._tracker.send({"op": "metrics", "run": self.id, "time": now, "values": part})
 
     def artifact(self, path: Path) -> None:
         """Attach a file to the run; once this returns, the file may change or go.
@@ -107,25 +97,24 @@ class Run:
         """
         self._check_open()
         if path.is_file():
-            self._tracker.send({"op": "artifact", "run": self.id, "path": str(path.resolve())})
-            self._tracker.flush()
+            self._tracker.send({"op": "artifact", "run": self.id, "path": str(path)})
         else:
             warnings.warn(f"artifact must be a file, got {str(path)!r}; left out", RegradWarning, stacklevel=2)
 
     def finish(self, status: Status = "FINISHED", *, error: str = "") -> None:
-        """Send what is left and end the run; only the first call counts.
+        """End the run; only the first call counts.
 
         Args:
             status: How it ended.
-            error: Traceback of what ended it, for the tag `regrad.traceback`.
+            error: Traceback of what ended it.
         """
         if self._finished:
             return
-        self._send_values()
         self._finished = True
+        if error and status == "FAILED":
+            self._tracker.send({"op": "text", "run": self.id, "name": "traceback.txt", "text": error})
         record = {"op": "finish", "run": self.id, "status": status, "time": time.time_ns() // 1_000_000}
         self._tracker.send(record | ({"error": error[-TAG_LENGTH:]} if error else {}))
-        self._tracker.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -142,11 +131,6 @@ class Run:
     def _check_open(self) -> None:
         if self._finished:
             raise RegradError(f"run {self.id!r} is finished; start another one before logging")
-
-    def _send_values(self) -> None:
-        values, self._values, self._sent = self._values, [], time.monotonic()
-        for part in _parts(values, METRICS_PER_CALL):
-            self._tracker.send({"op": "metrics", "run": self.id, "values": part})
 
 
 class Tracker:
@@ -175,145 +159,103 @@ class Tracker:
     def send(self, record: Record) -> None:
         """Take one record of a run."""
 
-    def flush(self) -> None:
-        """Return once everything taken so far is delivered or kept."""
+    def close(self, seconds: float = SECONDS_AT_THE_END) -> None:
+        """Deliver the last records, for so long at most; the process may end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(0.0 if isinstance(error, LeftAtOnce) else SECONDS_AT_THE_END)
 
 
 class MlflowTracker(Tracker):
-    """Deliver runs to MLflow from one background thread, or keep them in `unsent` of the folder.
+    """Keep records in `unsent` of the folder, from where a thread of their own delivers them to MLflow.
 
-    After the first failure nothing more is tried in this process: one warning, and
-    everything after it is kept too, so a dead server costs its time-out once.
+    No call waits for MLflow, except the end, and that not for long. What an earlier process left in the folder for
+    the same address is delivered too, and its open runs end as killed.
     """
 
     def __init__(self, *, folder: Path, uri: str | None = None) -> None:
         folder = folder.resolve()
-        self.uri = uri or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
-        self._artifact_location = None if uri else (folder / "artifacts").as_uri()
-        self._folder = folder
-        self._unsent = folder / "unsent"
-        self._experiments: dict[str, str] = {}
-        self._outage: Exception | None = None
-        self._warned = False
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="regrad-tracking")
-        self._last: Future[None] = self._worker.submit(self._connect)
-        self.flush()
+        self._folder, self._address = folder, uri
+        delivery = Delivery(folder, uri)
+        self.uri = delivery.uri
+        self._spool = new_spool(folder / UNSENT)
+        self._sender = Sender(delivery, self._spool, abandoned=self._abandoned)
+        self._warned: set[str] = set()
+        self._closed = False
+        atexit.register(self.close)
 
     def start(
         self, experiment: str, run_name: str, params: Mapping[str, Any] | None = None, parent: Run | None = None
     ) -> Run:
-        """Begin a run; see `Tracker.start`. Waits for MLflow, some milliseconds with SQLite."""
-        tags = {"mlflow.parentRunId": parent.id} if parent else {}
+        """Begin a run; see `Tracker.start`."""
+        run = super().start(experiment, run_name)
+        about = {"experiment": experiment, "name": run_name, "parent": parent.id if parent else ""}
         now = time.time_ns() // 1_000_000
-        record = {"op": "start", "experiment": experiment, "name": run_name, "tags": tags, "time": now}
-        run = Run(self, self._worker.submit(self._begin, record).result())
+        self.send({"op": "start", "run": run.id, "address": self._address, "time": now, **about})
         values = [(_name(name), str(value)[:PARAM_LENGTH]) for name, value in (params or {}).items()]
         for part in _parts(values, PARAMS_PER_CALL):
             self.send({"op": "params", "run": run.id, "values": part})
+        self._sender.hurry()
         return run
 
     def send(self, record: Record) -> None:
-        """Queue one record."""
-        self._last = self._worker.submit(self._deliver_or_keep, record)
-        self._warn_once()
+        """Put one record on the disk, from where it is sent."""
+        if record["op"] == "artifact":
+            record = record | {"path": self._spool.keep_file(Path(record["path"]))}
+        self._spool.append(record)
+        if record["op"] == "finish" or self._spool.waiting > METRICS_PER_CALL:
+            self._sender.hurry()
+        self._warn()
 
-    def flush(self) -> None:
-        """Return once everything queued so far is delivered or kept."""
-        wait([self._last])
-        self._warn_once()
+    def flush(self, seconds: float = SECONDS_AT_THE_END) -> bool:
+        """Wait until everything is delivered or an attempt failed, and say whether it is delivered."""
+        return self._sender.flush(seconds)
 
-    def _connect(self) -> None:
-        """Open the client, and with it a SQLite file's schema: by one process, while the others wait."""
-        with self._watch():
-            from mlflow.tracking import MlflowClient  # noqa: PLC0415  (seconds; only where runs are tracked)
+    def close(self, seconds: float = SECONDS_AT_THE_END) -> None:
+        """Deliver the rest, and say where it waits if that cannot be done in time; only the first call counts."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        if self._sender.close(seconds, in_vain=SECONDS_IN_VAIN):
+            self._spool.leave()
+        left, problem = self._spool.waiting, self._spool.problem
+        if left and problem is not None:
+            what = f"{left} tracking records could neither be sent nor written to {self._spool.path}"
+            warnings.warn(f"{what}, those that are not there are lost: {problem}", RegradWarning, stacklevel=2)
+        elif left:
+            what = f"{left} tracking records wait in {self._folder / UNSENT}"
+            warnings.warn(f"{what}; regrad sync {self._folder} delivers them", RegradWarning, stacklevel=2)
 
-            # A failure reaches the user as one warning of ours; lines of others would tear a live display.
-            for name in ("mlflow", "alembic", "urllib3"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with self._lock():
-                self._client = MlflowClient(self.uri)
+    def _abandoned(self) -> Iterator[Spool]:
+        """Yield what processes left that are gone, for the same address."""
+        for path in spools(self._folder / UNSENT):
+            spool = None if path == self._spool.path else take_spool(path)
+            if spool is None:
+                continue
+            if spool.address() == self._address:
+                spool.take_up()
+                yield spool
+            else:
+                spool.release()
 
-    def _begin(self, record: Record) -> str:
-        """Create the run and return its identity: MLflow's, or one of our own where MLflow cannot be had."""
-        if self._outage is None:
-            with self._watch():
-                experiment = self._experiment(record["experiment"])
-                info = self._client.create_run(experiment, record["time"], record["tags"], record["name"]).info
-                return str(info.run_id)
-        record["run"] = uuid.uuid4().hex
-        self._keep(record)
-        return str(record["run"])
-
-    def _experiment(self, name: str) -> str:
-        """Return the identity of an experiment, made if need be: by one process, where several start at once."""
-        if name not in self._experiments:
-            with self._lock():
-                known = self._client.get_experiment_by_name(name)
-                made = known.experiment_id if known else self._client.create_experiment(name, self._artifact_location)
-            self._experiments[name] = str(made)
-        return self._experiments[name]
-
-    def _lock(self) -> AbstractContextManager[Any]:
-        """Return what keeps other processes from a SQLite file; a server looks after itself."""
-        scheme, _, path = str(self.uri).partition(":///")
-        return FileLock(f"{path}.lock", timeout=SECONDS_FOR_THE_SCHEMA) if scheme == "sqlite" else nullcontext()
-
-    def _deliver_or_keep(self, record: Record) -> None:
-        if self._outage is None:
-            with self._watch():
-                self._deliver(record)
-                return
-        self._keep(record)
-
-    def _deliver(self, record: Record) -> None:
-        from mlflow.entities import Metric, Param  # noqa: PLC0415
-
-        run = record["run"]
-        match record["op"]:
-            case "metrics":
-                self._client.log_batch(run, metrics=[Metric(*value) for value in record["values"]])
-            case "params":
-                self._client.log_batch(run, params=[Param(*value) for value in record["values"]])
-            case "artifact":
-                self._client.log_artifact(run, record["path"])
-            case "finish":
-                if "error" in record:
-                    self._client.set_tag(run, "regrad.traceback", record["error"])
-                self._client.set_terminated(run, record["status"], record["time"])
-
-    def _keep(self, record: Record) -> None:
-        """Append a record to the folder, with a copy of its file if it has one."""
-        with self._watch():
-            self._unsent.mkdir(parents=True, exist_ok=True)
-            if record["op"] == "artifact":
-                copy = self._unsent / record["run"] / Path(record["path"]).name
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copy2(record["path"], copy)
-                record = record | {"path": copy.relative_to(self._unsent).as_posix()}
-            with (self._unsent / "records.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def _watch(self) -> ExitStack:
-        """Turn any error of the block into an outage: SQL, HTTP and cloud clients each raise their own kinds."""
-        stack = ExitStack()
-        stack.push(self._note_outage)
-        return stack
-
-    def _note_outage(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if isinstance(error, Exception):
-            self._outage = error
-        return isinstance(error, Exception)
-
-    def _warn_once(self) -> None:
-        """Warn in the caller's thread, where a warning can be seen and filtered."""
-        if self._outage is not None and not self._warned:
-            self._warned = True
-            reason = str(self._outage).partition("\n")[0] or type(self._outage).__name__
-            what = f"tracking at {self.uri} failed: {reason}"
-            warnings.warn(f"{what}; training goes on, the rest is kept in {self._unsent}", RegradWarning, stacklevel=4)
+    def _warn(self) -> None:
+        """Warn once of each trouble, in the caller's thread, where a warning can be seen and filtered."""
+        outage, problem = self._sender.outage, self._spool.problem
+        if outage is not None and "outage" not in self._warned:
+            self._warned.add("outage")
+            reason = str(outage).partition("\n")[0] or type(outage).__name__
+            what = f"tracking at {self.uri} failed: {reason}; training goes on, what is not delivered is kept in"
+            warnings.warn(f"{what} {self._folder / UNSENT} and sent again", RegradWarning, stacklevel=4)
+        if problem is not None and "problem" not in self._warned:
+            self._warned.add("problem")
+            what = f"tracking cannot write to {self._spool.path}: {problem}; training goes on, what is not delivered"
+            warnings.warn(f"{what} waits in memory", RegradWarning, stacklevel=4)
 
 
 def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None) -> Tracker:
@@ -321,7 +263,7 @@ def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None) 
 
     Args:
         kind: "mlflow", or "none" for a tracker that does nothing and imports nothing.
-        folder: Where `mlflow.db`, `artifacts/` and, after a failure, `unsent/` are; made if it does not exist.
+        folder: Where `mlflow.db`, `artifacts/` and, while something waits, `unsent/` are; made if it does not exist.
         uri: Address of an MLflow server or database to use instead of the folder.
 
     Raises:
@@ -336,8 +278,6 @@ def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None) 
         raise ValueError(
             f"tracking uri must be an absolute address, got {uri!r}; give http(s)://host:port or sqlite:////folder/file.db"
         )
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     return MlflowTracker(folder=folder, uri=uri)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regrad_runner.arms import BASELINE, Arm, parts_of
 from regrad_runner.checkpoint import load_latest, save_checkpoint
 from regrad_runner.config import TrainConfig
+from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.results import Result, ResultsFolder, check_folder, finished_result, start_folder, write_whole
-from regrad_runner.stopping import tracked
+from regrad_runner.stopping import stop_asked, stop_if_asked, stops_after_steps, tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
 from regrad_runner.workloads import Workload
@@ -79,7 +80,7 @@ def train(plan: Plan, display: Display) -> Result:
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     config = plan.config
     settings = config.model_dump(mode="json")
-    with tracked(lambda: tracker.start(f"regrad {plan.workload.name}", plan.path.name, settings)) as shown:
+    with tracker, tracked(lambda: tracker.start(f"regrad {plan.workload.name}", plan.path.name, settings)) as shown:
         run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
         with closing(run):
             return _follow(run, plan, shown, display)
@@ -109,16 +110,20 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
 
     def keep_step(step: int) -> None:
         display.step(step)
-        if step % every == 0 or step == run.total_steps:
+        if step % every == 0 or step == run.total_steps or stop_asked():
             save_checkpoint(run, checkpoints, keep=plan.config.keep_checkpoints)
+        stop_if_asked()
 
     display.begin(plan.arm.name, steps=run.total_steps)
-    run.train(on_point=keep_point, on_step=keep_step)
+    # Several processes hear a signal at different steps and save together or not at all: there it acts at once.
+    stops = stops_after_steps() if run.accelerator.num_processes == 1 else nullcontext()
+    with stops, keeping_norms(lambda: plan.path, shown, writes=plan.reports):
+        run.train(on_point=keep_point, on_step=keep_step)
     result = finished_result(run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started)
     if plan.reports:
         ResultsFolder(plan.path).add(result, run.position.points)
         receipt = plan.path / "receipt.json"
         write_whole(receipt, json.dumps(run.receipt(), indent=2) + "\n")
         shown.artifact(receipt)
-        shown.log(result.steps, run.attachment.metrics() | {plan.workload.measure.name: result.value})
+        shown.log(result.steps, run.metrics() | {plan.workload.measure.name: result.value})
     return result

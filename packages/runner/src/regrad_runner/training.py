@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from regrad_runner.arms import Arm, create_all
 from regrad_runner.config import RunConfig
 from regrad_runner.models import build_model, head_of
+from regrad_runner.nonfinite import Watch
 from regrad_runner.optimizers import build_optimizer
 from regrad_runner.workloads import Measure, Workload
 from regrad_runner.workloads.images import LabelledImages, training_loader
@@ -192,6 +193,7 @@ class TrainingRun:
     Attributes:
         position: How far it is.
         attachment: What `regrad.attach` returned.
+        watch: Skips steps that are not finite.
         steps_per_epoch: Optimizer steps in an epoch; images that do not fill a batch wait for the next one.
         total_steps: Optimizer steps of the whole run.
         on_micro_batch: Called with images and labels before each micro-batch.
@@ -216,6 +218,7 @@ class TrainingRun:
             model, optimizer, loader, scheduler
         )
         self.attachment = regrad.attach(self.model, self.optimizer, create_all(arm), criterion=nn.CrossEntropyLoss())
+        self.watch = Watch(self.accelerator.unwrap_model(self.model).named_parameters(), self.accelerator)
         self.position = Position()
         self.on_micro_batch: Callable[[Tensor, Tensor], None] = lambda images, labels: None
         self.loss_sum = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
@@ -308,10 +311,15 @@ class TrainingRun:
         """Say whether a correction changed any tensor."""
         return any(key.endswith("/share_touched") and value > 0 for key, value in self.attachment.metrics().items())
 
+    def metrics(self) -> dict[str, float]:
+        """Return the attachment's metrics and how many steps were skipped because they were not finite."""
+        return {**self.attachment.metrics(), "steps_not_finite": float(self.watch.skipped)}
+
     def receipt(self) -> dict[str, Any]:
         """Return the attachment's receipt with what it cannot know: arm, seed, learning rate and a control's change."""
         control = asdict(self.arm.control) if self.arm.control else None
         run = {"arm": self.arm.name, "seed": self.seed, "lr": self.lr, "control": control}
+        run["steps_not_finite"] = self.watch.skipped
         return {**self.attachment.receipt(), "run": {**run, "threads": torch.get_num_threads()}}
 
     def close(self) -> None:
@@ -331,12 +339,18 @@ class TrainingRun:
         with self.accelerator.accumulate(self.model):
             loss = self.attachment.criterion(self.model(self.as_inputs(images)), labels)
             self.accelerator.backward(loss)
-            if self.config.clip_norm is not None and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
-            self.optimizer.step()
-            self.scheduler.step()
+            if self._may_step(loss):
+                if self.config.clip_norm is not None and self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+                self.optimizer.step()
+                self.scheduler.step()
             self.optimizer.zero_grad()
         self.loss_sum += loss.detach()
+
+    def _may_step(self, loss: Tensor) -> bool:
+        """Say whether loss and gradients are finite, at the end of a step. A GradScaler sees to that itself."""
+        ends = self.accelerator.sync_gradients and self.accelerator.scaler is None
+        return not ends or self.watch.is_finite(self.position.step + 1, loss)
 
     def begin_lap(self) -> None:
         """Measure time per step from here: after a checkpoint was loaded."""
