@@ -12,11 +12,11 @@ import pytest
 import regrad
 import torch
 from regrad.errors import RegradWarning
-from regrad_runner.checkpoint import latest_checkpoint
 from regrad_runner.cli import main
 from regrad_runner.config import CompareConfig, TrainConfig, write_config
 from regrad_runner.options import repeat_flag
 from regrad_runner.results import ResultsFolder
+from regrad_runner.storage import checkpoints
 from regrad_runner.training import TrainingRun
 from regrad_runner.workloads import load_workload
 
@@ -256,7 +256,7 @@ def test_ctrl_c_ends_a_run_as_killed_with_code_130(here, baseline, monkeypatch, 
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(latest_checkpoint(folder / "checkpoints") / "tensors.pt", weights_only=True)["model"]
+    return torch.load(checkpoints(folder / "checkpoints")[-1] / "tensors.pt", weights_only=True)["model"]
 
 
 def exit_code(words) -> int:
@@ -275,7 +275,7 @@ def test_a_stopped_training_saves_after_its_step_and_goes_on_from_there(here, mo
         in_the_step(patch, 3, lambda: os.kill(os.getpid(), number))
         assert exit_code([*words, "--out", "out"]) == code
     assert "stopping after this step; once more leaves at once" in capfd.readouterr().err
-    assert latest_checkpoint(here / "out" / "checkpoints").name == "step-00000003"
+    assert checkpoints(here / "out" / "checkpoints")[-1].name == "step-00000003"
     assert main(["train", "--resume", "--out", "out"]) == 0
     assert "continuing from step 3" in capfd.readouterr().err
     stopped, whole = weights(here / "out"), weights(here / "whole")
