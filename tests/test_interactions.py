@@ -64,12 +64,13 @@ def test_a_declared_order_holds_however_the_pair_is_given(found, attach, pairs):
         acting = []
         for given in (interaction.pair, interaction.pair[::-1]):
             attachment = attach(given, interaction.optimizer)
-            acting.append([c.name for c in attachment.corrections])
+            stages = {stage for c in attachment.corrections for stage in c.needs.stages}
+            acting.append({s: [c.name for c in attachment.corrections if s in c.needs.stages] for s in stages})
             moved = given[0] != interaction.first
             assert (interaction.reason in str(attachment)) == moved, str(attachment)
         first = {c.name for c in pairs.made([interaction.first])}
         assert acting[0] == acting[1]
-        assert acting[0][0] in first
+        assert all(acting[0][stage][0] in first for stage in interaction.shared)
 
 
 def test_a_refusal_names_both_and_the_reason_and_leaves_nothing_attached(found, attach, pairs):
