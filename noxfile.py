@@ -125,6 +125,7 @@ def docs(session: nox.Session) -> None:
     sync(session, "docs")
     session.run("python", "docs/corrections_table.py", "--check")
     session.run("python", "docs/interactions.py", "--check", env=TEST_ENVIRONMENT)
+    session.run("python", "docs/results_tables.py", "--check")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
 
 

@@ -137,3 +137,22 @@ def functions_beside(folder: str) -> set[str]:
     place = ROOT / folder / "tests" if folder != "tests" else ROOT / "tests"
     trees = (ast.parse(path.read_text(encoding="utf-8")) for path in place.rglob("*.py"))
     return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_ledger_of_claims_is_written_from_the_comparisons_that_are_kept():
+    command = [sys.executable, str(ROOT / "docs" / "results_tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_shipped_correction_and_optimizer_has_a_claim_in_the_ledger():
+    import regrad
+    import yaml
+
+    claims = yaml.safe_load((ROOT / "docs" / "results" / "claims.yaml").read_text(encoding="utf-8"))
+    shipped = {path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml")}
+    entries = [entry for group in ("regrad", "regrad.optimizers") for entry in regrad.available(group).values()]
+    told = {
+        entry.distribution.removeprefix("regrad-") for entry in entries if entry.name in {c["method"] for c in claims}
+    }
+    assert told >= shipped

@@ -1,0 +1,120 @@
+"""Write the ledger and the tables of docs/results.md from the comparisons kept in docs/results/.
+
+Usage: python docs/results_tables.py [--check]
+With --check nothing is written, and a stale page is an error.
+
+A comparison is kept as `regrad compare` wrote it, less the figures and, of the receipts, those of seed 0;
+docs/results/claims.yaml says what was claimed, and which arms of which comparisons speak to it.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from regrad_runner.report import summarize_results
+from regrad_runner.results import ResultsFolder
+from regrad_runner.statistics import ArmSummary
+from regrad_runner.table import print_comparison, sentence
+from regrad_runner.workloads import Measure
+from rich.console import Console
+
+DOCS = Path(__file__).parent
+FOLDER, PAGE = DOCS / "results", DOCS / "results.md"
+BEGIN, END = "<!-- written by docs/results_tables.py -->\n", "<!-- end of what is written -->"
+
+
+def measure_of(path: Path) -> Measure:
+    """Return what a comparison compared by."""
+    return Measure(**json.loads((path / "about.json").read_text(encoding="utf-8"))["measure"])
+
+
+def comparisons() -> dict[str, list[ArmSummary]]:
+    """Return the summaries of every comparison that is kept and has results, by its folder's name."""
+    folders = {path.parent.name: ResultsFolder(path.parent) for path in sorted(FOLDER.glob("*/config.yaml"))}
+    kept = {name: folder for name, folder in folders.items() if folder.results}
+    return {name: summarize_results(folder.results, measure_of(folder.path)) for name, folder in kept.items()}
+
+
+def seen(told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]) -> str:
+    """Say what the arms that speak to a claim came to."""
+    lines = [
+        f"*{name}*: {sentence(summary, measure_of(FOLDER / name))}"
+        for name, arms in told.items()
+        for summary in summaries.get(name, [])
+        if summary.arm in arms
+    ]
+    return " ".join(lines) or "not measured"
+
+
+def ledger(summaries: dict[str, list[ArmSummary]]) -> str:
+    """Return the table of claims."""
+    rows = ["| method | claimed | seen here | how the protocol differs | command |\n| --- | --- | --- | --- | --- |\n"]
+    for claim in yaml.safe_load((FOLDER / "claims.yaml").read_text(encoding="utf-8")):
+        ran = [n for n, arms in claim["seen"].items() if {*arms} & {summary.arm for summary in summaries.get(n, [])}]
+        commands = ", ".join(f"[{name}](#{name})" for name in ran) or "–"
+        cells = [claim["method"], claim["claimed"], seen(claim["seen"], summaries), claim["differs"], commands]
+        rows.append("| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |\n")
+    return "".join(rows)
+
+
+def environment(path: Path) -> str:
+    """Say with which versions, and on what, a comparison ran: as its receipts say."""
+    receipts = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("runs/*/receipt.json")))
+    return "; ".join(sorted({", ".join(f"{k} {v}" for k, v in receipt["environment"].items()) for receipt in receipts}))
+
+
+def rates(folder: ResultsFolder) -> str:
+    """Say which learning rate every arm chose, and what the trials said of each."""
+    if not folder.trials:
+        return ""
+    chosen = {result.arm: result.lr for result in folder.results}
+    return f"Learning rates chosen: {', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items())}.\n\n"
+
+
+def section(name: str, summaries: list[ArmSummary]) -> str:
+    """Return one comparison's heading, command, table and sentences."""
+    path = FOLDER / name
+    settings: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    runs = sum(result.status == "finished" for result in ResultsFolder(path).results)
+    text = io.StringIO()
+    print_comparison(Console(file=text, width=200), summaries, measure_of(path))
+    table = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+    return (
+        f"({name})=\n\n### {name}\n\n"
+        f"{settings['model']} (width {settings['width']}, normalisation: {settings['norm']}), {settings['optimizer']}, "
+        f"{settings['train_size'] or 'all'} training images, {settings['epochs']} epochs, batch "
+        f"{settings['batch_size']}, {settings['warmup_steps']} steps of warm-up. {runs} runs and "
+        f"{len(ResultsFolder(path).trials)} trials of learning rates "
+        f"({', '.join(f'{lr:g}' for lr in settings['lr'])}). {environment(path)}.\n\n"
+        f"```bash\nregrad compare --config docs/results/{name}/config.yaml --data-dir FOLDER --out DIR\n```\n\n"
+        f"```text\n{table}\n```\n\n{rates(ResultsFolder(path))}"
+        f"Every run: [results.csv](results/{name}/results.csv), [curves.csv](results/{name}/curves.csv), "
+        f"[tuning.csv](results/{name}/tuning.csv).\n\n"
+    )
+
+
+def written() -> str:
+    """Return the part of the page that comes from the comparisons."""
+    found = comparisons()
+    sections = "".join(section(name, summaries) for name, summaries in found.items())
+    return f"## The ledger\n\n{ledger(found)}\n## The comparisons\n\n{sections}"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page anew, or say that it should be."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    new = f"{before}{BEGIN}\n{written()}{END}{rest.partition(END)[2]}"
+    if "--check" not in arguments:
+        PAGE.write_text(new, encoding="utf-8")
+    elif new != text:
+        sys.stderr.write("docs/results.md is stale; run python docs/results_tables.py\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
