@@ -78,7 +78,7 @@ class RuleClauses(Settings):
 
     @clause("hooks")
     def test_every_hook_runs_marked_or_not_and_none_is_misspelt(self) -> None:
-        """Its stages and hooks agree; each hook of its stages runs once per step; a name that is nearly a hook's is an error."""
+        """Stages and hooks agree; each hook of its stages runs once per step; a name nearly a hook's is an error."""
         for correction in self.make():
             correction.check_class()
             for name, hook in misspelt_hooks(type(correction)).items():
