@@ -268,7 +268,7 @@ def test_what_a_lost_database_did_not_take_arrives_by_itself_when_it_is_back(tmp
         warnings.simplefilter("error")
         monkeypatch.setattr("regrad_runner.tracking.SECONDS_IN_VAIN", 10.0)
         second.close()
-    assert [str(one.message)[:16] for one in seen] in ([], ["tracking at sqlit"])
+    assert [str(one.message)[:17] for one in seen] in ([], ["tracking at sqlit"])
     assert len(calls) >= 6
     assert [step for step, _ in history(run, "loss")] == list(range(METRICS_PER_CALL * 3 + 5))
     assert list(tmp_path.iterdir()) == []
