@@ -120,7 +120,20 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsy
 
 @pytest.mark.parametrize(
     "words",
-    ["", "compare", "train", "report", "sync", "explain", "plugins", "plugins list", "plugins show", "plugins check"],
+    [
+        "",
+        "compare",
+        "train",
+        "report",
+        "sync",
+        "explain",
+        "plugins",
+        "plugins list",
+        "plugins show",
+        "plugins check",
+        "plugins new",
+        "plugins doctor",
+    ],
 )
 def test_help_fits_80_columns(monkeypatch, capsys, words):
     monkeypatch.setenv("COLUMNS", "80")

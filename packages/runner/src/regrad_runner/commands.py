@@ -11,6 +11,7 @@ import typer
 
 from regrad_runner import options as o
 from regrad_runner.errors import checking_input
+from regrad_runner.plugin_commands import plugins
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-plugins = typer.Typer(help="What is installed.", no_args_is_help=True)
 app.add_typer(plugins, name="plugins")
 
 
@@ -206,42 +206,6 @@ def explain(
         explanation = run(settings, after_steps=after_steps)
     show_explanation(explanation, as_json=json, every_tensor=every_tensor)
     return 0
-
-
-@plugins.command("list")
-def list_plugins(json: o.AsJson = False) -> int:
-    """List corrections, optimizers and workloads that are installed."""
-    from regrad_runner.plugins import show_plugins  # noqa: PLC0415
-
-    show_plugins(as_json=json)
-    return 0
-
-
-@plugins.command("show")
-def show_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As plugins list has it.", show_default=False)],
-    json: o.AsJson = False,
-) -> int:
-    """Show what a plugin does, its options, where it acts and what it must beat."""
-    with checking_input():
-        from regrad_runner.plugin_details import show_plugin as show  # noqa: PLC0415
-
-        show(name, as_json=json)
-    return 0
-
-
-@plugins.command("check")
-def check_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A correction or optimizer.", show_default=False)],
-    suite: Annotated[Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")] = None,
-    json: o.AsJson = False,
-) -> int:
-    """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
-    from regrad_runner.checks import run_check, show_check  # noqa: PLC0415
-
-    with checking_input(), _console().status(f"checking {name}: about half a minute"):
-        report = run_check(name, suite)
-    return show_check(report, as_json=json)
 
 
 def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool) -> Config:

@@ -16,6 +16,7 @@ keeps what is not delivered, `regrad_runner.delivery` sends it.
 from __future__ import annotations
 
 import atexit
+import platform
 import re
 import time
 import traceback
@@ -194,9 +195,9 @@ class MlflowTracker(Tracker):
     ) -> Run:
         """Begin a run; see `Tracker.start`."""
         run = super().start(experiment, run_name)
-        about = {"experiment": experiment, "name": run_name, "parent": parent.id if parent else ""}
+        place = {"experiment": experiment, "parent": parent.id if parent else "", "host": platform.node()}
         now = time.time_ns() // 1_000_000
-        self.send({"op": "start", "run": run.id, "address": self._address, "time": now, **about})
+        self.send({"op": "start", "run": run.id, "name": run_name, "address": self._address, "time": now, **place})
         values = [(_name(name), str(value)[:PARAM_LENGTH]) for name, value in (params or {}).items()]
         for part in _parts(values, PARAMS_PER_CALL):
             self.send({"op": "params", "run": run.id, "values": part})
