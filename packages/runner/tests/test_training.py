@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import os
 import subprocess
@@ -14,7 +15,7 @@ from regrad_runner import training
 from regrad_runner.arms import Arm
 from regrad_runner.config import TrainConfig
 from regrad_runner.models import build_model, head_of
-from regrad_runner.training import Point, TrainingRun, build_training, make_accelerator, schedule, steps_to_target
+from regrad_runner.training import Point, TrainingRun, build_training, schedule, steps_to_target
 from regrad_runner.workloads import Measure, load_workload
 
 needs_plugins = pytest.mark.skipif(
@@ -213,26 +214,8 @@ def test_a_run_that_was_touched_says_so(digits, config):
         assert run.touched()
 
 
-def test_half_precision_without_a_device_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="mixed_precision must be 'no' or 'bf16' without an accelerator device"):
-        make_accelerator(TrainConfig(mixed_precision="fp16"))
-
-
-def test_another_number_of_processes_than_asked_is_refused():
-    with pytest.raises(ValueError, match="processes must be 2 as asked, got 1; launch with: torchrun"):
-        make_accelerator(TrainConfig(processes=2))
-
-
-def test_a_launcher_that_started_one_process_of_several_is_found_out(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ValueError, match="processes must be several as asked of accelerate launch, got 1"):
-        make_accelerator(TrainConfig())
-
-
 TWO_PROCESSES = """
+import copy
 import sys
 from pathlib import Path
 
@@ -251,6 +234,14 @@ config = TrainConfig(
     batch_size=32, epochs=2, width=4, norm="group", threads=1, evaluations_per_epoch=1, accumulate=2, processes=2
 ).resolved(digits)
 results = {}
+
+
+def first_of(images, size):
+    part = copy.copy(images)
+    part.images, part.labels = images.images[:size], images.labels[:size]
+    return part
+
+
 for names in sys.argv[2:]:
     arm = Arm(names, tuple(filter(None, names.split("+"))))
     run = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
@@ -262,6 +253,7 @@ for names in sys.argv[2:]:
         "weights": {name: p.detach() for name, p in model.named_parameters()},
         "losses": [p.loss for p in run.position.points],
         "values": [p.value for p in run.position.points],
+        "parts": [run.accuracy(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))],
     }
     run.close()
     again = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
@@ -276,6 +268,12 @@ if run.accelerator.is_main_process:
 del run, again, model, weights, save
 leave_processes()
 """
+
+
+def first_of(images, size):
+    part = copy.copy(images)
+    part.images, part.labels = images.images[:size], images.labels[:size]
+    return part
 
 
 def launched(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -301,17 +299,13 @@ def test_two_processes_train_like_one_and_resume_exactly(tmp_path, digits, confi
     assert done.returncode == 0, done.stderr
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     for name in names:
-        one_points, one = trained(config(), digits, Arm(name, tuple(filter(None, name.split("+")))))
+        arm = Arm(name, tuple(filter(None, name.split("+"))))
+        with closing(TrainingRun(config(), digits, arm, seed=0, lr=0.05)) as run:
+            run.train(on_point=lambda point: None, on_step=lambda step: None)
+            one, one_points = dict(run.model.named_parameters()), run.position.points
+            parts = [run.accuracy(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))]
         assert largest_difference(one, two[name]["weights"]) <= 1e-12
         assert two[name]["losses"] == pytest.approx([p.loss for p in one_points], abs=1e-12)
         assert two[name]["values"] == [p.value for p in one_points]
+        assert two[name]["parts"] == parts
         assert two[name]["resumed_exactly"]
-
-
-def test_accelerate_launch_that_starts_one_process_of_two_fails(tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = launched([*launch, *plain, "-m", "regrad_runner", "compare", "--seeds", "1", "--tracker", "none"], tmp_path)
-    assert done.returncode != 0
-    assert "processes must be several as asked of accelerate launch, got 1" in done.stderr
-    assert list(tmp_path.iterdir()) == []
