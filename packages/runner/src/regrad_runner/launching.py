@@ -42,6 +42,11 @@ def check_task() -> None:
         )
 
 
+def asked_to_shard() -> bool:
+    """Say whether accelerate's launcher was asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def _check_processes(config: RunConfig, started: int) -> None:
     """Raise unless as many processes run as were asked for: `accelerate launch --cpu` starts only one."""
     # Only accelerate's launcher for one process sets the first two without the third.
@@ -69,7 +74,7 @@ def _launch(processes: int | str | None) -> str:
 
 def _check_sharding(accelerator: Accelerator) -> None:
     """Raise unless a model is sharded as accelerate was asked to, by FSDP2."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not asked_to_shard():
         return
     if accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError(
