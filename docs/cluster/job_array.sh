@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # A comparison as job arrays, every run a job on one GPU: first the trials of learning rates, where there is a choice,
-# then the runs, then the report. Run it on the login node: it sends the jobs and returns.
+# then the runs, then the report. Run it on the login node: it sends the jobs and returns. Run again with the same folder
+# it sends all of them once more, and those that ended return at once.
 # Usage: docs/cluster/job_array.sh OUT [FLAGS OF regrad compare]
 set -euo pipefail
 out=${1:?give the folder to write}
 shift
+if [[ -f $out/config.yaml ]]; then
+    set -- --resume "$@"
+fi
 cells=$(regrad compare --cells --out "$out" "$@")
 where=$(printf %q "$out")
 

@@ -14,7 +14,7 @@ shift
 if [[ -f $out/config.yaml ]]; then
     set -- --resume "$@"
 fi
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # One launcher per node; the first node's is where the others meet.
