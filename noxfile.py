@@ -120,10 +120,11 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
+    """Check style and formatting, of shell scripts too."""
     session.install("--group", "lint")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("shellcheck", ".ci/run", *map(str, sorted(ROOT.glob("docs/**/*.sh"))))
 
 
 @nox.session

@@ -39,7 +39,7 @@ def _run(words: list[str]) -> int:
 
     # Typer has its own copy of click since some version: its usage error goes by no public name in every one.
     usage_error: Any = typer.BadParameter.__base__
-    warnings.formatwarning = _format_warning
+    warnings.formatwarning = format_warning
     try:
         return int(app(words or ["--help"], prog_name="regrad", standalone_mode=False) or 0)
     except BadInput as problem:
@@ -56,7 +56,7 @@ def _complain(problem: str) -> int:
     return BAD_INPUT
 
 
-def _format_warning(
+def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
     """Write our own warnings for people, and others as Python does."""

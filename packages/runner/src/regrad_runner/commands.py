@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +14,8 @@ from regrad_runner.plugin_commands import plugins
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from regrad_runner.config import Config
+    from regrad_runner.config import CompareConfig, Config
+    from regrad_runner.planning import Plan
 
 CHECKING = "checking settings, data and corrections"
 
@@ -61,11 +60,14 @@ def compare(
     threads: o.Threads = None,
     processes: o.Processes = None,
     workers: o.Workers = None,
+    jobs: o.Jobs = None,
     tracker: o.TrackerKind = None,
     tracking_uri: o.TrackingUri = None,
     config: o.ConfigFile = None,
     out: o.Out = None,
     resume: o.Resume = False,
+    cells: o.Cells = False,
+    cell: o.CellNumber = None,
     json: o.AsJson = False,
 ) -> int:
     """Compare corrections with the baseline and with the trivial changes they must beat.
@@ -75,22 +77,64 @@ def compare(
     console = _console()
     with checking_input(), console.status(CHECKING):
         from regrad_runner.compare import compare as run  # noqa: PLC0415
-        from regrad_runner.compare import make_plan  # noqa: PLC0415
         from regrad_runner.config import CompareConfig  # noqa: PLC0415
+        from regrad_runner.planning import make_plan  # noqa: PLC0415
 
-        plan = make_plan(_settings(CompareConfig, ctx, config, out, resume=resume), out=out, resume=resume)
+        o.at_most_one({"--jobs": jobs is not None, "--cell": cell is not None, "--cells": cells})
+        settings = _settings(CompareConfig, ctx, config, out, resume=resume or cell is not None)
+        if cell is None:
+            plan = make_plan(settings, out=out, resume=resume, jobs=1 if jobs is None else jobs)
+    if cell is not None:
+        return _run_cell(console, settings, cell, out or Path())
+    if cells:
+        return _prepare_cells(plan, as_json=json)
     from regrad_runner.preparation import leave_processes  # noqa: PLC0415
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_comparison  # noqa: PLC0415
+    from regrad_runner.stopping import going_on  # noqa: PLC0415
 
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
-    with _going_on(console, f"regrad compare --resume --out {plan.path}", quiet=not plan.reports), display:
+    more = f" --jobs {jobs}" if jobs else ""
+    with going_on(console, f"regrad compare --resume --out {plan.path}{more}", quiet=not plan.reports), display:
         folder = run(plan, display)
     leave_processes()
     if plan.reports:
         show_comparison(folder.path, as_json=json)
     return int(any(result.status == "failed" for result in folder.results))
+
+
+def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path) -> int:
+    """Run one cell of a job array."""
+    with checking_input(), console.status(CHECKING):
+        from regrad_runner.job_array import make_cell_plan, run_cell  # noqa: PLC0415
+
+        cell_plan = make_cell_plan(settings, number, out)
+    from regrad_runner.compare import in_words  # noqa: PLC0415
+    from regrad_runner.preparation import leave_processes  # noqa: PLC0415
+    from regrad_runner.progress import Display  # noqa: PLC0415
+    from regrad_runner.stopping import going_on  # noqa: PLC0415
+
+    plan, name = cell_plan.plan, f"cell {number}: {cell_plan.cell.name}"
+    display = Display(console, runs=1, quiet=not plan.reports)
+    if cell_plan.done:
+        display.say(f"{name}: it ended before")
+        return 0
+    with going_on(console, f"regrad compare --out {out} --cell {number}", quiet=not plan.reports), display:
+        outcome = run_cell(cell_plan, display)
+        display.end(f"{name}: {in_words(outcome, plan.workload.measure)}")
+    leave_processes()
+    return int(outcome.result is not None and outcome.result.status == "failed")
+
+
+def _prepare_cells(plan: Plan, *, as_json: bool) -> int:
+    """Make the folder of a job array and say what its cells are."""
+    from regrad_runner.job_array import prepare, show_prepared  # noqa: PLC0415
+
+    numbers = prepare(plan)
+    if plan.reports:
+        typer.echo(show_prepared(plan.path, numbers, as_json=as_json))
+    return 0
 
 
 @app.command(cls=o.ManyValues)
@@ -139,9 +183,10 @@ def train(
     from regrad_runner.preparation import leave_processes  # noqa: PLC0415
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_run  # noqa: PLC0415
+    from regrad_runner.stopping import going_on  # noqa: PLC0415
 
     display = Display(console, runs=1, quiet=not plan.reports)
-    with _going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
+    with going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
         run(plan, display)
     leave_processes()
     if plan.reports:
@@ -226,17 +271,3 @@ def _console() -> Console:
     from rich.console import Console  # noqa: PLC0415
 
     return Console(stderr=True)
-
-
-@contextmanager
-def _going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on."""
-    from regrad_runner.stopping import stoppable  # noqa: PLC0415
-
-    try:
-        with stoppable():
-            yield
-    except (KeyboardInterrupt, SystemExit):
-        if not quiet:
-            console.print(f"stopped; this goes on from here: {again}", highlight=False, markup=False, soft_wrap=True)
-        raise

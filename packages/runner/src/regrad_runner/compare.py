@@ -6,129 +6,29 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
-from pathlib import Path
 from statistics import fmean
-from typing import TypeVar
+from typing import Protocol
 
-from accelerate.utils import broadcast_object_list
-
-from regrad_runner.arms import Arm, expand
-from regrad_runner.config import FIRST_TUNING_SEED, CompareConfig
+from regrad_runner.arms import Arm
+from regrad_runner.cells import Cell
 from regrad_runner.nonfinite import keeping_norms
-from regrad_runner.preparation import default_folder, every_correction, example_optimizer, load_data, try_on
-from regrad_runner.probing import FILE, Probe, Quality, check_probing, keep_qualities
+from regrad_runner.planning import Plan, agreed, make_plan, open_folder
+from regrad_runner.probing import FILE, Probe, Quality, keep_qualities
 from regrad_runner.progress import Display
-from regrad_runner.report import draw
-from regrad_runner.results import (
-    Result,
-    ResultsFolder,
-    Trial,
-    check_arms,
-    check_folder,
-    finished_result,
-    read_about,
-    start_folder,
-    write_whole,
-)
+from regrad_runner.report import draw, merge
+from regrad_runner.results import Outcome, Result, ResultsFolder, Trial, finished_result, read_about, write_whole
 from regrad_runner.stopping import tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
-from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
-from regrad_runner.workloads import Workload
+from regrad_runner.training import Point, TrainingRun, name_on_validation
+from regrad_runner.workloads import Measure
 
-T = TypeVar("T")
+__all__ = ["Comparison", "Plan", "Runner", "compare", "make_plan"]
 
-
-@dataclass(frozen=True)
-class Plan:
-    """A comparison that was checked and can start.
-
-    Attributes:
-        config: Resolved settings.
-        workload: What is trained.
-        arms: What is compared.
-        path: Folder to write.
-        reports: Whether this is the process that writes and prints.
-        processes: How many there are.
-        left_out: Installed corrections that cannot work here, with the reason, where all were asked for.
-    """
-
-    config: CompareConfig
-    workload: Workload
-    arms: tuple[Arm, ...]
-    path: Path
-    reports: bool
-    processes: int
-    left_out: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> int:
-        """Runs in all, those of the choice of learning rates among them."""
-        return len(self.trials) + len(self.arms) * self.config.seeds
-
-    def in_words(self) -> str:
-        """Say what will be done."""
-        config, images = self.config, len(self.workload.train)
-        tuning = f" after {len(self.trials)} runs to choose learning rates" if self.trials else ""
-        lines = (
-            f"{self.workload.name}, {images:,} training images: {len(self.arms)} arms × {config.seeds} seeds{tuning}",
-            f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
-            *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
-        )
-        return "\n".join(lines)
-
-    @property
-    def experiment(self) -> str:
-        """Name of the group of tracked runs."""
-        return f"regrad {self.workload.name}"
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to choose from."""
-        return self.config.lr or ()
-
-    @property
-    def trials(self) -> list[tuple[Arm, float, int]]:
-        """Runs of the choice of learning rates: as many for every arm, on seeds that are not compared on."""
-        if len(self.rates) == 1:
-            return []
-        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + self.config.tuning_seeds)
-        return list(product(self.arms, self.rates, seeds))
-
-
-def make_plan(config: CompareConfig, *, out: Path | None = None, resume: bool = False) -> Plan:
-    """Check everything that can be checked before the first step. Writes nothing.
-
-    Args:
-        config: Settings; what is None is filled in from the workload.
-        out: Folder to write; None for a new one in the current folder.
-        resume: Whether to continue the comparison that is in `out`.
-
-    Raises:
-        ValueError: If anything is unknown, missing or does not fit.
-        RegradError: If corrections cannot work together, or not on this model and optimizer.
-    """
-    workload, config = load_data(config)
-    accelerator = make_accelerator(config)
-    check_probing(config, processes=accelerator.num_processes, samples=len(workload.train))
-    path = out or default_folder("", config.workload)
-    lr = (config.lr or (0.0,))[0]
-    config, left_out = every_correction(config, workload, lr=lr)
-    if accelerator.is_main_process:
-        config = check_folder(path, config, resume=resume)
-    config = agreed(config)
-    arms = expand(config.corrections, example_optimizer(config, lr=lr), controls=config.controls)
-    if accelerator.is_main_process and resume:
-        check_arms(path, arms)
-        left_out = read_about(path).get("left_out", {}) | left_out
-        left_out = {name: why for name, why in left_out.items() if name not in config.corrections}
-    for arm in arms:
-        try_on(arm, config, workload, lr=lr)
-    return Plan(config, workload, tuple(arms), path, accelerator.is_main_process, accelerator.num_processes, left_out)
+TRACKED = "tracked"  # the run, by our id, under which job arrays show theirs
 
 
 def compare(plan: Plan, display: Display) -> ResultsFolder:
@@ -146,19 +46,15 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
     """
     tracker, folder = Tracker(), ResultsFolder(plan.path)
     if plan.reports:
-        about = {"kind": "comparison", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
-        about |= {"left_out": dict(plan.left_out), "arms": {arm.name: arm.recipe for arm in plan.arms}}
-        folder = start_folder(plan.path, plan.config, about)
-        folder.name_anew(plan.arms)
+        known = read_about(plan.path)
+        folder = merge(open_folder(plan, **{key: known[key] for key in (TRACKED,) if key in known}))
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     settings = plan.config.model_dump(mode="json")
     with tracker, tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
         comparison = Comparison(plan, folder, tracker, parent, display)
         display.skip(len(folder.trials) + sum(result.status == "finished" for result in folder.results))
-        rates = comparison.choose_rates()
-        pending = [(a, s) for s, a in product(range(plan.config.seeds), plan.arms) if not folder.is_finished(a.name, s)]
-        for arm, seed in agreed(pending):
-            comparison.run(arm, seed=seed, lr=rates[arm.name])
+        with comparison.runner() as runner:
+            _run_pending(plan, folder, display, runner)
         if plan.reports:
             probed = [path] if (path := plan.path / FILE).is_file() else []
             for path in [plan.path / "results.csv", *probed, *draw(folder, plan.workload.measure)]:
@@ -166,6 +62,63 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         if any(result.status == "failed" for result in folder.results):
             parent.finish("FAILED")
     return folder
+
+
+def _run_pending(plan: Plan, folder: ResultsFolder, display: Display, runner: Runner) -> None:
+    """Run what the folder does not have: the trials of learning rates, and then the runs with the chosen ones."""
+    trials = [(cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)]
+    _keep_all(plan, folder, display, runner.outcomes(agreed(trials)))
+    rates = agreed(chosen_rates(plan, folder.trials))
+    runs = [(c, rates[c.arm]) for c in plan.cells if c.lr is None and not folder.is_finished(c.arm, c.seed)]
+    _keep_all(plan, folder, display, runner.outcomes(agreed(runs)))
+
+
+def _keep_all(plan: Plan, folder: ResultsFolder, display: Display, outcomes: Iterable[tuple[Cell, Outcome]]) -> None:
+    for cell, outcome in outcomes:
+        if plan.reports:
+            keep_outcome(folder, outcome)
+        display.end(f"{cell.name}: {in_words(outcome, plan.workload.measure)}")
+
+
+def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
+    """Put what came out of a cell into the folder's tables."""
+    if outcome.trial is not None:
+        folder.add_trial(outcome.trial)
+    if outcome.result is not None:
+        keep_qualities(folder, [Quality(**row) for row in outcome.qualities])
+        folder.add(outcome.result, outcome.points)
+
+
+def in_words(outcome: Outcome, measure: Measure) -> str:
+    """Say what came out of a cell."""
+    result, trial = outcome.result, outcome.trial
+    if trial is not None:
+        return f"{name_on_validation(measure)} {trial.validation:.4f}"
+    if result is None or result.value is None:
+        return "failed"
+    words = [f"{measure.name} {result.value:.4f}"]
+    if measure.target is not None:
+        reached = "missed" if result.steps_to_target is None else f"after {result.steps_to_target} steps"
+        words.append(f"{measure.target:g} {reached}")
+    return ", ".join([*words, f"{result.seconds:.1f} s"])
+
+
+def chosen_rates(plan: Plan, trials: Sequence[Trial]) -> dict[str, float]:
+    """Return each arm's learning rate: the best mean of its trials, by the validation images at their end."""
+    sign = 1 if plan.workload.measure.higher_is_better else -1
+
+    def score(arm: Arm, lr: float) -> float:
+        values = [trial.validation for trial in trials if (trial.arm, trial.lr) == (arm.name, lr)]
+        return sign * fmean(values) if values and all(map(math.isfinite, values)) else -math.inf
+
+    return {arm.name: max(plan.rates, key=partial(score, arm)) for arm in plan.arms}
+
+
+class Runner(Protocol):
+    """What runs cells: this process one after the other, or several at once."""
+
+    def outcomes(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[tuple[Cell, Outcome]]:
+        """Run cells, each with its learning rate, and yield what came out, as they end."""
 
 
 class Comparison:
@@ -182,53 +135,48 @@ class Comparison:
     def __init__(self, plan: Plan, folder: ResultsFolder, tracker: Tracker, parent: Run, display: Display) -> None:
         self.plan, self.folder, self.tracker, self.parent, self.display = plan, folder, tracker, parent, display
 
-    def choose_rates(self) -> dict[str, float]:
-        """Return each arm's learning rate: the best mean of its trials, by the validation images at their end."""
-        tried = {(trial.arm, trial.lr, trial.seed) for trial in self.folder.trials}
-        for arm, lr, seed in agreed([t for t in self.plan.trials if (t[0].name, *t[1:]) not in tried]):
-            self._try_rate(arm, lr=lr, seed=seed)
-        sign = 1 if self.plan.workload.measure.higher_is_better else -1
+    def runner(self) -> AbstractContextManager[Runner]:
+        """Return what runs the cells, as many at once as planned."""
+        if self.plan.jobs == 1:
+            return nullcontext(self)
+        from regrad_runner.jobs import Workers  # noqa: PLC0415 - it runs comparisons
 
-        def score(arm: Arm, lr: float) -> float:
-            values = [trial.validation for trial in self.folder.trials if (trial.arm, trial.lr) == (arm.name, lr)]
-            return sign * fmean(values) if values and all(map(math.isfinite, values)) else -math.inf
+        self.tracker.flush()  # the workers find the database made and the comparison's run in it
+        return Workers(self.plan, self.parent.id, self.display)
 
-        rates = {arm.name: max(self.plan.rates, key=lambda lr: score(arm, lr)) for arm in self.plan.arms}
-        return agreed(rates)
+    def outcomes(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[tuple[Cell, Outcome]]:
+        """Run cells one after the other; see `Runner`."""
+        for cell, lr in todo:
+            yield cell, self.outcome(cell, lr=lr)
 
-    def run(self, arm: Arm, *, seed: int, lr: float) -> None:
-        """Run one arm on one seed and keep what came out."""
-        name, points, qualities = f"{arm.name}, seed {seed}", list[Point](), list[Quality]()
-        result = Result(arm=arm.name, seed=seed, status="failed", lr=lr, must_beat=arm.must_beat)
-        result = replace(result, control=arm.control is not None)
-        outcome = "failed"
-        with self._alone(name), self._tracked(name, arm, seed=seed, lr=lr) as shown:
+    def outcome(self, cell: Cell, *, lr: float) -> Outcome:
+        """Run a cell and return what came out; a failure is an outcome too."""
+        arm = self.plan.arm(cell.arm)
+        return self._run(arm, cell, lr=lr) if cell.lr is None else self._try_rate(arm, cell, lr=lr)
+
+    def _run(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
+        points, qualities = list[Point](), list[Quality]()
+        result = failed_result(arm, cell, lr=lr)
+        with self._alone(cell.name), self._tracked(cell.name, arm, seed=cell.seed, lr=lr) as shown:
             started = time.perf_counter()
-            with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=seed, lr=lr)) as run:
-                self._train(run, name, shown, qualities)
-                points = run.position.points
+            with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)) as run:
+                self._train(run, cell.name, shown, qualities)
                 result = finished_result(run, result, started=started)
                 self._keep_receipt(run, result, shown)
-            outcome = self._in_words(result)
-        if self.plan.reports:
-            keep_qualities(self.folder, qualities if points else [])
-            self.folder.add(result, points)
-        self.display.end(f"{name}: {outcome}")
+                points = run.position.points
+        return Outcome(result=result, points=points, qualities=[asdict(row) for row in qualities if points])
 
-    def _try_rate(self, arm: Arm, *, lr: float, seed: int) -> None:
+    def _try_rate(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
         """Run a trial; one that fails says that this learning rate is not the one to choose."""
-        name = f"{arm.name}, lr {lr:g}, trial {seed - FIRST_TUNING_SEED + 1}"
         validation = math.nan
         with (
-            self._alone(name),
-            self._tracked(name, arm, seed=seed, lr=lr, trial=True) as shown,
-            closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=seed, lr=lr)) as run,
+            self._alone(cell.name),
+            self._tracked(cell.name, arm, seed=cell.seed, lr=lr, trial=True) as shown,
+            closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)) as run,
         ):
-            self._train(run, name, shown)
+            self._train(run, cell.name, shown)
             validation = run.position.points[-1].value
-        if self.plan.reports:
-            self.folder.add_trial(Trial(arm=arm.name, lr=lr, seed=seed, validation=validation))
-        self.display.end(f"{name}: {name_on_validation(self.plan.workload.measure)} {validation:.4f}")
+        return Outcome(trial=Trial(arm=arm.name, lr=lr, seed=cell.seed, validation=validation))
 
     def _train(self, run: TrainingRun, name: str, shown: Run, qualities: list[Quality] | None = None) -> None:
         """Train to the end; probe gradient quality where that was asked for and there is a list for it."""
@@ -277,17 +225,8 @@ class Comparison:
             with (self.plan.path / "failures.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{name}\n{traceback.format_exc()}\n")
 
-    def _in_words(self, result: Result) -> str:
-        measure = self.plan.workload.measure
-        words = [f"{measure.name} {result.value:.4f}"]
-        if measure.target is not None:
-            reached = "missed" if result.steps_to_target is None else f"after {result.steps_to_target} steps"
-            words.append(f"{measure.target:g} {reached}")
-        return ", ".join([*words, f"{result.seconds:.1f} s"])
 
-
-def agreed(value: T) -> T:
-    """Return the first process's value."""
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
+def failed_result(arm: Arm, cell: Cell, *, lr: float) -> Result:
+    """Return the row of a run that did not end."""
+    result = Result(arm=arm.name, seed=cell.seed, status="failed", lr=lr, must_beat=arm.must_beat)
+    return replace(result, control=arm.control is not None)

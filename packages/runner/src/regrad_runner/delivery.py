@@ -131,12 +131,19 @@ class Delivery:
         experiment = self._experiment(record["experiment"])
         known = self._runs(experiment, record["run"])
         tags = {TAG: record["run"], HOST_TAG: record.get("host", "")}
-        if record["parent"] in spool.sent.runs:
-            tags["mlflow.parentRunId"] = spool.sent.runs[record["parent"]][1]
+        parent = self._known_run(spool, experiment, record["parent"])
+        if parent:
+            tags["mlflow.parentRunId"] = parent
         if not known:
             made = self._client.create_run(experiment, record["time"], tags, record["name"])
             known = [str(made.info.run_id)]
         spool.sent.runs[record["run"]] = [experiment, known[0]]
+
+    def _known_run(self, spool: Spool, experiment: str, run: str) -> str | None:
+        """Return the server's id of a run, which another process may have begun; None where it has none."""
+        if run in spool.sent.runs:
+            return spool.sent.runs[run][1]
+        return next(iter(self._runs(experiment, run)), None) if run else None
 
     def _runs(self, experiment: str, run: str) -> list[str]:
         found = self._client.search_runs([experiment], f"tags.`{TAG}` = '{run}'")

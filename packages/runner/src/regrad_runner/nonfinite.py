@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from regrad.errors import RegradError, RegradWarning
+from regrad.sharding import is_sharded, local
 from torch import Tensor, nn
 
 from regrad_runner.tracking import Run
@@ -81,7 +82,9 @@ class Watch:
         return False
 
     def _norms(self) -> Tensor:
-        gradients = [parameter.grad for _, parameter in self._named]
+        gradients = [
+            parameter.grad if parameter.grad is None else local(parameter.grad) for _, parameter in self._named
+        ]
         there = [index for index, gradient in enumerate(gradients) if gradient is not None]
         norms = torch.zeros(len(gradients), device=self._ring.device)
         found = torch._foreach_norm([g.float() for g in gradients if g is not None])
@@ -99,13 +102,23 @@ class Watch:
             raise NonFiniteError(f"{what}; lower lr, clip the gradients, or look at nonfinite.csv", self.table())
 
     def table(self) -> str:
-        """Return the kept steps as CSV, oldest first: step, loss, and each gradient's norm by its tensor's name."""
+        """Return the kept steps as CSV, oldest first: step, loss, and each gradient's norm by its tensor's name.
+
+        Call it on every process.
+        """
         text = io.StringIO(newline="")
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["step", "loss", *(name for name, _ in self._named)])
-        kept = torch.roll(self._ring, -self._next, 0)[-len(self._steps) :].tolist()
+        kept = self._of_whole_tensors(torch.roll(self._ring, -self._next, 0)[-len(self._steps) :]).tolist()
         rows.writerows([step, *row] for step, row in zip(self._steps, kept, strict=True))
         return text.getvalue()
+
+    def _of_whole_tensors(self, rows: Tensor) -> Tensor:
+        """Return norms of tensors where the processes kept those of their shards."""
+        sharded = torch.tensor([False, *(is_sharded(p) for _, p in self._named)], device=rows.device)
+        if not sharded.any():
+            return rows
+        return torch.where(sharded, self._accelerator.reduce(rows.square(), "sum").sqrt(), rows)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 WHAT, HOW, WHERE = "What is trained", "How it is trained", "Where it goes"
-NOT_SETTINGS = {"config", "out", "resume", "json", "after_steps", "every_tensor"}
+NOT_SETTINGS = {"config", "out", "resume", "json", "after_steps", "every_tensor", "jobs", "cell", "cells"}
 MANY = {"--corrections": "--corrections", "--correction": "--corrections"}
 
 
@@ -45,6 +45,9 @@ TrackingUri = Annotated[str | None, flag("MLflow server; else a database in the 
 ConfigFile = Annotated[Path | None, flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")]
 Out = Annotated[Path | None, flag("Folder to write; a new one here by default.", WHERE, metavar="DIR")]
 Resume = Annotated[bool, flag("Go on in --out; corrections, seeds may be added.", WHERE, "--resume", metavar=" ")]
+Jobs = Annotated[int | None, flag("Runs at once, each in a process of its own.", HOW, metavar="N")]
+CellNumber = Annotated[int | None, flag("Run this one of a job array's cells in --out.", WHERE, metavar="N")]
+Cells = Annotated[bool, flag("Make --out, and say which cells there are.", WHERE, "--cells", metavar=" ")]
 AsJson = Annotated[bool, flag("Print JSON for programs instead of a table.", WHERE, "--json", metavar=" ")]
 Corrections = Annotated[
     list[str] | None, flag("Such as xgrad:horizon=2 agc; + stacks; all: each.", WHAT, metavar="NAME...")
@@ -89,3 +92,10 @@ def settings_of(context: typer.Context) -> dict[str, Any]:
     if isinstance(flags.get("lr"), str):
         flags["lr"] = flags["lr"].split(",")
     return flags
+
+
+def at_most_one(given: Mapping[str, bool]) -> None:
+    """Raise a `ValueError` if more than one of these flags was given."""
+    both = [name for name, was_given in given.items() if was_given]
+    if len(both) > 1:
+        raise ValueError(f"{both[0]} must be given without {both[1]}")

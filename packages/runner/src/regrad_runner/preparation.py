@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from regrad_runner.arms import ALL, Arm, create_all
 from regrad_runner.config import CompareConfig, Config, RunConfig
+from regrad_runner.launching import asked_to_shard
 from regrad_runner.optimizers import build_optimizer
 from regrad_runner.training import TrainingRun, build_training
 from regrad_runner.workloads import Workload, load_workload
@@ -56,6 +57,9 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
         ValueError: If model, optimizer or a correction cannot be made.
         RegradError: If the corrections cannot work here.
     """
+    if asked_to_shard():  # corrections that need whole weights refuse shards
+        TrainingRun(config, workload, arm, seed=0, lr=lr).close()
+        return
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
     regrad.attach(model, optimizer, create_all(arm), criterion=nn.CrossEntropyLoss()).detach()
 

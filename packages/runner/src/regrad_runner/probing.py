@@ -210,7 +210,8 @@ def _present(one: Gradient, other: Gradient) -> list[tuple[Tensor, Tensor]]:
 
 def kept_qualities(folder: ResultsFolder) -> list[Quality]:
     """Return the probes of the runs that ended."""
-    return [row for row in read_rows(folder.path / FILE, Quality) if folder.is_finished(row.arm, row.seed)]
+    rows = [row for row in read_rows(folder.path / FILE, Quality) if folder.is_finished(row.arm, row.seed)]
+    return [*rows, *(Quality(**row) for row in folder.qualities if Quality(**row) not in rows)]
 
 
 def keep_qualities(folder: ResultsFolder, rows: Sequence[Quality]) -> None:

@@ -73,8 +73,8 @@ class Display:
         if self._bars is not None and self._all is not None:
             self._bars.update(self._all, completed=self._done)
 
-    def begin(self, name: str, *, steps: int) -> None:
-        """Say which run starts."""
+    def begin(self, name: str, *, steps: int | None) -> None:
+        """Say which run starts, or which runs are under way; these have no common number of steps."""
         if self._bars is not None and self._current is not None:
             self._bars.reset(self._current, description=name, total=steps)
 

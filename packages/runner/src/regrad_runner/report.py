@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from regrad_runner.cells import in_ranges
 from regrad_runner.explain import Explanation
 from regrad_runner.explanation import as_json as explanation_as_json
 from regrad_runner.explanation import as_text
-from regrad_runner.probing import kept_qualities, mean_qualities, print_qualities
-from regrad_runner.results import Result, ResultsFolder, read_about
+from regrad_runner.probing import FILE, Quality, kept_qualities, mean_qualities, print_qualities
+from regrad_runner.results import CELLS, Result, ResultsFolder, read_about, write_rows
 from regrad_runner.statistics import ArmSummary, summarize
 from regrad_runner.table import print_comparison, to_json
 from regrad_runner.training import name_on_validation
@@ -35,8 +36,17 @@ def show(path: Path, *, as_json: bool = False) -> None:
     if _about(path)["kind"] != "comparison":
         show_run(path, as_json=as_json)
         return
-    draw(ResultsFolder(path), Measure(**_about(path)["measure"]))
+    draw(merge(ResultsFolder(path)), Measure(**_about(path)["measure"]))
     show_comparison(path, as_json=as_json)
+
+
+def merge(folder: ResultsFolder) -> ResultsFolder:
+    """Write a comparison's tables anew if cells left something in files of their own; return the folder."""
+    if (folder.path / CELLS).is_dir():
+        if folder.qualities:
+            write_rows(folder.path / FILE, kept_qualities(folder), Quality)
+        folder.write()
+    return folder
 
 
 def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
@@ -59,7 +69,8 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     summaries = summarize_results(folder.results, measure)
     qualities = kept_qualities(folder)
     if as_json:
-        more = {"gradient_quality": mean_qualities(qualities)} if qualities else {}
+        more: dict[str, Any] = {"gradient_quality": mean_qualities(qualities)} if qualities else {}
+        more["missing_cells"] = folder.missing
         console.out(to_json(summaries, measure, left_out=left_out, **more), highlight=False)
         return
     print_comparison(console, summaries, measure)
@@ -71,6 +82,10 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     if failed:
         where = f"{path / 'failures.txt'} says why; regrad compare --resume --out {path} repeats them"
         console.print(f"{failed} of {len(folder.results)} runs failed: {where}", highlight=False, soft_wrap=True)
+    if folder.missing:
+        which = f"{len(folder.missing)} of {len(folder.cells)} runs are missing: cells {in_ranges(folder.missing)}"
+        goes_on = f"regrad compare --resume --out {path} runs them, or --cell each of them"
+        console.print(f"{which}; {goes_on}", highlight=False, markup=False, soft_wrap=True)
     _print_places(console, path)
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from regrad_runner.arms import Arm
-from regrad_runner.config import Config, RunConfig, continued, load_config, write_config
+from regrad_runner.cells import Cell, cells_of
+from regrad_runner.config import CompareConfig, Config, RunConfig, continued, load_config, write_config
 from regrad_runner.statistics import RunRow
 from regrad_runner.training import Point, TrainingRun, steps_to_target
 
 Row = TypeVar("Row")
+CELLS = "cells"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,23 @@ class Trial:
     validation: float
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came out of one cell.
+
+    Attributes:
+        result: Of a run.
+        trial: Of a run of the choice of a learning rate.
+        points: Evaluations of a run that ended.
+        qualities: Its probes of gradient quality, as plain values.
+    """
+
+    result: Result | None = None
+    trial: Trial | None = None
+    points: Sequence[Point] = ()
+    qualities: Sequence[Mapping[str, Any]] = ()
+
+
 def finished_result(run: TrainingRun, result: Result, *, started: float) -> Result:
     """Return the result of a run at its end. Reads the test images, which nothing else does.
 
@@ -115,7 +134,7 @@ def finished_result(run: TrainingRun, result: Result, *, started: float) -> Resu
 
 
 class ResultsFolder:
-    """A comparison's or run's folder.
+    """A comparison's or run's folder: its tables, and what cells left beside them in files of their own.
 
     Args:
         path: Where it is.
@@ -124,15 +143,32 @@ class ResultsFolder:
         results: Runs that ended or failed.
         curves: Evaluations of those that ended.
         trials: Runs of the choice of learning rates.
+        qualities: Probes of gradient quality that are in no table yet, as plain values.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.cells = _cells_in(path)
+        outcomes = read_outcomes(path)  # first: what is put into a table meanwhile is then in both
         self.results = read_rows(path / "results.csv", Result)
         self.trials = read_rows(path / "tuning.csv", Trial)
         finished = {(result.arm, result.seed) for result in self.results if result.status == "finished"}
         curves = read_rows(path / "curves.csv", CurvePoint)
         self.curves = [point for point in curves if (point.arm, point.seed) in finished]
+        self.qualities: list[Mapping[str, Any]] = []
+        for outcome in outcomes:
+            self._take(outcome)
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the cells that neither ended nor failed."""
+        return [number for number, cell in enumerate(self.cells) if not self.holds(cell)]
+
+    def holds(self, cell: Cell) -> bool:
+        """Say whether a cell ended or failed before."""
+        if cell.lr is None:
+            return any((result.arm, result.seed) == (cell.arm, cell.seed) for result in self.results)
+        return cell in {Cell(trial.arm, trial.seed, trial.lr) for trial in self.trials}
 
     def is_finished(self, arm: str, seed: int) -> bool:
         """Say whether this run ended before."""
@@ -146,10 +182,8 @@ class ResultsFolder:
 
     def add(self, result: Result, points: Sequence[Point] = ()) -> None:
         """Keep a run; one that failed before is replaced. The row comes last: it says that the rest is there."""
-        self.results = [r for r in self.results if (r.arm, r.seed) != (result.arm, result.seed)] + [result]
+        self._put(result, points)
         if points:
-            others = [point for point in self.curves if (point.arm, point.seed) != (result.arm, result.seed)]
-            self.curves = others + [CurvePoint(arm=result.arm, seed=result.seed, **asdict(p)) for p in points]
             write_rows(self.path / "curves.csv", self.curves, CurvePoint)
         write_rows(self.path / "results.csv", self.results, Result)
 
@@ -168,7 +202,97 @@ class ResultsFolder:
     def add_trial(self, trial: Trial) -> None:
         """Keep a run of the choice of a learning rate."""
         self.trials.append(trial)
+        self._sort()
         write_rows(self.path / "tuning.csv", self.trials, Trial)
+
+    def write(self) -> None:
+        """Write the tables with all that the folder holds."""
+        self._sort()
+        for name, rows, kind in (
+            ("tuning.csv", self.trials, Trial),
+            ("curves.csv", self.curves, CurvePoint),
+            ("results.csv", self.results, Result),
+        ):
+            if rows:
+                write_rows(self.path / name, rows, kind)
+
+    def _put(self, result: Result, points: Sequence[Point]) -> None:
+        self.results = [r for r in self.results if (r.arm, r.seed) != (result.arm, result.seed)] + [result]
+        if points:
+            others = [point for point in self.curves if (point.arm, point.seed) != (result.arm, result.seed)]
+            self.curves = others + [CurvePoint(arm=result.arm, seed=result.seed, **asdict(p)) for p in points]
+        self._sort()
+
+    def _take(self, outcome: Outcome) -> None:
+        """Take what a cell left, unless a table has it."""
+        result, trial = outcome.result, outcome.trial
+        if result is not None and not self.is_finished(result.arm, result.seed):
+            self._put(result, outcome.points)
+            self.qualities += outcome.qualities
+        if trial is not None and not self.holds(Cell(trial.arm, trial.seed, trial.lr)):
+            self.trials.append(trial)
+            self._sort()
+
+    def _sort(self) -> None:
+        """Put the rows into the order of the cells: not that in which several processes came to them."""
+        place = {cell: number for number, cell in enumerate(self.cells)}
+        last = len(place)
+        self.results.sort(key=lambda row: place.get(Cell(row.arm, row.seed), last))
+        self.curves.sort(key=lambda row: place.get(Cell(row.arm, row.seed), last))
+        self.trials.sort(key=lambda row: place.get(Cell(row.arm, row.seed, row.lr), last))
+
+
+def _cells_in(path: Path) -> list[Cell]:
+    """Return the cells of a comparison's folder; nothing where it does not say what they are."""
+    arms, settings = read_about(path).get("arms", {}), path / "config.yaml"
+    if not arms or not settings.is_file():
+        return []
+    try:
+        return cells_of(arms, load_config(CompareConfig, file=settings, flags={}))
+    except ValueError:  # of another version: what ran can be shown all the same
+        return []
+
+
+def cell_file(folder: Path, cell: Cell) -> Path:
+    """Return where a cell's process leaves what came out of it."""
+    return folder / CELLS / cell.file_name
+
+
+def write_outcome(folder: Path, cell: Cell, outcome: Outcome) -> None:
+    """Leave what came out of a cell in a file of its own: processes that run others at the same time do not meet."""
+    path = cell_file(folder, cell)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps(asdict(outcome)))
+
+
+def read_outcomes(folder: Path) -> list[Outcome]:
+    """Read what cells left.
+
+    Raises:
+        ValueError: If a file holds something else.
+    """
+    return [read_outcome(path) for path in sorted((folder / CELLS).glob("*.json"))]
+
+
+def read_outcome(path: Path) -> Outcome:
+    """Read what a cell left.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        result, trial = kept["result"], kept["trial"]
+        return Outcome(
+            result=Result(**result) if result else None,
+            trial=Trial(**trial) if trial else None,
+            points=[Point(**point) for point in kept["points"]],
+            qualities=kept["qualities"],
+        )
+    except (KeyError, TypeError, ValueError) as problem:
+        raise ValueError(
+            f"'{path}' must hold what came out of a cell: {problem}; remove it and run that cell again"
+        ) from problem
 
 
 def check_folder(path: Path, config: Config, *, resume: bool) -> Config:

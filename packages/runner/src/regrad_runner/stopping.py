@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from regrad_runner.tracking import LeftAtOnce, Run, Terminated
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 STOPPING = b"\nstopping after this step; once more leaves at once\n"
 
@@ -92,6 +96,18 @@ def stop_if_asked() -> None:
     """Raise what the signal that came means."""
     if _signals.came is not None:
         _raise(_signals.came)
+
+
+@contextmanager
+def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on."""
+    try:
+        with stoppable():
+            yield
+    except (KeyboardInterrupt, SystemExit):
+        if not quiet:
+            console.print(f"stopped; this goes on from here: {again}", highlight=False, markup=False, soft_wrap=True)
+        raise
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -160,6 +160,11 @@ class Tracker:
     def send(self, record: Record) -> None:
         """Take one record of a run."""
 
+    def flush(self, seconds: float = SECONDS_AT_THE_END) -> bool:
+        """Wait until everything is delivered or an attempt failed, and say whether it is delivered."""
+        del seconds
+        return True
+
     def close(self, seconds: float = SECONDS_AT_THE_END) -> None:
         """Deliver the last records, for so long at most; the process may end."""
 
@@ -172,23 +177,14 @@ class Tracker:
         self.close(0.0 if isinstance(error, LeftAtOnce) else SECONDS_AT_THE_END)
 
 
-class MlflowTracker(Tracker):
-    """Keep records in `unsent` of the folder, from where a thread of their own delivers them to MLflow.
-
-    No call waits for MLflow, except the end, and that not for long. What an earlier process left in the folder for
-    the same address is delivered too, and its open runs end as killed.
-    """
+class SpoolTracker(Tracker):
+    """Keep records in `unsent` of the folder, from where `regrad sync` delivers them: nothing is sent from here."""
 
     def __init__(self, *, folder: Path, uri: str | None = None) -> None:
-        folder = folder.resolve()
-        self._folder, self._address = folder, uri
-        delivery = Delivery(folder, uri)
-        self.uri = delivery.uri
-        self._spool = new_spool(folder / UNSENT)
-        self._sender = Sender(delivery, self._spool, abandoned=self._abandoned)
+        self._folder, self._address = folder.resolve(), uri
+        self._spool = new_spool(self._folder / UNSENT)
         self._warned: set[str] = set()
         self._closed = False
-        atexit.register(self.close)
 
     def start(
         self, experiment: str, run_name: str, params: Mapping[str, Any] | None = None, parent: Run | None = None
@@ -201,17 +197,67 @@ class MlflowTracker(Tracker):
         values = [(_name(name), str(value)[:PARAM_LENGTH]) for name, value in (params or {}).items()]
         for part in _parts(values, PARAMS_PER_CALL):
             self.send({"op": "params", "run": run.id, "values": part})
+        return run
+
+    def send(self, record: Record) -> None:
+        """Put one record on the disk."""
+        if record["op"] == "artifact":
+            record = record | {"path": self._spool.keep_file(Path(record["path"]))}
+        self._spool.append(record)
+        self._warn()
+
+    def close(self, seconds: float = SECONDS_AT_THE_END) -> None:
+        """Leave the records to others; only the first call counts."""
+        del seconds
+        if not self._closed:
+            self._closed = True
+            self._spool.leave()
+            self._warn_of_losses()
+
+    def _warn(self) -> None:
+        """Warn once of each trouble, in the caller's thread, where a warning can be seen and filtered."""
+        problem = self._spool.problem
+        if problem is not None and "problem" not in self._warned:
+            self._warned.add("problem")
+            what = f"tracking cannot write to {self._spool.path}: {problem}; training goes on, what is not delivered"
+            warnings.warn(f"{what} waits in memory", RegradWarning, stacklevel=4)
+
+    def _warn_of_losses(self) -> bool:
+        left, problem = self._spool.waiting, self._spool.problem
+        if not left or problem is None:
+            return False
+        what = f"{left} tracking records could neither be sent nor written to {self._spool.path}"
+        warnings.warn(f"{what}, those that are not there are lost: {problem}", RegradWarning, stacklevel=3)
+        return True
+
+
+class MlflowTracker(SpoolTracker):
+    """Keep records in `unsent` of the folder, from where a thread of their own delivers them to MLflow.
+
+    No call waits for MLflow, except the end, and that not for long. What an earlier process left in the folder for
+    the same address is delivered too, and its open runs end as killed.
+    """
+
+    def __init__(self, *, folder: Path, uri: str | None = None) -> None:
+        delivery = Delivery(folder.resolve(), uri)
+        super().__init__(folder=folder, uri=uri)
+        self.uri = delivery.uri
+        self._sender = Sender(delivery, self._spool, abandoned=self._abandoned)
+        atexit.register(self.close)
+
+    def start(
+        self, experiment: str, run_name: str, params: Mapping[str, Any] | None = None, parent: Run | None = None
+    ) -> Run:
+        """Begin a run; see `Tracker.start`."""
+        run = super().start(experiment, run_name, params, parent)
         self._sender.hurry()
         return run
 
     def send(self, record: Record) -> None:
         """Put one record on the disk, from where it is sent."""
-        if record["op"] == "artifact":
-            record = record | {"path": self._spool.keep_file(Path(record["path"]))}
-        self._spool.append(record)
+        super().send(record)
         if record["op"] == "finish" or self._spool.waiting > METRICS_PER_CALL:
             self._sender.hurry()
-        self._warn()
 
     def flush(self, seconds: float = SECONDS_AT_THE_END) -> bool:
         """Wait until everything is delivered or an attempt failed, and say whether it is delivered."""
@@ -225,11 +271,8 @@ class MlflowTracker(Tracker):
         atexit.unregister(self.close)
         if self._sender.close(seconds, in_vain=SECONDS_IN_VAIN):
             self._spool.leave()
-        left, problem = self._spool.waiting, self._spool.problem
-        if left and problem is not None:
-            what = f"{left} tracking records could neither be sent nor written to {self._spool.path}"
-            warnings.warn(f"{what}, those that are not there are lost: {problem}", RegradWarning, stacklevel=2)
-        elif left:
+        left = self._spool.waiting
+        if not self._warn_of_losses() and left:
             what = f"{left} tracking records wait in {self._folder / UNSENT}"
             warnings.warn(f"{what}; regrad sync {self._folder} delivers them", RegradWarning, stacklevel=2)
 
@@ -246,26 +289,23 @@ class MlflowTracker(Tracker):
                 spool.release()
 
     def _warn(self) -> None:
-        """Warn once of each trouble, in the caller's thread, where a warning can be seen and filtered."""
-        outage, problem = self._sender.outage, self._spool.problem
+        outage = self._sender.outage
         if outage is not None and "outage" not in self._warned:
             self._warned.add("outage")
             reason = str(outage).partition("\n")[0] or type(outage).__name__
             what = f"tracking at {self.uri} failed: {reason}; training goes on, what is not delivered is kept in"
-            warnings.warn(f"{what} {self._folder / UNSENT} and sent again", RegradWarning, stacklevel=4)
-        if problem is not None and "problem" not in self._warned:
-            self._warned.add("problem")
-            what = f"tracking cannot write to {self._spool.path}: {problem}; training goes on, what is not delivered"
-            warnings.warn(f"{what} waits in memory", RegradWarning, stacklevel=4)
+            warnings.warn(f"{what} {self._folder / UNSENT} and sent again", RegradWarning, stacklevel=5)
+        super()._warn()
 
 
-def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None) -> Tracker:
+def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None, sends: bool = True) -> Tracker:
     """Return a tracker; call it in the main process only.
 
     Args:
         kind: "mlflow", or "none" for a tracker that does nothing and imports nothing.
         folder: Where `mlflow.db`, `artifacts/` and, while something waits, `unsent/` are; made if it does not exist.
         uri: Address of an MLflow server or database to use instead of the folder.
+        sends: Whether records are sent from this process; otherwise `regrad sync` does that later.
 
     Raises:
         ValueError: If `kind` is unknown or `uri` is not absolute.
@@ -279,7 +319,7 @@ def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None) 
         raise ValueError(
             f"tracking uri must be an absolute address, got {uri!r}; give http(s)://host:port or sqlite:////folder/file.db"
         )
-    return MlflowTracker(folder=folder, uri=uri)
+    return MlflowTracker(folder=folder, uri=uri) if sends else SpoolTracker(folder=folder, uri=uri)
 
 
 def _number(name: str, value: Any) -> float | None:

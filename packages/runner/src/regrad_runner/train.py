@@ -11,13 +11,14 @@ from pathlib import Path
 from regrad_runner.arms import BASELINE, Arm, parts_of
 from regrad_runner.checkpoint import load_latest, save_checkpoint
 from regrad_runner.config import TrainConfig
+from regrad_runner.launching import check_task, make_accelerator
 from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.results import Result, ResultsFolder, check_folder, finished_result, start_folder, write_whole
 from regrad_runner.stopping import stop_asked, stop_if_asked, stops_after_steps, tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
-from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
+from regrad_runner.training import Point, TrainingRun, name_on_validation
 from regrad_runner.workloads import Workload
 
 
@@ -53,6 +54,7 @@ def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = Fa
         RegradError: If the corrections cannot work together, or not on this model and optimizer.
     """
     workload, config = load_data(config)
+    check_task()
     accelerator = make_accelerator(config)
     path = out or default_folder("train-", config.workload)
     if accelerator.is_main_process:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,14 +11,14 @@ from typing import Any
 
 import regrad
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from regrad_runner.arms import Arm, create_all
 from regrad_runner.config import RunConfig
+from regrad_runner.launching import make_accelerator
 from regrad_runner.models import build_model, head_of
 from regrad_runner.nonfinite import Watch
 from regrad_runner.optimizers import build_optimizer
@@ -79,40 +78,6 @@ def name_on_validation(measure: Measure) -> str:
         'validation accuracy'
     """
     return f"validation {measure.name.removeprefix('test ')}"
-
-
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """Return an Accelerator whose batches do not depend on the number of processes.
-
-    Raises:
-        ValueError: If the precision needs hardware that is missing, or there are more or fewer processes than asked.
-    """
-    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'")
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
-    _check_processes(config, accelerator.num_processes)
-    return accelerator
-
-
-def _check_processes(config: RunConfig, started: int) -> None:
-    """Raise unless as many processes run as were asked for: `accelerate launch --cpu` starts only one."""
-    launch = "launch with: torchrun --nproc-per-node N -m regrad_runner …"
-    # Only accelerate's launcher for one process sets the first two without the third.
-    launched = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
-    if config.processes not in (None, started):
-        raise ValueError(f"processes must be {config.processes} as asked, got {started}; {launch}")
-    if launched and started == 1:
-        raise ValueError(f"processes must be several as asked of accelerate launch, got 1; {launch}")
-    share = config.accumulate * started
-    if config.batch_size is not None and config.batch_size % share:
-        raise ValueError(
-            f"batch_size must be a multiple of accumulate × processes ({config.accumulate} × {started}), "
-            f"got {config.batch_size}"
-        )
 
 
 def build_training(
@@ -283,12 +248,15 @@ class TrainingRun:
         model = self.accelerator.unwrap_model(self.model)
         self._share_buffers(model)
         self.model.eval()
-        device, processes = self.accelerator.device, self.accelerator.num_processes
-        mine = range(self.accelerator.process_index, len(images), processes)
+        device, seen = self.accelerator.device, 0
+        mine = range(self.accelerator.process_index, len(images), self.accelerator.num_processes)
+        # As many for each, or the processes of a sharded model would wait for each other: what is added is not counted.
+        filled = [*mine, *[0] * (-(-len(images) // self.accelerator.num_processes) - len(mine))]
         right = torch.zeros((), device=device, dtype=torch.int64)
-        for batch, labels in images.batches(EVALUATION_BATCH, indices=mine, workers=self.config.workers):
-            logits = model(batch.to(device, self._dtype))
-            right += (logits.argmax(1) == labels.to(device)).sum()
+        for batch, labels in images.batches(EVALUATION_BATCH, indices=filled, workers=self.config.workers):
+            hits = model(batch.to(device, self._dtype)).argmax(1) == labels.to(device)
+            right += hits[: max(0, len(mine) - seen)].sum()
+            seen += len(labels)
         self.model.train()
         return float(self.accelerator.reduce(right, "sum").item()) / len(images)
 
