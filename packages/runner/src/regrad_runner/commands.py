@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -253,7 +254,9 @@ def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Pa
     if resume and out is not None and file is None:
         file = out / "config.yaml"
         if not file.is_file():
-            raise ValueError(f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml")
+            start = "; start it again without --resume" if out.is_dir() else ""
+            what = f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml"
+            raise ValueError(f"{what}{start}")
     return load_config(kind, file=file, flags=o.settings_of(ctx))
 
 
@@ -267,12 +270,16 @@ def _console() -> Console:
 @contextmanager
 def _going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on."""
-    from regrad_runner.stopping import stoppable  # noqa: PLC0415
+    from regrad_runner.preparation import leave_processes  # noqa: PLC0415
+    from regrad_runner.stopping import stoppable, stopped_together  # noqa: PLC0415
 
     try:
         with stoppable():
             yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as stop:
         if not quiet:
             console.print(f"stopped; this goes on from here: {again}", highlight=False, markup=False, soft_wrap=True)
+        if stopped_together():
+            clear_frames(stop.__traceback__)  # they hold the model
+            leave_processes()
         raise

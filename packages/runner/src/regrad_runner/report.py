@@ -70,7 +70,8 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     failed = sum(result.status == "failed" for result in folder.results)
     if failed:
         where = f"{path / 'failures.txt'} says why; regrad compare --resume --out {path} repeats them"
-        console.print(f"{failed} of {len(folder.results)} runs failed: {where}", highlight=False, soft_wrap=True)
+        line = f"{failed} of {len(folder.results)} runs failed: {where}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     _print_places(console, path)
 
 
@@ -114,11 +115,12 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     if measure.target is not None:
         reached = "never" if result.steps_to_target is None else f"{result.steps_to_target:,}"
         lines[f"steps to {measure.target:g}"] = reached
-    console.print(f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}", style="bold", highlight=False)
+    title = f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}"
+    console.print(title, style="bold", highlight=False, markup=False)
     for name, value in lines.items():
-        console.print(f"  {name:<24} {value}", highlight=False)
+        console.print(f"  {name:<24} {value}", highlight=False, markup=False)
     for name, value in _effects(path).items():
-        console.print(f"  {name:<24} {value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name:<24} {value}", highlight=False, markup=False, soft_wrap=True)
     _print_places(console, path)
 
 
@@ -165,11 +167,14 @@ def _print_rates(console: Console, folder: ResultsFolder) -> None:
         chosen = {result.arm: result.lr for result in folder.results}
         rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
         wrap = not console.is_terminal
-        console.print(f"learning rates chosen on the validation images: {rates}", highlight=False, soft_wrap=wrap)
+        line = f"learning rates chosen on the validation images: {rates}"
+        console.print(line, highlight=False, markup=False, soft_wrap=wrap)
 
 
 def _print_places(console: Console, path: Path) -> None:
-    console.print(f"\neverything is in {path}; regrad report {path} shows this again", highlight=False, soft_wrap=True)
+    line = f"\neverything is in {path}; regrad report {path} shows this again"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     command = open_ui(path)
     if command is not None:
-        console.print(f"curves and receipts of every run: {command}", highlight=False, soft_wrap=True)
+        line = f"curves and receipts of every run: {command}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

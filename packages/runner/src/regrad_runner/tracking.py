@@ -194,7 +194,7 @@ class MlflowTracker(Tracker):
     ) -> Run:
         """Begin a run; see `Tracker.start`."""
         run = super().start(experiment, run_name)
-        about = {"experiment": experiment, "name": run_name, "parent": parent.id if parent else ""}
+        about = {"experiment": experiment, "name": _printable(run_name), "parent": parent.id if parent else ""}
         now = time.time_ns() // 1_000_000
         self.send({"op": "start", "run": run.id, "address": self._address, "time": now, **about})
         values = [(_name(name), str(value)[:PARAM_LENGTH]) for name, value in (params or {}).items()]
@@ -293,6 +293,11 @@ def _number(name: str, value: Any) -> float | None:
 def _name(name: str) -> str:
     """Return a name that MLflow takes."""
     return NOT_IN_NAMES.sub("_", name)[:NAME_LENGTH]
+
+
+def _printable(text: str) -> str:
+    """Return a text that a database takes: the name of a folder need not be one."""
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
 def _parts(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
