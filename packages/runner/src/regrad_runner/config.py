@@ -202,7 +202,7 @@ def load_config(kind: type[Config], *, file: Path | None = None, flags: Mapping[
         ValueError: If the file cannot be read, or a setting is unknown or out of its range.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    return validated(kind, {**(_read(file) if file else {}), **given})
+    return validated(kind, {**(read_settings(file) if file else {}), **given})
 
 
 def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -266,7 +266,12 @@ def _threads(pixels: int) -> int:
     return 1 if pixels < PIXELS_FOR_ONE_THREAD else torch.get_num_threads()
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return what a YAML file says, whatever settings it names.
+
+    Raises:
+        ValueError: If it cannot be read or is no mapping.
+    """
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as problem:

@@ -206,7 +206,8 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
 
 def check_arms(path: Path, arms: Iterable[Arm]) -> None:
     """Raise a `ValueError` if an arm of the folder would mean something else by its name."""
-    known = read_about(path).get("arms", {})
+    arms_then = read_about(path).get("arms")
+    known = arms_then if isinstance(arms_then, dict) else {}
     for arm in arms:
         if known.get(arm.name, arm.recipe) != json.loads(json.dumps(arm.recipe)):
             raise ValueError(
