@@ -48,6 +48,7 @@ _signals = _Signals()
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait. Main thread only."""
+    _signals.together = False
     before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
