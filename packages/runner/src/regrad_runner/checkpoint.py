@@ -26,6 +26,7 @@ from regrad_runner.training import Point, Position, TrainingRun
 
 KEPT = 2
 LONGEST_REASON = 200
+LARGEST_NUMBER = 2**53  # up to which every whole number is a float
 Value = TypeVar("Value")
 
 
@@ -132,7 +133,10 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
     """Put everything back; position and corrections first, because they may refuse."""
     tensors, state = content.tensors, content.state
     position = _position(run, state)
-    scheduler = _alike(state["scheduler"], run.scheduler.state_dict(), "scheduler")
+    fresh = run.scheduler.state_dict()
+    scheduler = _alike(state["scheduler"], fresh, "scheduler")
+    if scheduler["base_lrs"] != fresh["base_lrs"] or not 0 <= scheduler["last_epoch"] <= position.step:
+        raise RegradError(f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}")
     load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
     model = run.accelerator.unwrap_model(run.model)
     load_model(model, tensors["model"])
@@ -170,7 +174,8 @@ def _alike(value: Any, like: Any, what: str) -> Any:
         pairs = list(zip(value, like, strict=True)) if same else []
     else:
         number = isinstance(like, float) and type(value) is int
-        same, pairs = number or type(value) is type(like), []
+        fits = type(value) is not int or abs(value) < LARGEST_NUMBER
+        same, pairs = fits and (number or type(value) is type(like)), []
     if not same:
         raise RegradError(f"checkpoint must hold the {what} of this run, got {str(value)[:LONGEST_REASON]}")
     for one, other in pairs:
