@@ -262,7 +262,9 @@ def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Pa
     if resume and out is not None and file is None:
         file = out / "config.yaml"
         if not file.is_file():
-            raise ValueError(f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml")
+            start = "; start it again without --resume" if out.is_dir() else ""
+            what = f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml"
+            raise ValueError(f"{what}{start}")
     return load_config(kind, file=file, flags=o.settings_of(ctx))
 
 
