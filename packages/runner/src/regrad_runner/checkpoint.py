@@ -107,6 +107,7 @@ def _content(run: TrainingRun) -> Content:
         "step": run.position.step,
         "epoch": run.position.epoch,
         "batch": run.position.batch,
+        "seconds": run.seconds,
         "points": [asdict(point) for point in run.position.points],
         "scheduler": run.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -127,6 +128,7 @@ def _take(run: TrainingRun, content: Content) -> list[str]:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     position = run.position
     position.step, position.epoch, position.batch = state["step"], state["epoch"], state["batch"]
+    position.seconds = state.get("seconds", 0.0)
     position.points = [Point(**point) for point in state["points"]]
     run.begin_lap()
     return _take_own(run, tensors["of_each_process"])

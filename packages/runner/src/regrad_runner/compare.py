@@ -19,6 +19,8 @@ from accelerate.utils import broadcast_object_list
 
 from regrad_runner.arms import Arm, expand
 from regrad_runner.config import FIRST_TUNING_SEED, CompareConfig
+from regrad_runner.effects import FILE as EFFECTS
+from regrad_runner.effects import Effect, EffectTrace, keep_effects
 from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, every_correction, example_optimizer, load_data, try_on
 from regrad_runner.probing import FILE, Probe, Quality, check_probing, keep_qualities
@@ -36,6 +38,7 @@ from regrad_runner.results import (
     write_whole,
 )
 from regrad_runner.stopping import tracked
+from regrad_runner.surroundings import surroundings
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, make_accelerator, name_on_validation
 from regrad_runner.workloads import Workload
@@ -148,6 +151,7 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
     if plan.reports:
         about = {"kind": "comparison", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
         about |= {"left_out": dict(plan.left_out), "arms": {arm.name: arm.recipe for arm in plan.arms}}
+        about |= surroundings(processes=plan.processes, earlier=read_about(plan.path))
         folder = start_folder(plan.path, plan.config, about)
         folder.name_anew(plan.arms)
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
@@ -160,8 +164,8 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         for arm, seed in agreed(pending):
             comparison.run(arm, seed=seed, lr=rates[arm.name])
         if plan.reports:
-            probed = [path] if (path := plan.path / FILE).is_file() else []
-            for path in [plan.path / "results.csv", *probed, *draw(folder, plan.workload.measure)]:
+            more = [path for name in (FILE, EFFECTS) if (path := plan.path / name).is_file()]
+            for path in [plan.path / "results.csv", *more, *draw(folder, plan.workload.measure)]:
                 parent.artifact(path)
         if any(result.status == "failed" for result in folder.results):
             parent.finish("FAILED")
@@ -199,19 +203,21 @@ class Comparison:
     def run(self, arm: Arm, *, seed: int, lr: float) -> None:
         """Run one arm on one seed and keep what came out."""
         name, points, qualities = f"{arm.name}, seed {seed}", list[Point](), list[Quality]()
+        effects = list[Effect]()
         result = Result(arm=arm.name, seed=seed, status="failed", lr=lr, must_beat=arm.must_beat)
         result = replace(result, control=arm.control is not None)
         outcome = "failed"
         with self._alone(name), self._tracked(name, arm, seed=seed, lr=lr) as shown:
             started = time.perf_counter()
             with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=seed, lr=lr)) as run:
-                self._train(run, name, shown, qualities)
+                self._train(run, name, shown, qualities, effects)
                 points = run.position.points
                 result = finished_result(run, result, started=started)
                 self._keep_receipt(run, result, shown)
             outcome = self._in_words(result)
         if self.plan.reports:
             keep_qualities(self.folder, qualities if points else [])
+            keep_effects(self.folder, effects if points else [])
             self.folder.add(result, points)
         self.display.end(f"{name}: {outcome}")
 
@@ -230,14 +236,23 @@ class Comparison:
             self.folder.add_trial(Trial(arm=arm.name, lr=lr, seed=seed, validation=validation))
         self.display.end(f"{name}: {name_on_validation(self.plan.workload.measure)} {validation:.4f}")
 
-    def _train(self, run: TrainingRun, name: str, shown: Run, qualities: list[Quality] | None = None) -> None:
-        """Train to the end; probe gradient quality where that was asked for and there is a list for it."""
-        config, probe = self.plan.config, None
+    def _train(
+        self,
+        run: TrainingRun,
+        name: str,
+        shown: Run,
+        qualities: list[Quality] | None = None,
+        effects: list[Effect] | None = None,
+    ) -> None:
+        """Train to the end; where there are lists, keep effects and, if that was asked for, gradient quality."""
+        config, probe, trace = self.plan.config, None, EffectTrace(run)
         if qualities is not None and config.probe_every is not None:
             probe = Probe(run, every=config.probe_every, size=config.probe_size)
 
         def keep(point: Point) -> None:
             shown.log(point.step, point.as_metrics(self.plan.workload.measure))
+            if effects is not None:
+                effects.extend(trace.look())
 
         def end_step(step: int) -> None:
             self.display.step(step)

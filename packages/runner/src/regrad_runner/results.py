@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, get_type_hints
 
 from regrad_runner.arms import Arm
 from regrad_runner.config import Config, RunConfig, continued, load_config, write_config
@@ -18,6 +18,21 @@ from regrad_runner.statistics import RunRow
 from regrad_runner.training import Point, TrainingRun, steps_to_target
 
 Row = TypeVar("Row")
+
+
+class OfARun(Protocol):
+    """A row that belongs to one run."""
+
+    @property
+    def arm(self) -> str:
+        """Name of the arm."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+
+
+RunPart = TypeVar("RunPart", bound=OfARun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +167,16 @@ class ResultsFolder:
             self.curves = others + [CurvePoint(arm=result.arm, seed=result.seed, **asdict(p)) for p in points]
             write_rows(self.path / "curves.csv", self.curves, CurvePoint)
         write_rows(self.path / "results.csv", self.results, Result)
+
+    def kept(self, name: str, kind: type[RunPart]) -> list[RunPart]:
+        """Return the rows of a CSV file that are of runs that ended."""
+        return [row for row in read_rows(self.path / name, kind) if self.is_finished(row.arm, row.seed)]
+
+    def keep(self, name: str, rows: Sequence[RunPart], kind: type[RunPart]) -> None:
+        """Add the rows of one run to a CSV file; those that the run had before are replaced."""
+        if rows:
+            others = [row for row in self.kept(name, kind) if (row.arm, row.seed) != (rows[0].arm, rows[0].seed)]
+            write_rows(self.path / name, [*others, *rows], kind)
 
     def name_anew(self, arms: Iterable[Arm]) -> None:
         """Let the runs that are there say what their arms are now: corrections that were added may change it."""
