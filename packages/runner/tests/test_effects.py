@@ -106,7 +106,7 @@ def test_training_time_grows_from_evaluation_to_evaluation_and_makes_no_two_of_t
         made.train(on_point=lambda point: None, on_step=lambda step: None)
         points, seconds = made.position.points, made.seconds
     times = [point.seconds for point in points]
-    assert 0 < times[0]
+    assert times[0] > 0
     assert times == sorted(times)
     assert times[-1] == pytest.approx(seconds)
     assert points[0] == replace(points[0], seconds=None)

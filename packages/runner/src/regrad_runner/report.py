@@ -40,12 +40,14 @@ def show(path: Path, *, as_json: bool = False) -> None:
 
 
 def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
-    """Draw the figures of a comparison into its folder and return them."""
+    """Draw the figures of a comparison and its page into its folder and return the files."""
     from regrad_runner.figures import write_figures  # noqa: PLC0415 - matplotlib takes a second to load
+    from regrad_runner.page.write import write_page  # noqa: PLC0415 - as above
 
     rows = [result.as_run_row() for result in folder.results]
     summaries = summarize_results(folder.results, measure)
-    return write_figures(folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure)
+    pictures = write_figures(folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure)
+    return [*pictures, *write_page(folder, measure, summaries)]
 
 
 def show_comparison(path: Path, *, as_json: bool = False) -> None:
@@ -169,6 +171,9 @@ def _print_rates(console: Console, folder: ResultsFolder) -> None:
 
 
 def _print_places(console: Console, path: Path) -> None:
+    page = path / "report.html"
+    if page.is_file():
+        console.print(f"\nfigures and everything else to look at: {page}", highlight=False, soft_wrap=True, end="")
     console.print(f"\neverything is in {path}; regrad report {path} shows this again", highlight=False, soft_wrap=True)
     command = open_ui(path)
     if command is not None:
