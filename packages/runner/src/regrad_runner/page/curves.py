@@ -18,9 +18,9 @@ LATE = "Vertical axes fit the second half of training; what came before may leav
 WHEN = "A point stands at the median time at which its evaluation came."
 STEPS, TIME = "optimizer steps", "time in training steps, s"
 EFFECTS = {
-    "relative_change": ("Relative change", "size of the change ÷ size of what was changed"),
+    "relative_change": ("Relative change", "relative change"),
     "cosine": ("Cosine of before and after", "cosine"),
-    "trigger_rate": ("Trigger rate", "share of the measured steps with any change"),
+    "trigger_rate": ("Trigger rate", "trigger rate"),
 }
 
 
@@ -70,7 +70,13 @@ def effect_curves(source: Source) -> list[Drawing]:
             drawing = Drawing(
                 name=name, kind="curves", title=title, x_label=STEPS, y_label=label, marks=marks, styles=styles
             )
-            drawings.append(replace(drawing, log=field == "relative_change" and _spans_decades(marks)))
+            drawings.append(
+                replace(
+                    drawing,
+                    log=field == "relative_change" and _spans_decades(marks),
+                    span=(-0.03, 1.03) if field == "trigger_rate" else None,
+                )
+            )
     return drawings
 
 

@@ -18,6 +18,7 @@ WIDTH = 5.0  # inches of 72 points: 360, as wide as a small phone
 SHOWN_FROM = 0.5
 LONGEST = 40  # characters of a name that fit into a row
 SMALL = 9.5
+DPI = 72  # one unit of an SVG file is a point
 TEXT = {
     "svg.fonttype": "none",
     "font.size": 10.5,
@@ -30,20 +31,21 @@ TEXT = {
 }
 
 
-def draw(drawing: Drawing, *, legend: bool = False) -> Figure:
-    """Return a figure.
-
-    Args:
-        drawing: What to draw.
-        legend: Whether to name the series of curves under it: for a figure that stands alone.
-    """
+def draw(drawing: Drawing) -> Figure:
+    """Return a figure; one of curves names its series in a legend below, which a page may cut off."""
     with mpl.rc_context(TEXT):
-        return _curves(drawing, legend=legend) if drawing.kind == "curves" else _rows(drawing)
+        return _curves(drawing) if drawing.kind == "curves" else _rows(drawing)
 
 
-def _curves(drawing: Drawing, *, legend: bool) -> Figure:
-    rows = math.ceil(len(drawing.styles) / 2) if legend else 0
-    figure = Figure(figsize=(WIDTH, 3.3 + 0.22 * rows), layout="constrained")
+def height_without_legend(figure: Figure) -> float:
+    """Return how high a figure that was drawn is above its legend, in points."""
+    height = float(figure.get_figheight()) * DPI
+    return height - float(figure.legends[0].get_window_extent().y1) if figure.legends else height
+
+
+def _curves(drawing: Drawing) -> Figure:
+    rows = math.ceil(len(drawing.styles) / 2)
+    figure = Figure(figsize=(WIDTH, 3.3 + 0.22 * rows), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for series, style in drawing.styles.items():
         marks = [mark for mark in drawing.marks if mark.series == series]
@@ -52,6 +54,8 @@ def _curves(drawing: Drawing, *, legend: bool) -> Figure:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
+    elif drawing.span is not None:
+        axes.set_ylim(*drawing.span)
     elif drawing.zoomed:
         _zoom(axes, drawing)
     if drawing.reference is not None:
@@ -65,8 +69,7 @@ def _curves(drawing: Drawing, *, legend: bool) -> Figure:
     axes.set_xlabel(drawing.x_label)
     axes.set_ylabel(drawing.y_label)
     _tidy(axes)
-    if legend:
-        figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=SMALL)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=SMALL)
     return figure
 
 
@@ -104,7 +107,7 @@ def _zoom(axes: Axes, drawing: Drawing) -> None:
 
 def _rows(drawing: Drawing) -> Figure:
     count = len(drawing.styles)
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.5 * count), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.75 + 0.5 * count), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     edge = _edge(drawing)
     for place, (series, style) in enumerate(drawing.styles.items()):

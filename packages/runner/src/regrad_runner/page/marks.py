@@ -55,7 +55,8 @@ class Drawing:
         reference: A value to draw a line at, such as a target or one.
         words: What is written at the end of a row, by series.
         log: Whether the axis of values is logarithmic.
-        zoomed: Whether the first quarter of training is left out when the vertical axis is chosen.
+        span: Ends of the vertical axis, where they are fixed.
+        zoomed: Whether the first half of training is left out when the vertical axis is chosen.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Drawing:
     reference: float | None = None
     words: Mapping[str, str] | None = None
     log: bool = False
+    span: tuple[float, float] | None = None
     zoomed: bool = False
 
     @property

@@ -14,6 +14,7 @@ from regrad_runner.styles import Style, colours
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SALT = "regrad"  # of matplotlib's names of shapes: the same figure is the same file
 KEPT = {"fill", "stroke", "opacity", "font-size", "font-weight", "text-anchor", "clip-path"}
+APART = ("patch_1", "legend_1")  # the ground, behind which the page shows, and the legend, which the page has
 FONT = re.compile(r"(?:(bold)\s+)?([\d.]+)px")
 # About the origin, in a box of about 10 units.
 SHAPES = {
@@ -36,7 +37,7 @@ def as_file(figure: Figure, *, title: str) -> str:
     return text.getvalue()
 
 
-def as_part(text: str, *, name: str, title: str, alternative: str) -> str:
+def as_part(text: str, *, name: str, title: str, alternative: str, height: float) -> str:
     """Return a figure as a part of a page: no style of its own, colours by role, names that occur once in the page.
 
     Args:
@@ -44,18 +45,19 @@ def as_part(text: str, *, name: str, title: str, alternative: str) -> str:
         name: Of the figure: unique in the page.
         title: Its title.
         alternative: What it says, for those who do not see it.
+        height: How much of it the page shows, in points from the top.
     """
     root = ET.fromstring(text)  # noqa: S314 - written by matplotlib just now
     for parent in list(root.iter()):
         for child in list(parent):
-            # Nothing but the ground that matplotlib draws first is called so: the page shows behind the figure.
-            if child.tag.rpartition("}")[2] in ("metadata", "style", "title") or child.get("id") == "patch_1":
+            if child.tag.rpartition("}")[2] in ("metadata", "style", "title") or child.get("id") in APART:
                 parent.remove(child)
     roles = {colour.lower(): f"var(--{role})" for role, colour in colours().items()}
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
     for element in root.iter():
         _rename(element, name, used)
         _unstyle(element, roles)
+    root.set("viewBox", f"0 0 {root.get('viewBox', '').split()[2]} {height:.1f}")
     for unit in ("width", "height"):
         root.attrib.pop(unit, None)
     root.attrib |= {"role": "img", "class": "figure", "aria-labelledby": f"{name}-title {name}-text"}

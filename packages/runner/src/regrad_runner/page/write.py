@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from regrad_runner.page import content, curves, rows
-from regrad_runner.page.drawing import draw
+from regrad_runner.page.drawing import draw, height_without_legend
 from regrad_runner.page.marks import Drawing, write_marks
 from regrad_runner.page.repeat import command_to_repeat
 from regrad_runner.page.source import Source, read_source
@@ -100,8 +100,10 @@ def _sections(source: Source, pictures: dict[str, Any], legends: dict[str, Any])
         section(
             "effects",
             "Effect over training",
-            "What each correction changed, as its meter saw it: in the first 20 steps, after a warm-up, and in every "
-            f"50th step. {curves.over_seeds(source) if source.effects else ''}",
+            "What each correction changed, as its meter saw it: relative change is the size of the change ÷ the size "
+            "of what was changed, the cosine is that of before and after, the trigger rate is the share of steps with "
+            "any change. Measured are the first 20 steps, those after a warm-up, and every 50th. "
+            f"{curves.over_seeds(source) if source.effects else ''}",
             content.effects_table(source),
         ),
         section(
@@ -118,10 +120,10 @@ def _sections(source: Source, pictures: dict[str, Any], legends: dict[str, Any])
 def _picture(path: Path, drawing: Drawing) -> dict[str, Any]:
     """Write a figure as a file that stands alone and return it as a part of the page."""
     (path / "figures").mkdir(exist_ok=True)
-    alone = as_file(draw(drawing, legend=True), title=drawing.title)
-    write_whole(path / "figures" / f"{drawing.name}.svg", alone)
-    text = alone if drawing.kind != "curves" else as_file(draw(drawing), title=drawing.title)
-    part = as_part(text, name=drawing.name, title=drawing.title, alternative=drawing.alternative)
+    figure = draw(drawing)
+    text, height = as_file(figure, title=drawing.title), height_without_legend(figure)
+    write_whole(path / "figures" / f"{drawing.name}.svg", text)
+    part = as_part(text, name=drawing.name, title=drawing.title, alternative=drawing.alternative, height=height)
     # The text in it was escaped by the writer of XML; nothing else comes from outside.
     return {"title": drawing.title, "caption": drawing.caption, "svg": Markup(part), "kind": drawing.kind}  # noqa: S704
 
