@@ -51,6 +51,7 @@ def make_comparison():
             "model": IMAGE,
             "optimizer": "sgd",
             "controls": True,
+            "tracker": "none",
             "tracking_uri": "http://me:secret@127.0.0.1:1",
         }
         (path / "config.yaml").write_text(yaml.safe_dump(settings))
