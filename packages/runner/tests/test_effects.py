@@ -8,7 +8,7 @@ from regrad.correction import Correction, Needs
 from regrad_runner import training
 from regrad_runner.arms import Arm
 from regrad_runner.config import CompareConfig
-from regrad_runner.effects import Effect, EffectTrace, keep_effects, kept_effects, mean_effect
+from regrad_runner.effects import Effect, EffectTrace, keep_effects, kept_effects
 from regrad_runner.results import Result, ResultsFolder
 from regrad_runner.training import TrainingRun
 from regrad_runner.workloads import load_workload
@@ -90,15 +90,6 @@ def test_effects_are_kept_run_by_run_and_read_back(tmp_path):
     again = replace(rows[0], cosine=math.pi / 4)
     keep_effects(folder, [again])
     assert kept_effects(ResultsFolder(tmp_path)) == [again]
-
-
-def test_a_mean_leaves_out_what_is_no_number():
-    rows = [
-        Effect(arm="agc", seed=seed, step=8, correction="agc", stage="gradient", **{**NUMBERS, "cosine": value})
-        for seed, value in enumerate((0.5, math.nan, 0.7))
-    ]
-    assert mean_effect(rows, "cosine") == pytest.approx(0.6)
-    assert math.isnan(mean_effect(rows[1:2], "cosine"))
 
 
 def test_training_time_grows_from_evaluation_to_evaluation_and_makes_no_two_of_them_different(run):

@@ -152,8 +152,10 @@ def test_figures_can_be_read_on_a_phone(page):
     page.set_viewport_size({"width": 360, "height": 800})
     heights = page.eval_on_selector_all(
         "svg.figure text",
-        """texts => texts.map(text => { const to = text.getScreenCTM();
-                                        return parseFloat(text.getAttribute("font-size")) * Math.hypot(to.a, to.b); })""",
+        """texts => texts.map(text => {
+            const to = text.getScreenCTM();
+            return parseFloat(text.getAttribute("font-size")) * Math.hypot(to.a, to.b);
+        })""",
     )
     assert min(heights) >= 8
     beyond = page.evaluate(

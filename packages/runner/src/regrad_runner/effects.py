@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 
@@ -70,8 +69,8 @@ class EffectTrace:
             earlier, looks = self._before.get((correction, stage), (total * 0, 0))
             if count > looks:
                 means = ((total.double() - earlier.double()) / (count - looks)).tolist()
-                where = {"arm": run.arm.name, "seed": run.seed, "step": run.position.step}
-                numbers = dict(zip(MEASURES, means, strict=True))
+                numbers: dict[str, Any] = dict(zip(MEASURES, means, strict=True))
+                where: dict[str, Any] = {"arm": run.arm.name, "seed": run.seed, "step": run.position.step}
                 seen.append(Effect(**where, correction=correction, stage=stage, **numbers))
         self._before = now
         return seen
@@ -85,9 +84,3 @@ def kept_effects(folder: ResultsFolder) -> list[Effect]:
 def keep_effects(folder: ResultsFolder, rows: Sequence[Effect]) -> None:
     """Add the effects of a run to the folder, before the run's own row says that it is whole."""
     folder.keep(FILE, rows, Effect)
-
-
-def mean_effect(rows: Sequence[Effect], measure: str) -> float:
-    """Return the mean of one measure over rows, those without a number left out; NaN where all are."""
-    told = [value for row in rows if math.isfinite(value := getattr(row, measure))]
-    return fmean(told) if told else math.nan

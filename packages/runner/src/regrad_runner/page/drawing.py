@@ -74,9 +74,9 @@ def _curves(drawing: Drawing) -> Figure:
 
 
 def _curve(axes: Axes, series: str, marks: list[Mark], style: Style) -> None:
-    x, y = [mark.x for mark in marks], [mark.y for mark in marks]
+    x, y = _numbers(marks, "x"), _numbers(marks, "y")
     if not style.control:
-        low, high = [mark.low for mark in marks], [mark.high for mark in marks]
+        low, high = _numbers(marks, "low"), _numbers(marks, "high")
         axes.fill_between(x, low, high, color=style.colour, alpha=0.14, linewidth=0)
     axes.plot(
         x,
@@ -89,6 +89,11 @@ def _curve(axes: Axes, series: str, marks: list[Mark], style: Style) -> None:
         markevery=(len(x) // 12, max(1, len(x) // 6)),
         **_face(style, size=4.2),
     )
+
+
+def _numbers(marks: list[Mark], field: str) -> list[float]:
+    """Return one number of each mark of a curve, which has all of them."""
+    return [float(getattr(mark, field)) for mark in marks]
 
 
 def _zoom(axes: Axes, drawing: Drawing) -> None:
@@ -142,7 +147,7 @@ def _row(axes: Axes, drawing: Drawing, marks: list[Mark], style: Style, *, place
 
 def _whole(axes: Axes, mark: Mark, style: Style, *, place: int, edge: float, bar: bool) -> None:
     """Draw the middle of a row and its interval."""
-    if bar:
+    if bar and mark.x is not None:
         axes.barh(place, mark.x, height=0.4, color=style.colour, alpha=0.22, linewidth=0, zorder=0)
     if mark.low is not None:
         end = edge if mark.high is None else mark.high

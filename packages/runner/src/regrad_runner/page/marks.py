@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from regrad_runner.bands import Band
 from regrad_runner.results import write_rows
@@ -107,7 +107,7 @@ def marks_of_bands(
         places = {int(step): float(step) for step in band.steps} if x is None else x.get(series, {})
         for step, low, middle, high in zip(band.steps, band.low, band.middle, band.high, strict=True):
             if int(step) in places:
-                numbers = {"y": float(middle), "low": float(low), "high": float(high)}
+                numbers: dict[str, Any] = {"y": float(middle), "low": float(low), "high": float(high)}
                 marks.append(Mark(figure=figure, series=series, seeds=band.seeds, x=places[int(step)], **numbers))
     return marks
 
