@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from regrad_runner.page.curves import times_are_estimated
@@ -217,7 +217,7 @@ def _row(source: Source, summary: ArmSummary, rate: float | None) -> list[Cell]:
     low, high = summary.interval or (None, None)
     interval = NOTHING if low is None or high is None else f"{_signed(low)} to {_signed(high)}"
     runs = [r.step_seconds for r in source.folder.results if r.arm == summary.arm and r.status == "finished"]
-    pace = sorted(runs)[len(runs) // 2] * 1e3 if runs else None
+    pace = median(runs) * 1e3 if runs else None
     alone = summary.verdict in ("baseline", "control")
     steps = [_number(summary.steps_to_target, "{:,.0f}"), Cell(str(summary.misses), summary.misses)]
     ratio = 1.0 if summary.verdict == "baseline" else summary.time_ratio
