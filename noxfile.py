@@ -63,7 +63,7 @@ def build_wheels(session: nox.Session, *members: str) -> list[str]:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test of every member and the doctests, with everything installed."""
-    sync(session, "test")
+    sync(session, "test", "browser")
     session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
 
 

@@ -22,6 +22,7 @@ from regrad_runner.training import TrainingRun
 from regrad_runner.workloads import load_workload
 from rich.console import Console
 
+pytestmark = pytest.mark.usefixtures("without_page")
 SMALL = {"epochs": 2, "train_size": 100, "batch_size": 25, "width": 4, "seeds": 2, "tracker": "none"}
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),

@@ -31,6 +31,7 @@ from regrad_runner.workloads import load_workload
 from rich.console import Console
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("without_page")
 BASELINE = Arm("none")
 HALVED = Arm("halve", ("halve",))
 needs_plugins = pytest.mark.skipif(

@@ -109,6 +109,7 @@ def _content(run: TrainingRun) -> Content:
         "step": run.position.step,
         "epoch": run.position.epoch,
         "batch": run.position.batch,
+        "seconds": run.seconds,
         "points": [asdict(point) for point in run.position.points],
         "scheduler": run.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
@@ -159,9 +160,9 @@ def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:
     ):
         place = f"step {step!r}, epoch {epoch!r}, batch {batch!r}"
         raise RegradError(f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps")
-    like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0))
+    like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0, seconds=0.0))
     points = [Point(**_alike(point, like, "points")) for point in state["points"]]
-    return Position(step, epoch, batch, points)
+    return Position(step, epoch, batch, seconds=_alike(state["seconds"], 0.0, "seconds"), points=points)
 
 
 def _alike(value: Any, like: Any, what: str) -> Any:

@@ -15,12 +15,15 @@ from typing import Protocol
 
 from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell
+from regrad_runner.effects import FILE as EFFECTS
+from regrad_runner.effects import Effect, EffectTrace
 from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.planning import Plan, agreed, make_plan, open_folder
-from regrad_runner.probing import FILE, Probe, Quality, keep_qualities
+from regrad_runner.probing import FILE, Probe, Quality
 from regrad_runner.progress import Display
 from regrad_runner.report import draw, merge
-from regrad_runner.results import Outcome, Result, ResultsFolder, Trial, finished_result, read_about, write_whole
+from regrad_runner.results import Outcome, Result, ResultsFolder, Trial, finished_result, read_about
+from regrad_runner.rows import write_whole
 from regrad_runner.stopping import tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, name_on_validation
@@ -56,8 +59,8 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         with comparison.runner() as runner:
             _run_pending(plan, folder, display, runner)
         if plan.reports:
-            probed = [path] if (path := plan.path / FILE).is_file() else []
-            for path in [plan.path / "results.csv", *probed, *draw(folder, plan.workload.measure)]:
+            more = [path for name in (FILE, EFFECTS) if (path := plan.path / name).is_file()]
+            for path in [plan.path / "results.csv", *more, *draw(folder, plan.workload.measure)]:
                 parent.artifact(path)
         if any(result.status == "failed" for result in folder.results):
             parent.finish("FAILED")
@@ -85,7 +88,8 @@ def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
     if outcome.trial is not None:
         folder.add_trial(outcome.trial)
     if outcome.result is not None:
-        keep_qualities(folder, [Quality(**row) for row in outcome.qualities])
+        folder.keep(FILE, [Quality(**row) for row in outcome.tables.get(FILE, ())], Quality)
+        folder.keep(EFFECTS, [Effect(**row) for row in outcome.tables.get(EFFECTS, ())], Effect)
         folder.add(outcome.result, outcome.points)
 
 
@@ -155,16 +159,17 @@ class Comparison:
         return self._run(arm, cell, lr=lr) if cell.lr is None else self._try_rate(arm, cell, lr=lr)
 
     def _run(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
-        points, qualities = list[Point](), list[Quality]()
+        points, qualities, effects = list[Point](), list[Quality](), list[Effect]()
         result = failed_result(arm, cell, lr=lr)
         with self._alone(cell.name), self._tracked(cell.name, arm, seed=cell.seed, lr=lr) as shown:
             started = time.perf_counter()
             with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)) as run:
-                self._train(run, cell.name, shown, qualities)
+                self._train(run, cell.name, shown, qualities, effects)
                 result = finished_result(run, result, started=started)
                 self._keep_receipt(run, result, shown)
                 points = run.position.points
-        return Outcome(result=result, points=points, qualities=[asdict(row) for row in qualities if points])
+        tables = {FILE: [asdict(row) for row in qualities], EFFECTS: [asdict(row) for row in effects]}
+        return Outcome(result=result, points=points, tables=tables if points else {})
 
     def _try_rate(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
         """Run a trial; one that fails says that this learning rate is not the one to choose."""
@@ -178,14 +183,23 @@ class Comparison:
             validation = run.position.points[-1].value
         return Outcome(trial=Trial(arm=arm.name, lr=lr, seed=cell.seed, validation=validation))
 
-    def _train(self, run: TrainingRun, name: str, shown: Run, qualities: list[Quality] | None = None) -> None:
-        """Train to the end; probe gradient quality where that was asked for and there is a list for it."""
-        config, probe = self.plan.config, None
+    def _train(
+        self,
+        run: TrainingRun,
+        name: str,
+        shown: Run,
+        qualities: list[Quality] | None = None,
+        effects: list[Effect] | None = None,
+    ) -> None:
+        """Train to the end; where there are lists, keep effects and, if that was asked for, gradient quality."""
+        config, probe, trace = self.plan.config, None, EffectTrace(run)
         if qualities is not None and config.probe_every is not None:
             probe = Probe(run, every=config.probe_every, size=config.probe_size)
 
         def keep(point: Point) -> None:
             shown.log(point.step, point.as_metrics(self.plan.workload.measure))
+            if effects is not None:
+                effects.extend(trace.look())
 
         def end_step(step: int) -> None:
             self.display.step(step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +12,14 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from regrad_runner.bands import Band
+from regrad_runner.bands import bands as band_by_series
 from regrad_runner.statistics import ArmSummary, RunRow
+from regrad_runner.styles import GRID, QUIET, Style, arm_styles
 from regrad_runner.workloads import Measure
 
-# Okabe and Ito's colours, distinct with every common colour blindness; black is the baseline's.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DPI = 160
 SHOWN_FROM = 0.25
-QUIET = "#666666"
 
 
 class CurveRow(Protocol):
@@ -41,19 +40,6 @@ class CurveRow(Protocol):
     @property
     def value(self) -> float:
         """The measure on the validation images."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Style:
-    """How an arm is drawn: its colour, and dashes where it is a control."""
-
-    colour: str
-    control: bool
-
-    @property
-    def line(self) -> str:
-        """Matplotlib's line style."""
-        return "--" if self.control else "-"
 
 
 @rc_context({"text.parse_math": False})  # a dollar in the name of an arm is a dollar
@@ -78,8 +64,9 @@ def write_figures(
         The files written; a figure without anything to show is left out.
     """
     out.mkdir(parents=True, exist_ok=True)
-    styles = _styles(summaries)
-    bands = _bands(curves, [summary.arm for summary in summaries])
+    styles = arm_styles(summaries)
+    found = band_by_series((row.arm, row.step, row.value) for row in curves)
+    bands = {summary.arm: found[summary.arm] for summary in summaries if summary.arm in found}
     written = []
     if bands:
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -98,49 +85,7 @@ def write_figures(
     return written
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Band:
-    """An arm's curve over its seeds, each array of shape [steps]."""
-
-    steps: npt.NDArray[np.int64]
-    low: npt.NDArray[np.float64]
-    middle: npt.NDArray[np.float64]
-    high: npt.NDArray[np.float64]
-
-
-def _bands(curves: Iterable[CurveRow], arms: Sequence[str]) -> dict[str, _Band]:
-    values: dict[str, dict[int, list[float]]] = {arm: {} for arm in arms}
-    for row in curves:
-        if row.arm in values:
-            values[row.arm].setdefault(row.step, []).append(row.value)
-    bands = {}
-    for arm, by_step in values.items():
-        if not by_step:
-            continue
-        seeds = max(map(len, by_step.values()))
-        steps = sorted(step for step, seen in by_step.items() if len(seen) == seeds)
-        low, middle, high = np.quantile([by_step[step] for step in steps], (0.25, 0.5, 0.75), axis=1)
-        bands[arm] = _Band(steps=np.array(steps), low=low, middle=middle, high=high)
-    return bands
-
-
-def _styles(summaries: Sequence[ArmSummary]) -> dict[str, Style]:
-    corrected = [summary for summary in summaries if summary.verdict not in ("baseline", "control")]
-    styles = {
-        summary.arm: Style(
-            colour="black" if summary.verdict == "baseline" else QUIET, control=summary.verdict == "control"
-        )
-        for summary in summaries
-    }
-    for index, summary in enumerate(corrected):
-        colour = PALETTE[index % len(PALETTE)]
-        styles[summary.arm] = Style(colour=colour, control=False)
-        if summary.control in styles and styles[summary.control].colour == QUIET:
-            styles[summary.control] = Style(colour=colour, control=True)
-    return styles
-
-
-def _draw_curves(axes: Axes, bands: Mapping[str, _Band], styles: Mapping[str, Style], measure: Measure) -> None:
+def _draw_curves(axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Style], measure: Measure) -> None:
     for arm, band in bands.items():
         style = styles[arm]
         axes.plot(
@@ -148,7 +93,7 @@ def _draw_curves(axes: Axes, bands: Mapping[str, _Band], styles: Mapping[str, St
             band.middle,
             label=arm,
             color=style.colour,
-            linestyle=style.line,
+            linestyle="--" if style.control else "-",
             linewidth=1.2 if style.control else 2,
         )
         if not style.control:
@@ -162,7 +107,7 @@ def _draw_curves(axes: Axes, bands: Mapping[str, _Band], styles: Mapping[str, St
     _tidy(axes)
 
 
-def _zoom(axes: Axes, bands: Iterable[_Band]) -> None:
+def _zoom(axes: Axes, bands: Iterable[Band]) -> None:
     """Leave the first, steep part of training outside, so that the arms can be told apart."""
     bands = list(bands)
     shown = [(band, band.steps >= SHOWN_FROM * band.steps[-1]) for band in bands]
@@ -243,7 +188,7 @@ def _name_arms(axes: Axes, summaries: Sequence[ArmSummary]) -> None:
 
 def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="both", color="#E6E6E6", linewidth=0.6)
+    axes.grid(axis="both", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
 
 

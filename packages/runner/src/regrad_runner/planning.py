@@ -16,6 +16,7 @@ from regrad_runner.launching import check_task, make_accelerator
 from regrad_runner.preparation import default_folder, every_correction, example_optimizer, load_data, try_on
 from regrad_runner.probing import check_probing
 from regrad_runner.results import ResultsFolder, check_arms, check_folder, read_about, start_folder
+from regrad_runner.surroundings import surroundings
 from regrad_runner.workloads import Workload
 
 T = TypeVar("T")
@@ -150,6 +151,7 @@ def open_folder(plan: Plan, **more: str) -> ResultsFolder:
     """
     about = {"kind": "comparison", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
     about |= {"left_out": dict(plan.left_out), "arms": {arm.name: arm.recipe for arm in plan.arms}, **more}
+    about |= surroundings(processes=plan.processes, earlier=read_about(plan.path))
     folder = start_folder(plan.path, plan.config, about)
     folder.name_anew(plan.arms)
     return folder

@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from regrad_runner.config import CompareConfig, RunConfig
-from regrad_runner.results import ResultsFolder, read_rows, write_rows
+from regrad_runner.results import ResultsFolder
 from regrad_runner.states import random_state, set_random_state
 from regrad_runner.training import TrainingRun
 
@@ -211,15 +211,12 @@ def _present(one: Gradient, other: Gradient) -> list[tuple[Tensor, Tensor]]:
 
 def kept_qualities(folder: ResultsFolder) -> list[Quality]:
     """Return the probes of the runs that ended."""
-    rows = [row for row in read_rows(folder.path / FILE, Quality) if folder.is_finished(row.arm, row.seed)]
-    return [*rows, *(Quality(**row) for row in folder.qualities if Quality(**row) not in rows)]
+    return folder.kept(FILE, Quality)
 
 
 def keep_qualities(folder: ResultsFolder, rows: Sequence[Quality]) -> None:
     """Add the probes of a run to the folder, before the run's own row says that it is whole."""
-    if rows:
-        others = [row for row in kept_qualities(folder) if (row.arm, row.seed) != (rows[0].arm, rows[0].seed)]
-        write_rows(folder.path / FILE, [*others, *rows], Quality)
+    folder.keep(FILE, rows, Quality)
 
 
 def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:

@@ -12,11 +12,14 @@ from rich.console import Console
 
 from regrad_runner.cells import in_ranges
 from regrad_runner.config import read_settings
+from regrad_runner.effects import FILE as EFFECTS
+from regrad_runner.effects import Effect
 from regrad_runner.explain import Explanation
 from regrad_runner.explanation import as_json as explanation_as_json
 from regrad_runner.explanation import as_text
 from regrad_runner.probing import FILE, Quality, kept_qualities, mean_qualities, print_qualities
-from regrad_runner.results import CELLS, Result, ResultsFolder, read_about, write_rows
+from regrad_runner.results import CELLS, Result, ResultsFolder, read_about
+from regrad_runner.rows import write_rows
 from regrad_runner.statistics import ArmSummary, summarize
 from regrad_runner.table import print_comparison, to_json
 from regrad_runner.training import name_on_validation
@@ -43,19 +46,22 @@ def show(path: Path, *, as_json: bool = False) -> None:
 def merge(folder: ResultsFolder) -> ResultsFolder:
     """Write a comparison's tables anew if cells left something in files of their own; return the folder."""
     if (folder.path / CELLS).is_dir():
-        if folder.qualities:
-            write_rows(folder.path / FILE, kept_qualities(folder), Quality)
+        for name, kind in ((FILE, Quality), (EFFECTS, Effect)):
+            if name in folder.tables:
+                write_rows(folder.path / name, folder.kept(name, kind), kind)
         folder.write()
     return folder
 
 
 def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
-    """Draw the figures of a comparison into its folder and return them."""
+    """Draw the figures of a comparison and its page into its folder and return the files."""
     from regrad_runner.figures import write_figures  # noqa: PLC0415 - matplotlib takes a second to load
+    from regrad_runner.page.write import write_page  # noqa: PLC0415 - as above
 
     rows = [result.as_run_row() for result in folder.results]
     summaries = summarize_results(folder.results, measure)
-    return write_figures(folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure)
+    pictures = write_figures(folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure)
+    return [*pictures, *write_page(folder, measure, summaries)]
 
 
 def show_comparison(path: Path, *, as_json: bool = False) -> None:
@@ -205,6 +211,10 @@ def _print_rates(console: Console, folder: ResultsFolder) -> None:
 
 
 def _print_places(console: Console, path: Path) -> None:
+    page = path / "report.html"
+    if page.is_file():
+        line = f"\nfigures and everything else to look at: {page}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True, end="")
     line = f"\neverything is in {path}; regrad report {path} shows this again"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
     command = open_ui(path)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar
 
 from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell, cells_of
 from regrad_runner.config import CompareConfig, Config, RunConfig, continued, load_config, write_config
+from regrad_runner.rows import PART, read_rows, write_rows, write_whole
 from regrad_runner.statistics import RunRow
 from regrad_runner.training import Point, TrainingRun, steps_to_target
 
-Row = TypeVar("Row")
 CELLS = "cells"
-PART = ".part"
-COMPUTED = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+class OfARun(Protocol):
+    """A row that belongs to one run."""
+
+    @property
+    def arm(self) -> str:
+        """Name of the arm."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+
+
+RunPart = TypeVar("RunPart", bound=OfARun)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +115,13 @@ class Outcome:
         result: Of a run.
         trial: Of a run of the choice of a learning rate.
         points: Evaluations of a run that ended.
-        qualities: Its probes of gradient quality, as plain values.
+        tables: Its rows in other tables, as plain values, by the table's file.
     """
 
     result: Result | None = None
     trial: Trial | None = None
     points: Sequence[Point] = ()
-    qualities: Sequence[Mapping[str, Any]] = ()
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 def finished_result(run: TrainingRun, result: Result, *, started: float) -> Result:
@@ -145,7 +156,7 @@ class ResultsFolder:
         results: Runs that ended or failed.
         curves: Evaluations of those that ended.
         trials: Runs of the choice of learning rates.
-        qualities: Probes of gradient quality that are in no table yet, as plain values.
+        tables: What cells left for other tables, as plain values, by the table's file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,7 +168,7 @@ class ResultsFolder:
         finished = {(result.arm, result.seed) for result in self.results if result.status == "finished"}
         curves = read_rows(path / "curves.csv", CurvePoint)
         self.curves = [point for point in curves if (point.arm, point.seed) in finished]
-        self.qualities: list[Mapping[str, Any]] = []
+        self.tables: dict[str, list[Mapping[str, Any]]] = {}
         for outcome in outcomes:
             self._take(outcome)
 
@@ -188,6 +199,17 @@ class ResultsFolder:
         if points:
             write_rows(self.path / "curves.csv", self.curves, CurvePoint)
         write_rows(self.path / "results.csv", self.results, Result)
+
+    def kept(self, name: str, kind: type[RunPart]) -> list[RunPart]:
+        """Return the rows of a CSV file that are of runs that ended, and what cells left for it."""
+        rows = [row for row in read_rows(self.path / name, kind) if self.is_finished(row.arm, row.seed)]
+        return [*rows, *(row for row in (kind(**left) for left in self.tables.get(name, ())) if row not in rows)]
+
+    def keep(self, name: str, rows: Sequence[RunPart], kind: type[RunPart]) -> None:
+        """Add the rows of one run to a CSV file; those that the run had before are replaced."""
+        if rows:
+            others = [row for row in self.kept(name, kind) if (row.arm, row.seed) != (rows[0].arm, rows[0].seed)]
+            write_rows(self.path / name, [*others, *rows], kind)
 
     def name_anew(self, arms: Iterable[Arm]) -> None:
         """Let the runs that are there say what their arms are now: corrections that were added may change it."""
@@ -230,7 +252,8 @@ class ResultsFolder:
         result, trial = outcome.result, outcome.trial
         if result is not None and not self.is_finished(result.arm, result.seed):
             self._put(result, outcome.points)
-            self.qualities += outcome.qualities
+            for name, rows in outcome.tables.items():
+                self.tables.setdefault(name, []).extend(rows)
         if trial is not None and not self.holds(Cell(trial.arm, trial.seed, trial.lr)):
             self.trials.append(trial)
             self._sort()
@@ -289,7 +312,7 @@ def read_outcome(path: Path) -> Outcome:
             result=Result(**result) if result else None,
             trial=Trial(**trial) if trial else None,
             points=[Point(**point) for point in kept["points"]],
-            qualities=kept["qualities"],
+            tables=kept["tables"],
         )
     except (KeyError, TypeError, ValueError) as problem:
         raise ValueError(
@@ -359,55 +382,3 @@ def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> Res
 def is_left_over(path: Path) -> bool:
     """Say whether a file is what a kill left of `write_whole`."""
     return path.name.startswith(".") and path.name.endswith(PART)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never a half."""
-    aside = path.with_name(f".{path.name}{PART}")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
-    """Write dataclass rows as CSV; None is an empty cell."""
-    names = sorted((f.name for f in fields(kind)), key=lambda name: name not in ("arm", "seed"))
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, names, lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
-    write_whole(path, text.getvalue())
-
-
-def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Read back what `write_rows` wrote; nothing where there is no file.
-
-    Raises:
-        ValueError: If the file does not hold such rows.
-    """
-    if not path.is_file():
-        return []
-    hints = get_type_hints(kind)
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            return [kind(**{k: _read_cell(v, hints[k]) for k, v in row.items()}) for row in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError, csv.Error) as problem:
-            raise ValueError(f"'{path}' must hold the columns {', '.join(hints)}: {problem}") from problem
-
-
-def _cell(value: Any) -> Any:
-    """Return what stands in a cell: a text that a spreadsheet would compute, or that is one of these, is quoted."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in COMPUTED else value
-
-
-def _read_cell(text: str, hint: Any) -> Any:
-    """Turn a cell into the type that the row's annotation names."""
-    kinds = getattr(hint, "__args__", (hint,))
-    if type(None) in kinds and not text:
-        return None
-    if bool in kinds:
-        return {"True": True, "False": False}[text]
-    kind = next((kind for kind in (int, float) if kind in kinds), None)
-    return text.removeprefix("'") if kind is None else kind(text)

@@ -129,7 +129,7 @@ def _in_lines(name: str, width: int) -> str:
 def _mean(summary: ArmSummary) -> str:
     if summary.mean is None:
         return "–"
-    return _number(summary.mean) + (f" ± {_number(summary.sd)}" if summary.sd is not None else "")
+    return short_number(summary.mean) + (f" ± {short_number(summary.sd)}" if summary.sd is not None else "")
 
 
 def _steps(summary: ArmSummary) -> str:
@@ -143,8 +143,10 @@ def _difference(summary: ArmSummary | PairedDifference) -> str:
     if summary.difference is None:
         return ""
     low, high = summary.interval or (None, None)
-    interval = "" if low is None or high is None else f" [{_number(low, sign='+')}, {_number(high, sign='+')}]"
-    return _number(summary.difference, sign="+") + interval
+    interval = (
+        "" if low is None or high is None else f" [{short_number(low, sign='+')}, {short_number(high, sign='+')}]"
+    )
+    return short_number(summary.difference, sign="+") + interval
 
 
 def _time(summary: ArmSummary) -> str:
@@ -167,7 +169,7 @@ def _why(summary: ArmSummary, measure: Measure, baseline: str) -> str:
         return f"a control; difference to {baseline} {_difference(summary) or 'unknown'}"
     if summary.verdict == "too few seeds":
         return f"{pairs} in common with {baseline} cannot decide; {FEWEST_SEEDS} are the fewest that can"
-    evidence = f"({_difference(summary)}, {_probability(summary.p_adjusted)} after Holm, {pairs})"
+    evidence = f"({_difference(summary)}, {probability(summary.p_adjusted)} after Holm, {pairs})"
     return _in_words(summary, f"{baseline} {evidence}")
 
 
@@ -186,7 +188,7 @@ def _against_control(summary: ArmSummary) -> str:
             return "; there is no control that it must beat"
         return f", but its control {summary.control} was not run" if summary.control else ", but no control was run"
     beaten = " and than" if summary.verdict == "better" else ", but not shown to be better than"
-    p_value = f"{_probability(test.p_value)} before Holm"
+    p_value = f"{probability(test.p_value)} before Holm"
     return f"{beaten} its control {summary.control} ({_difference(test)}, {p_value})"
 
 
@@ -194,7 +196,7 @@ def _pace(summary: ArmSummary, measure: Measure, baseline: str) -> str:
     if summary.steps_ratio is None or measure.target is None:
         return _hits(summary, measure)
     ratio = f"{summary.steps_ratio:.2f} times the steps of {baseline} to {_short(f'{measure.target:g}')}"
-    return f"; {ratio} ({_probability(summary.steps_p)}, not adjusted)"
+    return f"; {ratio} ({probability(summary.steps_p)}, not adjusted)"
 
 
 def _hits(summary: ArmSummary, measure: Measure) -> str:
@@ -203,7 +205,13 @@ def _hits(summary: ArmSummary, measure: Measure) -> str:
     return f"; {summary.seeds - summary.misses} of {summary.seeds} runs reached {_short(f'{measure.target:g}')}"
 
 
-def _number(value: float, *, sign: str = "-") -> str:
+def short_number(value: float, *, sign: str = "-") -> str:
+    """Return a number with four decimals, without the zero before the point.
+
+    Example:
+        >>> short_number(0.98765, sign="+"), short_number(-0.5)
+        ('+.9877', '-.5000')
+    """
     return _short(f"{value:{sign}.4f}")
 
 
@@ -212,7 +220,13 @@ def _short(number: str) -> str:
     return re.sub(r"^([+-]?)0\.", r"\1.", number)
 
 
-def _probability(p_value: float | None) -> str:
+def probability(p_value: float | None) -> str:
+    """Return a p-value in words.
+
+    Example:
+        >>> probability(0.03125), probability(1e-5)
+        ('p = .031', 'p < .001')
+    """
     if p_value is None:
         return "p unknown"
     return "p < .001" if p_value < 0.001 else f"p = {_short(f'{p_value:.3f}')}"

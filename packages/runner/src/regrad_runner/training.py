@@ -40,6 +40,8 @@ class Point:
         loss: Mean training loss since the last evaluation.
         value: The measure on the validation images.
         lr: Learning rate of the coming step.
+        seconds: Time spent in training steps so far, fetching their batches included, evaluations and probes not;
+            None where it was not kept. Two evaluations are equal whatever their times.
     """
 
     step: int
@@ -47,6 +49,7 @@ class Point:
     loss: float
     value: float
     lr: float
+    seconds: float | None = field(default=None, compare=False)
 
     def as_metrics(self, measure: Measure) -> dict[str, float]:
         """Return the numbers by the names of curves."""
@@ -61,12 +64,14 @@ class Position:
         step: Optimizer steps done.
         epoch: The epoch under way, from 0.
         batch: Micro-batches of that epoch done.
+        seconds: Time spent in training steps up to the last evaluation or checkpoint that was loaded.
         points: The evaluations so far.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    seconds: float = 0.0
     points: list[Point] = field(default_factory=list)
 
 
@@ -238,6 +243,7 @@ class TrainingRun:
             loss=losses / self.config.accumulate,
             value=self.accuracy(self.workload.validation),
             lr=self.scheduler.get_last_lr()[0],
+            seconds=position.seconds,
         )
         position.points.append(point)
         return point
@@ -274,6 +280,11 @@ class TrainingRun:
         """Return the median time of a training step, fetching its batch included, evaluations not."""
         plain = [seconds for first, seconds in self._laps if first >= METERED_STEPS]
         return median(plain or [seconds for _, seconds in self._laps] or [0.0])
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps so far."""
+        return self.position.seconds + self._busy
 
     def touched(self) -> bool:
         """Say whether a correction changed any tensor."""
@@ -339,6 +350,7 @@ class TrainingRun:
         self._busy += time.perf_counter() - started
         steps = self.position.step - self._lap_from
         self._laps.append((self._lap_from, self._busy / steps))
+        self.position.seconds += self._busy
         self.begin_lap()
 
     def _share_buffers(self, model: nn.Module) -> None:

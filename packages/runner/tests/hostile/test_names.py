@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from regrad_runner.arms import Arm
 from regrad_runner.figures import write_figures
 from regrad_runner.progress import Display
-from regrad_runner.results import COMPUTED, CurvePoint, Result, read_rows, write_rows
+from regrad_runner.results import CurvePoint, Result
+from regrad_runner.rows import COMPUTED, read_rows, write_rows
 from regrad_runner.statistics import RunRow, summarize
 from regrad_runner.table import print_comparison
 from regrad_runner.tracking import MlflowTracker

@@ -1,0 +1,76 @@
+"""What a comparison ran on: machine and versions, for whoever reads its numbers later."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("regrad", "regrad-runner", "torch", "torchvision", "accelerate", "numpy")
+
+
+def surroundings(*, processes: int, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `about.json` says of the places in which a comparison ran.
+
+    Args:
+        processes: Number of processes of this start.
+        earlier: What `about.json` said before: a comparison that is continued may have run elsewhere too.
+
+    Returns:
+        The keys "processes", of this start, and "machines": one entry per place, in the order of the first start
+        there, each with "since" (UTC), "system", "processor", "cores", "memory_gib", "devices", "python" and
+        "versions".
+    """
+    here, seen = machine(), list(earlier.get("machines", []))
+    if here not in [{key: value for key, value in place.items() if key != "since"} for place in seen]:
+        seen.append({"since": datetime.now(UTC).isoformat(timespec="seconds"), **here})
+    return {"processes": processes, "machines": seen}
+
+
+def machine() -> dict[str, Any]:
+    """Return what this machine is, without its name."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory(),
+        "devices": _devices(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+    }
+
+
+def _processor() -> str:
+    """Return the processor's model; the platform module knows only its family on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _memory() -> float | None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names:
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def _devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+import json
+import math
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from regrad_runner.arms import Arm
+from regrad_runner.effects import Effect, keep_effects
+from regrad_runner.probing import Quality, keep_qualities
+from regrad_runner.results import Result, ResultsFolder, Trial
+from regrad_runner.training import Point
+from regrad_runner.workloads import Measure
+
+SCRIPT, IMAGE = "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'
+LONG = "xgrad:horizon=2.5,decoupled_decay=0.001+powergrad:alpha=0.125 & more $x_1$"
+ARMS = ("none", SCRIPT, IMAGE, LONG, "nesterov")
+SEEDS, STEPS = 6, range(10, 81, 10)
+
+
+@pytest.fixture
+def without_page(monkeypatch):
+    """Leave out the page of a comparison, which has tests of its own and takes seconds to draw."""
+    monkeypatch.setattr("regrad_runner.page.write.write_page", lambda *arguments: [])
+
+
+@pytest.fixture(scope="session")
+def names():
+    """Return what the arms of `make_comparison` are called: two of them would act if a page took them for HTML."""
+    return SimpleNamespace(arms=ARMS, script=SCRIPT, image=IMAGE, long=LONG)
+
+
+@pytest.fixture(scope="session")
+def make_comparison():
+    """Write the folder of a comparison that nobody ran, with names of arms that want to be more than text."""
+
+    def make(path, *, seeds=SEEDS, target=0.9, old=False):
+        path.mkdir(parents=True, exist_ok=True)
+        folder = ResultsFolder(path)
+        for arm in ARMS:
+            for seed in range(seeds):
+                add_run(folder, arm, seed, old=old)
+        settings = {
+            "workload": "digits",
+            "corrections": [SCRIPT, IMAGE, LONG],
+            "seeds": seeds,
+            "epochs": 4,
+            "lr": [0.1],
+        }
+        settings |= {
+            "model": IMAGE,
+            "optimizer": "sgd",
+            "controls": True,
+            "tracker": "none",
+            "tracking_uri": "http://me:secret@127.0.0.1:1",
+        }
+        (path / "config.yaml").write_text(yaml.safe_dump(settings))
+        about = {"kind": "comparison", "workload": SCRIPT, "measure": asdict(Measure(target=target))}
+        machine = {"since": "2026-01-01", "processor": "abacus", "versions": {"torch": "2.15.0"}}
+        more = {"left_out": {"agc": "<b>no</b>"}, "processes": 1, "machines": [machine]}
+        (path / "about.json").write_text(json.dumps(about if old else about | more))
+        return folder
+
+    return make
+
+
+def add_run(folder, arm, seed, *, old):
+    """Add one run; in an old folder without what was not kept then."""
+    shift = 0.01 * ARMS.index(arm) + 0.004 * math.sin(seed * (1 + ARMS.index(arm)))
+    points = [
+        Point(
+            step=step,
+            epoch=step / 20,
+            loss=2 * math.exp(-step / 30) + shift,
+            value=(0.9 + shift) * (1 - math.exp(-step / 15)),
+            lr=0.1,
+            seconds=None if old else step * (0.01 + 0.001 * seed),
+        )
+        for step in STEPS
+    ]
+    corrected = arm in ARMS[1:4]
+    result = Result(
+        arm=arm,
+        seed=seed,
+        value=0.9 + shift,
+        validation=points[-1].value,
+        steps=80,
+        steps_to_target=None if arm == IMAGE and seed < 2 else 50 + 2 * seed,
+        step_seconds=0.01 + 0.001 * ARMS.index(arm),
+        seconds=1.0,
+        touched=corrected,
+        lr=0.1,
+        must_beat="nesterov" if corrected else None,
+        control=arm == "nesterov",
+    )
+    if not old:
+        add_measurements(folder, arm, seed, shift if corrected else 0.0)
+    folder.add(result, points)
+    if seed == 0:
+        folder.add_trial(Trial(arm=arm, lr=0.1, seed=1_000_000, validation=0.8))
+        folder.add_trial(Trial(arm=arm, lr=0.3, seed=1_000_000, validation=0.7))
+    write_receipt(folder, arm, seed, corrected=corrected)
+
+
+def add_measurements(folder, arm, seed, shift):
+    """Add effects and probes of one run."""
+    numbers = {"share_touched": 1.0, "cosine": 0.9, "trigger_rate": 0.5, "non_finite": 0.0}
+    effects = [
+        Effect(
+            arm=arm,
+            seed=seed,
+            step=step,
+            correction="xgrad",
+            stage=stage,
+            relative_change=size + shift / 100,
+            **numbers,
+        )
+        for step in STEPS
+        for stage, size in (("weights", 0.01), ("gradient", 0.5))
+    ]
+    keep_effects(folder, effects if shift else [])
+    raw = {"cosine_raw": 0.4, "norm_ratio_raw": 1.5, "norm_ratio_corrected": 1.5 - shift}
+    probes = [
+        Quality(arm=arm, seed=seed, step=step, cosine_corrected=0.4 + shift, **raw) for step in STEPS if step % 20 == 0
+    ]
+    keep_qualities(folder, probes)
+
+
+def write_receipt(folder, arm, seed, *, corrected):
+    """Write what a run says that it did."""
+    part = {
+        "name": "xgrad",
+        "distribution": IMAGE,
+        "version": "0.1.0",
+        "options": {"horizon": SCRIPT},
+        "stages": ["weights"],
+    }
+    seen = {"share_touched": 1.0, "relative_change": 0.0123, "cosine": 0.99, "trigger_rate": 1.0}
+    control = {"name": "nesterov", "optimizer": {"nesterov": True}, "head_init": 1.0}
+    receipt = {
+        "corrections": [part] if corrected else [],
+        "order": ["xgrad"] if corrected else [],
+        "notes": [SCRIPT],
+        "effects": {"xgrad": {"weights": seen}} if corrected else {},
+        "environment": {"python": "3.11", "torch": "2.15.0", "device": "cpu"},
+        "run": {"control": control if arm == "nesterov" else None},
+    }
+    path = folder.run_folder(Arm(arm), seed) / "receipt.json"
+    path.write_text(json.dumps(receipt))
