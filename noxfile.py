@@ -141,7 +141,18 @@ def docs(session: nox.Session) -> None:
     session.run("python", "docs/corrections_table.py", "--check")
     session.run("python", "docs/interactions.py", "--check", env=TEST_ENVIRONMENT)
     session.run("python", "docs/results_tables.py", "--check")
+    session.run("python", "docs/sharding.py", "--check")
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session
+def sharding(session: nox.Session) -> None:
+    """Measure every correction on every layout, on two processes, and write the page and the cards.
+
+    With `-- --prove` nothing is written, and another verdict than the page's is an error.
+    """
+    sync(session, "test")
+    session.run("python", "docs/sharding.py", *session.posargs, env=TEST_ENVIRONMENT)
 
 
 @nox.session

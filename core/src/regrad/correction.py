@@ -36,7 +36,7 @@ class Needs:
         sparse: Whether it has a rule for sparse gradients.
         before: Names of corrections that this one acts before, in a stage they share.
         after: Names of corrections that this one acts after, in a stage they share.
-        conflicts: Name of a correction that it refuses to work with, to the reason.
+        conflicts: Name of a correction or of a layout that it refuses to work with, to the reason.
         warmup_steps: Optimizer steps in which it changes nothing by design.
         record: Whether it reads the record of the first training forward.
     """

@@ -49,16 +49,16 @@ def check(model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Co
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable, got {criterion!r}")
     refuse_if(any(_is_kind(part, "deepspeed") for part in (model, given)), "DeepSpeed hides gradients; use DDP, FSDP2")
-    own = set(model.parameters())
+    own, layout = set(model.parameters()), layout_of(model, optimizer)
     trains = any(p in own for group in optimizer.param_groups for p in group["params"])
     refuse_if(not trains, "optimizer must hold parameters of model, got none; pass the model that it trains")
     refuse_if(optimizer in ATTACHED, "optimizer is attached already; detach() the other attachment first")
     refuse_if(any(hasattr(p, "_in_backward_optimizers") for p in own), "the optimizer must not step inside backward")
-    layout, several = layout_of(model, optimizer), isinstance(optimizer, LBFGS)
-    ahead = _is_kind(optimizer, "schedulefree")
+    several, ahead = isinstance(optimizer, LBFGS), _is_kind(optimizer, "schedulefree")
     for c in corrections:
         name, needs, moves = repr(c.name), c.needs, "weights" in c.needs.stages
-        layouts, lost = ", ".join(needs.layouts), "criterion" in needs.stages and criterion is None
+        layouts = f"{', '.join(needs.layouts)}; {needs.conflicts.get(layout, 'of this one nothing is proved')}"
+        lost = "criterion" in needs.stages and criterion is None
         refuse_if(c.attachment is not None, f"{name} is attached already; create another for a second attachment")
         refuse_if(layout not in needs.layouts, f"{name} is not exact on layout {layout!r}; it is on {layouts}")
         refuse_if(several and (moves or not needs.closures), f"{name} must see one closure call; LBFGS makes several")

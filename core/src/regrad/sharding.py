@@ -24,14 +24,32 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(tensor) for tensor in tensors]
 
 
-def _sum_over_shards(squares: Tensor, tensor: Any, kept: int | None) -> Tensor:
-    """Add `squares` over the processes that hold other parts of the same units."""
+def sum_over_shards(values: Tensor, tensor: Any, kept: int | None = None) -> Tensor:
+    """Add, in place, what each process computed from its own part of `tensor`.
+
+    Args:
+        values: Any shape, the same on all processes. Overwritten.
+        tensor: Plain (nothing is to be added) or DTensor.
+        kept: Dimension whose parts have values of their own; None for none.
+
+    Returns:
+        `values` itself.
+
+    Raises:
+        ValueError: If the tensor is a pending sum over processes.
+
+    Example:
+        >>> import torch
+        >>> from regrad.sharding import sum_over_shards
+        >>> sum_over_shards(torch.tensor([5.0]), torch.tensor([1.0, 2.0]))
+        tensor([5.])
+    """
     for mesh_dim, placement in enumerate(getattr(tensor, "placements", ())):
         if placement.is_partial():
             raise ValueError("tensor must not be a pending sum; reduce it before its norms are read")
         if placement.is_shard() and placement.dim != kept:
-            distributed.all_reduce(squares, group=tensor.device_mesh.get_group(mesh_dim))
-    return squares
+            distributed.all_reduce(values, group=tensor.device_mesh.get_group(mesh_dim))
+    return values
 
 
 @torch.no_grad()
@@ -62,7 +80,7 @@ def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
     dims = [d for d in range(part.dim()) if d != kept]
     dtype = torch.promote_types(part.dtype, torch.float32)
     norms = torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=dtype) if dims else part.abs().to(dtype)
-    return _sum_over_shards(norms.square(), tensor, kept).sqrt() if is_sharded(tensor) else norms
+    return sum_over_shards(norms.square(), tensor, kept).sqrt() if is_sharded(tensor) else norms
 
 
 @torch.no_grad()
@@ -88,5 +106,5 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     for t in tensors:
         layouts[getattr(t, "device_mesh", None), getattr(t, "placements", None), local(t).device].append(t)
     norms = [(torch.stack(torch._foreach_norm(locals_of(same), 2, dtype)), same[0]) for same in layouts.values()]
-    squares = [_sum_over_shards(norm.square().sum(), example, None) for norm, example in norms]
+    squares = [sum_over_shards(norm.square().sum(), example) for norm, example in norms]
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

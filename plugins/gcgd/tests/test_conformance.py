@@ -4,15 +4,13 @@ from regrad_testing import CorrectionSuite, StagedImages
 
 
 class TestGCGD(CorrectionSuite):
-    """With branches that stay as they were drawn: a fit sees the last micro-batch only, as the card of GC-ODE says."""
-
     correction = "gcgd"
     effective_options = {
         "gcw.warmup_steps": 1,
         "gcw.fit_every": 2,
         "gcode.warmup_steps": 1,
         "gcode.weight": 0.5,
-        "gcode.fit_every": 1000,
+        "gcode.fit_every": 2,
     }
     no_effect = {"gcw.prior": 0.0, "gcw.predictor": "prior", "gcode.weight": 0.0}
     problem = StagedImages()

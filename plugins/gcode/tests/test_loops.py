@@ -193,28 +193,35 @@ def test_stages_shared_within_a_forward_inject_once_per_call(same, make_network,
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "keep"}, {"flow": "scale"}], ids=str)
-def test_four_parts_of_a_batch_are_the_batch(options, make_network, make_batches):
-    models = []
+@pytest.mark.parametrize("options", [{"fit_every": 1000}, {}, {"norm": "keep"}, {"flow": "scale"}], ids=str)
+def test_four_parts_of_a_batch_are_the_batch_and_fits_see_all_of_them(options, make_network, make_batches):
+    models, branches = [], []
     for parts in (1, 4):
         model = make_network()
-        train(model, make_batches(6, size=32), parts, **{**options, "fit_every": 1000})
+        branches.append(branches_of(train(model, make_batches(6, size=32), parts, **options)))
         models.append(model)
     assert_same(*models, rtol=0, atol=1e-12)
+    for key, value in branches[0].items():
+        torch.testing.assert_close(branches[1][key], value, rtol=0, atol=1e-12)
 
 
-def test_a_fit_sees_the_last_part_of_a_batch(make_network, make_batches):
-    (inputs, target), models = make_batches(1)[0], []
-    for rows in (slice(None), slice(4, None)):
+@pytest.mark.parametrize("together", [True, False])
+def test_a_fit_counts_rows_and_not_parts(together, make_network, make_batches):
+    (inputs, target), branches = make_batches(1)[0], []
+    for sizes in ([8], [5, 1, 2]):
         model = make_network()
-        optimizer, correction = torch.optim.SGD(model.parameters(), lr=0.0), GCODE(fit_every=1)
+        optimizer, correction = torch.optim.SGD(model.parameters(), lr=0.0), GCODE(fit_every=2)
         with regrad.attach(model, optimizer, [correction]):
-            for _ in range(3):
-                for x, y in zip(inputs[rows].split(4), target[rows].split(4), strict=True):
-                    loss_of(model(x), y).backward()
+            for _ in range(4):
+                optimizer.zero_grad()
+                parts = zip(inputs.split(sizes), target.split(sizes), strict=True)
+                losses = (loss_of(model(x), y, reduction="sum") for x, y in parts)
+                for loss in [sum(losses)] if together else losses:  # one backward for all forwards, or one each
+                    loss.backward()
                 optimizer.step()
-        models.append(branches_of(correction))
-    assert all(torch.equal(value, models[1][key]) for key, value in models[0].items())
+        branches.append(branches_of(correction))
+    for key, value in branches[0].items():
+        torch.testing.assert_close(branches[1][key], value, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -227,9 +234,9 @@ def test_an_overflow_is_as_if_the_batch_had_not_been_and_the_scale_is_transparen
         with regrad.attach(model, optimizer, [correction]) as attachment:
             for index, (inputs, target) in enumerate(make_batches(7, dtype=torch.float32)):
                 for overflow in (True, False) if scaler and index in (1, 3) else (False,):
-                    optimizer.zero_grad()
                     x = inputs + 1 if overflow else inputs
                     loss = loss_of(model(x), target) * (torch.inf if overflow else 1.0)
+                    optimizer.zero_grad(set_to_none=fused)  # after the forward, as Lightning does
                     if scaler:
                         scaler.scale(loss).backward()
                         if not fused:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from regrad_gcw import GCW
+from regrad_testing.clauses import tensors_in
 
 WIDTH = 7
 
@@ -303,7 +304,8 @@ def test_none_frozen_zero_and_infinite_gradients():
     assert state["often.weight"]["seen"] == 20
     assert state["rare.weight"]["seen"] == 5
     for kept in state.values():
-        assert all(kept[key].isfinite().all() for key in ("history", "learned", "used", "gate"))
+        assert all(kept["learning"][0][key].isfinite().all() for key in ("learned", "used", "gate"))
+        assert all(row.isfinite().all() for row in kept["history"].values())
     assert not model["zero"].weight.grad.any()
 
 
@@ -312,7 +314,7 @@ def test_a_gradient_in_bf16_keeps_its_slots_in_float32():
     raw, seen, _, _ = train(model, sgd(model.parameters()), 30, correction := GCW(layers="all", warmup_steps=2))
     assert seen[-1].dtype == torch.bfloat16
     assert not torch.equal(raw[3], seen[3])
-    assert correction.state_dict()["weight"]["history"].dtype == torch.float32
+    assert correction.state_dict()["weight"]["history"][0].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("slots", "copies"), [(("last", "fast", "slow"), 4), (("last",), 2)])
@@ -322,7 +324,7 @@ def test_memory_is_one_copy_per_slot_and_one(slots, copies):
     with regrad.attach(model, optimizer, [correction := GCW(layers=("weight",), slots=slots)]):
         model(torch.ones(1, 100)).sum().backward()
         optimizer.step()
-    kept = sum(t.numel() for t in correction.state_dict()["weight"].values() if isinstance(t, torch.Tensor))
+    kept = sum(t.numel() for t in tensors_in(correction.state_dict()["weight"]).values())
     assert copies * 10_000 <= kept < copies * 10_000 + 2_000
 
 
@@ -412,7 +414,7 @@ def test_idle_reasons_name_what_is_missing():
         train(model, torch.optim.SGD(model.parameters(), lr=0.01), 200, correction := GCW(**options))
     assert "'gcw' had no effect in 200 steps: the coefficients stayed at 0" in str(caught[0].message)
     state = correction.state_dict()
-    state["weight"]["gate"].zero_()
+    state["weight"]["learning"][0]["gate"].zero_()
     correction.load_state_dict(state)
     assert correction.idle_reason() == "the gate switched all 1 tensors off"
     assert correction.metrics() == {"a_last": 0, "a_fast": 0, "a_slow": 0, "share_learned": 0, "share_on": 0}

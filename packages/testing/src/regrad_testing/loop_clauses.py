@@ -121,7 +121,7 @@ class LoopClauses(Settings):
             require_finite(low.weights(), f"on {name} in bfloat16")
             dtypes = {g.dtype for g in low.gradients().values() if g is not None}
             require(dtypes == {torch.bfloat16}, f"on {name} gradients in bfloat16 became {dtypes}")
-            far, usual = (_distance(t, w) for t, w in ((low, self.corrected(name)), (plain, self.plain(name))))
+            far, usual = (distance(t, w) for t, w in ((low, self.corrected(name)), (plain, self.plain(name))))
             # what a correction adds is rounded too: some times what the loop alone loses
             require(far <= 0.1 + 5 * usual, f"on {name} bfloat16 ends {far:.2f} from float64, {usual:.2f} without")
 
@@ -263,7 +263,7 @@ def _with_rare_parameters(net: nn.Module) -> WithRareParameters:
     return WithRareParameters(net)
 
 
-def _distance(training: Training, wanted: Training) -> float:
+def distance(training: Training, wanted: Training) -> float:
     """Return how far the weights end apart, relative to how far they went."""
     start = Training(wanted.problem, torch.optim.SGD, None, lr=0.1).weights()
     ends = [torch.cat([w.double().flatten() for w in t.weights().values()]) for t in (training, wanted)]

@@ -20,7 +20,7 @@ PATIENCE = 240
 HEAVY = ["regrad_testing.worker", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 
-def launch(suite: type) -> list[dict[str, Any]]:
+def launch(suite: type, patience: float = PATIENCE) -> list[dict[str, Any]]:
     """Run `suite.cases()` on two gloo processes and return, per rank, result or error by case.
 
     The class is imported in each process from the file that holds it, so it must
@@ -28,6 +28,7 @@ def launch(suite: type) -> list[dict[str, Any]]:
 
     Args:
         suite: The class.
+        patience: Seconds until processes that still run are ended.
 
     Raises:
         AssertionError: If a process ends early.
@@ -42,7 +43,7 @@ def launch(suite: type) -> list[dict[str, Any]]:
         processes: list[Any] = [context.Process(target=work, args=(*place, rank)) for rank in range(WORLD)]  # type: ignore[attr-defined]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         codes = [process.exitcode for process in processes]

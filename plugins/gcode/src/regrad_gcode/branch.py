@@ -1,7 +1,5 @@
 """The branch beside a stage: a projection, then a neural ordinary differential equation."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Literal
@@ -12,7 +10,6 @@ from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint
 
 Solver = Literal["euler", "midpoint", "heun3", "rk4", "bosh3", "adaptive_heun", "fehlberg2", "dopri5", "dopri8"]
-TOLERANCE = 1e-4
 
 
 class Field(nn.Module):
@@ -74,5 +71,5 @@ class Branch(nn.Module):
         adjoint = self.adjoint and not self.field.pointwise.weight.requires_grad  # a fit needs the steps' own gradients
         # Without the empty tuple the adjoint would write gradients into the field's parameters.
         solve = partial(odeint_adjoint, adjoint_params=()) if adjoint else odeint
-        how = {"method": self.solver, "rtol": TOLERANCE, "atol": TOLERANCE}
+        how = {"method": self.solver, "rtol": 1e-4, "atol": 1e-4}  # of adaptive solvers
         return solve(self.field, self.project(hidden), self.times, **how)[-1]  # type: ignore[no-any-return]

@@ -1,12 +1,9 @@
 """GC-ODE: neural ODE branches beside the stages of a network add to the gradients of hidden states."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
-import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -16,8 +13,8 @@ from regrad.correction import Control, Needs
 from regrad.errors import refuse_if
 from regrad.hookspecs import Step
 from regrad.meter import change_and_cosine, compare
+from regrad.sharding import total_norm
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from regrad_gcode.branch import Solver
@@ -26,6 +23,7 @@ from regrad_gcode.pair import Pair, Passage, Shape
 from regrad_gcode.selection import Stage, find_stages
 
 WHOLE = "'gcode' must see whole stages; checkpoint them whole, or with use_reentrant=False"
+UNCOUNTED = "FSDP2 hides the gradients by which fits know a step's micro-batches"
 UNSEEN = "'gcode' saw no forward of a stage; do not replace modules after attach()"
 
 
@@ -72,7 +70,7 @@ class GCODE(Correction):
     """
 
     name = "gcode"
-    needs = Needs(stages=("hidden",), layouts=("plain", "ddp"), record=True)
+    needs = Needs(stages=("hidden",), layouts=("plain", "ddp"), record=True, conflicts={"fsdp2": UNCOUNTED})
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options:
@@ -91,10 +89,10 @@ class GCODE(Correction):
 
         def __post_init__(self) -> None:
             rules = (
-                ("weight", 0 <= self.weight < math.inf, "be at least 0 and finite"),
+                ("weight", 0 <= self.weight < torch.inf, "be at least 0 and finite"),
                 ("warmup_steps", self.warmup_steps >= 1, "be at least 1"),
                 ("fit_every", self.fit_every >= 1, "be at least 1"),
-                ("learning_rate", 0 < self.learning_rate < math.inf, "be positive and finite"),
+                ("learning_rate", 0 < self.learning_rate < torch.inf, "be positive and finite"),
                 ("norm", self.flow == "branch" or self.norm == "free", "be 'free' with flow='scale', the control"),
                 ("stages", len(self.stages) == len({*self.stages}) != 1, "be two or more different names"),
                 ("seed", self.seed >= 0, "be at least 0"),
@@ -109,7 +107,7 @@ class GCODE(Correction):
         self._pairs: dict[str, Pair] = {}
         self._kept: Mapping[str, Any] = {}
         self._passages: weakref.WeakSet[Passage] = weakref.WeakSet()
-        self._forwards = 0
+        self._forwards, self._task = 0, -1
 
     def setup(self, attachment: Attachment) -> None:
         """Refuse what cannot be right; the branches come after the first training forward, or with a state."""
@@ -124,7 +122,7 @@ class GCODE(Correction):
     def _acts(self) -> bool:
         return self.attachment is not None and self.attachment.model.training and torch.is_grad_enabled()
 
-    def _after_forward(self, *_: Any) -> None:
+    def _after_forward(self, _: nn.Module, __: Any, output: Any) -> None:
         """Build the branches when the first training forward has shown the stages."""
         if not self._acts():
             return
@@ -133,6 +131,9 @@ class GCODE(Correction):
         if self._forwards == 0:
             self.attachment.reasons = (*self.attachment.reasons, f"'gcode' sees the stages {', '.join(self._pairs)}")
         self._forwards += 1
+        for leaf in tree_leaves(output) if self._fits(self.attachment.engine.applied) else ():
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._begin)  # type: ignore[no-untyped-call]
 
     def _find(self) -> None:
         """Make the pairs of the stages that were named or that the record shows."""
@@ -174,23 +175,36 @@ class GCODE(Correction):
         if mark in marks and torch._C._current_graph_task_id() != -1:  # a checkpoint runs the stage again in backward
             return
         marks[mark] = True
-        if self._fits(self.attachment.engine.applied):
-            pair.sample = before.detach().clone(), after.detach().clone()  # what follows may write in place
-        passage = Passage(before.detach(), end.output_nr, after._is_view())
+        fits = self._fits(self.attachment.engine.applied)
+        sample = (before.detach().clone(), after.detach().clone()) if fits else None  # what follows may write in place
+        passage = Passage(before.detach(), end.output_nr, after._is_view(), sample)
         self._passages.add(passage)
         # Hooks of a tensor run in the order of their coming, those of its node after them: only there is
         # the gradient complete, for the next pair's injection is a hook of the same tensor and comes later.
-        end.node.register_prehook(passage.keep)
+        end.node.register_prehook(partial(self._keep, pair, passage))
         before.register_hook(partial(self._inject, pair, passage))  # type: ignore[no-untyped-call]
+
+    def _begin(self, _: Tensor) -> None:
+        """Forget earlier micro-batches if there is no gradient of theirs: their step was taken, or was skipped."""
+        task, self._task = self._task, torch._C._current_graph_task_id()
+        if task != self._task and self.attachment is not None:
+            norm = total_norm([p.grad for p in self.attachment.model.parameters() if p.grad is not None])
+            for pair in self._pairs.values():
+                pair.forget(norm == 0)
+
+    def _keep(self, pair: Pair, passage: Passage, gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradient when it is complete, with what the next pair adds to it, and what a fit needs."""
+        passage.gradient, sample, passage.sample = gradients[passage.index], passage.sample, None
+        if sample is not None and self.attachment is not None:
+            pair.collect(*sample)
 
     def _inject(self, pair: Pair, passage: Passage, gradient: Tensor) -> Tensor | None:
         """Return the gradient of h before the stage with the branch's part."""
         following, passage.gradient = passage.gradient, None
-        if passage.hidden is None or self.attachment is None or not self._strength():
-            return None
-        lost = following is None and passage.is_view  # torch drops the hooks of a view that is written to
+        idle = passage.hidden is None or self.attachment is None or not self._strength()
+        lost = not idle and following is None and passage.is_view  # torch drops the hooks of a view that is written to
         refuse_if(lost, f"stage {pair.name!r} ends in a view that is written in place; copy it, or name other stages")
-        if following is None:
+        if idle or passage.hidden is None or following is None:
             return None
         extra = self._strength() * pull_back(pair.branch, passage.hidden, following, dtype=pair.dtype)
         scaled, kept = self.options.flow == "scale", self.options.norm == "keep"
@@ -221,21 +235,19 @@ class GCODE(Correction):
 
     def after_step(self, step: Step) -> None:
         """Fit the branches when it is time, and let go what the step held."""
-        unseen = not any(pair.passages for pair in self._pairs.values())
-        refuse_if(self._forwards > 1 and unseen, UNSEEN)
+        refuse_if(self._forwards > 1 and not any(pair.passages for pair in self._pairs.values()), UNSEEN)
         self._witness()
         for pair in self._pairs.values() if self._fits(step.index) else ():
             pair.fit()
         for passage in self._passages:
             passage.hidden = None
 
-    def control(self, optimizer: Optimizer) -> Control | None:
+    def control(self, optimizer: torch.optim.Optimizer) -> Control | None:
         """Return the same layers' gradients scaled as the branches scale them; none where norms are kept."""
-        if self.options.flow == "scale" or self.options.norm == "keep":
-            return None
+        scales = self.options.flow == "branch" and self.options.norm == "free"
         changed = {key: value for key, value in vars(self.options).items() if value != getattr(self.Options, key)}
         written = ",".join(f"{name}={_written(value)}" for name, value in {**changed, "flow": "scale"}.items())
-        return Control(name="scaled-flow", corrections=(f"{self.name}:{written}",))
+        return Control(name="scaled-flow", corrections=(f"{self.name}:{written}",)) if scales else None
 
     def metrics(self) -> dict[str, float]:
         """Return per pair cosine and norm ratio of the stage's gradient and the corrected one, and the last fit."""
@@ -252,10 +264,8 @@ class GCODE(Correction):
             return
         for name, kept in state.items() if not self._pairs else ():
             self._build(Stage(name.partition("..")[0], name.rpartition("..")[2]), kept["shapes"])
-        refuse_if(
-            state and {*state} != {*self._pairs},
-            f"state must be of the stages {', '.join(self._pairs)}, got {', '.join(state)}",
-        )
+        stages, got = ", ".join(self._pairs), ", ".join(state)
+        refuse_if(state and {*state} != {*self._pairs}, f"state must be of the stages {stages}, got {got}")
         for name, kept in state.items():
             self._pairs[name].load(kept)
 

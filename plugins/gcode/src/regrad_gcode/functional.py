@@ -6,8 +6,6 @@ else reads h), e the branch's part :math:`\lambda J_{branch}^\top g`. Norms are 
 sample (dimension 0), so that micro-batches and ranks give the numbers of the whole batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -73,8 +71,7 @@ def scale_flow(gradient: Tensor, extra: Tensor) -> Tensor:
         >>> scale_flow(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 8.0]]))  # |(5, 12)| / 5
         tensor([[ 7.8000, 10.4000]])
     """
-    ratio = _ratio(_sample_norms(gradient + extra), _sample_norms(gradient))
-    return (gradient * ratio).to(gradient.dtype)
+    return (gradient * _ratio(_sample_norms(gradient + extra), _sample_norms(gradient))).to(gradient.dtype)
 
 
 def _sample_norms(tensor: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
 """Two adjacent hidden states, the branch between them, and what fits the branch."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from regrad_gcode.branch import Branch
 
@@ -23,17 +21,15 @@ class Passage:
         hidden: h before the stage, detached; None once the step is over.
         index: Which output of its node the stage's output is.
         is_view: Whether that output shares its memory with the tensor before.
+        sample: Copies of h before and after, to fit to; None in most steps, and once it is used.
         gradient: The gradient of the stage's output, between its coming and its use.
     """
 
     hidden: Tensor | None
     index: int
     is_view: bool
+    sample: tuple[Tensor, Tensor] | None
     gradient: Tensor | None = None
-
-    def keep(self, gradients: Sequence[Tensor | None]) -> None:
-        """Take the gradient when it is complete: with what the next pair adds to it."""
-        self.gradient = gradients[self.index]
 
 
 class Pair:
@@ -49,14 +45,14 @@ class Pair:
     Attributes:
         dtype: What the branch computes in.
         entered: What went into the stage that is running.
-        sample: (h before, h after) to fit to, of the last forward of a step that fits.
+        sums: What the micro-batches of a step that fits have said so far, see `collect`.
         witnessed: The gradient before and after the correction, in a measured step.
         passages: Forwards through the stage so far.
         seen: What the last measurements gave, by name.
     """
 
     entered: Tensor | None = None
-    sample: tuple[Tensor, Tensor] | None = None
+    sums: Sequence[Tensor] = ()
     witnessed: tuple[Tensor, Tensor] | None = None
     passages = 0
 
@@ -72,29 +68,32 @@ class Pair:
         for parameter in self.branch.parameters() if is_distributed() else ():
             distributed.broadcast(parameter, 0)
 
+    def forget(self, condition: Tensor) -> None:
+        """Let go what micro-batches said, where the condition holds: they belong to no step that will be taken."""
+        self.sums = [torch.where(condition.to(kept.device), 0, kept) for kept in self.sums]  # 0 × infinity is NaN
+
+    def collect(self, before: Tensor, after: Tensor) -> None:
+        """Add what a micro-batch says of the branch: the gradients of the sum of (b − h)², and of how many numbers."""
+        self.branch.requires_grad_(True)
+        with torch.enable_grad(), torch.autocast(before.device.type, enabled=False):
+            errors = self.branch(before.to(self.dtype)) - after.to(self.dtype)
+            gradients = torch.autograd.grad(errors.square().sum(), [*self.branch.parameters()])
+        self.branch.requires_grad_(False)
+        self.seen["fit_loss"] = errors.detach().square().mean()
+        new = [*gradients, torch.full_like(self.seen["fit_loss"], after.numel())]
+        self.sums = [one + other for one, other in zip(new, self.sums or [0.0] * len(new), strict=True)]
+
     def fit(self) -> None:
-        """Take one step of the branch towards its stage, with the ranks' mean gradient."""
-        for parameter, gradient in zip(self.branch.parameters(), self._fit_gradients(), strict=True):
-            parameter.grad = gradient.contiguous()
+        """Take one step of the branch towards its stage, with the ranks' mean of the gradient of mean (b − h)²."""
+        parameters, sums, self.sums = [*self.branch.parameters()], self.sums, []
+        *gradients, count = sums or [*map(torch.zeros_like, parameters), torch.ones(())]  # this rank saw nothing
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = (gradient / count.clamp_min(1)).contiguous()
             if is_distributed():
                 distributed.all_reduce(parameter.grad)
                 parameter.grad.div_(distributed.get_world_size())
         self.adam.step()
         self.adam.zero_grad()
-
-    def _fit_gradients(self) -> Sequence[Tensor]:
-        """Return the gradients of mean (b − h)² on the sample; zeros where this rank has none."""
-        parameters, sample, self.sample = [*self.branch.parameters()], self.sample, None
-        if sample is None:
-            return [torch.zeros_like(p) for p in parameters]
-        before, after = (hidden.to(self.dtype) for hidden in sample)
-        self.branch.requires_grad_(True)
-        with torch.enable_grad(), torch.autocast(before.device.type, enabled=False):
-            loss = nn.functional.mse_loss(self.branch(before), after)
-            gradients = torch.autograd.grad(loss, parameters)
-        self.branch.requires_grad_(False)
-        self.seen["fit_loss"] = loss.detach()
-        return gradients
 
     def state(self) -> dict[str, Any]:
         """Return copies of the branch's weights and its Adam's state."""

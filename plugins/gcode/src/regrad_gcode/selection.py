@@ -1,7 +1,5 @@
 """Where the stages of a network begin and end, read from the record of the first training forward."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

@@ -1,10 +1,7 @@
 """GC-W: an offset on weight gradients, learned from how earlier offsets agreed with later gradients."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace as with_changes
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +9,7 @@ from regrad import Attachment, Correction
 from regrad.correction import Control, Needs
 from regrad.errors import refuse_if
 from regrad.hookspecs import Step
+from regrad.sharding import local
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
 
@@ -73,7 +71,7 @@ class GCW(Correction):
     needs = Needs(
         stages=("gradient", "moment"),
         exclusive=("look-ahead",),
-        layouts=("plain", "ddp"),
+        layouts=("plain", "ddp", "fsdp2"),
         after=("centralization",),
         before=("clip-norm", "clip-value", "agc"),
         record=True,
@@ -111,12 +109,8 @@ class GCW(Correction):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         chosen = self.options
-        self.needs = with_changes(
-            self.needs,
-            exclusive=() if chosen.allow_double_lookahead else self.needs.exclusive,
-            warmup_steps=chosen.warmup_steps,
-            record=chosen.layers == "stages",
-        )
+        shared = {"exclusive": ()} if chosen.allow_double_lookahead else {}
+        self.needs = replace(self.needs, warmup_steps=chosen.warmup_steps, record=chosen.layers == "stages", **shared)
         self._memories: dict[str, Memory] = {}
         self._stage_ends: set[Any] | None = None
 
@@ -125,8 +119,8 @@ class GCW(Correction):
         groups, layers = attachment.optimizer.param_groups, self.options.layers
         ahead = isinstance(attachment.optimizer, NAdam) or any(group.get("nesterov") for group in groups)
         kind, mend = type(attachment.optimizer).__name__, "use nesterov=False, or allow_double_lookahead=True"
-        twice = ahead and not self.options.allow_double_lookahead
-        refuse_if(twice, f"'gcw' on {kind} with a Nesterov step would look ahead twice; {mend}")
+        ahead = ahead and not self.options.allow_double_lookahead
+        refuse_if(ahead, f"'gcw' on {kind} with a Nesterov step would look ahead twice; {mend}")
         numbers = any(p.is_complex() for group in groups for p in group["params"])
         refuse_if(numbers, "'gcw' has no rule for complex parameters; train them with a separate optimizer")
         names = [name for name, _ in attachment.model.named_parameters()]
@@ -156,7 +150,7 @@ class GCW(Correction):
         """Add the offset to `.grad` where no first moment takes it."""
         for parameter, memory in self._advanced(step, moment=False):
             if step.index >= self.options.warmup_steps:
-                parameter.grad.add_(self._offset(parameter, memory))
+                local(parameter.grad).add_(self._offset(parameter, memory))
 
     def correct_moments(self, step: Step) -> None:
         """Add the offset to the first moment, so that after its decay it counts as in the gradient."""
@@ -165,26 +159,26 @@ class GCW(Correction):
             if step.index >= self.options.warmup_steps and moment is not None:
                 kept = float(group["betas"][0])
                 factor = (-1.0 if group.get("maximize") else 1.0) * (1 - kept) / kept
-                moment.add_(self._offset(parameter, memory), alpha=factor)
+                local(moment).add_(self._offset(parameter, memory), alpha=factor)
 
-    def _advanced(self, step: Step, *, moment: bool) -> list[tuple[Any, Memory]]:
-        """Take the new gradients of one kind of tensor into their memories, and return these."""
-        options, taken = self.options, []
+    def _advanced(self, step: Step, *, moment: bool) -> Iterator[tuple[Any, Memory]]:
+        """Take the new gradients of one kind of tensor into their memories, and yield these."""
+        options = self.options
         for name, parameter in zip(step.names, step.parameters, strict=True):
-            gradient, group = parameter.grad, step.group_of(parameter)
-            if not self.selects(name, parameter) or gradient is None or self._in_moment(step, group) != moment:
+            group = step.group_of(parameter)
+            if not self.selects(name, parameter) or parameter.grad is None or self._in_moment(step, group) != moment:
                 continue
+            gradient = local(parameter.grad)
             if name not in self._memories:
                 rows = options.fit_every if options.fit_target == "next" else None
                 attention = options.predictor == "attention"
                 self._memories[name] = Memory.begin(gradient, self._prior(group), rows=rows, attention=attention)
-            memory = self._memories[name].to_(gradient.device)
+            memory = self._memories[name].of_(parameter)
             memory.prior = self._prior(group)
             if step.index > options.warmup_steps and memory.seen:
                 memory.witness(gradient)
             memory.take(gradient, [DECAYS[slot] for slot in options.slots])
-            taken.append((parameter, memory))
-        return taken
+            yield parameter, memory
 
     def _in_moment(self, step: Step, group: Mapping[str, Any]) -> bool:
         known = type(step.optimizer) in WITH_FIRST_MOMENT and self.options.target == "moment"
@@ -198,13 +192,14 @@ class GCW(Correction):
         return [float(momentum) if slot == "last" else 0.0 for slot in self.options.slots]
 
     def _offset(self, parameter: Any, memory: Memory) -> Tensor:
-        kept = memory.tensors
-        return offset(parameter.grad, kept["history"][1:], kept["used"], keep_norm=self.options.norm == "keep")
+        slots, used, kept = memory.tensors["history"][1:], memory.tensors["used"], self.options.norm == "keep"
+        return offset(local(parameter.grad), slots, used, keep_norm=kept, whole=memory.whole)
 
     def after_step(self, step: Step) -> None:
         """Fit coefficients and gates at the end of a window."""
         since, options = step.index - self.options.warmup_steps, self.options
-        due = [memory for memory in self._memories.values() if memory.rows]
+        memories = ((self._memories.get(n), p) for n, p in zip(step.names, step.parameters, strict=True))
+        due = [memory.of_(parameter) for memory, parameter in memories if memory and memory.rows]
         if due and since % options.fit_every == 0:  # before the end of the warm-up nothing is due
             fit(due, predictor=options.predictor, gated=options.gate)
 

@@ -2,20 +2,19 @@ r"""Slots, offset, evidence and fits of GC-W, as functions of tensors.
 
 Symbols: g the gradient of one tensor at step t, flat, N numbers; g' the gradient that
 follows; S slots :math:`M_1 \ldots M_S`; coefficients a, one per slot. A *history* has
-shape [S + 1, N]: g in row 0, the slots below. A *Gram matrix* has shape
+shape [S + 1, *]: g in row 0, the slots below. Where tensors are cut into shards, each
+process holds its part of a history, and inner products are added over the processes. A *Gram matrix* has shape
 [S + 2, S + 2]: inner products of g, the slots and g', in that order.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 WIDTH, FIT_STEPS, FIT_RATE = 8, 20, 1e-2
-LOWEST, HIGHEST = -1.0, 2.0
-LOG_RATIO_BOUND = 10.0
+LOWEST, HIGHEST, LOG_RATIO_BOUND = -1.0, 2.0, 10.0
+Whole = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -27,9 +26,9 @@ def roll_(history: Tensor, gradient: Tensor, *, decays: Sequence[float], seen: i
     average :math:`e \leftarrow d\,e + (1-d)\,g` read as :math:`e/(1-d^n)`.
 
     Args:
-        history: Shape [S + 1, N]. Overwritten.
-        gradient: g of the step that begins, N numbers of any shape. Entries that are
-            not finite are kept as 0.
+        history: Shape [S + 1, *]. Overwritten.
+        gradient: g of the step that begins, shape of a slot. Entries that are not finite
+            are kept as 0.
         decays: :math:`d_k` in [0, 1), S of them; 0 keeps the last gradient.
         seen: n, gradients that the history has held before, at least 0.
 
@@ -42,18 +41,21 @@ def roll_(history: Tensor, gradient: Tensor, *, decays: Sequence[float], seen: i
     """
     for slot, decay in zip(history[1:] if seen else (), decays, strict=False):
         slot.lerp_(history[0], (1 - decay) / (1 - decay**seen))
-    history[0].copy_(gradient.reshape(-1)).nan_to_num_(0.0, 0.0, 0.0)
+    history[0].copy_(gradient).nan_to_num_(0.0, 0.0, 0.0)
 
 
 @torch.no_grad()
-def offset(gradient: Tensor, slots: Tensor, coefficients: Tensor, *, keep_norm: bool = False) -> Tensor:
+def offset(
+    gradient: Tensor, slots: Tensor, coefficients: Tensor, *, keep_norm: bool = False, whole: Whole = lambda part: part
+) -> Tensor:
     r"""Return :math:`\Delta G = \sum_k a_k (g - M_k)`.
 
     Args:
         gradient: g, N numbers of any shape.
-        slots: Shape [S, N], float32 at least.
+        slots: Shape [S, *] of N numbers each, float32 at least.
         coefficients: a, shape [S], of the dtype of `slots`.
         keep_norm: Rescale :math:`g + \Delta G` to the norm of g.
+        whole: Adds, over the processes that hold parts of the tensor, what each computed.
 
     Returns:
         Shape of `gradient`, dtype of `slots`.
@@ -62,15 +64,21 @@ def offset(gradient: Tensor, slots: Tensor, coefficients: Tensor, *, keep_norm: 
         >>> offset(torch.tensor([3.0, 1.0]), torch.tensor([[1.0, 1.0]]), torch.tensor([0.5]))
         tensor([1., 0.])
     """
-    flat = gradient.reshape(-1).to(slots.dtype)
+    raw = gradient.to(slots.dtype)
     with torch.autocast(slots.device.type, enabled=False):
-        change = flat * coefficients.sum() - torch.mv(slots.T, coefficients)
+        change = raw * coefficients.sum() - torch.mv(_flat(slots).T, coefficients).view(raw.shape)
     if keep_norm:
-        whole, tiny = flat + change, torch.finfo(flat.dtype).tiny
-        unchanged = ~change.any()  # a coefficient of 0 stays the identity, bit for bit
-        factor = torch.linalg.vector_norm(flat) / torch.linalg.vector_norm(whole).clamp_min(tiny)
-        change = (whole * factor - flat).masked_fill(unchanged, 0.0)
-    return change.view(gradient.shape)
+        parts = torch.stack([torch.linalg.vector_norm(part) for part in (raw, raw + change, change)])
+        old, new, moved = whole(parts.square()).sqrt()
+        factor = old / new.clamp_min(torch.finfo(raw.dtype).tiny)
+        # a coefficient of 0 stays the identity, bit for bit
+        change = ((raw + change) * factor - raw).masked_fill(moved == 0, 0.0)
+    return change
+
+
+def _flat(history: Tensor) -> Tensor:
+    """Return [S, *] as [S, N]."""
+    return history[:, None].flatten(1)  # of no numbers and of scalars too
 
 
 @torch.no_grad()
@@ -78,8 +86,8 @@ def gram(history: Tensor, following: Tensor) -> Tensor:
     r"""Return the inner products of g, the slots and g'.
 
     Args:
-        history: Shape [S + 1, N].
-        following: g', N numbers of any shape.
+        history: Shape [S + 1, *].
+        following: g', shape of a slot.
 
     Returns:
         Shape [S + 2, S + 2], on the device.
@@ -90,10 +98,10 @@ def gram(history: Tensor, following: Tensor) -> Tensor:
                 [2., 1., 0.],
                 [3., 0., 9.]])
     """
-    flat = following.reshape(-1).to(history.dtype)
+    rows, flat = _flat(history), following.reshape(-1).to(history.dtype)
     with torch.autocast(history.device.type, enabled=False):
-        side = torch.mv(history, flat)
-        top = torch.cat([history @ history.T, side[:, None]], dim=1)
+        side = torch.mv(rows, flat)
+        top = torch.cat([rows @ rows.T, side[:, None]], dim=1)
         return torch.cat([top, torch.cat([side, torch.dot(flat, flat)[None]])[None]])
 
 

@@ -1,7 +1,5 @@
 """Which tensors GC-W acts on: the last convolution of every stage, or the layers that the user names."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 

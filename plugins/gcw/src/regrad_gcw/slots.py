@@ -1,11 +1,11 @@
 """What GC-W keeps of each tensor from step to step."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import torch
+from regrad.sharding import local, sum_over_shards
 from torch import Tensor
 
 from regrad_gcw import functional
@@ -13,22 +13,28 @@ from regrad_gcw import functional
 DECAYS = {"last": 0.0, "fast": 0.9, "slow": 0.98}
 WINDOWS_JUDGED = 5
 MODULE = ("query", "key", "scale")
-SMALL = ("learned", "gains", *MODULE)
+SMALL, LARGE = ("learned", "gains", *MODULE), ("history", "snapshot", "sum")
 
 
 class Memory:
     """Slots, evidence and coefficients of one tensor.
 
     Args:
-        tensors: "history" [S + 1, N]; "learned", "used" [S], coefficients; "gate" [2],
+        tensors: "history" [S + 1, *]; "learned", "used" [S], coefficients; "gate" [2],
             whether the learned ones are used, whether any are; "window" [rows, S + 2,
             S + 2], Gram matrices, NaN where missing; "gains" [5 · rows, 2], of the prior
             and of the learned coefficients, first order; "query", "key", "scale" where attention predicts; "snapshot"
-            [S + 1, N] and "sum" [N] where the target is hindsight.
+            [S + 1, *] and "sum" [1, *] where the target is hindsight. Of a shard, * is the shape of this
+            process's part.
         prior: S coefficients, as the optimizer's group had them last.
         seen: Gradients taken in.
         rows: Gradients that the window has seen.
+
+    Attributes:
+        whole: Adds over the processes what each computed from its part of a shard.
     """
+
+    whole: functional.Whole = staticmethod(lambda values: values)
 
     def __init__(self, tensors: dict[str, Tensor], prior: Sequence[float], seen: int = 0, rows: int = 0) -> None:
         self.tensors, self.prior, self.seen, self.rows = tensors, prior, seen, rows
@@ -46,24 +52,25 @@ class Memory:
             tensors |= {"query": draws[:, 0], "key": draws[:, 1:] / (size + 1) ** 0.5, "scale": torch.zeros(())}
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         tensors = {key: tensor.to(gradient.device, dtype, copy=True) for key, tensor in tensors.items()}
-        tensors["history"] = tensors["window"].new_zeros(members, gradient.numel())
+        tensors["history"] = tensors["window"].new_zeros(members, *gradient.shape)
         if rows is None:
             tensors["snapshot"] = torch.full_like(tensors["history"], torch.nan)
-            tensors["sum"] = torch.zeros_like(tensors["history"][0])
+            tensors["sum"] = torch.zeros_like(tensors["history"][:1])
         return cls(tensors, prior)
 
-    def to_(self, device: torch.device) -> Self:
-        """Move to where the gradient is, after a load."""
-        self.tensors = {key: tensor.to(device) for key, tensor in self.tensors.items()}
+    def of_(self, parameter: Tensor) -> Self:
+        """Move to where the parameter is, after a load, and remember how it is cut into shards."""
+        self.tensors = {key: tensor.to(local(parameter).device) for key, tensor in self.tensors.items()}
+        self.whole = partial(sum_over_shards, tensor=parameter)
         return self
 
     def witness(self, gradient: Tensor) -> None:
         """Note the gradient that came after the last step's slots; call before `take`."""
         kept, window = self.tensors, self.tensors["window"]
         if "sum" in kept:
-            kept["sum"].add_(gradient.reshape(-1).nan_to_num(0.0, 0.0, 0.0))
+            kept["sum"].add_(gradient.nan_to_num(0.0, 0.0, 0.0))
         elif self.rows < len(window):
-            window[self.rows].copy_(functional.gram(kept["history"], gradient))
+            window[self.rows].copy_(self.whole(functional.gram(kept["history"], gradient)))
         self.rows += 1
 
     def take(self, gradient: Tensor, decays: Sequence[float]) -> None:
@@ -75,22 +82,24 @@ class Memory:
         """Return the window's Gram matrices, and begin the next window."""
         kept, window = self.tensors, self.tensors["window"]
         if "sum" in kept:
-            window[0].copy_(functional.gram(kept["snapshot"], kept["sum"] / self.rows))
+            window[0].copy_(self.whole(functional.gram(kept["snapshot"], kept["sum"] / self.rows)))
             kept["snapshot"].copy_(kept["history"])
             kept["sum"].zero_()
         kept["window"], self.rows = torch.full_like(window, torch.nan), 0
         return window
 
     def state(self) -> dict[str, Any]:
-        """Return copies of everything."""
-        plain = {"prior": list(self.prior), "seen": self.seen, "rows": self.rows}
-        return {key: tensor.clone() for key, tensor in self.tensors.items()} | plain
+        """Return copies of everything: of shards, row by row, this process's parts; what is in a list is no shard."""
+        rows = {key: dict(enumerate(self.tensors[key].clone())) for key in LARGE if key in self.tensors}
+        small = {key: tensor.clone() for key, tensor in self.tensors.items() if key not in LARGE}
+        return {**rows, "learning": [small], "prior": list(self.prior), "seen": self.seen, "rows": self.rows}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Return the memory that `state` described."""
-        tensors = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor)}
-        return cls(tensors, state["prior"], state["seen"], state["rows"])
+        tensors = {key: torch.stack([*state[key].values()]) for key in LARGE if key in state}
+        small = {key: tensor.clone() for key, tensor in state["learning"][0].items()}
+        return cls(tensors | small, state["prior"], state["seen"], state["rows"])
 
 
 def fit(memories: Sequence[Memory], *, predictor: str, gated: bool) -> None:
@@ -119,9 +128,7 @@ def fit(memories: Sequence[Memory], *, predictor: str, gated: bool) -> None:
         new["learned"] = functional.attend(module, features, prior)
     else:
         new["learned"] = prior
-    learned, on = functional.gate(new["gains"])
-    if not gated:
-        learned, on = torch.ones_like(learned), torch.ones_like(on)
+    learned, on = (answer | (not gated) for answer in functional.gate(new["gains"]))
     new["gate"] = torch.stack([learned & on, on], dim=-1)
     new["used"] = torch.where(learned[:, None], new["learned"], prior).where(on[:, None], 0.0)
     for key, values in new.items():

@@ -1,0 +1,200 @@
+"""Write the page on layouts, and what the cards say of them, from what sharding_cells.py measures.
+
+Usage: python docs/sharding.py [--prove | --render | --check] [NAME ...]
+Without a flag everything, or what is named, is measured on two processes and on one, and sharding.json, the page and
+the cards are written.
+With --prove the verdicts are measured and compared with sharding.json; with --render page and cards are written from
+it; with --check nothing is measured or written, and a stale page or card is an error.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from corrections_table import ROOT, cards
+from interactions import shipped
+from regrad import available
+from regrad_testing.processes import launch
+from sharding_cells import COLUMNS, NAMES, Column, OnTwoProcesses, Seen, measures
+
+DOCS = Path(__file__).parent
+PAGE, TABLE = DOCS / "sharding.md", DOCS / "sharding.json"
+BEGIN, END = "<!-- layouts: written by docs/sharding.py -->\n", "<!-- end of layouts -->"
+PATIENCE = 3600.0  # seconds; a quiet machine needs a few minutes
+Verdict = dict[str, Any]
+Verdicts = dict[str, dict[str, Verdict]]
+
+
+class NotExactError(RuntimeError):
+    """A cell is neither exact nor bounded nor refused."""
+
+
+def verdict_of(where: str, column: Column, seen: Mapping[str, Seen]) -> Verdict:
+    """Return "exact", "bounded" or "refused" with what was measured, for one cell.
+
+    Args:
+        where: Begins the message of an error.
+        column: Its column.
+        seen: What was measured in each way, on each suite and optimizer.
+
+    Raises:
+        NotExactError: If a training ends elsewhere than it must, without a refusal.
+    """
+    for which, one in seen.items():
+        wrong = one.get("broken") or (one.get("far", 0.0) > column.tolerance and f"ends {one['far']:.1e} away")
+        wrong = wrong or (one.get("bound", 0.0) > 0.1 + 5 * one.get("usual", 0.0) and f"ends {one['bound']:.2f} away")
+        if wrong:
+            raise NotExactError(f"{where} | {which}: {wrong}")
+    far, bounds = ([one[key] for one in seen.values() if key in one] for key in ("far", "bound"))
+    reasons = sorted({one["refused"] for one in seen.values() if "refused" in one})
+    if far:
+        return {"verdict": "exact or refused" if reasons else "exact", "far": max(far), "reasons": reasons}
+    if bounds and not reasons:
+        usual = max(one["usual"] for one in seen.values() if "usual" in one)
+        return {"verdict": "bounded", "bound": max(bounds), "usual": usual, "reasons": []}
+    if bounds or not reasons:
+        raise NotExactError(f"{where}: nothing was measured, or only a part")
+    return {"verdict": "refused", "reasons": reasons}
+
+
+def measured(names: Sequence[str]) -> dict[str, Seen]:
+    """Return what is seen of corrections on one process and on two, by "name | column | way | suite and optimizer"."""
+    os.environ[NAMES] = " ".join(names)  # read by the other processes
+    ranks = launch(OnTwoProcesses, PATIENCE)
+    seen: dict[str, Seen] = {}
+    for key, both in ((key, [rank[key] for rank in ranks]) for key in ranks[0]):
+        broken = next((f"\n{one['error']}" for one in both if "error" in one), "")
+        apart = any(one.get("ranks") != both[0].get("ranks") for one in both)
+        seen[key] = {**both[0], "far": max((o["far"] for o in both), default=0.0)} if "far" in both[0] else both[0]
+        seen[key]["broken"] = broken or ("the ranks end apart" if apart else "")
+    return seen | {f"{name} | {key}": measure() for name in names for key, measure in measures(name, 1).items()}
+
+
+def verdicts(names: Sequence[str]) -> Verdicts:
+    """Measure, and return a verdict per correction and column."""
+    seen, found = measured(names), dict[str, dict[str, Verdict]]()
+    for name in names:
+        cells = {column.title: f"{name} | {column.title}" for column in COLUMNS}
+        found[name] = {
+            column.title: verdict_of(
+                cells[column.title],
+                column,
+                {key: one for key, one in seen.items() if key.startswith(f"{cells[column.title]} | ")},
+            )
+            for column in COLUMNS
+        }
+    return found
+
+
+def short(verdict: Verdict) -> str:
+    """Return what a cell of the table says."""
+    if verdict["verdict"] == "bounded":
+        return f"bounded: {percent(verdict['bound'])}"
+    return str(verdict["verdict"])
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, rounded up to one digit."""
+    digits = -math.floor(math.log10(share)) - 2 if share > 0 else 0
+    return f"{math.ceil(share * 100 * 10**digits) / 10**digits:g} %"
+
+
+def table(found: Verdicts) -> str:
+    """Return a row per column, and a column per correction: layouts are more."""
+    head = "| | " + " | ".join(f"`{name}`" for name in found) + " |\n"
+    rule = "|" + " --- |" * (len(found) + 1) + "\n"
+    rows = [
+        f"| {column.title} | " + " | ".join(short(found[name][column.title]) for name in found) + " |\n"
+        for column in COLUMNS
+    ]
+    return head + rule + "".join(rows)
+
+
+def reasons(found: Verdicts) -> str:
+    """Return every refusal with its reason, and every bound with what it is compared with."""
+    lines = []
+    for name, cells in found.items():
+        for title, cell in cells.items():
+            if cell["verdict"] == "bounded":
+                usual = percent(cell["usual"])
+                lines.append(f"- `{name}`, {title}: {percent(cell['bound'])}; without a correction {usual}.\n")
+            lines += [f"- `{name}`, {title}: refused: {reason}.\n" for reason in cell["reasons"]]
+    return "".join(lines)
+
+
+def row_of_card(names: Sequence[str], found: Verdicts) -> str:
+    """Return what a card says: one line per correction."""
+    lines = []
+    for name in names:
+        groups: dict[str, list[str]] = {}
+        for title, cell in found[name].items():
+            groups.setdefault(short(cell), []).append(title.replace(",", ""))
+        said = "; ".join(f"**{verdict}**: {', '.join(titles)}" for verdict, titles in groups.items())
+        lines.append(f"Measured on every layout (`docs/sharding.md`), `{name}`: {said}.\n")
+    return "\n".join(lines)
+
+
+def replaced(path: Path, text: str) -> str:
+    """Return a file's text with a fresh part between the marks."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    if not begin:
+        raise ValueError(f"{path.name} of {path.parent.name} must hold the mark {BEGIN.strip()!r}")
+    return f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}"
+
+
+def pages(found: Verdicts) -> dict[Path, str]:
+    """Return the texts of the page and of the cards."""
+    texts = {PAGE: replaced(PAGE, f"{table(found)}\n{reasons(found)}")}
+    for distribution, card in cards().items():
+        names = [name for name in found if available()[name].distribution == distribution]
+        if names:
+            texts[ROOT / card] = replaced(ROOT / card, row_of_card(names, found))
+    return texts
+
+
+def kept() -> Verdicts:
+    """Return the verdicts in sharding.json; none before it was first written."""
+    if not TABLE.is_file():
+        return {}
+    return json.loads(TABLE.read_text(encoding="utf-8"))["verdicts"]  # type: ignore[no-any-return]
+
+
+def differences(found: Verdicts, wanted: Verdicts) -> list[str]:
+    """Return the cells whose verdict or reason is another one."""
+    told = lambda cell: (cell["verdict"], cell["reasons"])  # noqa: E731
+    return [
+        f"{name}, {title}: {told(cell)}"
+        for name, cells in found.items()
+        for title, cell in cells.items()
+        if name not in wanted or title not in wanted[name] or told(cell) != told(wanted[name][title])
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and write, or compare."""
+    names = [argument for argument in arguments if not argument.startswith("-")] or shipped()
+    if "--check" in arguments:
+        stale = [path for path, text in pages(kept()).items() if text != path.read_text(encoding="utf-8")]
+        said = [f"{path.relative_to(ROOT)} is stale; run python docs/sharding.py --render" for path in stale]
+    elif "--prove" in arguments:
+        said = [f"{line}; docs/sharding.json says otherwise" for line in differences(verdicts(names), kept())]
+    else:
+        said = []
+        if "--render" not in arguments:
+            fresh = {**kept(), **verdicts(names)}
+            rows = {name: fresh[name] for name in shipped() if name in fresh}
+            found = {"torch": torch.__version__.partition("+")[0], "verdicts": rows}
+            TABLE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path, text in pages(kept()).items():
+            path.write_text(text, encoding="utf-8")
+    sys.stderr.write("".join(f"{line}\n" for line in said))
+    return int(bool(said))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,505 @@
+"""What the page on layouts measures: every correction's own suites, trained in every way that loops and layouts have.
+
+A cell compares two trainings that must be one: two processes and one, a frozen parameter and a constant, four parts
+of a batch and the batch. Mixed precision is compared with the suite's reference, which is given the same gradients.
+Two processes import this file by its path, so it imports nothing that lies beside it.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import regrad
+import torch
+from regrad import RegradError
+from regrad_testing import CorrectionSuite
+from regrad_testing.checking import is_suite_of, own_suite
+from regrad_testing.clauses import difference, same_bits
+from regrad_testing.files import load_file
+from regrad_testing.layout_clauses import ddp, digest, fsdp2, fsdp2_by_columns
+from regrad_testing.loop_clauses import LOST, OVERFLOW, SeveralCalls, distance
+from regrad_testing.loops import Training
+from regrad_testing.references import ReferenceTraining, can_follow
+from regrad_testing.settings import as_bits, without_regrad
+from regrad_testing.worker import WORLD
+from torch import Tensor, distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.func import functional_call
+
+FLOAT64, FLOAT32 = 1e-12, 1e-6
+SCALE = 2.0**12
+NAMES = "REGRAD_SHARDING_NAMES"
+Seen = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One suite of a correction on one of its optimizers."""
+
+    suite: Any
+    optimizer: str
+
+    def train(self, **how: Any) -> Training:
+        """Return a training with the correction attached, before its first step."""
+        return self.suite.train(self.optimizer, **how)  # type: ignore[no-any-return]
+
+    def whole(self) -> Training:
+        """Return the finished training of one process with whole batches."""
+        return self.suite.corrected(self.optimizer)  # type: ignore[no-any-return]
+
+    def reference(self, kind: Any, correction: regrad.Correction) -> Any:
+        """Return a training by the suite's reference, before its first step."""
+        problem, rule = self.suite.problem, functools.partial(self.suite.reference, self.suite())
+        optimizer = self.suite.optimizers[self.optimizer](problem.make_model().parameters())
+        return kind(problem, optimizer, rule, correction.needs.stages, correction.options)
+
+
+Measure = Callable[[Case], Seen]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Attributes:
+        title: Its heading.
+        tolerance: Largest difference of a weight that is called exact.
+        ways: What is measured; all must agree.
+        processes: On how many.
+    """
+
+    title: str
+    tolerance: float
+    ways: Mapping[str, Measure]
+    processes: int = 1
+
+
+def suites_of(name: str) -> list[Any]:
+    """Return the suites for corrections in the plugin's own conformance tests."""
+    file = own_suite(regrad.available()[name])
+    if file is None:
+        raise RuntimeError(f"{name} must be installed editable, so that its suites are found; run nox -s sharding")
+    module = load_file(file, f"sharding_suites_{name.replace('-', '_')}")
+    classes = [cls for key, cls in vars(module).items() if key.startswith("Test") and issubclass(cls, CorrectionSuite)]
+    return [cls for cls in classes if is_suite_of(cls, name, regrad.load(name))]
+
+
+def cases_of(name: str) -> dict[str, Case]:
+    """Return every suite of a correction on every optimizer that it accepts."""
+    pairs = ((suite, optimizer) for suite in suites_of(name) for optimizer in suite.trains_on())
+    return {f"{suite.__name__} on {optimizer}": Case(suite, optimizer) for suite, optimizer in pairs}
+
+
+def compared(got: Training, wanted: Training) -> Seen:
+    """Return how far two finished trainings end apart, over the parameters that both have."""
+    ends, goal = got.weights(), wanted.weights()
+    ends = {name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in ends.items()}
+    return {"far": difference(goal, ends)[0]}
+
+
+# One process.
+
+
+def of_reference(case: Case) -> Seen:
+    """The plain loop: the suite's reference where it has one, else a second time."""
+    training = case.whole()
+    if not has_reference(case):
+        return compared(case.train().run(), training)
+    ends = case.reference(ReferenceTraining, training.attachment.corrections[0]).run()[-1]
+    return {"far": difference(ends, training.weights())[0]}
+
+
+def has_reference(case: Case) -> bool:
+    """Say whether the suite says, step by step, what must come out on this optimizer."""
+    return case.suite.reference is not None and can_follow(without_regrad(case.suite.optimizers[case.optimizer]))
+
+
+def in_parts(case: Case) -> Seen:
+    """Four micro-batches per step."""
+    return compared(case.train().run(parts=4), case.whole())
+
+
+def in_a_closure(case: Case) -> Seen:
+    """Forward and backward inside `step(closure)`."""
+    return compared(case.train().run(closure=True), case.whole())
+
+
+def in_several_calls(case: Case) -> Seen:
+    """An optimizer that calls its closure twice at the same weights, against once."""
+    made = (functools.partial(SeveralCalls, calls=calls) for calls in (2, 1))
+    return compared(*(Training(case.suite.problem, make, case.suite.make()).run(closure=True) for make in made))
+
+
+def checkpointed(case: Case, kind: CheckpointImpl) -> Seen:
+    """Every child that follows the first one runs again in backward."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        for name, child in [*model.named_children()][1:]:
+            setattr(model, name, checkpoint_wrapper(child, checkpoint_impl=kind))
+        return model
+
+    return compared(case.train(wrap=wrap).run(), case.whole())
+
+
+def compiled_after(case: Case) -> Seen:
+    """`torch.compile(model)` of an attached model, before its first call."""
+    torch.compiler.reset()
+    training = case.train()
+    training.outer = torch.compile(training.model, backend="aot_eager")
+    return compared(training.run(), case.whole())
+
+
+def compiled_before(case: Case) -> Seen:
+    """`torch.compile(model)` given to attach."""
+    torch.compiler.reset()
+    return compared(case.train(parallel=functools.partial(torch.compile, backend="aot_eager")).run(), case.whole())
+
+
+def first_frozen(case: Case) -> Seen:
+    """The first parameter without gradients, against the same numbers in a buffer."""
+    frozen, constant = case.train(wrap=freeze_first), case.train(wrap=make_first_a_buffer)
+    before, (name, weight) = first_parameter(frozen.model)[1].detach().clone(), first_parameter(frozen.model)
+    seen = compared(frozen.run(), constant.run())
+    return {**seen, "broken": "" if same_bits(weight.detach(), before) else f"the frozen {name} moved"}
+
+
+def first_parameter(model: nn.Module) -> tuple[str, nn.Parameter]:
+    """Return the first parameter and its name."""
+    return next(model.named_parameters())
+
+
+def freeze_first(model: nn.Module) -> nn.Module:
+    """Return the model, its first parameter without gradients."""
+    first_parameter(model)[1].requires_grad_(False)
+    return model
+
+
+def make_first_a_buffer(model: nn.Module) -> nn.Module:
+    """Return the model, its first parameter a buffer."""
+    name, weight = first_parameter(model)
+    owner, _, leaf = name.rpartition(".")
+    delattr(model.get_submodule(owner), leaf)
+    model.get_submodule(owner).register_buffer(leaf, weight.detach())
+    return model
+
+
+class Fronted(nn.Module):
+    """A model behind two layers: with one weight that both hold, or one layer that is called twice."""
+
+    def __init__(self, net: nn.Module, *, tied: bool) -> None:
+        super().__init__()
+        like = first_parameter(net)[1]
+        many = like.shape[1]
+        make = (
+            functools.partial(nn.Conv2d, many, many, 1) if like.dim() == 4 else functools.partial(nn.Linear, many, many)
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.one, self.other = (make(dtype=like.dtype) for _ in range(2))
+        if tied:
+            self.other.weight, self.other.bias = self.one.weight, self.one.bias
+        else:
+            self.other = self.one
+        self.net = net
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.net(inputs + torch.tanh(self.other(torch.tanh(self.one(inputs)))))
+        return logits
+
+
+def tied(case: Case) -> Seen:
+    """Two modules that hold one weight, against one module called twice."""
+    both = (case.train(wrap=functools.partial(Fronted, tied=is_tied)).run() for is_tied in (True, False))
+    return compared(*both)
+
+
+# Mixed precision: the reference is given, step by step, the weights of the training, and makes the step itself.
+
+
+class Alongside(ReferenceTraining):
+    """The reference, on the gradients that autocast gives in float32 weights.
+
+    Attributes:
+        dtype: What autocast computes in.
+        scale: That of the GradScaler, 1 without.
+    """
+
+    dtype, scale = torch.bfloat16, 1.0
+
+    def step_from(self, weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+        """Return the weights after one step from `weights`."""
+        self.weights = [weights[name].double() for name in self.names]
+        self._step(index)
+        return dict(zip(self.names, self.weights, strict=True))
+
+    def _gradients(self, index: int, points: Any) -> list[Tensor]:
+        batch = self.problem.batch(index, torch.float32)
+        leaves = [point.float().requires_grad_() for point in points]
+        model, factor = self.problem.make_model(torch.float32), batch.weight * self.scale
+        with torch.autocast("cpu", dtype=self.dtype):
+            logits = functional_call(model, dict(zip(self.names, leaves, strict=True)), (batch.inputs,))
+            slope = self._ask("criterion", index, logits=logits.detach().double(), targets=batch.targets)
+            loss = type(self.problem).criterion(logits, batch.targets) * factor
+        if slope is None:
+            gradients = torch.autograd.grad(loss, leaves)
+        else:
+            gradients = torch.autograd.grad(logits, leaves, (slope * factor).to(logits.dtype))
+        return [gradient.double() / self.scale for gradient in gradients]
+
+
+def under(function: Any, dtype: torch.dtype) -> Any:
+    """Return a function that runs under autocast."""
+
+    def called(*arguments: Any) -> Any:
+        with torch.autocast("cpu", dtype=dtype):
+            return function(*arguments)
+
+    return called
+
+
+def mixed(case: Case, dtype: torch.dtype, *, scale: float | None = None, **options: Any) -> Seen:
+    """Autocast around forward and loss, float32 weights; under a GradScaler with one overflow on the way."""
+    corrections, problem, make = case.suite.make(), case.suite.problem, case.suite.optimizers[case.optimizer]
+    how = {"dtype": torch.float32, "scale": scale, **options}
+    training = Training(problem, make, corrections, **how)
+    if not has_reference(case):
+        plain = Training(problem, make, None, **how)
+        ends = [run_mixed(each, dtype) for each in (training, plain)]
+        far, usual = (
+            distance(t, w) for t, w in zip(ends, (case.whole(), case.suite.plain(case.optimizer)), strict=True)
+        )
+        return {"bound": far, "usual": usual}
+    reference, worst = case.reference(Alongside, corrections[0]), [0.0]
+    reference.dtype = dtype
+
+    def compare(index: int, before: dict[str, Tensor], used: float) -> None:
+        reference.scale = used
+        worst.append(difference(reference.step_from(before, index), training.weights())[0])
+
+    run_mixed(training, dtype, compare)
+    return {"far": max(worst)}
+
+
+def run_mixed(training: Training, dtype: torch.dtype, then: Callable[..., None] = lambda *_: None) -> Training:
+    """Train under autocast, and call `then(index, weights before, scale)` after each step that counts."""
+    training.outer, training.criterion = under(training.outer, dtype), under(training.criterion, dtype)
+    for index in range(training.problem.steps):
+        if index == OVERFLOW and training.scaler.is_enabled():
+            training.step(LOST, overflow=True)
+        before, scale = as_bits(training.model.state_dict()), training.scaler.get_scale()  # a skip leaves a window open
+        training.step(index)
+        then(index, before, scale)
+    return training
+
+
+def mixed_and_fused(case: Case) -> Seen:
+    """The optimizer's fused form, which a GradScaler hands scaled gradients."""
+    try:
+        without_regrad(functools.partial(case.suite.optimizers[case.optimizer], fused=True))
+    except (TypeError, RuntimeError):
+        return {}  # it has no such form
+    return mixed(case, torch.float16, scale=SCALE, fused=True)
+
+
+# Parameters that come later, on one process and on two.
+
+
+class Held(Training):
+    """Withholds the first parameter's gradient while `held`."""
+
+    held = True
+
+    def backward(self, index: int, **how: Any) -> Tensor:
+        """Leave the other gradients in `.grad`."""
+        loss = super().backward(index, **how)
+        if self.held:
+            first_parameter(self.model)[1].grad = None
+        return loss
+
+
+def trained_later(case: Case, layout: "Layout", *, as_group: bool, **how: Any) -> Training:
+    """Train with the first parameter frozen for half of the steps; `as_group` the optimizer is given it only then."""
+    make, parallel = layout(case.suite.optimizers[case.optimizer])
+
+    def partly(parameters: Any, **options: Any) -> Any:
+        return make(list(parameters)[1:] if as_group else parameters, **options)
+
+    training = Training(case.suite.problem, partly, case.suite.make(), parallel=parallel, **how)
+    middle = training.problem.steps // 2
+    first_parameter(training.model)[1].requires_grad_(False)
+    training.run(range(middle))
+    late = first_parameter(training.model)[1].requires_grad_(True)
+    if as_group:
+        training.optimizer.add_param_group({"params": [late]})
+        training.base_rates.append(training.base_rates[0])
+    return training.run(range(middle, training.problem.steps))
+
+
+def later(case: Case, *, as_group: bool) -> Seen:
+    """A parameter that is unfrozen, against one whose gradient was withheld."""
+    held = Held(case.suite.problem, case.suite.optimizers[case.optimizer], case.suite.make())
+    middle, steps = held.problem.steps // 2, held.problem.steps
+    held.run(range(middle))
+    held.held = False
+    return compared(trained_later(case, alone, as_group=as_group), held.run(range(middle, steps)))
+
+
+# Two processes.
+
+Layout = Callable[[Any], tuple[Any, Callable[[nn.Module], nn.Module] | None]]
+
+
+def alone(make: Any) -> tuple[Any, None]:
+    """Return how one process makes its optimizer and wraps its model."""
+    return make, None
+
+
+def wrapped_by(parallel: Callable[[nn.Module], nn.Module]) -> Layout:
+    """Return the layout of a model that is wrapped before its optimizer is made."""
+    return lambda make: (make, parallel)
+
+
+def ddp_with_unused(model: nn.Module) -> nn.Module:
+    """Wrap a model of which parameters may go without gradients."""
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
+    """Return the layout of accelerate's own FSDP2: model and optimizer go in together, its parameters are swapped."""
+    from accelerate import Accelerator, DistributedType  # noqa: PLC0415 - only workers need it
+    from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: PLC0415
+    from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: PLC0415
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    rank = str(distributed.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(WORLD), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, though the group is there already
+    accelerator, models = Accelerator(cpu=True), list[nn.Module]()
+    # An FSDP plugin given to it on a CPU would be taken for DDP, in silence.
+    accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+
+    def keep(model: nn.Module) -> nn.Module:
+        models.append(model)
+        return model
+
+    def prepared(parameters: Any, **options: Any) -> Any:
+        return accelerator._prepare_fsdp2(models.pop(), make(parameters, **options))[1]
+
+    return prepared, keep
+
+
+def on_two(case: Case, layout: Layout) -> Seen:
+    """Each process its own rows of every batch, with evaluations in between, against one process with all rows."""
+    make, parallel = layout(case.suite.optimizers[case.optimizer])
+    training = Training(case.suite.problem, make, case.suite.make(), parallel=parallel, rows=own_rows(case))
+    for index in range(training.problem.steps):
+        training.run([index])
+        training.evaluate(index)
+    return {**compared(training, case.whole()), **told(training)}
+
+
+def later_on_two(case: Case, layout: Layout, *, as_group: bool) -> Seen:
+    """A parameter that is unfrozen, against one process."""
+    training = trained_later(case, layout, as_group=as_group, rows=own_rows(case))
+    return {**compared(training, trained_later(case, alone, as_group=as_group)), **told(training)}
+
+
+def own_rows(case: Case) -> slice:
+    """Return this process's rows of every batch."""
+    rank, size = distributed.get_rank(), case.suite.problem.batch_size // WORLD
+    return slice(rank * size, (rank + 1) * size)
+
+
+def told(training: Training) -> Seen:
+    """Return hashes of what must be the same on all ranks: weights and state, of shards what is no part of a tensor."""
+    state: Any = training.correction_state()
+    state = without_tensors(state) if training.attachment.engine.is_sharded() else state
+    return {"ranks": [digest(training.weights()), digest(state)]}
+
+
+def without_tensors(state: Any) -> Any:
+    """Return nested dictionaries without their tensors; what lists hold stays."""
+    if not isinstance(state, Mapping):
+        return state
+    return {key: without_tensors(value) for key, value in state.items() if not isinstance(value, Tensor)}
+
+
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    "DDP": {"": wrapped_by(ddp)},
+    "FSDP2": {"by rows": wrapped_by(fsdp2), "by columns": wrapped_by(fsdp2_by_columns)},
+    "FSDP2 by accelerate": {"": by_accelerate},
+}
+LATER: dict[str, Layout] = {"DDP": wrapped_by(ddp_with_unused), "FSDP2": wrapped_by(fsdp2), "accelerate": by_accelerate}
+COMES = {"unfrozen": False, "in a new group": True}
+COLUMNS = [
+    Column("1 process", FLOAT64, {"": of_reference}),
+    *(
+        Column(title, FLOAT64, {way: functools.partial(on_two, layout=layout) for way, layout in ways.items()}, WORLD)
+        for title, ways in LAYOUTS.items()
+    ),
+    Column("accumulation", FLOAT64, {"": in_parts}),
+    Column("bf16", FLOAT32, {"": functools.partial(mixed, dtype=torch.bfloat16)}),
+    Column("fp16", FLOAT32, {"": functools.partial(mixed, dtype=torch.float16, scale=SCALE)}),
+    Column("fp16, fused", FLOAT32, {"": mixed_and_fused}),
+    Column("compiled after attach", FLOAT64, {"": compiled_after}),
+    Column("compiled before attach", FLOAT64, {"": compiled_before}),
+    Column("checkpointing", FLOAT64, {"": functools.partial(checkpointed, kind=CheckpointImpl.NO_REENTRANT)}),
+    Column("checkpointing, re-entrant", FLOAT64, {"": functools.partial(checkpointed, kind=CheckpointImpl.REENTRANT)}),
+    Column("`step(closure)`", FLOAT64, {"": in_a_closure}),
+    Column("several closure calls", FLOAT64, {"": in_several_calls}),
+    Column("frozen", FLOAT64, {"": first_frozen}),
+    Column("tied", FLOAT64, {"": tied}),
+    Column("later", FLOAT64, {way: functools.partial(later, as_group=group) for way, group in COMES.items()}),
+    Column(
+        "later, 2 processes",
+        FLOAT64,
+        {
+            f"{way}, {name}": functools.partial(later_on_two, layout=layout, as_group=group)
+            for way, group in COMES.items()
+            for name, layout in LATER.items()
+        },
+        WORLD,
+    ),
+]
+
+
+def seen_in(case: Case, measure: Measure) -> Seen:
+    """Return what was measured, or the reason of a refusal."""
+    try:
+        return measure(case)
+    except RegradError as refusal:
+        return {"refused": str(refusal)}
+
+
+def measures(name: str, processes: int) -> dict[str, Callable[[], Seen]]:
+    """Return what is to be measured of a correction, by column, way, suite and optimizer."""
+    return {
+        f"{column.title} | {way} | {which}": functools.partial(seen_in, case, measure)
+        for column in COLUMNS
+        if column.processes == processes
+        for way, measure in column.ways.items()
+        for which, case in cases_of(name).items()
+    }
+
+
+class OnTwoProcesses:
+    """What `regrad_testing.processes.launch` runs on each of two processes, for the corrections in `NAMES`."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Seen]]:
+        """Return every measure of every correction."""
+        names = os.environ[NAMES].split()
+        return {
+            f"{name} | {key}": functools.partial(_without_rank, measure)
+            for name in names
+            for key, measure in measures(name, WORLD).items()
+        }
+
+
+def _without_rank(measure: Callable[[], Seen], _: int) -> Seen:
+    return measure()
