@@ -96,6 +96,20 @@ def together(session: nox.Session) -> None:
 
 
 @nox.session
+def author(session: nox.Session) -> None:
+    """Walk the way of a plugin's author in an empty folder: make one, edit its rule, install, check, compare."""
+    members = ["core", KIT, "packages/runner", "plugins/centralization"]
+    session.install(*build_wheels(session, *members), "uv")
+    folder = Path(session.create_tmp()) / "empty"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    session.chdir(folder)
+    # The script's `uv pip` must find this session's environment, not one of whoever started nox.
+    place = {"VIRTUAL_ENV": str(session.virtualenv.location)}
+    session.run("bash", str(ROOT / "docs" / "examples" / "author.sh"), external=True, env=TEST_ENVIRONMENT | place)
+
+
+@nox.session
 def minimums(session: nox.Session) -> None:
     """Run every test with the lowest versions that the members allow."""
     # "-r" makes a member's dependencies direct, so that lowest-direct means them; "--no-config" leaves the pins out.

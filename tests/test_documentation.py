@@ -125,18 +125,21 @@ def test_every_trap_names_tests_that_exist():
     traps = re.split(r"^\*\*", text, flags=re.MULTILINE)[1:]
     assert traps
     for trap in traps:
-        named = re.findall(r"^- `([\w/]+)`: `((?:test|case)_\w+)`$", trap, flags=re.MULTILINE)
-        assert named, f"no test: {trap}"
-        missing = [f"{folder}: {name}" for folder, name in named if name not in functions_beside(folder)]
+        lines = [line for line in trap.splitlines() if line.startswith("- ")]
+        named = re.findall(r"^- `([\w/]+\.py)::((?:test|case)_\w+)`$", "\n".join(lines), flags=re.MULTILINE)
+        reasons = [line for line in lines if re.match(r"- not tested: \w{2,} ", line)]
+        assert lines, f"no test: {trap}"
+        assert len(named) + len(reasons) == len(lines), f"must be `path::test` or 'not tested: why': {trap}"
+        missing = [f"{path}::{name}" for path, name in named if name not in functions_of(path)]
         assert missing == [], trap
 
 
 @functools.cache
-def functions_beside(folder: str) -> set[str]:
-    """Names of the functions in the tests of a member, or of the repository."""
-    place = ROOT / folder / "tests" if folder != "tests" else ROOT / "tests"
-    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in place.rglob("*.py"))
-    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+def functions_of(path: str) -> set[str]:
+    """Names of the functions in a file of the repository; none where there is no such file."""
+    file = ROOT / path
+    tree = ast.parse(file.read_text(encoding="utf-8") if file.is_file() else "")
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
 def test_the_ledger_of_claims_is_written_from_the_comparisons_that_are_kept():

@@ -52,13 +52,16 @@ modules = itertools.count()
 def install(tmp_path, monkeypatch):
     """Return a function that installs a distribution with entry points; all are gone after the test."""
 
-    def add(name, entries, *, version="1.0", source=SOURCE, folder="site", group="regrad", file=None):
+    def add(name, entries, *, version="1.0", source=SOURCE, folder="site", group="regrad", file=None, needs=()):
         site = tmp_path / folder
         module = f"fake_plugin_{next(modules)}"
         info = site / f"{(file or name).replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
         (site / f"{module}.py").write_text(source.replace("{api}", str(API_VERSION)))
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: A fake\n")
+        required = "".join(f"Requires-Dist: {line}\n" for line in needs)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: A fake\n" + required
+        )
         lines = "".join(f"{key} = {module}:{value}\n" for key, value in entries.items())
         (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
         if str(site) not in sys.path:
@@ -180,6 +183,57 @@ def test_a_plugin_for_another_api_is_refused_and_says_what_to_install(install, n
     install("regrad-other", {name: name.title()})
     with pytest.raises(PluginLoadError, match=rf"plugin '{name}' \(regrad-other 1.0\) .*api \d+.*install {mend}"):
         regrad.create(name)
+
+
+@pytest.mark.parametrize("source", [SOURCE, "from regrad.correction import NameOfTomorrow"])
+def test_a_plugin_for_a_newer_core_names_the_version_that_it_needs(install, source):
+    needs = ["torch>=2.12", "regrad-data>=2", "regrad<0.9,>=0.8"]
+    install("regrad-other", {"newer": "Newer"}, source=source, needs=needs)
+    with pytest.raises(PluginLoadError, match=r"plugin 'newer' \(regrad-other 1.0, for regrad<0.9,>=0.8\) "):
+        regrad.create("newer")
+
+
+@pytest.mark.parametrize(
+    ("variable", "names", "reason"),
+    [
+        ("REGRAD_DISABLE", "other, gain", "REGRAD_DISABLE in the environment leaves out 'gain'; take it off that list"),
+        ("REGRAD_PLUGINS", "tilt other", "REGRAD_PLUGINS in the environment leaves out 'gain'; put it on that list"),
+    ],
+)
+def test_the_environment_leaves_out_corrections_by_name(install, monkeypatch, variable, names, reason):
+    install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
+    monkeypatch.setenv(variable, names)
+    assert regrad.available()["gain"].refused == reason
+    with pytest.raises(PluginLoadError, match=re.escape(reason)):
+        regrad.create("gain")
+    assert regrad.create("tilt").name == "tilt"
+    monkeypatch.setenv("REGRAD_PLUGINS", "pair tilt" if variable == "REGRAD_PLUGINS" else "")
+    with pytest.raises(PluginLoadError, match=re.escape(reason)):  # a part is left out of its composition too
+        regrad.create("pair")
+
+
+@pytest.mark.parametrize("variable", ["REGRAD_DISABLE", "REGRAD_PLUGINS"])
+@pytest.mark.parametrize("names", ["", " ", ","])
+def test_an_empty_list_leaves_nothing_out(install, monkeypatch, variable, names):
+    install("regrad-gain", {"gain": "Gain"})
+    monkeypatch.setenv(variable, names)
+    assert regrad.create("gain").name == "gain"
+
+
+def test_the_list_of_corrections_says_nothing_of_optimizers_and_workloads(install, monkeypatch):
+    install("regrad-tom", {"tom": "function"}, group="regrad.optimizers")
+    monkeypatch.setenv("REGRAD_PLUGINS", "gain")
+    assert regrad.load("tom", "regrad.optimizers")() == "called"
+    monkeypatch.setenv("REGRAD_DISABLE", "tom")
+    with pytest.raises(PluginLoadError, match="REGRAD_DISABLE in the environment leaves out 'tom'"):
+        regrad.load("tom", "regrad.optimizers")
+
+
+def test_a_name_claimed_twice_is_said_before_what_the_environment_leaves_out(install, monkeypatch):
+    install("regrad-gain", {"gain": "Gain"})
+    install("rival-gain", {"gain": "Gain"}, version="2.0")
+    monkeypatch.setenv("REGRAD_DISABLE", "gain")
+    assert "uninstall all but one" in regrad.available()["gain"].refused
 
 
 def test_a_part_beside_its_composition_is_the_same_correction_twice_and_both_are_named(install, toys):

@@ -1,10 +1,11 @@
 """Bind corrections to one model and its optimizer."""
 
+import contextlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def attach(
     return Attachment(model, inner, made, criterion)
 
 
-class Attachment:
+class Attachment(contextlib.AbstractContextManager["Attachment"]):
     """Corrections bound to one model and one optimizer. Made by `regrad.attach`.
 
     Attributes:
@@ -156,9 +157,6 @@ class Attachment:
             self._criterion.corrected = None
         refusals.ATTACHED.discard(self.optimizer)
         self.is_detached = True
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()

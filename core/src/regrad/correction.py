@@ -141,12 +141,10 @@ class Correction:
     def __init__(self, **options: Any) -> None:
         hints = typing.get_type_hints(self.Options)
         for key, value in options.items():
-            if key not in hints:
-                known = ", ".join(hints) or "none"
-                raise TypeError(f"{self.name} has no option {key!r}; allowed: {known}{did_you_mean(key, hints)}")
-            if not _fits(value, hints[key]):
-                wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key])
-                raise TypeError(f"{key} must be {wanted.removeprefix('typing.')}, got {value!r}")
+            unknown = f"{self.name} has no option {key!r}; allowed: {', '.join(hints) or 'none'}"
+            refuse_if(key not in hints, unknown + did_you_mean(key, hints), TypeError)
+            wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).removeprefix("typing.")
+            refuse_if(not _fits(value, hints[key]), f"{key} must be {wanted}, got {value!r}", TypeError)
         self.options = self.Options(**options)
         self.attachment: Any = None
 

@@ -132,9 +132,8 @@ class Engine:
         if self.is_sharded():
             from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - heavy, and only shards need it
 
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            for module in (m for m in self.model.modules() if isinstance(m, FSDPModule)):
+                module.reshard()
 
     def before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Correct now, or, where a closure computes the gradients, right after it."""
@@ -151,8 +150,7 @@ class Engine:
         self._calls += 1
         unfit = [c.name for c in self.corrections if not c.needs.closures and self._calls > 1]
         refuse_if(unfit, f"{', '.join(unfit)} must see one closure call per step, got {self._calls}")
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        self._skipping = found_inf is not None and bool(found_inf != 0)
+        self._skipping = bool(getattr(self.optimizer, "found_inf", None))
         if self._skipping or not self.corrections:
             return
         step = self.step()

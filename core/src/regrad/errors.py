@@ -16,7 +16,7 @@ class RegradWarning(UserWarning):
     """Something that regrad was told to do has probably not the effect that was meant."""
 
 
-def refuse_if(condition: object, reason: str) -> None:
-    """Raise `RegradError(reason)` if `condition` is true."""
+def refuse_if(condition: object, reason: str, kind: type[Exception] = RegradError) -> None:
+    """Raise `kind(reason)` if `condition` is true."""
     if condition:
-        raise RegradError(reason)
+        raise kind(reason)

@@ -45,12 +45,11 @@ def innermost_optimizer(optimizer: Any) -> optim.Optimizer:
     Raises:
         TypeError: If there is none.
     """
-    inner = optimizer
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, optim.Optimizer):
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
-    return inner
+    return optimizer
 
 
 def was_compiled_and_called(model: nn.Module) -> bool:

@@ -110,8 +110,7 @@ class Meter:
         if index != correction.needs.warmup_steps + PATIENCE or correction.needs.stages == ("hidden",):
             return
         seen = [stage["trigger_rate"] for stage in self.effects().get(correction.name, {}).values()]
-        reason = correction.idle_reason()
-        if not any(seen) and reason is not None:
+        if not any(seen) and (reason := correction.idle_reason()) is not None:
             warnings.warn(f"{correction.name!r} had no effect in {index} steps: {reason}", RegradWarning, stacklevel=2)
 
 

@@ -1,13 +1,16 @@
 """Find, load and create corrections from the entry points of installed distributions."""
 
 import contextlib
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
 from regrad.correction import API_VERSION, Correction, did_you_mean
-from regrad.errors import PluginLoadError
+from regrad.errors import PluginLoadError, refuse_if
+
+ALLOWED, DISABLED = "REGRAD_PLUGINS", "REGRAD_DISABLE"
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ def available(group: str = "regrad") -> dict[str, Entry]:
         group: "regrad" (corrections), "regrad.optimizers" or "regrad.workloads".
 
     Returns:
-        One `Entry` per name, sorted. A name that two distributions claim is listed
-        with `refused` set, and `load` refuses it.
+        One `Entry` per name, sorted. A name that two distributions claim, or that the
+        environment leaves out, is listed with `refused` set, and `load` refuses it.
+        `REGRAD_DISABLE` lists names to leave out of every group, `REGRAD_PLUGINS` the
+        only corrections to offer; commas or spaces separate names, an empty list is none.
     """
     offers: dict[str, dict[str, Entry]] = {}
     for point in metadata.entry_points(group=group):
@@ -61,14 +66,21 @@ def available(group: str = "regrad") -> dict[str, Entry]:
         if name:
             entry = Entry(point.name, name, version, point.value, summary)
             offers.setdefault(point.name, {}).setdefault(re.sub(r"[-_.]+", "-", name).lower(), entry)
-    return {name: _only([*offers[name].values()]) for name in sorted(offers)}
+    return {name: _only([*offers[name].values()], group) for name in sorted(offers)}
 
 
-def _only(entries: list[Entry]) -> Entry:
-    """Return the one entry, or one that says who else claims its name."""
+def _only(entries: list[Entry], group: str) -> Entry:
+    """Return the one entry; `refused` says who else claims its name, or which variable leaves it out."""
     name, both = entries[0].name, " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries))
-    refused = Entry(name, both, "", "", "", f"{name!r} is offered by {both}; uninstall all but one")
-    return entries[0] if len(entries) == 1 else refused
+    one = entries[0] if len(entries) == 1 else Entry(name, both, "", "", "")
+    lists = (ALLOWED * (group == "regrad"), DISABLED)
+    allows, disables = (re.findall(r"[^\s,]+", os.environ.get(variable, "")) for variable in lists)
+    reasons = {
+        f"{name!r} is offered by {both}; uninstall all but one": len(entries) > 1,
+        f"{DISABLED} in the environment leaves out {name!r}; take it off that list": name in disables,
+        f"{ALLOWED} in the environment leaves out {name!r}; put it on that list": allows and name not in allows,
+    }
+    return replace(one, refused=next((reason for reason, holds in reasons.items() if holds), None))
 
 
 def load(name: str, group: str = "regrad") -> Any:
@@ -89,30 +101,30 @@ def load(name: str, group: str = "regrad") -> Any:
     entries = available(group)
     if name not in entries:
         kind = "correction" if group == "regrad" else group.partition(".")[2].rstrip("s")
-        near = did_you_mean(name, entries)
-        raise ValueError(f"no {kind} named {name!r}; installed: {', '.join(entries) or 'none'}{near}")
+        known = ", ".join(entries) or "none"
+        raise ValueError(f"no {kind} named {name!r}; installed: {known}{did_you_mean(name, entries)}")
     entry = entries[name]
-    if entry.refused:
-        raise PluginLoadError(entry.refused)
-    plugin = f"plugin {name!r} ({entry.distribution} {entry.version})"
+    refuse_if(entry.refused, str(entry.refused), PluginLoadError)
+    needs = (r for r in metadata.requires(entry.distribution) or () if re.match(r"regrad(?![\w.-])", r))
+    plugin = f"plugin {name!r} ({', for '.join((f'{entry.distribution} {entry.version}', *needs))})"
     try:
         loaded = metadata.EntryPoint(name, entry.value, group).load()
     except (Exception, SystemExit) as cause:  # a plugin may fail in any way: it is named, and the cause chained
         raise PluginLoadError(f"{plugin} could not be imported: {cause}") from cause
-    if group == "regrad":
-        _check_correction(loaded, name, plugin)
+    misfit = _misfit(loaded, name) if group == "regrad" else ""
+    refuse_if(misfit, f"{plugin} {misfit}", PluginLoadError)
     return loaded
 
 
-def _check_correction(loaded: Any, name: str, plugin: str) -> None:
-    """Raise `PluginLoadError` unless `loaded` is a correction that fits this core."""
-    if not isinstance(loaded, Composition) and not (isinstance(loaded, type) and issubclass(loaded, Correction)):
-        raise PluginLoadError(f"{plugin} must offer a Correction class or a Composition, got {loaded!r}")
+def _misfit(loaded: Any, name: str) -> str:
+    """Say why `loaded` is no correction that fits this core; nothing where it is."""
+    single = isinstance(loaded, type) and issubclass(loaded, Correction)
+    if not single and not isinstance(loaded, Composition):
+        return f"must offer a Correction class or a Composition, got {loaded!r}"
     if loaded.api_version != API_VERSION:
         mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
-        raise PluginLoadError(f"{plugin} has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}")
-    if isinstance(loaded, type) and getattr(loaded, "name", None) != name:
-        raise PluginLoadError(f"{plugin} must offer a class whose name is {name!r}, as its entry point's")
+        return f"has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}"
+    return f"must offer a class whose name is {name!r}" if single and getattr(loaded, "name", None) != name else ""
 
 
 def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
@@ -132,8 +144,7 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
         PluginLoadError: If the plugin cannot be loaded.
     """
     name, _, text = spec.partition(":")
-    merged = {**_parse_options(text, spec), **options}
-    loaded = load(name.strip())
+    loaded, merged = load(name.strip()), {**_parse_options(text, spec), **options}
     if not isinstance(loaded, Composition):
         return loaded(**merged)  # type: ignore[no-any-return]
     routed: dict[str, dict[str, Any]] = {part: {} for part in loaded.parts}
@@ -158,8 +169,7 @@ def _parse_options(text: str, spec: str) -> dict[str, Any]:
         closing = {"[": "]", "(": ")"}.get(value.strip()[:1], "")
         if not (equals and key.strip() and value.strip().endswith(closing)):
             raise ValueError(f"options must look like 'name:option=value,option=[value,value]', got {spec!r}")
-        if key.strip() in options:
-            raise ValueError(f"option {key.strip()!r} must be given once, got {spec!r}")
+        refuse_if(key.strip() in options, f"option {key.strip()!r} must be given once, got {spec!r}", ValueError)
         options[key.strip()] = _parse_value(value.strip())
     return options
 
@@ -177,6 +187,7 @@ def _parse_value(text: str) -> Any:
 def origin(correction: Correction) -> dict[str, str]:
     """Return distribution and version that a correction comes from; "local" where it is not installed."""
     entry, package = available().get(correction.name), type(correction).__module__.partition(".")[0]
-    known = entry is not None and entry.value.startswith((f"{package}.", f"{package}:"))
-    distribution, version = (entry.distribution, entry.version) if entry and known else ("local", "")
-    return {"distribution": distribution, "version": version}
+    known = (
+        entry if entry and entry.value.startswith((f"{package}.", f"{package}:")) else Entry("", "local", "", "", "")
+    )
+    return {"distribution": known.distribution, "version": known.version}

@@ -26,12 +26,11 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def _sum_over_shards(squares: Tensor, tensor: Any, kept: int | None) -> Tensor:
     """Add `squares` over the processes that hold other parts of the same units."""
-    if is_sharded(tensor):
-        for mesh_dim, placement in enumerate(tensor.placements):
-            if placement.is_partial():
-                raise ValueError("tensor must not be a pending sum; reduce it before its norms are read")
-            if placement.is_shard() and placement.dim != kept:
-                distributed.all_reduce(squares, group=tensor.device_mesh.get_group(mesh_dim))
+    for mesh_dim, placement in enumerate(getattr(tensor, "placements", ())):
+        if placement.is_partial():
+            raise ValueError("tensor must not be a pending sum; reduce it before its norms are read")
+        if placement.is_shard() and placement.dim != kept:
+            distributed.all_reduce(squares, group=tensor.device_mesh.get_group(mesh_dim))
     return squares
 
 

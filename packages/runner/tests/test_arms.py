@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -173,4 +174,5 @@ def test_an_unknown_option_becomes_a_value_error(monkeypatch):
 
 
 def test_folder_names_hold_nothing_that_a_file_name_cannot():
-    assert Arm("agc:max_ratio=0.1+x y/z").folder_name == "agc_max_ratio=0.1+x_y_z"
+    assert Arm("agc+xgrad").folder_name == "agc+xgrad"
+    assert re.fullmatch(r"agc_max_ratio=0\.1\+x_y_z-[0-9a-f]{8}", Arm("agc:max_ratio=0.1+x y/z").folder_name)

@@ -120,7 +120,20 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsy
 
 @pytest.mark.parametrize(
     "words",
-    ["", "compare", "train", "report", "sync", "explain", "plugins", "plugins list", "plugins show", "plugins check"],
+    [
+        "",
+        "compare",
+        "train",
+        "report",
+        "sync",
+        "explain",
+        "plugins",
+        "plugins list",
+        "plugins show",
+        "plugins check",
+        "plugins new",
+        "plugins doctor",
+    ],
 )
 def test_help_fits_80_columns(monkeypatch, capsys, words):
     monkeypatch.setenv("COLUMNS", "80")
@@ -352,6 +365,8 @@ def test_a_crash_of_one_run_is_failed_in_the_tracker_and_in_the_exit_code(here, 
         "none, seed 1": "FAILED",
         "none, seed 2": "FINISHED",
     }
+    (trace,) = (here / "out" / "artifacts").rglob("traceback.txt")
+    assert trace.read_text().rstrip().endswith("RuntimeError: the machine is on fire")
 
 
 def test_a_crash_in_training_is_failed_in_the_tracker_and_shows_its_traceback(here, baseline, monkeypatch):
@@ -359,6 +374,44 @@ def test_a_crash_in_training_is_failed_in_the_tracker_and_shows_its_traceback(he
     with pytest.raises(RuntimeError, match="the machine is on fire"):
         main(["train", *baseline])
     assert tracked(here / "out") == {"out": "FAILED"}
+    (trace,) = (here / "out" / "artifacts").rglob("traceback.txt")
+    assert trace.read_text().rstrip().endswith("RuntimeError: the machine is on fire")
+
+
+def test_a_disk_that_fills_while_saving_is_one_clear_line_and_the_run_goes_on_when_there_is_room(
+    here, monkeypatch, capsys
+):
+    words = ["train", *SMALL, "--checkpoint-every", "3", "--out"]
+    saved, original = [], torch.save
+
+    def fills(value, file):
+        saved.append(value)
+        if len(saved) == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        original(value, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fills)
+        assert main([*words, "out"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "regrad: checkpoint must be written, got [Errno 28] No space left on device; those before it"
+    )
+    assert [path.name for path in (here / "out" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert main(["train", "--resume", "--out", "out"]) == main([*words, "whole"]) == 0
+    resumed, whole = weights(here / "out"), weights(here / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_what_a_kill_left_of_the_settings_bars_no_new_start(here, capsys):
+    (here / "out").mkdir()
+    (here / "out" / ".config.yaml.part").write_text("half")
+    assert main(["train", "--resume", "--out", "out"]) == 2
+    assert capsys.readouterr().err.endswith("without config.yaml; start it again without --resume\n")
+    assert main(["train", *SMALL, "--epochs", "1", "--out", "out"]) == 0
+    assert main(["train", *SMALL, "--epochs", "1", "--out", "out"]) == 2
+    assert "out must be a new or empty folder, got 'out'; --resume continues it" in capsys.readouterr().err
 
 
 def test_a_process_that_gets_a_sigterm_leaves_no_run_open_and_a_folder_to_go_on_from(here, baseline):

@@ -14,6 +14,7 @@ from regrad_runner.cli import main
 from regrad_runner.config import TrainConfig
 from regrad_runner.nonfinite import SKIPS_IN_A_ROW, STEPS_KEPT, NonFiniteError, Watch
 from regrad_runner.results import ResultsFolder
+from regrad_runner.storage import checkpoints, read_checkpoint
 from regrad_runner.training import TrainingRun
 from regrad_runner.workloads import load_workload
 
@@ -121,15 +122,31 @@ def test_a_skipped_step_changes_no_weight_no_state_and_no_rate(monkeypatch, corr
 
 
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
-def test_a_run_that_stays_infinite_ends_as_failed_with_its_last_norms_in_a_file(tmp_path, monkeypatch):
+def test_a_run_that_stays_infinite_ends_as_failed_with_its_last_norms_in_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     spoil(monkeypatch, range(4, 99))
-    with pytest.raises(NonFiniteError, match="the last is step 13"):
-        main(["train", *SHAPE, "--epochs", "9", "--checkpoint-every", "2", "--out", "out"])
+    assert main(["train", *SHAPE, "--epochs", "9", "--checkpoint-every", "2", "--out", "out"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("regrad: loss or gradients were not finite in 10 steps in a row, the last is step 13; lower")
     kept = rows((tmp_path / "out" / "nonfinite.csv").read_text())
     assert [row["step"] for row in kept] == list(range(1, 14))
     assert math.isinf(list(kept[-1].values())[2])
     assert all(math.isfinite(value) for value in kept[2].values())
+
+
+@pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
+def test_a_resumed_run_knows_the_steps_that_were_skipped_and_how_many_in_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    spoil(monkeypatch, {2, *range(6, 99)})
+    words = ["train", *SHAPE, "--checkpoint-every", "1", "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(nonfinite, "SKIPS_IN_A_ROW", 3)
+        assert main([*words, "--epochs", "9"]) == 1  # at step 8: steps 6 and 7 are in the checkpoint
+    assert main(["train", "--resume", "--out", "out"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "in 10 steps in a row, the last is step 15" in last
+    state = read_checkpoint(checkpoints(tmp_path / "out" / "checkpoints")[-1]).state
+    assert (state["step"], state["watch"]) == (14, {"skipped": 10, "in_a_row": 9})
 
 
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")

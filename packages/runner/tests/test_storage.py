@@ -140,7 +140,7 @@ def test_another_format_is_refused(tmp_path):
     path = write(tmp_path, 1)
     (path / "state.json").write_text(json.dumps({"format": 99}))
     with_valid_checksums(path)
-    with pytest.raises(RegradError, match="checkpoint must be of format 2, got 99"):
+    with pytest.raises(RegradError, match="checkpoint must be of format 3, got 99"):
         read_checkpoint(path)
 
 

@@ -45,7 +45,7 @@ def found(tracker, client):
     """Return what finds MLflow's run of one of ours, once everything is delivered."""
 
     def find(run):
-        assert tracker.flush(60)
+        assert tracker.flush(240)
         (one,) = everything(client, f"tags.`regrad.run` = '{run.id}'")
         return one
 
@@ -202,7 +202,7 @@ def test_nothing_in_the_training_waits_for_the_delivery(tracker, client, history
     search = tracker._sender._delivery._client.search_runs
 
     def slow(*args, **kwargs):
-        assert open_gate.wait(60)
+        assert open_gate.wait(240)
         return search(*args, **kwargs)
 
     monkeypatch.setattr(tracker._sender._delivery._client, "search_runs", slow)
@@ -221,7 +221,7 @@ def test_without_a_database_the_training_goes_on_and_everything_is_kept_in_order
     message = "failed: .*not a database.*; training goes on, what is not delivered is kept in"
     with pytest.warns(RegradWarning, match=message):  # at the first call after the thread has met it
         parent = tracker.start("digits", "comparison")
-        assert not tracker.flush(60)
+        assert not tracker.flush(240)
         parent.log(0, {"loss": 0.2})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -248,9 +248,9 @@ def test_without_a_database_the_training_goes_on_and_everything_is_kept_in_order
 def test_what_a_lost_database_did_not_take_arrives_by_itself_when_it_is_back(tmp_path, tracker, history, monkeypatch):
     second = MlflowTracker(folder=tmp_path, uri=tracker.uri)
     monkeypatch.setattr("regrad_runner.delivery.FIRST_PAUSE", 0.01)
-    assert second.flush(60)
+    assert second.flush(240)
     with second.start("lost", "run") as run:
-        assert second.flush(60)
+        assert second.flush(240)
         log_batch, calls = second._sender._delivery._client.log_batch, []
 
         def fails_twice(*args, **kwargs):
@@ -267,7 +267,7 @@ def test_what_a_lost_database_did_not_take_arrives_by_itself_when_it_is_back(tmp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monkeypatch.setattr("regrad_runner.tracking.SECONDS_IN_VAIN", 10.0)
-        second.close()
+        second.close(240)
     assert [str(one.message)[:17] for one in seen] in ([], ["tracking at sqlit"])
     assert len(calls) >= 6
     assert [step for step, _ in history(run, "loss")] == list(range(METRICS_PER_CALL * 3 + 5))
@@ -277,7 +277,7 @@ def test_what_a_lost_database_did_not_take_arrives_by_itself_when_it_is_back(tmp
 def test_a_dead_server_costs_the_training_nothing_and_the_end_little(tmp_path):
     tracker = open_tracker("mlflow", folder=tmp_path, uri=DEAD_SERVER)
     runs = [tracker.start("digits", "first")]
-    assert not tracker.flush(60)
+    assert not tracker.flush(240)
     with pytest.warns(RegradWarning, match=f"tracking at {DEAD_SERVER} failed") as seen:
         runs.append(tracker.start("digits", "second"))
         for run in runs:
@@ -319,7 +319,7 @@ def test_on_a_full_disk_everything_still_arrives_after_one_warning(small_disk, t
         run.artifact(tmp_path / "receipt.json")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        second.close()
+        second.close(240)
     assert history(run, "loss") == [(step, float(step)) for step in range(500)]
     assert not (small_disk / "unsent").exists()
 
@@ -381,7 +381,7 @@ with tracker, tracker.start("ended", "comparison") as parent, tracker.start("end
     with subprocess.Popen(script(folder, body), stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"training\n"
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(timeout=60) == Terminated().code == 143
+        assert process.wait(timeout=240) == Terminated().code == 143
     experiment = client.get_experiment_by_name("ended")
     runs = client.search_runs([experiment.experiment_id])
     assert {(r.info.run_name, r.info.status) for r in runs} == {("comparison", "KILLED"), ("run", "KILLED")}

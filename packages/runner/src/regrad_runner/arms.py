@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,7 @@ import regrad
 from regrad.correction import Control, Correction
 from torch.optim import Optimizer
 
+LONGEST_FOLDER_NAME = 100
 BASELINE = "none"
 ALL = "all"
 
@@ -42,8 +44,9 @@ class Arm:
 
     @property
     def folder_name(self) -> str:
-        """The name, without what a file name cannot hold."""
-        return re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name)
+        """The name without what a file name cannot hold; a name that this changes gets digits of its own."""
+        plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name)[:LONGEST_FOLDER_NAME]
+        return plain if plain == self.name else f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
@@ -105,7 +108,7 @@ def created(text: str) -> tuple[Correction, ...]:
     """
     try:
         correction = regrad.create(text)
-    except TypeError as problem:
+    except (TypeError, RecursionError) as problem:
         raise ValueError(str(problem)) from problem
     return correction if isinstance(correction, tuple) else (correction,)
 

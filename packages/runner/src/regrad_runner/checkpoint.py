@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +22,11 @@ from regrad_runner.states import (
     set_random_state,
 )
 from regrad_runner.storage import Content, read_checkpoint, read_latest, write_checkpoint
-from regrad_runner.training import Point, TrainingRun
+from regrad_runner.training import Point, Position, TrainingRun
 
 KEPT = 2
+LONGEST_REASON = 200
+LARGEST_NUMBER = 2**53  # up to which every whole number is a float
 Value = TypeVar("Value")
 
 
@@ -110,26 +112,75 @@ def _content(run: TrainingRun) -> Content:
         "points": [asdict(point) for point in run.position.points],
         "scheduler": run.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
+        "watch": run.watch.state_dict(),
         "processes": run.accelerator.num_processes,
     }
     return Content(tensors, state, run.receipt())
 
 
 def _take(run: TrainingRun, content: Content) -> list[str]:
-    """Put everything back; the corrections first, because they may refuse."""
+    """Put everything back, or raise `RegradError`."""
+    try:
+        return _take_all(run, content)
+    except RegradError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as problem:
+        why = " ".join(str(problem).split())[:LONGEST_REASON]
+        raise RegradError(f"checkpoint must hold what this run needs, got {type(problem).__name__}: {why}") from problem
+
+
+def _take_all(run: TrainingRun, content: Content) -> list[str]:
+    """Put everything back; position and corrections first, because they may refuse."""
     tensors, state = content.tensors, content.state
+    position = _position(run, state)
+    fresh = run.scheduler.state_dict()
+    scheduler = _alike(state["scheduler"], fresh, "scheduler")
+    if scheduler["base_lrs"] != fresh["base_lrs"] or not 0 <= scheduler["last_epoch"] <= position.step:
+        raise RegradError(f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}")
     load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
     model = run.accelerator.unwrap_model(run.model)
     load_model(model, tensors["model"])
     load_optimizer(model, run.optimizer.optimizer, tensors["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
+    run.scheduler.load_state_dict(scheduler)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    position = run.position
-    position.step, position.epoch, position.batch = state["step"], state["epoch"], state["batch"]
-    position.points = [Point(**point) for point in state["points"]]
+    run.watch.load_state_dict(_alike(state["watch"], run.watch.state_dict(), "watch"))
+    run.position = position
     run.begin_lap()
     return _take_own(run, tensors["of_each_process"])
+
+
+def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:
+    """Return how far the run was, or raise `RegradError` where a run of this configuration cannot be."""
+    step, epoch, batch = (state[name] for name in ("step", "epoch", "batch"))
+    per_step = run.config.accumulate
+    if not all(type(number) is int and number >= 0 for number in (step, epoch, batch)) or not (
+        step * per_step == epoch * run.steps_per_epoch * per_step + batch and step <= run.total_steps
+    ):
+        place = f"step {step!r}, epoch {epoch!r}, batch {batch!r}"
+        raise RegradError(f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps")
+    like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0))
+    points = [Point(**_alike(point, like, "points")) for point in state["points"]]
+    return Position(step, epoch, batch, points)
+
+
+def _alike(value: Any, like: Any, what: str) -> Any:
+    """Return a value of JSON, or raise `RegradError` unless it has the shape and the types of another."""
+    if isinstance(like, dict):
+        same = isinstance(value, dict) and value.keys() == like.keys()
+        pairs = [(value[key], like[key]) for key in like] if same else []
+    elif isinstance(like, list):
+        same = isinstance(value, list) and len(value) == len(like)
+        pairs = list(zip(value, like, strict=True)) if same else []
+    else:
+        number = isinstance(like, float) and type(value) is int
+        fits = type(value) is not int or abs(value) < LARGEST_NUMBER
+        same, pairs = fits and (number or type(value) is type(like)), []
+    if not same:
+        raise RegradError(f"checkpoint must hold the {what} of this run, got {str(value)[:LONGEST_REASON]}")
+    for one, other in pairs:
+        _alike(one, other, what)
+    return value
 
 
 def _take_own(run: TrainingRun, then: Sequence[Any]) -> list[str]:

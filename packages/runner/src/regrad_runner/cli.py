@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from regrad.errors import RegradWarning
+from regrad.errors import RegradError, RegradWarning
 
-BAD_INPUT, STOPPED = 2, 130
+FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,16 +44,18 @@ def _run(words: list[str]) -> int:
         return int(app(words or ["--help"], prog_name="regrad", standalone_mode=False) or 0)
     except BadInput as problem:
         return _complain(str(problem))
+    except RegradError as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
+        return _complain(str(problem), code=FAILED)
     except usage_error as problem:
         return _complain(problem.format_message())
     except (typer.Abort, KeyboardInterrupt):
         return STOPPED
 
 
-def _complain(problem: str) -> int:
+def _complain(problem: str, code: int = BAD_INPUT) -> int:
     if problem and os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"regrad: {problem}\n")
-    return BAD_INPUT
+    return code
 
 
 def format_warning(

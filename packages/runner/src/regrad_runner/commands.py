@@ -9,6 +9,7 @@ import typer
 
 from regrad_runner import options as o
 from regrad_runner.errors import checking_input
+from regrad_runner.plugin_commands import plugins
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-plugins = typer.Typer(help="What is installed.", no_args_is_help=True)
 app.add_typer(plugins, name="plugins")
 
 
@@ -253,42 +253,6 @@ def explain(
     return 0
 
 
-@plugins.command("list")
-def list_plugins(json: o.AsJson = False) -> int:
-    """List corrections, optimizers and workloads that are installed."""
-    from regrad_runner.plugins import show_plugins  # noqa: PLC0415
-
-    show_plugins(as_json=json)
-    return 0
-
-
-@plugins.command("show")
-def show_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As plugins list has it.", show_default=False)],
-    json: o.AsJson = False,
-) -> int:
-    """Show what a plugin does, its options, where it acts and what it must beat."""
-    with checking_input():
-        from regrad_runner.plugin_details import show_plugin as show  # noqa: PLC0415
-
-        show(name, as_json=json)
-    return 0
-
-
-@plugins.command("check")
-def check_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A correction or optimizer.", show_default=False)],
-    suite: Annotated[Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")] = None,
-    json: o.AsJson = False,
-) -> int:
-    """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
-    from regrad_runner.checks import run_check, show_check  # noqa: PLC0415
-
-    with checking_input(), _console().status(f"checking {name}: about half a minute"):
-        report = run_check(name, suite)
-    return show_check(report, as_json=json)
-
-
 def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool) -> Config:
     """Read the settings: from the file and the flags, and of a run to resume from its folder."""
     from regrad_runner.config import load_config  # noqa: PLC0415
@@ -298,7 +262,9 @@ def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Pa
     if resume and out is not None and file is None:
         file = out / "config.yaml"
         if not file.is_file():
-            raise ValueError(f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml")
+            start = "; start it again without --resume" if out.is_dir() else ""
+            what = f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml"
+            raise ValueError(f"{what}{start}")
     return load_config(kind, file=file, flags=o.settings_of(ctx))
 
 

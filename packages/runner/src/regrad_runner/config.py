@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from regrad_runner.models import is_own
 from regrad_runner.optimizers import spec_of
 from regrad_runner.workloads import Workload
 
 FIRST_TUNING_SEED = 1_000_000
+LAST_SEED = 2**32 - 1  # that NumPy takes
+MOST_THREADS = 1024  # more end the process without a word
+LONGEST_TEXT = 1000
 WITHOUT_EFFECT_ON_RESULTS = frozenset(
     {"download", "workers", "tracker", "tracking_uri", "threads", "processes", "checkpoint_every", "keep_checkpoints"}
 )
@@ -51,7 +55,7 @@ class RunConfig(BaseModel):
         tracking_uri: An MLflow server or database, or None for a database in the output folder.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     workload: str = "digits"
     data_dir: str | None = None
@@ -69,11 +73,27 @@ class RunConfig(BaseModel):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     clip_norm: float | None = Field(default=None, gt=0)
     evaluations_per_epoch: int | None = Field(default=None, gt=0)
-    threads: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
     processes: int | None = Field(default=None, gt=0)
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=MOST_THREADS)
     tracker: Literal["mlflow", "none"] = "mlflow"
     tracking_uri: str | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what would tear a terminal, a table or a file of settings, and yes or no where a number belongs."""
+        texts = value if isinstance(value, list | tuple) else (value,)
+        unfit = [
+            text for text in texts if isinstance(text, str) and not (text.isprintable() and len(text) <= LONGEST_TEXT)
+        ]
+        if unfit:
+            raise ValueError(
+                f"{info.field_name} must be at most {LONGEST_TEXT} printable characters, got {shown(unfit[0])}"
+            )
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{info.field_name} must not be yes or no, got {value!r}")
+        return value
 
     @field_validator("tracking_uri")
     @classmethod
@@ -127,9 +147,9 @@ class CompareConfig(RunConfig):
 
     corrections: tuple[str, ...] = ("powergrad", "xgrad", "xgrad+powergrad")
     controls: bool = True
-    seeds: int = Field(default=10, gt=0)
+    seeds: int = Field(default=10, gt=0, le=FIRST_TUNING_SEED)
     lr: tuple[float, ...] | None = None
-    tuning_seeds: int = Field(default=2, gt=0)
+    tuning_seeds: int = Field(default=2, gt=0, le=FIRST_TUNING_SEED)
     probe_every: int | None = Field(default=None, gt=0)
     probe_size: int = Field(default=2048, gt=0)
 
@@ -157,12 +177,17 @@ class TrainConfig(RunConfig):
 
     corrections: tuple[str, ...] = ()
     lr: float | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LAST_SEED)
     checkpoint_every: int | None = Field(default=None, gt=0)
     keep_checkpoints: int = Field(default=2, gt=0)
 
 
 Config = TypeVar("Config", bound=RunConfig)
+# What PyYAML's own readers of numbers, dates and deep nesting raise beside its YAMLError.
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlevel = 3
 
 
 def load_config(kind: type[Config], *, file: Path | None = None, flags: Mapping[str, Any]) -> Config:
@@ -177,7 +202,7 @@ def load_config(kind: type[Config], *, file: Path | None = None, flags: Mapping[
         ValueError: If the file cannot be read, or a setting is unknown or out of its range.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    return validated(kind, {**(_read(file) if file else {}), **given})
+    return validated(kind, {**(read_settings(file) if file else {}), **given})
 
 
 def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
@@ -186,6 +211,14 @@ def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
         return kind.model_validate(dict(values))
     except ValidationError as problems:
         raise ValueError(_line(kind, problems)) from None
+
+
+def shown(value: object) -> str:
+    """Return what an error shows of a value, in one short line: YAML of a few bytes can stand for gigabytes."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a very long {type(value).__name__}"
 
 
 def write_config(config: RunConfig) -> str:
@@ -233,13 +266,19 @@ def _threads(pixels: int) -> int:
     return 1 if pixels < PIXELS_FOR_ONE_THREAD else torch.get_num_threads()
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return what a YAML file says, whatever settings it names.
+
+    Raises:
+        ValueError: If it cannot be read or is no mapping.
+    """
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as problem:
         raise ValueError(f"config must be a readable file, got '{file}': {problem.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise ValueError(f"config must be YAML, got '{file}': {' '.join(str(problem).split())}") from None
+    except (yaml.YAMLError, *UNREADABLE) as problem:
+        why = " ".join(str(problem).split()) or type(problem).__name__
+        raise ValueError(f"config must be YAML, got '{file}': {why}") from None
     if not isinstance(loaded, dict):
         raise ValueError(  # noqa: TRY004 - what the file says is wrong, not what a caller passed
             f"config must map settings to values, got {type(loaded).__name__} in '{file}'"
@@ -260,8 +299,8 @@ def _line(kind: type[RunConfig], problems: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, kind.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(kind.model_fields)}"
-        return f"no setting named {name!r}; {hint}"
+        return f"no setting named {shown(name)}; {hint}"
     if problem["type"] == "value_error":
         return message.removeprefix("Value error, ")
     rule = re.split(r", (?:unable|got) ", message.replace("Input should", "must"))[0]
-    return f"{name} {rule}, got {value!r}"
+    return f"{name} {rule}, got {shown(value)}"

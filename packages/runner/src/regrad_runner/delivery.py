@@ -27,6 +27,7 @@ SECONDS_BETWEEN_CALLS = 5.0
 # After a failure the next attempt waits, twice as long each time.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 TAG = "regrad.run"
+HOST_TAG = "regrad.host"
 
 # What the server will answer the next time too. Everything else, such as no answer, may pass.
 FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"})
@@ -129,7 +130,7 @@ class Delivery:
         """Make the run, unless an attempt that was broken off has made it."""
         experiment = self._experiment(record["experiment"])
         known = self._runs(experiment, record["run"])
-        tags = {TAG: record["run"]}
+        tags = {TAG: record["run"], HOST_TAG: record.get("host", "")}
         parent = self._known_run(spool, experiment, record["parent"])
         if parent:
             tags["mlflow.parentRunId"] = parent

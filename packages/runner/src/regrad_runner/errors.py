@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from regrad.errors import RegradError
 
+LONGEST_LINE, SHOWN_FIRST, SHOWN_LAST = 2000, 1500, 400
+
 
 class BadInput(Exception):  # noqa: N818 - it says what is wrong, and with whom
     """What was asked for cannot be done: one line, exit code 2, nothing written."""
@@ -18,4 +20,6 @@ def checking_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RegradError) as problem:
-        raise BadInput(" ".join(str(problem).split())) from problem
+        line = " ".join(str(problem).split())
+        whole = len(line) <= LONGEST_LINE
+        raise BadInput(line if whole else f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}") from problem

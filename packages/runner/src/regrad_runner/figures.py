@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -55,6 +56,7 @@ class Style:
         return "--" if self.control else "-"
 
 
+@rc_context({"text.parse_math": False})  # a dollar in the name of an arm is a dollar
 def write_figures(
     curves: Iterable[CurveRow], out: Path, *, rows: Sequence[RunRow], summaries: Sequence[ArmSummary], measure: Measure
 ) -> list[Path]:

@@ -6,7 +6,7 @@ import csv
 import io
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +55,14 @@ class Watch:
         self._steps: deque[int] = deque(maxlen=STEPS_KEPT)
         self._ring = torch.zeros(STEPS_KEPT, 1 + len(self._named), device=accelerator.device)
         self._next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts that a resumed run goes on with; the norms before it are not among them."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take back what `state_dict` returned."""
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
     @torch.no_grad()
     def is_finite(self, step: int, loss: Tensor) -> bool:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import regrad
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from regrad_runner.workloads import Defaults
@@ -27,13 +31,17 @@ def read_spec(text: str) -> tuple[str, dict[str, Any]]:
     Example:
         >>> read_spec("sgd:momentum=0.9,nesterov=true")
         ('sgd', {'momentum': 0.9, 'nesterov': True})
+        >>> read_spec("adamw:betas=(0.9,0.99)")
+        ('adamw', {'betas': (0.9, 0.99)})
     """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
+    for item in re.findall(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", rest):  # a comma inside brackets does not separate
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key:
             raise ValueError(f"optimizer must look like 'name:option=value,option=value', got {text!r}")
+        if key in options:
+            raise ValueError(f"optimizer must have each option once, got {key!r} twice in {text!r}")
         options[key] = _value(value)
     return name.strip(), options
 
@@ -57,7 +65,23 @@ def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
     if "lr" in options:
         raise ValueError(f"optimizer must not set lr, got {text!r}; use the setting lr")
     written = ",".join(f"{key}={value}" for key, value in options.items())
-    return (f"{name}:{written}" if written else name), float(lr)
+    spec = f"{name}:{written}" if written else name
+    _try_step(spec, lr=float(lr))
+    return spec, float(lr)
+
+
+def _try_step(spec: str, *, lr: float) -> None:
+    """Step on a parameter of its own: torch looks at some options only there, in the middle of a run."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    optimizer = build_optimizer(spec, [parameter], lr=lr)
+    parameter.grad = torch.ones(2, 2)
+    try:
+        optimizer.step()
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ValueError(f"optimizer must be one that can step, got {spec!r}: {reason}") from problem
+    if not parameter.isfinite().all():
+        raise ValueError(f"optimizer must have options that keep weights finite, got {spec!r}")
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
@@ -101,10 +125,17 @@ def build_optimizer(
     for key in options:
         if key not in allowed:
             raise ValueError(f"optimizer {name!r} has no option {key!r}; allowed: {', '.join(allowed)}")
+    for key, value in options.items():
+        if any(isinstance(number, float) and not math.isfinite(number) for number in _flat(value)):
+            raise ValueError(f"{key} must be finite, got {value!r} in optimizer {spec!r}")
     try:
         return kind(parameters, lr=lr, **options)  # type: ignore[call-arg]
-    except (TypeError, ValueError) as problem:
+    except (TypeError, ValueError, RuntimeError) as problem:
         raise ValueError(f"optimizer must be one that torch accepts, got {spec!r}: {problem}") from problem
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def _value(text: str) -> Any:
@@ -112,6 +143,8 @@ def _value(text: str) -> Any:
     if text.lower() in words:
         return words[text.lower()]
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "2is": what cannot be read is a text
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text

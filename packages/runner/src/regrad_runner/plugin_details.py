@@ -184,7 +184,7 @@ def _first_section(readme: str) -> str:
 
 def _print(console: Console, details: Mapping[str, Any]) -> None:
     source = f"{details['distribution']} {details['version']}, {details['value']}"
-    console.print(Text(f"{details['name']}: {details['kind']}", style="bold"), f"from {source}", sep="\n")
+    console.print(Text(f"{details['name']}: {details['kind']}", style="bold"), Text(f"from {source}"), sep="\n")
     about_itself = details["kind"] != "workload"  # one distribution offers many, and speaks of other things
     for text in (details["summary"] * about_itself, details["description"], details["card"]):
         if text:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import regrad
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
 
@@ -28,7 +29,8 @@ def show_plugins(*, as_json: bool = False) -> None:
         table.add_column(name, overflow="fold")
     for kind, entry in entries:
         source = f"{entry.distribution} {entry.version}".strip()
-        table.add_row(kind, entry.name, source, f"refused: {entry.refused}" if entry.refused else entry.summary)
+        cells = (kind, entry.name, source, f"refused: {entry.refused}" if entry.refused else entry.summary)
+        table.add_row(*map(Text, cells))
     console.print(table)
     if not any(kind == "correction" for kind, _ in entries):
         console.print("no correction is installed; for example: pip install regrad-xgrad")

@@ -19,6 +19,7 @@ from regrad.errors import refuse_if
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from regrad_runner.config import CompareConfig, RunConfig
@@ -247,6 +248,6 @@ def print_qualities(console: Console, rows: Sequence[Quality]) -> None:
         table.add_column(heading, overflow="fold")
     for mean in mean_qualities(rows):
         numbers = ("–" if mean[name] is None else f"{mean[name]:.3f}" for name in MEASURES)
-        table.add_row(mean["arm"], str(mean["probes"]), *numbers)
+        table.add_row(Text(mean["arm"]), str(mean["probes"]), *numbers)
     console.print(title, highlight=False, soft_wrap=True)
     console.print(table)

@@ -36,7 +36,7 @@ class Display:
         self._current: TaskID | None = None
         if console.is_terminal and not quiet:
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[unit]}"),

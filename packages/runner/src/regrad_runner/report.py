@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from regrad_runner.cells import in_ranges
+from regrad_runner.config import read_settings
 from regrad_runner.explain import Explanation
 from regrad_runner.explanation import as_json as explanation_as_json
 from regrad_runner.explanation import as_text
@@ -36,7 +36,7 @@ def show(path: Path, *, as_json: bool = False) -> None:
     if _about(path)["kind"] != "comparison":
         show_run(path, as_json=as_json)
         return
-    draw(merge(ResultsFolder(path)), Measure(**_about(path)["measure"]))
+    draw(merge(ResultsFolder(path)), _about(path)["measure"])
     show_comparison(path, as_json=as_json)
 
 
@@ -64,7 +64,7 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     Raises:
         ValueError: If the folder holds no comparison, or no run.
     """
-    measure, left_out = Measure(**_about(path)["measure"]), _about(path).get("left_out", {})
+    measure, left_out = _about(path)["measure"], _about(path).get("left_out", {})
     folder, console = ResultsFolder(path), Console()
     summaries = summarize_results(folder.results, measure)
     qualities = kept_qualities(folder)
@@ -81,7 +81,8 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     failed = sum(result.status == "failed" for result in folder.results)
     if failed:
         where = f"{path / 'failures.txt'} says why; regrad compare --resume --out {path} repeats them"
-        console.print(f"{failed} of {len(folder.results)} runs failed: {where}", highlight=False, soft_wrap=True)
+        line = f"{failed} of {len(folder.results)} runs failed: {where}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if folder.missing:
         which = f"{len(folder.missing)} of {len(folder.cells)} runs are missing: cells {in_ranges(folder.missing)}"
         goes_on = f"regrad compare --resume --out {path} runs them, or --cell each of them"
@@ -112,9 +113,9 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     Raises:
         ValueError: If the folder holds no run, or it has not ended.
     """
-    measure = Measure(**_about(path)["measure"])
+    measure = _about(path)["measure"]
     folder = ResultsFolder(path)
-    if not folder.results:
+    if not folder.results or None in (folder.results[-1].value, folder.results[-1].validation):
         raise ValueError(f"folder must hold a run that ended, got '{path}'; regrad train --resume --out goes on")
     result, console = folder.results[-1], Console()
     if as_json:
@@ -129,11 +130,13 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     if measure.target is not None:
         reached = "never" if result.steps_to_target is None else f"{result.steps_to_target:,}"
         lines[f"steps to {measure.target:g}"] = reached
-    console.print(f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}", style="bold", highlight=False)
+    effects = _effects(path)
+    title = f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}"
+    console.print(title, style="bold", highlight=False, markup=False)
     for name, value in lines.items():
-        console.print(f"  {name:<24} {value}", highlight=False)
-    for name, value in _effects(path).items():
-        console.print(f"  {name:<24} {value}", highlight=False, soft_wrap=True)
+        console.print(f"  {name:<24} {value}", highlight=False, markup=False)
+    for name, value in effects.items():
+        console.print(f"  {name:<24} {value}", highlight=False, markup=False, soft_wrap=True)
     _print_places(console, path)
 
 
@@ -145,10 +148,13 @@ def show_explanation(explanation: Explanation, *, as_json: bool = False, every_t
 
 def open_ui(path: Path) -> str | None:
     """Return the command that shows a folder's tracked runs, or where they are; None if they were not tracked."""
-    settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    if settings["tracker"] == "none":
+    try:
+        settings = read_settings(path / "config.yaml")
+    except ValueError:
         return None
-    uri = settings["tracking_uri"]
+    if settings.get("tracker") != "mlflow":
+        return None
+    uri = str(settings.get("tracking_uri") or "")
     if uri and not uri.startswith("sqlite"):
         return f"open {uri}"
     database = f"sqlite:///{(path / 'mlflow.db').as_posix()}"
@@ -158,14 +164,28 @@ def open_ui(path: Path) -> str | None:
 def _about(path: Path) -> dict[str, Any]:
     """Return what the folder says about itself."""
     about = read_about(path)
-    if not about:
+    measure = about.get("measure")
+    try:
+        made = Measure(**measure) if isinstance(measure, dict) else None
+    except TypeError:
+        made = None
+    fit = made is not None and isinstance(made.name, str) and isinstance(made.target, float | int | None)
+    if not fit or "kind" not in about:
         raise ValueError(f"folder must be one that compare or train wrote, got '{path}'")
-    return about
+    return {**about, "measure": made}
 
 
 def _effects(path: Path) -> dict[str, str]:
     """Return one line per correction and stage of a run's receipt."""
-    receipt = json.loads((path / "receipt.json").read_text(encoding="utf-8"))
+    try:
+        receipt = json.loads((path / "receipt.json").read_text(encoding="utf-8"))
+        return _effects_in_words(receipt)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
+        where = path / "receipt.json"
+        raise ValueError(f"'{where}' must be the receipt of the run, got another: {problem}") from problem
+
+
+def _effects_in_words(receipt: dict[str, Any]) -> dict[str, str]:
     return {
         f"{name} on {stage}": f"{100 * seen['share_touched']:.0f} % of tensors, relative change "
         f"{seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
@@ -180,11 +200,14 @@ def _print_rates(console: Console, folder: ResultsFolder) -> None:
         chosen = {result.arm: result.lr for result in folder.results}
         rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
         wrap = not console.is_terminal
-        console.print(f"learning rates chosen on the validation images: {rates}", highlight=False, soft_wrap=wrap)
+        line = f"learning rates chosen on the validation images: {rates}"
+        console.print(line, highlight=False, markup=False, soft_wrap=wrap)
 
 
 def _print_places(console: Console, path: Path) -> None:
-    console.print(f"\neverything is in {path}; regrad report {path} shows this again", highlight=False, soft_wrap=True)
+    line = f"\neverything is in {path}; regrad report {path} shows this again"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     command = open_ui(path)
     if command is not None:
-        console.print(f"curves and receipts of every run: {command}", highlight=False, soft_wrap=True)
+        line = f"curves and receipts of every run: {command}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

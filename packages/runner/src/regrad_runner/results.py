@@ -20,6 +20,8 @@ from regrad_runner.training import Point, TrainingRun, steps_to_target
 
 Row = TypeVar("Row")
 CELLS = "cells"
+PART = ".part"
+COMPUTED = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +319,7 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"out must be in a folder that can be written, got '{path}'")
     if not resume:
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not all(is_left_over(found) for found in path.iterdir()):
             more = "; --resume continues it" if saved.is_file() else ""
             raise ValueError(f"out must be a new or empty folder, got '{path}'{more}")
         return config
@@ -328,7 +330,8 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
 
 def check_arms(path: Path, arms: Iterable[Arm]) -> None:
     """Raise a `ValueError` if an arm of the folder would mean something else by its name."""
-    known = read_about(path).get("arms", {})
+    arms_then = read_about(path).get("arms")
+    known = arms_then if isinstance(arms_then, dict) else {}
     for arm in arms:
         if known.get(arm.name, arm.recipe) != json.loads(json.dumps(arm.recipe)):
             raise ValueError(
@@ -340,9 +343,9 @@ def read_about(path: Path) -> dict[str, Any]:
     """Return what a folder says about itself; nothing where it says nothing."""
     try:
         about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return about
+    return about if isinstance(about, dict) else {}
 
 
 def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> ResultsFolder:
@@ -353,9 +356,14 @@ def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> Res
     return ResultsFolder(path)
 
 
+def is_left_over(path: Path) -> bool:
+    """Say whether a file is what a kill left of `write_whole`."""
+    return path.name.startswith(".") and path.name.endswith(PART)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that a kill leaves the old one or the new one, never a half."""
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}{PART}")
     with aside.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
@@ -369,7 +377,7 @@ def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
-    table.writerows(asdict(row) for row in rows)
+    table.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
     write_whole(path, text.getvalue())
 
 
@@ -385,8 +393,13 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         try:
             return [kind(**{k: _read_cell(v, hints[k]) for k, v in row.items()}) for row in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, csv.Error) as problem:
             raise ValueError(f"'{path}' must hold the columns {', '.join(hints)}: {problem}") from problem
+
+
+def _cell(value: Any) -> Any:
+    """Return what stands in a cell: a text that a spreadsheet would compute, or that is one of these, is quoted."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in COMPUTED else value
 
 
 def _read_cell(text: str, hint: Any) -> Any:
@@ -396,5 +409,5 @@ def _read_cell(text: str, hint: Any) -> Any:
         return None
     if bool in kinds:
         return {"True": True, "False": False}[text]
-    kind = next((kind for kind in (int, float) if kind in kinds), str)
-    return kind(text)
+    kind = next((kind for kind in (int, float) if kind in kinds), None)
+    return text.removeprefix("'") if kind is None else kind(text)

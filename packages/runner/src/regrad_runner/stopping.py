@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: they end what is under way as killed, and never leave a tracked run open.
 
-Where a checkpoint can be saved, the first one acts after the step under way and the second one at once.
+Where a checkpoint can be saved, the first one acts after the step under way and the second one at once. Several
+processes hear a signal at different steps, or one alone hears it: after each step they agree, and stop together.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from traceback import clear_frames
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -23,11 +25,21 @@ STOPPING = b"\nstopping after this step; once more leaves at once\n"
 
 @dataclass
 class _Signals:
-    """Whether signals wait, whether the first one may act after the step, and the one that came meanwhile."""
+    """What is to be done with signals.
+
+    Attributes:
+        wait: Whether they act later.
+        after_step: Whether the first one acts after the step under way.
+        came: The one that waits.
+        agree: Gives what the processes make of the one that came to this one, 0 for none.
+        together: Whether every process was ended by `stop`.
+    """
 
     wait: bool = False
     after_step: bool = False
     came: int | None = None
+    agree: Callable[[int], int] = int
+    together: bool = False
 
     def stop_waiting(self) -> int | None:
         """Let signals act at once, and return the one that waited."""
@@ -41,6 +53,7 @@ _signals = _Signals()
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait. Main thread only."""
+    _signals.together = False
     before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -77,25 +90,36 @@ def tracked(start: Callable[[], Run]) -> Iterator[Run]:
 
 
 @contextmanager
-def stops_after_steps() -> Iterator[None]:
-    """Let the first signal in the block act where `stop_if_asked` is called, and the second one at once."""
-    _signals.after_step = True
+def stops_after_steps(agree: Callable[[int], int] = int) -> Iterator[None]:
+    """Let the first signal in the block act where `stop` is called for it, and the second one at once.
+
+    Args:
+        agree: Called on every process with the number of the signal that came to it, 0 for none; returns the one
+            that all act on.
+    """
+    _signals.after_step, _signals.agree, _signals.together = True, agree, False
     try:
         yield
-        stop_if_asked()
+        stop(asked_to_stop())
     finally:
-        _signals.after_step, _signals.came = False, None
+        _signals.after_step, _signals.came, _signals.agree = False, None, int
 
 
-def stop_asked() -> bool:
-    """Say whether a signal came that waits for `stop_if_asked`."""
-    return _signals.came is not None
+def asked_to_stop() -> int:
+    """Return the signal to stop for, 0 for none. Call it on every process, after the same steps."""
+    return _signals.agree(_signals.came or 0)
 
 
-def stop_if_asked() -> None:
-    """Raise what the signal that came means."""
-    if _signals.came is not None:
-        _raise(_signals.came)
+def stop(number: int) -> None:
+    """Raise what a signal means, on every process; nothing where it is 0."""
+    if number:
+        _signals.together = True
+        _raise(number)
+
+
+def stopped_together() -> bool:
+    """Say whether every process ends for a signal, so that they can still do something together."""
+    return _signals.together
 
 
 @contextmanager
@@ -104,9 +128,14 @@ def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
     try:
         with stoppable():
             yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as end:
         if not quiet:
             console.print(f"stopped; this goes on from here: {again}", highlight=False, markup=False, soft_wrap=True)
+        if stopped_together():
+            from regrad_runner.preparation import leave_processes  # noqa: PLC0415 - it imports torch
+
+            clear_frames(end.__traceback__)  # they hold the model
+            leave_processes()
         raise
 
 

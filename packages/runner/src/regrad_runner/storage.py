@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from regrad.errors import RegradError
 
-FORMAT = 2
+FORMAT = 3
 PREFIX, DAMAGED = "step-", "damaged-"
 TENSORS, CHECKSUMS = "tensors.pt", "checksums.json"
 
@@ -84,9 +84,16 @@ def read_checkpoint(path: Path) -> Content:
     fault = fault_of(path)
     if fault is not None:
         raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
-    state = _read_json(path / "state.json")
-    if state["format"] != FORMAT:
-        raise RegradError(f"checkpoint must be of format {FORMAT}, got {state['format']!r} in '{path}'")
+    try:
+        state, receipt = _read_json(path / "state.json"), _read_json(path / "receipt.json")
+    except (ValueError, RecursionError) as problem:
+        raise RegradError(f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'") from problem
+    if state.get("format") != FORMAT:
+        raise RegradError(f"checkpoint must be of format {FORMAT}, got {state.get('format')!r} in '{path}'")
+    return Content(_read_tensors(path), state, receipt)
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
     try:
         tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
@@ -94,7 +101,11 @@ def read_checkpoint(path: Path) -> Content:
             f"checkpoint must hold tensors and plain values only, got '{path / TENSORS}', which would run code; "
             "it is not loaded: remove it if you do not know where it comes from"
         ) from problem
-    return Content(tensors, state, _read_json(path / "receipt.json"))
+    except Exception as problem:
+        raise RegradError(f"checkpoint must be a file of torch.save, got another in '{path / TENSORS}'") from problem
+    if not isinstance(tensors, dict):
+        raise RegradError(f"checkpoint must hold tensors by name, got {type(tensors).__name__} in '{path / TENSORS}'")
+    return tensors
 
 
 def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
@@ -130,7 +141,7 @@ def fault_of(path: Path) -> str | None:
                 return f"{name} is not what was written"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
-    except (OSError, ValueError, AttributeError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         return f"{CHECKSUMS} cannot be read ({type(problem).__name__})"
     return None
 
@@ -164,7 +175,9 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_bytes())
+    read = json.loads(path.read_bytes())
+    if not isinstance(read, dict):
+        raise ValueError(f"'{path}' must hold a JSON object, got {type(read).__name__}")  # noqa: TRY004 - of the file
     return read
 
 

@@ -16,6 +16,7 @@ keeps what is not delivered, `regrad_runner.delivery` sends it.
 from __future__ import annotations
 
 import atexit
+import platform
 import re
 import time
 import traceback
@@ -190,9 +191,9 @@ class SpoolTracker(Tracker):
     ) -> Run:
         """Begin a run; see `Tracker.start`."""
         run = super().start(experiment, run_name)
-        about = {"experiment": experiment, "name": run_name, "parent": parent.id if parent else ""}
-        now = time.time_ns() // 1_000_000
-        self.send({"op": "start", "run": run.id, "address": self._address, "time": now, **about})
+        about = {"experiment": experiment, "name": _printable(run_name), "parent": parent.id if parent else ""}
+        place = {"address": self._address, "host": platform.node()}
+        self.send({"op": "start", "run": run.id, "time": time.time_ns() // 1_000_000, **about, **place})
         values = [(_name(name), str(value)[:PARAM_LENGTH]) for name, value in (params or {}).items()]
         for part in _parts(values, PARAMS_PER_CALL):
             self.send({"op": "params", "run": run.id, "values": part})
@@ -333,6 +334,11 @@ def _number(name: str, value: Any) -> float | None:
 def _name(name: str) -> str:
     """Return a name that MLflow takes."""
     return NOT_IN_NAMES.sub("_", name)[:NAME_LENGTH]
+
+
+def _printable(text: str) -> str:
+    """Return a text that a database takes: the name of a folder need not be one."""
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
 def _parts(values: Sequence[Any], size: int) -> Iterator[list[Any]]:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regrad_runner.arms import BASELINE, Arm, parts_of
 from regrad_runner.checkpoint import load_latest, save_checkpoint
 from regrad_runner.config import TrainConfig
+from regrad_runner.errors import checking_input
 from regrad_runner.launching import check_task, make_accelerator
 from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.results import Result, ResultsFolder, check_folder, finished_result, start_folder, write_whole
-from regrad_runner.stopping import stop_asked, stop_if_asked, stops_after_steps, tracked
+from regrad_runner.stopping import asked_to_stop, stop, stops_after_steps, tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, name_on_validation
 from regrad_runner.workloads import Workload
@@ -74,26 +75,32 @@ def train(plan: Plan, display: Display) -> Result:
 
     Returns:
         What came out; the folder holds it too, with curve, receipt and checkpoints.
+
+    Raises:
+        BadInput: If there are checkpoints and none can be gone on from; nothing is written.
     """
-    tracker = Tracker()
-    if plan.reports:
-        about = {"kind": "run", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
-        start_folder(plan.path, plan.config, about)
-        tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
-    config = plan.config
-    settings = config.model_dump(mode="json")
-    with tracker, tracked(lambda: tracker.start(f"regrad {plan.workload.name}", plan.path.name, settings)) as shown:
-        run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
-        with closing(run):
-            return _follow(run, plan, shown, display)
+    config, tracker = plan.config, Tracker()
+    run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
+    with closing(run):
+        with checking_input():  # a checkpoint that is refused leaves the folder as it is
+            loaded = load_latest(run, plan.path / "checkpoints")
+        if plan.reports:
+            about = {"kind": "run", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
+            start_folder(plan.path, config, about)
+            tracker = open_tracker(config.tracker, folder=plan.path, uri=config.tracking_uri)
+        settings, name = config.model_dump(mode="json"), f"regrad {plan.workload.name}"
+        with tracker, tracked(lambda: tracker.start(name, plan.path.name, settings)) as shown:
+            return _follow(run, plan, shown, display, loaded)
 
 
-def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Result:
+def _follow(
+    run: TrainingRun, plan: Plan, shown: Run, display: Display, loaded: tuple[Path | None, list[str]]
+) -> Result:
     """Train, keep checkpoints on the way and the result at the end."""
     started = time.perf_counter()
     checkpoints = plan.path / "checkpoints"
     every = plan.config.checkpoint_every or run.steps_per_epoch
-    latest, notes = load_latest(run, checkpoints)
+    latest, notes = loaded
     for note in notes:
         display.say(note)
     if latest is not None:
@@ -112,14 +119,13 @@ def _follow(run: TrainingRun, plan: Plan, shown: Run, display: Display) -> Resul
 
     def keep_step(step: int) -> None:
         display.step(step)
-        if step % every == 0 or step == run.total_steps or stop_asked():
+        signal = asked_to_stop()
+        if step % every == 0 or step == run.total_steps or signal:
             save_checkpoint(run, checkpoints, keep=plan.config.keep_checkpoints)
-        stop_if_asked()
+        stop(signal)
 
     display.begin(plan.arm.name, steps=run.total_steps)
-    # Several processes hear a signal at different steps and save together or not at all: there it acts at once.
-    stops = stops_after_steps() if run.accelerator.num_processes == 1 else nullcontext()
-    with stops, keeping_norms(lambda: plan.path, shown, writes=plan.reports):
+    with stops_after_steps(run.largest), keeping_norms(lambda: plan.path, shown, writes=plan.reports):
         run.train(on_point=keep_point, on_step=keep_step)
     result = finished_result(run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started)
     if plan.reports:

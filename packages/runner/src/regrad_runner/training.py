@@ -290,6 +290,13 @@ class TrainingRun:
         run["steps_not_finite"] = self.watch.skipped
         return {**self.attachment.receipt(), "run": {**run, "threads": torch.get_num_threads()}}
 
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers that the processes give. Call it on every process."""
+        if self.accelerator.num_processes == 1:
+            return number
+        numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+        return int(numbers.max().item())
+
     def close(self) -> None:
         """Detach the corrections."""
         self.attachment.detach()

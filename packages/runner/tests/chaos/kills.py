@@ -3,7 +3,8 @@
 Usage: python kills.py FOLDER SEED RUNS KILLS CORRECTION...
 
 FOLDER/whole is trained without a kill, FOLDER/killed-0 … with KILLS kills each (SIGKILL: nothing can catch it), at
-moments drawn from SEED: how many steps, evaluations, savings or loadings into a life, and how far into that one.
+moments drawn from SEED: how many steps, evaluations, savings (what is to be saved is collected, then written) or
+loadings into a life, and how far into that one.
 
 Lives are forked from this process, which has imported everything and computed nothing, because importing takes
 longer than the rest of a life. A forked life is as good as a fresh process: it inherits modules and no run, no
@@ -24,6 +25,7 @@ from statistics import median
 
 import regrad
 import sklearn.datasets  # noqa: F401 - what the workload imports late
+from regrad_runner import checkpoint
 from regrad_runner import train as module
 from regrad_runner.config import TrainConfig
 from regrad_runner.progress import Display
@@ -35,7 +37,7 @@ SETTINGS = {
     **{"tracker": "none", "checkpoint_every": 1},
 }
 ALLOCATORS = {"jemalloc_bg_thd"}  # pyarrow's, which comes with scikit-learn; jemalloc itself cares for forks
-KINDS = {"s": "step", "e": "evaluation", "w": "saving", "l": "loading"}
+KINDS = {"s": "step", "e": "evaluation", "c": "collecting", "w": "saving", "l": "loading"}
 
 
 def announced(function, kind, pipe):
@@ -54,7 +56,8 @@ def live(folder, corrections, pipe):
     """Train in this process, from the latest checkpoint if there is one."""
     TrainingRun._micro_batch = announced(TrainingRun._micro_batch, "s", pipe)
     TrainingRun.accuracy = announced(TrainingRun.accuracy, "e", pipe)
-    module.save_checkpoint = announced(module.save_checkpoint, "w", pipe)
+    module.save_checkpoint = announced(module.save_checkpoint, "c", pipe)  # what is to be saved, and then
+    checkpoint.write_checkpoint = announced(checkpoint.write_checkpoint, "w", pipe)  # its files
     module.load_latest = announced(module.load_latest, "l", pipe)
     resume = (folder / "config.yaml").is_file()
     plan = module.make_plan(TrainConfig(**SETTINGS, corrections=corrections), out=folder, resume=resume)

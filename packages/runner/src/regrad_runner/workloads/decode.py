@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LARGEST_SIDE = 64
+LONGEST = 1000
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # Pillow's names
 
 
@@ -33,17 +34,21 @@ class EncodedImage:
         """Return the image as a Pillow image, upright.
 
         Raises:
-            ValueError: If it is missing or cannot be decoded.
+            ValueError: If it is missing, cannot be decoded, or is a thin strip.
         """
         if not self.content:
             raise ValueError(f"image must hold the bytes of an image file, got none in {self.where}")
         try:
-            return datasets.Image().decode_example({"bytes": self.content, "path": None})
-        except (OSError, SyntaxError, ValueError) as problem:
-            cause = str(problem).splitlines()[0]
+            image = datasets.Image().decode_example({"bytes": self.content, "path": None})
+        except Exception as problem:
+            cause = (str(problem).splitlines() or [type(problem).__name__])[0]
             raise ValueError(
                 f"image must be a JPEG, PNG or the like, got another in {self.where}: {cause}"
             ) from problem
+        if max(image.size) > LONGEST * min(image.size):
+            size = " × ".join(map(str, image.size))
+            raise ValueError(f"image must be at most {LONGEST} times as long as wide, got {size} in {self.where}")
+        return image
 
 
 @dataclass(frozen=True)

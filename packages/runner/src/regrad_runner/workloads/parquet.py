@@ -147,8 +147,9 @@ class _Split:
                 # A reader that is left open can keep the interpreter from ending.
                 with contextlib.closing(tables):
                     yield features[column], tables
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
-            raise ValueError(f"{self.files[0]}: {str(problem).splitlines()[0]}") from problem
+        except Exception as problem:  # Arrow, Parquet's codecs and datasets each raise their own kinds
+            cause = (str(problem).splitlines() or [type(problem).__name__])[0]
+            raise ValueError(f"{self.files[0]}: {cause}") from problem
         finally:
             datasets.utils.logging.set_verbosity(verbosity)
 

@@ -1,0 +1,96 @@
+"""The commands `regrad plugins …`. What is heavy is imported when it is used."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regrad_runner import options as o
+from regrad_runner.errors import checking_input
+
+LIKE = "The correction to copy; the smallest by default."
+
+plugins = typer.Typer(help="What is installed; checking it, and making more.", no_args_is_help=True)
+
+
+@plugins.command("list")
+def list_plugins(json: o.AsJson = False) -> int:
+    """List corrections, optimizers and workloads that are installed."""
+    from regrad_runner.plugins import show_plugins  # noqa: PLC0415
+
+    show_plugins(as_json=json)
+    return 0
+
+
+@plugins.command("show")
+def show_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As plugins list has it.", show_default=False)],
+    json: o.AsJson = False,
+) -> int:
+    """Show what a plugin does, its options, where it acts and what it must beat."""
+    with checking_input():
+        from regrad_runner.plugin_details import show_plugin as show  # noqa: PLC0415
+
+        show(name, as_json=json)
+    return 0
+
+
+@plugins.command("check")
+def check_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A correction or optimizer.", show_default=False)],
+    suite: Annotated[Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")] = None,
+    json: o.AsJson = False,
+) -> int:
+    """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from regrad_runner.checks import run_check, show_check  # noqa: PLC0415
+
+    with checking_input(), Console(stderr=True).status(f"checking {name}: about half a minute"):
+        report = run_check(name, suite)
+    return show_check(report, as_json=json)
+
+
+@plugins.command("new")
+def new_plugin(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of your correction.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its folder is made; here by default.")] = Path(),
+    like: Annotated[str | None, typer.Option(metavar="NAME", help=LIKE)] = None,
+) -> int:
+    """Write a distribution with a correction of your own, made from a shipped one: it passes the kit as it is."""
+    with checking_input():
+        from regrad_runner.new_plugin import new_plugin as make  # noqa: PLC0415
+
+        folder, source = make(name, out, like)
+    place = shlex.quote(str(folder))
+    sys.stdout.write(
+        f"{folder} holds {source!r} under the name {name!r}. Next:\n"
+        f"  pip install --editable {place}\n"
+        f"  regrad plugins check {name}\n"
+        "  write the rule: first tests/reference.py, then the package in src, its tests and its card\n"
+        f"  pytest {place}\n"
+        f"  regrad compare --corrections {name}\n"
+    )
+    return 0
+
+
+@plugins.command("doctor")
+def doctor(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where runs are written; here by default.")] = Path(),
+    gpu: Annotated[bool, typer.Option("--gpu", help="Expect a GPU.")] = False,
+    json: o.AsJson = False,
+) -> int:
+    """Find what is wrong with what is installed, and say how to mend it; exit code 1 if anything is."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from regrad_runner.doctor import examine, show_findings  # noqa: PLC0415
+
+    with checking_input(), Console(stderr=True).status("importing every plugin"):
+        if not folder.is_dir():
+            raise ValueError(f"folder must be a folder, got '{folder}'")
+        findings = examine(folder, gpu=gpu)
+    return show_findings(findings, as_json=json)

@@ -1,0 +1,147 @@
+import csv
+import io
+import os
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+from regrad_runner.arms import Arm
+from regrad_runner.figures import write_figures
+from regrad_runner.progress import Display
+from regrad_runner.results import COMPUTED, CurvePoint, Result, read_rows, write_rows
+from regrad_runner.statistics import RunRow, summarize
+from regrad_runner.table import print_comparison
+from regrad_runner.tracking import MlflowTracker
+from regrad_runner.workloads import Measure
+from regrad_testing.files import load_beside
+from rich.console import Console
+
+cases = load_beside(__file__, "cases")
+HOSTILE = [
+    "=1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\t=1",
+    "'=1",
+    "''",
+    "../../x",
+    "/etc/passwd",
+    "..",
+    "a/b",
+    "a\\b",
+    "C:\\x",
+    "~",
+]
+HOSTILE += [
+    "[/bold]",
+    "[red]",
+    "$\\frac$",
+    "$x",
+    "_hidden",
+    "<script>alert(1)</script>",
+    '"a","b"',
+    "a;b",
+    "%s{}",
+    "x" * 400,
+]
+
+plain = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp", "Co", "Cn")), min_size=1, max_size=30)
+names = (
+    st.sampled_from(HOSTILE) | plain | st.builds("".join, st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3))
+)
+
+
+@cases.hostile(130, names, st.integers(0, 9))
+def test_any_name_stays_in_its_folder_and_in_its_cell_and_comes_back(tmp_path, name, seed):
+    folder = Arm(name).folder_name
+    assert (tmp_path / "runs" / f"{folder}-seed{seed}").resolve().parent == (tmp_path / "runs").resolve()
+    assert re.fullmatch(r"[A-Za-z0-9._=+-]{1,110}", folder)
+    row = Result(arm=name, seed=seed, value=-0.5, must_beat=name)
+    write_rows(tmp_path / "results.csv", [row], Result)
+    assert read_rows(tmp_path / "results.csv", Result) == [row]
+    text = (tmp_path / "results.csv").read_text(encoding="utf-8")
+    (cells,) = csv.DictReader(io.StringIO(text))
+    assert not cells["arm"].startswith(COMPUTED[:-1])
+    assert not cells["must_beat"].startswith(COMPUTED[:-1])
+    assert cells["value"] == "-0.5"
+
+
+def test_two_names_never_share_a_folder():
+    folders = [
+        Arm(name).folder_name for name in ["a/b", "a b", "a_b", "a\\b", "a//b", *("y" * 300 + end for end in "12")]
+    ]
+    assert len(set(folders)) == len(folders)
+    assert folders[2] == "a_b"
+
+
+def rows_of(arms):
+    return [
+        RunRow(
+            arm=arm,
+            seed=seed,
+            value=0.5 + 0.01 * seed,
+            steps_to_target=3,
+            step_seconds=0.1,
+            touched=True,
+            status="finished",
+        )
+        for arm in arms
+        for seed in range(2)
+    ]
+
+
+def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
+    arms, measure = ["none", *HOSTILE[:-1]], Measure(target=0.5)
+    rows = rows_of(arms)
+    summaries = summarize(rows, controls=dict.fromkeys(arms[1:]), higher_is_better=True)
+    curves = [
+        CurvePoint(arm=r.arm, seed=r.seed, step=s, epoch=s, loss=1.0, value=0.1 * s, lr=0.1)
+        for r in rows
+        for s in (1, 2)
+    ]
+    assert len(write_figures(curves, tmp_path, rows=rows, summaries=summaries, measure=measure)) == 3
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=3000)
+        print_comparison(console, summaries, measure)
+        with Display(console, runs=1) as display:
+            for name in HOSTILE:
+                display.begin(name, steps=1)
+                display.note(name)
+                display.end(name)
+        shown = console.file.getvalue()
+        assert all(name in shown for name in HOSTILE if name.isprintable())
+
+
+def test_any_name_reaches_the_tracker_and_nothing_waits(tmp_path):
+    odd = [*HOSTILE, os.fsdecode(b"\xff\xfe"), "\x00", "\x1b[31m", "two\nlines"]
+    with MlflowTracker(folder=tmp_path) as tracker:
+        for name in odd:
+            with tracker.start("regrad digits", name, {name: name}) as run:
+                run.log(1, {name: 0.5})
+        assert tracker.flush()
+    assert not (tmp_path / "unsent").exists()
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        told = [name for (name,) in database.execute("select name from runs order by start_time")]
+        count = database.execute("select count(*) from metrics").fetchone()[0]
+    assert len(told) == count == len(odd)
+    assert {name for name in HOSTILE if name.isprintable()} <= set(told)
+    assert all(name.isprintable() for name in told)
+
+
+def test_nothing_writes_html():
+    source = Path(cases.__file__).parents[2] / "src"
+    assert [path for path in source.rglob("*.py") if "<html" in path.read_text() or "jinja" in path.read_text()] == []
+
+
+@pytest.mark.parametrize("name", ["[/x]", "=out", "$o$"])
+def test_a_folder_of_any_name_is_written_and_shown(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    small = ["--train-size", "100", "--batch-size", "50", "--width", "4", "--epochs", "1", "--tracker", "none"]
+    code, out, _ = cases.command("train", *small, "--threads", "1", "--out", name)
+    assert code == 0
+    assert f"everything is in {name}; regrad report {name} shows this again" in out
+    assert cases.command("report", name)[:2] == (0, out)
