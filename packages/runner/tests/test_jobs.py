@@ -84,6 +84,7 @@ def _kill_one_and_stop(process: subprocess.Popen) -> tuple[list[int], str]:
     return workers, said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes are looked up in /proc")
 def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_killed(here):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
