@@ -70,6 +70,21 @@ def children_of(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in listed if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+def _kill_one_and_stop(process: subprocess.Popen) -> tuple[list[int], str]:
+    """Kill a worker, and press Ctrl-C some runs later; return who worked then, and what was said."""
+    lines = iter(process.stderr.readline, "")
+    next(line for line in lines if line.startswith("[  1/500]"))
+    os.kill(children_of(process)[0], signal.SIGKILL)
+    killed = next(line for line in lines if "its process ended" in line)
+    assert killed.endswith(" failed: its process ended with exit code -9\n")
+    next(line for line in lines if line.startswith("["))
+    workers = children_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, said = process.communicate(timeout=400)
+    return workers, said
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes are looked up in /proc")
 def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_killed(here):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -81,15 +96,12 @@ def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_ki
         text=True,
         start_new_session=True,
     )
-    lines = iter(process.stderr.readline, "")
-    next(line for line in lines if line.startswith("[  1/500]"))
-    os.kill(children_of(process)[0], signal.SIGKILL)
-    killed = next(line for line in lines if "its process ended" in line)
-    assert killed.endswith(" failed: its process ended with exit code -9\n")
-    next(line for line in lines if line.startswith("["))
-    workers = children_of(process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, said = process.communicate(timeout=400)
+    try:
+        workers, said = _kill_one_and_stop(process)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
     assert process.returncode == 130, said
     assert "Traceback" not in said
     assert "stopped; this goes on from here: regrad compare --resume --out out --jobs 2" in said
