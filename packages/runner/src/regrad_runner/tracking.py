@@ -197,7 +197,7 @@ class MlflowTracker(Tracker):
         about = {"experiment": experiment, "name": _printable(run_name), "parent": parent.id if parent else ""}
         now = time.time_ns() // 1_000_000
         self.send({"op": "start", "run": run.id, "address": self._address, "time": now, **about})
-        values = [(_name(name), str(value)[:PARAM_LENGTH]) for name, value in (params or {}).items()]
+        values = [(_name(name), _printable(str(value))[:PARAM_LENGTH]) for name, value in (params or {}).items()]
         for part in _parts(values, PARAMS_PER_CALL):
             self.send({"op": "params", "run": run.id, "values": part})
         self._sender.hurry()
