@@ -31,6 +31,8 @@ needs_plugins = pytest.mark.skipif(
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
+    """A working folder; the end of a command waits for its tracking, however slow the machine is."""
+    monkeypatch.setattr("regrad_runner.tracking.SECONDS_AT_THE_END", 240.0)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

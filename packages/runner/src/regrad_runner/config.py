@@ -21,6 +21,7 @@ FIRST_TUNING_SEED = 1_000_000
 LAST_SEED = 2**32 - 1  # that NumPy takes
 MOST_THREADS = 1024  # more end the process without a word
 LONGEST_TEXT = 1000
+LARGEST_NUMBER = 2**53  # Python writes no number of more than 4,300 digits, but reads one in hexadecimal
 WITHOUT_EFFECT_ON_RESULTS = frozenset(
     {"download", "workers", "tracker", "tracking_uri", "threads", "processes", "checkpoint_every", "keep_checkpoints"}
 )
@@ -93,6 +94,8 @@ class RunConfig(BaseModel):
             )
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError(f"{info.field_name} must not be yes or no, got {value!r}")
+        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise ValueError(f"{info.field_name} must be at most {LARGEST_NUMBER}, got {shown(value)}")
         return value
 
     @field_validator("tracking_uri")

@@ -194,7 +194,7 @@ class SpoolTracker(Tracker):
         about = {"experiment": experiment, "name": _printable(run_name), "parent": parent.id if parent else ""}
         place = {"address": self._address, "host": platform.node()}
         self.send({"op": "start", "run": run.id, "time": time.time_ns() // 1_000_000, **about, **place})
-        values = [(_name(name), str(value)[:PARAM_LENGTH]) for name, value in (params or {}).items()]
+        values = [(_name(name), _printable(str(value))[:PARAM_LENGTH]) for name, value in (params or {}).items()]
         for part in _parts(values, PARAMS_PER_CALL):
             self.send({"op": "params", "run": run.id, "values": part})
         return run
