@@ -109,7 +109,7 @@ class GCW(Correction):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         chosen = self.options
-        shared = {"exclusive": ()} if chosen.allow_double_lookahead else {}
+        shared: dict[str, Any] = {"exclusive": ()} if chosen.allow_double_lookahead else {}
         self.needs = replace(self.needs, warmup_steps=chosen.warmup_steps, record=chosen.layers == "stages", **shared)
         self._memories: dict[str, Memory] = {}
         self._stage_ends: set[Any] | None = None

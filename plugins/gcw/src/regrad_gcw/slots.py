@@ -34,10 +34,9 @@ class Memory:
         whole: Adds over the processes what each computed from its part of a shard.
     """
 
-    whole: functional.Whole = staticmethod(lambda values: values)
-
     def __init__(self, tensors: dict[str, Tensor], prior: Sequence[float], seen: int = 0, rows: int = 0) -> None:
         self.tensors, self.prior, self.seen, self.rows = tensors, prior, seen, rows
+        self.whole: functional.Whole = lambda values: values
 
     @classmethod
     def begin(cls, gradient: Tensor, prior: Sequence[float], *, rows: int | None, attention: bool) -> Self:
