@@ -81,7 +81,7 @@ class Pair:
         self.branch.requires_grad_(False)
         self.seen["fit_loss"] = errors.detach().square().mean()
         new = [*gradients, torch.full_like(self.seen["fit_loss"], after.numel())]
-        self.sums = [one + other for one, other in zip(new, self.sums or [0.0] * len(new), strict=True)]
+        self.sums = [one + other for one, other in zip(new, self.sums, strict=True)] if self.sums else new
 
     def fit(self) -> None:
         """Take one step of the branch towards its stage, with the ranks' mean of the gradient of mean (b − h)²."""
