@@ -23,6 +23,7 @@ from rich.console import Console
 
 DOCS = Path(__file__).parent
 FOLDER, PAGE = DOCS / "results", DOCS / "results.md"
+FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
 BEGIN, END = "<!-- written by docs/results_tables.py -->\n", "<!-- end of what is written -->"
 
 
@@ -86,7 +87,8 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
         f"({name})=\n\n### {name}\n\n"
         f"{settings['model']} (width {settings['width']}, normalisation: {settings['norm']}), {settings['optimizer']}, "
         f"{settings['train_size'] or 'all'} training images, {settings['epochs']} epochs, batch "
-        f"{settings['batch_size']}, {settings['warmup_steps']} steps of warm-up. {runs} runs and "
+        f"{settings['batch_size']}, {settings['warmup_steps']} steps of warm-up, {FORMATS[settings['mixed_precision']]}. "
+        f"{runs} runs and "
         f"{len(ResultsFolder(path).trials)} trials of learning rates "
         f"({', '.join(f'{lr:g}' for lr in settings['lr'])}). {environment(path)}.\n\n"
         f"```bash\nregrad compare --config docs/results/{name}/config.yaml --data-dir FOLDER --out DIR\n```\n\n"
