@@ -75,7 +75,7 @@ def test_the_card_keeps_its_headings_and_claims_nothing(made):
     card = (made / "README.md").read_text()
     assert card.startswith("# regrad-my-method: ")
     assert card.count("\n## ") == 8
-    assert card.count("To be written.") == 6
+    assert card.count("Yours to write.") == 6
     assert '["my-method:placement=decayed"]' in card
     assert "CIFAR" not in card
 

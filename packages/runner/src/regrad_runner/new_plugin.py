@@ -167,5 +167,5 @@ def _write_card(path: Path, name: str, origin: str) -> None:
     card = [f"# regrad-{name}: what it is, in a few words\n\n{origin}: every empty section is yours to write.\n"]
     for section in sections:
         heading, _, body = section.partition("\n")
-        card.append(f"## {heading}\n\n{body.strip() if heading in KEPT else 'To be written.'}\n")
+        card.append(f"## {heading}\n\n{body.strip() if heading in KEPT else 'Yours to write.'}\n")
     path.write_text("\n".join(card), encoding="utf-8")
