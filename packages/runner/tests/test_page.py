@@ -317,7 +317,7 @@ def test_the_command_to_repeat_has_the_same_settings_after_a_shell_and_the_parse
         found.append(config)
         raise ValueError("far enough")
 
-    monkeypatch.setattr("regrad_runner.compare.make_plan", stop)
+    monkeypatch.setattr("regrad_runner.planning.make_plan", stop)
     assert main(words[1:]) == 2
     assert found == [config]
 
