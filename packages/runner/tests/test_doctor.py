@@ -5,9 +5,10 @@ import json
 import sqlite3
 import subprocess
 import sys
+import time
 
 import pytest
-from regrad_runner import doctor
+from regrad_runner import doctor, doctor_imports
 from regrad_runner.cli import main
 from regrad_runner.doctor import examine, imports, show_findings
 from regrad_runner.tracking import MlflowTracker
@@ -125,6 +126,14 @@ def test_a_slow_import_is_measured_twice(monkeypatch):
     seen = imports(["a", "b"])
     assert asked == [["a", "b"], ["a", "b"]]
     assert (seen["a"]["seconds"], seen["b"]["seconds"]) == (8.0, 0.1)
+
+
+@pytest.mark.parametrize(("load", "slow"), [(0.0, True), (1e9, False)])
+def test_waiting_counts_unless_the_machine_is_busy(monkeypatch, capsys, load, slow):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    doctor_imports.report("sleeps", lambda: time.sleep(0.2))
+    (line,) = [json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith('{"name"')]
+    assert (line["seconds"] >= 0.2) is slow
 
 
 def test_a_process_that_ends_with_torch_is_said_of_torch(monkeypatch):

@@ -26,7 +26,7 @@ from regrad_runner.delivery import HOST_TAG
 from regrad_runner.doctor_imports import DEVICE, LIBRARIES
 from regrad_runner.plugins import GROUPS
 
-SLOW = 5.0  # seconds to import one plugin, torch not counted, twice
+SLOW = 5.0  # seconds to import one plugin, torch not counted, the faster of two times
 PATIENCE = 300.0  # seconds for one process that imports plugins
 HOSTS = "SELECT DISTINCT value FROM tags WHERE key = ? AND value <> ''"
 
