@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import platform
+import posixpath
 import re
 import time
 import traceback
@@ -332,8 +333,10 @@ def _number(name: str, value: Any) -> float | None:
 
 
 def _name(name: str) -> str:
-    """Return a name that MLflow takes."""
-    return NOT_IN_NAMES.sub("_", name)[:NAME_LENGTH]
+    """Return a name that MLflow takes: read as a path it is itself, and does not lead out of its folder."""
+    kept = NOT_IN_NAMES.sub("_", name)[:NAME_LENGTH]
+    stays = posixpath.normpath(kept) == kept and not kept.startswith(("/", "..")) and kept != "."
+    return kept if stays else re.sub(r"[./]", "_", kept) or "_"
 
 
 def _printable(text: str) -> str:

@@ -118,7 +118,18 @@ def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
 
 
 def test_any_name_reaches_the_tracker_and_nothing_waits(tmp_path):
-    odd = [*HOSTILE[::3], os.fsdecode(b"\xff\xfe"), "\x00", "\x1b[31m", "two\nlines"]
+    odd = [
+        *HOSTILE[::3],
+        "../../x",
+        "/etc/passwd",
+        ".",
+        "a/../b",
+        "a//b/",
+        os.fsdecode(b"\xff\xfe"),
+        "\x00",
+        "\x1b[31m",
+        "two\nlines",
+    ]
     with MlflowTracker(folder=tmp_path) as tracker:
         for name in odd:
             with tracker.start("regrad digits", name, {name: name}) as run:
@@ -133,9 +144,12 @@ def test_any_name_reaches_the_tracker_and_nothing_waits(tmp_path):
     assert all(name.isprintable() for name in told)
 
 
-def test_nothing_writes_html():
+def test_html_is_written_in_one_place_that_escapes():
     source = Path(cases.__file__).parents[2] / "src"
-    assert [path for path in source.rglob("*.py") if "<html" in path.read_text() or "jinja" in path.read_text()] == []
+    found = [path for path in source.rglob("*.py") if "<html" in path.read_text() or "jinja" in path.read_text()]
+    assert [path.name for path in found] == ["write.py"]
+    assert "autoescape=True" in found[0].read_text()
+    assert [path for path in source.rglob("*.html") if "|safe" in path.read_text().replace(" ", "")] == []
 
 
 @pytest.mark.parametrize("name", ["[/x]", "=out", "$o$"])
