@@ -16,10 +16,10 @@ from typing import Protocol
 from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell
 from regrad_runner.effects import FILE as EFFECTS
-from regrad_runner.effects import Effect, EffectTrace
+from regrad_runner.effects import Effect, EffectTrace, keep_effects
 from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.planning import Plan, agreed, make_plan, open_folder
-from regrad_runner.probing import FILE, Probe, Quality
+from regrad_runner.probing import FILE, Probe, Quality, keep_qualities
 from regrad_runner.progress import Display
 from regrad_runner.report import draw, merge
 from regrad_runner.results import Outcome, Result, ResultsFolder, Trial, finished_result, read_about
@@ -88,8 +88,8 @@ def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
     if outcome.trial is not None:
         folder.add_trial(outcome.trial)
     if outcome.result is not None:
-        folder.keep(FILE, [Quality(**row) for row in outcome.tables.get(FILE, ())], Quality)
-        folder.keep(EFFECTS, [Effect(**row) for row in outcome.tables.get(EFFECTS, ())], Effect)
+        keep_qualities(folder, [Quality(**row) for row in outcome.tables.get(FILE, ())])
+        keep_effects(folder, [Effect(**row) for row in outcome.tables.get(EFFECTS, ())])
         folder.add(outcome.result, outcome.points)
 
 
