@@ -257,12 +257,20 @@ class TrainingRun:
         filled = [*mine, *[0] * (-(-len(samples) // self.accelerator.num_processes) - len(mine))]
         total = torch.zeros(2, device=device, dtype=torch.float64)  # the sum, and the number of what it is over
         for inputs, targets in samples.batches(samples.evaluation_batch, indices=filled, workers=self.config.workers):
-            scores = self.workload.score(model(self.as_inputs(inputs.to(device))), targets.to(device))
+            outputs = self._as_fitted(model(self.as_inputs(inputs.to(device))))
+            scores = self.workload.score(outputs, targets.to(device))
             total += torch.stack([part[: max(0, len(mine) - seen)].sum().double() for part in scores])
             seen += len(inputs)
         self.model.train()
         whole, count = self.accelerator.reduce(total, "sum").tolist()
         return float(whole / count)
+
+    def _as_fitted(self, outputs: Tensor) -> Tensor:
+        """Return logits of the probabilities that were fitted, where a corrected criterion fits others than softmax."""
+        probabilities = getattr(self.attachment.criterion, "probabilities", None)
+        if probabilities is None or not self.workload.reads_probabilities:
+            return outputs
+        return probabilities(outputs.double()).log()  # type: ignore[no-any-return]
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets that the next step would see, without moving on."""

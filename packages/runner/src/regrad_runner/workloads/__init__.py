@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import regrad
 from regrad import PluginLoadError
@@ -91,7 +91,12 @@ class Workload:
         validation: Samples for tuning and for curves.
         test: Samples that each run looks at once.
         defaults: Settings to start from.
+        reads_probabilities: Whether `score` reads more of logits than their order. Where a corrected criterion says
+            which probabilities it fits (its method `probabilities`), as PowerGrad's does, it is given their
+            logarithms instead: what a user who reads them would read.
     """
+
+    reads_probabilities: ClassVar[bool] = False
 
     name: str
     measure: Measure
