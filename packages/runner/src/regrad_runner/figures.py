@@ -101,7 +101,7 @@ def _draw_curves(axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Sty
     if measure.target is not None:
         axes.axhline(measure.target, color=QUIET, linewidth=0.8, linestyle=":")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(f"{_on_validation(measure)} (median and middle half of the seeds)")
+    axes.set_ylabel(f"{_on_validation(measure)}\n(median and middle half of the seeds)")
     _zoom(axes, bands.values())
     axes.legend(frameon=False, fontsize="small")
     _tidy(axes)
