@@ -27,9 +27,15 @@ FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float
 BEGIN, END = "<!-- written by docs/results_tables.py -->\n", "<!-- end of what is written -->"
 
 
+def about_of(path: Path) -> dict[str, Any]:
+    """Return what a comparison says about itself."""
+    about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
+    return about
+
+
 def measure_of(path: Path) -> Measure:
     """Return what a comparison compared by."""
-    return Measure(**json.loads((path / "about.json").read_text(encoding="utf-8"))["measure"])
+    return Measure(**about_of(path)["measure"])
 
 
 def comparisons() -> dict[str, list[ArmSummary]]:
@@ -80,13 +86,16 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
     path = FOLDER / name
     settings: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     runs = sum(result.status == "finished" for result in ResultsFolder(path).results)
+    named = {"width": settings["width"], "normalisation:": settings["norm"]}
+    shape = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
     text = io.StringIO()
     print_comparison(Console(file=text, width=200), summaries, measure_of(path))
     table = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
     return (
         f"({name})=\n\n### {name}\n\n"
-        f"{settings['model']} (width {settings['width']}, normalisation: {settings['norm']}), {settings['optimizer']}, "
-        f"{settings['train_size'] or 'all'} training images, {settings['epochs']} epochs, batch "
+        f"{settings['model']} ({shape}), {settings['optimizer']}, "
+        f"{settings['train_size'] or 'all'} training {about_of(path).get('samples', 'images')}, "
+        f"{settings['epochs']} epoch{'s' * (settings['epochs'] != 1)}, batch "
         f"{settings['batch_size']}, {settings['warmup_steps']} steps of warm-up, "
         f"{FORMATS[settings['mixed_precision']]}. {runs} runs and {len(ResultsFolder(path).trials)} trials of "
         f"learning rates ({', '.join(f'{lr:g}' for lr in settings['lr'])}). {environment(path)}.\n\n"

@@ -31,7 +31,7 @@ ENTRY_POINTS = {
         *("adanorm", "agc", "centralization", "clip-norm", "clip-value", "gcgd", "gcode", "gcw", "powergrad", "xgrad")
     },
     "regrad.optimizers": {"adam3", "tom"},
-    "regrad.workloads": {"cifar10", "cifar100", "digits", "fashion-mnist", "imagefolder", "parquet"},
+    "regrad.workloads": {"cifar10", "cifar100", "digits", "fashion-mnist", "imagefolder", "parquet", "text"},
 }
 SIGNATURES = {
     "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],

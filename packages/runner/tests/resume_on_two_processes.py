@@ -13,10 +13,9 @@ from regrad_runner import training
 from regrad_runner.arms import Arm
 from regrad_runner.checkpoint import load_latest, save_checkpoint
 from regrad_runner.config import TrainConfig
-from regrad_runner.models import build_model
 from regrad_runner.preparation import leave_processes
 from regrad_runner.training import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads import load_workload, make_model
 
 STOP = 7  # of twelve steps, three per epoch
 
@@ -32,7 +31,7 @@ def setting():
 
 
 def in_float64(*args, **kwargs):
-    return build_model(*args, **kwargs).double()
+    return make_model(*args, **kwargs).double()
 
 
 def make(name):
@@ -67,7 +66,7 @@ def outcome(name, folder):
 
 
 def main(folder, *names):
-    training.build_model = in_float64
+    training.make_model = in_float64
     results = {name: outcome(name, Path(folder, name or "none")) for name in names}
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(folder, "out.pt"))

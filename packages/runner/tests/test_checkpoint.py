@@ -245,7 +245,7 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     here = Path(__file__).parent
     monkeypatch.syspath_prepend(here)
     two = importlib.import_module("resume_on_two_processes")
-    monkeypatch.setattr(training, "build_model", two.in_float64)
+    monkeypatch.setattr(training, "make_model", two.in_float64)
     names, whole = ["", *regrad.available()], {}
     for name in names:
         with closing(two.make(name)) as run:

@@ -303,13 +303,13 @@ def test_a_trial_that_was_made_is_not_repeated(plan, monkeypatch):
 
 def test_the_test_images_are_looked_at_once_per_run_and_not_in_trials(plan, monkeypatch):
     looked_at = []
-    original = TrainingRun.accuracy
+    original = TrainingRun.value_on
 
     def counting(self, images):
         looked_at.append(images is self.workload.test)
         return original(self, images)
 
-    monkeypatch.setattr(TrainingRun, "accuracy", counting)
+    monkeypatch.setattr(TrainingRun, "value_on", counting)
     run(plan(lr=[0.05, 0.1], tuning_seeds=1))
     assert sum(looked_at) == 4
 
@@ -356,7 +356,7 @@ def test_two_sets_of_baseline_runs_with_different_seeds_are_no_evidence():
     def row(arm, pair, seed):
         with closing(TrainingRun(config, digits, Arm("none"), seed=seed, lr=0.05)) as run:
             run.train(on_point=lambda point: None, on_step=lambda step: None)
-            value = run.accuracy(digits.test)
+            value = run.value_on(digits.test)
         return RunRow(arm=arm, seed=pair, value=value, step_seconds=1.0, touched=True)
 
     rows = [row("none", pair, pair) for pair in range(6)] + [row("again", pair, 100 + pair) for pair in range(6)]

@@ -20,7 +20,7 @@ def settings(tmp_path: Path, text: str) -> Path:
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     file = settings(tmp_path, "epochs: 3\nseeds: 7\nlr: [0.1, 0.2]\n")
     config = load_config(CompareConfig, file=file, flags={"seeds": 8, "norm": None})
-    assert (config.epochs, config.seeds, config.lr, config.norm) == (3, 8, (0.1, 0.2), "batch")
+    assert (config.epochs, config.seeds, config.lr, config.norm) == (3, 8, (0.1, 0.2), None)
 
 
 @pytest.mark.parametrize("rate", [0.1, "0.1", "1e-1", [0.1], ["0.1"]])

@@ -5,7 +5,7 @@ from PIL import Image
 from regrad_runner.cli import main
 from regrad_runner.workloads import imagefolder, load_workload
 from regrad_runner.workloads.files import MEAN, STD, FileSet
-from regrad_runner.workloads.images import training_loader
+from regrad_runner.workloads.samples import training_loader
 from torchvision.transforms import v2
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from regrad_runner.optimizers import build_optimizer, optimizer_class, read_spec, spec_of
+from regrad_runner.optimizers import build_optimizer, optimizer_class, spec_of
+from regrad_runner.specs import read_spec
 from regrad_runner.workloads import Defaults
 
 DEFAULTS = Defaults(epochs=1, batch_size=1, lr=0.05, momentum=0.9, weight_decay=5e-4, model="resnet8")

@@ -21,13 +21,12 @@ from regrad_runner import probing, training
 from regrad_runner.arms import Arm
 from regrad_runner.compare import Plan, compare, make_plan
 from regrad_runner.config import CompareConfig
-from regrad_runner.models import build_model
 from regrad_runner.probing import Probe, Quality, mean_qualities
 from regrad_runner.progress import Display
 from regrad_runner.report import show_comparison
 from regrad_runner.results import ResultsFolder
 from regrad_runner.training import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads import load_workload, make_model
 from rich.console import Console
 from torch import nn
 
@@ -88,7 +87,7 @@ def own_corrections(monkeypatch):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    monkeypatch.setattr(training, "build_model", lambda *args, **kwargs: build_model(*args, **kwargs).double())
+    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double())
 
 
 @pytest.fixture
@@ -203,7 +202,7 @@ class Dropping(nn.Module):
 
 
 def test_dropout_is_that_of_the_step_and_the_run_draws_what_it_would(digits, config, monkeypatch):
-    monkeypatch.setattr(training, "build_model", lambda *args, **kwargs: Dropping())
+    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: Dropping())
     _, points, state = probed(config(), digits, BASELINE, every=None)
     qualities, probed_points, probed_state = probed(config(), digits, BASELINE)
     assert probed_points == points
@@ -367,12 +366,11 @@ from pathlib import Path
 from regrad_runner import training
 from regrad_runner.arms import Arm
 from regrad_runner.config import CompareConfig
-from regrad_runner.models import build_model
 from regrad_runner.preparation import leave_processes
 from regrad_runner.probing import Probe
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads import load_workload, make_model
 
-training.build_model = lambda *args, **kwargs: build_model(*args, **kwargs).double()
+training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
 digits = load_workload("digits", train_size=100)
 values = {"batch_size": 20, "epochs": 1, "width": 4, "threads": 1, "evaluations_per_epoch": 2, "norm": "group"}
 config = CompareConfig(**values, accumulate=2, processes=2).resolved(digits)

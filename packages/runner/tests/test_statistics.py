@@ -7,7 +7,7 @@ import torch
 from regrad_runner.models import build_model
 from regrad_runner.statistics import RunRow, holm, median_interval, paired_difference, sign_flip_p, summarize
 from regrad_runner.workloads import load_workload
-from regrad_runner.workloads.images import training_loader
+from regrad_runner.workloads.samples import training_loader
 from scipy import stats
 
 FINDINGS = ("better", "worse", "better than nothing")

@@ -68,6 +68,17 @@ def test_the_table_fits_a_hundred_columns_with_every_name_and_number_whole(summa
     assert "…" not in file.getvalue()
 
 
+def test_where_lower_is_better_the_table_says_so_and_a_fall_is_better():
+    measure = Measure(name="test bits per byte", higher_is_better=False, decimals=2)
+    rows = [*BASELINE, *rows_of("agc", -0.2), *rows_of("slow", 0.2)]
+    falling = summarize(rows, controls={"agc": None, "slow": None}, higher_is_better=measure.higher_is_better)
+    said = printed(falling, measure=measure)
+    assert "lower is better" in said
+    assert "agc: better than none (-.20 [-.20, -.20], p < .001 after Holm, 10 seeds)" in said
+    assert "slow: worse than none (+.20 [+.20, +.20], p < .001 after Holm, 10 seeds)" in said
+    assert "lower is better" not in printed(falling)
+
+
 def test_piped_output_has_one_unbroken_line_per_arm_and_no_escapes(summaries):
     text = printed(summaries, width=40)
     assert "\x1b" not in text
@@ -192,7 +203,8 @@ def test_an_arm_without_a_finished_run_is_a_row_of_dashes():
 
 def test_json_holds_every_number_and_sentence(summaries):
     content = json.loads(to_json(summaries, MEASURE))
-    assert content["measure"] == {"name": "test accuracy", "higher_is_better": True, "target": 0.96}
+    wanted = {"name": "test accuracy", "higher_is_better": True, "target": 0.96, "decimals": 4}
+    assert content["measure"] == wanted
     for arm, summary in zip(content["arms"], summaries, strict=True):
         assert arm["arm"] == summary.arm
         assert arm["mean"] == summary.mean

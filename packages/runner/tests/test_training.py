@@ -14,9 +14,9 @@ from regrad.correction import Control, Correction, Needs
 from regrad_runner import training
 from regrad_runner.arms import Arm
 from regrad_runner.config import TrainConfig
-from regrad_runner.models import build_model, head_of
+from regrad_runner.models import head_of
 from regrad_runner.training import Point, TrainingRun, build_training, schedule, steps_to_target
-from regrad_runner.workloads import Measure, load_workload
+from regrad_runner.workloads import Measure, load_workload, make_model
 
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
@@ -45,7 +45,7 @@ def config(digits):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    monkeypatch.setattr(training, "build_model", lambda *args, **kwargs: build_model(*args, **kwargs).double())
+    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double())
 
 
 @pytest.fixture
@@ -226,13 +226,12 @@ from regrad_runner import training
 from regrad_runner.arms import Arm
 from regrad_runner.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.config import TrainConfig
-from regrad_runner.models import build_model
 from regrad_runner.launching import make_accelerator
 from regrad_runner.preparation import leave_processes
 from regrad_runner.states import model_state
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads import load_workload, make_model
 
-training.build_model = lambda *args, **kwargs: build_model(*args, **kwargs).double()
+training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
 digits = load_workload("digits", train_size=100)
 config = TrainConfig(
     batch_size=32, epochs=2, width=4, norm="group", threads=1, evaluations_per_epoch=1,
@@ -270,7 +269,7 @@ def outcome(names, folder):
         "weights": weights,
         "losses": [p.loss for p in run.position.points],
         "values": [p.value for p in run.position.points],
-        "parts": [run.accuracy(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))],
+        "parts": [run.value_on(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))],
         "sharded": run.attachment.engine.is_sharded(),
         "norms": run.watch.table(),
     }
@@ -333,7 +332,7 @@ def test_two_processes_train_like_one_and_resume_exactly(tmp_path, digits, confi
         with closing(TrainingRun(config(clip_norm=1.0), digits, arm, seed=0, lr=0.05)) as run:
             run.train(on_point=lambda point: None, on_step=lambda step: None)
             one, points = dict(run.model.named_parameters()), run.position.points
-            parts = [run.accuracy(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))]
+            parts = [run.value_on(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))]
             norms = norms_in(run.watch.table())
         for layout in ("ddp", "fsdp2"):
             came = two[layout, name]

@@ -10,8 +10,9 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from regrad_runner.workloads import load_workload
-from regrad_runner.workloads.images import Augmentation, ImageSet, standardized, training_loader
+from regrad_runner.workloads.images import Augmentation, ImageSet, standardized
 from regrad_runner.workloads.parquet import _Split
+from regrad_runner.workloads.samples import training_loader
 from regrad_runner.workloads.split import keep_stratified, take_stratified
 from sklearn.datasets import load_digits
 

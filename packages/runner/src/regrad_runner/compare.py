@@ -97,10 +97,10 @@ def in_words(outcome: Outcome, measure: Measure) -> str:
     """Say what came out of a cell."""
     result, trial = outcome.result, outcome.trial
     if trial is not None:
-        return f"{name_on_validation(measure)} {trial.validation:.4f}"
+        return f"{name_on_validation(measure)} {measure.written(trial.validation)}"
     if result is None or result.value is None:
         return "failed" if result is None else result.status
-    words = [f"{measure.name} {result.value:.4f}"]
+    words = [f"{measure.name} {measure.written(result.value)}"]
     if measure.target is not None:
         reached = "missed" if result.steps_to_target is None else f"after {result.steps_to_target} steps"
         words.append(f"{measure.target:g} {reached}")
@@ -108,7 +108,7 @@ def in_words(outcome: Outcome, measure: Measure) -> str:
 
 
 def chosen_rates(plan: Plan, trials: Sequence[Trial]) -> dict[str, float]:
-    """Return each arm's learning rate: the best mean of its trials, by the validation images at their end."""
+    """Return each arm's learning rate: the best mean of its trials, by the validation split at its end."""
     sign = 1 if plan.workload.measure.higher_is_better else -1
 
     def score(arm: Arm, lr: float) -> float:

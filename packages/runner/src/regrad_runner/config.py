@@ -13,9 +13,8 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from regrad_runner.models import is_own
 from regrad_runner.optimizers import spec_of
-from regrad_runner.workloads import Workload
+from regrad_runner.workloads import Workload, settings_of_model
 
 FIRST_TUNING_SEED = 1_000_000
 LAST_SEED = 2**32 - 1  # that NumPy takes
@@ -33,24 +32,24 @@ class RunConfig(BaseModel):
     """What `compare` and `train` share. None stands for what suits the workload until `resolved` fills it in.
 
     Attributes:
-        workload: Name of the workload.
-        data_dir: Folder with its data, for workloads that need one.
+        workload: Name of the workload, with options such as "text:context=256".
+        data_dir: Folder or file with its data, for workloads that need one.
         download: Whether missing data may be fetched.
         image_size: Height and width to give the images, for workloads whose images have many sizes.
-        train_size: Training images to keep, the same share of each class.
-        model: Name of the model.
-        width: Channels of its first stage, where it can be chosen.
+        train_size: Training samples to keep; of images the same share of each class.
+        model: Name of the model, with options such as "gpt:layers=2".
+        width: Channels of its first stage, or of every layer, where it can be chosen.
         norm: Normalisation; "group" does not mix the samples of a batch, "none" is none at all.
-        epochs: Passes over the training images.
+        epochs: Passes over the training samples.
         batch_size: Samples per optimizer step, over all processes and micro-batches.
         optimizer: Name with options, such as "sgd:momentum=0.9".
         warmup_steps: Optimizer steps in which the learning rate rises linearly.
         accumulate: Micro-batches per optimizer step.
         mixed_precision: Number format of the forward pass.
         clip_norm: Largest gradient norm, or None for no clipping.
-        evaluations_per_epoch: How often the validation images are looked at.
+        evaluations_per_epoch: How often the validation samples are looked at.
         threads: CPU threads of each process.
-        workers: Processes beside each that read images from the disk for it.
+        workers: Processes beside each that make samples for it.
         processes: Processes that must have been started, or None for any number.
         tracker: Where metrics go.
         tracking_uri: An MLflow server or database, or None for a database in the output folder.
@@ -65,11 +64,11 @@ class RunConfig(BaseModel):
     train_size: int | None = Field(default=None, gt=0)
     model: str | None = None
     width: int | None = Field(default=None, gt=0)
-    norm: Literal["batch", "group", "none"] = "batch"
+    norm: Literal["batch", "group", "none"] | None = None
     epochs: int | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, gt=0)
     optimizer: str | None = None
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
     accumulate: int = Field(default=1, gt=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     clip_norm: float | None = Field(default=None, gt=0)
@@ -123,14 +122,18 @@ class RunConfig(BaseModel):
         defaults = workload.defaults
         names = ("epochs", "batch_size", "model", "evaluations_per_epoch")
         values = {name: getattr(self, name) or getattr(defaults, name) for name in names}
-        values["width"] = self.width or (defaults.width if is_own(values["model"]) else None)
-        values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.image_size**2)
+        values |= settings_of_model(workload, values["model"], {"width": self.width, "norm": self.norm})
+        values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.work)
+        steps = values["epochs"] * (len(workload.train) // values["batch_size"])
+        usual = min(defaults.warmup_steps, steps // 10)
+        values["warmup_steps"] = usual if self.warmup_steps is None else self.warmup_steps
         values["optimizer"], lr = spec_of(self.optimizer, defaults)
         given = self.model_dump()
         values["lr"] = lr if given["lr"] is None else given["lr"]
         if values["batch_size"] > len(workload.train):
             raise ValueError(
-                f"batch_size must be at most {len(workload.train)} (the training images), got {values['batch_size']}"
+                f"batch_size must be at most {len(workload.train)} (the training {workload.train.kind}), "
+                f"got {values['batch_size']}"
             )
         return validated(type(self), {**given, **values})
 

@@ -39,7 +39,7 @@ class CurveRow(Protocol):
 
     @property
     def value(self) -> float:
-        """The measure on the validation images."""
+        """The measure on the validation split."""
 
 
 @rc_context({"text.parse_math": False})  # a dollar in the name of an arm is a dollar
@@ -48,7 +48,7 @@ def write_figures(
 ) -> list[Path]:
     """Draw a comparison as PNG files.
 
-    `curves.png` has the measure on the validation images against optimizer steps, median and middle half over seeds.
+    `curves.png` has the measure on the validation split against optimizer steps, median and middle half over seeds.
     `steps.png`, if there is a target, has the steps to it of every run; a run that missed stands at the right edge.
     `comparison.png` has the curves, and beside them the paired differences to the baseline: one dot per seed, the
     mean and its interval, the verdict. A control has the colour of the arm that must beat it, in dashes.
@@ -101,7 +101,7 @@ def _draw_curves(axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Sty
     if measure.target is not None:
         axes.axhline(measure.target, color=QUIET, linewidth=0.8, linestyle=":")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(f"{_on_validation(measure)} (median and middle half of the seeds)")
+    axes.set_ylabel(f"{_on_validation(measure)}\n(median and middle half of the seeds)")
     _zoom(axes, bands.values())
     axes.legend(frameon=False, fontsize="small")
     _tidy(axes)
@@ -156,7 +156,7 @@ def _draw_differences(
         axes.text(1.02, place, summary.verdict, transform=axes.get_yaxis_transform(), va="center", fontsize="small")
     axes.axvline(0, color="black", linewidth=1)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(f"{measure.name}: difference to {baseline} (mean, 95 % interval, seeds)")
+    axes.set_xlabel(f"{measure.name}: difference to {baseline} (mean, 95 % interval, seeds); {measure.direction}")
     _name_arms(axes, [summary for summary, _ in drawn])
 
 

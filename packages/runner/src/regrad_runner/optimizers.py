@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
-import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,35 +12,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from regrad_runner.specs import read_spec
 from regrad_runner.workloads import Defaults
 
 GROUP = "regrad.optimizers"
 # They need a closure, sparse gradients or only matrices: not what the loop here offers.
 UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
-
-
-def read_spec(text: str) -> tuple[str, dict[str, Any]]:
-    """Split "name:option=value,option=value" into the name and its options.
-
-    Raises:
-        ValueError: If it is not of that form.
-
-    Example:
-        >>> read_spec("sgd:momentum=0.9,nesterov=true")
-        ('sgd', {'momentum': 0.9, 'nesterov': True})
-        >>> read_spec("adamw:betas=(0.9,0.99)")
-        ('adamw', {'betas': (0.9, 0.99)})
-    """
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for item in re.findall(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", rest):  # a comma inside brackets does not separate
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key:
-            raise ValueError(f"optimizer must look like 'name:option=value,option=value', got {text!r}")
-        if key in options:
-            raise ValueError(f"optimizer must have each option once, got {key!r} twice in {text!r}")
-        options[key] = _value(value)
-    return name.strip(), options
 
 
 def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
@@ -136,15 +110,3 @@ def build_optimizer(
 
 def _flat(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as "2is": what cannot be read is a text
-            return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text

@@ -62,11 +62,12 @@ class Plan:
 
     def in_words(self) -> str:
         """Say what will be done."""
-        config, images = self.config, len(self.workload.train)
+        config, train = self.config, self.workload.train
         trials = sum(cell.lr is not None for cell in self.cells)
         tuning = f" after {trials} runs to choose learning rates" if trials else ""
         lines = (
-            f"{self.workload.name}, {images:,} training images: {len(self.arms)} arms × {config.seeds} seeds{tuning}",
+            f"{self.workload.name}, {len(train):,} training {train.kind}: {len(self.arms)} arms × {config.seeds} seeds"
+            f"{tuning}",
             f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
             *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
         )
@@ -107,7 +108,7 @@ def make_plan(config: CompareConfig, *, out: Path | None = None, resume: bool = 
     if jobs > 1 and accelerator.num_processes > 1:
         raise ValueError(f"jobs must be 1 on several processes, got {jobs} on {accelerator.num_processes}")
     check_probing(config, processes=accelerator.num_processes, samples=len(workload.train))
-    path = out or default_folder("", config.workload)
+    path = out or default_folder("", workload.name)
     lr = (config.lr or (0.0,))[0]
     config, left_out = every_correction(config, workload, lr=lr)
     if accelerator.is_main_process:
@@ -150,7 +151,12 @@ def open_folder(plan: Plan, **more: str) -> ResultsFolder:
         **more: What the folder shall say about itself besides.
     """
     about = {"kind": "comparison", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
-    about |= {"left_out": dict(plan.left_out), "arms": {arm.name: arm.recipe for arm in plan.arms}, **more}
+    about |= {
+        "samples": plan.workload.train.kind,
+        "left_out": dict(plan.left_out),
+        "arms": {arm.name: arm.recipe for arm in plan.arms},
+        **more,
+    }
     about |= surroundings(processes=plan.processes, earlier=read_about(plan.path))
     folder = start_folder(plan.path, plan.config, about)
     folder.name_anew(plan.arms)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import regrad
 import torch
+from regrad import RegradError
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,7 +19,7 @@ from regrad_runner.arms import ALL, Arm, create_all
 from regrad_runner.config import CompareConfig, Config, RunConfig
 from regrad_runner.launching import asked_to_shard
 from regrad_runner.optimizers import build_optimizer
-from regrad_runner.training import TrainingRun, build_training
+from regrad_runner.training import TrainingRun, as_inputs, build_training
 from regrad_runner.workloads import Workload, load_workload
 
 
@@ -51,17 +52,28 @@ def example_optimizer(config: RunConfig, *, lr: float) -> Optimizer:
 
 
 def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> None:
-    """Attach an arm's corrections to a model like those of the runs, and detach them.
+    """Attach an arm's corrections to a model like those of the runs, show it two samples, and detach them.
 
     Raises:
-        ValueError: If model, optimizer or a correction cannot be made.
+        ValueError: If model, optimizer or a correction cannot be made, or samples, model and loss do not fit.
         RegradError: If the corrections cannot work here.
     """
     if asked_to_shard():  # corrections that need whole weights refuse shards
         TrainingRun(config, workload, arm, seed=0, lr=lr).close()
         return
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
-    regrad.attach(model, optimizer, create_all(arm), criterion=nn.CrossEntropyLoss()).detach()
+    with (
+        torch.random.fork_rng(devices=[]),
+        regrad.attach(model, optimizer, create_all(arm), criterion=workload.criterion()) as attachment,
+    ):
+        inputs, targets = workload.train.with_seed(0).__getitems__(list(range(min(2, len(workload.train)))))
+        try:
+            attachment.criterion(model(as_inputs(inputs, next(model.parameters()).dtype)), targets)
+        except RegradError:  # of a correction that looks at the first forward pass
+            raise
+        except RuntimeError as problem:
+            reason = " ".join(str(problem).split())
+            raise ValueError(f"model must fit the samples of workload {workload.name!r}, got: {reason}") from problem
 
 
 def every_correction(config: CompareConfig, workload: Workload, *, lr: float) -> tuple[CompareConfig, dict[str, str]]:

@@ -128,10 +128,10 @@ class Probe:
     def _due(self) -> bool:
         return (self._run.position.step + 1) % self._every == 0
 
-    def _see(self, images: Tensor, labels: Tensor) -> None:
+    def _see(self, inputs: Tensor, targets: Tensor) -> None:
         """Keep a micro-batch of a step that is probed, with the random numbers that its forward pass will draw."""
         if self._due:
-            self._batches.append((images, labels, random_state()))
+            self._batches.append((inputs, targets, random_state()))
 
     @torch.no_grad()
     def _keep(self, optimizer: Any, *_: Any) -> None:
@@ -173,8 +173,8 @@ class Probe:
     def _large_batch(self) -> Iterator[tuple[Tensor, Tensor, None]]:
         device = self._run.accelerator.device
         for part in self._parts:
-            images, labels = self._samples.__getitems__(part)
-            yield images.to(device), labels.to(device), None
+            inputs, targets = self._samples.__getitems__(part)
+            yield inputs.to(device), targets.to(device), None
 
     def _gradient(self, batches: Iterable[tuple[Tensor, Tensor, Any]], count: int) -> Gradient:
         """Return the gradient of the plain loss, the mean over batches and processes, in the run's precision."""
@@ -183,10 +183,10 @@ class Probe:
         scaler = run.accelerator.scaler
         scale = scaler.get_scale() if scaler is not None else 1.0  # float16 loses small gradients without
         self._twin.zero_grad()
-        for images, labels, drawn in batches:
+        for inputs, targets, drawn in batches:
             if drawn is not None:
                 set_random_state(drawn)
-            loss = plain(self._twin(run.as_inputs(images)), labels)
+            loss = plain(self._twin(run.as_inputs(inputs)), targets)
             (loss * (scale / count)).backward()
         gradients = [None if p.grad is None else p.grad / scale for p in self._twin.parameters()]
         return [None if g is None else run.accelerator.reduce(g, "mean") for g in gradients]

@@ -128,8 +128,8 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
         console.out(json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2), highlight=False)
         return
     lines = {
-        measure.name: f"{result.value:.4f}",
-        name_on_validation(measure): f"{result.validation:.4f}",
+        measure.name: measure.written(result.value),
+        name_on_validation(measure): measure.written(result.validation),
         "optimizer steps": f"{result.steps:,}",
         "time per step": f"{result.step_seconds * 1e3:.2f} ms",
     }
@@ -175,8 +175,7 @@ def _about(path: Path) -> dict[str, Any]:
         made = Measure(**measure) if isinstance(measure, dict) else None
     except TypeError:
         made = None
-    fit = made is not None and isinstance(made.name, str) and isinstance(made.target, float | int | None)
-    if not fit or "kind" not in about:
+    if made is None or not made.is_whole or "kind" not in about:
         raise ValueError(f"folder must be one that compare or train wrote, got '{path}'")
     return {**about, "measure": made}
 
@@ -206,7 +205,7 @@ def _print_rates(console: Console, folder: ResultsFolder) -> None:
         chosen = {result.arm: result.lr for result in folder.results}
         rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
         wrap = not console.is_terminal
-        line = f"learning rates chosen on the validation images: {rates}"
+        line = f"learning rates chosen on the validation split: {rates}"
         console.print(line, highlight=False, markup=False, soft_wrap=wrap)
 
 

@@ -43,8 +43,8 @@ class Result:
         arm: Name of the arm.
         seed: Its seed.
         status: Whether it ended, or diverged: its numbers were not finite, which is an outcome; or failed otherwise.
-        value: The primary measure on the test images; None where it did not end.
-        validation: The measure on the validation images at the end.
+        value: The primary measure on the test split; None where it did not end.
+        validation: The measure on the validation split at the end.
         steps: Optimizer steps.
         steps_to_target: Those after which the target was reached; None if it never was.
         step_seconds: Median time of a training step.
@@ -98,7 +98,7 @@ class Trial:
         arm: Name of the arm.
         lr: Learning rate tried.
         seed: A seed that is not compared on.
-        validation: The measure on the validation images at the end.
+        validation: The measure on the validation split at the end.
     """
 
     arm: str
@@ -125,7 +125,7 @@ class Outcome:
 
 
 def finished_result(run: TrainingRun, result: Result, *, started: float) -> Result:
-    """Return the result of a run at its end. Reads the test images, which nothing else does.
+    """Return the result of a run at its end. Reads the test samples, which nothing else does.
 
     Args:
         run: At its end.
@@ -136,7 +136,7 @@ def finished_result(run: TrainingRun, result: Result, *, started: float) -> Resu
     return replace(
         result,
         status="finished",
-        value=run.accuracy(run.workload.test),
+        value=run.value_on(run.workload.test),
         validation=run.position.points[-1].value,
         steps=run.position.step,
         steps_to_target=steps_to_target(run.position.points, measure),

@@ -60,12 +60,13 @@ def comparison_table(summaries: Sequence[ArmSummary], measure: Measure, *, narro
     if measure.target is not None:
         table.add_column(f"steps to\n{_short(f'{measure.target:g}')}\n(misses)", overflow="fold", no_wrap=not narrow)
     difference = "difference" if narrow else f"difference to {_baseline(summaries)}"
-    table.add_column(f"{difference}\n95 % interval", overflow="fold", no_wrap=not narrow)
+    direction = "" if measure.higher_is_better else f"\n{measure.direction}"
+    table.add_column(f"{difference}\n95 % interval{direction}", overflow="fold", no_wrap=not narrow)
     table.add_column("step\ntime", overflow="fold", no_wrap=not narrow)
     table.add_column("effect\nin runs", overflow="fold", no_wrap=not narrow)
     table.add_column("verdict", overflow="fold")
     for summary in summaries:
-        cells = [summary.arm, _mean(summary), _difference(summary), _time(summary), _effect(summary)]
+        cells = [summary.arm, _mean(summary, measure), _difference(summary, measure), _time(summary), _effect(summary)]
         if narrow:
             cells[0], cells[2] = _in_lines(summary.arm, NARROW_NAME), cells[2].replace(" [", "\n[")
         if measure.target is not None:
@@ -128,10 +129,11 @@ def _in_lines(name: str, width: int) -> str:
     return "\n".join(part for line in lines for part in textwrap.wrap(line, width))
 
 
-def _mean(summary: ArmSummary) -> str:
+def _mean(summary: ArmSummary, measure: Measure) -> str:
     if summary.mean is None:
         return "–"
-    return short_number(summary.mean) + (f" ± {short_number(summary.sd)}" if summary.sd is not None else "")
+    mean, spread = short_number(summary.mean, measure), summary.sd
+    return mean if spread is None else f"{mean} ± {short_number(spread, measure)}"
 
 
 def _steps(summary: ArmSummary) -> str:
@@ -141,14 +143,11 @@ def _steps(summary: ArmSummary) -> str:
     return median + (f" ({summary.misses})" if summary.misses else "")
 
 
-def _difference(summary: ArmSummary | PairedDifference) -> str:
+def _difference(summary: ArmSummary | PairedDifference, measure: Measure) -> str:
     if summary.difference is None:
         return ""
-    low, high = summary.interval or (None, None)
-    interval = (
-        "" if low is None or high is None else f" [{short_number(low, sign='+')}, {short_number(high, sign='+')}]"
-    )
-    return short_number(summary.difference, sign="+") + interval
+    difference, *ends = (short_number(v, measure, sign="+") for v in (summary.difference, *(summary.interval or ())))
+    return f"{difference} [{', '.join(ends)}]" if ends else difference
 
 
 def _time(summary: ArmSummary) -> str:
@@ -168,24 +167,24 @@ def _why(summary: ArmSummary, measure: Measure, baseline: str) -> str:
     if summary.verdict == "inert":
         return f"changed nothing in {_count(summary.seeds, 'run')}; it is {baseline} under another name"
     if summary.verdict == "control":
-        return f"a control; difference to {baseline} {_difference(summary) or 'unknown'}"
+        return f"a control; difference to {baseline} {_difference(summary, measure) or 'unknown'}"
     if summary.verdict == "too few seeds":
         return f"{pairs} in common with {baseline} cannot decide; {FEWEST_SEEDS} are the fewest that can"
-    found = _difference(summary) or "no seed with two numbers"
+    found = _difference(summary, measure) or "no seed with two numbers"
     how = f", by ranks: in {summary.diverged_pairs} one run diverged" if summary.diverged_pairs else ""
     evidence = f"({found}, {probability(summary.p_adjusted)} after Holm, {pairs}{how})"
-    return _in_words(summary, f"{baseline} {evidence}")
+    return _in_words(summary, measure, f"{baseline} {evidence}")
 
 
-def _in_words(summary: ArmSummary, baseline: str) -> str:
+def _in_words(summary: ArmSummary, measure: Measure, baseline: str) -> str:
     if summary.verdict == "no evidence":
         return f"no evidence of a difference to {baseline}"
     if summary.verdict == "worse":
         return f"worse than {baseline}"
-    return f"better than {baseline}{_against_control(summary)}"
+    return f"better than {baseline}{_against_control(summary, measure)}"
 
 
-def _against_control(summary: ArmSummary) -> str:
+def _against_control(summary: ArmSummary, measure: Measure) -> str:
     test = summary.against_control
     if test is None:
         if summary.verdict == "better":
@@ -193,7 +192,7 @@ def _against_control(summary: ArmSummary) -> str:
         return f", but its control {summary.control} was not run" if summary.control else ", but no control was run"
     beaten = " and than" if summary.verdict == "better" else ", but not shown to be better than"
     p_value = f"{probability(test.p_value)} before Holm"
-    return f"{beaten} its control {summary.control} ({_difference(test)}, {p_value})"
+    return f"{beaten} its control {summary.control} ({_difference(test, measure)}, {p_value})"
 
 
 def _pace(summary: ArmSummary, measure: Measure, baseline: str) -> str:
@@ -209,14 +208,14 @@ def _hits(summary: ArmSummary, measure: Measure) -> str:
     return f"; {summary.seeds - summary.misses} of {summary.seeds} runs reached {_short(f'{measure.target:g}')}"
 
 
-def short_number(value: float, *, sign: str = "-") -> str:
-    """Return a number with four decimals, without the zero before the point.
+def short_number(value: float, measure: Measure, *, sign: str = "-") -> str:
+    """Return a number with the measure's decimals, without a zero before the point.
 
     Example:
-        >>> short_number(0.98765, sign="+"), short_number(-0.5)
-        ('+.9877', '-.5000')
+        >>> short_number(0.98765, Measure(), sign="+"), short_number(-0.5, Measure(decimals=2))
+        ('+.9877', '-.50')
     """
-    return _short(f"{value:{sign}.4f}")
+    return _short(f"{value:{sign}.{measure.decimals}f}")
 
 
 def _short(number: str) -> str:

@@ -58,7 +58,7 @@ def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = Fa
     workload, config = load_data(config)
     check_task()
     accelerator = make_accelerator(config)
-    path = out or default_folder("train-", config.workload)
+    path = out or default_folder("train-", workload.name)
     if accelerator.is_main_process:
         check_folder(path, config, resume=resume)
     parts = tuple(part for text in config.corrections for part in parts_of(text))
@@ -106,17 +106,20 @@ def _follow(
         display.say(note)
     if latest is not None:
         display.say(f"continuing from step {run.position.step} ({latest})")
-    validation = name_on_validation(plan.workload.measure)
+    measure = plan.workload.measure
+    validation = name_on_validation(measure)
 
     def log(point: Point) -> None:
-        shown.log(point.step, point.as_metrics(plan.workload.measure))
+        shown.log(point.step, point.as_metrics(measure))
 
     for point in run.position.points:  # the curve up to the checkpoint, which an earlier tracked run has
         log(point)
 
     def keep_point(point: Point) -> None:
         log(point)
-        display.note(f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, {validation} {point.value:.4f}")
+        display.note(
+            f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, {validation} {measure.written(point.value)}"
+        )
 
     def keep_step(step: int) -> None:
         display.step(step)
@@ -134,5 +137,5 @@ def _follow(
         receipt = plan.path / "receipt.json"
         write_whole(receipt, json.dumps(run.receipt(), indent=2) + "\n")
         shown.artifact(receipt)
-        shown.log(result.steps, run.metrics() | {plan.workload.measure.name: result.value})
+        shown.log(result.steps, run.metrics() | {measure.name: result.value})
     return result

@@ -19,15 +19,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from regrad_runner.arms import Arm, create_all
 from regrad_runner.config import RunConfig
 from regrad_runner.launching import make_accelerator
-from regrad_runner.models import build_model, head_of
+from regrad_runner.models import own_head
 from regrad_runner.nonfinite import Watch
 from regrad_runner.optimizers import build_optimizer
-from regrad_runner.workloads import Measure, Workload
-from regrad_runner.workloads.images import LabelledImages, training_loader
+from regrad_runner.workloads import Measure, Workload, make_model
+from regrad_runner.workloads.samples import Samples, training_loader
 
 # The effect meter looks at each of these first steps: they are slower in the arms that have a correction.
 METERED_STEPS = 20
-EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Point:
 
     Attributes:
         step: Optimizer steps done.
-        epoch: Passes over the training images done.
+        epoch: Passes over the training samples done.
         loss: Mean training loss since the last evaluation.
-        value: The measure on the validation images.
+        value: The measure on the validation samples.
         lr: Learning rate of the coming step.
         seconds: Time spent in training steps so far, fetching their batches included, evaluations and probes not;
             None where it was not kept. Two evaluations are equal whatever their times.
@@ -76,7 +75,7 @@ class Position:
 
 
 def name_on_validation(measure: Measure) -> str:
-    """Return what the measure is called on the validation images.
+    """Return what the measure is called on the validation samples.
 
     Example:
         >>> name_on_validation(Measure(name="test accuracy", target=None))
@@ -100,19 +99,12 @@ def build_training(
     Raises:
         ValueError: If model or optimizer cannot be made.
     """
-    model = build_model(
-        str(config.model),
-        classes=workload.classes,
-        channels=workload.train.channels,
-        image_size=workload.train.image_size,
-        width=config.width,
-        norm=config.norm,
-        seed=seed,
-    )
+    model = make_model(workload, str(config.model), width=config.width, norm=config.norm, seed=seed)
     control = arm.control
     if control is None:
         return model, build_optimizer(str(config.optimizer), model.parameters(), lr=lr)
-    head = list(head_of(model).parameters())
+    rescales = (control.head_init, control.head_lr, control.body_lr) != (1, 1, 1)
+    head = own_head(model, whose=f"control {control.name!r}") if rescales else []
     with torch.no_grad():
         for parameter in head:
             parameter.mul_(control.head_init)
@@ -121,6 +113,11 @@ def build_training(
         body = [p for p in model.parameters() if all(p is not h for h in head)]
         groups = [{"params": body, "lr": lr * control.body_lr}, {"params": head, "lr": lr * control.head_lr}]
     return model, build_optimizer(str(config.optimizer), groups, lr=lr, changes=control.optimizer)
+
+
+def as_inputs(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return inputs in the number format of the weights; whole numbers, such as bytes of a text, as they are."""
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
 def schedule(step: int, *, warmup_steps: int, total_steps: int) -> float:
@@ -164,9 +161,9 @@ class TrainingRun:
         position: How far it is.
         attachment: What `regrad.attach` returned.
         watch: Skips steps that are not finite.
-        steps_per_epoch: Optimizer steps in an epoch; images that do not fill a batch wait for the next one.
+        steps_per_epoch: Optimizer steps in an epoch; samples that do not fill a batch wait for the next one.
         total_steps: Optimizer steps of the whole run.
-        on_micro_batch: Called with images and labels before each micro-batch.
+        on_micro_batch: Called with inputs and targets before each micro-batch.
     """
 
     def __init__(self, config: RunConfig, workload: Workload, arm: Arm, *, seed: int, lr: float) -> None:
@@ -182,15 +179,15 @@ class TrainingRun:
             workload.train, batch_size=batch_size // config.accumulate, seed=seed, workers=config.workers
         )
         scheduler = LambdaLR(
-            optimizer, lambda step: schedule(step, warmup_steps=config.warmup_steps, total_steps=self.total_steps)
+            optimizer, lambda step: schedule(step, warmup_steps=config.warmup_steps or 0, total_steps=self.total_steps)
         )
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, loader, scheduler
         )
-        self.attachment = regrad.attach(self.model, self.optimizer, create_all(arm), criterion=nn.CrossEntropyLoss())
+        self.attachment = regrad.attach(self.model, self.optimizer, create_all(arm), criterion=workload.criterion())
         self.watch = Watch(self.accelerator.unwrap_model(self.model).named_parameters(), self.accelerator)
         self.position = Position()
-        self.on_micro_batch: Callable[[Tensor, Tensor], None] = lambda images, labels: None
+        self.on_micro_batch: Callable[[Tensor, Tensor], None] = lambda inputs, targets: None
         self.loss_sum = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
         self._dtype = next(model.parameters()).dtype
         self._laps: list[tuple[int, float]] = []
@@ -218,10 +215,10 @@ class TrainingRun:
         per_epoch = self.steps_per_epoch * self.config.accumulate
         started = time.perf_counter()
         while self.position.epoch < int(self.config.epochs or 1):
-            for images, labels in self._rest_of_epoch():
+            for inputs, targets in self._rest_of_epoch():
                 if self.position.batch == per_epoch:
                     continue  # micro-batches left over do not fill an optimizer step
-                self._micro_batch(images, labels)
+                self._micro_batch(inputs, targets)
                 self.position.batch += 1
                 if self.accelerator.sync_gradients:
                     self.position.step += 1
@@ -231,7 +228,7 @@ class TrainingRun:
             self.position.epoch, self.position.batch = self.position.epoch + 1, 0
 
     def evaluate(self) -> Point:
-        """Look at the validation images and append what was seen to the points."""
+        """Look at the validation samples and append what was seen to the points."""
         self._end_lap()
         position = self.position
         since = position.points[-1].step if position.points else 0
@@ -241,7 +238,7 @@ class TrainingRun:
             step=position.step,
             epoch=position.step / self.steps_per_epoch,
             loss=losses / self.config.accumulate,
-            value=self.accuracy(self.workload.validation),
+            value=self.value_on(self.workload.validation),
             lr=self.scheduler.get_last_lr()[0],
             seconds=position.seconds,
         )
@@ -249,32 +246,41 @@ class TrainingRun:
         return point
 
     @torch.no_grad()
-    def accuracy(self, images: LabelledImages) -> float:
-        """Return the share of images that the model labels right, each process looking at its part."""
+    def value_on(self, samples: Samples) -> float:
+        """Return the measure on these samples, each process looking at its part."""
         model = self.accelerator.unwrap_model(self.model)
         self._share_buffers(model)
         self.model.eval()
         device, seen = self.accelerator.device, 0
-        mine = range(self.accelerator.process_index, len(images), self.accelerator.num_processes)
+        mine = range(self.accelerator.process_index, len(samples), self.accelerator.num_processes)
         # As many for each, or the processes of a sharded model would wait for each other: what is added is not counted.
-        filled = [*mine, *[0] * (-(-len(images) // self.accelerator.num_processes) - len(mine))]
-        right = torch.zeros((), device=device, dtype=torch.int64)
-        for batch, labels in images.batches(EVALUATION_BATCH, indices=filled, workers=self.config.workers):
-            hits = model(batch.to(device, self._dtype)).argmax(1) == labels.to(device)
-            right += hits[: max(0, len(mine) - seen)].sum()
-            seen += len(labels)
+        filled = [*mine, *[0] * (-(-len(samples) // self.accelerator.num_processes) - len(mine))]
+        total = torch.zeros(2, device=device, dtype=torch.float64)  # the sum, and the number of what it is over
+        for inputs, targets in samples.batches(samples.evaluation_batch, indices=filled, workers=self.config.workers):
+            outputs = self._as_fitted(model(self.as_inputs(inputs.to(device))))
+            scores = self.workload.score(outputs, targets.to(device))
+            total += torch.stack([part[: max(0, len(mine) - seen)].sum().double() for part in scores])
+            seen += len(inputs)
         self.model.train()
-        return float(self.accelerator.reduce(right, "sum").item()) / len(images)
+        whole, count = self.accelerator.reduce(total, "sum").tolist()
+        return float(whole / count)
+
+    def _as_fitted(self, outputs: Tensor) -> Tensor:
+        """Return logits of the probabilities that were fitted, where a corrected criterion fits others than softmax."""
+        probabilities = getattr(self.attachment.criterion, "probabilities", None)
+        if probabilities is None or not self.workload.reads_probabilities:
+            return outputs
+        return probabilities(outputs.double()).log()  # type: ignore[no-any-return]
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Return the images and labels that the next step would see, without moving on."""
+        """Return the inputs and targets that the next step would see, without moving on."""
         ended = self.position.batch == self.steps_per_epoch * self.config.accumulate
-        images, labels = next(iter(self._rest_of_epoch() if not ended else self._epoch(self.position.epoch + 1)))
-        return self.as_inputs(images), labels
+        inputs, targets = next(iter(self._rest_of_epoch() if not ended else self._epoch(self.position.epoch + 1)))
+        return self.as_inputs(inputs), targets
 
-    def as_inputs(self, images: Tensor) -> Tensor:
-        """Return images in the number format of the weights."""
-        return images.to(self._dtype)
+    def as_inputs(self, inputs: Tensor) -> Tensor:
+        """Return inputs in the number format of the weights."""
+        return as_inputs(inputs, self._dtype)
 
     def step_seconds(self) -> float:
         """Return the median time of a training step, fetching its batch included, evaluations not."""
@@ -320,10 +326,10 @@ class TrainingRun:
         loader = self._epoch(self.position.epoch)
         return self.accelerator.skip_first_batches(loader, self.position.batch) if self.position.batch else loader
 
-    def _micro_batch(self, images: Tensor, labels: Tensor) -> None:
-        self.on_micro_batch(images, labels)
+    def _micro_batch(self, inputs: Tensor, targets: Tensor) -> None:
+        self.on_micro_batch(inputs, targets)
         with self.accelerator.accumulate(self.model):
-            loss = self.attachment.criterion(self.model(self.as_inputs(images)), labels)
+            loss = self.attachment.criterion(self.model(self.as_inputs(inputs)), targets)
             self.accelerator.backward(loss)
             if self._may_step(loss):
                 if self.config.clip_norm is not None and self.accelerator.sync_gradients:

@@ -55,7 +55,7 @@ def announced(function, kind, pipe):
 def live(folder, corrections, pipe):
     """Train in this process, from the latest checkpoint if there is one."""
     TrainingRun._micro_batch = announced(TrainingRun._micro_batch, "s", pipe)
-    TrainingRun.accuracy = announced(TrainingRun.accuracy, "e", pipe)
+    TrainingRun.value_on = announced(TrainingRun.value_on, "e", pipe)
     module.save_checkpoint = announced(module.save_checkpoint, "c", pipe)  # what is to be saved, and then
     checkpoint.write_checkpoint = announced(checkpoint.write_checkpoint, "w", pipe)  # its files
     module.load_latest = announced(module.load_latest, "l", pipe)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import strategies as st
 from regrad_runner import compare, train
 from regrad_runner.arms import expand
-from regrad_runner.optimizers import build_optimizer, read_spec, spec_of
+from regrad_runner.optimizers import build_optimizer, spec_of
+from regrad_runner.specs import read_spec
 from regrad_runner.workloads.digits import DEFAULTS
 from regrad_testing.files import load_beside
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, median
 from typing import Any
 
@@ -15,6 +16,7 @@ from regrad_runner.page.source import Source
 from regrad_runner.probing import MEASURES, mean_qualities
 from regrad_runner.statistics import ArmSummary
 from regrad_runner.table import probability, sentence, short_number
+from regrad_runner.workloads import Measure
 
 NOTHING, MINUS = "–", "−"
 SHORT = 24  # characters that stay on one line
@@ -120,7 +122,7 @@ def rates_table(source: Source) -> Table | None:
             cell = _figure(fmean(values) if values else None)
             row.append(Cell(f"{cell.text} *", cell.key) if chosen.get(arm) == rate else cell)
         rows.append(row)
-    caption = "Choice of learning rates: mean on the validation images; * chosen"
+    caption = "Choice of learning rates: mean on the validation split; * chosen"
     return Table(caption, ["Arm", *(f"{rate:g}" for rate in rates)], rows) if rates else None
 
 
@@ -210,14 +212,15 @@ def in_brief(source: Source) -> str:
         *([f"{settings['model']}"] if settings.get("model") else []),
         *([f"{settings['epochs']} epochs"] if settings.get("epochs") else []),
         *([f"{settings['optimizer']}"] if settings.get("optimizer") else []),
-        f"by {source.measure.name}",
+        f"by {source.measure.name}, {source.measure.direction}",
     ]
     return " · ".join(parts)
 
 
 def _row(source: Source, summary: ArmSummary, rate: float | None) -> list[Cell]:
     low, high = summary.interval or (None, None)
-    interval = NOTHING if low is None or high is None else f"{_signed(low)} to {_signed(high)}"
+    signed = partial(_signed, source.measure)
+    interval = NOTHING if low is None or high is None else f"{signed(low)} to {signed(high)}"
     runs = [r.step_seconds for r in source.folder.results if r.arm == summary.arm and r.status == "finished"]
     pace = median(runs) * 1e3 if runs else None
     alone = summary.verdict in ("baseline", "control")
@@ -227,9 +230,9 @@ def _row(source: Source, summary: ArmSummary, rate: float | None) -> list[Cell]:
     return [
         _word(summary.arm),
         _word(summary.verdict),
-        Cell(NOTHING if summary.mean is None else short_number(summary.mean), summary.mean),
-        Cell(NOTHING if summary.sd is None else short_number(summary.sd), summary.sd),
-        Cell(NOTHING if summary.difference is None else _signed(summary.difference), summary.difference),
+        Cell(NOTHING if summary.mean is None else short_number(summary.mean, source.measure), summary.mean),
+        Cell(NOTHING if summary.sd is None else short_number(summary.sd, source.measure), summary.sd),
+        Cell(NOTHING if summary.difference is None else signed(summary.difference), summary.difference),
         Cell(interval, low),
         Cell(adjusted.removeprefix("= "), summary.p_adjusted),
         *(steps if source.measure.target is not None else []),
@@ -250,8 +253,8 @@ def _seeds(source: Source) -> str:
     return f"{source.seeds} paired seeds" if source.seeds != 1 else "1 seed"
 
 
-def _signed(value: float) -> str:
-    return short_number(value, sign="+").replace("-", MINUS)
+def _signed(measure: Measure, value: float) -> str:
+    return short_number(value, measure, sign="+").replace("-", MINUS)
 
 
 def _number(value: float | None, form: str) -> Cell:

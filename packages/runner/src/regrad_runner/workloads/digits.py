@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from regrad_runner.workloads import Defaults, Measure, Workload
-from regrad_runner.workloads.images import Augmentation, standardized
+from regrad_runner.workloads import Defaults, Measure
+from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.split import keep_stratified, take_stratified
 
 TEST_SIZE = 360
 VALIDATION_SIZE = 360
-DEFAULTS = Defaults(epochs=20, batch_size=64, lr=0.05, momentum=0.9, model="resnet8", width=16, evaluations_per_epoch=4)
+DEFAULTS = Defaults(epochs=20, batch_size=64, lr=0.05, momentum=0.9, model="resnet8", evaluations_per_epoch=4)
 
 
-def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> Workload:
+def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> ImageWorkload:
     """Return the 1,797 digits of 8×8 pixels and 17 levels of grey: 1,077 to train, 360 to validate, 360 to test.
 
     Every split holds each digit in the same proportion. Training images are shifted by up to one pixel, what moves
@@ -49,7 +49,7 @@ def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: in
     targets = torch.from_numpy(labels.astype(np.int64))
     splits = [(images[chosen], targets[chosen]) for chosen in (train, validation, test)]
     train_set, validation_set, test_set = standardized(*splits, augment=Augmentation(shift=1))
-    return Workload(
+    return ImageWorkload(
         name="digits",
         measure=Measure(target=0.96),
         train=train_set,

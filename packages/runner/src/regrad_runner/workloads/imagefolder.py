@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from regrad_runner.workloads import Defaults, Measure, Workload
+from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.decode import LARGEST_SIDE, Format, ImageFile, common_format, decode_images
 from regrad_runner.workloads.files import FileSet
-from regrad_runner.workloads.images import Augmentation, Batch, LabelledImages, standardized
+from regrad_runner.workloads.images import Augmentation, ImageWorkload, LabelledImages, standardized
+from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 
 LOOKED_AT = 100
 MOST_BYTES = 8 * 2**30
 LAYOUT = "a folder with train and val, or train and test, each with a folder of images per class"
-SMALL = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20", width=16)
+SMALL = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20")
 LARGE = Defaults(epochs=90, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4, model="resnet18")
 
 
@@ -28,7 +29,7 @@ def load(
     data_dir: Path | None = None,
     train_size: int | None = None,
     image_size: int | None = None,
-) -> Workload:
+) -> ImageWorkload:
     """Return the images under `train` and `val` or `test`, one folder per class, as ImageNet is laid out.
 
     Classes are the folders of `train`, numbered in sorted order. Of `val` and `test` the one that is there is the
@@ -66,7 +67,7 @@ def load(
     splits = (train.only(kept), validation, test)
     lazy = (image_size or 0) > LARGEST_SIDE
     sets = _on_disk(splits, image_size or 0) if lazy else _in_memory(splits, _format(train, image_size))
-    return Workload(
+    return ImageWorkload(
         name="imagefolder",
         measure=Measure(),
         train=sets[0],

@@ -14,18 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from regrad_runner.workloads import Defaults, Measure, Workload
+from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.decode import EncodedImage, common_format, decode_images
-from regrad_runner.workloads.images import Augmentation, standardized
+from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.split import Indices, validation_and_training
 
 LOOKED_AT = 100
 ROWS_AT_ONCE = 1000
 LAYOUT = "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
-DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20", width=16)
+DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20")
 
 
-def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> Workload:
+def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> ImageWorkload:
     """Return the images of `train.parquet` and `test.parquet`, or of `train-*.parquet` and `test-*.parquet`.
 
     The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are
@@ -69,7 +69,7 @@ def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: in
         (decode_images(list(test_split.encoded().values()), form), torch.from_numpy(test_labels)),
         augment=Augmentation(shift=form.side // 8, flip=True),
     )
-    return Workload(
+    return ImageWorkload(
         name="parquet",
         measure=Measure(),
         train=train_set,

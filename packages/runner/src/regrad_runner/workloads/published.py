@@ -12,12 +12,13 @@ import torch
 from filelock import FileLock
 from torchvision import datasets
 
-from regrad_runner.workloads import Defaults, Measure, Workload
-from regrad_runner.workloads.images import Augmentation, Batch, standardized
+from regrad_runner.workloads import Defaults, Measure
+from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
+from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import validation_and_training
 
 FOLDER = Path("data")
-DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20", width=16)
+DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Published:
         data_dir: Path | None = None,
         train_size: int | None = None,
         download: bool = False,
-    ) -> Workload:
+    ) -> ImageWorkload:
         """Return the workload.
 
         Args:
@@ -75,7 +76,7 @@ class Published:
             self._read(root, train=False),
             augment=Augmentation(shift=pixels.shape[2] // 8, flip=True),
         )
-        return Workload(
+        return ImageWorkload(
             name=self.name,
             measure=Measure(),
             train=train_set,

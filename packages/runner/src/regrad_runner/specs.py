@@ -1,0 +1,90 @@
+"""Names with options, such as "gpt:layers=2": read, and checked against the function that takes the options."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import typing
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+
+def read_spec(text: str, what: str = "optimizer") -> tuple[str, dict[str, Any]]:
+    """Split "name:option=value,option=value" into the name and its options.
+
+    Args:
+        text: As the user typed it.
+        what: What it names, as an error calls it.
+
+    Raises:
+        ValueError: If it is not of that form.
+
+    Example:
+        >>> read_spec("sgd:momentum=0.9,nesterov=true")
+        ('sgd', {'momentum': 0.9, 'nesterov': True})
+        >>> read_spec("adamw:betas=(0.9,0.99)")
+        ('adamw', {'betas': (0.9, 0.99)})
+    """
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for item in re.findall(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", rest):  # a comma inside brackets does not separate
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key:
+            raise ValueError(f"{what} must look like 'name:option=value,option=value', got {text!r}")
+        if key in options:
+            raise ValueError(f"{what} must have each option once, got {key!r} twice in {text!r}")
+        options[key] = _value(value)
+    return name.strip(), options
+
+
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return what a function takes, by name."""
+    return inspect.signature(function).parameters
+
+
+def check_options(
+    function: Callable[..., Any], options: Mapping[str, Any], *, what: str, settings: Collection[str]
+) -> None:
+    """Raise a `ValueError` unless a function takes every option, of its annotated type.
+
+    Args:
+        function: What will be called with them.
+        options: From `read_spec`.
+        what: What has the options, such as "model 'gpt'".
+        settings: Arguments of the function that are no options: settings of their own, or given by the caller.
+    """
+    allowed = [name for name in parameters_of(function) if name not in settings]
+    for key, value in options.items():
+        if key in settings:
+            raise ValueError(f"{what} must not set {key}, got {value!r}; use the setting {key}")
+        if key not in allowed:
+            known = f"allowed: {', '.join(allowed)}" if allowed else "it has none"
+            raise ValueError(f"{what} has no option {key!r}; {known}")
+        _check_type(function, key, value)
+
+
+def _check_type(function: Callable[..., Any], key: str, value: Any) -> None:
+    try:
+        kind = typing.get_type_hints(function).get(key, Any)
+    except NameError:  # a hint that its author's type checker alone can look up
+        return
+    try:
+        TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        raise ValueError(f"{key} must be {inspect.formatannotation(kind)}, got {value!r}") from None
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as "2is": what cannot be read is a text
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text
