@@ -106,6 +106,23 @@ def test_every_plugin_has_its_page(plugin):
     assert f"plugins/{plugin.path.name}/README.md" in page.read_text(encoding="utf-8")
 
 
+def test_a_methods_page_derives_the_rule_says_when_it_helps_and_types_no_result_by_hand(plugin):
+    text = (ROOT / "docs" / "methods" / f"{plugin.path.name}.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == ["Derivation", "When it helps, and when not"]
+    assert "$$" in text
+    by_hand = re.sub(r"<!-- written by .*?<!-- end", "", text, flags=re.DOTALL)
+    assert re.findall(r"[+−-]\.\d{2,}|± *\.\d", by_hand) == [], "results are written by docs/results_tables.py"
+
+
+def test_a_methods_page_names_tests_that_exist(plugin):
+    text = (ROOT / "docs" / "methods" / f"{plugin.path.name}.md").read_text(encoding="utf-8")
+    folder = plugin.path / "tests"
+    known = set().union(*(functions_of(str(path.relative_to(ROOT))) for path in folder.glob("test_*.py")))
+    assert [name for name in re.findall(r"`(test_\w+)`", text) if name not in known] == []
+    for path, name in re.findall(r"`([\w/]+\.py)::(test_\w+)`", text):
+        assert name in functions_of(path), f"{path}::{name}"
+
+
 def test_every_trap_names_tests_that_exist():
     text = (ROOT / "docs" / "traps.md").read_text(encoding="utf-8")
     traps = re.split(r"^\*\*", text, flags=re.MULTILINE)[1:]
