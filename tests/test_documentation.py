@@ -114,6 +114,13 @@ def test_a_methods_page_derives_the_rule_says_when_it_helps_and_types_no_result_
     assert re.findall(r"[+−-]\.\d{2,}|± *\.\d", by_hand) == [], "results are written by docs/results_tables.py"
 
 
+def test_what_is_said_of_peers_names_tests_that_exist():
+    text = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert len(named) > 3
+    assert named - functions_of("packages/bench/tests/test_coming_from.py") == set()
+
+
 def test_a_methods_page_names_tests_that_exist(plugin):
     text = (ROOT / "docs" / "methods" / f"{plugin.path.name}.md").read_text(encoding="utf-8")
     folder = plugin.path / "tests"

@@ -123,6 +123,8 @@ class RunConfig(BaseModel):
         defaults = workload.defaults
         names = ("epochs", "batch_size", "model", "evaluations_per_epoch")
         values = {name: getattr(self, name) or getattr(defaults, name) for name in names}
+        if self.batch_size is None:  # a folder of a few images is a workload too
+            values["batch_size"] = min(values["batch_size"], len(workload.train))
         values["width"] = self.width or (defaults.width if is_own(values["model"]) else None)
         values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.image_size**2)
         values["optimizer"], lr = spec_of(self.optimizer, defaults)
