@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from regrad_runner.workloads import Measure
 SCRIPT, IMAGE = "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'
 LONG = "xgrad:horizon=2.5,decoupled_decay=0.001+powergrad:alpha=0.125 & more $x_1$"
 ARMS = ("none", SCRIPT, IMAGE, LONG, "nesterov")
+TIMES = {"step_seconds", "seconds"}
 SEEDS, STEPS = 6, range(10, 81, 10)
 
 
@@ -22,6 +24,20 @@ SEEDS, STEPS = 6, range(10, 81, 10)
 def without_page(monkeypatch):
     """Leave out the page of a comparison, which has tests of its own and takes seconds to draw."""
     monkeypatch.setattr("regrad_runner.page.write.write_page", lambda *arguments: [])
+
+
+@pytest.fixture(scope="session")
+def tables():
+    """Return what the tables of a comparison's folder hold, without what the clock says."""
+
+    def read(folder):
+        found = {}
+        for name in ("tuning.csv", "curves.csv", "results.csv"):
+            with (folder / name).open(newline="") as file:
+                found[name] = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+        return found
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
-import csv
 import json
 import sqlite3
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from regrad_runner.cli import main
@@ -10,7 +8,6 @@ from regrad_runner.results import ResultsFolder
 from regrad_runner.training import TrainingRun
 
 SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4", "--epochs", "1"]
-TIMES = {"step_seconds", "seconds"}
 
 
 @pytest.fixture
@@ -28,20 +25,11 @@ def prepared(capsys, *words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
-    """Return what the tables hold, without what the clock says."""
-    found = {}
-    for name in ("tuning.csv", "curves.csv", "results.csv"):
-        with (folder / name).open(newline="") as file:
-            found[name] = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    return found
-
-
 def run_cell(number, *words) -> int:
     return main(["compare", "--out", "out", "--cell", str(number), *words])
 
 
-def test_cells_run_in_any_order_give_the_tables_of_one_comparison(here, capsys):
+def test_cells_run_in_any_order_give_the_tables_of_one_comparison(here, capsys, tables):
     assert main(["compare", *TWO, "--tracker", "none", "--out", "serial"]) == 0
     capsys.readouterr()
     assert prepared(capsys, "--tracker", "none") == {"out": "out", "trials": "0-1", "runs": "2-3"}

@@ -1,4 +1,3 @@
-import csv
 import os
 import signal
 import sqlite3
@@ -15,7 +14,6 @@ from regrad_runner.planning import make_plan
 from regrad_runner.results import ResultsFolder
 
 SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4"]
-TIMES = {"step_seconds", "seconds"}
 
 pytestmark = pytest.mark.timeout(700)
 
@@ -27,22 +25,13 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
-    """Return what the tables hold, without what the clock says."""
-    found = {}
-    for name in ("tuning.csv", "curves.csv", "results.csv"):
-        with (folder / name).open(newline="") as file:
-            found[name] = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    return found
-
-
 def tracked(folder: Path, what: str) -> list[tuple]:
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         return database.execute(what).fetchall()
 
 
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
-def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, capsys):
+def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, capsys, tables):
     arms = ["--corrections", "xgrad", "--no-controls"] if "xgrad" in regrad.available() else []
     words = ["compare", *SMALL, "--config", "few.yaml", *arms]
     assert main([*words, "--tracker", "none", "--out", "serial"]) == 0

@@ -64,9 +64,13 @@ def test_sharding_where_accelerate_would_train_unsharded_is_refused(monkeypatch)
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without what a launcher has left in it, for CPUs."""
+    """Return this process's environment without what a launcher has left in it, for CPUs.
+
+    Where there are no other devices nothing is set, as a user would not.
+    """
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "SLURM_"))}
-    return {**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **more}
+    cpus = {"ACCELERATE_USE_CPU": "true"} if torch.accelerator.is_available() else {}
+    return {**clean, **cpus, "OMP_NUM_THREADS": "1", **more}
 
 
 def launched(command: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:

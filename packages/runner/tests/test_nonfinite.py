@@ -150,7 +150,7 @@ def test_a_resumed_run_knows_the_steps_that_were_skipped_and_how_many_in_a_row(t
 
 
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
-def test_in_a_comparison_such_a_run_fails_alone_with_its_norms_beside_it(tmp_path, monkeypatch, capsys):
+def test_in_a_comparison_such_a_run_has_diverged_and_its_norms_stand_beside_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nonfinite, "SKIPS_IN_A_ROW", 2)
     (tmp_path / "baseline.yaml").write_text("corrections: []\n")
@@ -164,9 +164,11 @@ def test_in_a_comparison_such_a_run_fails_alone_with_its_norms_beside_it(tmp_pat
         original(self, **hooks)
 
     monkeypatch.setattr(TrainingRun, "train", train)
-    assert main(["compare", *SHAPE, "--epochs", "1", "--seeds", "2", "--config", "baseline.yaml", "--out", "out"]) == 1
+    assert main(["compare", *SHAPE, "--epochs", "1", "--seeds", "2", "--config", "baseline.yaml", "--out", "out"]) == 0
     assert "not finite in 2 steps in a row" in capsys.readouterr().err
-    assert [r.status for r in ResultsFolder(tmp_path / "out").results] == ["failed", "finished"]
+    assert [r.status for r in ResultsFolder(tmp_path / "out").results] == ["diverged", "finished"]
+    assert main(["compare", "--resume", "--out", "out"]) == 0
+    assert len(runs) == 2  # it would diverge again
     (path,) = (tmp_path / "out").rglob("nonfinite.csv")
     assert path.parent.name == "none-seed0"
     receipt = json.loads((tmp_path / "out" / "runs" / "none-seed1" / "receipt.json").read_text())

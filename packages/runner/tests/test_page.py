@@ -279,6 +279,9 @@ def test_failed_runs_and_a_baseline_alone_can_be_shown(tmp_path):
     folder.add(Result(arm="none", seed=0, status="failed", value=None))
     assert [path.name for path in write(folder)] == ["report.html", "figures.csv"]
     assert "1 of 1 runs failed and are left out" in (tmp_path / "report.html").read_text()
+    folder.add(Result(arm="none", seed=2, status="diverged", value=None))
+    write(folder)
+    assert "1 of 2 runs diverged: they have no number" in (tmp_path / "report.html").read_text()
     folder.add(Result(arm="none", seed=1, value=0.5, step_seconds=0.1, steps=3))
     assert [path.stem for path in write(folder)] == ["report", "figures", "overhead"]
 

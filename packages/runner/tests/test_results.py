@@ -59,6 +59,13 @@ def test_a_failed_run_is_not_finished_and_gives_way_to_its_repetition(tmp_path):
     assert [r.status for r in ResultsFolder(tmp_path).results] == ["finished"]
 
 
+def test_a_run_that_diverged_is_not_repeated(tmp_path):
+    ResultsFolder(tmp_path).add(result(seed=0, status="diverged", value=None))
+    again = ResultsFolder(tmp_path)
+    assert again.is_finished("none", 0)
+    assert again.results[0].as_run_row().diverged
+
+
 def test_the_curve_of_a_run_without_a_result_is_dropped(tmp_path):
     folder = ResultsFolder(tmp_path)
     folder.add(result(seed=0), [POINT])

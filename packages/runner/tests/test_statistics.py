@@ -14,7 +14,7 @@ FINDINGS = ("better", "worse", "better than nothing")
 NOISE = (0.31, -1.2, 0.64, 0.05, -0.48, 1.13, -0.02, 0.77, -0.9, 0.2)
 
 
-def rows_of(arm, values, *, steps=None, seconds=1.0, touched=True, failed=()):
+def rows_of(arm, values, *, steps=None, seconds=1.0, touched=True, failed=(), diverged=()):
     return [
         RunRow(
             arm=arm,
@@ -23,7 +23,7 @@ def rows_of(arm, values, *, steps=None, seconds=1.0, touched=True, failed=()):
             steps_to_target=steps[seed] if steps else None,
             step_seconds=seconds,
             touched=touched,
-            status="failed" if seed in failed else "finished",
+            status="failed" if seed in failed else "diverged" if seed in diverged else "finished",
         )
         for seed, value in enumerate(values)
     ]
@@ -171,6 +171,66 @@ def test_failed_runs_and_runs_without_a_number_are_counted_and_left_out():
     baseline, summary = summarize(rows, controls={"a": None})
     assert (baseline.seeds, baseline.failed, summary.seeds, summary.failed, summary.pairs) == (9, 1, 8, 2, 7)
     assert summary.difference == pytest.approx(1, abs=0.05)
+
+
+def test_a_run_that_diverged_is_worse_than_any_number():
+    # Differences: +.1 in five seeds, which share rank 3, and minus infinity in one, which has rank 6.
+    rows = rows_of("none", [0.0] * 6) + rows_of("a", [0.1] * 6, diverged=(2,))
+    summary = summary_of("a", rows, controls={"a": None})
+    assert summary.p_value == pytest.approx(brute_force([3, 3, 3, 3, 3, -6]))
+    assert (summary.seeds, summary.failed, summary.diverged, summary.pairs, summary.diverged_pairs) == (5, 0, 1, 6, 1)
+    assert summary.difference == pytest.approx(0.1)  # of the seeds with two numbers
+    assert summary.verdict == "no evidence"
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_an_arm_that_survives_where_the_baseline_diverges_is_better_though_its_numbers_are_not(higher_is_better):
+    by = -0.1 if higher_is_better else 0.1
+    baseline = rows_of("none", [0.0] * 10, diverged=range(8))
+    summary, mirrored = (
+        summary_of(arm, rows, controls={arm: None}, baseline=other, higher_is_better=higher_is_better)
+        for arm, other, rows in (
+            ("a", "none", baseline + rows_of("a", [by] * 10)),
+            ("none", "a", baseline + rows_of("a", [by] * 10)),
+        )
+    )
+    assert summary.difference == pytest.approx(by)
+    assert (summary.pairs, summary.diverged_pairs, summary.verdict) == (10, 8, "better")
+    assert (mirrored.diverged, mirrored.verdict) == (8, "worse")
+
+
+def test_pairs_of_runs_that_both_diverged_say_nothing():
+    rows = rows_of("none", NOISE, diverged=(0, 1)) + rows_of("a", shifted(1), diverged=(0, 1))
+    summary = summary_of("a", rows, controls={"a": None})
+    assert (summary.pairs, summary.diverged_pairs, summary.diverged) == (8, 0, 2)
+    assert summary.p_value == pytest.approx(stats.ttest_rel(shifted(1)[2:], NOISE[2:]).pvalue)
+
+
+def test_an_arm_whose_every_run_diverged_is_worse_without_a_number():
+    rows = rows_of("none", NOISE) + rows_of("a", NOISE, diverged=range(10))
+    summary = summary_of("a", rows, controls={})
+    assert (summary.mean, summary.difference, summary.interval) == (None, None, None)
+    assert (summary.pairs, summary.p_value, summary.verdict) == (10, 2 / 2**10, "worse")
+
+
+def test_a_control_that_survives_as_well_forbids_better():
+    rows = rows_of("none", NOISE, diverged=range(10)) + rows_of("a", NOISE) + rows_of("nesterov", NOISE)
+    assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better than nothing"
+    rows = rows_of("none", NOISE, diverged=range(10)) + rows_of("a", NOISE)
+    rows += rows_of("nesterov", NOISE, diverged=range(10))
+    assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better"
+
+
+def test_identical_arms_that_diverge_by_chance_get_a_verdict_in_about_five_of_a_hundred_tables():
+    generator, found = np.random.default_rng(5), 0
+    for table, diverges in zip(generator.normal(size=(2000, 2, 10)), generator.random((2000, 2, 10)), strict=True):
+        rows = [
+            row
+            for arm, column, lost in zip(("none", "a"), table.tolist(), diverges, strict=True)
+            for row in rows_of(arm, column, diverged=np.flatnonzero(lost < 0.2))
+        ]
+        found += summary_of("a", rows, controls={"a": None}).verdict in FINDINGS
+    assert found / 2000 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
 
 
 def test_an_arm_whose_every_run_failed_has_no_numbers():

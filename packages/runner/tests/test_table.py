@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from regrad_runner.statistics import RunRow, summarize
@@ -169,6 +170,17 @@ def test_few_seeds_are_counted():
     rows = [*BASELINE, *rows_of("xgrad", seeds=1)]
     text = sentence_about("xgrad", summarize(rows, controls={}))
     assert text == "xgrad: 1 seed in common with none cannot decide; 6 are the fewest that can."
+
+
+def test_a_sentence_says_who_diverged_and_what_the_verdict_then_rests_on():
+    lost = [replace(row, status="diverged") if row.seed in (2, 5) else row for row in rows_of("xgrad", 0.008)]
+    text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
+    assert "no evidence of a difference to none (+.008" in text
+    assert "10 seeds, by ranks: in 2 one run diverged)" in text
+    assert text.endswith("; 2 runs diverged, worse than any number.")
+    lost = [replace(row, status="diverged") for row in rows_of("xgrad")]
+    text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
+    assert "worse than none (no seed with two numbers, p = .002 after Holm, 10 seeds, by ranks: in 10" in text
 
 
 def test_an_arm_without_a_finished_run_is_a_row_of_dashes():

@@ -17,7 +17,7 @@ from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell
 from regrad_runner.effects import FILE as EFFECTS
 from regrad_runner.effects import Effect, EffectTrace, keep_effects
-from regrad_runner.nonfinite import keeping_norms
+from regrad_runner.nonfinite import NonFiniteError, keeping_norms
 from regrad_runner.planning import Plan, agreed, make_plan, open_folder
 from regrad_runner.probing import FILE, Probe, Quality, keep_qualities
 from regrad_runner.progress import Display
@@ -55,7 +55,7 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
     settings = plan.config.model_dump(mode="json")
     with tracker, tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
         comparison = Comparison(plan, folder, tracker, parent, display)
-        display.skip(len(folder.trials) + sum(result.status == "finished" for result in folder.results))
+        display.skip(len(folder.trials) + sum(result.status != "failed" for result in folder.results))
         with comparison.runner() as runner:
             _run_pending(plan, folder, display, runner)
         if plan.reports:
@@ -99,7 +99,7 @@ def in_words(outcome: Outcome, measure: Measure) -> str:
     if trial is not None:
         return f"{name_on_validation(measure)} {trial.validation:.4f}"
     if result is None or result.value is None:
-        return "failed"
+        return "failed" if result is None else result.status
     words = [f"{measure.name} {result.value:.4f}"]
     if measure.target is not None:
         reached = "missed" if result.steps_to_target is None else f"after {result.steps_to_target} steps"
@@ -161,13 +161,15 @@ class Comparison:
     def _run(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
         points, qualities, effects = list[Point](), list[Quality](), list[Effect]()
         result = failed_result(arm, cell, lr=lr)
-        with self._alone(cell.name), self._tracked(cell.name, arm, seed=cell.seed, lr=lr) as shown:
+        with self._alone(cell.name) as problems, self._tracked(cell.name, arm, seed=cell.seed, lr=lr) as shown:
             started = time.perf_counter()
             with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)) as run:
                 self._train(run, cell.name, shown, qualities, effects)
                 result = finished_result(run, result, started=started)
                 self._keep_receipt(run, result, shown)
                 points = run.position.points
+        if any(isinstance(problem, NonFiniteError) for problem in problems):
+            result = replace(result, status="diverged")
         tables = {FILE: [asdict(row) for row in qualities], EFFECTS: [asdict(row) for row in effects]}
         return Outcome(result=result, points=points, tables=tables if points else {})
 
@@ -227,13 +229,18 @@ class Comparison:
         shown.log(result.steps, run.metrics() | {self.plan.workload.measure.name: result.value})
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[None]:
-        """Keep a failure inside its run: noted, and the next run starts. On several processes it ends them all."""
+    def _alone(self, name: str) -> Iterator[list[Exception]]:
+        """Keep a failure inside its run: noted and put into what is yielded, and the next run starts.
+
+        On several processes it ends them all.
+        """
+        problems: list[Exception] = []
         try:
-            yield
+            yield problems
         except Exception as problem:
             if self.plan.processes > 1:
                 raise
+            problems.append(problem)
             reason = str(problem).partition("\n")[0]
             self.display.say(f"{name} failed: {type(problem).__name__}: {reason}")
             with (self.plan.path / "failures.txt").open("a", encoding="utf-8") as file:

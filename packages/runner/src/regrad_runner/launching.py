@@ -22,6 +22,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         raise ValueError("mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'")
     threads = torch.get_num_threads()
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else accelerate's CUDA build makes one process of torchrun's
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True),

@@ -42,8 +42,8 @@ class Result:
     Attributes:
         arm: Name of the arm.
         seed: Its seed.
-        status: Whether it ended.
-        value: The primary measure on the test images; None where it failed.
+        status: Whether it ended, or diverged: its numbers were not finite, which is an outcome; or failed otherwise.
+        value: The primary measure on the test images; None where it did not end.
         validation: The measure on the validation images at the end.
         steps: Optimizer steps.
         steps_to_target: Those after which the target was reached; None if it never was.
@@ -57,7 +57,7 @@ class Result:
 
     arm: str
     seed: int
-    status: Literal["finished", "failed"] = "finished"
+    status: Literal["finished", "diverged", "failed"] = "finished"
     value: float | None = None
     validation: float | None = None
     steps: int = 0
@@ -184,8 +184,8 @@ class ResultsFolder:
         return cell in {Cell(trial.arm, trial.seed, trial.lr) for trial in self.trials}
 
     def is_finished(self, arm: str, seed: int) -> bool:
-        """Say whether this run ended before."""
-        return any(r.arm == arm and r.seed == seed and r.status == "finished" for r in self.results)
+        """Say whether this run ended or diverged before, and would again."""
+        return any(r.arm == arm and r.seed == seed and r.status != "failed" for r in self.results)
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
         """Return the folder of one run, made if need be."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy import special, stats
 
 FEWEST_SEEDS = 6
@@ -28,7 +30,8 @@ class RunRow:
         steps_to_target: Optimizer steps until the target was reached first, at least 1; None if it never was.
         step_seconds: Time of one training step, in seconds, positive.
         touched: Whether the arm's corrections changed any tensor.
-        status: "finished" or "failed".
+        status: "finished"; "diverged", which is an outcome, the worst of all; or "failed" for any other reason, which
+            says nothing of the arm.
     """
 
     arm: str
@@ -37,29 +40,39 @@ class RunRow:
     steps_to_target: int | None = None
     step_seconds: float
     touched: bool = False
-    status: Literal["finished", "failed"] = "finished"
+    status: Literal["finished", "diverged", "failed"] = "finished"
 
     @property
     def usable(self) -> bool:
         """Whether the run ended with a number."""
         return self.status == "finished" and math.isfinite(self.value)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended because its numbers were not finite."""
+        return self.status == "diverged"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairedDifference:
-    """A two-sided paired t-test.
+    """A two-sided paired test: Student's t, or the signed ranks where one run of a pair diverged.
 
     Attributes:
-        pairs: Number n of seeds that both arms finished.
-        difference: Mean of this arm minus the other, in units of the measure.
-        interval: Student-t interval of that mean at 1 - level; None for one pair.
-        p_value: Probability of a difference at least as far from zero without a cause; None for one pair.
+        pairs: Number n of seeds that say something: both runs have a number, or one alone diverged.
+        diverged: Those in which one alone diverged.
+        difference: Mean of this arm minus the other, in units of the measure, over the seeds in which both have a
+            number; None without one.
+        interval: Student-t interval of that mean at 1 - level; None for fewer than two such seeds.
+        p_value: Probability of what was found, or of more, without a cause; None for one pair.
+        side: Sign of what was found: 1 where this arm's numbers are larger, -1 where they are smaller, 0 for neither.
     """
 
     pairs: int
-    difference: float
-    interval: tuple[float, float] | None
-    p_value: float | None
+    diverged: int = 0
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+    p_value: float | None = None
+    side: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +82,15 @@ class ArmSummary:
     Attributes:
         arm: Its name.
         seeds: Runs that finished with a number.
-        failed: Runs that did not.
+        failed: Runs that did not, for a reason that says nothing of the arm.
+        diverged: Runs whose numbers were not finite any more.
         mean: Mean of the measure over those runs; None without any.
         sd: Their sample standard deviation; None for fewer than two.
-        pairs: Seeds that the baseline finished too; what follows is over these, and None without any.
-        difference: Mean paired difference to the baseline.
+        pairs: Seeds that say something in comparison with the baseline, as in `PairedDifference`.
+        diverged_pairs: Those in which one run alone diverged; `p_value` is then that of the signed ranks.
+        difference: Mean paired difference to the baseline, over seeds that both finished; None without any.
         interval: Student-t interval of it at 1 - level.
-        p_value: Of the two-sided paired t-test.
+        p_value: Of the two-sided paired test.
         p_adjusted: The same after Holm over the correction arms; None for baseline and controls.
         steps_to_target: Median over the arm's runs; None where the median run missed the target.
         misses: Runs that never reached the target.
@@ -94,6 +109,8 @@ class ArmSummary:
     mean: float | None
     sd: float | None
     pairs: int = 0
+    diverged: int = 0
+    diverged_pairs: int = 0
     difference: float | None = None
     interval: tuple[float, float] | None = None
     p_value: float | None = None
@@ -119,7 +136,7 @@ def summarize(
 ) -> list[ArmSummary]:
     r"""Compare every arm with the baseline over paired seeds, and say what follows.
 
-    With :math:`p_b` of the paired t-test against the baseline and :math:`p_c` of that against the arm's control,
+    With :math:`p_b` of the paired test against the baseline and :math:`p_c` of that against the arm's control,
     each adjusted by Holm over the correction arms (all arms but the baseline and the controls):
 
     =====================  ==========================================================================================
@@ -140,8 +157,11 @@ def summarize(
     with at least .60, .94 or .998; and at d = 1.5 with at least .85 among up to seven (noncentral t, Bonferroni).
     An arm that must beat its control too needs both to succeed.
 
+    A run that diverged ranks behind every number. Left out it would flatter the arm that diverges: its other seeds
+    are a selection. Where in a pair one run alone diverged, the exact test of the signed ranks replaces the t-test.
+
     Args:
-        rows: One per run. Rows that failed or ended without a finite value count as failed.
+        rows: One per run. Rows that failed or ended without a finite value count as failed and are left out.
         baseline: Name of the arm without corrections.
         controls: Correction arm to the name of its control arm, or to None where no control exists. An arm that is
             missing here counts as one whose control was not run. A control that is a correction of its own is
@@ -178,10 +198,9 @@ def summarize(
     # An arm may be both: a correction of its own, and the change that another one must beat.
     others = {arm for arm in controls.values() if arm is not None and arm not in controls} | {baseline}
     tested = [arm for arm in arms if arm not in others]
-    against = {arm: paired_difference(_pairs(arms[arm], arms[baseline]), level=level) for arm in arms}
-    against_control = {
-        arm: paired_difference(_pairs(arms[arm], arms.get(controls.get(arm) or "", {})), level=level) for arm in tested
-    }
+    difference = partial(paired_difference, higher_is_better=higher_is_better, level=level)
+    against = {arm: difference(_pairs(arms[arm], arms[baseline])) for arm in arms}
+    against_control = {arm: difference(_pairs(arms[arm], arms.get(controls.get(arm) or "", {}))) for arm in tested}
     p_baseline = {arm: test.p_value for arm in tested if (test := against[arm]) and test.p_value is not None}
     adjusted = _holm_by_arm(p_baseline)
     p_both = {arm: max(p, _p_of_control(arm, controls, against_control[arm])) for arm, p in p_baseline.items()}
@@ -199,9 +218,9 @@ def summarize(
             return "too few seeds"
         if adjusted[arm] > level:
             return "no evidence"
-        if sign * test.difference < 0:
+        if sign * test.side < 0:
             return "worse"
-        enough = control is None or (control.pairs >= FEWEST_SEEDS and sign * control.difference > 0)
+        enough = control is None or (control.pairs >= FEWEST_SEEDS and sign * control.side > 0)
         return "better" if arm in beats_both and enough else "better than nothing"
 
     return [
@@ -219,31 +238,29 @@ def summarize(
     ]
 
 
-def paired_difference(pairs: Sequence[tuple[RunRow, RunRow]], *, level: float = 0.05) -> PairedDifference | None:
-    """Test whether the values of paired runs differ on average.
+def paired_difference(
+    pairs: Sequence[tuple[RunRow, RunRow]], *, higher_is_better: bool = True, level: float = 0.05
+) -> PairedDifference | None:
+    """Test whether paired runs differ.
 
     Args:
-        pairs: Usable runs (this arm, the other arm) with equal seeds.
+        pairs: Runs (this arm, the other arm) with equal seeds, each with a number or diverged.
+        higher_is_better: On which side of every number a run that diverged stands: the worse one.
         level: One minus the coverage of the interval.
 
     Returns:
-        The test, or None without a pair.
+        The test, or None where no pair says anything: both of each diverged, or there are none.
     """
-    if not pairs:
-        return None
-    values = np.array([[one.value, other.value] for one, other in pairs])
-    differences = values[:, 0] - values[:, 1]
-    pairs_n, mean = len(differences), float(differences.mean())
-    if pairs_n == 1:
-        return PairedDifference(pairs=1, difference=mean, interval=None, p_value=None)
-    error = float(differences.std(ddof=1)) / math.sqrt(pairs_n)
-    rounding = 1e-12 * float(np.abs(values).max())
-    if error <= rounding:
-        p_value = 1.0 if abs(mean) <= rounding else 2.0 ** (1 - pairs_n)
-        return PairedDifference(pairs=pairs_n, difference=mean, interval=(mean, mean), p_value=p_value)
-    half = float(special.stdtrit(pairs_n - 1, 1 - level / 2)) * error
-    p_value = 2 * float(special.stdtr(pairs_n - 1, -abs(mean) / error))
-    return PairedDifference(pairs=pairs_n, difference=mean, interval=(mean - half, mean + half), p_value=p_value)
+    values = [(one.value, other.value) for one, other in pairs if one.usable and other.usable]
+    worst = -math.inf if higher_is_better else math.inf
+    lost = [worst if one.diverged else -worst for one, other in pairs if one.diverged != other.diverged]
+    test = _student(values, level=level)
+    if not lost:
+        return test if values else None
+    differences = [*(one - other for one, other in values), *lost]
+    side = int(np.sign(_signed_ranks(differences).sum()))
+    p_value = sign_flip_p(differences) if len(differences) > 1 else None
+    return replace(test, pairs=len(differences), diverged=len(lost), p_value=p_value, side=side)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -293,16 +310,16 @@ def sign_flip_p(log_ratios: Sequence[float]) -> float:
         Wilcoxon, 1945, "Individual Comparisons by Ranking Methods"; Fisher, 1935, "The Design of Experiments",
         section 21, for the sign flips.
     """
-    signed = np.array([value for value in log_ratios if value != 0])
+    signed = _signed_ranks(log_ratios)
     if not len(signed):
         return 1.0
-    doubled = np.rint(2 * stats.rankdata(np.abs(signed))).astype(int)  # whole numbers, also where ties share a rank
+    doubled = np.abs(signed)
     total = int(doubled.sum())
     counts = np.zeros(total + 1)
     counts[0] = 1.0
     for rank in doubled:
         counts[rank:] = counts[rank:] + counts[: total + 1 - rank]
-    positive = int(doubled[signed > 0].sum())
+    positive = int(signed[signed > 0].sum())
     tail = float(counts[: min(positive, total - positive) + 1].sum())
     return min(1.0, 2 * tail / 2.0 ** len(signed))
 
@@ -335,6 +352,32 @@ def median_interval(values: Sequence[float], *, level: float = 0.05) -> tuple[fl
     return (ordered[rank - 1], ordered[-rank]) if rank else None
 
 
+def _student(values: Sequence[tuple[float, float]], *, level: float) -> PairedDifference:
+    """Return Student's paired test of the numbers of this arm and of the other."""
+    if not values:
+        return PairedDifference(pairs=0)
+    table = np.array(values)
+    differences = table[:, 0] - table[:, 1]
+    count, mean = len(differences), float(differences.mean())
+    if count == 1:
+        return PairedDifference(pairs=1, difference=mean, side=int(np.sign(mean)))
+    error = float(differences.std(ddof=1)) / math.sqrt(count)
+    rounding = 1e-12 * float(np.abs(table).max())
+    test = PairedDifference(pairs=count, difference=mean, interval=(mean, mean), side=int(np.sign(mean)))
+    if error <= rounding:
+        return replace(test, p_value=1.0 if abs(mean) <= rounding else 2.0 ** (1 - count))
+    half = float(special.stdtrit(count - 1, 1 - level / 2)) * error
+    p_value = 2 * float(special.stdtr(count - 1, -abs(mean) / error))
+    return replace(test, interval=(mean - half, mean + half), p_value=p_value)
+
+
+def _signed_ranks(differences: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Return the ranks of the sizes of all that are not 0, with their signs; doubled, so that ties are whole too."""
+    signed = np.array([value for value in differences if value != 0])
+    doubled: npt.NDArray[np.float64] = np.rint(2 * stats.rankdata(np.abs(signed))) * np.sign(signed)
+    return doubled.astype(np.int64)
+
+
 def _by_arm(rows: Sequence[RunRow]) -> dict[str, dict[int, RunRow]]:
     arms: dict[str, dict[int, RunRow]] = {}
     for row in rows:
@@ -346,7 +389,9 @@ def _by_arm(rows: Sequence[RunRow]) -> dict[str, dict[int, RunRow]]:
 
 
 def _pairs(runs: Mapping[int, RunRow], others: Mapping[int, RunRow]) -> list[tuple[RunRow, RunRow]]:
-    return [(run, others[seed]) for seed, run in runs.items() if seed in others and run.usable and others[seed].usable]
+    """Return the pairs of runs that say something: each ended with a number or diverged."""
+    pairs = [(run, others[seed]) for seed, run in runs.items() if seed in others]
+    return [pair for pair in pairs if all(run.usable or run.diverged for run in pair)]
 
 
 def _p_of_control(arm: str, controls: Mapping[str, str | None], test: PairedDifference | None) -> float:
@@ -373,17 +418,20 @@ def _summary(
 ) -> ArmSummary:
     finished = [run for run in runs.values() if run.usable]
     values = [run.value for run in finished]
-    pairs = _pairs(runs, baseline_runs) if test else []
+    pairs = [pair for pair in _pairs(runs, baseline_runs) if test and all(run.usable for run in pair)]
+    diverged = sum(run.diverged for run in runs.values())
     log_ratios = [_log_ratio(one.steps_to_target, other.steps_to_target) for one, other in pairs]
     log_median = _median(log_ratios)
     steps = [math.inf if run.steps_to_target is None else run.steps_to_target for run in finished]
     return ArmSummary(
         arm=arm,
         seeds=len(finished),
-        failed=len(runs) - len(finished),
+        failed=len(runs) - len(finished) - diverged,
+        diverged=diverged,
         mean=statistics.fmean(values) if values else None,
         sd=statistics.stdev(values) if len(values) > 1 else None,
         pairs=test.pairs if test else 0,
+        diverged_pairs=test.diverged if test else 0,
         difference=test.difference if test else None,
         interval=test.interval if test else None,
         p_value=test.p_value if test else None,

@@ -93,6 +93,8 @@ def sentence(summary: ArmSummary, measure: Measure, *, baseline: str = "none") -
         text += _pace(summary, measure, baseline)
     if summary.failed:
         text += f"; {_count(summary.failed, 'run')} failed and {'is' if summary.failed == 1 else 'are'} left out"
+    if summary.diverged:
+        text += f"; {_count(summary.diverged, 'run')} diverged, worse than any number"
     return f"{summary.arm}: {text}."
 
 
@@ -169,7 +171,9 @@ def _why(summary: ArmSummary, measure: Measure, baseline: str) -> str:
         return f"a control; difference to {baseline} {_difference(summary) or 'unknown'}"
     if summary.verdict == "too few seeds":
         return f"{pairs} in common with {baseline} cannot decide; {FEWEST_SEEDS} are the fewest that can"
-    evidence = f"({_difference(summary)}, {probability(summary.p_adjusted)} after Holm, {pairs})"
+    found = _difference(summary) or "no seed with two numbers"
+    how = f", by ranks: in {summary.diverged_pairs} one run diverged" if summary.diverged_pairs else ""
+    evidence = f"({found}, {probability(summary.p_adjusted)} after Holm, {pairs}{how})"
     return _in_words(summary, f"{baseline} {evidence}")
 
 

@@ -104,6 +104,7 @@ def remove(path, name, *, signed):
 
 def folder_instead(path, name, *, signed):
     remove(path, name, signed=signed)
+    (path / name).unlink(missing_ok=True)  # signing anew writes the checksums again
     (path / name).mkdir()
 
 

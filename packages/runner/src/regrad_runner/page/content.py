@@ -180,10 +180,12 @@ def machines_table(source: Source) -> Table | None:
 
 def missing(source: Source) -> list[str]:
     """Say what the folder does not hold and the page therefore does not show."""
-    failed = sum(result.status == "failed" for result in source.folder.results)
+    failed, diverged = (sum(r.status == end for r in source.folder.results) for end in ("failed", "diverged"))
     corrected = any(receipt.get("effects") for receipt in source.receipts.values())
     facts = {
         f"{failed} of {len(source.folder.results)} runs failed and are left out; failures.txt says why.": failed > 0,
+        f"{diverged} of {len(source.folder.results)} runs diverged: they have no number and are in no figure. In the "
+        "verdicts they are worse than any number.": diverged > 0,
         "This folder was written before times of evaluations were kept: in the figures against time they are "
         "the number of steps times the run's median time per step.": times_are_estimated(source),
         "This folder was written before the effect over training was kept: only means over whole runs are shown.": (

@@ -32,7 +32,7 @@ def difference_rows(source: Source) -> list[Drawing]:
         ]
         low, high = summary.interval or (None, None)
         marks += _dots("differences", summary.arm, pairs)
-        whole = Mark(figure="differences", series=summary.arm, seeds=summary.pairs, x=summary.difference)
+        whole = Mark(figure="differences", series=summary.arm, seeds=len(pairs), x=summary.difference)
         marks.append(replace(whole, low=low, high=high))
         words[summary.arm] = summary.verdict
     drawing = Drawing(
