@@ -120,11 +120,12 @@ def minimums(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting, of shell scripts too."""
+    """Check style and formatting, and the shell in scripts and on the pages."""
     session.install("--group", "lint")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("shellcheck", ".ci/run", *map(str, sorted(ROOT.glob("docs/**/*.sh"))))
+    session.run("python", "docs/blocks.py")
 
 
 @nox.session
@@ -139,6 +140,7 @@ def docs(session: nox.Session) -> None:
     """Build the documentation; a warning is an error."""
     sync(session, "docs")
     session.run("python", "docs/corrections_table.py", "--check")
+    session.run("python", "docs/reference.py", "--check")
     session.run("python", "docs/interactions.py", "--check", env=TEST_ENVIRONMENT)
     session.run("python", "docs/results_tables.py", "--check")
     session.run("python", "docs/sharding.py", "--check")

@@ -22,6 +22,8 @@ autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"regrad {release}"
 
 

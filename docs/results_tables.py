@@ -1,4 +1,4 @@
-"""Write the ledger and the tables of docs/results.md from the comparisons kept in docs/results/.
+"""Write the ledger and the tables of docs/results.md, and what the methods' pages say of them, from docs/results/.
 
 Usage: python docs/results_tables.py [--check]
 With --check nothing is written, and a stale page is an error.
@@ -10,6 +10,7 @@ docs/results/claims.yaml says what was claimed, and which arms of which comparis
 import io
 import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from regrad_runner.workloads import Measure
 from rich.console import Console
 
 DOCS = Path(__file__).parent
-FOLDER, PAGE = DOCS / "results", DOCS / "results.md"
+FOLDER, PAGE, METHODS = DOCS / "results", DOCS / "results.md", DOCS / "methods"
 FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
 BEGIN, END = "<!-- written by docs/results_tables.py -->\n", "<!-- end of what is written -->"
 
@@ -59,7 +60,7 @@ def seen(told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]) -> 
 def ledger(summaries: dict[str, list[ArmSummary]]) -> str:
     """Return the table of claims."""
     rows = ["| method | claimed | seen here | how the protocol differs | command |\n| --- | --- | --- | --- | --- |\n"]
-    for claim in yaml.safe_load((FOLDER / "claims.yaml").read_text(encoding="utf-8")):
+    for claim in claims():
         ran = [n for n, arms in claim["seen"].items() if {*arms} & {summary.arm for summary in summaries.get(n, [])}]
         commands = ", ".join(f"[{name}](#{name})" for name in ran) or "–"
         cells = [claim["method"], claim["claimed"], seen(claim["seen"], summaries), claim["differs"], commands]
@@ -113,15 +114,54 @@ def written() -> str:
     return f"## The ledger\n\n{ledger(found)}\n## The comparisons\n\n{sections}"
 
 
+def claims() -> list[dict[str, Any]]:
+    """Return what was claimed, and which arms of which comparisons speak to it."""
+    listed: list[dict[str, Any]] = yaml.safe_load((FOLDER / "claims.yaml").read_text(encoding="utf-8"))
+    return listed
+
+
+def methods_of(page: Path) -> set[str]:
+    """Return the names of the corrections and optimizers that one method's page is about."""
+    project = DOCS.parent / "plugins" / page.stem / "pyproject.toml"
+    offered = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
+    return {name for group in offered.values() for name in group}
+
+
+def seen_on(page: Path, summaries: dict[str, list[ArmSummary]]) -> str:
+    """Say on a method's page what the comparisons came to."""
+    told: dict[str, list[str]] = {}
+    for claim in claims():
+        for name, arms in claim["seen"].items() if claim["method"] in methods_of(page) else ():
+            told[name] = [*dict.fromkeys((*told.get(name, []), *arms))]
+    lines = [
+        f"- [{name}](../results.md#{name}): {sentence(summary, measure_of(FOLDER / name))}\n"
+        for name, arms in told.items()
+        for summary in summaries.get(name, [])
+        if summary.arm in arms
+    ]
+    return "".join(lines) or "No comparison is kept: not measured.\n"
+
+
+def pages() -> dict[Path, str]:
+    """Return what stands between the marks of every page."""
+    summaries = comparisons()
+    methods = (page for page in METHODS.glob("*.md") if page.stem != "index")
+    return {PAGE: f"\n{written()}", **{page: seen_on(page, summaries) for page in methods}}
+
+
 def main(arguments: list[str]) -> int:
-    """Write the page anew, or say that it should be."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    new = f"{before}{BEGIN}\n{written()}{END}{rest.partition(END)[2]}"
-    if "--check" not in arguments:
-        PAGE.write_text(new, encoding="utf-8")
-    elif new != text:
-        sys.stderr.write("docs/results.md is stale; run python docs/results_tables.py\n")
+    """Write the pages anew, or say which should be."""
+    stale = []
+    for page, content in pages().items():
+        text = page.read_text(encoding="utf-8")
+        before, begin, rest = text.partition(BEGIN)
+        new = f"{before}{BEGIN}{content}{END}{rest.partition(END)[2]}"
+        if new != text or not begin:
+            stale.append(f"docs/{page.relative_to(DOCS)}")
+            if "--check" not in arguments:
+                page.write_text(new, encoding="utf-8")
+    if stale and "--check" in arguments:
+        sys.stderr.write(f"{', '.join(stale)}: stale; run python docs/results_tables.py\n")
         return 1
     return 0
 

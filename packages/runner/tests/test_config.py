@@ -122,3 +122,11 @@ def test_every_setting_is_documented():
     for kind in (CompareConfig, TrainConfig):
         described = f"{RunConfig.__doc__}{kind.__doc__}"
         assert [name for name in kind.model_fields if f" {name}: " not in described] == []
+
+
+def test_a_workload_of_few_images_has_a_batch_that_fits_and_one_that_is_asked_for_is_kept():
+    few = load_workload("digits", train_size=20)
+    assert load_config(TrainConfig, flags={}).resolved(few).batch_size == len(few.train) == 20
+    assert load_config(TrainConfig, flags={"batch_size": 5}).resolved(few).batch_size == 5
+    with pytest.raises(ValueError, match=r"batch_size must be at most 20 \(the training images\), got 21"):
+        load_config(TrainConfig, flags={"batch_size": 21}).resolved(few)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from regrad_runner.errors import BadInput, checking_input
+from regrad_runner.options import Plain, examples
 
 DEVICES = {"all": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",)}
 
@@ -22,7 +23,7 @@ def flag(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, metavar=metavar)
 
 
-@app.command()
+@app.command(cls=Plain, epilog=examples("regrad-bench --quick", "regrad-bench --only 'alone/*' --csv FILE"))
 def bench(
     *,
     only: Annotated[str, flag("Cases whose name fits, such as 'alone/*'.", metavar="PATTERN")] = "*",

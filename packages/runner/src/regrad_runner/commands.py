@@ -22,21 +22,29 @@ CHECKING = "checking settings, data and corrections"
 app = typer.Typer(
     name="regrad",
     help="Compare gradient corrections on your data: paired seeds, controls, a plain verdict.",
-    add_completion=False,
+    epilog=o.examples("regrad compare", "regrad plugins list", "regrad COMMAND --help"),
+    cls=o.PlainGroup,
     pretty_exceptions_enable=False,
 )
 app.add_typer(plugins, name="plugins")
 
 
-@app.command(cls=o.ManyValues)
+@app.command(
+    cls=o.ManyValues,
+    epilog=o.examples(
+        "regrad compare --corrections xgrad agc xgrad+agc --lr 0.02,0.05,0.1",
+        "regrad compare --workload imagefolder --data-dir DIR --seeds 6",
+        "regrad compare --resume --out DIR --seeds 12",
+    ),
+)
 def compare(
     ctx: typer.Context,
     *,
     corrections: o.Corrections = None,
     no_controls: Annotated[
-        bool, o.flag("Leave out the changes to beat.", o.WHAT, "--no-controls", metavar=" ")
+        bool, o.flag("Leave out the trivial changes to beat.", o.WHAT, "--no-controls", metavar=" ")
     ] = False,
-    seeds: Annotated[int | None, o.flag("Paired runs of each arm.", o.WHAT, metavar="N")] = None,
+    seeds: Annotated[int | None, o.flag("Paired runs of each arm; 10 by default.", o.WHAT, metavar="N")] = None,
     workload: o.WorkloadName = None,
     data_dir: o.DataDir = None,
     download: o.Download = None,
@@ -45,8 +53,10 @@ def compare(
     model: o.Model = None,
     width: o.Width = None,
     norm: o.Norm = None,
-    lr: Annotated[str | None, o.flag("Of several every arm chooses one.", o.HOW, metavar="X,X…")] = None,
-    tuning_seeds: Annotated[int | None, o.flag("Runs per rate and arm in that choice.", o.HOW, metavar="N")] = None,
+    lr: Annotated[str | None, o.flag("Learning rate; of several each arm chooses.", o.HOW, metavar="X,X")] = None,
+    tuning_seeds: Annotated[
+        int | None, o.flag("Runs per rate in that choice; 2 by default.", o.HOW, metavar="N")
+    ] = None,
     probe_every: o.ProbeEvery = None,
     probe_size: o.ProbeSize = None,
     epochs: o.Epochs = None,
@@ -72,7 +82,8 @@ def compare(
 ) -> int:
     """Compare corrections with the baseline and with the trivial changes they must beat.
 
-    Without flags: powergrad, xgrad and both, with their controls, on handwritten digits, 10 seeds.
+    Without flags: powergrad, xgrad and both, with their controls, on handwritten digits, 10 seeds. Numbers for which
+    no default is named suit the workload.
     """
     console = _console()
     with checking_input(), console.status(CHECKING):
@@ -137,7 +148,12 @@ def _prepare_cells(plan: Plan, *, as_json: bool) -> int:
     return 0
 
 
-@app.command(cls=o.ManyValues)
+@app.command(
+    cls=o.ManyValues,
+    epilog=o.examples(
+        "regrad train --corrections xgrad powergrad --seed 3 --out DIR", "regrad train --resume --out DIR"
+    ),
+)
 def train(
     ctx: typer.Context,
     *,
@@ -150,8 +166,8 @@ def train(
     model: o.Model = None,
     width: o.Width = None,
     norm: o.Norm = None,
-    seed: Annotated[int | None, o.flag("Of weights, order and augmentation.", o.HOW, metavar="N")] = None,
-    lr: Annotated[float | None, o.flag("Learning rate before the cosine.", o.HOW, metavar="X")] = None,
+    seed: Annotated[int | None, o.flag("Fixes weights, order, augmentation; 0 by default.", o.HOW, metavar="N")] = None,
+    lr: Annotated[float | None, o.flag("Learning rate at the start of the cosine.", o.HOW, metavar="X")] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
@@ -163,7 +179,9 @@ def train(
     threads: o.Threads = None,
     processes: o.Processes = None,
     workers: o.Workers = None,
-    checkpoint_every: Annotated[int | None, o.flag("Steps; an epoch by default.", o.WHERE, metavar="N")] = None,
+    checkpoint_every: Annotated[
+        int | None, o.flag("Steps between them; an epoch by default.", o.WHERE, metavar="N")
+    ] = None,
     keep_checkpoints: Annotated[int | None, o.flag("How many stay; 2 by default.", o.WHERE, metavar="N")] = None,
     tracker: o.TrackerKind = None,
     tracking_uri: o.TrackingUri = None,
@@ -172,7 +190,10 @@ def train(
     resume: o.Resume = False,
     json: o.AsJson = False,
 ) -> int:
-    """Train one model, with checkpoints; --resume continues it exactly."""
+    """Train one model, with checkpoints; --resume continues it exactly.
+
+    Numbers for which no default is named suit the workload.
+    """
     console = _console()
     with checking_input(), console.status(CHECKING):
         from regrad_runner.config import TrainConfig  # noqa: PLC0415
@@ -194,10 +215,10 @@ def train(
     return 0
 
 
-@app.command()
+@app.command(cls=o.Plain, epilog=o.examples("regrad report DIR", "regrad report DIR --json"))
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)],
-    json: o.AsJson = False,
+    json: o.JsonAlone = False,
 ) -> int:
     """Show again what a comparison or run showed, and draw its figures again; nothing is trained."""
     with checking_input():
@@ -207,7 +228,7 @@ def report(
     return 0
 
 
-@app.command()
+@app.command(cls=o.Plain, epilog=o.examples("regrad sync DIR"))
 def sync(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)],
 ) -> int:
@@ -221,7 +242,10 @@ def sync(
     return int(done.waiting > 0)
 
 
-@app.command(cls=o.ManyValues)
+@app.command(
+    cls=o.ManyValues,
+    epilog=o.examples("regrad explain --corrections xgrad powergrad", "regrad explain --corrections all --all"),
+)
 def explain(
     ctx: typer.Context,
     *,
@@ -237,8 +261,10 @@ def explain(
     lr: Annotated[float | None, o.flag("Learning rate.", o.HOW, metavar="X")] = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
-    after_steps: Annotated[int, o.flag("Steps to train first: some corrections need one.", o.HOW, metavar="N")] = 1,
-    every_tensor: Annotated[bool, o.flag("Show every tensor.", o.WHERE, "--all", metavar=" ")] = False,
+    after_steps: Annotated[int, o.flag("Steps to train first; 1 by default.", o.HOW, metavar="N")] = 1,
+    every_tensor: Annotated[
+        bool, o.flag("Every tensor, not those that change most.", o.WHERE, "--all", metavar=" ")
+    ] = False,
     json: o.AsJson = False,
 ) -> int:
     """Show what corrections would change on one batch, why, what they cost and with what they conflict."""

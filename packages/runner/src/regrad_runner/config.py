@@ -122,6 +122,8 @@ class RunConfig(BaseModel):
         defaults = workload.defaults
         names = ("epochs", "batch_size", "model", "evaluations_per_epoch")
         values = {name: getattr(self, name) or getattr(defaults, name) for name in names}
+        if self.batch_size is None:  # a folder of a few images is a workload too
+            values["batch_size"] = min(values["batch_size"], len(workload.train))
         values |= settings_of_model(workload, values["model"], {"width": self.width, "norm": self.norm})
         values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.work)
         steps = values["epochs"] * (len(workload.train) // values["batch_size"])

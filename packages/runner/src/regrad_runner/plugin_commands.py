@@ -10,15 +10,23 @@ from typing import Annotated
 import typer
 
 from regrad_runner import options as o
+from regrad_runner.completion import plugins as offered
 from regrad_runner.errors import checking_input
 
-LIKE = "The correction to copy; the smallest by default."
+LIKE = "The plugin to copy; the smallest by default."
+AS_LISTED = "As plugins list has it."
+CHECKED = "A correction or optimizer, with options if you like."
 
-plugins = typer.Typer(help="What is installed; checking it, and making more.", no_args_is_help=True)
+plugins = typer.Typer(
+    help="List, show, check and make plugins.",
+    epilog=o.examples("regrad plugins list", "regrad plugins show xgrad"),
+    cls=o.PlainGroup,
+    no_args_is_help=True,
+)
 
 
-@plugins.command("list")
-def list_plugins(json: o.AsJson = False) -> int:
+@plugins.command("list", cls=o.Plain, epilog=o.examples("regrad plugins list", "regrad plugins list --json"))
+def list_plugins(json: o.JsonAlone = False) -> int:
     """List corrections, optimizers and workloads that are installed."""
     from regrad_runner.plugins import show_plugins  # noqa: PLC0415
 
@@ -26,10 +34,10 @@ def list_plugins(json: o.AsJson = False) -> int:
     return 0
 
 
-@plugins.command("show")
+@plugins.command("show", cls=o.Plain, epilog=o.examples("regrad plugins show xgrad"))
 def show_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As plugins list has it.", show_default=False)],
-    json: o.AsJson = False,
+    name: Annotated[str, typer.Argument(metavar="NAME", help=AS_LISTED, show_default=False, autocompletion=offered)],
+    json: o.JsonAlone = False,
 ) -> int:
     """Show what a plugin does, its options, where it acts and what it must beat."""
     with checking_input():
@@ -39,11 +47,11 @@ def show_plugin(
     return 0
 
 
-@plugins.command("check")
+@plugins.command("check", cls=o.Plain, epilog=o.examples("regrad plugins check agc:max_ratio=0.02"))
 def check_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A correction or optimizer.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=CHECKED, show_default=False, autocompletion=offered)],
     suite: Annotated[Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")] = None,
-    json: o.AsJson = False,
+    json: o.JsonAlone = False,
 ) -> int:
     """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
     from rich.console import Console  # noqa: PLC0415
@@ -55,10 +63,14 @@ def check_plugin(
     return show_check(report, as_json=json)
 
 
-@plugins.command("new")
+@plugins.command(
+    "new", cls=o.Plain, epilog=o.examples("regrad plugins new my-method", "regrad plugins new my-method --like agc")
+)
 def new_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of your correction.", show_default=False)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where its folder is made; here by default.")] = Path(),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of your method.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where its folder is made; here by default.", show_default=False)
+    ] = Path(),
     like: Annotated[str | None, typer.Option(metavar="NAME", help=LIKE)] = None,
 ) -> int:
     """Write a distribution with a correction of your own, made from a shipped one: it passes the kit as it is."""
@@ -78,11 +90,13 @@ def new_plugin(
     return 0
 
 
-@plugins.command("doctor")
+@plugins.command("doctor", cls=o.Plain, epilog=o.examples("regrad plugins doctor"))
 def doctor(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where runs are written; here by default.")] = Path(),
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where runs are written; here by default.", show_default=False)
+    ] = Path(),
     gpu: Annotated[bool, typer.Option("--gpu", help="Expect a GPU.")] = False,
-    json: o.AsJson = False,
+    json: o.JsonAlone = False,
 ) -> int:
     """Find what is wrong with what is installed, and say how to mend it; exit code 1 if anything is."""
     from rich.console import Console  # noqa: PLC0415
