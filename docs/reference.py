@@ -18,6 +18,8 @@ import typer
 from regrad_bench.command import app as bench
 from regrad_runner.commands import app as runner
 from regrad_runner.models import MODELS
+from regrad_runner.workloads import OF_DATA, OF_MODELS
+from regrad_runner.workloads.text import MODEL, TextWorkload
 from typer.main import get_command
 
 ROOT = Path(__file__).parent.parent
@@ -92,12 +94,17 @@ def commands() -> str:
     return "## Commands\n\n" + "\n".join(section(name, command) for name, command in found)
 
 
-def options(kind: type) -> str:
-    """Return a correction's or optimizer's options with their defaults."""
+def options(kind: Any, *others: str) -> str:
+    """Return the options of a correction, optimizer, workload or model with their defaults.
+
+    Args:
+        kind: What takes them.
+        *others: Parameters that are no options.
+    """
     if hasattr(kind, "Options"):
         found = [(field.name, field.default) for field in dataclasses.fields(kind.Options)]
     else:
-        found = [(p.name, p.default) for p in list(inspect.signature(kind).parameters.values())[1:]]
+        found = [(p.name, p.default) for p in inspect.signature(kind).parameters.values() if p.name not in others]
     return ", ".join(f"`{name}={default!r}`" for name, default in found) or "none"
 
 
@@ -116,16 +123,24 @@ def names() -> str:
     corrections = ([f"[`{e.name}`]({pages[e.distribution]})", of_correction(e.name)] for e in shipped)
     plugins = [entry for entry in regrad.available("regrad.optimizers").values() if entry.distribution in pages]
     optimizers = (
-        [f"[`{e.name}`]({pages[e.distribution]})", options(regrad.load(e.name, "regrad.optimizers"))] for e in plugins
+        [f"[`{e.name}`]({pages[e.distribution]})", options(regrad.load(e.name, "regrad.optimizers"), "params")]
+        for e in plugins
     )
     entries = regrad.available("regrad.workloads").values()
-    workloads = [entry.name for entry in entries if entry.distribution == "regrad-runner"]
+    shipped = [entry.name for entry in entries if entry.distribution == "regrad-runner"]
+    workloads = (
+        [f"[`{name}`](workloads.md)", options(regrad.load(name, "regrad.workloads"), *OF_DATA)] for name in shipped
+    )
+    models = [
+        *([f"`{name}`", "none"] for name in MODELS),
+        [f"`{MODEL}`", options(TextWorkload.build_model, "self", *OF_MODELS)],
+    ]
     head = ("name", "options")
     return (
         f"## Corrections\n\n{table(head, corrections)}\n## Optimizers\n\n{table(head, optimizers)}\n"
-        "And torch's own, in lower case: `sgd:momentum=0.9`, `adamw`.\n\n## Workloads and models\n\n"
-        f"{', '.join(f'`{name}`' for name in workloads)}: see [Workloads](workloads.md).\n\n"
-        f"{', '.join(f'`{name}`' for name in MODELS)}, and the classifiers of torchvision.\n"
+        "And torch's own, in lower case: `sgd:momentum=0.9`, `adamw`.\n\n"
+        f"## Workloads\n\n{table(head, workloads)}\n## Models\n\n{table(head, models)}\n"
+        f"`{MODEL}` is that of `text`; images have the others and the classifiers of torchvision.\n"
     )
 
 
