@@ -21,11 +21,7 @@ RESUMED = [f"xgrad:{TWICE}", f"gcw:warmup_steps=2,fit_every=2,layers=all,{TWICE}
 # What Lightning says of small data and of trainings without validation.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
-    for text in (
-        "The '.*_dataloader' does not have many workers",
-        "You defined a `validation_step` but have no `val_dataloader`",
-        "The number of training batches",
-    )
+    for text in ("You defined a `validation_step` but have no `val_dataloader`", "The number of training batches")
 ]
 
 
