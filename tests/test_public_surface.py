@@ -18,6 +18,7 @@ PUBLIC = {
     "regrad_gcgd": {"GCGD"},
     "regrad_gcode": {"GCODE"},
     "regrad_gcw": {"GCW"},
+    "regrad_lightning": {"RegradCallback"},
     "regrad_testing": {
         *("CorrectionSuite", "OptimizerSuite", "OptimizerStep", "Problem", "ReferenceStep", "StagedImages"),
         "load_beside",
@@ -38,6 +39,9 @@ SIGNATURES = {
     "regrad:available": ["group='regrad'"],
     "regrad:load": ["name", "group='regrad'"],
     "regrad:create": ["spec", "**options"],
+    "regrad_lightning:RegradCallback": [
+        *("corrections", "*module=None", "*criterion=None", "*optimizer=None", "*strict=True")
+    ],
     "regrad_centralization.functional:centralize_": ["grad"],
     "regrad_clipping.functional:clip_adaptive_": [
         *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")

@@ -1,0 +1,212 @@
+"""The callback: attach when a fit starts, detach when it ends, and be in every checkpoint between."""
+
+import json
+import posixpath
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Callback, LightningModule, Trainer
+from regrad import Attachment, Correction, attach, refusals
+from regrad.errors import refuse_if
+from regrad.hooks import innermost_optimizer
+from regrad.registry import created
+from torch import nn
+from torch.optim import Optimizer
+
+from regrad_lightning import shards
+from regrad_lightning.criterion import BorrowedCriterion
+
+
+class RegradCallback(Callback):
+    """Correct gradients in `Trainer.fit`; the LightningModule stays as it is.
+
+    Attached from the start of a fit to its end, also where it ends in an exception.
+    Validation and checkpoints see the true weights. The corrections' state is in
+    every checkpoint, and comes back with `fit(ckpt_path=…)`. Their metrics go to the
+    trainer's loggers under "regrad/" every `log_every_n_steps`; the receipt is left
+    beside the logs as "regrad-receipt.json".
+
+    Args:
+        corrections: Names with options for `regrad.create`, or `Correction`
+            objects, in the order in which they shall act. May be empty.
+        module: Name of the submodule that makes the outputs, such as "net"; names
+            of parameters are those within it. None takes the LightningModule's
+            only child with parameters, or, where there are several, itself.
+        criterion: Name of the LightningModule's loss module, such as
+            "criterion", where a correction corrects the criterion. Calls of it in
+            training mode are corrected until the fit ends.
+        optimizer: Index of the optimizer, from 0, where `configure_optimizers`
+            returns several; then one callback for each that is to be corrected.
+        strict: Refuse to resume from a checkpoint without these corrections and
+            options; False resumes with what goes by the same name.
+
+    Attributes:
+        attachment: The `regrad.Attachment` of the current fit, or, detached, of the
+            last one; None before.
+
+    Raises:
+        ValueError: If no correction of a name is installed or an option is out of range.
+        TypeError: If an argument or option is of the wrong type.
+        RegradError: At the start of a fit, if a correction cannot be right there,
+            or `module`, `criterion` or `optimizer` does not fit; says what does.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[RegradCallback([])], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        corrections: Sequence[str | Correction],
+        *,
+        module: str | None = None,
+        criterion: str | None = None,
+        optimizer: int | None = None,
+        strict: bool = True,
+    ) -> None:
+        if isinstance(corrections, str):
+            raise TypeError(f"corrections must be a list, got {corrections!r}; write [{corrections!r}]")
+        self.corrections, self.module, self.criterion = list(corrections), module, criterion
+        self.optimizer, self.strict = optimizer, strict
+        self.attachment: Attachment | None = None
+        self._borrowed: BorrowedCriterion | None = None
+        self._loaded: Any = None
+        self._kept: Any = None
+        self._folder = ""
+        self._made()  # a misspelt name or option is an error here, not after an hour in a queue
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: callbacks of several optimizers have one each."""
+        return "RegradCallback" if self.optimizer is None else f"RegradCallback-{self.optimizer}"
+
+    def _made(self) -> list[Correction]:
+        return [c for item in self.corrections for c in (created(item) if isinstance(item, str) else (item,))]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what an earlier run loaded: a checkpoint's state comes after this, if it comes."""
+        self._loaded = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with a fit whose checkpoint knows nothing of corrections."""
+        unknown = self.state_key not in checkpoint["callbacks"] and trainer.state.fn == "fit"
+        rule = f"the checkpoint must hold the state of {self.corrections}, it has none"
+        refuse_if(unknown and self.strict, f"{rule}; pass strict=False to RegradCallback to start them anew")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state: Lightning restores callbacks before there are optimizers."""
+        self._loaded = state_dict["attachment"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the corrections' state; of the last fit where none is under way, None before the first."""
+        live = self._live()
+        return {"attachment": self._kept if live is None else shards.state_of(live)}
+
+    def _live(self) -> Attachment | None:
+        return None if self.attachment is None or self.attachment.is_detached else self.attachment
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach before the first forward."""
+        self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach where there was no sanity check."""
+        if self._live() is None:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: optimizers are made and restored, and nothing was called yet.
+
+        Not earlier: torch steps an optimizer of shards to restore it, and a search for the rate trains in between.
+        """
+        optimizer, made = self._chosen(trainer.optimizers), self._made()
+        target = self._target(pl_module)
+        outside = _outside(optimizer, target)
+        rule = f"module must hold all that the optimizer trains, {self.module!r} lacks {outside} parameters"
+        refuse_if(outside, rule)
+        borrowed = BorrowedCriterion(pl_module, self.criterion, made)
+        # The wrapper is what says how the weights lie; the target alone would look unwrapped.
+        refusals.check(trainer.strategy.model, innermost_optimizer(optimizer), optimizer, made, borrowed.original)
+        self.attachment = attach(target, optimizer, made, borrowed.original)
+        borrowed.replace(self.attachment)
+        self._borrowed, self._kept = borrowed, None
+        self._folder = trainer.log_dir or trainer.default_root_dir  # asks all processes, so not in an exception
+        if self._loaded is not None:
+            shards.load_state(self.attachment, self._loaded, strict=self.strict)
+
+    def _chosen(self, optimizers: Sequence[Optimizer]) -> Optimizer:
+        """Return the optimizer to attach to."""
+        several = f"optimizer must be an index below {len(optimizers)}, got {self.optimizer!r}"
+        fits = self.optimizer in range(len(optimizers)) or (self.optimizer is None and len(optimizers) == 1)
+        refuse_if(not fits, f"{several}; give each optimizer that is to be corrected a RegradCallback of its own")
+        return optimizers[self.optimizer or 0]
+
+    def _target(self, pl_module: LightningModule) -> nn.Module:
+        """Return the module to attach to: `training_step` may call a child and never the LightningModule."""
+        children = {name: child for name, child in pl_module.named_children() if any(True for _ in child.parameters())}
+        if self.module is None:
+            alone = len(children) == 1 and not any(True for _ in pl_module.parameters(recurse=False))
+            return next(iter(children.values())) if alone else pl_module
+        modules: dict[str, nn.Module] = dict(pl_module.named_modules())
+        rule = f"module must name a submodule of {type(pl_module).__name__}, got {self.module!r}"
+        refuse_if(self.module not in modules, f"{rule}; it has {', '.join(children)}")
+        return modules[self.module]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Open the window: `training_step` need not call the module that is attached."""
+        if (live := self._live()) is not None:
+            live.engine.before_forward(live.model)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log after a step, when Lightning logs; refuse where what a correction must see was not called."""
+        if (live := self._live()) is None:
+            return
+        engine, blind = live.engine, live.record is not None and not live.record.calls and live.engine.applied
+        rule = f"{', '.join(c.name for c in engine.corrections if c.needs.record)} must see what training_step calls"
+        refuse_if(blind, f"{rule}, got no forward of {self.module or 'the LightningModule'}; name it with module='…'")
+        if engine.forwards == 0 and trainer.loggers and trainer._logger_connector.should_update_logs:
+            prefix = "regrad" if self.optimizer is None else f"regrad/{self.optimizer}"
+            pl_module.log_dict({f"{prefix}/{key}": value for key, value in live.metrics().items()})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the true weights, also in the middle of an accumulation."""
+        if (live := self._live()) is not None:
+            live.engine.close_window()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the receipt and detach."""
+        self._kept = self.state_dict()["attachment"]
+        self._end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the weights, leave the receipt and detach."""
+        if (live := self._live()) is not None and not live.engine.is_sharded():  # others may not answer any more
+            self._kept = live.state_dict()
+        self._end(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach where a fit ended after its sanity check."""
+        self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
+        if (live := self._live()) is None:
+            return
+        receipt = live.receipt()
+        live.detach()
+        if self._borrowed is not None:
+            self._borrowed.give_back()
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            name = "regrad-receipt.json" if self.optimizer is None else f"regrad-receipt-{self.optimizer}.json"
+            files = get_filesystem(self._folder)
+            files.makedirs(self._folder, exist_ok=True)
+            with files.open(posixpath.join(self._folder, name), "w") as file:
+                json.dump(receipt, file, indent=2)
+
+
+def _outside(optimizer: Optimizer, module: nn.Module) -> int:
+    """Return how many of the optimizer's parameters are not in `module`."""
+    own = set(module.parameters())
+    return sum(parameter not in own for group in optimizer.param_groups for parameter in group["params"])
