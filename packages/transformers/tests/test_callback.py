@@ -190,6 +190,18 @@ def test_checkpointed_activations_give_the_same_bits(make_trainer, weights, dist
     assert distance(*ends) == 0
 
 
+def test_a_compiled_model_gives_the_bits_of_the_plain_one(make_trainer, weights, distance):
+    ends, short = [], {"max_steps": 2, "gradient_accumulation_steps": 1}
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        callback = RegradCallback([FAR])
+        trainer = make_trainer([callback], **short, **settings)
+        trainer.train()
+        ends.append(weights(trainer.model))
+        assert callback.attachment.metrics()["xgrad/weights/share_touched"] == 1
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    assert distance(*ends) == 0
+
+
 def test_what_attach_refuses_reaches_the_user_before_training(make_trainer, tmp_path, weights, distance):
     trainer = make_trainer([RegradCallback(["xgrad"])])
     trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
