@@ -24,6 +24,7 @@ PUBLIC = {
         "load_beside",
     },
     "regrad_tom": {"Tom"},
+    "regrad_transformers": {"RegradCallback"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }
 ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
@@ -53,6 +54,9 @@ SIGNATURES = {
     "regrad_tom:Tom": [
         *("params", "lr=0.001", "betas=(0.9, 0.99, 0.999)", "eps=1e-08", "weight_decay=0.0"),
         *("*correct_bias=False", "*maximize=False", "*foreach=None"),
+    ],
+    "regrad_transformers:RegradCallback": [
+        *("corrections", "*criterion=None", "*restore=True", "*resume_from_checkpoint=None")
     ],
     "regrad_xgrad:AdaM3": [
         *("params", "lr=0.001", "betas=(0.9, 0.999)", "eps=1e-16", "weight_decay=0.0"),
