@@ -54,13 +54,11 @@ def test_accumulation_of_a_classifier_is_the_whole_batch_though_its_own_loss_is_
 
 
 def test_label_smoothing_is_the_trainers(make_trainer, weights, distance):
-    # Without accumulation: older Trainers smooth the mean of a micro-batch.
-    settings = {"gradient_accumulation_steps": 1, "label_smoothing_factor": 0.2}
-    own, told, _ = trained(make_trainer, weights, [], wired=False, **settings)
-    ours, ours_told, _ = trained(make_trainer, weights, NEUTRAL, **settings)
+    own, told, _ = trained(make_trainer, weights, [], wired=False, label_smoothing_factor=0.2)
+    ours, ours_told, _ = trained(make_trainer, weights, NEUTRAL, label_smoothing_factor=0.2)
     assert distance(ours, own) < 1e-5  # the Trainer's has another order of sums
     assert ours_told == pytest.approx(told, rel=1e-6)
-    plain, _, _ = trained(make_trainer, weights, NEUTRAL, gradient_accumulation_steps=1)
+    plain, _, _ = trained(make_trainer, weights, NEUTRAL)
     assert distance(ours, plain) > 1e-3
 
 

@@ -56,7 +56,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_no
             assert callback.attachment.is_detached
             assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
-    with pytest.raises(RegradError, match=r"xgrad.horizon was 1.0, is 0.5; .*; RegradCallback\(…, restore=False\)"):
+    with pytest.raises(RegradError, match=r"xgrad.horizon was 1.0, is 0.5; RegradCallback\(…, restore=False\)"):
         resume(with_state, ["xgrad:horizon=0.5"])
     with pytest.raises(RegradError, match=r"of a training with corrections, got one without; .*restore=False"):
         resume(bare, ["xgrad"])

@@ -100,8 +100,8 @@ class RegradCallback(TrainerCallback):
         Trainer's `label_smoothing_factor` is honoured.
 
         Args:
-            outputs: Of the model, with logits of shape [*, C].
-            labels: Class indices, shape [*].
+            outputs: Of the model, with logits of shape [N, ..., C].
+            labels: Class indices, shape [N, ...].
             num_items_in_batch: Labels that count in the whole optimizer step; None
                 takes the mean.
 
@@ -151,7 +151,8 @@ class RegradCallback(TrainerCallback):
                 self.attachment.load_state_dict(self._state_of(args, state))
         except RegradError as problem:
             self.detach()
-            raise RegradError(f"{problem}; RegradCallback(…, restore=False) begins corrections anew") from problem
+            found = str(problem).removesuffix("; or pass strict=False")  # which is not ours to pass
+            raise RegradError(f"{found}; RegradCallback(…, restore=False) begins corrections anew") from problem
         self._was_called, self._run, self._saved = False, uuid.uuid4().hex, -1
         # The Trainer writes this with its state: by it a resumed training knows which file is its own.
         state.stateful_callbacks[KEY] = {"run": self._run, "folder": str(Path(args.output_dir).resolve())}
@@ -177,7 +178,7 @@ class RegradCallback(TrainerCallback):
 
     def _save_unannounced(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save beside a checkpoint that nobody is told of: `enable_jit_checkpoint` ends training with one."""
-        if control.should_training_stop and self._saved != state.global_step:
+        if args.enable_jit_checkpoint and control.should_training_stop and self._saved != state.global_step:
             self.on_save(args, state, control)
 
     on_step_begin = on_step_end = on_epoch_end = _save_unannounced

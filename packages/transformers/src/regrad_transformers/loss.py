@@ -36,8 +36,8 @@ def cross_entropy(
     Args:
         criterion: Takes what `torch.nn.functional.cross_entropy` takes.
         outputs: Of the model: a mapping with "logits", or a tuple that begins with
-            them; z, shape [*, C].
-        labels: y, class indices, shape [*]; -100 does not count.
+            them; z, shape [N, ..., C].
+        labels: y, class indices, shape [N, ...]; -100 does not count.
         items: n, labels that count in all micro-batches of the optimizer step (and
             all processes, where the Trainer averages over them); None takes the mean
             over these labels.
