@@ -20,6 +20,7 @@ from regrad_runner.workloads import Measure
 
 DPI = 160
 SHOWN_FROM = 0.25
+LONG = 20  # characters of a measure that takes a line of its own beside an axis
 
 
 class CurveRow(Protocol):
@@ -101,7 +102,9 @@ def _draw_curves(axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Sty
     if measure.target is not None:
         axes.axhline(measure.target, color=QUIET, linewidth=0.8, linestyle=":")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(f"{_on_validation(measure)}\n(median and middle half of the seeds)")
+    name = _on_validation(measure)
+    between = "\n" if len(name) > LONG else " "
+    axes.set_ylabel(f"{name}{between}(median and middle half of the seeds)")
     _zoom(axes, bands.values())
     axes.legend(frameon=False, fontsize="small")
     _tidy(axes)
@@ -156,7 +159,8 @@ def _draw_differences(
         axes.text(1.02, place, summary.verdict, transform=axes.get_yaxis_transform(), va="center", fontsize="small")
     axes.axvline(0, color="black", linewidth=1)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(f"{measure.name}: difference to {baseline} (mean, 95 % interval, seeds); {measure.direction}")
+    direction = "" if measure.higher_is_better else f"\n{measure.direction}"
+    axes.set_xlabel(f"{measure.name}: difference to {baseline} (mean, 95 % interval, seeds){direction}")
     _name_arms(axes, [summary for summary, _ in drawn])
 
 
