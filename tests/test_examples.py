@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -49,4 +50,6 @@ def test_an_example_runs_by_its_own_command_and_says_what_regrad_did(example, tm
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "regrad attachment: " in done.stdout
+    changes = re.findall(r"^[\w/-]+/relative_change: (\S+)$", done.stdout, flags=re.MULTILINE)
+    assert all(float(change) > 0 for change in changes), done.stdout
     assert {path for path in ROOT.iterdir() if path.name != "__pycache__"} == before

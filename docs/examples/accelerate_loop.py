@@ -1,6 +1,9 @@
-"""Accelerate: attach after `prepare`; the loop stays. Runs in seconds: `python docs/examples/accelerate_loop.py`.
+"""Accelerate: attach after `prepare`; the loop stays.
 
-`accelerate launch` and torchrun start it on several processes: each then reads its share, and the weights are the same.
+    python docs/examples/accelerate_loop.py
+
+Needs accelerate, regrad-xgrad and regrad-clipping. Takes seconds. `accelerate launch` and torchrun start it on several
+processes: each then reads its share of the rows, and all end with the same weights.
 """
 
 import regrad
@@ -26,6 +29,7 @@ for epoch in range(4):
             optimizer.zero_grad()
     accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
 
+accelerator.print(attachment)
 # Accumulation: 4 epochs of 8 batches on one process are 16 optimizer steps, and so many corrections.
 for name, value in attachment.metrics().items():
     accelerator.print(f"{name}: {value:.4g}")

@@ -1,4 +1,9 @@
-"""Hugging Face Trainer: one callback. Runs in seconds, downloads nothing: `python docs/examples/hf_trainer.py`."""
+"""Hugging Face Trainer: one callback, and the criterion through `compute_loss_func`.
+
+    python docs/examples/hf_trainer.py
+
+Needs regrad-transformers, regrad-xgrad, regrad-powergrad and regrad-clipping. Takes seconds, downloads nothing.
+"""
 
 import tempfile
 

@@ -1,4 +1,9 @@
-"""Plain PyTorch: one line attaches, one expression changes. Runs in seconds: `python docs/examples/plain.py`."""
+"""Plain PyTorch: one line attaches, one expression changes.
+
+    python docs/examples/plain.py
+
+Needs regrad-xgrad, regrad-powergrad and regrad-clipping. Takes seconds.
+"""
 
 import regrad
 import torch
