@@ -43,6 +43,13 @@ MEMBERS = {
     for path in ROOT.glob(f"{pattern}/pyproject.toml")
 }
 GROUPS = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"])
+# What the distributions in docs/examples offer; other tests install them.
+EXAMPLES = {
+    name
+    for path in (ROOT / "docs" / "examples").glob("*/pyproject.toml")
+    for group in tomllib.loads(path.read_text(encoding="utf-8"))["project"]["entry-points"].values()
+    for name in group
+}
 # Parsing this would write to the home folder; test_completion.py has what comes of it.
 ONLY_INSTALLS = (["--install-completion"], ["--show-completion"])
 MEND = "correct the page, or, where it is no command, fence it as `text`"
@@ -203,9 +210,8 @@ def check_settings(command: str, /, **values: Any) -> int:
 
     if "corrections" not in values:
         names = [values["name"]] if command in {"show", "check"} else []
-        assert {name.partition(":")[0] for name in names if not PLACEHOLDER.fullmatch(name)} <= {
-            *completion.plugins("")
-        }
+        known = {*completion.plugins(""), *EXAMPLES}
+        assert {name.partition(":")[0] for name in names if not PLACEHOLDER.fullmatch(name)} <= known
         return 0
     kind = config.CompareConfig if command == "compare" else config.TrainConfig
     file = values.get("config")
@@ -215,8 +221,9 @@ def check_settings(command: str, /, **values: Any) -> int:
     )
     for name in (name for stack in settings.corrections for name in stack.split("+")):
         assert name == "all" or PLACEHOLDER.fullmatch(name) or regrad.create(name)
-    assert settings.workload in completion.workloads("")
-    assert settings.model is None or settings.model in completion.models("")
+    workload, model = (text and text.partition(":")[0] for text in (settings.workload, settings.model))
+    assert workload in EXAMPLES or workload in completion.workloads("")
+    assert model is None or workload in EXAMPLES or model in completion.models("")
     assert settings.optimizer is None or optimizers.optimizer_class(optimizers.read_spec(settings.optimizer)[0])
     return 0
 
@@ -241,7 +248,7 @@ def quick() -> dict[str, str]:
     for block in SHELL_BLOCKS:
         for words in commands_in(block.text) if pages.CLUSTER not in block.marks else ():
             line = shlex.join(word for word in words if word != "COMMAND")
-            if RUN.fullmatch(line):
+            if RUN.fullmatch(line) and words[-1] not in EXAMPLES:
                 where.setdefault(line, block.place)
     return where
 

@@ -52,5 +52,5 @@ def test_an_example_runs_by_its_own_command_and_says_what_regrad_did(example, tm
     assert "regrad attachment: " in done.stdout
     assert int(re.search(r"^steps(?:_applied)?: (\d+)", done.stdout, flags=re.MULTILINE)[1]) > 0
     changes = re.findall(r"relative_change: (\S+)$", done.stdout, flags=re.MULTILINE)
-    assert all(float(change) > 0 for change in changes)  # of every correction, where they are shown
+    assert all(float(change) > 0 for change in changes), done.stdout  # of every correction, where shown
     assert {path for path in ROOT.iterdir() if path.name != "__pycache__"} == before

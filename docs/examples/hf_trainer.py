@@ -1,8 +1,8 @@
-"""Hugging Face Trainer: one callback. Downloads nothing.
+"""Hugging Face Trainer: one callback, and the criterion through `compute_loss_func`.
 
     python docs/examples/hf_trainer.py
 
-Needs regrad-transformers, regrad-xgrad, regrad-powergrad and regrad-clipping.
+Needs regrad-transformers, regrad-xgrad, regrad-powergrad and regrad-clipping. Takes seconds, downloads nothing.
 """
 
 import tempfile

@@ -2,7 +2,7 @@
 
     python docs/examples/plain.py
 
-Needs regrad-xgrad, regrad-powergrad and regrad-clipping.
+Needs regrad-xgrad, regrad-powergrad and regrad-clipping. Takes seconds.
 """
 
 import regrad

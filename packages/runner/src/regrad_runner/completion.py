@@ -9,7 +9,7 @@ from pathlib import Path
 
 import regrad
 
-OWN_MODELS = ("resnet8", "resnet20", "resnet32", "resnet56")
+OWN_MODELS = ("resnet8", "resnet20", "resnet32", "resnet56", "gpt")
 NOT_OFFERED = {"lbfgs", "sparseadam", "muon"}
 
 
@@ -38,7 +38,7 @@ def workloads(incomplete: str) -> list[str]:
 
 
 def models(incomplete: str) -> list[str]:
-    """Return names of models: those for small images and torchvision's classifiers."""
+    """Return names of models: those for small images, the one for text, and torchvision's classifiers."""
     builders = _found("torchvision", "models/*.py", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
     return _starting(incomplete, [*OWN_MODELS, *sorted(builders)])
 
