@@ -13,6 +13,7 @@ from regrad_runner import completion
 from regrad_runner.classifiers import classifier_names
 from regrad_runner.models import MODELS
 from regrad_runner.optimizers import optimizer_class
+from regrad_runner.workloads.text import MODEL
 
 CASES = {
     "regrad com": ["compare"],
@@ -88,7 +89,7 @@ def test_bash_completes_with_the_script_that_it_is_given(tmp_path):
 
 
 def test_the_names_are_those_that_the_commands_take():
-    assert set(completion.models("")) == {*MODELS, *classifier_names()}
+    assert set(completion.models("")) == {*MODELS, MODEL, *classifier_names()}
     assert all(optimizer_class(name) for name in completion.optimizers(""))
     with pytest.raises(ValueError, match="there are: ") as problem:
         optimizer_class("none of them")

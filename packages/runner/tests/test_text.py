@@ -218,12 +218,7 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(tmp_path, file,
     assert {result.arm: result.value for result in folder.results if not 3 < result.value < 7} == {}
     assert {result.lr for result in folder.results} == {0.02}
     assert [result.touched for result in folder.results] == [False, True, True, True, True, False, True]
-    assert {result.steps_to_target for result in folder.results} <= {
-        None,
-        18,
-        24,
-        25,
-    }  # evaluations: every 6 of 25 steps
+    assert {result.steps_to_target for result in folder.results} <= {None, 18, 24, 25}  # every 6 of 25
     assert (tmp_path / "out" / "gradient_quality.csv").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "by test bits per byte, lower is better" in page
