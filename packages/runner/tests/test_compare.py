@@ -199,10 +199,13 @@ def installed(monkeypatch):
             raise regrad.PluginLoadError(f"plugin {name!r} (x 1.0) could not be imported: No module named 'y'")
         return kinds[name]
 
-    original = regrad.load
+    def available(group="regrad"):
+        return [*sorted(kinds), "torn"] if group == "regrad" else every(group)
+
+    original, every = regrad.load, regrad.available
     monkeypatch.setattr("regrad.registry.load", load)
     monkeypatch.setattr(regrad, "load", load, raising=False)
-    monkeypatch.setattr(regrad, "available", lambda group="regrad": [*sorted(kinds), "torn"], raising=False)
+    monkeypatch.setattr(regrad, "available", available, raising=False)
 
 
 @pytest.mark.usefixtures("installed")

@@ -51,7 +51,7 @@ def build_gpt(
         >>> model(torch.zeros(3, 16, dtype=torch.int64)).shape
         torch.Size([3, 256, 16])
         >>> sum(p.numel() for p in model.parameters())
-        42304
+        42368
 
     References:
         Radford, Wu, Child, Luan, Amodei and Sutskever, 2019, "Language Models are Unsupervised Multitask Learners",
