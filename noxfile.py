@@ -11,7 +11,9 @@ import nox
 
 ROOT = Path(__file__).parent
 PATTERNS = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["uv"]["workspace"]["members"]
-MEMBERS = [path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
+MEMBERS = [
+    path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))
+]
 PLUGINS = [Path(member).name for member in MEMBERS if member.startswith("plugins/")]
 # One computing thread per process: the tests' tensors are small, and threads that wait for each other cost more.
 TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -33,8 +35,12 @@ def needed_members(member: str) -> list[str]:
     projects = {metadata(other)["name"]: other for other in MEMBERS}
     needed = [member]
     for other in needed:  # grows while it is read
-        declared = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in metadata(other)["dependencies"]]
-        needed += [projects[name] for name in declared if name in projects and projects[name] not in needed]
+        declared = [
+            re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in metadata(other)["dependencies"]
+        ]
+        needed += [
+            projects[name] for name in declared if name in projects and projects[name] not in needed
+        ]
     return needed
 
 
@@ -106,14 +112,21 @@ def author(session: nox.Session) -> None:
     session.chdir(folder)
     # The script's `uv pip` must find this session's environment, not one of whoever started nox.
     place = {"VIRTUAL_ENV": str(session.virtualenv.location)}
-    session.run("bash", str(ROOT / "docs" / "examples" / "author.sh"), external=True, env=TEST_ENVIRONMENT | place)
+    session.run(
+        "bash",
+        str(ROOT / "docs" / "examples" / "author.sh"),
+        external=True,
+        env=TEST_ENVIRONMENT | place,
+    )
 
 
 @nox.session
 def minimums(session: nox.Session) -> None:
     """Run every test with the lowest versions that the members allow."""
     # "-r" makes a member's dependencies direct, so that lowest-direct means them; "--no-config" leaves the pins out.
-    members = [text for member in MEMBERS for text in ("-r", f"{member}/pyproject.toml", "-e", member)]
+    members = [
+        text for member in MEMBERS for text in ("-r", f"{member}/pyproject.toml", "-e", member)
+    ]
     session.install("--no-config", "--resolution", "lowest-direct", *members, "--group", "test")
     session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
 
@@ -144,7 +157,16 @@ def docs(session: nox.Session) -> None:
     session.run("python", "docs/interactions.py", "--check", env=TEST_ENVIRONMENT)
     session.run("python", "docs/results_tables.py", "--check")
     session.run("python", "docs/sharding.py", "--check")
-    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html", *session.posargs)
+    session.run(
+        "sphinx-build",
+        "-W",
+        "--keep-going",
+        "-b",
+        "html",
+        "docs",
+        "docs/_build/html",
+        *session.posargs,
+    )
 
 
 @nox.session

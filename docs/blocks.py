@@ -66,7 +66,9 @@ def shellcheck(shell_blocks: Iterable[Block]) -> str:
             files[path.name] = str(block.page.relative_to(ROOT))
         command = ["shellcheck", "--shell=bash", "--format=gcc", *sorted(files)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
-    return re.sub(r"^\d+\.sh", lambda found: files[found[0]], done.stdout + done.stderr, flags=re.MULTILINE)
+    return re.sub(
+        r"^\d+\.sh", lambda found: files[found[0]], done.stdout + done.stderr, flags=re.MULTILINE
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ author = "The regrad founders"
 project_copyright = "The regrad founders, MIT licence"
 release = version = metadata.version("regrad")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+]
 exclude_patterns = ["_build", "examples/workload_plugin"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3

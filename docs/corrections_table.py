@@ -14,14 +14,19 @@ from regrad.registry import Entry
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-BEGIN, END = "<!-- corrections: written by docs/corrections_table.py -->\n", "<!-- end of corrections -->"
+BEGIN, END = (
+    "<!-- corrections: written by docs/corrections_table.py -->\n",
+    "<!-- end of corrections -->",
+)
 
 
 def cards() -> dict[str, str]:
     """Return the path of each plugin's card by the name of its distribution."""
     projects = (path for path in ROOT.glob("plugins/*/pyproject.toml"))
     return {
-        tomllib.loads(path.read_text(encoding="utf-8"))["project"]["name"]: f"plugins/{path.parent.name}/README.md"
+        tomllib.loads(path.read_text(encoding="utf-8"))["project"][
+            "name"
+        ]: f"plugins/{path.parent.name}/README.md"
         for path in projects
     }
 
@@ -33,16 +38,27 @@ def row(entry: Entry, card: str) -> str:
         what, acts = entry.summary, " + ".join(loaded.parts)
     else:
         what = (inspect.getdoc(loaded) or entry.summary).partition("\n")[0].rstrip(".")
-        acts = ", ".join(loaded().needs.stages)  # a class declares more stages than an object acts in
-    return f"| [`{entry.name}`]({card}) | {what} | {acts} | `{entry.distribution}` {entry.version} |\n"
+        acts = ", ".join(
+            loaded().needs.stages
+        )  # a class declares more stages than an object acts in
+    return (
+        f"| [`{entry.name}`]({card}) | {what} | {acts} | `{entry.distribution}` {entry.version} |\n"
+    )
 
 
 def table() -> str:
     """Return the whole table: the corrections that have a card in this repository."""
     entries = regrad.available()
     place = cards()
-    rows = [row(entry, place[entry.distribution]) for entry in entries.values() if entry.distribution in place]
-    return "| correction | what it does | acts on | package |\n| --- | --- | --- | --- |\n" + "".join(rows)
+    rows = [
+        row(entry, place[entry.distribution])
+        for entry in entries.values()
+        if entry.distribution in place
+    ]
+    return (
+        "| correction | what it does | acts on | package |\n| --- | --- | --- | --- |\n"
+        + "".join(rows)
+    )
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +70,9 @@ def main(arguments: list[str]) -> int:
     if "--check" not in arguments:
         README.write_text(new, encoding="utf-8")
     elif new != text:
-        sys.stderr.write("README.md: the table of corrections is stale; run python docs/corrections_table.py\n")
+        sys.stderr.write(
+            "README.md: the table of corrections is stale; run python docs/corrections_table.py\n"
+        )
         return 1
     return 0
 

@@ -66,9 +66,15 @@ class Interaction:
             return f"ordered, `{self.first}` first: {self.reason}"
         if self.shared:
             return f"ok, in the order of the list ({', '.join(self.shared)})"
-        acts = [(stage, name) for name, stages in zip(self.pair, self.stages, strict=True) for stage in stages]
+        acts = [
+            (stage, name)
+            for name, stages in zip(self.pair, self.stages, strict=True)
+            for stage in stages
+        ]
         acts.sort(key=lambda act: IN_TIME.index(act[0]))
-        return "ok, different stages: " + ", then ".join(f"`{name}` ({stage})" for stage, name in acts)
+        return "ok, different stages: " + ", then ".join(
+            f"`{name}` ({stage})" for stage, name in acts
+        )
 
     def row(self) -> str:
         """Return one line of the table."""
@@ -92,7 +98,9 @@ def made(names: Sequence[str]) -> list[regrad.Correction]:
 
 def network(*, scale: float = 1.0) -> nn.Module:
     """Return the model that corrections are tried on, its weights larger by a factor."""
-    model = build_model("resnet8", classes=5, channels=2, image_size=8, width=4, norm="group", seed=0).double()
+    model = build_model(
+        "resnet8", classes=5, channels=2, image_size=8, width=4, norm="group", seed=0
+    ).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
@@ -114,7 +122,10 @@ def reference_gradients() -> list[list[Tensor]]:
     shapes = [p.shape for p in network().parameters()]
 
     def drawn(shape: torch.Size) -> Tensor:
-        mean, rest = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape[:1], shape))
+        mean, rest = (
+            torch.randn(size, generator=generator, dtype=torch.float64)
+            for size in (shape[:1], shape)
+        )
         return rest + mean.reshape(-1, *[1] * (len(shape) - 1))
 
     sizes = 0.5 * torch.randn(STEPS, generator=generator, dtype=torch.float64).exp()
@@ -132,9 +143,15 @@ def stages_of(pair: tuple[str, str], optimizer: str) -> tuple[tuple[str, ...], t
             rule.step()
             rule.zero_grad()
         seen = attachment.engine.meter.effects()
-    acted = {name: {s for s, effect in stages.items() if effect["share_touched"]} for name, stages in seen.items()}
+    acted = {
+        name: {s for s, effect in stages.items() if effect["share_touched"]}
+        for name, stages in seen.items()
+    }
     parts = [{c.name: {"hidden"} & {*c.needs.stages} for c in made([name])} for name in pair]
-    found = [set().union(*(acted.get(n, set()) | hidden for n, hidden in names.items())) for names in parts]
+    found = [
+        set().union(*(acted.get(n, set()) | hidden for n, hidden in names.items()))
+        for names in parts
+    ]
     one, other = (tuple(stage for stage in IN_TIME if stage in stages) for stages in found)
     return one, other
 
@@ -143,7 +160,9 @@ def read_by_the_optimizer(
     corrections: Sequence[regrad.Correction], optimizer: str, gradients: Sequence[Sequence[Tensor]]
 ) -> list[dict[str, list[Tensor]]]:
     """Return, for every step of given gradients at fixed weights, the corrected gradients and the moments after it."""
-    model = network(scale=100.0)  # bounds that are relative to weights are then reached now and then
+    model = network(
+        scale=100.0
+    )  # bounds that are relative to weights are then reached now and then
     rule, seen = OPTIMIZERS[optimizer](model.parameters(), lr=0.0), []
     with regrad.attach(model, rule, corrections, nn.CrossEntropyLoss()):
         for step in gradients:
@@ -152,8 +171,15 @@ def read_by_the_optimizer(
                 parameter.grad = gradient.clone()
             rule.step()
             states = [state for p in model.parameters() for state in rule.state[p].values()]
-            moments = [state.clone() for state in states if isinstance(state, Tensor) and state.dim()]
-            seen.append({"gradient": [p.grad for p in model.parameters() if p.grad is not None], "moment": moments})
+            moments = [
+                state.clone() for state in states if isinstance(state, Tensor) and state.dim()
+            ]
+            seen.append(
+                {
+                    "gradient": [p.grad for p in model.parameters() if p.grad is not None],
+                    "moment": moments,
+                }
+            )
     return seen
 
 
@@ -164,7 +190,9 @@ def commutator_of(first: str, second: str, optimizer: str, stage: str) -> float:
         corrections = made(names)
         for correction in corrections:
             correction.needs = replace(correction.needs, before=(), after=())
-        steps = read_by_the_optimizer(corrections, optimizer, reference_gradients())[BEFORE_MEASURING:]
+        steps = read_by_the_optimizer(corrections, optimizer, reference_gradients())[
+            BEFORE_MEASURING:
+        ]
         results.append(torch.cat([tensor.flatten() for step in steps for tensor in step[stage]]))
     return ((results[0] - results[1]).norm() / results[0].norm()).item()
 
@@ -197,7 +225,11 @@ def interaction_of(pair: tuple[str, str], optimizer: str) -> Interaction:
 
 def interactions() -> list[Interaction]:
     """Return every pair on every optimizer."""
-    return [interaction_of(pair, optimizer) for pair in combinations(shipped(), 2) for optimizer in OPTIMIZERS]
+    return [
+        interaction_of(pair, optimizer)
+        for pair in combinations(shipped(), 2)
+        for optimizer in OPTIMIZERS
+    ]
 
 
 def table(found: Sequence[Interaction]) -> str:

@@ -32,15 +32,23 @@ HEAD = (
 
 def cards() -> dict[str, str]:
     """Return the page of each plugin by the name of its distribution."""
-    projects = {path.parent.name: path.read_text(encoding="utf-8") for path in ROOT.glob("plugins/*/pyproject.toml")}
-    return {tomllib.loads(text)["project"]["name"]: f"methods/{name}.md" for name, text in projects.items()}
+    projects = {
+        path.parent.name: path.read_text(encoding="utf-8")
+        for path in ROOT.glob("plugins/*/pyproject.toml")
+    }
+    return {
+        tomllib.loads(text)["project"]["name"]: f"methods/{name}.md"
+        for name, text in projects.items()
+    }
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table."""
     lines = [[*head], *([*row] for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
+    )
 
 
 def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
@@ -77,10 +85,16 @@ def meaning(parameter: Any) -> str:
 def section(name: str, command: Any) -> str:
     """Return what one command is, takes and is called like."""
     context = typer.Context(command, info_name=name)
-    parameters = [parameter for parameter in command.get_params(context) if parameter.name != "help"]
-    panels = {panel: [p for p in parameters if panel_of(p) == panel] for panel in map(panel_of, parameters)}
+    parameters = [
+        parameter for parameter in command.get_params(context) if parameter.name != "help"
+    ]
+    panels = {
+        panel: [p for p in parameters if panel_of(p) == panel]
+        for panel in map(panel_of, parameters)
+    }
     tables = [
-        table((panel, "meaning"), ([usage(p), meaning(p)] for p in members)) + "\n" for panel, members in panels.items()
+        table((panel, "meaning"), ([usage(p), meaning(p)] for p in members)) + "\n"
+        for panel, members in panels.items()
     ]
     text = "\n\n".join(as_prose(part) for part in inspect.cleandoc(command.help).split("\n\n"))
     examples = "```bash\n" + "\n".join(command.epilog.split("\n\n")[1:]) + "\n```\n"
@@ -104,7 +118,11 @@ def options(kind: Any, *others: str) -> str:
     if hasattr(kind, "Options"):
         found = [(field.name, field.default) for field in dataclasses.fields(kind.Options)]
     else:
-        found = [(p.name, p.default) for p in inspect.signature(kind).parameters.values() if p.name not in others]
+        found = [
+            (p.name, p.default)
+            for p in inspect.signature(kind).parameters.values()
+            if p.name not in others
+        ]
     return ", ".join(f"`{name}={default!r}`" for name, default in found) or "none"
 
 
@@ -120,16 +138,26 @@ def names() -> str:
     """Return what can be asked for by name: the members of this repository."""
     pages = cards()
     shipped = [entry for entry in regrad.available().values() if entry.distribution in pages]
-    corrections = ([f"[`{e.name}`]({pages[e.distribution]})", of_correction(e.name)] for e in shipped)
-    plugins = [entry for entry in regrad.available("regrad.optimizers").values() if entry.distribution in pages]
+    corrections = (
+        [f"[`{e.name}`]({pages[e.distribution]})", of_correction(e.name)] for e in shipped
+    )
+    plugins = [
+        entry
+        for entry in regrad.available("regrad.optimizers").values()
+        if entry.distribution in pages
+    ]
     optimizers = (
-        [f"[`{e.name}`]({pages[e.distribution]})", options(regrad.load(e.name, "regrad.optimizers"), "params")]
+        [
+            f"[`{e.name}`]({pages[e.distribution]})",
+            options(regrad.load(e.name, "regrad.optimizers"), "params"),
+        ]
         for e in plugins
     )
     entries = regrad.available("regrad.workloads").values()
     shipped = [entry.name for entry in entries if entry.distribution == "regrad-runner"]
     workloads = (
-        [f"[`{name}`](workloads.md)", options(regrad.load(name, "regrad.workloads"), *OF_DATA)] for name in shipped
+        [f"[`{name}`](workloads.md)", options(regrad.load(name, "regrad.workloads"), *OF_DATA)]
+        for name in shipped
     )
     models = [
         *([f"`{name}`", "none"] for name in MODELS),

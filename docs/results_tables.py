@@ -41,9 +41,15 @@ def measure_of(path: Path) -> Measure:
 
 def comparisons() -> dict[str, list[ArmSummary]]:
     """Return the summaries of every comparison that is kept and has results, by its folder's name."""
-    folders = {path.parent.name: ResultsFolder(path.parent) for path in sorted(FOLDER.glob("*/config.yaml"))}
+    folders = {
+        path.parent.name: ResultsFolder(path.parent)
+        for path in sorted(FOLDER.glob("*/config.yaml"))
+    }
     kept = {name: folder for name, folder in folders.items() if folder.results}
-    return {name: summarize_results(folder.results, measure_of(folder.path)) for name, folder in kept.items()}
+    return {
+        name: summarize_results(folder.results, measure_of(folder.path))
+        for name, folder in kept.items()
+    }
 
 
 def seen(told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]) -> str:
@@ -59,19 +65,41 @@ def seen(told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]) -> 
 
 def ledger(summaries: dict[str, list[ArmSummary]]) -> str:
     """Return the table of claims."""
-    rows = ["| method | claimed | seen here | how the protocol differs | command |\n| --- | --- | --- | --- | --- |\n"]
+    rows = [
+        "| method | claimed | seen here | how the protocol differs | command |\n| --- | --- | --- | --- | --- |\n"
+    ]
     for claim in claims():
-        ran = [n for n, arms in claim["seen"].items() if {*arms} & {summary.arm for summary in summaries.get(n, [])}]
+        ran = [
+            n
+            for n, arms in claim["seen"].items()
+            if {*arms} & {summary.arm for summary in summaries.get(n, [])}
+        ]
         commands = ", ".join(f"[{name}](#{name})" for name in ran) or "–"
-        cells = [claim["method"], claim["claimed"], seen(claim["seen"], summaries), claim["differs"], commands]
+        cells = [
+            claim["method"],
+            claim["claimed"],
+            seen(claim["seen"], summaries),
+            claim["differs"],
+            commands,
+        ]
         rows.append("| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |\n")
     return "".join(rows)
 
 
 def environment(path: Path) -> str:
     """Say with which versions, and on what, a comparison ran: as its receipts say."""
-    receipts = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("runs/*/receipt.json")))
-    return "; ".join(sorted({", ".join(f"{k} {v}" for k, v in receipt["environment"].items()) for receipt in receipts}))
+    receipts = (
+        json.loads(file.read_text(encoding="utf-8"))
+        for file in sorted(path.glob("runs/*/receipt.json"))
+    )
+    return "; ".join(
+        sorted(
+            {
+                ", ".join(f"{k} {v}" for k, v in receipt["environment"].items())
+                for receipt in receipts
+            }
+        )
+    )
 
 
 def rates(folder: ResultsFolder) -> str:
@@ -116,7 +144,9 @@ def written() -> str:
 
 def claims() -> list[dict[str, Any]]:
     """Return what was claimed, and which arms of which comparisons speak to it."""
-    listed: list[dict[str, Any]] = yaml.safe_load((FOLDER / "claims.yaml").read_text(encoding="utf-8"))
+    listed: list[dict[str, Any]] = yaml.safe_load(
+        (FOLDER / "claims.yaml").read_text(encoding="utf-8")
+    )
     return listed
 
 

@@ -46,14 +46,23 @@ def verdict_of(where: str, column: Column, seen: Mapping[str, Seen]) -> Verdict:
         NotExactError: If a training ends elsewhere than it must, without a refusal.
     """
     for which, one in seen.items():
-        wrong = one.get("broken") or (one.get("far", 0.0) > column.tolerance and f"ends {one['far']:.1e} away")
-        wrong = wrong or (one.get("bound", 0.0) > 0.1 + 5 * one.get("usual", 0.0) and f"ends {one['bound']:.2f} away")
+        wrong = one.get("broken") or (
+            one.get("far", 0.0) > column.tolerance and f"ends {one['far']:.1e} away"
+        )
+        wrong = wrong or (
+            one.get("bound", 0.0) > 0.1 + 5 * one.get("usual", 0.0)
+            and f"ends {one['bound']:.2f} away"
+        )
         if wrong:
             raise NotExactError(f"{where} | {which}: {wrong}")
     far, bounds = ([one[key] for one in seen.values() if key in one] for key in ("far", "bound"))
     reasons = sorted({one["refused"] for one in seen.values() if "refused" in one})
     if far:
-        return {"verdict": "exact or refused" if reasons else "exact", "far": max(far), "reasons": reasons}
+        return {
+            "verdict": "exact or refused" if reasons else "exact",
+            "far": max(far),
+            "reasons": reasons,
+        }
     if bounds and not reasons:
         usual = max(one["usual"] for one in seen.values() if "usual" in one)
         return {"verdict": "bounded", "bound": max(bounds), "usual": usual, "reasons": []}
@@ -70,9 +79,15 @@ def measured(names: Sequence[str]) -> dict[str, Seen]:
     for key, both in ((key, [rank[key] for rank in ranks]) for key in ranks[0]):
         broken = next((f"\n{one['error']}" for one in both if "error" in one), "")
         apart = any(one.get("ranks") != both[0].get("ranks") for one in both)
-        seen[key] = {**both[0], "far": max((o["far"] for o in both), default=0.0)} if "far" in both[0] else both[0]
+        seen[key] = (
+            {**both[0], "far": max((o["far"] for o in both), default=0.0)}
+            if "far" in both[0]
+            else both[0]
+        )
         seen[key]["broken"] = broken or ("the ranks end apart" if apart else "")
-    return seen | {f"{name} | {key}": measure() for name in names for key, measure in measures(name, 1).items()}
+    return seen | {
+        f"{name} | {key}": measure() for name in names for key, measure in measures(name, 1).items()
+    }
 
 
 def verdicts(names: Sequence[str]) -> Verdicts:
@@ -84,7 +99,11 @@ def verdicts(names: Sequence[str]) -> Verdicts:
             column.title: verdict_of(
                 cells[column.title],
                 column,
-                {key: one for key, one in seen.items() if key.startswith(f"{cells[column.title]} | ")},
+                {
+                    key: one
+                    for key, one in seen.items()
+                    if key.startswith(f"{cells[column.title]} | ")
+                },
             )
             for column in COLUMNS
         }
@@ -109,7 +128,9 @@ def table(found: Verdicts) -> str:
     head = "| | " + " | ".join(f"`{name}`" for name in found) + " |\n"
     rule = "|" + " --- |" * (len(found) + 1) + "\n"
     rows = [
-        f"| {column.title} | " + " | ".join(short(found[name][column.title]) for name in found) + " |\n"
+        f"| {column.title} | "
+        + " | ".join(short(found[name][column.title]) for name in found)
+        + " |\n"
         for column in COLUMNS
     ]
     return head + rule + "".join(rows)
@@ -122,7 +143,9 @@ def reasons(found: Verdicts) -> str:
         for title, cell in cells.items():
             if cell["verdict"] == "bounded":
                 usual = percent(cell["usual"])
-                lines.append(f"- `{name}`, {title}: {percent(cell['bound'])}; without a correction {usual}.\n")
+                lines.append(
+                    f"- `{name}`, {title}: {percent(cell['bound'])}; without a correction {usual}.\n"
+                )
             lines += [f"- `{name}`, {title}: refused: {reason}.\n" for reason in cell["reasons"]]
     return "".join(lines)
 
@@ -134,7 +157,9 @@ def row_of_card(names: Sequence[str], found: Verdicts) -> str:
         groups: dict[str, list[str]] = {}
         for title, cell in found[name].items():
             groups.setdefault(short(cell), []).append(title.replace(",", ""))
-        said = "; ".join(f"**{verdict}**: {', '.join(titles)}" for verdict, titles in groups.items())
+        said = "; ".join(
+            f"**{verdict}**: {', '.join(titles)}" for verdict, titles in groups.items()
+        )
         lines.append(f"Measured on every layout (`docs/sharding.md`), `{name}`: {said}.\n")
     return "\n".join(lines)
 
@@ -171,7 +196,9 @@ def differences(found: Verdicts, wanted: Verdicts) -> list[str]:
         f"{name}, {title}: {told(cell)}"
         for name, cells in found.items()
         for title, cell in cells.items()
-        if name not in wanted or title not in wanted[name] or told(cell) != told(wanted[name][title])
+        if name not in wanted
+        or title not in wanted[name]
+        or told(cell) != told(wanted[name][title])
     ]
 
 
@@ -179,17 +206,27 @@ def main(arguments: list[str]) -> int:
     """Measure and write, or compare."""
     names = [argument for argument in arguments if not argument.startswith("-")] or shipped()
     if "--check" in arguments:
-        stale = [path for path, text in pages(kept()).items() if text != path.read_text(encoding="utf-8")]
-        said = [f"{path.relative_to(ROOT)} is stale; run python docs/sharding.py --render" for path in stale]
+        stale = [
+            path for path, text in pages(kept()).items() if text != path.read_text(encoding="utf-8")
+        ]
+        said = [
+            f"{path.relative_to(ROOT)} is stale; run python docs/sharding.py --render"
+            for path in stale
+        ]
     elif "--prove" in arguments:
-        said = [f"{line}; docs/sharding.json says otherwise" for line in differences(verdicts(names), kept())]
+        said = [
+            f"{line}; docs/sharding.json says otherwise"
+            for line in differences(verdicts(names), kept())
+        ]
     else:
         said = []
         if "--render" not in arguments:
             fresh = {**kept(), **verdicts(names)}
             rows = {name: fresh[name] for name in shipped() if name in fresh}
             found = {"torch": torch.__version__.partition("+")[0], "verdicts": rows}
-            TABLE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            TABLE.write_text(
+                json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         for path, text in pages(kept()).items():
             path.write_text(text, encoding="utf-8")
     sys.stderr.write("".join(f"{line}\n" for line in said))

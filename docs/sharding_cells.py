@@ -25,7 +25,10 @@ from regrad_testing.references import ReferenceTraining, can_follow
 from regrad_testing.settings import as_bits, without_regrad
 from regrad_testing.worker import WORLD
 from torch import Tensor, distributed, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    checkpoint_wrapper,
+)
 from torch.func import functional_call
 
 FLOAT64, FLOAT32 = 1e-12, 1e-6
@@ -80,22 +83,32 @@ def suites_of(name: str) -> list[Any]:
     """Return the suites for corrections in the plugin's own conformance tests."""
     file = own_suite(regrad.available()[name])
     if file is None:
-        raise RuntimeError(f"{name} must be installed editable, so that its suites are found; run nox -s sharding")
+        raise RuntimeError(
+            f"{name} must be installed editable, so that its suites are found; run nox -s sharding"
+        )
     module = load_file(file, f"sharding_suites_{name.replace('-', '_')}")
-    classes = [cls for key, cls in vars(module).items() if key.startswith("Test") and issubclass(cls, CorrectionSuite)]
+    classes = [
+        cls
+        for key, cls in vars(module).items()
+        if key.startswith("Test") and issubclass(cls, CorrectionSuite)
+    ]
     return [cls for cls in classes if is_suite_of(cls, name, regrad.load(name))]
 
 
 def cases_of(name: str) -> dict[str, Case]:
     """Return every suite of a correction on every optimizer that it accepts."""
     pairs = ((suite, optimizer) for suite in suites_of(name) for optimizer in suite.trains_on())
-    return {f"{suite.__name__} on {optimizer}": Case(suite, optimizer) for suite, optimizer in pairs}
+    return {
+        f"{suite.__name__} on {optimizer}": Case(suite, optimizer) for suite, optimizer in pairs
+    }
 
 
 def compared(got: Training, wanted: Training) -> Seen:
     """Return how far two finished trainings end apart, over the parameters that both have."""
     ends, goal = got.weights(), wanted.weights()
-    ends = {name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in ends.items()}
+    ends = {
+        name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in ends.items()
+    }
     return {"far": difference(goal, ends)[0]}
 
 
@@ -113,7 +126,9 @@ def of_reference(case: Case) -> Seen:
 
 def has_reference(case: Case) -> bool:
     """Say whether the suite says, step by step, what must come out on this optimizer."""
-    return case.suite.reference is not None and can_follow(without_regrad(case.suite.optimizers[case.optimizer]))
+    return case.suite.reference is not None and can_follow(
+        without_regrad(case.suite.optimizers[case.optimizer])
+    )
 
 
 def in_parts(case: Case) -> Seen:
@@ -129,7 +144,9 @@ def in_a_closure(case: Case) -> Seen:
 def in_several_calls(case: Case) -> Seen:
     """An optimizer that calls its closure twice at the same weights, against once."""
     made = (functools.partial(SeveralCalls, calls=calls) for calls in (2, 1))
-    return compared(*(Training(case.suite.problem, make, case.suite.make()).run(closure=True) for make in made))
+    return compared(
+        *(Training(case.suite.problem, make, case.suite.make()).run(closure=True) for make in made)
+    )
 
 
 def checkpointed(case: Case, kind: CheckpointImpl) -> Seen:
@@ -154,15 +171,24 @@ def compiled_after(case: Case) -> Seen:
 def compiled_before(case: Case) -> Seen:
     """`torch.compile(model)` given to attach."""
     torch.compiler.reset()
-    return compared(case.train(parallel=functools.partial(torch.compile, backend="aot_eager")).run(), case.whole())
+    return compared(
+        case.train(parallel=functools.partial(torch.compile, backend="aot_eager")).run(),
+        case.whole(),
+    )
 
 
 def first_frozen(case: Case) -> Seen:
     """The first parameter without gradients, against the same numbers in a buffer."""
     frozen, constant = case.train(wrap=freeze_first), case.train(wrap=make_first_a_buffer)
-    before, (name, weight) = first_parameter(frozen.model)[1].detach().clone(), first_parameter(frozen.model)
+    before, (name, weight) = (
+        first_parameter(frozen.model)[1].detach().clone(),
+        first_parameter(frozen.model),
+    )
     seen = compared(frozen.run(), constant.run())
-    return {**seen, "broken": "" if same_bits(weight.detach(), before) else f"the frozen {name} moved"}
+    return {
+        **seen,
+        "broken": "" if same_bits(weight.detach(), before) else f"the frozen {name} moved",
+    }
 
 
 def first_parameter(model: nn.Module) -> tuple[str, nn.Parameter]:
@@ -193,7 +219,9 @@ class Fronted(nn.Module):
         like = first_parameter(net)[1]
         many = like.shape[1]
         make = (
-            functools.partial(nn.Conv2d, many, many, 1) if like.dim() == 4 else functools.partial(nn.Linear, many, many)
+            functools.partial(nn.Conv2d, many, many, 1)
+            if like.dim() == 4
+            else functools.partial(nn.Linear, many, many)
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
@@ -212,7 +240,9 @@ class Fronted(nn.Module):
 
 def tied(case: Case) -> Seen:
     """Two modules that hold one weight, against one module called twice."""
-    both = (case.train(wrap=functools.partial(Fronted, tied=is_tied)).run() for is_tied in (True, False))
+    both = (
+        case.train(wrap=functools.partial(Fronted, tied=is_tied)).run() for is_tied in (True, False)
+    )
     return compared(*both)
 
 
@@ -240,8 +270,12 @@ class Alongside(ReferenceTraining):
         leaves = [point.float().requires_grad_() for point in points]
         model, factor = self.problem.make_model(torch.float32), batch.weight * self.scale
         with torch.autocast("cpu", dtype=self.dtype):
-            logits = functional_call(model, dict(zip(self.names, leaves, strict=True)), (batch.inputs,))
-            slope = self._ask("criterion", index, logits=logits.detach().double(), targets=batch.targets)
+            logits = functional_call(
+                model, dict(zip(self.names, leaves, strict=True)), (batch.inputs,)
+            )
+            slope = self._ask(
+                "criterion", index, logits=logits.detach().double(), targets=batch.targets
+            )
             loss = type(self.problem).criterion(logits, batch.targets) * factor
         if slope is None:
             gradients = torch.autograd.grad(loss, leaves)
@@ -262,14 +296,19 @@ def under(function: Any, dtype: torch.dtype) -> Any:
 
 def mixed(case: Case, dtype: torch.dtype, *, scale: float | None = None, **options: Any) -> Seen:
     """Autocast around forward and loss, float32 weights; under a GradScaler with one overflow on the way."""
-    corrections, problem, make = case.suite.make(), case.suite.problem, case.suite.optimizers[case.optimizer]
+    corrections, problem, make = (
+        case.suite.make(),
+        case.suite.problem,
+        case.suite.optimizers[case.optimizer],
+    )
     how = {"dtype": torch.float32, "scale": scale, **options}
     training = Training(problem, make, corrections, **how)
     if not has_reference(case):
         plain = Training(problem, make, None, **how)
         ends = [run_mixed(each, dtype) for each in (training, plain)]
         far, usual = (
-            distance(t, w) for t, w in zip(ends, (case.whole(), case.suite.plain(case.optimizer)), strict=True)
+            distance(t, w)
+            for t, w in zip(ends, (case.whole(), case.suite.plain(case.optimizer)), strict=True)
         )
         return {"bound": far, "usual": usual}
     reference, worst = case.reference(Alongside, corrections[0]), [0.0]
@@ -283,13 +322,21 @@ def mixed(case: Case, dtype: torch.dtype, *, scale: float | None = None, **optio
     return {"far": max(worst)}
 
 
-def run_mixed(training: Training, dtype: torch.dtype, then: Callable[..., None] = lambda *_: None) -> Training:
+def run_mixed(
+    training: Training, dtype: torch.dtype, then: Callable[..., None] = lambda *_: None
+) -> Training:
     """Train under autocast, and call `then(index, weights before, scale)` after each step that counts."""
-    training.outer, training.criterion = under(training.outer, dtype), under(training.criterion, dtype)
+    training.outer, training.criterion = (
+        under(training.outer, dtype),
+        under(training.criterion, dtype),
+    )
     for index in range(training.problem.steps):
         if index == OVERFLOW and training.scaler.is_enabled():
             training.step(LOST, overflow=True)
-        before, scale = as_bits(training.model.state_dict()), training.scaler.get_scale()  # a skip leaves a window open
+        before, scale = (
+            as_bits(training.model.state_dict()),
+            training.scaler.get_scale(),
+        )  # a skip leaves a window open
         training.step(index)
         then(index, before, scale)
     return training
@@ -376,12 +423,22 @@ def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     rank = str(distributed.get_rank())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(WORLD), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # asked for, though the group is there already
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": str(WORLD),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }  # asked for, though the group is there already
     accelerator, models = Accelerator(cpu=True), list[nn.Module]()
     # An FSDP plugin given to it on a CPU would be taken for DDP, in silence.
     accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap"
+    )
 
     def keep(model: nn.Module) -> nn.Module:
         models.append(model)
@@ -396,7 +453,9 @@ def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
 def on_two(case: Case, layout: Layout) -> Seen:
     """Each process its own rows of every batch, with evaluations in between, against one process with all rows."""
     make, parallel = layout(case.suite.optimizers[case.optimizer])
-    training = Training(case.suite.problem, make, case.suite.make(), parallel=parallel, rows=own_rows(case))
+    training = Training(
+        case.suite.problem, make, case.suite.make(), parallel=parallel, rows=own_rows(case)
+    )
     for index in range(training.problem.steps):
         training.run([index])
         training.evaluate(index)
@@ -426,7 +485,9 @@ def without_tensors(state: Any) -> Any:
     """Return nested dictionaries without their tensors; what lists hold stays."""
     if not isinstance(state, Mapping):
         return state
-    return {key: without_tensors(value) for key, value in state.items() if not isinstance(value, Tensor)}
+    return {
+        key: without_tensors(value) for key, value in state.items() if not isinstance(value, Tensor)
+    }
 
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
@@ -434,12 +495,21 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     "FSDP2": {"by rows": wrapped_by(fsdp2), "by columns": wrapped_by(fsdp2_by_columns)},
     "FSDP2 by accelerate": {"": by_accelerate},
 }
-LATER: dict[str, Layout] = {"DDP": wrapped_by(ddp_with_unused), "FSDP2": wrapped_by(fsdp2), "accelerate": by_accelerate}
+LATER: dict[str, Layout] = {
+    "DDP": wrapped_by(ddp_with_unused),
+    "FSDP2": wrapped_by(fsdp2),
+    "accelerate": by_accelerate,
+}
 COMES = {"unfrozen": False, "in a new group": True}
 COLUMNS = [
     Column("1 process", FLOAT64, {"": of_reference}),
     *(
-        Column(title, FLOAT64, {way: functools.partial(on_two, layout=layout) for way, layout in ways.items()}, WORLD)
+        Column(
+            title,
+            FLOAT64,
+            {way: functools.partial(on_two, layout=layout) for way, layout in ways.items()},
+            WORLD,
+        )
         for title, ways in LAYOUTS.items()
     ),
     Column("accumulation", FLOAT64, {"": in_parts}),
@@ -448,13 +518,25 @@ COLUMNS = [
     Column("fp16, fused", FLOAT32, {"": mixed_and_fused}),
     Column("compiled after attach", FLOAT64, {"": compiled_after}),
     Column("compiled before attach", FLOAT64, {"": compiled_before}),
-    Column("checkpointing", FLOAT64, {"": functools.partial(checkpointed, kind=CheckpointImpl.NO_REENTRANT)}),
-    Column("checkpointing, re-entrant", FLOAT64, {"": functools.partial(checkpointed, kind=CheckpointImpl.REENTRANT)}),
+    Column(
+        "checkpointing",
+        FLOAT64,
+        {"": functools.partial(checkpointed, kind=CheckpointImpl.NO_REENTRANT)},
+    ),
+    Column(
+        "checkpointing, re-entrant",
+        FLOAT64,
+        {"": functools.partial(checkpointed, kind=CheckpointImpl.REENTRANT)},
+    ),
     Column("`step(closure)`", FLOAT64, {"": in_a_closure}),
     Column("several closure calls", FLOAT64, {"": in_several_calls}),
     Column("frozen", FLOAT64, {"": first_frozen}),
     Column("tied", FLOAT64, {"": tied}),
-    Column("later", FLOAT64, {way: functools.partial(later, as_group=group) for way, group in COMES.items()}),
+    Column(
+        "later",
+        FLOAT64,
+        {way: functools.partial(later, as_group=group) for way, group in COMES.items()},
+    ),
     Column(
         "later, 2 processes",
         FLOAT64,

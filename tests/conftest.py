@@ -1,10 +1,7 @@
 """Members, plugins and files of the repository, found in the folders and never listed."""
 
-import ast
-import io
 import re
 import subprocess
-import tokenize
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,10 @@ class Member:
     @property
     def dependencies(self) -> set[str]:
         """Names of the distributions that it declares."""
-        return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in self.project["dependencies"]}
+        return {
+            normal(re.split(r"[^\w.-]", line, maxsplit=1)[0])
+            for line in self.project["dependencies"]
+        }
 
 
 def normal(name: str) -> str:
@@ -90,24 +89,9 @@ def normal_name():
 @pytest.fixture(scope="session")
 def tracked() -> list[Path]:
     """Files of the repository; needs git."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("needs a git checkout to know which files are tracked")
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
-
-
-@pytest.fixture(scope="session")
-def code_lines():
-    """Count the lines that hold code: no blank lines, comments or docstrings."""
-
-    def count(source: str) -> int:
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        lines = {line for t in tokens if t.type not in NOT_CODE for line in range(t.start[0], t.end[0] + 1)}
-        for node in ast.walk(ast.parse(source)):
-            documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-                text = node.body[0]
-                lines -= set(range(text.lineno, text.end_lineno + 1))
-        return len(lines)
-
-    return count

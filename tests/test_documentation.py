@@ -14,7 +14,11 @@ sys.path.insert(0, str(ROOT / "docs"))
 pages = importlib.import_module("blocks")
 sys.path.remove(str(ROOT / "docs"))
 PAGES = pages.pages()
-WRITTEN = ("corrections_table", "reference", "results_tables")  # what is quick; nox -s docs checks all
+WRITTEN = (
+    "corrections_table",
+    "reference",
+    "results_tables",
+)  # what is quick; nox -s docs checks all
 
 
 def blocks(page: Path, language: str) -> list:
@@ -32,7 +36,10 @@ def user(tmp_path, monkeypatch) -> dict:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
-    inputs, targets = torch.randn(24, 12, generator=generator), torch.randint(5, (24,), generator=generator)
+    inputs, targets = (
+        torch.randn(24, 12, generator=generator),
+        torch.randint(5, (24,), generator=generator),
+    )
     return {
         "regrad": regrad,
         "torch": torch,
@@ -43,7 +50,9 @@ def user(tmp_path, monkeypatch) -> dict:
     }
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, user, monkeypatch):
     module = type(sys)("page")
     module.__dict__.update(user)
@@ -74,8 +83,17 @@ def test_what_is_written_from_the_code_and_the_results_is_fresh(script, monkeypa
 
 
 def test_every_page_that_a_script_writes_is_checked_when_the_pages_are_built():
-    scripts = [path.name for path in (ROOT / "docs").glob("*.py") if "--check" in path.read_text(encoding="utf-8")]
-    session = (ROOT / "noxfile.py").read_text(encoding="utf-8").partition("def docs(")[2].partition("@nox")[0]
+    scripts = [
+        path.name
+        for path in (ROOT / "docs").glob("*.py")
+        if "--check" in path.read_text(encoding="utf-8")
+    ]
+    session = (
+        (ROOT / "noxfile.py")
+        .read_text(encoding="utf-8")
+        .partition("def docs(")[2]
+        .partition("@nox")[0]
+    )
     assert {f"{script}.py" for script in WRITTEN} < set(scripts)
     assert [name for name in scripts if f'"docs/{name}", "--check"' not in session] == []
 
@@ -108,10 +126,15 @@ def test_every_plugin_has_its_page(plugin):
 
 def test_a_methods_page_derives_the_rule_says_when_it_helps_and_types_no_result_by_hand(plugin):
     text = (ROOT / "docs" / "methods" / f"{plugin.path.name}.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == ["Derivation", "When it helps, and when not"]
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == [
+        "Derivation",
+        "When it helps, and when not",
+    ]
     assert "$$" in text
     by_hand = re.sub(r"<!-- written by .*?<!-- end", "", text, flags=re.DOTALL)
-    assert re.findall(r"[+−-]\.\d{2,}|± *\.\d", by_hand) == [], "results are written by docs/results_tables.py"
+    assert re.findall(r"[+−-]\.\d{2,}|± *\.\d", by_hand) == [], (
+        "results are written by docs/results_tables.py"
+    )
 
 
 def test_what_is_said_of_peers_names_tests_that_exist():
@@ -124,7 +147,9 @@ def test_what_is_said_of_peers_names_tests_that_exist():
 def test_a_methods_page_names_tests_that_exist(plugin):
     text = (ROOT / "docs" / "methods" / f"{plugin.path.name}.md").read_text(encoding="utf-8")
     folder = plugin.path / "tests"
-    known = set().union(*(functions_of(str(path.relative_to(ROOT))) for path in folder.glob("test_*.py")))
+    known = set().union(
+        *(functions_of(str(path.relative_to(ROOT))) for path in folder.glob("test_*.py"))
+    )
     assert [name for name in re.findall(r"`(test_\w+)`", text) if name not in known] == []
     for path, name in re.findall(r"`([\w/]+\.py)::(test_\w+)`", text):
         assert name in functions_of(path), f"{path}::{name}"
@@ -136,10 +161,14 @@ def test_every_trap_names_tests_that_exist():
     assert traps
     for trap in traps:
         lines = [line for line in trap.splitlines() if line.startswith("- ")]
-        named = re.findall(r"^- `([\w/]+\.py)::((?:test|case)_\w+)`$", "\n".join(lines), flags=re.MULTILINE)
+        named = re.findall(
+            r"^- `([\w/]+\.py)::((?:test|case)_\w+)`$", "\n".join(lines), flags=re.MULTILINE
+        )
         reasons = [line for line in lines if re.match(r"- not tested: \w{2,} ", line)]
         assert lines, f"no test: {trap}"
-        assert len(named) + len(reasons) == len(lines), f"must be `path::test` or 'not tested: why': {trap}"
+        assert len(named) + len(reasons) == len(lines), (
+            f"must be `path::test` or 'not tested: why': {trap}"
+        )
         missing = [f"{path}::{name}" for path, name in named if name not in functions_of(path)]
         assert missing == [], trap
 
@@ -158,8 +187,14 @@ def test_every_shipped_correction_and_optimizer_has_a_claim_in_the_ledger():
 
     claims = yaml.safe_load((ROOT / "docs" / "results" / "claims.yaml").read_text(encoding="utf-8"))
     shipped = {path.parent.name for path in ROOT.glob("plugins/*/pyproject.toml")}
-    entries = [entry for group in ("regrad", "regrad.optimizers") for entry in regrad.available(group).values()]
+    entries = [
+        entry
+        for group in ("regrad", "regrad.optimizers")
+        for entry in regrad.available(group).values()
+    ]
     told = {
-        entry.distribution.removeprefix("regrad-") for entry in entries if entry.name in {c["method"] for c in claims}
+        entry.distribution.removeprefix("regrad-")
+        for entry in entries
+        if entry.name in {c["method"] for c in claims}
     }
     assert told >= shipped

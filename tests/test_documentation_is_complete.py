@@ -45,7 +45,9 @@ def test_every_hook_is_in_the_table_of_concepts():
 def test_one_training_step_shows_every_hook_in_time_order():
     from regrad.hookspecs import HOOKS
 
-    (step,) = re.findall(r"```text\n(attachment = .*?)```", page("docs/concepts.md"), flags=re.DOTALL)
+    (step,) = re.findall(
+        r"```text\n(attachment = .*?)```", page("docs/concepts.md"), flags=re.DOTALL
+    )
     assert re.findall(r"─▶ (\w+)\(", step) == list(HOOKS)
 
 
@@ -53,7 +55,11 @@ def test_every_command_and_option_is_in_the_page_of_the_command_and_in_the_refer
     from regrad_runner.commands import app
 
     for words, options in commands(app).items():
-        reference = page("docs/reference.md").partition(f"\n### `regrad{words}`\n")[2].partition("\n### ")[0]
+        reference = (
+            page("docs/reference.md")
+            .partition(f"\n### `regrad{words}`\n")[2]
+            .partition("\n### ")[0]
+        )
         assert reference, f"docs/reference.md has no `regrad{words}`; run python docs/reference.py"
         for option in options:
             where = f"of `regrad{words}`; write it there"
@@ -62,7 +68,9 @@ def test_every_command_and_option_is_in_the_page_of_the_command_and_in_the_refer
                 f"docs/command.md lacks `{option}` {where}"
             )
         if words not in {"", " plugins"}:
-            assert f"`regrad{words}" in page("docs/command.md"), f"docs/command.md lacks `regrad{words}`"
+            assert f"`regrad{words}" in page("docs/command.md"), (
+                f"docs/command.md lacks `regrad{words}`"
+            )
 
 
 def test_every_option_of_the_benchmark_is_in_its_readme_and_in_the_reference():
@@ -83,12 +91,18 @@ def test_every_correction_optimizer_and_workload_is_in_the_documentation(group, 
         assert f"`{name}`" in card_of(entry.distribution)
 
 
-@pytest.mark.parametrize(("group", "name"), [n for n in NAMED if n[0] != "regrad.workloads"], ids=lambda value: value)
+@pytest.mark.parametrize(
+    ("group", "name"), [n for n in NAMED if n[0] != "regrad.workloads"], ids=lambda value: value
+)
 def test_every_option_of_a_correction_or_optimizer_is_in_its_card_and_in_the_reference(group, name):
     loaded = regrad.load(name, group)
     if isinstance(loaded, regrad.Composition):
         parts = set(loaded.parts)
-        assert [part for part in parts if f"`{part}." not in card_of(regrad.available(group)[name].distribution)] == []
+        assert [
+            part
+            for part in parts
+            if f"`{part}." not in card_of(regrad.available(group)[name].distribution)
+        ] == []
         return
     if group == "regrad":
         options = [field.name for field in dataclasses.fields(loaded.Options)]
@@ -98,7 +112,9 @@ def test_every_option_of_a_correction_or_optimizer_is_in_its_card_and_in_the_ref
     (line,) = re.findall(rf"^\| \[`{name}`\].*$", page("docs/reference.md"), flags=re.MULTILINE)
     for option in options:
         assert f"`{option}`" in card, f"the card of {name} lacks `{option}`"
-        assert f"`{option}=" in line, f"docs/reference.md lacks `{option}` of {name}; run python docs/reference.py"
+        assert f"`{option}=" in line, (
+            f"docs/reference.md lacks `{option}` of {name}; run python docs/reference.py"
+        )
 
 
 def test_every_model_is_in_the_documentation():
@@ -109,9 +125,15 @@ def test_every_model_is_in_the_documentation():
 
 def test_every_session_is_in_the_contributors_page():
     tree = ast.parse(page("noxfile.py"))
-    sessions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) if node.decorator_list]
+    sessions = [
+        node.name for node in tree.body if isinstance(node, ast.FunctionDef) if node.decorator_list
+    ]
     assert len(sessions) > 5
-    table = [line.split("|")[1] for line in page("CONTRIBUTING.md").splitlines() if line.startswith("| `")]
+    table = [
+        line.split("|")[1]
+        for line in page("CONTRIBUTING.md").splitlines()
+        if line.startswith("| `")
+    ]
     assert [name for name in sessions if not re.search(rf"`{name}[`(]", "".join(table))] == []
 
 
@@ -124,5 +146,7 @@ def test_every_variable_that_the_registry_reads_is_in_the_documentation():
 
 def test_every_page_is_in_a_table_of_contents():
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
-    listed = re.findall(r"^[\w/]+$", page("docs/index.md").partition("{toctree}")[2], flags=re.MULTILINE)
+    listed = re.findall(
+        r"^[\w/]+$", page("docs/index.md").partition("{toctree}")[2], flags=re.MULTILINE
+    )
     assert pages == {name for name in listed if "/" not in name}

@@ -42,7 +42,9 @@ MEMBERS = {
     for pattern in ("core", "plugins/*", "packages/*")
     for path in ROOT.glob(f"{pattern}/pyproject.toml")
 }
-GROUPS = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"])
+GROUPS = set(
+    tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+)
 # What the distributions in docs/examples offer; other tests install them.
 EXAMPLES = {
     name
@@ -59,7 +61,11 @@ def sessions() -> dict[str, ast.FunctionDef]:
     """The sessions of noxfile.py by name, read and not imported: nox is not among the tests' dependencies."""
     tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {node.name: node for node in functions if any("session" in ast.unparse(d) for d in node.decorator_list)}
+    return {
+        node.name: node
+        for node in functions
+        if any("session" in ast.unparse(d) for d in node.decorator_list)
+    }
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
@@ -101,7 +107,10 @@ class Commands:
         command = importlib.import_module("regrad_bench.command")
         parser = importlib.import_module("typer.main").get_command(command.app)
         parser.callback = lambda **_: 0
-        with self.monkeypatch.context() as patched, contextlib.redirect_stderr(io.StringIO()) as said:
+        with (
+            self.monkeypatch.context() as patched,
+            contextlib.redirect_stderr(io.StringIO()) as said,
+        ):
             patched.setattr(command, "app", parser.main)
             assert command.main(words) == 0, said.getvalue()
 
@@ -112,7 +121,9 @@ class Commands:
             return self.pip(rest)
         while rest and rest[0].startswith("-"):
             flag, *rest = rest
-            assert flag in {"--all-packages", "--group"}, f"no rule for the flag {flag!r} of uv {action}"
+            assert flag in {"--all-packages", "--group"}, (
+                f"no rule for the flag {flag!r} of uv {action}"
+            )
             if flag == "--group":
                 group, *rest = rest
                 assert group in GROUPS, f"no dependency group {group!r}"
@@ -124,7 +135,11 @@ class Commands:
             return
         flag, *names = words
         assert flag == "-s", f"no rule for the flag {flag!r} of nox"
-        unknown = [name for name in names[: names.index("--") if "--" in names else None] if name not in sessions()]
+        unknown = [
+            name
+            for name in names[: names.index("--") if "--" in names else None]
+            if name not in sessions()
+        ]
         assert unknown == [], f"no session {unknown}"
 
     def pip(self, words: list[str]) -> None:
@@ -134,13 +149,21 @@ class Commands:
             if "/" in word:
                 assert (ROOT / word / "pyproject.toml").is_file(), f"no member in {word!r}"
             elif not PLACEHOLDER.fullmatch(name) and name not in {"uv", "regrad-my-method"}:
-                project = tomllib.loads((MEMBERS[name] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-                assert not extras or extras.rstrip("]") in project["optional-dependencies"], f"no extra in {word!r}"
+                project = tomllib.loads(
+                    (MEMBERS[name] / "pyproject.toml").read_text(encoding="utf-8")
+                )["project"]
+                assert not extras or extras.rstrip("]") in project["optional-dependencies"], (
+                    f"no extra in {word!r}"
+                )
 
     def python(self, words: list[str]) -> None:
         if words[0] == "-m":
             module, *rest = words[1:]
-            rules = {"pip": self.pip, "regrad_runner": self.regrad, "regrad_testing": lambda names: names}
+            rules = {
+                "pip": self.pip,
+                "regrad_runner": self.regrad,
+                "regrad_testing": lambda names: names,
+            }
             assert module in rules, f"no rule for python -m {module}"
             rules[module](rest)
         else:
@@ -176,7 +199,9 @@ class Commands:
         self.regrad(["compare" if "regrad compare" in text else "train", *words[1:]])
 
     def eval(self, words: list[str]) -> None:
-        assert re.fullmatch(r"\$\(_REGRAD_COMPLETE=source_(bash|zsh) regrad\)", "".join(words)), words
+        assert re.fullmatch(r"\$\(_REGRAD_COMPLETE=source_(bash|zsh) regrad\)", "".join(words)), (
+            words
+        )
 
 
 @pytest.fixture
@@ -196,7 +221,10 @@ def regrad_commands(monkeypatch):
     monkeypatch.setattr("regrad_runner.commands.app", whole.main)
 
     def parse(words: list[str]) -> None:
-        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stderr(io.StringIO()) as said,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             assert cli.main(words) == 0, said.getvalue()
 
     return parse
@@ -211,25 +239,35 @@ def check_settings(command: str, /, **values: Any) -> int:
     if "corrections" not in values:
         names = [values["name"]] if command in {"show", "check"} else []
         known = {*completion.plugins(""), *EXAMPLES}
-        assert {name.partition(":")[0] for name in names if not PLACEHOLDER.fullmatch(name)} <= known
+        assert {
+            name.partition(":")[0] for name in names if not PLACEHOLDER.fullmatch(name)
+        } <= known
         return 0
     kind = config.CompareConfig if command == "compare" else config.TrainConfig
     file = values.get("config")
     flags = settings_of(type("Context", (), {"params": values}))
     settings = config.load_config(
-        kind, file=None if file is None or PLACEHOLDER.fullmatch(file.name) else ROOT / file, flags=flags
+        kind,
+        file=None if file is None or PLACEHOLDER.fullmatch(file.name) else ROOT / file,
+        flags=flags,
     )
     for name in (name for stack in settings.corrections for name in stack.split("+")):
         assert name == "all" or PLACEHOLDER.fullmatch(name) or regrad.create(name)
-    workload, model = (text and text.partition(":")[0] for text in (settings.workload, settings.model))
+    workload, model = (
+        text and text.partition(":")[0] for text in (settings.workload, settings.model)
+    )
     assert workload in EXAMPLES or workload in completion.workloads("")
     assert model is None or workload in EXAMPLES or model in completion.models("")
-    assert settings.optimizer is None or optimizers.optimizer_class(optimizers.read_spec(settings.optimizer)[0])
+    assert settings.optimizer is None or optimizers.optimizer_class(
+        optimizers.read_spec(settings.optimizer)[0]
+    )
     return 0
 
 
 @pytest.mark.parametrize("block", SHELL_BLOCKS, ids=lambda block: block.place)
-def test_every_command_on_a_page_is_one_that_its_program_takes(block, regrad_commands, monkeypatch, tmp_path):
+def test_every_command_on_a_page_is_one_that_its_program_takes(
+    block, regrad_commands, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     commands = Commands(regrad_commands, monkeypatch)
     try:
@@ -267,19 +305,27 @@ def test_the_quick_commands_are_not_few():
     assert len(quick()) >= 5
 
 
-@pytest.mark.parametrize("block", [b for b in pages.all_blocks() if b.language in READERS], ids=lambda b: b.place)
+@pytest.mark.parametrize(
+    "block", [b for b in pages.all_blocks() if b.language in READERS], ids=lambda b: b.place
+)
 def test_a_file_that_a_page_shows_can_be_read(block):
     assert READERS[block.language](block.text), block.place
 
 
 def test_every_block_has_a_language_that_is_checked():
     known = {*READERS, "python", "text", pages.SHELL}
-    wrong = [f"{b.place}: {b.language}" for b in pages.all_blocks() if b.language not in known and b.language[0] != "{"]
+    wrong = [
+        f"{b.place}: {b.language}"
+        for b in pages.all_blocks()
+        if b.language not in known and b.language[0] != "{"
+    ]
     assert wrong == [], "give it a language that a test checks, or `text`"
     assert {mark for b in SHELL_BLOCKS for mark in b.marks} <= {pages.CLUSTER}
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck, of the dependency group lint")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="needs shellcheck, of the dependency group lint"
+)
 def test_shellcheck_has_nothing_to_say_of_the_shell_on_the_pages():
     assert pages.shellcheck(SHELL_BLOCKS) == ""
 

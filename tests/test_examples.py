@@ -37,7 +37,12 @@ def test_an_example_runs_by_its_own_command_and_says_what_regrad_did(example, tm
     ours = ("ACCELERATE_", "MASTER_", "SLURM_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     # Nothing may be fetched, and what is written to a home or a temporary folder stays in this test's.
-    offline = {"HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     before = {path for path in ROOT.iterdir() if path.name != "__pycache__"}
     done = subprocess.run(
         command_of(example),
@@ -52,5 +57,7 @@ def test_an_example_runs_by_its_own_command_and_says_what_regrad_did(example, tm
     assert "regrad attachment: " in done.stdout
     assert int(re.search(r"^steps(?:_applied)?: (\d+)", done.stdout, flags=re.MULTILINE)[1]) > 0
     changes = re.findall(r"relative_change: (\S+)$", done.stdout, flags=re.MULTILINE)
-    assert all(float(change) > 0 for change in changes), done.stdout  # of every correction, where shown
+    assert all(float(change) > 0 for change in changes), (
+        done.stdout
+    )  # of every correction, where shown
     assert {path for path in ROOT.iterdir() if path.name != "__pycache__"} == before

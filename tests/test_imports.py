@@ -34,7 +34,12 @@ def test_the_core_imports_torch_and_pluggy_and_nothing_else(members):
 
 def test_the_kit_adds_pytest_and_nothing_else(members):
     (kit,) = [m for m in members if m.folder == "packages/testing"]
-    assert set().union(*map(imported, kit.sources)) == {"regrad", "regrad_testing", "torch", "pytest"}
+    assert set().union(*map(imported, kit.sources)) == {
+        "regrad",
+        "regrad_testing",
+        "torch",
+        "pytest",
+    }
     assert kit.dependencies == {"regrad", "torch", "pytest"}
 
 
@@ -49,11 +54,18 @@ def test_a_plugin_imports_no_member_but_the_core(plugin, members):
     assert set().union(*map(imported, plugin.sources)) & others == set()
 
 
-def test_everything_imported_is_declared_by_the_member_itself(member, members, imports, normal_name):
+def test_everything_imported_is_declared_by_the_member_itself(
+    member, members, imports, normal_name
+):
     distributions = {m.package: [m.project["name"]] for m in members}
     for name in imports:
-        offered_by = {normal_name(d) for d in distributions.get(name) or packages_distributions().get(name, [])}
-        assert offered_by & member.dependencies, f"{member.folder} imports {name} ({offered_by}) without declaring it"
+        offered_by = {
+            normal_name(d)
+            for d in distributions.get(name) or packages_distributions().get(name, [])
+        }
+        assert offered_by & member.dependencies, (
+            f"{member.folder} imports {name} ({offered_by}) without declaring it"
+        )
 
 
 def test_importing_the_core_and_listing_plugins_imports_no_heavy_library():

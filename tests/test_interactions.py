@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-pytestmark = pytest.mark.timeout(900)  # half a minute of computing for the pairs, minutes on a busy machine
+pytestmark = pytest.mark.timeout(
+    900
+)  # half a minute of computing for the pairs, minutes on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,14 @@ def attach(pairs):
 
 def test_every_pair_of_shipped_corrections_has_a_verdict_on_every_optimizer(pairs, found, members):
     plugins = [member for member in members if member.is_plugin]
-    names = {name for plugin in plugins for name in plugin.project["entry-points"].get("regrad", {})}
-    wanted = {(pair, kind) for pair in itertools.combinations(sorted(names), 2) for kind in pairs.OPTIMIZERS}
+    names = {
+        name for plugin in plugins for name in plugin.project["entry-points"].get("regrad", {})
+    }
+    wanted = {
+        (pair, kind)
+        for pair in itertools.combinations(sorted(names), 2)
+        for kind in pairs.OPTIMIZERS
+    }
     assert {(i.pair, i.optimizer) for i in found} == wanted
     assert {i.verdict for i in found} == {"ok", "ordered", "refused"}
     assert all(i.reason for i in found if i.verdict != "ok")
@@ -54,7 +62,11 @@ def test_the_page_of_the_pairs_is_fresh(pairs, found):
 
 
 def test_a_pair_that_may_be_attached_really_acts_both(found):
-    assert [(i.pair, i.optimizer, i.stages) for i in found if i.verdict != "refused" and not all(i.stages)] == []
+    assert [
+        (i.pair, i.optimizer, i.stages)
+        for i in found
+        if i.verdict != "refused" and not all(i.stages)
+    ] == []
 
 
 def test_a_declared_order_holds_however_the_pair_is_given(found, attach, pairs):
@@ -65,7 +77,9 @@ def test_a_declared_order_holds_however_the_pair_is_given(found, attach, pairs):
         for given in (interaction.pair, interaction.pair[::-1]):
             attachment = attach(given, interaction.optimizer)
             stages = {stage for c in attachment.corrections for stage in c.needs.stages}
-            acting.append({s: [c.name for c in attachment.corrections if s in c.needs.stages] for s in stages})
+            acting.append(
+                {s: [c.name for c in attachment.corrections if s in c.needs.stages] for s in stages}
+            )
             moved = given[0] != interaction.first
             assert (interaction.reason in str(attachment)) == moved, str(attachment)
         first = {c.name for c in pairs.made([interaction.first])}
@@ -92,9 +106,14 @@ def test_a_refusal_names_both_and_the_reason_and_leaves_nothing_attached(found, 
 def test_two_that_look_ahead_are_refused_unless_one_of_them_is_told_to_allow_it(attach):
     import regrad
 
-    with pytest.raises(regrad.RegradError, match="'xgrad' and 'gcw' cannot work together: both own the look-ahead"):
+    with pytest.raises(
+        regrad.RegradError, match="'xgrad' and 'gcw' cannot work together: both own the look-ahead"
+    ):
         attach(["xgrad", "gcw"])
-    for given in (["xgrad:allow_double_lookahead=true", "gcw"], ["xgrad", "gcw:allow_double_lookahead=true"]):
+    for given in (
+        ["xgrad:allow_double_lookahead=true", "gcw"],
+        ["xgrad", "gcw:allow_double_lookahead=true"],
+    ):
         assert len(attach(given).corrections) == 2
 
 
@@ -102,9 +121,16 @@ def test_a_part_beside_its_composition_is_refused_as_the_same_correction_twice(a
     import regrad
 
     loaded = {name: regrad.load(name) for name in pairs.shipped()}
-    composed = [(n, part) for n, c in loaded.items() if isinstance(c, regrad.Composition) for part in c.parts]
+    composed = [
+        (n, part)
+        for n, c in loaded.items()
+        if isinstance(c, regrad.Composition)
+        for part in c.parts
+    ]
     for name, part in composed:
-        with pytest.raises(regrad.RegradError, match=rf"got '{part}' twice in \['{name}', '{part}'\]"):
+        with pytest.raises(
+            regrad.RegradError, match=rf"got '{part}' twice in \['{name}', '{part}'\]"
+        ):
             attach([name, part])
 
 
@@ -129,13 +155,17 @@ def test_two_corrections_together_are_one_after_the_other(found, pairs):
         names = (first, interaction.pair[1 - interaction.pair.index(first)])
         read = [pairs.reference_gradients(), None, None]
         for step, name in enumerate(names):
-            seen = pairs.read_by_the_optimizer(pairs.made([name]), interaction.optimizer, read[step])
+            seen = pairs.read_by_the_optimizer(
+                pairs.made([name]), interaction.optimizer, read[step]
+            )
             read[step + 1] = [step["gradient"] for step in seen]
         both = pairs.read_by_the_optimizer(pairs.made(names), interaction.optimizer, read[0])
         for apart, together in zip(seen, both, strict=True):
             for key in ("gradient", "moment"):
                 for one, other in zip(apart[key], together[key], strict=True):
-                    pairs.torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11, msg=str(interaction))
+                    pairs.torch.testing.assert_close(
+                        one, other, rtol=1e-11, atol=1e-11, msg=str(interaction)
+                    )
         tried += 1
     assert tried > 10
 

@@ -8,7 +8,16 @@ import pytest
 
 PUBLIC = {
     "regrad": {
-        *("attach", "available", "load", "create", "Correction", "Composition", "Attachment", "hookimpl"),
+        *(
+            "attach",
+            "available",
+            "load",
+            "create",
+            "Correction",
+            "Composition",
+            "Attachment",
+            "hookimpl",
+        ),
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
     "regrad_adanorm": {"AdaNorm"},
@@ -20,20 +29,54 @@ PUBLIC = {
     "regrad_gcw": {"GCW"},
     "regrad_lightning": {"RegradCallback"},
     "regrad_testing": {
-        *("CorrectionSuite", "OptimizerSuite", "OptimizerStep", "Problem", "ReferenceStep", "StagedImages"),
+        *(
+            "CorrectionSuite",
+            "OptimizerSuite",
+            "OptimizerStep",
+            "Problem",
+            "ReferenceStep",
+            "StagedImages",
+        ),
         "load_beside",
     },
     "regrad_tom": {"Tom"},
     "regrad_transformers": {"RegradCallback"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }
-ATTACHMENT = {"criterion", "detach", "state_dict", "load_state_dict", "metrics", "explain", "receipt"}
+ATTACHMENT = {
+    "criterion",
+    "detach",
+    "state_dict",
+    "load_state_dict",
+    "metrics",
+    "explain",
+    "receipt",
+}
 ENTRY_POINTS = {
     "regrad": {
-        *("adanorm", "agc", "centralization", "clip-norm", "clip-value", "gcgd", "gcode", "gcw", "powergrad", "xgrad")
+        *(
+            "adanorm",
+            "agc",
+            "centralization",
+            "clip-norm",
+            "clip-value",
+            "gcgd",
+            "gcode",
+            "gcw",
+            "powergrad",
+            "xgrad",
+        )
     },
     "regrad.optimizers": {"adam3", "tom"},
-    "regrad.workloads": {"cifar10", "cifar100", "digits", "fashion-mnist", "imagefolder", "parquet", "text"},
+    "regrad.workloads": {
+        "cifar10",
+        "cifar100",
+        "digits",
+        "fashion-mnist",
+        "imagefolder",
+        "parquet",
+        "text",
+    },
 }
 SIGNATURES = {
     "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],
@@ -48,7 +91,14 @@ SIGNATURES = {
         *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")
     ],
     "regrad_powergrad.functional:power_grad_cross_entropy": [
-        *("logits", "target", "*alpha=0.25", "*weight=None", "*ignore_index=-100", "*reduction='mean'"),
+        *(
+            "logits",
+            "target",
+            "*alpha=0.25",
+            "*weight=None",
+            "*ignore_index=-100",
+            "*reduction='mean'",
+        ),
         "*label_smoothing=0.0",
     ],
     "regrad_tom:Tom": [
@@ -71,11 +121,22 @@ OPTIONS = {
     "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
     "gcode": {
-        **{"weight": 0.1, "warmup_steps": 400, "fit_every": 4, "learning_rate": 1e-3, "solver": "midpoint"},
+        **{
+            "weight": 0.1,
+            "warmup_steps": 400,
+            "fit_every": 4,
+            "learning_rate": 1e-3,
+            "solver": "midpoint",
+        },
         **{"adjoint": False, "norm": "free", "flow": "branch", "stages": (), "seed": 0},
     },
     "gcw": {
-        **{"layers": "stages", "slots": ("last", "fast", "slow"), "prior": None, "predictor": "slot"},
+        **{
+            "layers": "stages",
+            "slots": ("last", "fast", "slow"),
+            "prior": None,
+            "predictor": "slot",
+        },
         **{"fit_target": "next", "target": "moment", "norm": "free", "gate": True},
         **{"warmup_steps": 10, "fit_every": 10, "allow_double_lookahead": False},
     },
@@ -84,7 +145,9 @@ OPTIONS = {
 
 
 def written(parameter: inspect.Parameter) -> str:
-    star = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    star = {inspect.Parameter.KEYWORD_ONLY: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(
+        parameter.kind, ""
+    )
     default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
     return f"{star}{parameter.name}{default}"
 
@@ -100,7 +163,9 @@ def test_a_package_offers_exactly_its_frozen_names(module):
 def test_a_public_callable_takes_exactly_its_frozen_arguments(place):
     module, _, name = place.partition(":")
     function = getattr(importlib.import_module(module), name)
-    assert [written(p) for p in inspect.signature(function).parameters.values()] == SIGNATURES[place]
+    assert [written(p) for p in inspect.signature(function).parameters.values()] == SIGNATURES[
+        place
+    ]
 
 
 @pytest.mark.parametrize("name", OPTIONS)

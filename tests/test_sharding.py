@@ -10,12 +10,24 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 pytestmark = pytest.mark.timeout(900)
 EVERYWHERE = {
-    *("1 process", "DDP", "FSDP2", "FSDP2 by accelerate", "accumulation", "bf16", "fp16", "fp16, fused"),
+    *(
+        "1 process",
+        "DDP",
+        "FSDP2",
+        "FSDP2 by accelerate",
+        "accumulation",
+        "bf16",
+        "fp16",
+        "fp16, fused",
+    ),
     *("checkpointing", "checkpointing, re-entrant", "frozen", "tied"),
 }
 LATER = {"later", "later, 2 processes"}
 PROMISED = {
-    **dict.fromkeys(("powergrad", "xgrad", "agc", "clip-norm", "clip-value", "centralization", "adanorm"), EVERYWHERE),
+    **dict.fromkeys(
+        ("powergrad", "xgrad", "agc", "clip-norm", "clip-value", "centralization", "adanorm"),
+        EVERYWHERE,
+    ),
     "gcw": {"DDP", "FSDP2", "FSDP2 by accelerate", "accumulation", "bf16", "fp16", "fp16, fused"},
     "gcode": {"DDP", "accumulation"},
 }
@@ -37,7 +49,9 @@ def verdicts(layouts):
 
 
 def test_the_table_has_every_shipped_correction_and_every_column(layouts, verdicts, members):
-    names = {name for m in members if m.is_plugin for name in m.project["entry-points"].get("regrad", {})}
+    names = {
+        name for m in members if m.is_plugin for name in m.project["entry-points"].get("regrad", {})
+    }
     assert set(verdicts) == names
     titles = [column.title for column in layouts.COLUMNS]
     assert all(list(cells) == titles for cells in verdicts.values())
@@ -45,7 +59,9 @@ def test_the_table_has_every_shipped_correction_and_every_column(layouts, verdic
 
 def test_the_page_and_the_cards_say_what_the_table_says(layouts, verdicts):
     for path, text in layouts.pages(verdicts).items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run python docs/sharding.py --render"
+        assert path.read_text(encoding="utf-8") == text, (
+            f"{path.name}: run python docs/sharding.py --render"
+        )
 
 
 def test_what_was_promised_to_be_exact_is_exact(verdicts):
@@ -61,7 +77,11 @@ def test_what_was_promised_to_be_exact_is_exact(verdicts):
 def test_parameters_may_come_later_on_every_layout_on_which_a_correction_is_exact(verdicts):
     for name, cells in verdicts.items():
         for title in LATER:
-            assert cells[title]["verdict"] in {"exact", "exact or refused"}, (name, title, cells[title])
+            assert cells[title]["verdict"] in {"exact", "exact or refused"}, (
+                name,
+                title,
+                cells[title],
+            )
 
 
 def test_numbers_are_within_their_columns_bound_and_refusals_have_a_reason(layouts, verdicts):
@@ -96,7 +116,9 @@ def test_a_difference_a_lost_rank_and_a_bound_that_is_passed_are_no_verdict(layo
     column = layouts.COLUMNS[0]
     exact = {"far": column.tolerance, "broken": ""}
     assert layouts.verdict_of("a", column, {"way": exact})["verdict"] == "exact"
-    assert layouts.verdict_of("a", column, {"way": exact, "other": {"refused": "why"}})["reasons"] == ["why"]
+    assert layouts.verdict_of("a", column, {"way": exact, "other": {"refused": "why"}})[
+        "reasons"
+    ] == ["why"]
     wrong = {
         "ends 2.0e-12 away": {"far": 2e-12},
         "the ranks end apart": {**exact, "broken": "the ranks end apart"},
@@ -110,7 +132,9 @@ def test_a_difference_a_lost_rank_and_a_bound_that_is_passed_are_no_verdict(layo
 
 def test_another_verdict_or_reason_is_told_as_a_difference(layouts, verdicts):
     other = json.loads(json.dumps(verdicts))
-    name, title = next((n, t) for n, cells in other.items() for t, c in cells.items() if c["verdict"] == "refused")
+    name, title = next(
+        (n, t) for n, cells in other.items() for t, c in cells.items() if c["verdict"] == "refused"
+    )
     assert layouts.differences(other, verdicts) == []
     other[name][title]["reasons"] = ["another"]
     assert len(layouts.differences(other, verdicts)) == 1

@@ -30,7 +30,9 @@ def case_accumulation_under_ddp_is_one_process(rank):
     optimizer, parallel = toys.sgd(model), DistributedDataParallel(model)
     shift = toys.Push(amount=0.02)
     attachment = regrad.attach(parallel, optimizer, [shift, toys.Scale()], nn.CrossEntropyLoss())
-    weights = train(parallel, optimizer, attachment, rank, WORLD, micro_batches=4, no_sync=parallel.no_sync)
+    weights = train(
+        parallel, optimizer, attachment, rank, WORLD, micro_batches=4, no_sync=parallel.no_sync
+    )
     assert shift.calls == STEPS
     close(weights, alone([toys.Push(amount=0.02), toys.Scale()]))
 
@@ -64,17 +66,28 @@ def case_ddp_under_compile_is_one_process(rank):
     attachment = regrad.attach(compiled, optimizer, corrections, nn.CrossEntropyLoss())
     weights = train(compiled, optimizer, attachment, rank, WORLD)
     assert corrections[0].calls == STEPS
-    close({name.removeprefix("_orig_mod.module."): weight for name, weight in weights.items()}, alone(every_stage()))
+    close(
+        {name.removeprefix("_orig_mod.module."): weight for name, weight in weights.items()},
+        alone(every_stage()),
+    )
 
 
 def case_ranks_that_attach_different_options_all_stop_with_the_difference(rank):
     model = toys.Net()
     optimizer = toys.sgd(model)
     attach = lambda *corrections: regrad.attach(model, optimizer, list(corrections))  # noqa: E731
-    raises(RegradError, ["factor=0.5", "factor=0.25"], lambda: attach(toys.Scale(factor=0.5 if rank else 0.25)))
+    raises(
+        RegradError,
+        ["factor=0.5", "factor=0.25"],
+        lambda: attach(toys.Scale(factor=0.5 if rank else 0.25)),
+    )
     pair = [toys.Scale(), toys.Add()]
     raises(RegradError, ["rank"], lambda: attach(*(pair if rank else pair[::-1])))
-    raises(RegradError, ["Add"], lambda: attach(*([toys.Scale(), toys.Add()] if rank else [toys.Scale()])))
+    raises(
+        RegradError,
+        ["Add"],
+        lambda: attach(*([toys.Scale(), toys.Add()] if rank else [toys.Scale()])),
+    )
     attach(toys.Scale())
 
 
@@ -84,17 +97,27 @@ def case_a_layout_that_a_correction_is_not_exact_on_is_refused(rank):
 
     model = toys.Net()
     parallel = DistributedDataParallel(model)
-    raises(RegradError, ["scale", "'ddp'"], lambda: regrad.attach(parallel, toys.sgd(model), [Plain()]))
+    raises(
+        RegradError, ["scale", "'ddp'"], lambda: regrad.attach(parallel, toys.sgd(model), [Plain()])
+    )
     model = fully_shard(toys.Net())
-    raises(RegradError, ["scale", "'fsdp2'"], lambda: regrad.attach(model, toys.sgd(model), [Plain()]))
+    raises(
+        RegradError, ["scale", "'fsdp2'"], lambda: regrad.attach(model, toys.sgd(model), [Plain()])
+    )
 
 
 def case_a_zero_redundancy_optimizer_is_refused(rank):
     model = toys.Net()
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
-    raises(RegradError, ["scale", "'flat'"], lambda: regrad.attach(model, optimizer, [toys.Scale()]))
+    raises(
+        RegradError, ["scale", "'flat'"], lambda: regrad.attach(model, optimizer, [toys.Scale()])
+    )
 
 
 def case_fsdp1_is_refused(rank):
     model = FullyShardedDataParallel(toys.Net(), device_id=torch.device("cpu"))
-    raises(RegradError, ["scale", "'flat'"], lambda: regrad.attach(model, toys.sgd(model), [toys.Scale()]))
+    raises(
+        RegradError,
+        ["scale", "'flat'"],
+        lambda: regrad.attach(model, toys.sgd(model), [toys.Scale()]),
+    )

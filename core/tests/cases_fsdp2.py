@@ -93,7 +93,9 @@ def case_an_evaluation_restores_and_the_next_prediction_is_seen_under_fsdp2(rank
             loss.backward()
             model.eval()
             with torch.no_grad():
-                torch.testing.assert_close(toys.loss_of(model), toys.loss_of(plain), rtol=0, atol=1e-14)
+                torch.testing.assert_close(
+                    toys.loss_of(model), toys.loss_of(plain), rtol=0, atol=1e-14
+                )
         close(full_weights(model), full_weights(plain), 0)
 
 
@@ -136,13 +138,21 @@ def case_meters_measure_under_fsdp2(rank):
         toys.train_step(model, optimizer, seed=seed)
     effects = attachment.receipt()["effects"]
     assert abs(effects["scale"]["gradient"]["relative_change"] - 0.5) < 1e-6
-    assert effects["shift"]["weights"]["trigger_rate"] == effects["boost"]["moment"]["trigger_rate"] == 1
+    assert (
+        effects["shift"]["weights"]["trigger_rate"]
+        == effects["boost"]["moment"]["trigger_rate"]
+        == 1
+    )
     assert effects["scale"]["gradient"]["non_finite"] == 0
 
 
 def case_explaining_under_fsdp2_is_refused_and_changes_nothing(rank):
     model, optimizer, attachment = sharded([toys.Shift(), toys.Scale()])
     before = full_weights(model)
-    raises(RegradError, ["cannot be copied", "before fully_shard()"], lambda: attachment.explain(toys.batch()))
+    raises(
+        RegradError,
+        ["cannot be copied", "before fully_shard()"],
+        lambda: attachment.explain(toys.batch()),
+    )
     close(full_weights(model), before, 0)
     toys.train_step(model, optimizer)

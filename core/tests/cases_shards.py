@@ -3,7 +3,14 @@
 import torch
 from regrad.sharding import row_norms, total_norm
 from shared_cases import WORLD, raises
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
 
 
 def case_row_norms_and_total_norm_are_exact_on_shards(rank):
@@ -24,9 +31,14 @@ def case_row_norms_and_total_norm_are_exact_on_shards(rank):
 
 def case_norms_of_plain_and_sharded_tensors_together_are_exact(rank):
     mesh, generator = init_device_mesh("cpu", (WORLD,)), torch.Generator().manual_seed(0)
-    wholes = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(4, 6), (5, 3), (7,), ()]]
+    wholes = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in [(4, 6), (5, 3), (7,), ()]
+    ]
     placements = [Shard(0), Shard(1), Replicate()]
-    tensors = [distribute_tensor(w, mesh, [p]) for w, p in zip(wholes, placements, strict=False)] + [wholes[-1]]
+    tensors = [
+        distribute_tensor(w, mesh, [p]) for w, p in zip(wholes, placements, strict=False)
+    ] + [wholes[-1]]
     expected = torch.cat([w.reshape(-1) for w in wholes]).norm()
     torch.testing.assert_close(total_norm(tensors), expected, rtol=1e-13, atol=0)
 

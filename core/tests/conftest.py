@@ -34,7 +34,11 @@ def same_bits():
     def same(one, other):
         if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
             plain = one.dtype == other.dtype and one.shape == other.shape
-            raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)] if plain else []
+            raw = (
+                [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
+                if plain
+                else []
+            )
             return plain and torch.equal(*raw)
         if isinstance(one, dict) and isinstance(other, dict):
             return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)

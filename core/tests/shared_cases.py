@@ -13,7 +13,13 @@ WORLD, STEPS, BATCH = 2, 5, 32
 
 
 def every_stage():
-    return [toys.Push(amount=0.02), toys.Louder(), toys.Scale(), toys.UnitRows(), toys.Boost(amount=0.01)]
+    return [
+        toys.Push(amount=0.02),
+        toys.Louder(),
+        toys.Scale(),
+        toys.UnitRows(),
+        toys.Boost(amount=0.01),
+    ]
 
 
 def full(tensor):
@@ -43,12 +49,16 @@ def alone(corrections):
     """Return the weights after the same training in one process."""
     model = toys.Net()
     optimizer = toys.sgd(model)
-    return train(model, optimizer, regrad.attach(model, optimizer, corrections, nn.CrossEntropyLoss()))
+    return train(
+        model, optimizer, regrad.attach(model, optimizer, corrections, nn.CrossEntropyLoss())
+    )
 
 
 def close(one, other, tolerance=1e-12):
     for name, value in other.items():
-        torch.testing.assert_close(one[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            one[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def raises(kind, words, action):

@@ -7,23 +7,41 @@ import torch
 STEPS = 6
 
 
-def train(toys, corrections, micro_batches, *, dtype=torch.float64, criterion=None, optimizer_class=torch.optim.SGD):
+def train(
+    toys,
+    corrections,
+    micro_batches,
+    *,
+    dtype=torch.float64,
+    criterion=None,
+    optimizer_class=torch.optim.SGD,
+):
     """Train on batches of 32, cut into `micro_batches`; return weights and the attachment."""
     model = toys.Net(dtype=dtype)
     options = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
     optimizer = optimizer_class(model.parameters(), lr=0.05, **options)
-    attachment = regrad.attach(model, optimizer, corrections, criterion or torch.nn.CrossEntropyLoss())
+    attachment = regrad.attach(
+        model, optimizer, corrections, criterion or torch.nn.CrossEntropyLoss()
+    )
     for seed in range(STEPS):
         inputs, labels = toys.batch(32, seed=seed, dtype=dtype)
         optimizer.zero_grad()
-        for part, target in zip(inputs.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
+        for part, target in zip(
+            inputs.chunk(micro_batches), labels.chunk(micro_batches), strict=True
+        ):
             (attachment.criterion(model(part), target) / micro_batches).backward()
         optimizer.step()
     return toys.weights_of(model), attachment
 
 
 def every_stage(toys):
-    return [toys.Push(amount=0.02), toys.Louder(), toys.Scale(), toys.UnitRows(), toys.Boost(amount=0.01)]
+    return [
+        toys.Push(amount=0.02),
+        toys.Louder(),
+        toys.Scale(),
+        toys.UnitRows(),
+        toys.Boost(amount=0.01),
+    ]
 
 
 def test_there_is_one_prediction_and_one_correction_per_optimizer_step(toys):
@@ -37,7 +55,10 @@ def test_there_is_one_prediction_and_one_correction_per_optimizer_step(toys):
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 def test_four_times_eight_is_once_thirty_two(toys, optimizer_class):
-    runs = [train(toys, every_stage(toys), parts, optimizer_class=optimizer_class)[0] for parts in (1, 4)]
+    runs = [
+        train(toys, every_stage(toys), parts, optimizer_class=optimizer_class)[0]
+        for parts in (1, 4)
+    ]
     untouched = train(toys, [], 1, optimizer_class=optimizer_class)[0]
     for name, whole in runs[0].items():
         torch.testing.assert_close(runs[1][name], whole, rtol=0, atol=1e-12)
@@ -47,7 +68,12 @@ def test_four_times_eight_is_once_thirty_two(toys, optimizer_class):
 def test_four_times_eight_is_once_thirty_two_in_single_precision(toys):
     # Dividing by row norms is left out: in front of a normalisation some gradients are rounding errors only.
     runs = [
-        train(toys, [toys.Push(amount=0.02), toys.Scale(), toys.Boost(amount=0.01)], parts, dtype=torch.float32)[0]
+        train(
+            toys,
+            [toys.Push(amount=0.02), toys.Scale(), toys.Boost(amount=0.01)],
+            parts,
+            dtype=torch.float32,
+        )[0]
         for parts in (1, 4)
     ]
     for name, whole in runs[0].items():

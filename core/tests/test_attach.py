@@ -27,7 +27,9 @@ class WrappedSubclass(torch.optim.Optimizer):
         self.optimizer.step(closure)
 
 
-@pytest.mark.parametrize("wrapper", [Wrapped, WrappedSubclass, lambda o: Wrapped(WrappedSubclass(o))])
+@pytest.mark.parametrize(
+    "wrapper", [Wrapped, WrappedSubclass, lambda o: Wrapped(WrappedSubclass(o))]
+)
 def test_a_wrapped_optimizer_is_unwrapped(toys, wrapper):
     model = toys.Net()
     inner = toys.sgd(model)
@@ -53,7 +55,13 @@ def test_a_wrapped_optimizer_is_unwrapped(toys, wrapper):
 )
 def test_an_argument_of_the_wrong_type_is_named(toys, change, message):
     model = toys.Net()
-    arguments = {"model": model, "optimizer": toys.sgd(model), "corrections": [], "criterion": None, **change}
+    arguments = {
+        "model": model,
+        "optimizer": toys.sgd(model),
+        "corrections": [],
+        "criterion": None,
+        **change,
+    }
     with pytest.raises(TypeError, match=message):
         regrad.attach(**arguments)
 
@@ -90,7 +98,9 @@ def test_the_same_object_twice_in_one_list_is_refused(toys):
 
 def test_two_objects_of_one_name_are_refused_whatever_stands_between_them(toys):
     model = toys.Net()
-    with pytest.raises(RegradError, match=r"must be different, got 'scale' twice in \[Scale.*, Add.*, Scale"):
+    with pytest.raises(
+        RegradError, match=r"must be different, got 'scale' twice in \[Scale.*, Add.*, Scale"
+    ):
         regrad.attach(model, toys.sgd(model), [toys.Scale(), toys.Add(), toys.Scale(factor=0.25)])
 
 
@@ -105,7 +115,9 @@ def test_one_model_may_have_two_optimizers_each_with_its_own_corrections(toys, s
     toys.loss_of(model).backward()
     for name, tensor in toys.weights_of(model).items():
         amount = 2.0 if name.startswith("head") else 0.25
-        torch.testing.assert_close(tensor, true[name] + toys.away(true[name], amount), rtol=0, atol=0)
+        torch.testing.assert_close(
+            tensor, true[name] + toys.away(true[name], amount), rtol=0, atol=0
+        )
     assert same_bits(dict(model.state_dict()), true)
     body.step()
     head.step()
@@ -169,7 +181,9 @@ def test_unfreezing_in_the_middle_lets_state_by_name_grow(toys):
     true = toys.weights_of(model)
     toys.loss_of(model).backward()
     before = true["head.weight"]
-    torch.testing.assert_close(model.head.weight.detach(), before + toys.away(before, 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.head.weight.detach(), before + toys.away(before, 0.5), rtol=0, atol=0
+    )
     optimizer.step()
     assert int(tally.seen["head.weight"]) == 1
     assert int(tally.seen["body.weight"]) == 2
@@ -198,7 +212,9 @@ def test_tied_weights_are_moved_restored_and_corrected_once(toys, same_bits):
     inputs = toys.batch()[0]
     model(inputs).square().sum().backward()
     before = true["first.weight"]
-    torch.testing.assert_close(model.first.weight.detach(), before + toys.away(before, 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.first.weight.detach(), before + toys.away(before, 0.5), rtol=0, atol=0
+    )
     gradient = model.first.weight.grad.clone()
     optimizer.step()
     assert same_bits(spy.weights[0], true)
@@ -212,7 +228,9 @@ def test_attaching_to_a_wrapper_names_parameters_as_the_users_module_does(toys):
     compiled = torch.compile(model, backend="eager")
     attachment = regrad.attach(compiled, optimizer, [toys.Scale()])
     assert attachment.model is model
-    assert attachment.receipt()["corrections"][0]["matched"] == [name for name, _ in model.named_parameters()]
+    assert attachment.receipt()["corrections"][0]["matched"] == [
+        name for name, _ in model.named_parameters()
+    ]
 
 
 def test_parameters_outside_the_model_are_corrected_too_under_a_name_of_their_own(toys):
@@ -233,15 +251,28 @@ def test_a_step_tells_groups_rates_names_and_index(toys):
     class Reads(toys.Scale):
         def correct_gradients(self, step):
             rates = [step.lr_of(p) for p in step.parameters]
-            groups = [step.group_of(p) is step.optimizer.param_groups[n.startswith("head")] for n, p in pairs(step)]
-            seen.append((step.index, rates, all(groups), step.correction is self, step.optimizer is optimizer))
+            groups = [
+                step.group_of(p) is step.optimizer.param_groups[n.startswith("head")]
+                for n, p in pairs(step)
+            ]
+            seen.append(
+                (
+                    step.index,
+                    rates,
+                    all(groups),
+                    step.correction is self,
+                    step.optimizer is optimizer,
+                )
+            )
 
     def pairs(step):
         return zip(step.names, step.parameters, strict=True)
 
     model = toys.Net()
     rest = [*model.body.parameters(), *model.norm.parameters()]
-    optimizer = torch.optim.SGD([{"params": rest}, {"params": list(model.head.parameters()), "lr": 0.5}], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [{"params": rest}, {"params": list(model.head.parameters()), "lr": 0.5}], lr=0.1
+    )
     regrad.attach(model, optimizer, [Reads()])
     toys.train_step(model, optimizer)
     toys.train_step(model, optimizer)

@@ -26,7 +26,9 @@ def step_with(request):
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_forward_and_backward_inside_the_closure_give_the_numbers_of_the_plain_loop(toys, same_bits, name, step_with):
+def test_forward_and_backward_inside_the_closure_give_the_numbers_of_the_plain_loop(
+    toys, same_bits, name, step_with
+):
     results, losses = [], []
     for inside in (False, True):
         model = toys.Net()
@@ -40,7 +42,9 @@ def test_forward_and_backward_inside_the_closure_give_the_numbers_of_the_plain_l
             else:
                 losses.append(closure())
                 optimizer.step()
-        results.append((toys.weights_of(model), spy.gradients, spy.weights, spy.indices, shift.calls))
+        results.append(
+            (toys.weights_of(model), spy.gradients, spy.weights, spy.indices, shift.calls)
+        )
     assert same_bits(*results)
     assert same_bits(losses[:4], losses[4:])
     assert results[1][3] == [0, 1, 2, 3]
@@ -83,14 +87,18 @@ def test_lbfgs_is_refused_with_a_window(toys):
 
     model = toys.Net()
     optimizer = torch.optim.LBFGS(model.parameters(), **LBFGS_OPTIONS)
-    with pytest.raises(RegradError, match=r"'shift' must see one closure call.*LBFGS makes several"):
+    with pytest.raises(
+        RegradError, match=r"'shift' must see one closure call.*LBFGS makes several"
+    ):
         regrad.attach(model, optimizer, [Bears()])
 
 
 def test_lbfgs_is_refused_where_a_correction_does_not_bear_several_closures(toys):
     model = toys.Net()
     optimizer = torch.optim.LBFGS(model.parameters(), **LBFGS_OPTIONS)
-    with pytest.raises(RegradError, match=r"'tally' must see one closure call.*LBFGS makes several"):
+    with pytest.raises(
+        RegradError, match=r"'tally' must see one closure call.*LBFGS makes several"
+    ):
         regrad.attach(model, optimizer, [toys.Scale(), toys.Tally()])
 
 

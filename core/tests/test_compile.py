@@ -7,7 +7,9 @@ from regrad import RegradError, RegradWarning
 from torch._dynamo.utils import counters
 
 # Where a graph breaks, dynamo itself looks at `.grad` of what crosses the break, and hides the warning by a log filter.
-GRAPH_MAY_BREAK = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+GRAPH_MAY_BREAK = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 
 
 class CountingBackend:
@@ -67,11 +69,19 @@ def compiled_in_place_after(model, optimizer, corrections, backend):
     return model
 
 
-WAYS = [compiled_before, compiled_after, inner_of_compiled, compiled_in_place_before, compiled_in_place_after]
+WAYS = [
+    compiled_before,
+    compiled_after,
+    inner_of_compiled,
+    compiled_in_place_before,
+    compiled_in_place_after,
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_compiled_module_is_one_frame_without_break_or_recompilation(toys, same_bits, backend, way):
+def test_a_compiled_module_is_one_frame_without_break_or_recompilation(
+    toys, same_bits, backend, way
+):
     model = toys.Net()
     optimizer = toys.sgd(model)
     shift, spy = toys.Push(amount=0.1), toys.Spy()
@@ -100,11 +110,15 @@ def test_a_model_already_compiled_and_called_can_still_get_corrections_without_s
         toys.train_step(compiled, optimizer, seed=seed)
     assert backend.graphs == 1
     assert shift.calls == 4
-    assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()]))
+    assert same_bits(
+        toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()])
+    )
 
 
 @pytest.mark.parametrize("attach_to_compiled", [False, True])
-def test_the_compiled_and_the_inner_module_are_one_whichever_is_called(toys, same_bits, backend, attach_to_compiled):
+def test_the_compiled_and_the_inner_module_are_one_whichever_is_called(
+    toys, same_bits, backend, attach_to_compiled
+):
     model = toys.Net()
     optimizer = toys.sgd(model)
     compiled = torch.compile(model, backend=backend)
@@ -113,7 +127,9 @@ def test_the_compiled_and_the_inner_module_are_one_whichever_is_called(toys, sam
     for seed in range(4):
         toys.train_step(compiled if seed % 2 else model, optimizer, seed=seed)
     assert shift.calls == 4
-    assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()]))
+    assert same_bits(
+        toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()])
+    )
 
 
 def test_evaluation_of_a_compiled_module_closes_the_window(toys, same_bits, backend):
@@ -125,14 +141,18 @@ def test_evaluation_of_a_compiled_module_closes_the_window(toys, same_bits, back
     true = toys.weights_of(model)
     toys.loss_of(compiled).backward()
     assert same_bits(dict(model.state_dict()), true)
-    assert same_bits(dict(compiled.state_dict()), {f"_orig_mod.{name}": value for name, value in true.items()})
+    assert same_bits(
+        dict(compiled.state_dict()), {f"_orig_mod.{name}": value for name, value in true.items()}
+    )
     compiled.eval()
     toys.loss_of(compiled)
     assert same_bits(toys.weights_of(model), true)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_submodule_hook_after_the_first_compiled_call_is_refused(toys, backend, hooks_on, in_place):
+def test_a_submodule_hook_after_the_first_compiled_call_is_refused(
+    toys, backend, hooks_on, in_place
+):
     model = toys.Net()
     optimizer = toys.sgd(model)
     if in_place:
@@ -140,7 +160,9 @@ def test_a_submodule_hook_after_the_first_compiled_call_is_refused(toys, backend
     compiled = model if in_place else torch.compile(model, backend=backend)
     toys.loss_of(compiled)
     hooks = hooks_on(model, optimizer)
-    with pytest.raises(RegradError, match="submodule hooks must be set before the first compiled call"):
+    with pytest.raises(
+        RegradError, match="submodule hooks must be set before the first compiled call"
+    ):
         regrad.attach(compiled, optimizer, [toys.Listen()])
     assert hooks_on(model, optimizer) == hooks
 
@@ -157,11 +179,15 @@ def test_a_submodule_hook_before_the_first_compiled_call_fires_at_every_forward(
     assert listen.heard == [(8, 2)] * 3
 
 
-def test_a_submodule_hook_is_refused_too_where_the_graph_of_another_model_of_that_class_would_be_reused(toys, backend):
+def test_a_submodule_hook_is_refused_too_where_the_graph_of_another_model_of_that_class_would_be_reused(
+    toys, backend
+):
     toys.loss_of(torch.compile(toys.Net(), backend=backend))
     model = toys.Net(seed=1)
     compiled = torch.compile(model, backend=backend)
-    with pytest.raises(RegradError, match="submodule hooks must be set before the first compiled call"):
+    with pytest.raises(
+        RegradError, match="submodule hooks must be set before the first compiled call"
+    ):
         regrad.attach(compiled, toys.sgd(model), [toys.Listen()])
     torch.compiler.reset()
     regrad.attach(compiled, toys.sgd(model), [toys.Listen()])
@@ -178,7 +204,9 @@ def test_a_train_function_compiled_and_called_before_attach_is_warned_about(toys
     loss_of(*toys.batch()).backward()
     shift = toys.Shift()
     regrad.attach(model, optimizer, [shift])
-    with pytest.warns(RegradWarning, match="without a training forward of the attached model") as caught:
+    with pytest.warns(
+        RegradWarning, match="without a training forward of the attached model"
+    ) as caught:
         for seed in range(3):
             loss_of(*toys.batch(seed=seed)).backward()
             optimizer.step()
@@ -187,7 +215,9 @@ def test_a_train_function_compiled_and_called_before_attach_is_warned_about(toys
 
 
 @GRAPH_MAY_BREAK
-def test_a_train_function_compiled_before_attach_but_called_after_is_right(toys, same_bits, backend):
+def test_a_train_function_compiled_before_attach_but_called_after_is_right(
+    toys, same_bits, backend
+):
     model = toys.Net()
     optimizer = toys.sgd(model)
 
@@ -200,13 +230,17 @@ def test_a_train_function_compiled_before_attach_but_called_after_is_right(toys,
         optimizer.zero_grad()
         loss_of(*toys.batch(seed=seed)).backward()
         optimizer.step()
-    assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()]))
+    assert same_bits(
+        toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.1), toys.Scale()])
+    )
 
 
 @GRAPH_MAY_BREAK
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("attach_first", [False, True])
-def test_a_compiled_optimizer_step_is_right_or_refused_and_never_silent(toys, same_bits, backend, attach_first, direct):
+def test_a_compiled_optimizer_step_is_right_or_refused_and_never_silent(
+    toys, same_bits, backend, attach_first, direct
+):
     model = toys.Net()
     optimizer = toys.sgd(model)
     corrections = [toys.Push(amount=0.01), toys.Scale()]
@@ -230,7 +264,9 @@ def test_a_compiled_optimizer_step_is_right_or_refused_and_never_silent(toys, sa
             step()
     except (RegradError, RegradWarning):
         return
-    assert same_bits(toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.01), toys.Scale()], steps=6))
+    assert same_bits(
+        toys.weights_of(model), eager_result(toys, [toys.Push(amount=0.01), toys.Scale()], steps=6)
+    )
 
 
 @GRAPH_MAY_BREAK
@@ -238,7 +274,9 @@ def test_a_corrected_criterion_inside_a_compiled_train_function_is_right(toys, b
     gradients = []
     for compiling in (False, True):
         model = toys.Net()
-        attachment = regrad.attach(model, toys.sgd(model), [toys.Louder()], torch.nn.CrossEntropyLoss())
+        attachment = regrad.attach(
+            model, toys.sgd(model), [toys.Louder()], torch.nn.CrossEntropyLoss()
+        )
 
         def loss_of(inputs, labels, model=model, attachment=attachment):
             return attachment.criterion(model(inputs), labels)

@@ -51,7 +51,9 @@ def test_a_copy_is_inert_and_holds_the_same_weights(toys, same_bits, attached, c
 
 
 @pytest.mark.parametrize("copy_of", [copied, averaged, saved_and_loaded])
-def test_using_a_copy_does_not_disturb_the_window_of_the_original(toys, same_bits, attached, copy_of):
+def test_using_a_copy_does_not_disturb_the_window_of_the_original(
+    toys, same_bits, attached, copy_of
+):
     model, optimizer, shift, _ = attached
     twin = copy_of(model)
     toys.loss_of(model).backward()
@@ -82,7 +84,9 @@ def test_a_copy_taken_inside_the_window_holds_the_predicted_weights_as_documente
     toys.loss_of(model)
     twin = copy.deepcopy(model)
     before = true["body.weight"]
-    torch.testing.assert_close(twin.body.weight.detach(), before + toys.away(before, 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(
+        twin.body.weight.detach(), before + toys.away(before, 0.5), rtol=0, atol=0
+    )
 
 
 def test_an_average_updated_before_the_step_sees_the_predicted_weights_as_documented_and_after_it_the_true_ones(
@@ -97,7 +101,9 @@ def test_an_average_updated_before_the_step_sees_the_predicted_weights_as_docume
     average.update_parameters(model)
     average.update_parameters(model)
     before = true["head.bias"]
-    torch.testing.assert_close(average.module.head.bias.detach(), before + toys.away(before, 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(
+        average.module.head.bias.detach(), before + toys.away(before, 0.5), rtol=0, atol=0
+    )
     optimizer.step()
     average.update_parameters(model)
     assert same_bits(toys.weights_of(average.module), toys.weights_of(model))

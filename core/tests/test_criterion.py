@@ -13,7 +13,14 @@ def louder(toys):
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     attachment = regrad.attach(model, toys.sgd(model), [toys.Louder(factor=3.0)], criterion)
     inputs, labels = toys.batch()
-    return model, criterion, attachment, lambda: attachment.criterion(model(inputs), labels), labels, inputs
+    return (
+        model,
+        criterion,
+        attachment,
+        lambda: attachment.criterion(model(inputs), labels),
+        labels,
+        inputs,
+    )
 
 
 def test_the_criterion_is_corrected_only_while_the_model_trains_and_never_after_detach(louder):
@@ -43,8 +50,12 @@ def test_the_gradient_is_that_of_the_corrected_criterion(toys, louder):
 def test_keyword_arguments_go_through(louder):
     model, criterion, attachment, _, labels, inputs = louder
     logits = model(inputs)
-    torch.testing.assert_close(attachment.criterion(logits, target=labels), 3 * criterion(logits, labels))
-    torch.testing.assert_close(attachment.criterion(input=logits, target=labels), 3 * criterion(logits, labels))
+    torch.testing.assert_close(
+        attachment.criterion(logits, target=labels), 3 * criterion(logits, labels)
+    )
+    torch.testing.assert_close(
+        attachment.criterion(input=logits, target=labels), 3 * criterion(logits, labels)
+    )
 
 
 def test_attributes_are_those_of_the_users_criterion(louder):
@@ -89,15 +100,21 @@ def test_a_function_may_be_the_criterion(toys):
     attachment = regrad.attach(model, toys.sgd(model), [toys.Louder()], nn.functional.cross_entropy)
     inputs, labels = toys.batch()
     logits = model(inputs)
-    torch.testing.assert_close(attachment.criterion(logits, labels), 3 * nn.functional.cross_entropy(logits, labels))
+    torch.testing.assert_close(
+        attachment.criterion(logits, labels), 3 * nn.functional.cross_entropy(logits, labels)
+    )
 
 
 def test_unreduced_losses_keep_their_shape(toys):
     model = toys.Net()
-    attachment = regrad.attach(model, toys.sgd(model), [toys.Louder()], nn.CrossEntropyLoss(reduction="none"))
+    attachment = regrad.attach(
+        model, toys.sgd(model), [toys.Louder()], nn.CrossEntropyLoss(reduction="none")
+    )
     inputs, labels = toys.batch()
     assert attachment.criterion(model(inputs), labels).shape == (8,)
-    assert attachment.receipt()["effects"]["louder"]["criterion"]["relative_change"] == pytest.approx(2, rel=1e-5)
+    assert attachment.receipt()["effects"]["louder"]["criterion"][
+        "relative_change"
+    ] == pytest.approx(2, rel=1e-5)
 
 
 def test_under_accumulation_every_micro_batch_is_corrected(toys):

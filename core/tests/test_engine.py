@@ -29,7 +29,9 @@ class Tracer:
         before = [None if g is None else g.clone() for g in step.gradients]
         result = yield
         after = step.gradients
-        changed = any(b is not None and not torch.equal(b, a) for b, a in zip(before, after, strict=True))
+        changed = any(
+            b is not None and not torch.equal(b, a) for b, a in zip(before, after, strict=True)
+        )
         self.seen.append((step.index, hook, step.correction.name, changed))
         return result
 
@@ -78,7 +80,8 @@ def test_the_users_order_decides_and_not_the_order_of_registration(toys, same_bi
         model = toys.Net()
         toys.loss_of(model).backward()
         by_hand[scale_first] = {
-            n: p.grad * 0.5 + 1 if scale_first else (p.grad + 1) * 0.5 for n, p in model.named_parameters()
+            n: p.grad * 0.5 + 1 if scale_first else (p.grad + 1) * 0.5
+            for n, p in model.named_parameters()
         }
     for scale_first in (True, False):
         pair = [toys.Scale(factor=0.5), toys.Add(amount=1.0)]
@@ -187,7 +190,9 @@ def test_a_misspelt_unmarked_hook_is_refused_with_the_near_name(toys):
             pass
 
     model = toys.Net()
-    message = "'misspelt' declares stage 'gradient' but has no method 'correct_gradients'; did you mean"
+    message = (
+        "'misspelt' declares stage 'gradient' but has no method 'correct_gradients'; did you mean"
+    )
     with pytest.raises(RegradError, match=f"{message} 'correct_gradient'"):
         regrad.attach(model, toys.sgd(model), [Misspelt()])
 
@@ -208,7 +213,10 @@ def test_a_hook_without_its_stage_declared_is_refused(toys):
             return None
 
     model = toys.Net()
-    with pytest.raises(RegradError, match="'scale' implements 'predict_weights' but does not declare stage 'weights'"):
+    with pytest.raises(
+        RegradError,
+        match="'scale' implements 'predict_weights' but does not declare stage 'weights'",
+    ):
         regrad.attach(model, toys.sgd(model), [Undeclared()])
 
 
@@ -229,11 +237,15 @@ def test_setup_runs_in_order_before_any_hook_is_on_the_model(toys, hooks_on):
 
     class First(toys.Scale):
         def setup(self, attachment):
-            seen.append((self.name, attachment.model is model, hooks_on(model, optimizer) == before))
+            seen.append(
+                (self.name, attachment.model is model, hooks_on(model, optimizer) == before)
+            )
 
     class Second(toys.Add):
         def setup(self, attachment):
-            seen.append((self.name, self.attachment is attachment, hooks_on(model, optimizer) == before))
+            seen.append(
+                (self.name, self.attachment is attachment, hooks_on(model, optimizer) == before)
+            )
 
     regrad.attach(model, optimizer, [First(), Second()])
     assert seen == [("scale", True, True), ("add", True, True)]

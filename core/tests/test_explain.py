@@ -50,7 +50,14 @@ def mapping(toys):
 
 
 def many(toys):
-    return [toys.Push(amount=0.1), toys.Louder(), toys.Scale(), toys.Tally(), toys.Boost(amount=0.1), toys.Listen()]
+    return [
+        toys.Push(amount=0.1),
+        toys.Louder(),
+        toys.Scale(),
+        toys.Tally(),
+        toys.Boost(amount=0.1),
+        toys.Listen(),
+    ]
 
 
 @pytest.mark.parametrize("batch", [arrays, mapping])
@@ -63,7 +70,9 @@ def test_explaining_changes_no_bit(toys, same_bits, batch, steps, training):
     before = everything.snapshot()
     everything.attachment.explain(batch(toys))
     after = everything.snapshot()
-    assert {key: same_bits(after[key], before[key]) for key in before} == dict.fromkeys(before, True)
+    assert {key: same_bits(after[key], before[key]) for key in before} == dict.fromkeys(
+        before, True
+    )
 
 
 def test_training_goes_on_as_if_nothing_had_been_explained(toys, same_bits):
@@ -103,12 +112,16 @@ def test_an_explanation_has_a_row_per_correction_stage_and_tensor_with_hand_work
         *(("scale", "gradient", name) for name in names),
     }
     assert len(explanation.rows) == len(rows)
-    assert rows["scale", "gradient", "head.weight"]["relative_change"] == pytest.approx(0.75, rel=1e-6)
+    assert rows["scale", "gradient", "head.weight"]["relative_change"] == pytest.approx(
+        0.75, rel=1e-6
+    )
     assert rows["scale", "gradient", "head.weight"]["cosine"] == pytest.approx(1, rel=1e-6)
     assert rows["louder", "criterion", "logits"]["relative_change"] == pytest.approx(2, rel=1e-5)
     bias = model.head.bias.detach()
     change = (2 * 0.5**2 / bias.square().sum()).sqrt().item()
-    assert rows["shift", "weights", "head.bias"]["relative_change"] == pytest.approx(change, rel=1e-6)
+    assert rows["shift", "weights", "head.bias"]["relative_change"] == pytest.approx(
+        change, rel=1e-6
+    )
 
 
 @pytest.fixture
@@ -120,13 +133,20 @@ def witness(toys):
         name = "witness"
 
         def correct_gradients(self, step):
-            seen.append((step.index, {n: g.clone() for n, g in zip(step.names, step.gradients, strict=True)}))
+            seen.append(
+                (
+                    step.index,
+                    {n: g.clone() for n, g in zip(step.names, step.gradients, strict=True)},
+                )
+            )
 
     Witness.seen = seen
     return Witness
 
 
-def test_the_gradients_explained_are_those_at_the_predicted_weights_with_the_corrected_criterion(toys, witness):
+def test_the_gradients_explained_are_those_at_the_predicted_weights_with_the_corrected_criterion(
+    toys, witness
+):
     for explaining in (False, True):
         model = toys.Net()
         optimizer = toys.sgd(model)
@@ -147,7 +167,9 @@ def test_the_step_explained_is_the_coming_one(toys, witness):
     everything = Everything(toys, [witness(), toys.Push(amount=0.1)], steps=3)
     explanation = everything.attachment.explain(arrays(toys))
     assert [index for index, _ in witness.seen] == [0, 1, 2, 3]
-    assert all(row["relative_change"] > 0 for row in explanation.rows if row["correction"] == "push")
+    assert all(
+        row["relative_change"] > 0 for row in explanation.rows if row["correction"] == "push"
+    )
 
 
 def test_an_explanation_is_a_table_for_people_and_plain_values_for_programs(toys):
@@ -167,7 +189,9 @@ def test_the_cost_of_every_correction_that_ran_is_told(toys):
 
 
 def test_a_correction_with_nothing_to_do_yet_is_noted(toys):
-    explanation = Everything(toys, [toys.Push(), toys.Scale()], steps=0).attachment.explain(arrays(toys))
+    explanation = Everything(toys, [toys.Push(), toys.Scale()], steps=0).attachment.explain(
+        arrays(toys)
+    )
     assert any("'push' has nothing to do at this step" in note for note in explanation.notes)
     assert not any("'scale'" in note for note in explanation.notes)
 
@@ -225,7 +249,10 @@ def test_a_detached_attachment_may_still_explain(toys, same_bits):
     everything = Everything(toys, [toys.Shift(), toys.Scale()])
     everything.attachment.detach()
     before = everything.snapshot()
-    assert {row["correction"] for row in everything.attachment.explain(arrays(toys)).rows} == {"shift", "scale"}
+    assert {row["correction"] for row in everything.attachment.explain(arrays(toys)).rows} == {
+        "shift",
+        "scale",
+    }
     assert same_bits(everything.snapshot(), before)
 
 

@@ -94,7 +94,9 @@ def test_the_loops_own_clipping_comes_first_and_the_receipt_and_explanation_say_
     _, optimizer = accelerator.prepare(model, inner)
     scheduler = torch.optim.lr_scheduler.ConstantLR(inner)
     trainer_loop(toys, accelerator, model, optimizer, scheduler, clip=0.01)
-    norms = [torch.cat([g.flatten() for g in seen.values()]).norm().item() for seen in spy.gradients]
+    norms = [
+        torch.cat([g.flatten() for g in seen.values()]).norm().item() for seen in spy.gradients
+    ]
     assert norms == pytest.approx([0.01] * 3, rel=1e-3)
     assert any("clipping in the loop comes first" in note for note in attachment.receipt()["notes"])
     notes = attachment.explain(toys.batch()).notes
@@ -144,7 +146,9 @@ def test_a_module_whose_forward_is_never_called_is_warned_about_once(toys):
     module = LightningModule(toys.Net())
     optimizer = toys.sgd(module)
     regrad.attach(module, optimizer, [toys.Shift()])
-    with pytest.warns(RegradWarning, match="without a training forward of the attached model") as caught:
+    with pytest.warns(
+        RegradWarning, match="without a training forward of the attached model"
+    ) as caught:
         lightning_loop(toys, module, optimizer, steps=4)
     assert len(caught) == 1
 

@@ -159,7 +159,9 @@ def test_counters_in_the_optimizer_are_no_moments(toys):
 
 def test_the_criterion_is_measured_by_its_logit_gradient(toys):
     model = toys.Net()
-    attachment = regrad.attach(model, toys.sgd(model), [toys.Louder(factor=3.0)], nn.CrossEntropyLoss())
+    attachment = regrad.attach(
+        model, toys.sgd(model), [toys.Louder(factor=3.0)], nn.CrossEntropyLoss()
+    )
     inputs, labels = toys.batch()
     attachment.criterion(model(inputs), labels).backward()
     effect = attachment.receipt()["effects"]["louder"]["criterion"]
@@ -212,7 +214,9 @@ def test_meters_measure_before_an_optimizer_clears_the_gradients(toys):
     model().backward()
     attachment.optimizer.step()
     assert model.a.grad is None
-    assert attachment.receipt()["effects"]["scale"]["gradient"]["relative_change"] == pytest.approx(0.5)
+    assert attachment.receipt()["effects"]["scale"]["gradient"]["relative_change"] == pytest.approx(
+        0.5
+    )
 
 
 def test_metrics_are_flat_plain_floats(toys):
@@ -270,10 +274,14 @@ def idle_moment(toys, reason):
 
 
 @pytest.mark.parametrize("make", [idle_gradient, idle_window, idle_filter, idle_moment])
-def test_a_correction_without_effect_is_warned_about_once_after_two_hundred_steps_with_its_reason(toys, make):
+def test_a_correction_without_effect_is_warned_about_once_after_two_hundred_steps_with_its_reason(
+    toys, make
+):
     steps = Steps([make(toys, "the threshold was never reached")])
     quiet(steps, 199)
-    with pytest.warns(RegradWarning, match="had no effect in 20[01] steps: the threshold was never reached") as caught:
+    with pytest.warns(
+        RegradWarning, match="had no effect in 20[01] steps: the threshold was never reached"
+    ) as caught:
         steps(2)
     assert len(caught) == 1
     quiet(steps, 250)
@@ -324,7 +332,9 @@ def test_resuming_shortly_before_the_two_hundredth_step_does_not_call_an_effect_
 
 
 @pytest.mark.parametrize("stage", ["gradient", "moment"])
-def test_a_hook_of_a_stage_in_which_an_instance_does_not_act_is_neither_called_nor_measured(toys, stage):
+def test_a_hook_of_a_stage_in_which_an_instance_does_not_act_is_neither_called_nor_measured(
+    toys, stage
+):
     class Either(toys.Scale):
         """Declares two stages for the class; each object acts in one."""
 

@@ -88,7 +88,11 @@ def test_several_options_are_separated_by_commas():
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("reel=1", TypeError, "sample has no option 'reel'; allowed: real, whole, .*; did you mean 'real'"),
+        (
+            "reel=1",
+            TypeError,
+            "sample has no option 'reel'; allowed: real, whole, .*; did you mean 'real'",
+        ),
         ("real=abc", TypeError, "real must be float, got 'abc'"),
         ("whole=1.5", TypeError, "whole must be int, got 1.5"),
         ("whole=true", TypeError, "whole must be int, got True"),
@@ -138,8 +142,17 @@ reals = st.floats(allow_nan=False)
     several=st.lists(reals, max_size=4).map(tuple),
     chosen=st.lists(words, max_size=3).map(tuple),
 )
-def test_writing_options_and_reading_them_again_is_a_round_trip(real, whole, flag, text, kind, maybe, several, chosen):
-    values = {"real": real, "whole": whole, "flag": flag, "text": text, "kind": kind, "maybe": maybe}
+def test_writing_options_and_reading_them_again_is_a_round_trip(
+    real, whole, flag, text, kind, maybe, several, chosen
+):
+    values = {
+        "real": real,
+        "whole": whole,
+        "flag": flag,
+        "text": text,
+        "kind": kind,
+        "maybe": maybe,
+    }
     values |= {"several": several, "words": chosen}
 
     def written(value):

@@ -8,10 +8,16 @@ from regrad.correction import Needs
 
 def make(name, *, stages=("gradient",), **needs):
     """Return a correction of that name which does nothing."""
-    hooks = {"gradient": "correct_gradients", "moment": "correct_moments", "weights": "predict_weights"}
+    hooks = {
+        "gradient": "correct_gradients",
+        "moment": "correct_moments",
+        "weights": "predict_weights",
+    }
     hooks |= {"criterion": "wrap_criterion"}
     body = {hooks[stage]: lambda self: None for stage in stages}
-    return type(name, (Correction,), {"name": name, "needs": Needs(stages=stages, **needs), **body})()
+    return type(
+        name, (Correction,), {"name": name, "needs": Needs(stages=stages, **needs), **body}
+    )()
 
 
 def resolve_order(corrections):
@@ -30,7 +36,9 @@ def test_the_users_order_holds_where_nobody_declares_anything():
 
 
 def test_a_declared_before_or_after_moves_a_correction_and_says_why():
-    ordered, reasons = resolve_order([make("clip", after=("center",)), make("other"), make("center")])
+    ordered, reasons = resolve_order(
+        [make("clip", after=("center",)), make("other"), make("center")]
+    )
     assert [c.name for c in ordered].index("center") < [c.name for c in ordered].index("clip")
     assert any("'clip' declares after 'center'" in reason for reason in reasons)
     ordered, reasons = resolve_order([make("clip"), make("center", before=("clip",))])
@@ -43,7 +51,9 @@ def test_a_declaration_that_already_holds_gives_no_reason():
 
 
 def test_there_is_one_reason_per_moved_correction_and_it_names_the_one_it_had_to_follow():
-    ordered, reasons = resolve_order([make("x", after=("z",)), make("a"), make("b"), make("z"), make("c")])
+    ordered, reasons = resolve_order(
+        [make("x", after=("z",)), make("a"), make("b"), make("z"), make("c")]
+    )
     assert [c.name for c in ordered] == [*"abzxc"]
     assert reasons == ["'x' acts after 'z': 'x' declares after 'z'"]
 
@@ -78,7 +88,9 @@ def test_a_conflict_is_refused_with_its_reason_whoever_declares_it():
 
 @pytest.mark.parametrize(("stage", "resource"), [("weights", "window"), ("criterion", "criterion")])
 def test_two_owners_of_a_stage_that_has_one_owner_are_refused(stage, resource):
-    with pytest.raises(RegradError, match=f"'a' and 'b' cannot work together: both own .*{resource}"):
+    with pytest.raises(
+        RegradError, match=f"'a' and 'b' cannot work together: both own .*{resource}"
+    ):
         resolve_order([make("a", stages=(stage,)), make("b", stages=(stage,))])
 
 

@@ -18,11 +18,15 @@ def losses(spec, steps, state=None, kept=None):
     """Return the losses of some steps of y = Wx, and the attachment; go on from `state` and weights where given."""
     model = torch.nn.Linear(2, 2, bias=False, dtype=torch.float64)
     model.weight.data = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
-    optimizer = regrad.load("descent", "regrad.optimizers")(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = regrad.load("descent", "regrad.optimizers")(
+        model.parameters(), lr=0.1, momentum=0.9
+    )
     if kept:
         model.load_state_dict(kept[0])
         optimizer.load_state_dict(kept[1])
-    attachment = regrad.attach(model, optimizer, [spec] if spec else [], torch.nn.functional.mse_loss)
+    attachment = regrad.attach(
+        model, optimizer, [spec] if spec else [], torch.nn.functional.mse_loss
+    )
     if state:
         attachment.load_state_dict(state)
     inputs, target = torch.eye(2, dtype=torch.float64), torch.ones(2, 2, dtype=torch.float64)

@@ -26,7 +26,10 @@ def results(tmp_path_factory):
     command = [sys.executable, str(WORKERS)]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(folder)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*command, str(rank), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for rank in range(2)
     ]

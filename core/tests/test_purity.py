@@ -26,7 +26,12 @@ def test_attach_and_detach_without_a_step_change_no_bit(toys, same_bits, hooks_o
     run_steps(toys, model, optimizer, 2)
 
     def everything():
-        return toys.weights_of(model), optimizer.state_dict(), hooks_on(model, optimizer), torch.get_rng_state()
+        return (
+            toys.weights_of(model),
+            optimizer.state_dict(),
+            hooks_on(model, optimizer),
+            torch.get_rng_state(),
+        )
 
     before, python_state = everything(), random.getstate()
     attachment = regrad.attach(model, optimizer, chain(), torch.nn.CrossEntropyLoss())
@@ -61,7 +66,9 @@ def test_training_goes_on_after_detach_as_if_never_attached(toys, same_bits, cha
     assert same_bits(results[0], results[1])
 
 
-def test_detach_inside_the_window_restores_the_weights_and_removes_every_hook(toys, same_bits, hooks_on, chain):
+def test_detach_inside_the_window_restores_the_weights_and_removes_every_hook(
+    toys, same_bits, hooks_on, chain
+):
     model = toys.Net()
     optimizer = toys.sgd(model)
     true, hooks = toys.weights_of(model), hooks_on(model, optimizer)
@@ -91,7 +98,10 @@ def test_the_context_manager_restores_and_detaches_on_an_exception(toys, same_bi
     model = toys.Net()
     optimizer = toys.sgd(model)
     true, hooks = toys.weights_of(model), hooks_on(model, optimizer)
-    with pytest.raises(ZeroDivisionError), regrad.attach(model, optimizer, [toys.Shift()]) as attachment:
+    with (
+        pytest.raises(ZeroDivisionError),
+        regrad.attach(model, optimizer, [toys.Shift()]) as attachment,
+    ):
         toys.loss_of(model)
         _ = 1 / 0
     assert attachment.is_detached

@@ -87,7 +87,9 @@ def test_state_goes_through_torch_save_with_weights_only(toys, same_bits):
     assert resumed.metrics()["steps_applied"] == 3
 
 
-def test_a_resumed_run_has_the_numbers_the_counts_and_the_effects_of_one_that_never_stopped(toys, same_bits):
+def test_a_resumed_run_has_the_numbers_the_counts_and_the_effects_of_one_that_never_stopped(
+    toys, same_bits
+):
     def run(model, optimizer, attachment, seeds):
         for seed in seeds:
             toys.train_step(model, optimizer, seed=seed)
@@ -133,7 +135,9 @@ def test_state_is_loaded_by_name_in_whatever_order(toys):
         (lambda toys: [toys.Scale(factor=0.25), toys.Add()], "scale.factor was 0.5, is 0.25"),
     ],
 )
-def test_state_of_other_corrections_or_options_is_refused_with_the_difference(toys, here, difference):
+def test_state_of_other_corrections_or_options_is_refused_with_the_difference(
+    toys, here, difference
+):
     state = attached(toys, [toys.Scale(), toys.Add()], steps=2).state_dict()
     other = attached(toys, here(toys))
     with pytest.raises(RegradError, match=difference) as caught:

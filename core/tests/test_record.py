@@ -37,7 +37,9 @@ def test_there_is_no_record_where_nobody_needs_it(toys):
     assert regrad.attach(model, toys.sgd(model), [toys.Scale()]).record is None
 
 
-def test_only_the_first_training_forward_is_recorded_and_then_the_hooks_are_gone(toys, reading, hooks_on):
+def test_only_the_first_training_forward_is_recorded_and_then_the_hooks_are_gone(
+    toys, reading, hooks_on
+):
     model = toys.Net()
     optimizer = toys.sgd(model)
     attachment = regrad.attach(model, optimizer, [reading()])
@@ -49,7 +51,10 @@ def test_only_the_first_training_forward_is_recorded_and_then_the_hooks_are_gone
     toys.train_step(model, optimizer)
     first = attachment.record.calls
     assert first[0].inputs == ((8, 3),)
-    assert sum(map(len, hooks_on(model.body, optimizer).values())) == sum(map(len, with_hooks.values())) - 1
+    assert (
+        sum(map(len, hooks_on(model.body, optimizer).values()))
+        == sum(map(len, with_hooks.values())) - 1
+    )
     model(torch.ones(7, 3, dtype=torch.float64))
     assert attachment.record.calls is first
 
@@ -94,7 +99,10 @@ def test_a_module_called_twice_is_recorded_twice(toys, reading):
     model = Twice()
     record = regrad.attach(model, toys.sgd(model), [reading()]).record
     model(torch.ones(2, 3))
-    assert [(call.name, call.makes_output) for call in record.calls] == [("layer", False), ("layer", True)]
+    assert [(call.name, call.makes_output) for call in record.calls] == [
+        ("layer", False),
+        ("layer", True),
+    ]
 
 
 def test_detach_before_the_first_forward_takes_the_hooks_away(toys, reading, hooks_on):
@@ -125,7 +133,9 @@ def test_the_record_keeps_no_tensor_alive(toys, reading):
     optimizer = toys.sgd(model)
     regrad.attach(model, optimizer, [reading()])
     alive = []
-    model.body.register_forward_hook(lambda module, inputs, output: alive.append(weakref.ref(output)))
+    model.body.register_forward_hook(
+        lambda module, inputs, output: alive.append(weakref.ref(output))
+    )
     toys.train_step(model, optimizer)
     gc.collect()
     assert [reference() for reference in alive] == [None]

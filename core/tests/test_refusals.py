@@ -30,7 +30,9 @@ def test_an_optimizer_of_deepspeed_is_refused_with_the_reason(toys):
 
 
 def test_a_schedule_free_optimizer_is_refused_with_a_window_and_allowed_without(toys):
-    optimizer_class = fake_class("schedulefree.sgd_schedulefree", "SGDScheduleFree", torch.optim.SGD)
+    optimizer_class = fake_class(
+        "schedulefree.sgd_schedulefree", "SGDScheduleFree", torch.optim.SGD
+    )
     model = toys.Net()
     with pytest.raises(RegradError, match="'shift' and a Schedule-Free optimizer"):
         regrad.attach(model, optimizer_class(model.parameters(), lr=0.1), [toys.Shift()])
@@ -39,10 +41,14 @@ def test_a_schedule_free_optimizer_is_refused_with_a_window_and_allowed_without(
 
 def test_fsdp1_flat_parameters_are_refused(toys):
     name = "FullyShardedDataParallel"
-    wrapper_class = fake_class("torch.distributed.fsdp.fully_sharded_data_parallel", name, torch.nn.Module)
+    wrapper_class = fake_class(
+        "torch.distributed.fsdp.fully_sharded_data_parallel", name, torch.nn.Module
+    )
     wrapper = wrapper_class()
     wrapper.inner = toys.Net()
-    with pytest.raises(RegradError, match="'scale' is not exact on layout 'flat'; it is on plain, ddp, fsdp2"):
+    with pytest.raises(
+        RegradError, match="'scale' is not exact on layout 'flat'; it is on plain, ddp, fsdp2"
+    ):
         regrad.attach(wrapper, toys.sgd(wrapper), [toys.Scale()])
 
 

@@ -52,7 +52,17 @@ modules = itertools.count()
 def install(tmp_path, monkeypatch):
     """Return a function that installs a distribution with entry points; all are gone after the test."""
 
-    def add(name, entries, *, version="1.0", source=SOURCE, folder="site", group="regrad", file=None, needs=()):
+    def add(
+        name,
+        entries,
+        *,
+        version="1.0",
+        source=SOURCE,
+        folder="site",
+        group="regrad",
+        file=None,
+        needs=(),
+    ):
         site = tmp_path / folder
         module = f"fake_plugin_{next(modules)}"
         info = site / f"{(file or name).replace('-', '_')}-{version}.dist-info"
@@ -73,7 +83,9 @@ def install(tmp_path, monkeypatch):
 
 
 def test_available_reads_metadata_alone(install):
-    module = install("regrad-gain", {"gain": "Gain"}, version="1.2", source="raise RuntimeError('imported')")
+    module = install(
+        "regrad-gain", {"gain": "Gain"}, version="1.2", source="raise RuntimeError('imported')"
+    )
     entry = regrad.available()["gain"]
     assert (entry.name, entry.distribution, entry.version) == ("gain", "regrad-gain", "1.2")
     assert entry.value == f"{module}:Gain"
@@ -108,7 +120,11 @@ def test_attach_takes_names_and_the_receipt_says_where_they_come_from(install, t
     model = toys.Net()
     attachment = regrad.attach(model, toys.sgd(model), ["gain:power=2", toys.Scale()])
     first, second = attachment.receipt()["corrections"]
-    assert (first["name"], first["distribution"], first["version"]) == ("gain", "regrad-gain", "3.1")
+    assert (first["name"], first["distribution"], first["version"]) == (
+        "gain",
+        "regrad-gain",
+        "3.1",
+    )
     assert first["options"] == {"amount": 0.5, "power": 2}
     assert (second["distribution"], second["version"]) == ("local", "")
 
@@ -122,7 +138,9 @@ def test_a_correction_of_ones_own_with_the_name_of_an_installed_one_is_called_lo
 
 def test_a_plugin_that_fails_on_import_is_named_with_its_cause_and_leaves_the_others_alone(install):
     install("regrad-gain", {"gain": "Gain"})
-    install("regrad-broken", {"broken": "Broken"}, version="0.3", source="import no_such_module_at_all")
+    install(
+        "regrad-broken", {"broken": "Broken"}, version="0.3", source="import no_such_module_at_all"
+    )
     assert set(regrad.available()) >= {"gain", "broken"}
     message = r"plugin 'broken' \(regrad-broken 0.3\) could not be imported: No module named 'no_such_module_at_all'"
     with pytest.raises(PluginLoadError, match=message) as caught:
@@ -134,7 +152,9 @@ def test_a_plugin_that_fails_on_import_is_named_with_its_cause_and_leaves_the_ot
 @pytest.mark.parametrize("source", ["1 / 0", "def broken(:", "Other = 1", "raise SystemExit(3)"])
 def test_any_way_of_failing_on_import_is_the_plugins_and_named(install, source):
     install("regrad-broken", {"broken": "Broken"}, source=source)
-    with pytest.raises(PluginLoadError, match=r"plugin 'broken' \(regrad-broken 1.0\) could not be imported"):
+    with pytest.raises(
+        PluginLoadError, match=r"plugin 'broken' \(regrad-broken 1.0\) could not be imported"
+    ):
         regrad.load("broken")
 
 
@@ -142,7 +162,9 @@ def test_two_distributions_with_one_name_are_refused_and_both_named(install):
     install("regrad-gain", {"gain": "Gain"})
     install("rival-gain", {"gain": "Gain", "tilt": "Tilt"}, version="2.0")
     assert "regrad-gain 1.0 and rival-gain 2.0" in regrad.available()["gain"].refused
-    with pytest.raises(PluginLoadError, match=r"'gain' is offered by regrad-gain 1.0 and rival-gain 2.0; uninstall"):
+    with pytest.raises(
+        PluginLoadError, match=r"'gain' is offered by regrad-gain 1.0 and rival-gain 2.0; uninstall"
+    ):
         regrad.create("gain")
     assert regrad.create("tilt").name == "tilt"
 
@@ -174,14 +196,20 @@ def test_a_distribution_without_metadata_does_not_stop_the_listing(install, tmp_
 
 def test_a_distribution_without_a_summary_is_listed(install, tmp_path):
     install("regrad-gain", {"gain": "Gain"})
-    (tmp_path / "site" / "regrad_gain-1.0.dist-info" / "METADATA").write_text("Name: regrad-gain\nVersion: 1.0\n")
+    (tmp_path / "site" / "regrad_gain-1.0.dist-info" / "METADATA").write_text(
+        "Name: regrad-gain\nVersion: 1.0\n"
+    )
     assert regrad.available()["gain"].summary == ""
 
 
-@pytest.mark.parametrize(("name", "mend"), [("newer", "a newer regrad"), ("older", "a newer version of the plugin")])
+@pytest.mark.parametrize(
+    ("name", "mend"), [("newer", "a newer regrad"), ("older", "a newer version of the plugin")]
+)
 def test_a_plugin_for_another_api_is_refused_and_says_what_to_install(install, name, mend):
     install("regrad-other", {name: name.title()})
-    with pytest.raises(PluginLoadError, match=rf"plugin '{name}' \(regrad-other 1.0\) .*api \d+.*install {mend}"):
+    with pytest.raises(
+        PluginLoadError, match=rf"plugin '{name}' \(regrad-other 1.0\) .*api \d+.*install {mend}"
+    ):
         regrad.create(name)
 
 
@@ -189,18 +217,30 @@ def test_a_plugin_for_another_api_is_refused_and_says_what_to_install(install, n
 def test_a_plugin_for_a_newer_core_names_the_version_that_it_needs(install, source):
     needs = ["torch>=2.12", "regrad-data>=2", "regrad<0.9,>=0.8"]
     install("regrad-other", {"newer": "Newer"}, source=source, needs=needs)
-    with pytest.raises(PluginLoadError, match=r"plugin 'newer' \(regrad-other 1.0, for regrad<0.9,>=0.8\) "):
+    with pytest.raises(
+        PluginLoadError, match=r"plugin 'newer' \(regrad-other 1.0, for regrad<0.9,>=0.8\) "
+    ):
         regrad.create("newer")
 
 
 @pytest.mark.parametrize(
     ("variable", "names", "reason"),
     [
-        ("REGRAD_DISABLE", "other, gain", "REGRAD_DISABLE in the environment leaves out 'gain'; take it off that list"),
-        ("REGRAD_PLUGINS", "tilt other", "REGRAD_PLUGINS in the environment leaves out 'gain'; put it on that list"),
+        (
+            "REGRAD_DISABLE",
+            "other, gain",
+            "REGRAD_DISABLE in the environment leaves out 'gain'; take it off that list",
+        ),
+        (
+            "REGRAD_PLUGINS",
+            "tilt other",
+            "REGRAD_PLUGINS in the environment leaves out 'gain'; put it on that list",
+        ),
     ],
 )
-def test_the_environment_leaves_out_corrections_by_name(install, monkeypatch, variable, names, reason):
+def test_the_environment_leaves_out_corrections_by_name(
+    install, monkeypatch, variable, names, reason
+):
     install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
     monkeypatch.setenv(variable, names)
     assert regrad.available()["gain"].refused == reason
@@ -208,7 +248,9 @@ def test_the_environment_leaves_out_corrections_by_name(install, monkeypatch, va
         regrad.create("gain")
     assert regrad.create("tilt").name == "tilt"
     monkeypatch.setenv("REGRAD_PLUGINS", "pair tilt" if variable == "REGRAD_PLUGINS" else "")
-    with pytest.raises(PluginLoadError, match=re.escape(reason)):  # a part is left out of its composition too
+    with pytest.raises(
+        PluginLoadError, match=re.escape(reason)
+    ):  # a part is left out of its composition too
         regrad.create("pair")
 
 
@@ -236,17 +278,24 @@ def test_a_name_claimed_twice_is_said_before_what_the_environment_leaves_out(ins
     assert "uninstall all but one" in regrad.available()["gain"].refused
 
 
-def test_a_part_beside_its_composition_is_the_same_correction_twice_and_both_are_named(install, toys):
+def test_a_part_beside_its_composition_is_the_same_correction_twice_and_both_are_named(
+    install, toys
+):
     install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
     model = toys.Net()
     for given in (["pair", "gain"], ["gain", "pair"]):
-        with pytest.raises(RegradError, match=re.escape(f"must be different, got 'gain' twice in {given}")):
+        with pytest.raises(
+            RegradError, match=re.escape(f"must be different, got 'gain' twice in {given}")
+        ):
             regrad.attach(model, toys.sgd(model), given)
 
 
 def test_a_class_whose_name_differs_from_its_entry_point_is_refused(install):
     install("regrad-gain", {"gains": "Gain"})
-    with pytest.raises(PluginLoadError, match=r"plugin 'gains' \(regrad-gain 1.0\) must offer a class .*name.*'gains'"):
+    with pytest.raises(
+        PluginLoadError,
+        match=r"plugin 'gains' \(regrad-gain 1.0\) must offer a class .*name.*'gains'",
+    ):
         regrad.load("gains")
 
 
@@ -258,22 +307,33 @@ def test_a_class_without_a_name_is_refused(install):
 
 def test_an_object_that_is_no_correction_is_refused(install):
     install("regrad-gain", {"gain": "not_a_correction"})
-    with pytest.raises(PluginLoadError, match="must offer a Correction class or a Composition, got <object"):
+    with pytest.raises(
+        PluginLoadError, match="must offer a Correction class or a Composition, got <object"
+    ):
         regrad.load("gain")
 
 
 def test_an_unknown_name_lists_what_is_installed_and_the_nearest(install):
     install("regrad-gain", {"gain": "Gain"})
-    with pytest.raises(ValueError, match=r"no correction named 'gian'; installed: .*gain.*; did you mean 'gain'"):
+    with pytest.raises(
+        ValueError, match=r"no correction named 'gian'; installed: .*gain.*; did you mean 'gain'"
+    ):
         regrad.create("gian")
 
 
 def test_other_groups_follow_the_same_rules(install):
     install("regrad-tom", {"tom": "function"}, group="regrad.optimizers")
-    install("regrad-data", {"digit": "function"}, group="regrad.workloads", source="import no_such_module_at_all")
+    install(
+        "regrad-data",
+        {"digit": "function"},
+        group="regrad.workloads",
+        source="import no_such_module_at_all",
+    )
     assert regrad.load("tom", "regrad.optimizers")() == "called"
     assert "tom" not in regrad.available()
-    with pytest.raises(PluginLoadError, match=r"plugin 'digit' \(regrad-data 1.0\) could not be imported"):
+    with pytest.raises(
+        PluginLoadError, match=r"plugin 'digit' \(regrad-data 1.0\) could not be imported"
+    ):
         regrad.load("digit", "regrad.workloads")
     with pytest.raises(ValueError, match=r"no optimizer named 'tim'; installed: .*tom"):
         regrad.load("tim", "regrad.optimizers")
@@ -288,13 +348,18 @@ def test_a_composition_becomes_its_parts_with_prefixed_options(install, toys):
         ("tilt", {"amount": 0.5, "power": 4}),
     ]
     model = toys.Net()
-    assert [c.name for c in regrad.attach(model, toys.sgd(model), ["pair"]).corrections] == ["gain", "tilt"]
+    assert [c.name for c in regrad.attach(model, toys.sgd(model), ["pair"]).corrections] == [
+        "gain",
+        "tilt",
+    ]
 
 
 @pytest.mark.parametrize("option", ["amount=1", "other.amount=1", "gain.amonut=1"])
 def test_an_option_of_a_composition_that_no_part_has_is_refused(install, option):
     install("regrad-pair", {"gain": "Gain", "tilt": "Tilt", "pair": "pair"})
-    with pytest.raises(TypeError, match=r"'pair' must start with .*gain, tilt|has no option 'amonut'"):
+    with pytest.raises(
+        TypeError, match=r"'pair' must start with .*gain, tilt|has no option 'amonut'"
+    ):
         regrad.create(f"pair:{option}")
 
 

@@ -18,7 +18,9 @@ class Loop:
         self.model = toys.Net(dtype=torch.float32)
         self.optimizer = OPTIMIZERS[name](self.model.parameters(), fused)
         self.attachment = regrad.attach(self.model, self.optimizer, corrections)
-        self.scaler = torch.amp.GradScaler(device="cpu", init_scale=scale, enabled=scale is not None)
+        self.scaler = torch.amp.GradScaler(
+            device="cpu", init_scale=scale, enabled=scale is not None
+        )
 
     def step(self, *, seed=0, overflow=False):
         self.optimizer.zero_grad()
@@ -33,18 +35,29 @@ class Loop:
 def test_a_fused_optimizer_on_the_cpu_does_its_own_unscaling_which_the_other_tests_need(toys):
     for make in OPTIMIZERS.values():
         assert make(toys.Net().parameters(), True)._step_supports_amp_scaling
-        assert not getattr(make(toys.Net().parameters(), False), "_step_supports_amp_scaling", False)
+        assert not getattr(
+            make(toys.Net().parameters(), False), "_step_supports_amp_scaling", False
+        )
 
 
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_corrections_see_unscaled_gradients_and_the_result_is_that_without_a_scaler(toys, name, fused, unscale):
+def test_corrections_see_unscaled_gradients_and_the_result_is_that_without_a_scaler(
+    toys, name, fused, unscale
+):
     runs = []
     for scale in (None, 1024.0):
         spy = toys.Spy()
         corrections = [spy, toys.Push(amount=0.1), toys.Add(amount=0.01)]
-        loop = Loop(toys, corrections, name=name, fused=fused, scale=scale, unscale=unscale and scale is not None)
+        loop = Loop(
+            toys,
+            corrections,
+            name=name,
+            fused=fused,
+            scale=scale,
+            unscale=unscale and scale is not None,
+        )
         for seed in range(4):
             loop.step(seed=seed)
         runs.append((spy.gradients, toys.weights_of(loop.model), spy.learned))
@@ -63,7 +76,11 @@ def test_an_overflow_in_a_fused_optimizer_restores_and_calls_no_correction(toys,
     loop = Loop(toys, [shift, spy, toys.Boost()], name=name)
     loop.step()
     before = toys.weights_of(loop.model), loop.optimizer.state_dict()
-    state = {n: t.clone() for i, s in before[1]["state"].items() for n, t in ((f"{i}{k}", v) for k, v in s.items())}
+    state = {
+        n: t.clone()
+        for i, s in before[1]["state"].items()
+        for n, t in ((f"{i}{k}", v) for k, v in s.items())
+    }
     loop.step(seed=1, overflow=True)
     after = loop.optimizer.state_dict()["state"]
     assert same_bits(toys.weights_of(loop.model), before[0])
@@ -92,7 +109,9 @@ def test_after_an_overflow_training_goes_on_as_if_the_batch_had_not_been(toys, s
 
 
 @pytest.mark.parametrize("unscale", [False, True])
-def test_an_overflow_outside_the_optimizer_leaves_the_window_open_and_harmless(toys, same_bits, unscale):
+def test_an_overflow_outside_the_optimizer_leaves_the_window_open_and_harmless(
+    toys, same_bits, unscale
+):
     shift, spy = toys.Shift(), toys.Spy()
     loop = Loop(toys, [shift, spy, toys.Boost()], fused=False, unscale=unscale)
     loop.step()

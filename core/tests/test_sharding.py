@@ -14,7 +14,9 @@ dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.fl
 
 
 def filled(shape, dtype, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def looped(tensor, axis):
@@ -33,9 +35,13 @@ def test_row_norms_are_those_of_a_loop_for_every_axis(shape, dtype, seed, data):
     axis = data.draw(st.sampled_from([None, *range(len(shape)), *(range(-len(shape), 0))]))
     norms = row_norms(tensor, axis)
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
-    assert norms.flatten().tolist() == pytest.approx(looped(tensor.double(), axis), rel=tolerance, abs=1e-30)
+    assert norms.flatten().tolist() == pytest.approx(
+        looped(tensor.double(), axis), rel=tolerance, abs=1e-30
+    )
     assert norms.dtype is torch.promote_types(dtype, torch.float32)
-    expected = tuple(size if axis is not None and d == axis % len(shape) else 1 for d, size in enumerate(shape))
+    expected = tuple(
+        size if axis is not None and d == axis % len(shape) else 1 for d, size in enumerate(shape)
+    )
     assert tuple(norms.shape) == expected
     assert torch.broadcast_shapes(norms.shape, tensor.shape) == tensor.shape
 
@@ -46,7 +52,9 @@ def test_the_total_norm_is_that_of_all_numbers_together(many, seed):
     tensors = [filled(shape, dtype, seed + i) for i, (shape, dtype) in enumerate(many)]
     numbers = [value for tensor in tensors for value in tensor.double().flatten().tolist()]
     # One tensor in half precision bounds what the sum can be known to.
-    assert float(total_norm(tensors)) == pytest.approx(math.sqrt(sum(v * v for v in numbers)), rel=1e-2, abs=1e-30)
+    assert float(total_norm(tensors)) == pytest.approx(
+        math.sqrt(sum(v * v for v in numbers)), rel=1e-2, abs=1e-30
+    )
 
 
 def test_the_total_norm_in_double_precision_is_exact():

@@ -18,7 +18,9 @@ def shifted(toys):
 
 def moved_by(toys, model, true, amount):
     now = toys.weights_of(model)
-    return all(torch.equal(now[name], weight + toys.away(weight, amount)) for name, weight in true.items())
+    return all(
+        torch.equal(now[name], weight + toys.away(weight, amount)) for name, weight in true.items()
+    )
 
 
 def test_the_forward_sees_moved_weights_and_the_correction_true_ones(toys, same_bits, shifted):
@@ -35,14 +37,18 @@ def test_the_forward_sees_moved_weights_and_the_correction_true_ones(toys, same_
     assert shift.calls == 3
 
 
-def test_the_gradient_is_that_at_the_moved_weights_and_the_update_starts_at_the_true_ones(toys, shifted):
+def test_the_gradient_is_that_at_the_moved_weights_and_the_update_starts_at_the_true_ones(
+    toys, shifted
+):
     model, optimizer, *_ = shifted
     twin = toys.moved(toys.Net(), 0.1)
     toys.loss_of(twin).backward()
     true = toys.weights_of(model)
     toys.train_step(model, optimizer)
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(parameter.detach(), true[name] - 0.1 * other.grad, rtol=0, atol=1e-15)
+        torch.testing.assert_close(
+            parameter.detach(), true[name] - 0.1 * other.grad, rtol=0, atol=1e-15
+        )
 
 
 def test_restoring_is_bit_exact_for_zeros_of_both_signs_and_tiny_numbers(same_bits):
@@ -71,7 +77,9 @@ def test_restoring_is_bit_exact_after_the_model_changed_its_precision(toys, same
     assert same_bits(spy.weights[2], true)
 
 
-def test_a_prediction_with_the_wrong_number_of_displacements_is_refused_with_nothing_moved(toys, same_bits):
+def test_a_prediction_with_the_wrong_number_of_displacements_is_refused_with_nothing_moved(
+    toys, same_bits
+):
     class Short(toys.Shift):
         def predict_weights(self, step):
             return super().predict_weights(step)[:-1]
@@ -88,14 +96,18 @@ def test_entries_of_none_stay_where_they_are(toys):
     class Head(toys.Shift):
         def predict_weights(self, step):
             moves = super().predict_weights(step)
-            return [m if n.startswith("head") else None for n, m in zip(step.names, moves, strict=True)]
+            return [
+                m if n.startswith("head") else None for n, m in zip(step.names, moves, strict=True)
+            ]
 
     model = toys.Net()
     optimizer = toys.sgd(model)
     regrad.attach(model, optimizer, [Head()])
     true = toys.weights_of(model)
     toys.loss_of(model).backward()
-    moved = [name for name, now in toys.weights_of(model).items() if not torch.equal(now, true[name])]
+    moved = [
+        name for name, now in toys.weights_of(model).items() if not torch.equal(now, true[name])
+    ]
     assert moved == ["head.weight", "head.bias"]
     optimizer.step()
 
@@ -113,7 +125,9 @@ def test_no_prediction_in_evaluation_mode_or_without_gradients(toys, same_bits, 
     assert same_bits(toys.weights_of(model), true)
 
 
-def test_an_evaluation_forward_closes_the_window_and_the_next_training_forward_predicts_again(toys, same_bits, shifted):
+def test_an_evaluation_forward_closes_the_window_and_the_next_training_forward_predicts_again(
+    toys, same_bits, shifted
+):
     model, optimizer, shift, spy, _ = shifted
     true = toys.weights_of(model)
     toys.loss_of(model).backward()
@@ -139,7 +153,9 @@ def test_an_evaluation_between_forward_and_backward_is_loud_on_plain_tensors(toy
         loss.backward()
 
 
-def test_a_training_forward_without_gradients_inside_the_window_sees_moved_weights_as_documented(toys, shifted):
+def test_a_training_forward_without_gradients_inside_the_window_sees_moved_weights_as_documented(
+    toys, shifted
+):
     model, *_ = shifted
     toys.loss_of(model).backward()
     with torch.no_grad():
@@ -206,7 +222,9 @@ def test_loading_inside_the_window_writes_what_was_loaded(toys, same_bits, shift
     assert same_bits(spy.weights[0], toys.weights_of(other))
 
 
-def test_a_partial_load_inside_the_window_leaves_the_rest_at_the_true_weights(toys, same_bits, shifted):
+def test_a_partial_load_inside_the_window_leaves_the_rest_at_the_true_weights(
+    toys, same_bits, shifted
+):
     model, optimizer, _, spy, _ = shifted
     true = toys.weights_of(model)
     other = {"head.weight": torch.full((2, 4), 9.0, dtype=torch.float64)}
@@ -229,7 +247,9 @@ def test_reentrant_checkpointing_of_a_part_gives_the_same_numbers(toys, same_bit
     class Checkpointed(toys.Net):
         def forward(self, x):
             hidden = torch.tanh(self.body(x))
-            return self.head(torch.utils.checkpoint.checkpoint(self.norm, hidden, use_reentrant=True))
+            return self.head(
+                torch.utils.checkpoint.checkpoint(self.norm, hidden, use_reentrant=True)
+            )
 
     results = []
     for kind in (toys.Net, Checkpointed):
@@ -250,7 +270,11 @@ def test_reentrant_checkpointing_of_the_whole_model_is_never_silently_wrong(toys
         regrad.attach(model, optimizer, [toys.Shift()])
         inputs, labels = toys.batch()
         inputs.requires_grad_()
-        logits = torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=True) if checkpointed else model(inputs)
+        logits = (
+            torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=True)
+            if checkpointed
+            else model(inputs)
+        )
         try:
             torch.nn.functional.cross_entropy(logits, labels).backward()
             optimizer.step()

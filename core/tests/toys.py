@@ -111,7 +111,9 @@ class Spy(Correction):
     def correct_gradients(self, step):
         pairs = zip(step.names, step.gradients, strict=True)
         self.gradients.append({name: None if g is None else g.clone() for name, g in pairs})
-        self.weights.append({n: p.detach().clone() for n, p in zip(step.names, step.parameters, strict=True)})
+        self.weights.append(
+            {n: p.detach().clone() for n, p in zip(step.names, step.parameters, strict=True)}
+        )
         self.indices.append(step.index)
 
     def after_step(self, step):
@@ -196,7 +198,9 @@ class Listen(Correction):
 
     def setup(self, attachment):
         module = attachment.model.get_submodule(self.options.target)
-        attachment.hook_forward(module, lambda module, inputs, output: self.heard.append(tuple(output.shape)))
+        attachment.hook_forward(
+            module, lambda module, inputs, output: self.heard.append(tuple(output.shape))
+        )
 
     def idle_reason(self):
         return None
@@ -264,7 +268,9 @@ def fill(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
+            )
 
 
 def batch(size: int = 8, *, seed: int = 0, dtype: torch.dtype = torch.float64):

@@ -30,7 +30,9 @@ def run(rank, folder):
     for name, case in list(cases()):
         store = distributed.FileStore(str(folder / name), WORLD)
         options = {"rank": rank, "world_size": WORLD, "timeout": PATIENCE}
-        distributed.init_process_group("gloo", store=distributed.PrefixStore("group", store), **options)
+        distributed.init_process_group(
+            "gloo", store=distributed.PrefixStore("group", store), **options
+        )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")

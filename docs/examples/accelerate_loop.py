@@ -17,7 +17,9 @@ accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 rows = TensorDataset(torch.randn(256, 20), torch.randint(4, (256,)))
 model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows, batch_size=32, shuffle=True))
+model, optimizer, loader = accelerator.prepare(
+    model, optimizer, DataLoader(rows, batch_size=32, shuffle=True)
+)
 
 attachment = regrad.attach(model, optimizer, ["xgrad", "agc"])
 for epoch in range(4):

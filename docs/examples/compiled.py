@@ -43,7 +43,9 @@ def main() -> None:
     numbers = attachment.metrics()
     print(attachment)
     print(f"steps: {numbers['steps_applied']:.0f}")
-    print(f"xgrad moved the weights by {numbers['xgrad/weights/relative_change']:.1e} of their norm")
+    print(
+        f"xgrad moved the weights by {numbers['xgrad/weights/relative_change']:.1e} of their norm"
+    )
     print(f"agc clipped {numbers['agc/share_clipped']:.0%} of the units")
     print(f"compiled against plain: largest difference {difference:.0e}")
     if difference > 1e-5:

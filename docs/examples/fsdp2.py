@@ -31,7 +31,9 @@ def train(model: nn.Module, part: slice) -> tuple[list[torch.Tensor], regrad.Att
         optimizer.step()
         optimizer.zero_grad()
     attachment.detach()
-    return [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()], attachment
+    return [
+        p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()
+    ], attachment
 
 
 def main() -> None:
@@ -48,12 +50,16 @@ def main() -> None:
     each = 32 // world
     weights, attachment = train(sharded, slice(rank * each, (rank + 1) * each))
     expected, _ = train(alone, slice(None))
-    difference = max((one - other).abs().max().item() for one, other in zip(weights, expected, strict=True))
+    difference = max(
+        (one - other).abs().max().item() for one, other in zip(weights, expected, strict=True)
+    )
     if rank == 0:
         numbers = attachment.metrics()
         print(attachment)
         print(f"steps: {numbers['steps_applied']:.0f}, on {world} processes")
-        print(f"xgrad moved this process's part by {numbers['xgrad/weights/relative_change']:.1e} of its norm")
+        print(
+            f"xgrad moved this process's part by {numbers['xgrad/weights/relative_change']:.1e} of its norm"
+        )
         print(f"sharded against one process: largest difference {difference:.0e}")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -12,7 +12,12 @@ from regrad_transformers import RegradCallback
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 set_seed(0)
-sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+sizes = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=32, **sizes))
 starts = torch.randint(64, (128, 1))
 sentences = (starts + torch.arange(16)) % 64  # every word follows from the one before
@@ -30,7 +35,11 @@ with tempfile.TemporaryDirectory() as folder:
     )
     callback = RegradCallback(["xgrad", "powergrad", "agc"])
     trainer = Trainer(
-        model, arguments, train_dataset=rows, callbacks=[callback], compute_loss_func=callback.compute_loss
+        model,
+        arguments,
+        train_dataset=rows,
+        callbacks=[callback],
+        compute_loss_func=callback.compute_loss,
     )
     trainer.train()
 

@@ -21,7 +21,10 @@ CLIPPED = "gradients are read as the loop leaves them at step(): clipping in the
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, corrections: Sequence[str | Correction], criterion: Criterion | None = None
+    model: nn.Module,
+    optimizer: Optimizer,
+    corrections: Sequence[str | Correction],
+    criterion: Criterion | None = None,
 ) -> "Attachment":
     """Bind corrections to a model and its optimizer; the training loop stays as it is.
 
@@ -55,7 +58,11 @@ def attach(
     """
     if isinstance(corrections, str):
         raise TypeError(f"corrections must be a list, got {corrections!r}; write [{corrections!r}]")
-    made = [c for item in corrections for c in (registry.created(item) if isinstance(item, str) else (item,))]
+    made = [
+        c
+        for item in corrections
+        for c in (registry.created(item) if isinstance(item, str) else (item,))
+    ]
     for index, correction in enumerate(made):
         if not isinstance(correction, Correction):
             raise TypeError(f"corrections must be names or Correction objects, got {correction!r}")
@@ -83,7 +90,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             with `engine.registry.register`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, given: Sequence[Correction], criterion: Any) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, given: Sequence[Correction], criterion: Any
+    ) -> None:
         self.model, self.optimizer, self._outer = hooks.innermost_module(model), optimizer, model
         self.corrections, self.reasons = order.resolve_order(given)
         self._original = self._criterion = criterion
@@ -110,7 +119,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             with torch.random.fork_rng(devices=[]):
                 call(attachment=self)
         for owner, call in self.engine.callers["wrap_criterion"]:
-            self._criterion = SwitchingCriterion(self.engine, owner, self._original, call(criterion=self._original))
+            self._criterion = SwitchingCriterion(
+                self.engine, owner, self._original, call(criterion=self._original)
+            )
 
     def _register(self) -> None:
         """Put the hooks on model and optimizer."""
@@ -135,13 +146,18 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             RegradError: If the model was compiled and called already: the hook would never fire.
         """
         traced = hooks.was_compiled_and_called(self._outer)
-        refuse_if(traced, "submodule hooks must be set before the first compiled call; attach earlier")
+        refuse_if(
+            traced, "submodule hooks must be set before the first compiled call; attach earlier"
+        )
         self._handles.append(module.register_forward_hook(hooks.Hook(module, function)))
 
     @property
     def criterion(self) -> Criterion:
         """The criterion to call in the loop, corrected in training mode, the original otherwise."""
-        refuse_if(self._criterion is None, "attachment has no criterion; pass attach(…, criterion=criterion)")
+        refuse_if(
+            self._criterion is None,
+            "attachment has no criterion; pass attach(…, criterion=criterion)",
+        )
         return self._criterion  # type: ignore[no-any-return]
 
     def detach(self) -> None:
@@ -163,10 +179,19 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
 
     def metrics(self) -> dict[str, float]:
         """Return counts, effects ("<correction>/<stage>/<measure>") and each correction's own metrics."""
-        values = {"steps_applied": float(self.engine.applied), "steps_skipped": float(self.engine.skipped)}
+        values = {
+            "steps_applied": float(self.engine.applied),
+            "steps_skipped": float(self.engine.skipped),
+        }
         for name, stages in self.engine.meter.effects().items():
-            values |= {f"{name}/{stage}/{key}": v for stage, seen in stages.items() for key, v in seen.items()}
-        return values | {f"{c.name}/{key}": float(v) for c in self.corrections for key, v in c.metrics().items()}
+            values |= {
+                f"{name}/{stage}/{key}": v
+                for stage, seen in stages.items()
+                for key, v in seen.items()
+            }
+        return values | {
+            f"{c.name}/{key}": float(v) for c in self.corrections for key, v in c.metrics().items()
+        }
 
     def receipt(self) -> dict[str, Any]:
         """Return what really happened, as plain values that JSON can hold.
@@ -179,16 +204,35 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         step, engine, rows = self.engine.step(), self.engine, []
         for c in self.corrections:
             on_weights = {"gradient", "moment", "weights"} & set(c.needs.stages)
-            matched = [n for n, p in zip(step.names, step.parameters, strict=True) if on_weights and c.selects(n, p)]
+            matched = [
+                n
+                for n, p in zip(step.names, step.parameters, strict=True)
+                if on_weights and c.selects(n, p)
+            ]
             options = json.loads(json.dumps(vars(c.options), default=str))
             row = {"name": c.name, **registry.origin(c), "options": options}
             rows.append(row | {"stages": list(c.needs.stages), "matched": matched})
-        counts = {"parameters": len(step.names), "steps_applied": engine.applied, "steps_skipped": engine.skipped}
-        machine = {"python": platform.python_version(), "torch": str(torch.__version__), "regrad": version("regrad")}
+        counts = {
+            "parameters": len(step.names),
+            "steps_applied": engine.applied,
+            "steps_skipped": engine.skipped,
+        }
+        machine = {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "regrad": version("regrad"),
+        }
         machine["device"] = ", ".join(sorted({str(p.device) for p in step.parameters}))
-        seen = {"effects": engine.meter.effects(), "seed": torch.initial_seed(), "environment": machine}
+        seen = {
+            "effects": engine.meter.effects(),
+            "seed": torch.initial_seed(),
+            "environment": machine,
+        }
         reads = engine.callers["correct_gradients"] or engine.callers["correct_moments"]
-        told = {"order": [c.name for c in self.corrections], "notes": [*self.reasons, *([CLIPPED] if reads else [])]}
+        told = {
+            "order": [c.name for c in self.corrections],
+            "notes": [*self.reasons, *([CLIPPED] if reads else [])],
+        }
         return {"corrections": rows, **told, **counts, **seen}
 
     def explain(self, batch: Any) -> explain.Explanation:
@@ -208,7 +252,11 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
     def state_dict(self) -> dict[str, Any]:
         """Return the corrections' state by name, with effects and receipt. Plain values and tensors only."""
         states = {c.name: c.state_dict() for c in self.corrections}
-        return {"corrections": states, "effects": dict(self.engine.meter.sums), "receipt": self.receipt()}
+        return {
+            "corrections": states,
+            "effects": dict(self.engine.meter.sums),
+            "receipt": self.receipt(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Take back what `state_dict` returned.
@@ -222,13 +270,20 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             RegradError: If `strict` and anything differs; says what.
         """
         found = "; ".join(_differences(state["receipt"], self.receipt()))
-        refuse_if(strict and found, f"state must come from the same corrections; {found}; or pass strict=False")
+        refuse_if(
+            strict and found,
+            f"state must come from the same corrections; {found}; or pass strict=False",
+        )
         self.engine.close_window()
-        self.engine.applied, self.engine.skipped = (int(state["receipt"][f"steps_{k}"]) for k in ("applied", "skipped"))
+        self.engine.applied, self.engine.skipped = (
+            int(state["receipt"][f"steps_{k}"]) for k in ("applied", "skipped")
+        )
         for correction in self.corrections:
             if correction.name in state["corrections"]:
                 correction.load_state_dict(state["corrections"][correction.name])
-                self.engine.meter.sums |= {k: s for k, s in state["effects"].items() if k[0] == correction.name}
+                self.engine.meter.sums |= {
+                    k: s for k, s in state["effects"].items() if k[0] == correction.name
+                }
 
     def __str__(self) -> str:
         chain = " → ".join(map(repr, self.corrections)) or "no corrections"
@@ -237,8 +292,15 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Return one line per correction that is missing, added, or has other options."""
-    old, new = ({c["name"]: c["options"] for c in receipt["corrections"]} for receipt in (theirs, ours))
-    lines = [f"{name!r} is {'missing' if name in old else 'new'} here" for name in sorted(old.keys() ^ new.keys())]
+    old, new = (
+        {c["name"]: c["options"] for c in receipt["corrections"]} for receipt in (theirs, ours)
+    )
+    lines = [
+        f"{name!r} is {'missing' if name in old else 'new'} here"
+        for name in sorted(old.keys() ^ new.keys())
+    ]
     pairs = [(name, key) for name in old if name in new for key in {**old[name], **new[name]}]
     changed = [(name, key) for name, key in pairs if old[name].get(key) != new[name].get(key)]
-    return lines + [f"{n}.{key} was {old[n].get(key)!r}, is {new[n].get(key)!r}" for n, key in changed]
+    return lines + [
+        f"{n}.{key} was {old[n].get(key)!r}, is {new[n].get(key)!r}" for n, key in changed
+    ]

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 API_VERSION = 1
 
 Stage = Literal["hidden", "criterion", "weights", "gradient", "moment"]
-HOOK_OF_STAGE: dict[Stage, str] = dict(zip(typing.get_args(Stage), HOOKS, strict=False))  # the last hook has no stage
+HOOK_OF_STAGE: dict[Stage, str] = dict(
+    zip(typing.get_args(Stage), HOOKS, strict=False)
+)  # the last hook has no stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,9 @@ def _fits(value: object, annotation: Any) -> bool:
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """Return '; did you mean ...?' where a known name is near, else nothing."""
-    return "".join(f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, list(known), n=1))
+    return "".join(
+        f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, list(known), n=1)
+    )
 
 
 class Correction:
@@ -143,8 +147,14 @@ class Correction:
         for key, value in options.items():
             unknown = f"{self.name} has no option {key!r}; allowed: {', '.join(hints) or 'none'}"
             refuse_if(key not in hints, unknown + did_you_mean(key, hints), TypeError)
-            wanted = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).removeprefix("typing.")
-            refuse_if(not _fits(value, hints[key]), f"{key} must be {wanted}, got {value!r}", TypeError)
+            wanted = (
+                hints[key].__name__
+                if isinstance(hints[key], type)
+                else str(hints[key]).removeprefix("typing.")
+            )
+            refuse_if(
+                not _fits(value, hints[key]), f"{key} must be {wanted}, got {value!r}", TypeError
+            )
         self.options = self.Options(**options)
         self.attachment: Any = None
 
@@ -179,12 +189,20 @@ class Correction:
     @classmethod
     def check_class(cls) -> None:
         """Raise `RegradError` unless the declared stages and the implemented hooks agree."""
-        known = isinstance(getattr(cls, "name", None), str) and isinstance(getattr(cls, "needs", None), Needs)
+        known = isinstance(getattr(cls, "name", None), str) and isinstance(
+            getattr(cls, "needs", None), Needs
+        )
         refuse_if(not known, f"{cls.__name__} must declare name (a string) and needs (a Needs)")
         mine, who = cls.needs.stages, f"correction {cls.name!r}"
         refuse_if(not mine, f"{who} implements no stage; stages: {', '.join(HOOK_OF_STAGE)}")
         for stage, hook in HOOK_OF_STAGE.items():
             near = did_you_mean(hook, (name for name in dir(cls) if not name.startswith("_")))
-            lacks, extra = stage in mine and not hasattr(cls, hook), stage not in mine and hasattr(cls, hook)
+            lacks, extra = (
+                stage in mine and not hasattr(cls, hook),
+                stage not in mine and hasattr(cls, hook),
+            )
             refuse_if(lacks, f"{who} declares stage {stage!r} but has no method {hook!r}{near}")
-            refuse_if(extra and stage != "hidden", f"{who} implements {hook!r} but does not declare stage {stage!r}")
+            refuse_if(
+                extra and stage != "hidden",
+                f"{who} implements {hook!r} but does not declare stage {stage!r}",
+            )

@@ -28,10 +28,18 @@ class HookRegistry(pluggy.PluginManager):
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         """Return the options of one implementation; raise `RegradError` where its kind is not allowed."""
         marked: Any = super().parse_hookimpl_opts(plugin, name)
-        placing = [o for o in ("wrapper", "hookwrapper", "tryfirst", "trylast") if marked and marked[o]]
+        placing = [
+            o for o in ("wrapper", "hookwrapper", "tryfirst", "trylast") if marked and marked[o]
+        ]
         own = isinstance(plugin, Correction)
-        refuse_if(own and placing, f"{plugin!r} must not mark {name!r} with {placing}; declare before or after")
-        refuse_if(marked and not own and "wrapper" not in placing, f"{plugin!r} must mark {name!r} with wrapper=True")
+        refuse_if(
+            own and placing,
+            f"{plugin!r} must not mark {name!r} with {placing}; declare before or after",
+        )
+        refuse_if(
+            marked and not own and "wrapper" not in placing,
+            f"{plugin!r} must mark {name!r} with wrapper=True",
+        )
         return {} if own and marked is None and name in HOOKS else marked
 
 
@@ -50,7 +58,9 @@ class Engine:
         seconds: Host time spent in each correction's hooks so far, by name.
     """
 
-    def __init__(self, model: nn.Module, optimizer: optim.Optimizer, corrections: Sequence[Correction]) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: optim.Optimizer, corrections: Sequence[Correction]
+    ) -> None:
         self.model, self.optimizer, self.corrections = model, optimizer, corrections
         self.window, self.meter = window.Window(), Meter()
         self._names: dict[Tensor, str] = {}
@@ -63,18 +73,34 @@ class Engine:
             self.registry.register(correction, correction.name)
         self.registry.check_pending()
         self.registry.register(self.meter, "regrad effect meter")
-        self.callers: dict[str, list[tuple[Correction, Callable[..., Any]]]] = {hook: [] for hook in HOOKS}
-        acting = {c: {"setup", "after_step", *(HOOK_OF_STAGE[s] for s in c.needs.stages)} for c in corrections}
-        for c, hook in ((c, hook) for c in corrections for hook in HOOKS if hook in acting[c] and hasattr(c, hook)):
-            others = [other for other in corrections if other is not c]  # a caller reaches one correction: design §3
+        self.callers: dict[str, list[tuple[Correction, Callable[..., Any]]]] = {
+            hook: [] for hook in HOOKS
+        }
+        acting = {
+            c: {"setup", "after_step", *(HOOK_OF_STAGE[s] for s in c.needs.stages)}
+            for c in corrections
+        }
+        for c, hook in (
+            (c, hook)
+            for c in corrections
+            for hook in HOOKS
+            if hook in acting[c] and hasattr(c, hook)
+        ):
+            others = [
+                other for other in corrections if other is not c
+            ]  # a caller reaches one correction: design §3
             self.callers[hook].append((c, self.registry.subset_hook_caller(hook, others)))
 
     def step(self) -> Step:
         """Return the coming optimizer step as it stands now; parameters may have come since the last."""
         step = Step(self.optimizer, self.applied)
         if any(p not in self._names for p in step.parameters):
-            self._names |= {p: re.sub(hooks.WRAPPER, "", name) for name, p in self.model.named_parameters()}
-        step.names = [self._names.setdefault(p, f"unnamed.{i}") for i, p in enumerate(step.parameters)]
+            self._names |= {
+                p: re.sub(hooks.WRAPPER, "", name) for name, p in self.model.named_parameters()
+            }
+        step.names = [
+            self._names.setdefault(p, f"unnamed.{i}") for i, p in enumerate(step.parameters)
+        ]
         return step
 
     @torch.no_grad()
@@ -89,12 +115,17 @@ class Engine:
 
     def is_sharded(self) -> bool:
         """Say whether any parameter is a shard now."""
-        return any(sharding.is_sharded(p) for group in self.optimizer.param_groups for p in group["params"])
+        return any(
+            sharding.is_sharded(p) for group in self.optimizer.param_groups for p in group["params"]
+        )
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
-            refuse_if(self._graph_waits and self.window.moved, "no evaluation between forward and backward under FSDP2")
+            refuse_if(
+                self._graph_waits and self.window.moved,
+                "no evaluation between forward and backward under FSDP2",
+            )
             self.close_window()
         elif torch.is_grad_enabled():
             self.forwards += 1
@@ -104,7 +135,9 @@ class Engine:
     def _open_window(self, module: nn.Module) -> None:
         first = next(iter(module._forward_pre_hooks.values()))
         hidden = self.is_sharded() and getattr(first, "function", None) != self.before_forward
-        refuse_if(hidden, "the prediction must run before FSDP2's own hook; attach after fully_shard()")
+        refuse_if(
+            hidden, "the prediction must run before FSDP2's own hook; attach after fully_shard()"
+        )
         self._refuse_nested("checkpoint parts of the model, or with use_reentrant=False")
         step = self.step()
         if self.window.open(step.parameters, self.run("predict_weights", step)):
@@ -118,9 +151,15 @@ class Engine:
                 leaf.register_hook(lambda _: setattr(self, "_graph_waits", False))  # type: ignore[no-untyped-call]
 
     def _refuse_nested(self, why: str) -> None:
-        refuse_if(torch._C._current_graph_task_id() != -1, f"a step must not begin or end inside backward; {why}")
+        refuse_if(
+            torch._C._current_graph_task_id() != -1,
+            f"a step must not begin or end inside backward; {why}",
+        )
         captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-        refuse_if(captured, "a whole step must not be captured in a CUDA graph; capture forward and backward alone")
+        refuse_if(
+            captured,
+            "a whole step must not be captured in a CUDA graph; capture forward and backward alone",
+        )
 
     def close_window(self, *_: Any) -> None:
         """Restore the weights if they are moved."""
@@ -135,7 +174,9 @@ class Engine:
             for module in (m for m in self.model.modules() if isinstance(m, FSDPModule)):
                 module.reshard()
 
-    def before_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_step(
+        self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Correct now, or, where a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
         self._calls = 0
@@ -149,7 +190,9 @@ class Engine:
         self.close_window()
         self._calls += 1
         unfit = [c.name for c in self.corrections if not c.needs.closures and self._calls > 1]
-        refuse_if(unfit, f"{', '.join(unfit)} must see one closure call per step, got {self._calls}")
+        refuse_if(
+            unfit, f"{', '.join(unfit)} must see one closure call per step, got {self._calls}"
+        )
         self._skipping = bool(getattr(self.optimizer, "found_inf", None))
         if self._skipping or not self.corrections:
             return
@@ -162,8 +205,14 @@ class Engine:
     def _check(self, step: Step) -> None:
         """Refuse sparse gradients without a rule; warn once where no training forward was seen."""
         unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
-        sparse = [n for n, g in zip(step.names, step.gradients, strict=True) if g is not None and g.is_sparse]
-        refuse_if(unfit and sparse, f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
+        sparse = [
+            n
+            for n, g in zip(step.names, step.gradients, strict=True)
+            if g is not None and g.is_sparse
+        ]
+        refuse_if(
+            unfit and sparse, f"{unfit} must not see sparse gradients, got them for {sparse[:3]}"
+        )
         if self.forwards == 0 and not self._warned:
             self._warned = True
             warnings.warn(NO_FORWARD, RegradWarning, stacklevel=2)
@@ -172,7 +221,12 @@ class Engine:
     def _unscale(self) -> None:
         """Take over from a fused optimizer what it would do itself under a GradScaler, frozen parameters included."""
         scale: Any = getattr(self.optimizer, "grad_scale", None)
-        gradients = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
+        gradients = (
+            p.grad
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        )
         for gradient in sharding.locals_of(gradients) if scale is not None else ():
             gradient.div_(scale.to(gradient.device))
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -207,7 +261,12 @@ class SwitchingCriterion:
     """
 
     def __init__(self, engine: Engine, owner: Correction, original: Any, corrected: Any) -> None:
-        self._engine, self._owner, self.original, self.corrected = engine, owner, original, corrected
+        self._engine, self._owner, self.original, self.corrected = (
+            engine,
+            owner,
+            original,
+            corrected,
+        )
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Return the loss, as the criterion does."""
@@ -231,4 +290,6 @@ class SwitchingCriterion:
             pairs = zip((self.original, self.corrected), leaves, strict=True)
             values = [criterion(leaf, *rest, **options).sum() for criterion, leaf in pairs]
         gradients = torch.autograd.grad(values, leaves)
-        self._engine.meter.observe(self._owner.name, "criterion", *({"logits": g} for g in gradients))
+        self._engine.meter.observe(
+            self._owner.name, "criterion", *({"logits": g} for g in gradients)
+        )

@@ -34,29 +34,54 @@ class Explanation:
     notes: list[str]
 
     def __str__(self) -> str:
-        form, head = "{:<16} {:<10} {:<40} {:>15.4} {:>8.4}", "{:<16} {:<10} {:<40} {:>15} {:>8}".format(*COLUMNS)
+        form, head = (
+            "{:<16} {:<10} {:<40} {:>15.4} {:>8.4}",
+            "{:<16} {:<10} {:<40} {:>15} {:>8}".format(*COLUMNS),
+        )
         return "\n".join([head, *(form.format(*row.values()) for row in self.rows), *self.notes])
 
 
 def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation:
     """Run one batch and every correction on copies of model, optimizer and corrections."""
-    rows, live, sharded = list[dict[str, Any]](), attachment.corrections, attachment.engine.is_sharded()
-    refuse_if(sharded, "explain works on a copy, and FSDP2 modules cannot be copied; explain before fully_shard()")
+    rows, live, sharded = (
+        list[dict[str, Any]](),
+        attachment.corrections,
+        attachment.engine.is_sharded(),
+    )
+    refuse_if(
+        sharded,
+        "explain works on a copy, and FSDP2 modules cannot be copied; explain before fully_shard()",
+    )
     model, optimizer = copy.deepcopy((attachment.model, attachment.optimizer))
     twins = [type(c)(**vars(c.options)) for c in live]
     devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices), type(attachment)(model, optimizer, twins, criterion) as trial:
+    with (
+        torch.random.fork_rng(devices),
+        type(attachment)(model, optimizer, twins, criterion) as trial,
+    ):
         trial.load_state_dict(copy.deepcopy(attachment.state_dict()))
         trial.engine.meter.detail = []
         _loss_of(model.train(), trial.criterion if criterion else None, batch).backward()  # type: ignore[no-untyped-call]
         trial.engine.correct()
         for name, stage, names, table in trial.engine.meter.detail:
             measures = (column.tolist() for column in change_and_cosine(table))
-            rows += [dict(zip(COLUMNS, (name, stage, *row), strict=True)) for row in zip(names, *measures, strict=True)]
-    quiet = [c.name for c in live if not any(row["correction"] == c.name and row["relative_change"] for row in rows)]
-    notes = [f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)" for name in quiet]
+            rows += [
+                dict(zip(COLUMNS, (name, stage, *row), strict=True))
+                for row in zip(names, *measures, strict=True)
+            ]
+    quiet = [
+        c.name
+        for c in live
+        if not any(row["correction"] == c.name and row["relative_change"] for row in rows)
+    ]
+    notes = [
+        f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)"
+        for name in quiet
+    ]
     learned = [reason for reason in trial.reasons if reason not in attachment.reasons]
-    return Explanation(rows, dict(trial.engine.seconds), [*attachment.receipt()["notes"], *learned, *notes])
+    return Explanation(
+        rows, dict(trial.engine.seconds), [*attachment.receipt()["notes"], *learned, *notes]
+    )
 
 
 def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:

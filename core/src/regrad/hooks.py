@@ -26,7 +26,9 @@ class Hook:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
         """Run the function if the event is the own module's."""
-        return self.function(module, *arguments) if self.function and module is self.module else None
+        return (
+            self.function(module, *arguments) if self.function and module is self.module else None
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:  # copy and deepcopy use it too
         return type(self), (None, None)
@@ -48,18 +50,24 @@ def innermost_optimizer(optimizer: Any) -> optim.Optimizer:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}"
+        )
     return optimizer
 
 
 def was_compiled_and_called(model: nn.Module) -> bool:
     """Say whether torch.compile has already traced `model`: hooks added now would never fire inside."""
-    compiled = [m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None]
+    compiled = [
+        m for m in model.modules() if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None
+    ]
     if not compiled:
         return False
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list  # noqa: PLC0415 - loads the compiler
 
-    return any(_debug_get_cache_entry_list(type(innermost_module(m)).forward.__code__) for m in compiled)
+    return any(
+        _debug_get_cache_entry_list(type(innermost_module(m)).forward.__code__) for m in compiled
+    )
 
 
 def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[], None]) -> Any:
@@ -74,7 +82,9 @@ def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[
         then()
         return loss
 
-    return (optimizer, corrected_closure, *rest), {key: kwargs[key] for key in kwargs if key != "closure"}
+    return (optimizer, corrected_closure, *rest), {
+        key: kwargs[key] for key in kwargs if key != "closure"
+    }
 
 
 @dataclass(frozen=True)
@@ -109,16 +119,26 @@ class ForwardRecord:
         self._names = {module: name for name, module in model.named_modules()}
         self._seen: list[tuple[str, Any, list[Any]]] = []
         self.handles = [m.register_forward_hook(Hook(m, self._keep)) for m in self._names]
-        self.handles.append(model.register_forward_pre_hook(Hook(model, lambda *_: self._seen.clear())))
+        self.handles.append(
+            model.register_forward_pre_hook(Hook(model, lambda *_: self._seen.clear()))
+        )
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._names[module]:
-            self._seen.append((self._names[module], _shapes(tree_leaves(inputs)), tree_leaves(output)))
+            self._seen.append(
+                (self._names[module], _shapes(tree_leaves(inputs)), tree_leaves(output))
+            )
             return
         if module.training:
-            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            logits = (
+                output.get("logits")
+                if isinstance(output, Mapping)
+                else getattr(output, "logits", None)
+            )
             final = {*map(id, tree_leaves(output if logits is None else logits))}
-            self.calls = tuple(Call(n, i, _shapes(o), bool(final & {*map(id, o)})) for n, i, o in self._seen)
+            self.calls = tuple(
+                Call(n, i, _shapes(o), bool(final & {*map(id, o)})) for n, i, o in self._seen
+            )
             for handle in self.handles:
                 handle.remove()
         self._seen.clear()  # keep no tensor alive

@@ -45,8 +45,12 @@ class Step:
 
     def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
         self.optimizer, self.index = optimizer, index
-        pairs = ((parameter, group) for group in optimizer.param_groups for parameter in group["params"])
-        self._groups: dict[nn.Parameter, dict[str, Any]] = {p: group for p, group in pairs if p.requires_grad}
+        pairs = (
+            (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
+        )
+        self._groups: dict[nn.Parameter, dict[str, Any]] = {
+            p: group for p, group in pairs if p.requires_grad
+        }
         self.parameters, self.names = [*self._groups], list[str]()
 
     @property

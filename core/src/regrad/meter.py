@@ -28,10 +28,18 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         Shape [n, 5], float32: largest absolute difference; squared norms of the
         difference, of before and of after; last, 1 where `after` is not finite.
     """
-    old, new = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors] for tensors in (before, after))
+    old, new = (
+        [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+        for tensors in (before, after)
+    )
     difference = torch._foreach_sub(new, old)
-    norms = [torch._foreach_norm(difference, torch.inf), *(torch._foreach_norm(t) for t in (difference, old, new))]
-    largest, *rest = (torch.stack([n.to(before[0].device, torch.float32) for n in column]) for column in norms)
+    norms = [
+        torch._foreach_norm(difference, torch.inf),
+        *(torch._foreach_norm(t) for t in (difference, old, new)),
+    ]
+    largest, *rest = (
+        torch.stack([n.to(before[0].device, torch.float32) for n in column]) for column in norms
+    )
     return torch.stack([largest, *(r.square() for r in rest), (~rest[2].isfinite()).float()], dim=1)
 
 
@@ -59,7 +67,12 @@ class Meter:
     def due(self, correction: Correction, index: int) -> bool:
         """Say whether optimizer step `index` of `correction` is measured."""
         since = index - correction.needs.warmup_steps
-        return self.detail is not None or index < FIRST_STEPS or 0 <= since < FIRST_STEPS or index % EVERY == 0
+        return (
+            self.detail is not None
+            or index < FIRST_STEPS
+            or 0 <= since < FIRST_STEPS
+            or index % EVERY == 0
+        )
 
     @torch.no_grad()
     def observe(self, name: str, stage: str, before: Named, after: Named) -> None:
@@ -91,7 +104,9 @@ class Meter:
         """Measure the optimizer's state before and after."""
         return (yield from self._around(step, "moment", _moments))
 
-    def _around(self, step: Step, stage: str, read: Callable[[Step, Any], Named]) -> Generator[None, Any, Any]:
+    def _around(
+        self, step: Step, stage: str, read: Callable[[Step, Any], Named]
+    ) -> Generator[None, Any, Any]:
         due = self.due(step.correction, step.index)
         before = {name: tensor.clone() for name, tensor in read(step, None).items()} if due else {}
         result = yield
@@ -102,30 +117,47 @@ class Meter:
         """Return mean measures by correction and stage. Synchronises the device."""
         result: dict[str, dict[str, dict[str, float]]] = {}
         for (name, stage), (total, count) in self.sums.items():
-            result.setdefault(name, {})[stage] = dict(zip(MEASURES, (total / count).tolist(), strict=True))
+            result.setdefault(name, {})[stage] = dict(
+                zip(MEASURES, (total / count).tolist(), strict=True)
+            )
         return result
 
     def warn_if_idle(self, correction: Correction, index: int) -> None:
         """Warn once, `PATIENCE` steps after the warm-up, if nothing was ever changed."""
-        if index != correction.needs.warmup_steps + PATIENCE or correction.needs.stages == ("hidden",):
+        if index != correction.needs.warmup_steps + PATIENCE or correction.needs.stages == (
+            "hidden",
+        ):
             return
         seen = [stage["trigger_rate"] for stage in self.effects().get(correction.name, {}).values()]
         if not any(seen) and (reason := correction.idle_reason()) is not None:
-            warnings.warn(f"{correction.name!r} had no effect in {index} steps: {reason}", RegradWarning, stacklevel=2)
+            warnings.warn(
+                f"{correction.name!r} had no effect in {index} steps: {reason}",
+                RegradWarning,
+                stacklevel=2,
+            )
 
 
 def _weights(step: Step, moves: Any) -> Named:
     weights = ((n, local(p.detach())) for n, p in zip(step.names, step.parameters, strict=True))
     if moves is None:
         return dict(weights)
-    return {n: w + local(d) for (n, w), d in zip(weights, moves, strict=False) if d is not None}  # the window checks
+    return {
+        n: w + local(d) for (n, w), d in zip(weights, moves, strict=False) if d is not None
+    }  # the window checks
 
 
 def _gradients(step: Step, _: Any) -> Named:
-    return {n: local(g) for n, g in zip(step.names, step.gradients, strict=True) if g is not None and not g.is_sparse}
+    return {
+        n: local(g)
+        for n, g in zip(step.names, step.gradients, strict=True)
+        if g is not None and not g.is_sparse
+    }
 
 
 def _moments(step: Step, _: Any) -> Named:
-    states = ((n, p, step.optimizer.state.get(p, {})) for n, p in zip(step.names, step.parameters, strict=True))
+    states = (
+        (n, p, step.optimizer.state.get(p, {}))
+        for n, p in zip(step.names, step.parameters, strict=True)
+    )
     pairs = ((f"{n}: {key}", value, p) for n, p, state in states for key, value in state.items())
     return {name: local(v) for name, v, p in pairs if getattr(v, "shape", ()) == p.shape != ()}

@@ -17,20 +17,31 @@ ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 def _is_kind(instance: object, name: str) -> bool:
     """Say whether a class or module in the lineage has `name`: recognises libraries without importing them."""
-    return any(name in f"{c.__module__}.{c.__qualname__}".lower().replace("_", "") for c in type(instance).__mro__)
+    return any(
+        name in f"{c.__module__}.{c.__qualname__}".lower().replace("_", "")
+        for c in type(instance).__mro__
+    )
 
 
 def layout_of(model: nn.Module, optimizer: Optimizer) -> str:
     """Return how the weights lie: "plain", "ddp", "fsdp2", or "flat" (FSDP1, ZeroRedundancyOptimizer)."""
     modules = list(model.modules())
-    if _is_kind(optimizer, "zeroredundancyoptimizer") or any(_is_kind(m, "fullyshardeddataparallel") for m in modules):
+    if _is_kind(optimizer, "zeroredundancyoptimizer") or any(
+        _is_kind(m, "fullyshardeddataparallel") for m in modules
+    ):
         return "flat"
     if any(sharding.is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
         return "fsdp2"
-    return "ddp" if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules) else "plain"
+    return (
+        "ddp"
+        if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules)
+        else "plain"
+    )
 
 
-def check(model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Correction], criterion: Any) -> None:
+def check(
+    model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Correction], criterion: Any
+) -> None:
     """Raise unless these corrections can be right on this model and optimizer.
 
     Args:
@@ -48,31 +59,66 @@ def check(model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Co
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable, got {criterion!r}")
-    refuse_if(any(_is_kind(part, "deepspeed") for part in (model, given)), "DeepSpeed hides gradients; use DDP, FSDP2")
+    refuse_if(
+        any(_is_kind(part, "deepspeed") for part in (model, given)),
+        "DeepSpeed hides gradients; use DDP, FSDP2",
+    )
     own, layout = set(model.parameters()), layout_of(model, optimizer)
     trains = any(p in own for group in optimizer.param_groups for p in group["params"])
-    refuse_if(not trains, "optimizer must hold parameters of model, got none; pass the model that it trains")
-    refuse_if(optimizer in ATTACHED, "optimizer is attached already; detach() the other attachment first")
-    refuse_if(any(hasattr(p, "_in_backward_optimizers") for p in own), "the optimizer must not step inside backward")
+    refuse_if(
+        not trains,
+        "optimizer must hold parameters of model, got none; pass the model that it trains",
+    )
+    refuse_if(
+        optimizer in ATTACHED, "optimizer is attached already; detach() the other attachment first"
+    )
+    refuse_if(
+        any(hasattr(p, "_in_backward_optimizers") for p in own),
+        "the optimizer must not step inside backward",
+    )
     several, ahead = isinstance(optimizer, LBFGS), _is_kind(optimizer, "schedulefree")
     for c in corrections:
         name, needs, moves = repr(c.name), c.needs, "weights" in c.needs.stages
         layouts = f"{', '.join(needs.layouts)}; {needs.conflicts.get(layout, 'of this one nothing is proved')}"
         lost = "criterion" in needs.stages and criterion is None
-        refuse_if(c.attachment is not None, f"{name} is attached already; create another for a second attachment")
-        refuse_if(layout not in needs.layouts, f"{name} is not exact on layout {layout!r}; it is on {layouts}")
-        refuse_if(several and (moves or not needs.closures), f"{name} must see one closure call; LBFGS makes several")
-        refuse_if(moves and ahead, f"{name} and a Schedule-Free optimizer both move the point of the gradient")
-        refuse_if(lost, f"{name} corrects the criterion; pass criterion=… to attach and call attachment.criterion")
+        refuse_if(
+            c.attachment is not None,
+            f"{name} is attached already; create another for a second attachment",
+        )
+        refuse_if(
+            layout not in needs.layouts,
+            f"{name} is not exact on layout {layout!r}; it is on {layouts}",
+        )
+        refuse_if(
+            several and (moves or not needs.closures),
+            f"{name} must see one closure call; LBFGS makes several",
+        )
+        refuse_if(
+            moves and ahead,
+            f"{name} and a Schedule-Free optimizer both move the point of the gradient",
+        )
+        refuse_if(
+            lost,
+            f"{name} corrects the criterion; pass criterion=… to attach and call attachment.criterion",
+        )
 
 
 def agree_across_ranks(corrections: Sequence[Correction], device: torch.device) -> None:
     """Raise on every rank unless all ranks attach the same corrections, versions and options."""
     if distributed.is_available() and distributed.is_initialized():
-        text = str([f"{c!r} of {registry.origin(c)}" for c in corrections]).encode()[: 1 << 14].ljust(1 << 14)
-        mine = torch.tensor([*text], dtype=torch.uint8, device=device)  # all_gather_object would need numpy
+        text = (
+            str([f"{c!r} of {registry.origin(c)}" for c in corrections])
+            .encode()[: 1 << 14]
+            .ljust(1 << 14)
+        )
+        mine = torch.tensor(
+            [*text], dtype=torch.uint8, device=device
+        )  # all_gather_object would need numpy
         table = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
         distributed.all_gather(table, mine)
         everyone = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in table]
         for rank, theirs in enumerate(everyone):
-            refuse_if(theirs != everyone[0], f"ranks must attach the same, got {everyone[0]} on 0, {theirs} on {rank}")
+            refuse_if(
+                theirs != everyone[0],
+                f"ranks must attach the same, got {everyone[0]} on 0, {theirs} on {rank}",
+            )

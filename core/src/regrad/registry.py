@@ -61,24 +61,35 @@ def available(group: str = "regrad") -> dict[str, Entry]:
     """
     offers: dict[str, dict[str, Entry]] = {}
     for point in metadata.entry_points(group=group):
-        about: Any = point.dist.metadata if point.dist else {}  # what a half-removed distribution left may lack all
-        name, version, summary = (about.get(field) or "" for field in ("Name", "Version", "Summary"))
+        about: Any = (
+            point.dist.metadata if point.dist else {}
+        )  # what a half-removed distribution left may lack all
+        name, version, summary = (
+            about.get(field) or "" for field in ("Name", "Version", "Summary")
+        )
         if name:
             entry = Entry(point.name, name, version, point.value, summary)
-            offers.setdefault(point.name, {}).setdefault(re.sub(r"[-_.]+", "-", name).lower(), entry)
+            offers.setdefault(point.name, {}).setdefault(
+                re.sub(r"[-_.]+", "-", name).lower(), entry
+            )
     return {name: _only([*offers[name].values()], group) for name in sorted(offers)}
 
 
 def _only(entries: list[Entry], group: str) -> Entry:
     """Return the one entry; `refused` says who else claims its name, or which variable leaves it out."""
-    name, both = entries[0].name, " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries))
+    name, both = (
+        entries[0].name,
+        " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries)),
+    )
     one = entries[0] if len(entries) == 1 else Entry(name, both, "", "", "")
     lists = (ALLOWED * (group == "regrad"), DISABLED)
     allows, disables = (re.findall(r"[^\s,]+", os.environ.get(variable, "")) for variable in lists)
     reasons = {
         f"{name!r} is offered by {both}; uninstall all but one": len(entries) > 1,
-        f"{DISABLED} in the environment leaves out {name!r}; take it off that list": name in disables,
-        f"{ALLOWED} in the environment leaves out {name!r}; put it on that list": allows and name not in allows,
+        f"{DISABLED} in the environment leaves out {name!r}; take it off that list": name
+        in disables,
+        f"{ALLOWED} in the environment leaves out {name!r}; put it on that list": allows
+        and name not in allows,
     }
     return replace(one, refused=next((reason for reason, holds in reasons.items() if holds), None))
 
@@ -102,14 +113,21 @@ def load(name: str, group: str = "regrad") -> Any:
     if name not in entries:
         kind = "correction" if group == "regrad" else group.partition(".")[2].rstrip("s")
         known = ", ".join(entries) or "none"
-        raise ValueError(f"no {kind} named {name!r}; installed: {known}{did_you_mean(name, entries)}")
+        raise ValueError(
+            f"no {kind} named {name!r}; installed: {known}{did_you_mean(name, entries)}"
+        )
     entry = entries[name]
     refuse_if(entry.refused, str(entry.refused), PluginLoadError)
-    needs = (r for r in metadata.requires(entry.distribution) or () if re.match(r"regrad(?![\w.-])", r))
+    needs = (
+        r for r in metadata.requires(entry.distribution) or () if re.match(r"regrad(?![\w.-])", r)
+    )
     plugin = f"plugin {name!r} ({', for '.join((f'{entry.distribution} {entry.version}', *needs))})"
     try:
         loaded = metadata.EntryPoint(name, entry.value, group).load()
-    except (Exception, SystemExit) as cause:  # a plugin may fail in any way: it is named, and the cause chained
+    except (
+        Exception,
+        SystemExit,
+    ) as cause:  # a plugin may fail in any way: it is named, and the cause chained
         raise PluginLoadError(f"{plugin} could not be imported: {cause}") from cause
     misfit = _misfit(loaded, name) if group == "regrad" else ""
     refuse_if(misfit, f"{plugin} {misfit}", PluginLoadError)
@@ -124,7 +142,11 @@ def _misfit(loaded: Any, name: str) -> str:
     if loaded.api_version != API_VERSION:
         mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
         return f"has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}"
-    return f"must offer a class whose name is {name!r}" if single and getattr(loaded, "name", None) != name else ""
+    return (
+        f"must offer a class whose name is {name!r}"
+        if single and getattr(loaded, "name", None) != name
+        else ""
+    )
 
 
 def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
@@ -151,7 +173,9 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
     for key, value in merged.items():
         part, dot, option = key.partition(".")
         if not dot or part not in routed:
-            raise TypeError(f"options of {name!r} must start with one of {', '.join(routed)} and a dot, got {key!r}")
+            raise TypeError(
+                f"options of {name!r} must start with one of {', '.join(routed)} and a dot, got {key!r}"
+            )
         routed[part][option] = value
     return tuple(c for part, values in routed.items() for c in created(part, **values))
 
@@ -168,8 +192,14 @@ def _parse_options(text: str, spec: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         closing = {"[": "]", "(": ")"}.get(value.strip()[:1], "")
         if not (equals and key.strip() and value.strip().endswith(closing)):
-            raise ValueError(f"options must look like 'name:option=value,option=[value,value]', got {spec!r}")
-        refuse_if(key.strip() in options, f"option {key.strip()!r} must be given once, got {spec!r}", ValueError)
+            raise ValueError(
+                f"options must look like 'name:option=value,option=[value,value]', got {spec!r}"
+            )
+        refuse_if(
+            key.strip() in options,
+            f"option {key.strip()!r} must be given once, got {spec!r}",
+            ValueError,
+        )
         options[key.strip()] = _parse_value(value.strip())
     return options
 
@@ -188,6 +218,8 @@ def origin(correction: Correction) -> dict[str, str]:
     """Return distribution and version that a correction comes from; "local" where it is not installed."""
     entry, package = available().get(correction.name), type(correction).__module__.partition(".")[0]
     known = (
-        entry if entry and entry.value.startswith((f"{package}.", f"{package}:")) else Entry("", "local", "", "", "")
+        entry
+        if entry and entry.value.startswith((f"{package}.", f"{package}:"))
+        else Entry("", "local", "", "", "")
     )
     return {"distribution": known.distribution, "version": known.version}

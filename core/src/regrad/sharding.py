@@ -46,7 +46,9 @@ def sum_over_shards(values: Tensor, tensor: Any, kept: int | None = None) -> Ten
     """
     for mesh_dim, placement in enumerate(getattr(tensor, "placements", ())):
         if placement.is_partial():
-            raise ValueError("tensor must not be a pending sum; reduce it before its norms are read")
+            raise ValueError(
+                "tensor must not be a pending sum; reduce it before its norms are read"
+            )
         if placement.is_shard() and placement.dim != kept:
             distributed.all_reduce(values, group=tensor.device_mesh.get_group(mesh_dim))
     return values
@@ -79,7 +81,11 @@ def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
     kept = None if axis is None or part.dim() == 0 else axis % part.dim()
     dims = [d for d in range(part.dim()) if d != kept]
     dtype = torch.promote_types(part.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=dtype) if dims else part.abs().to(dtype)
+    norms = (
+        torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=dtype)
+        if dims
+        else part.abs().to(dtype)
+    )
     return sum_over_shards(norms.square(), tensor, kept).sqrt() if is_sharded(tensor) else norms
 
 
@@ -104,7 +110,12 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     layouts: dict[Any, list[Tensor]] = defaultdict(list)
     for t in tensors:
-        layouts[getattr(t, "device_mesh", None), getattr(t, "placements", None), local(t).device].append(t)
-    norms = [(torch.stack(torch._foreach_norm(locals_of(same), 2, dtype)), same[0]) for same in layouts.values()]
+        layouts[
+            getattr(t, "device_mesh", None), getattr(t, "placements", None), local(t).device
+        ].append(t)
+    norms = [
+        (torch.stack(torch._foreach_norm(locals_of(same), 2, dtype)), same[0])
+        for same in layouts.values()
+    ]
     squares = [sum_over_shards(norm.square().sum(), example) for norm, example in norms]
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()

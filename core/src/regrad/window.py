@@ -26,7 +26,9 @@ class Window:
         self._buffers: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def open(self, parameters: Sequence[Tensor], displacements: Sequence[Tensor | None] | None) -> bool:
+    def open(
+        self, parameters: Sequence[Tensor], displacements: Sequence[Tensor | None] | None
+    ) -> bool:
         """Add a displacement to each parameter.
 
         Args:
@@ -42,7 +44,9 @@ class Window:
         displacements = displacements or [None] * len(parameters)
         wanted, got = len(parameters), len(displacements)
         refuse_if(wanted != got, f"predict_weights must return {wanted} displacements, got {got}")
-        moves = {p: local(d) for p, d in zip(parameters, displacements, strict=True) if d is not None}
+        moves = {
+            p: local(d) for p, d in zip(parameters, displacements, strict=True) if d is not None
+        }
         self.is_open, self.moved = True, list(moves)
         self._buffers = {p: self._buffer(p) for p in moves}
         if moves:
@@ -52,7 +56,11 @@ class Window:
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         part, kept = local(parameter), self._buffers.get(parameter)
-        fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)
+        fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (
+            part.shape,
+            part.dtype,
+            part.device,
+        )
         return kept if kept is not None and fits else torch.empty_like(part)
 
     @torch.no_grad()

@@ -44,8 +44,12 @@ class Push(Correction):
         attachment.reasons = (*attachment.reasons, f"'push' goes {self.options.distance}")
 
     def predict_weights(self, step):
-        self.before = {n: p.detach().clone() for n, p in zip(step.names, step.parameters, strict=True)}
-        return [None if n not in self.last else self.options.distance * self.last[n] for n in step.names]
+        self.before = {
+            n: p.detach().clone() for n, p in zip(step.names, step.parameters, strict=True)
+        }
+        return [
+            None if n not in self.last else self.options.distance * self.last[n] for n in step.names
+        ]
 
     def correct_gradients(self, step):
         gradients = [g for g in step.gradients if g is not None]
@@ -58,7 +62,9 @@ class Push(Correction):
         for parameter in step.parameters:
             buffer = step.optimizer.state.get(parameter, {}).get("momentum_buffer")
             if buffer is not None:
-                buffer.add_(self.options.extra * step.lr_of(parameter) * row_norms(buffer, None).view(()))
+                buffer.add_(
+                    self.options.extra * step.lr_of(parameter) * row_norms(buffer, None).view(())
+                )
 
     def after_step(self, step):
         pairs = zip(step.names, step.parameters, strict=True)

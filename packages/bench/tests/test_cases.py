@@ -15,7 +15,12 @@ from torch import nn
 QUICK = Setting(device=torch.device("cpu"), quick=True)
 ALONE = {case.name: case for case in alone_cases()}
 # float32, and for AdaNorm the difference of two large moments; the losses and the clips agree closely
-EQUAL = {"alone/agc": 1e-6, "alone/agc-idle": 1e-6, "alone/clip-norm": 1e-6, "alone/centralization": 1e-5}
+EQUAL = {
+    "alone/agc": 1e-6,
+    "alone/agc-idle": 1e-6,
+    "alone/clip-norm": 1e-6,
+    "alone/centralization": 1e-5,
+}
 EQUAL |= {"alone/adanorm": 1e-4} | {name: 1e-6 for name in ALONE if "powergrad" in name}
 
 
@@ -49,7 +54,9 @@ def test_both_sides_of_a_pair_compute_the_same(name):
     pair.close()
 
 
-@pytest.mark.parametrize("name", [name for name in EQUAL if "agc" in name or "clip" in name or "central" in name])
+@pytest.mark.parametrize(
+    "name", [name for name in EQUAL if "agc" in name or "clip" in name or "central" in name]
+)
 def test_what_both_sides_agree_on_is_not_the_untouched_gradient(name):
     pair = ALONE[name].build(QUICK)
     pair.prepare()
@@ -75,7 +82,10 @@ def test_resnet_50_has_161_tensors_and_quick_ones_are_small():
 
 
 def test_square_layers_have_the_millions_asked_for():
-    assert sum(p.numel() for p in square_layers(2, torch.device("cpu"), quick=False).parameters) == 2 * 1024**2
+    assert (
+        sum(p.numel() for p in square_layers(2, torch.device("cpu"), quick=False).parameters)
+        == 2 * 1024**2
+    )
 
 
 def test_gradients_come_back_as_they_were():
@@ -90,7 +100,9 @@ def test_gradients_come_back_as_they_were():
 def test_the_meter_does_not_look_while_a_correction_is_timed():
     model = nn.Linear(3, 2)
     gradients = Gradients(model, relative_size=0.1)
-    attached = Attached(model, torch.optim.SGD(model.parameters(), lr=0.1), ["clip-norm:max_norm=0.001"])
+    attached = Attached(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), ["clip-norm:max_norm=0.001"]
+    )
     before = gradients.gradients[0].clone()
     attached.correct()
     assert attached.engine.applied == BEYOND_THE_METER + 1
@@ -105,7 +117,9 @@ def test_a_step_with_a_correction_trains_and_one_without_any_is_the_plain_step()
     for pair in pairs:
         for side in (pair.ours, pair.peer):
             side()
-            trained.append(torch.cat([p.detach().flatten() for p in side.__self__.model.parameters()]))
+            trained.append(
+                torch.cat([p.detach().flatten() for p in side.__self__.model.parameters()])
+            )
         pair.close()
     start = torch.cat([p.detach().flatten() for p in Trainer(QUICK).model.parameters()])
     none, plain, clipped, _ = trained
@@ -119,7 +133,9 @@ def test_readers_have_names_of_their_own():
 
 
 def test_a_pattern_that_fits_no_case_names_them_all():
-    with pytest.raises(ValueError, match=r"only must fit the name of a case, got 'nothing'; there are step/none, "):
+    with pytest.raises(
+        ValueError, match=r"only must fit the name of a case, got 'nothing'; there are step/none, "
+    ):
         chosen_cases("nothing")
 
 
@@ -127,7 +143,11 @@ def test_without_a_device_or_a_correction_a_case_says_not_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     there = Setting(device=torch.device("cuda"), quick=True)
     result = measure(ALONE["alone/agc"], there, pairs=1)
-    assert (result.verdict, result.reason, result.goal) == ("not measured", "no CUDA device here", 0.2)
+    assert (result.verdict, result.reason, result.goal) == (
+        "not measured",
+        "no CUDA device here",
+        0.2,
+    )
     monkeypatch.setattr(regrad.registry, "available", lambda group="regrad": {})
     result = measure(ALONE["alone/agc"], QUICK, pairs=1)
     assert result.verdict == "not measured"

@@ -7,7 +7,10 @@ from pytorch_optimizer import AdaBelief, AdaFactor, AdamP, AdaNorm, Lookahead, c
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-STEPS, SHORT = 60, 0.2  # the second half's gradients are shorter, so that AdaNorm has something to do
+STEPS, SHORT = (
+    60,
+    0.2,
+)  # the second half's gradients are shorter, so that AdaNorm has something to do
 
 
 def network() -> nn.Module:
@@ -33,11 +36,15 @@ def train(make_optimizer, *, corrections=(), before_step=None) -> tuple[list[Ten
                 before_step(model)
             optimizer.step()
             optimizer.zero_grad()
-        return [parameter.detach().clone() for parameter in model.parameters()], attachment.metrics()
+        return [
+            parameter.detach().clone() for parameter in model.parameters()
+        ], attachment.metrics()
 
 
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,8 +66,14 @@ def test_what_timm_clips_is_clipped_to_the_same_bits(mode, value, correction):
 
 
 def test_timm_clips_the_head_where_it_is_given_all_parameters():
-    theirs, _ = train(sgd, before_step=lambda model: dispatch_clip_grad(model.parameters(), value=0.01, mode="agc"))
-    without, _ = train(sgd, before_step=lambda model: dispatch_clip_grad(but_the_heads(model), value=0.01, mode="agc"))
+    theirs, _ = train(
+        sgd,
+        before_step=lambda model: dispatch_clip_grad(model.parameters(), value=0.01, mode="agc"),
+    )
+    without, _ = train(
+        sgd,
+        before_step=lambda model: dispatch_clip_grad(but_the_heads(model), value=0.01, mode="agc"),
+    )
     ours, _ = train(sgd, corrections=["agc:max_ratio=0.01"])
     assert difference(ours, theirs) > 0.1
     assert difference(ours, without) == 0
@@ -75,7 +88,8 @@ def test_adam_with_adanorm_is_the_optimizer_of_pytorch_optimizer():
     theirs, _ = train(lambda model: AdaNorm(model.parameters(), lr=0.01))
     plain, _ = train(lambda model: torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.99)))
     ours, metrics = train(
-        lambda model: torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.99)), corrections=["adanorm"]
+        lambda model: torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.9, 0.99)),
+        corrections=["adanorm"],
     )
     assert metrics["adanorm/moment/trigger_rate"] > 0
     assert difference(ours, theirs) < 1e-5
@@ -83,15 +97,20 @@ def test_adam_with_adanorm_is_the_optimizer_of_pytorch_optimizer():
 
 
 @pytest.mark.parametrize(
-    ("kind", "option"), [(AdaBelief, "use_gc"), (AdaFactor, "use_gc"), (AdaFactor, "adanorm"), (AdamP, "adanrom")]
+    ("kind", "option"),
+    [(AdaBelief, "use_gc"), (AdaFactor, "use_gc"), (AdaFactor, "adanorm"), (AdamP, "adanrom")],
 )
-def test_some_optimizers_of_pytorch_optimizer_take_an_option_that_they_do_not_have_and_ignore_it(kind, option):
+def test_some_optimizers_of_pytorch_optimizer_take_an_option_that_they_do_not_have_and_ignore_it(
+    kind, option
+):
     ignored, _ = train(lambda model: kind(model.parameters(), lr=1e-3, **{option: True}))
     plain, _ = train(lambda model: kind(model.parameters(), lr=1e-3))
     assert difference(ignored, plain) == 0
 
 
-@pytest.mark.parametrize(("kind", "option"), [(AdaBelief, "adanorm"), (AdamP, "adanorm"), (AdamP, "use_gc")])
+@pytest.mark.parametrize(
+    ("kind", "option"), [(AdaBelief, "adanorm"), (AdamP, "adanorm"), (AdamP, "use_gc")]
+)
 def test_others_take_it_and_use_it(kind, option):
     used, _ = train(lambda model: kind(model.parameters(), lr=1e-3, **{option: True}))
     plain, _ = train(lambda model: kind(model.parameters(), lr=1e-3))

@@ -15,7 +15,9 @@ def test_the_command_measures_in_other_processes_and_writes_what_was_asked_for(t
     page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")
     words = [*QUICK, "--json", "--markdown", str(page), "--csv", str(table)]
     start = "import sys; from regrad_bench.command import main; sys.exit(main(sys.argv[1:]))"
-    run = subprocess.run([sys.executable, "-c", start, *words], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", start, *words], capture_output=True, text=True, check=True
+    )
     told = json.loads(run.stdout)
     assert [row["name"] for row in told["results"]] == ["alone/clip-norm"]
     assert told["results"][0]["ratio"] > 0
@@ -63,4 +65,8 @@ def test_every_flag_is_in_the_readme():
 
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     flags = [name for parameter in get_command(command.app).params for name in parameter.opts]
-    assert [name for name in flags if name.startswith("--") and name != "--help" and f"`{name}" not in text] == []
+    assert [
+        name
+        for name in flags
+        if name.startswith("--") and name != "--help" and f"`{name}" not in text
+    ] == []

@@ -22,7 +22,9 @@ def test_the_peak_is_what_was_held_at_once_and_not_what_was_allocated():
 def test_what_was_there_before_does_not_count():
     there = torch.zeros(1_000_000)
     assert peak_bytes(lambda: there.add_(1), CPU) < 1000
-    assert 4_000_000 <= peak_bytes(lambda: there + 1, CPU) < 4_001_000  # with the number 1 as a tensor
+    assert (
+        4_000_000 <= peak_bytes(lambda: there + 1, CPU) < 4_001_000
+    )  # with the number 1 as a tensor
 
 
 @pytest.mark.gpu

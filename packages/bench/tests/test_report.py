@@ -9,16 +9,37 @@ from regrad_bench.measure import Result
 from regrad_bench.peers import Finding
 from rich.console import Console
 
-DONE = {"ours": "ours", "peer": "theirs", "device": "cpu", "pairs": 3, "ours_ms": 12.345, "peer_ms": 50.0}
+DONE = {
+    "ours": "ours",
+    "peer": "theirs",
+    "device": "cpu",
+    "pairs": 3,
+    "ours_ms": 12.345,
+    "peer_ms": 50.0,
+}
 MET = Result(name="alone/a", **DONE, ratio=0.1999, low=0.1, high=0.3, goal=0.2, difference=1e-7)
 MISSED = Result(name="alone/b", **DONE, ratio=0.2001, low=0.1, high=0.3, goal=0.2)
 FREE = Result(name="step/c", **DONE, ratio=25.2, low=20.0, high=30.0)
-ABSENT = Result(name="alone/a", ours="ours", peer="theirs", device="cuda", goal=0.2, reason="no CUDA device here")
-FOUND = Finding(peer="some 1.0", what="AGC of a gain", peer_error=0.61, our_error=1e-16, why="wrong unit")
+ABSENT = Result(
+    name="alone/a",
+    ours="ours",
+    peer="theirs",
+    device="cuda",
+    goal=0.2,
+    reason="no CUDA device here",
+)
+FOUND = Finding(
+    peer="some 1.0", what="AGC of a gain", peer_error=0.61, our_error=1e-16, why="wrong unit"
+)
 
 
 def test_a_goal_is_met_at_most_at_its_ratio():
-    assert [r.verdict for r in (MET, MISSED, FREE, ABSENT)] == ["met", "missed", "no goal", "not measured"]
+    assert [r.verdict for r in (MET, MISSED, FREE, ABSENT)] == [
+        "met",
+        "missed",
+        "no goal",
+        "not measured",
+    ]
 
 
 def test_memory_beyond_its_goal_is_a_missed_goal():
@@ -28,7 +49,18 @@ def test_memory_beyond_its_goal_is_a_missed_goal():
 
 
 def test_the_cells_of_a_result_by_hand():
-    expected = ["alone/a", "ours", "theirs", "12.3", "50", "0.200", "0.100 to 0.300", "–", "≤ 0.2", "met"]
+    expected = [
+        "alone/a",
+        "ours",
+        "theirs",
+        "12.3",
+        "50",
+        "0.200",
+        "0.100 to 0.300",
+        "–",
+        "≤ 0.2",
+        "met",
+    ]
     assert report.cells(MET) == expected
     assert report.cells(ABSENT)[3:] == ["–"] * 5 + ["≤ 0.2", "not measured: no CUDA device here"]
     assert len(report.cells(ABSENT)) == len(report.HEADINGS)
@@ -43,11 +75,19 @@ def test_the_table_for_people_has_every_case():
 
 def test_json_and_csv_hold_every_field_and_the_verdict():
     told = json.loads(report.to_json([MET, ABSENT], [FOUND], {"Machine": "m"}))
-    assert (told["about"], told["results"][0]["ratio"], told["results"][1]["ratio"]) == ({"Machine": "m"}, 0.1999, None)
+    assert (told["about"], told["results"][0]["ratio"], told["results"][1]["ratio"]) == (
+        {"Machine": "m"},
+        0.1999,
+        None,
+    )
     assert [row["verdict"] for row in told["results"]] == ["met", "not measured"]
     assert told["peers"][0]["peer_error"] == 0.61
     rows = list(csv.DictReader(io.StringIO(report.to_csv([MET, ABSENT]))))
-    assert (rows[0]["name"], float(rows[0]["ratio"]), rows[0]["verdict"]) == ("alone/a", 0.1999, "met")
+    assert (rows[0]["name"], float(rows[0]["ratio"]), rows[0]["verdict"]) == (
+        "alone/a",
+        0.1999,
+        "met",
+    )
     assert (rows[1]["ratio"], rows[1]["reason"]) == ("", "no CUDA device here")
 
 
@@ -56,7 +96,10 @@ def test_the_page_says_what_was_met_missed_and_not_measured():
     assert "- Machine: some processor\n" in text
     assert "- Goals met: `alone/a`.\n- Goals missed: `alone/b`.\n" in text
     assert "## On a GPU (CUDA)\n\nNot measured: no CUDA device here.\n" in text
-    assert "| alone/a | ours | theirs | 12.3 | 50 | 0.200 | 0.100 to 0.300 | – | ≤ 0.2 | met | 1e-07 |" in text
+    assert (
+        "| alone/a | ours | theirs | 12.3 | 50 | 0.200 | 0.100 to 0.300 | – | ≤ 0.2 | met | 1e-07 |"
+        in text
+    )
     assert "| some 1.0 | AGC of a gain | 0.61 | 1e-16 | wrong unit |" in text
     assert text.index("### The whole step") < text.index("### The correction alone")
 
@@ -82,6 +125,8 @@ def test_the_conditions_name_machine_versions_command_and_date():
     told = about("regrad-bench --pairs 3", pairs=3, quick=True)
     assert processor() in told["Machine"]
     assert told["Command"] == "`regrad-bench --pairs 3`, 3 pairs at most"
-    assert all(f"{name} " in told["Versions"] for name in ("torch", "timm", "pytorch-optimizer", "regrad"))
+    assert all(
+        f"{name} " in told["Versions"] for name in ("torch", "timm", "pytorch-optimizer", "regrad")
+    )
     assert "no number means anything" in told["Sizes"]
     assert "Sizes" not in about("regrad-bench", pairs=3, quick=False)

@@ -63,7 +63,9 @@ def test_everything_is_prepared_before_every_call():
 
 def test_repeats_are_counted_as_one_call_each():
     ticks = Ticks()
-    timed = interleave(ticks.taking(2.0), ticks.taking(1.0), pairs=1, clock=HostClock(ticks), repeats=10)
+    timed = interleave(
+        ticks.taking(2.0), ticks.taking(1.0), pairs=1, clock=HostClock(ticks), repeats=10
+    )
     assert timed == Paired((2.0,), (1.0,))
 
 
@@ -79,7 +81,10 @@ def test_a_machine_that_slows_down_slows_both_sides():
     ticks = Ticks()
     slower = [1.0, 1.0, 2.0, 4.0, 8.0]
     ours, peer = ticks.taking(*(3 * s for s in slower)), ticks.taking(*slower)
-    assert interleave(ours, peer, pairs=4, clock=HostClock(ticks), warm_up=1).quartiles == (3.0, 3.0)
+    assert interleave(ours, peer, pairs=4, clock=HostClock(ticks), warm_up=1).quartiles == (
+        3.0,
+        3.0,
+    )
 
 
 def test_one_pair_has_its_ratio_as_quartiles():
@@ -88,7 +93,9 @@ def test_one_pair_has_its_ratio_as_quartiles():
 
 def test_the_garbage_collector_rests_during_timed_calls_and_goes_on_after_a_failure():
     seen = []
-    interleave(lambda: seen.append(gc.isenabled()), lambda: None, pairs=1, clock=HostClock(), warm_up=0)
+    interleave(
+        lambda: seen.append(gc.isenabled()), lambda: None, pairs=1, clock=HostClock(), warm_up=0
+    )
     assert seen == [False]
 
     def fail():
@@ -124,4 +131,6 @@ def test_a_gpus_clock_counts_the_work_and_not_only_its_launch():
     clock = clock_for(big.device)
     assert isinstance(clock, DeviceClock)
     clock.seconds(lambda: big @ big)
-    assert clock.seconds(lambda: [big @ big for _ in range(20)]) > 5 * clock.seconds(lambda: big @ big)
+    assert clock.seconds(lambda: [big @ big for _ in range(20)]) > 5 * clock.seconds(
+        lambda: big @ big
+    )

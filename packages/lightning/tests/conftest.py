@@ -11,7 +11,9 @@ collect_ignore = ["one_of_two_processes.py"]
 @pytest.fixture(scope="session")
 def toys():
     """Small modules, data and trainers, from the file beside this one."""
-    spec = importlib.util.spec_from_file_location("regrad_lightning_toys", Path(__file__).parent / "toys.py")
+    spec = importlib.util.spec_from_file_location(
+        "regrad_lightning_toys", Path(__file__).parent / "toys.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -39,7 +39,9 @@ class Classifier(LightningModule):
     def __init__(self, manual=False):
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+        self.net = nn.Sequential(
+            nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)
+        ).double()
         self.criterion = nn.CrossEntropyLoss()
         self.automatic_optimization = not manual
 
@@ -69,16 +71,24 @@ class Sharded(Classifier):
 def fit(module, callback, strategy, epochs=2, **options):
     place = {"accelerator": "cpu", "devices": 2, "default_root_dir": FOLDER, "strategy": strategy}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    files = {"enable_checkpointing": False, "use_distributed_sampler": False}  # Lightning's own sampler would shuffle
+    files = {
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+    }  # Lightning's own sampler would shuffle
     trainer = Trainer(max_epochs=epochs, callbacks=[callback], **place, **quiet, **files)
     data = TensorDataset(*samples())
-    sampler = DistributedSampler(data, num_replicas=2, rank=RANK, shuffle=False)  # the same global batches of 8
+    sampler = DistributedSampler(
+        data, num_replicas=2, rank=RANK, shuffle=False
+    )  # the same global batches of 8
     trainer.fit(module, DataLoader(data, batch_size=GLOBAL_BATCH // 2, sampler=sampler), **options)
     return trainer
 
 
 def weights(module):
-    return [p.full_tensor() if isinstance(p, DTensor) else p.detach().clone() for p in module.net.parameters()]
+    return [
+        p.full_tensor() if isinstance(p, DTensor) else p.detach().clone()
+        for p in module.net.parameters()
+    ]
 
 
 def one_process(specs, criterion=None, accumulate=1, epochs=2):
@@ -88,8 +98,12 @@ def one_process(specs, criterion=None, accumulate=1, epochs=2):
     inputs, targets = samples()
     with regrad.attach(module.net, optimizer, specs, module.criterion) as attachment:
         for _ in range(epochs):
-            for index, batch in enumerate(zip(inputs.split(GLOBAL_BATCH), targets.split(GLOBAL_BATCH), strict=True)):
-                loss = (attachment.criterion if criterion else module.criterion)(module.net(batch[0]), batch[1])
+            for index, batch in enumerate(
+                zip(inputs.split(GLOBAL_BATCH), targets.split(GLOBAL_BATCH), strict=True)
+            ):
+                loss = (attachment.criterion if criterion else module.criterion)(
+                    module.net(batch[0]), batch[1]
+                )
                 (loss / accumulate).backward()
                 if (index + 1) % accumulate == 0:
                     optimizer.step()
@@ -104,7 +118,9 @@ def say(name, value):
 
 
 def difference(one, other):
-    return max((a.detach() - b.detach()).abs().max().item() for a, b in zip(one, other, strict=True))
+    return max(
+        (a.detach() - b.detach()).abs().max().item() for a, b in zip(one, other, strict=True)
+    )
 
 
 def refusal(module, callback, strategy, **options):
@@ -119,7 +135,11 @@ def data_parallel():
     module, callback = Classifier(), RegradCallback(SPECS, criterion="criterion")
     fit(module, callback, "ddp")
     say("ddp", difference(weights(module), one_process(SPECS, criterion=True)))
-    rates = {key: rate for key, rate in callback.attachment.metrics().items() if key.endswith("trigger_rate")}
+    rates = {
+        key: rate
+        for key, rate in callback.attachment.metrics().items()
+        if key.endswith("trigger_rate")
+    }
     say("acting", sorted(key.partition("/")[0] for key, rate in rates.items() if rate > 0))
     module = Classifier(manual=True)
     fit(module, RegradCallback(SPECS[1:]), DDPStrategy())
@@ -148,7 +168,10 @@ def sharded():
     say("fsdp2-resume", difference(weights(again), one_process(RESUMED)))
     say("fsdp2-steps", callback.attachment.metrics()["steps_applied"])
     say("fsdp2-refused", refusal(Sharded(), RegradCallback(["gcode"]), sharding()))
-    say("fsdp2-whole", refusal(Sharded(), RegradCallback(RESUMED), sharding(), ckpt_path=FOLDER / "half.ckpt"))
+    say(
+        "fsdp2-whole",
+        refusal(Sharded(), RegradCallback(RESUMED), sharding(), ckpt_path=FOLDER / "half.ckpt"),
+    )
 
 
 def sharding():

@@ -21,7 +21,10 @@ RESUMED = [f"xgrad:{TWICE}", f"gcw:warmup_steps=2,fit_every=2,layers=all,{TWICE}
 # What Lightning says of small data and of trainings without validation.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}")
-    for text in ("You defined a `validation_step` but have no `val_dataloader`", "The number of training batches")
+    for text in (
+        "You defined a `validation_step` but have no `val_dataloader`",
+        "The number of training batches",
+    )
 ]
 
 
@@ -33,11 +36,18 @@ def plain(toys):
 
 @pytest.mark.parametrize(
     ("accumulate", "algorithm", "precision"),
-    [(1, None, "32-true"), (2, "norm", "32-true"), (3, "value", "32-true"), (2, "norm", "bf16-mixed")],
+    [
+        (1, None, "32-true"),
+        (2, "norm", "32-true"),
+        (3, "value", "32-true"),
+        (2, "norm", "bf16-mixed"),
+    ],
 )
 def test_a_fit_is_the_plain_loop_bit_for_bit(toys, tmp_path, accumulate, algorithm, precision):
     module, callback = toys.Classifier(), RegradCallback(SPECS)
-    clipping = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": algorithm} if algorithm else {}
+    clipping = (
+        {"gradient_clip_val": 0.02, "gradient_clip_algorithm": algorithm} if algorithm else {}
+    )
     settings = {"accumulate_grad_batches": accumulate, "precision": precision, **clipping}
     toys.trainer(tmp_path, callback, **settings).fit(module, toys.loader())
     clips = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
@@ -52,7 +62,11 @@ def test_a_fit_is_the_plain_loop_bit_for_bit(toys, tmp_path, accumulate, algorit
 
 def test_without_corrections_a_fit_is_the_one_without_the_callback(toys, tmp_path):
     fits = []
-    for callbacks in ([], [RegradCallback([])], [RegradCallback(["powergrad:alpha=1"], criterion="criterion")]):
+    for callbacks in (
+        [],
+        [RegradCallback([])],
+        [RegradCallback(["powergrad:alpha=1"], criterion="criterion")],
+    ):
         module = toys.Classifier()
         toys.trainer(tmp_path, *callbacks).fit(module, toys.loader(), toys.loader())
         fits.append(toys.weights(module))
@@ -73,22 +87,35 @@ class AtEveryBatch(Callback):
         self.saved.append(list(torch.load(path, weights_only=True)["state_dict"].values())[:6])
 
 
-def test_validation_and_checkpoints_in_the_middle_of_an_accumulation_hold_the_true_weights(toys, tmp_path):
+def test_validation_and_checkpoints_in_the_middle_of_an_accumulation_hold_the_true_weights(
+    toys, tmp_path
+):
     module, each = toys.Classifier(), AtEveryBatch(toys, tmp_path)
-    settings = {"accumulate_grad_batches": 2, "val_check_interval": 1, "limit_val_batches": 1, "max_epochs": 1}
-    toys.trainer(tmp_path, RegradCallback(["xgrad"]), each, **settings).fit(module, toys.loader(), toys.loader())
+    settings = {
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 1,
+        "limit_val_batches": 1,
+        "max_epochs": 1,
+    }
+    toys.trainer(tmp_path, RegradCallback(["xgrad"]), each, **settings).fit(
+        module, toys.loader(), toys.loader()
+    )
     validated = module.validated[1:]  # the sanity check comes first
     assert len(each.saved) == len(validated) == 6
     assert toys.difference(module.validated[0], toys.weights(toys.Classifier())) == 0
     assert [toys.difference(*pair) for pair in zip(each.saved, validated, strict=True)] == [0] * 6
     # of the second step on a window is open after the first half of an accumulation
-    moved = [toys.difference(live, saved) > 0 for live, saved in zip(each.live, each.saved, strict=True)]
+    moved = [
+        toys.difference(live, saved) > 0 for live, saved in zip(each.live, each.saved, strict=True)
+    ]
     assert moved == [False, False, True, False, True, False]
     expected, _ = toys.plain_loop(["xgrad"], accumulate=2, batches=6)
     assert toys.difference(toys.weights(module), expected) == 0
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the callback that saved is not needed
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`"
+)  # the callback that saved is not needed
 def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(toys, tmp_path):
     whole, callback = toys.Classifier(), RegradCallback(RESUMED)
     saving = ModelCheckpoint(tmp_path, save_top_k=-1)
@@ -121,7 +148,9 @@ def test_a_checkpoint_without_the_corrections_is_refused_unless_told(toys, tmp_p
             toys.Classifier(), toys.loader(), ckpt_path=checkpoints / "without.ckpt"
         )
     callback = RegradCallback(["xgrad"], strict=False)
-    toys.trainer(tmp_path, callback).fit(toys.Classifier(), toys.loader(), ckpt_path=checkpoints / "without.ckpt")
+    toys.trainer(tmp_path, callback).fit(
+        toys.Classifier(), toys.loader(), ckpt_path=checkpoints / "without.ckpt"
+    )
     assert callback.attachment.metrics()["steps_applied"] == 6
 
 
@@ -146,7 +175,12 @@ def test_a_validation_of_a_checkpoint_leaves_nothing_for_the_next_fit(toys, tmp_
 
 def hooks_of(module, optimizer):
     owners = [*module.modules(), optimizer]
-    return [len(value) for owner in owners for key, value in vars(owner).items() if key.endswith("_hooks")]
+    return [
+        len(value)
+        for owner in owners
+        for key, value in vars(owner).items()
+        if key.endswith("_hooks")
+    ]
 
 
 def test_a_fit_leaves_no_hook_and_can_be_followed_by_another(toys, tmp_path, plain):
@@ -170,8 +204,13 @@ class Failing(Callback):
             raise OSError("no")
 
 
-def test_an_exception_restores_the_weights_and_detaches_and_the_state_can_still_be_saved(toys, tmp_path):
-    module, callback = toys.Classifier(), RegradCallback(["xgrad", "powergrad"], criterion="criterion")
+def test_an_exception_restores_the_weights_and_detaches_and_the_state_can_still_be_saved(
+    toys, tmp_path
+):
+    module, callback = (
+        toys.Classifier(),
+        RegradCallback(["xgrad", "powergrad"], criterion="criterion"),
+    )
     trainer = toys.trainer(tmp_path, callback, Failing(), accumulate_grad_batches=2)
     with pytest.raises(OSError, match="no"):
         trainer.fit(module, toys.loader())
@@ -187,7 +226,10 @@ def test_an_exception_restores_the_weights_and_detaches_and_the_state_can_still_
 
 
 def test_a_criterion_is_corrected_in_training_and_given_back(toys, tmp_path):
-    module, callback = toys.Classifier(), RegradCallback(["powergrad:alpha=0.5"], criterion="criterion")
+    module, callback = (
+        toys.Classifier(),
+        RegradCallback(["powergrad:alpha=0.5"], criterion="criterion"),
+    )
     each = AtEveryBatch(toys, tmp_path)
     toys.trainer(tmp_path, callback, each).fit(module, toys.loader(), toys.loader())
     expected, attachment = toys.plain_loop(["powergrad:alpha=0.5"], corrected=True)
@@ -203,14 +245,26 @@ def test_a_criterion_is_corrected_in_training_and_given_back(toys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "rule"),
     [
-        ({"corrections": ["powergrad"]}, r"'powergrad' corrects the criterion; keep it as self.criterion = nn.Cross"),
+        (
+            {"corrections": ["powergrad"]},
+            r"'powergrad' corrects the criterion; keep it as self.criterion = nn.Cross",
+        ),
         (
             {"corrections": ["powergrad"], "criterion": "loss"},
             "criterion must name a loss module of Classifier, got 'loss'; keep it as self.criterion",
         ),
-        ({"corrections": [], "module": "nett"}, "module must name a submodule of Classifier, got 'nett'; it has net"),
-        ({"corrections": [], "module": "net.0"}, "must hold all that the optimizer trains, 'net.0' lacks 4 parameters"),
-        ({"corrections": [], "optimizer": 1}, "optimizer must be an index below 1, got 1; give each optimizer"),
+        (
+            {"corrections": [], "module": "nett"},
+            "module must name a submodule of Classifier, got 'nett'; it has net",
+        ),
+        (
+            {"corrections": [], "module": "net.0"},
+            "must hold all that the optimizer trains, 'net.0' lacks 4 parameters",
+        ),
+        (
+            {"corrections": [], "optimizer": 1},
+            "optimizer must be an index below 1, got 1; give each optimizer",
+        ),
     ],
 )
 def test_what_does_not_fit_the_module_is_refused_before_training(toys, tmp_path, arguments, rule):
@@ -223,7 +277,9 @@ def test_what_does_not_fit_the_module_is_refused_before_training(toys, tmp_path,
 def test_a_wrong_correction_is_refused_when_the_callback_is_made():
     with pytest.raises(ValueError, match="no correction named 'xgrda'"):
         RegradCallback(["xgrda"])
-    with pytest.raises(TypeError, match=r"corrections must be a list, got 'xgrad'; write \['xgrad'\]"):
+    with pytest.raises(
+        TypeError, match=r"corrections must be a list, got 'xgrad'; write \['xgrad'\]"
+    ):
         RegradCallback("xgrad")
 
 
@@ -237,11 +293,15 @@ class Pair(LightningModule):
         self.one, self.two = toys.network(), toys.network()
 
     def configure_optimizers(self):
-        return [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in (self.one, self.two)]
+        return [
+            torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in (self.one, self.two)
+        ]
 
     def losses(self, batch):
         yield nn.functional.cross_entropy(self.one(batch[0]), batch[1])
-        yield nn.functional.cross_entropy(self.two(batch[0]) + self.one(batch[0]).detach(), batch[1])
+        yield nn.functional.cross_entropy(
+            self.two(batch[0]) + self.one(batch[0]).detach(), batch[1]
+        )
 
     def training_step(self, batch, batch_idx):
         for optimizer, loss in zip(self.optimizers(), self.losses(batch), strict=True):
@@ -252,13 +312,21 @@ class Pair(LightningModule):
 
 def test_each_of_several_optimizers_stepped_by_hand_has_a_callback_of_its_own(toys, tmp_path):
     module = Pair(toys)
-    one, two = RegradCallback(["xgrad"], optimizer=0, module="one"), RegradCallback(["agc"], optimizer=1, module="two")
+    one, two = (
+        RegradCallback(["xgrad"], optimizer=0, module="one"),
+        RegradCallback(["agc"], optimizer=1, module="two"),
+    )
     saving = ModelCheckpoint(tmp_path)
     toys.trainer(tmp_path, one, two, saving, enable_checkpointing=True).fit(module, toys.loader())
-    assert {"RegradCallback-0", "RegradCallback-1"} < torch.load(saving.best_model_path)["callbacks"].keys()
+    assert {"RegradCallback-0", "RegradCallback-1"} < torch.load(saving.best_model_path)[
+        "callbacks"
+    ].keys()
     expected = Pair(toys)
     optimizers = expected.configure_optimizers()
-    with regrad.attach(expected.one, optimizers[0], ["xgrad"]), regrad.attach(expected.two, optimizers[1], ["agc"]):
+    with (
+        regrad.attach(expected.one, optimizers[0], ["xgrad"]),
+        regrad.attach(expected.two, optimizers[1], ["agc"]),
+    ):
         for batch in [*toys.loader()] * 2:
             for optimizer, loss in zip(optimizers, expected.losses(batch), strict=True):
                 optimizer.zero_grad()
@@ -315,7 +383,9 @@ class Images(LightningModule):
         self.body, self.head = nn.Conv2d(1, 4, 1), nn.Linear(24, 4)
 
     def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self.head(self.body(batch[0][:, None, None]).flatten(1)), batch[1])
+        return nn.functional.cross_entropy(
+            self.head(self.body(batch[0][:, None, None]).flatten(1)), batch[1]
+        )
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -330,12 +400,16 @@ def test_metrics_are_logged_with_lightnings_own_at_its_steps(toys, tmp_path):
     values = [dict(zip(head, row, strict=True)) for row in rows]
     assert [row["step"] for row in values] == ["1", "3", "5"]
     assert [float(row["regrad/steps_applied"]) for row in values] == [2, 4, 6]
-    assert all(row["loss"] and float(row["regrad/xgrad/weights/relative_change"]) > 0 for row in values)
+    assert all(
+        row["loss"] and float(row["regrad/xgrad/weights/relative_change"]) > 0 for row in values
+    )
     assert (tmp_path / "regrad-receipt.json").is_file()
 
 
 def test_a_trial_run_leaves_nothing_behind(toys, tmp_path):
-    toys.trainer(tmp_path, RegradCallback(["xgrad"]), fast_dev_run=True).fit(toys.Classifier(), toys.loader())
+    toys.trainer(tmp_path, RegradCallback(["xgrad"]), fast_dev_run=True).fit(
+        toys.Classifier(), toys.loader()
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -359,7 +433,9 @@ def test_steps_that_a_scaler_skips_are_no_steps(toys, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_half_precision_on_a_device_trains_finite(toys, tmp_path):
     module, callback = toys.Classifier(), RegradCallback(SPECS)
-    toys.trainer(tmp_path, callback, accelerator="cuda", precision="16-mixed").fit(module, toys.loader())
+    toys.trainer(tmp_path, callback, accelerator="cuda", precision="16-mixed").fit(
+        module, toys.loader()
+    )
     assert all(weight.isfinite().all() for weight in module.parameters())
     assert callback.attachment.metrics()["steps_applied"] > 0
 
@@ -381,10 +457,15 @@ class FullyShardedDataParallel(nn.Sequential):
     [
         (DeepSpeedEngine, "DeepSpeed hides gradients; use DDP, FSDP2"),
         (FullyShardedDataParallel, "'agc' is not exact on layout 'flat'"),
-        (nn.parallel.DistributedDataParallel, "'lone' is not exact on layout 'ddp'; it is on plain"),
+        (
+            nn.parallel.DistributedDataParallel,
+            "'lone' is not exact on layout 'ddp'; it is on plain",
+        ),
     ],
 )
-def test_a_strategy_on_which_a_correction_is_not_exact_is_refused_before_training(toys, tmp_path, wrapper, rule):
+def test_a_strategy_on_which_a_correction_is_not_exact_is_refused_before_training(
+    toys, tmp_path, wrapper, rule
+):
     class Wrapping(SingleDeviceStrategy):
         def model_to_device(self):
             if wrapper is nn.parallel.DistributedDataParallel:
@@ -413,7 +494,10 @@ class Lone(regrad.Correction):
 
 def test_a_search_for_the_rate_leaves_no_trace(toys, tmp_path):
     fits = []
-    for place in (0, 1):  # after the search there is nothing of the callback's that it could have touched
+    for place in (
+        0,
+        1,
+    ):  # after the search there is nothing of the callback's that it could have touched
         module, callback = toys.Classifier(), RegradCallback(["xgrad"])
         module.lr = 0.1
         callbacks = [LearningRateFinder(num_training_steps=4, update_attr=False)]
@@ -449,7 +533,12 @@ def test_a_trainer_of_the_other_import_name_takes_the_callback(toys, tmp_path):
         def configure_optimizers(self):
             return toys.optimizer_for(self.net)
 
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
     folder = {"default_root_dir": tmp_path, "enable_checkpointing": False}
     whole, callback = Theirs(), RegradCallback(["xgrad"])
     trainer = other.Trainer(max_epochs=1, callbacks=[callback], **folder, **quiet)

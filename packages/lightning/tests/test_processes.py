@@ -14,9 +14,23 @@ SECONDS = 600  # of which a quiet machine needs 20
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What the first of two processes said of each of its fits."""
-    script, folder = Path(__file__).parent / "one_of_two_processes.py", tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_", "SLURM_"))}
+    script, folder = (
+        Path(__file__).parent / "one_of_two_processes.py",
+        tmp_path_factory.mktemp("two"),
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ACCELERATE_", "MASTER_", "SLURM_"))
+    }
     done = subprocess.run(
         [*launch, str(script), str(folder)],
         env={**clean, "OMP_NUM_THREADS": "1"},
@@ -48,5 +62,9 @@ def test_shards_are_one_process_and_resume_with_each_process_its_own_part(seen):
 
 
 def test_what_is_not_exact_on_shards_and_a_state_of_whole_weights_are_refused(seen):
-    assert seen["fsdp2-refused"].startswith("'gcode' is not exact on layout 'fsdp2'; it is on plain, ddp;")
-    assert "must come from 2 processes with shards, got that of whole weights" in seen["fsdp2-whole"]
+    assert seen["fsdp2-refused"].startswith(
+        "'gcode' is not exact on layout 'fsdp2'; it is on plain, ddp;"
+    )
+    assert (
+        "must come from 2 processes with shards, got that of whole weights" in seen["fsdp2-whole"]
+    )

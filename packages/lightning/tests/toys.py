@@ -9,7 +9,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 def samples(count=24):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, 6, generator=generator), torch.randint(4, (count,), generator=generator)
+    return torch.randn(count, 6, generator=generator), torch.randint(
+        4, (count,), generator=generator
+    )
 
 
 def loader(batch_size=4, count=24):
@@ -19,7 +21,9 @@ def loader(batch_size=4, count=24):
 def network():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+        return nn.Sequential(
+            nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)
+        )
 
 
 class Classifier(LightningModule):
@@ -59,7 +63,12 @@ def optimizer_for(net, kind="sgd"):
 def trainer(folder, *callbacks, **options):
     """A quiet trainer on one CPU."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    place = {"accelerator": "cpu", "devices": 1, "default_root_dir": str(folder), "enable_model_summary": False}
+    place = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "default_root_dir": str(folder),
+        "enable_model_summary": False,
+    }
     return Trainer(callbacks=list(callbacks), **{"max_epochs": 2, **place, **quiet, **options})
 
 
@@ -72,7 +81,9 @@ def difference(one, other):
     return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
 
-def plain_loop(corrections, *, accumulate=1, clip=None, dtype=None, batches=12, kind="sgd", corrected=False):
+def plain_loop(
+    corrections, *, accumulate=1, clip=None, dtype=None, batches=12, kind="sgd", corrected=False
+):
     """Train the same network by a written-out loop; return its weights and the attachment."""
     module = Classifier(kind)
     optimizer = optimizer_for(module.net, kind)

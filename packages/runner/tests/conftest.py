@@ -34,7 +34,9 @@ def tables():
         found = {}
         for name in ("tuning.csv", "curves.csv", "results.csv"):
             with (folder / name).open(newline="") as file:
-                found[name] = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+                found[name] = [
+                    {k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)
+                ]
         return found
 
     return read
@@ -71,7 +73,11 @@ def make_comparison():
             "tracking_uri": "http://me:secret@127.0.0.1:1",
         }
         (path / "config.yaml").write_text(yaml.safe_dump(settings))
-        about = {"kind": "comparison", "workload": SCRIPT, "measure": asdict(Measure(target=target))}
+        about = {
+            "kind": "comparison",
+            "workload": SCRIPT,
+            "measure": asdict(Measure(target=target)),
+        }
         machine = {"since": "2026-01-01", "processor": "abacus", "versions": {"torch": "2.15.0"}}
         more = {"left_out": {"agc": "<b>no</b>"}, "processes": 1, "machines": [machine]}
         (path / "about.json").write_text(json.dumps(about if old else about | more))
@@ -137,7 +143,9 @@ def add_measurements(folder, arm, seed, shift):
     keep_effects(folder, effects if shift else [])
     raw = {"cosine_raw": 0.4, "norm_ratio_raw": 1.5, "norm_ratio_corrected": 1.5 - shift}
     probes = [
-        Quality(arm=arm, seed=seed, step=step, cosine_corrected=0.4 + shift, **raw) for step in STEPS if step % 20 == 0
+        Quality(arm=arm, seed=seed, step=step, cosine_corrected=0.4 + shift, **raw)
+        for step in STEPS
+        if step % 20 == 0
     ]
     keep_qualities(folder, probes)
 

@@ -32,11 +32,17 @@ class Averaged(Correction):
             part = local(gradient)
             self.sums[name] = self.sums.get(name, torch.zeros_like(part)) + part
             self.counts[name] = self.counts.get(name, torch.zeros(())) + 1
-            self.others[name] = self.others.get(name, torch.zeros(4)) + 0.01  # the second process has 4 of 9 rows
+            self.others[name] = (
+                self.others.get(name, torch.zeros(4)) + 0.01
+            )  # the second process has 4 of 9 rows
             part.add_(self.sums[name] / self.counts[name] + self.others[name].sum())
 
     def state_dict(self):
-        return {"sums": self.sums, "counts": self.counts, "others": {n: {"deep": o} for n, o in self.others.items()}}
+        return {
+            "sums": self.sums,
+            "counts": self.counts,
+            "others": {n: {"deep": o} for n, o in self.others.items()},
+        }
 
     def load_state_dict(self, state):
         self.sums = {name: tensor.clone() for name, tensor in state["sums"].items()}
@@ -54,7 +60,10 @@ CASES = {
 }
 if {"xgrad", "adanorm"} <= regrad.available().keys():
     names = ["adanorm:target=gradient", "xgrad"]
-    CASES["displacement"] = (lambda p: OtherLibrary(p, lr=0.01), [lambda name=name: name for name in names])
+    CASES["displacement"] = (
+        lambda p: OtherLibrary(p, lr=0.01),
+        [lambda name=name: name for name in names],
+    )
 STEPS, HALF = 6, 3
 
 
@@ -62,7 +71,12 @@ def make(mesh, make_optimizer, corrections, *, seed=0):
     """Return a model of uneven shards (or a plain one), its optimizer and its attachment."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = [torch.nn.Linear(6, 9), torch.nn.GroupNorm(3, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)]
+        layers = [
+            torch.nn.Linear(6, 9),
+            torch.nn.GroupNorm(3, 9),
+            torch.nn.Tanh(),
+            torch.nn.Linear(9, 3),
+        ]
         model = torch.nn.Sequential(*layers).double()
     if mesh is not None:
         for layer in (model[0], model[3], model):
@@ -130,13 +144,21 @@ def weights(model):
 
 
 def tell(name, seen, wanted):
-    difference = max((a.detach() - b.detach()).abs().max().item() for a, b in zip(seen, wanted, strict=True))
+    difference = max(
+        (a.detach() - b.detach()).abs().max().item() for a, b in zip(seen, wanted, strict=True)
+    )
     sys.stdout.write(f"{name} {difference}\n")
 
 
 def main(rank, rendezvous):
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    mesh, half, everything = init_device_mesh("cpu", (2,)), slice(4 * rank, 4 * rank + 4), slice(None)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    mesh, half, everything = (
+        init_device_mesh("cpu", (2,)),
+        slice(4 * rank, 4 * rank + 4),
+        slice(None),
+    )
     for name, case in CASES.items():
         of_shards, shards = interrupted(mesh, *case, half)
         of_whole, whole = interrupted(None, *case, everything)

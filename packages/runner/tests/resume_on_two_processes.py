@@ -24,7 +24,14 @@ def setting():
     """Return workload and settings, without anything that depends on the number of processes."""
     workload = load_workload("digits", train_size=100)
     config = TrainConfig(
-        **{"batch_size": 32, "epochs": 4, "width": 4, "norm": "group", "threads": 1, "evaluations_per_epoch": 2},
+        **{
+            "batch_size": 32,
+            "epochs": 4,
+            "width": 4,
+            "norm": "group",
+            "threads": 1,
+            "evaluations_per_epoch": 2,
+        },
         **{"accumulate": 2, "clip_norm": 1.0},
     )
     return workload, config.resolved(workload)
@@ -36,7 +43,9 @@ def in_float64(*args, **kwargs):
 
 def make(name):
     workload, config = setting()
-    return TrainingRun(config, workload, Arm(name or "none", tuple(filter(None, [name]))), seed=3, lr=0.02)
+    return TrainingRun(
+        config, workload, Arm(name or "none", tuple(filter(None, [name]))), seed=3, lr=0.02
+    )
 
 
 def trained(run, *, save=None):
@@ -44,7 +53,9 @@ def trained(run, *, save=None):
     keep = lambda step: save_checkpoint(run, save) if save is not None and step == STOP else None  # noqa: E731
     run.train(on_point=lambda point: None, on_step=keep)
     model = run.accelerator.unwrap_model(run.model)
-    return list(run.position.points), {name: p.detach().clone() for name, p in model.named_parameters()}
+    return list(run.position.points), {
+        name: p.detach().clone() for name, p in model.named_parameters()
+    }
 
 
 def continued(name, folder):
@@ -60,7 +71,11 @@ def outcome(name, folder):
     with closing(make(name)) as run:
         points, weights = trained(run, save=folder / "two")
     again, same, lines = continued(name, folder / "two")
-    exact = again == points and lines == [] and all(torch.equal(weights[key], same[key]) for key in weights)
+    exact = (
+        again == points
+        and lines == []
+        and all(torch.equal(weights[key], same[key]) for key in weights)
+    )
     _, from_one, lines = continued(name, folder / "one")
     return {"exact": exact, "weights": weights, "from_one": from_one, "lines": lines}
 

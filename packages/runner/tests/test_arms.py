@@ -48,7 +48,11 @@ def test_every_correction_brings_its_control(with_controls, optimizer):
         "xgrad+powergrad": "nesterov+scaled-head",
     }
     assert arms[-1].control == Control(
-        name="nesterov+scaled-head", optimizer={"nesterov": True}, head_init=0.25, head_lr=0.25, body_lr=4.0
+        name="nesterov+scaled-head",
+        optimizer={"nesterov": True},
+        head_init=0.25,
+        head_lr=0.25,
+        body_lr=4.0,
     )
 
 
@@ -60,7 +64,9 @@ def test_equal_controls_run_once(with_controls, optimizer):
 
 
 def test_different_controls_of_one_name_stay_apart(with_controls, optimizer):
-    with_controls(a=HEAD, b=Control(name="scaled-head", head_init=0.3, head_lr=0.3, body_lr=1 / 0.3))
+    with_controls(
+        a=HEAD, b=Control(name="scaled-head", head_init=0.3, head_lr=0.3, body_lr=1 / 0.3)
+    )
     arms = expand(["a", "b"], optimizer)
     assert must_beat(arms) == {"a": "scaled-head", "b": "scaled-head (b)"}
     assert [arm.name for arm in arms[3:]] == ["scaled-head", "scaled-head (b)"]
@@ -83,7 +89,9 @@ def test_a_control_called_like_another_arm_gets_a_name_of_its_own(with_controls,
 
 
 def test_arms_keep_name_and_recipe_when_corrections_are_added_after_them(with_controls, optimizer):
-    with_controls(a=HEAD, b=Control(name="scaled-head", head_init=0.3), c=CLIPPING, **{"clip-norm": NESTEROV})
+    with_controls(
+        a=HEAD, b=Control(name="scaled-head", head_init=0.3), c=CLIPPING, **{"clip-norm": NESTEROV}
+    )
     before = {arm.name: arm.recipe for arm in expand(["a", "c"], optimizer)}
     after = {arm.name: arm.recipe for arm in expand(["a", "c", "b", "clip-norm"], optimizer)}
     assert before.items() <= after.items()
@@ -112,8 +120,12 @@ def test_a_composition_must_beat_the_controls_of_its_parts_together(optimizer):
         Control(name="nesterov+scaled-flow", optimizer={"nesterov": True}, corrections=flow),
         NESTEROV,
     ]
-    assert [[c.name for c in module.create_all(arm)] for arm in arms[1:]] == [["gcw", "gcode"]] * 2 + [["gcode"], []]
-    on_adam = expand(["gcgd:gcode.weight=.2"], torch.optim.AdamW(optimizer.param_groups[0]["params"]))
+    assert [[c.name for c in module.create_all(arm)] for arm in arms[1:]] == [
+        ["gcw", "gcode"]
+    ] * 2 + [["gcode"], []]
+    on_adam = expand(
+        ["gcgd:gcode.weight=.2"], torch.optim.AdamW(optimizer.param_groups[0]["params"])
+    )
     assert on_adam[-1].control == Control(name="scaled-flow", corrections=flow)
 
 
@@ -130,14 +142,18 @@ def test_no_arm_may_be_called_like_the_baseline(with_controls, optimizer):
 
 
 def test_controls_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match="the controls of a stack must agree on nesterov, got True and False"):
+    with pytest.raises(
+        ValueError, match="the controls of a stack must agree on nesterov, got True and False"
+    ):
         merged([NESTEROV, Control(name="plain", optimizer={"nesterov": False})])
 
 
 def test_merged_controls_multiply_their_factors_and_join_their_corrections():
     one = Control(name="a", head_lr=2.0, corrections=("clip-norm",))
     other = Control(name="b", head_lr=3.0, corrections=("clip-norm", "agc"))
-    assert merged([one, None, other]) == Control(name="a+b", head_lr=6.0, corrections=("clip-norm", "agc"))
+    assert merged([one, None, other]) == Control(
+        name="a+b", head_lr=6.0, corrections=("clip-norm", "agc")
+    )
     assert merged([None]) is None
 
 
@@ -155,7 +171,9 @@ def test_a_plus_stacks_unless_it_belongs_to_a_number(text, parts):
 
 @pytest.mark.parametrize("text", ["", "+", "xgrad+", "xgrad++agc"])
 def test_an_empty_part_is_refused(text):
-    with pytest.raises(ValueError, match=r"corrections must name one correction on each side of '\+'"):
+    with pytest.raises(
+        ValueError, match=r"corrections must name one correction on each side of '\+'"
+    ):
         parts_of(text)
 
 
@@ -175,4 +193,6 @@ def test_an_unknown_option_becomes_a_value_error(monkeypatch):
 
 def test_folder_names_hold_nothing_that_a_file_name_cannot():
     assert Arm("agc+xgrad").folder_name == "agc+xgrad"
-    assert re.fullmatch(r"agc_max_ratio=0\.1\+x_y_z-[0-9a-f]{8}", Arm("agc:max_ratio=0.1+x y/z").folder_name)
+    assert re.fullmatch(
+        r"agc_max_ratio=0\.1\+x_y_z-[0-9a-f]{8}", Arm("agc:max_ratio=0.1+x y/z").folder_name
+    )

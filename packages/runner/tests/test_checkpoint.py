@@ -34,7 +34,14 @@ def digits():
 @pytest.fixture
 def config(digits):
     def make(**values):
-        small = {"batch_size": 24, "epochs": 3, "width": 4, "threads": 1, "evaluations_per_epoch": 2, "warmup_steps": 4}
+        small = {
+            "batch_size": 24,
+            "epochs": 3,
+            "width": 4,
+            "threads": 1,
+            "evaluations_per_epoch": 2,
+            "warmup_steps": 4,
+        }
         return TrainConfig(**{**small, **values}).resolved(digits)
 
     return make
@@ -81,7 +88,9 @@ class Noisy(Correction):
             gradient.add_(torch.randn_like(gradient), alpha=1e-2)
 
 
-@pytest.mark.parametrize("steps", [1, 8, 13])  # in the first epoch, at an epoch's end, between two evaluations
+@pytest.mark.parametrize(
+    "steps", [1, 8, 13]
+)  # in the first epoch, at an epoch's end, between two evaluations
 @pytest.mark.parametrize(
     ("corrections", "settings"),
     [
@@ -95,17 +104,23 @@ class Noisy(Correction):
         pytest.param(("xgrad", "powergrad"), {"accumulate": 3}, marks=needs_plugins),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, digits, config, corrections, settings, steps):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path, digits, config, corrections, settings, steps
+):
     arm = Arm("+".join(corrections) or "none", corrections)
     with closing(TrainingRun(config(**settings), digits, arm, seed=7, lr=0.05)) as run:
         points, weights = finish(run)
-    resumed_points, resumed_weights = resumed(config(**settings), digits, arm, tmp_path, steps=steps)
+    resumed_points, resumed_weights = resumed(
+        config(**settings), digits, arm, tmp_path, steps=steps
+    )
     assert resumed_points == points
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("name", regrad.available())
-def test_a_run_resumes_exactly_with_every_correction_that_is_installed(tmp_path, digits, config, name):
+def test_a_run_resumes_exactly_with_every_correction_that_is_installed(
+    tmp_path, digits, config, name
+):
     arm, optimizer = Arm(name, (name,)), "adamw"  # on two processes below: SGD with momentum
     with closing(TrainingRun(config(optimizer=optimizer), digits, arm, seed=7, lr=0.01)) as run:
         points, weights = finish(run)
@@ -120,7 +135,9 @@ def test_a_run_resumes_exactly_with_every_correction_that_is_installed(tmp_path,
         assert all(torch.equal(weights[key], tensor) for key, tensor in weights_of(second).items())
 
 
-def test_a_resumed_run_draws_the_random_numbers_that_would_have_come(monkeypatch, tmp_path, digits, config):
+def test_a_resumed_run_draws_the_random_numbers_that_would_have_come(
+    monkeypatch, tmp_path, digits, config
+):
     monkeypatch.setattr(training, "create_all", lambda arm: [Noisy()])
     with closing(TrainingRun(config(), digits, Arm("noisy"), seed=7, lr=0.05)) as run:
         _, weights = finish(run)
@@ -143,12 +160,16 @@ def test_a_checkpoint_in_the_middle_of_an_accumulation_is_refused(tmp_path, digi
     with closing(TrainingRun(config(accumulate=3), digits, Arm("none"), seed=0, lr=0.05)) as run:
         next(run.steps())
         run.position.batch += 1
-        with pytest.raises(RegradError, match="must be saved after an optimizer step, got micro-batch 1 of 3"):
+        with pytest.raises(
+            RegradError, match="must be saved after an optimizer step, got micro-batch 1 of 3"
+        ):
             save_checkpoint(run, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("options", "kept"), [({}, [3, 4]), ({"keep": 1}, [4]), ({"keep": 3}, [2, 3, 4])])
+@pytest.mark.parametrize(
+    ("options", "kept"), [({}, [3, 4]), ({"keep": 1}, [4]), ({"keep": 3}, [2, 3, 4])]
+)
 def test_the_last_checkpoints_are_kept_two_unless_told(tmp_path, digits, config, options, kept):
     with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
         for step in run.steps():
@@ -169,7 +190,9 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path, digits, config):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_in_the_same_weights(tmp_path, digits, config):
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_in_the_same_weights(
+    tmp_path, digits, config
+):
     with closing(TrainingRun(config(), digits, Arm("none"), seed=7, lr=0.05)) as run:
         run.train(
             on_point=lambda point: None,
@@ -207,8 +230,12 @@ def test_a_checkpoint_of_other_corrections_is_refused(tmp_path, digits, config):
         next(run.steps())
         path = save_checkpoint(run, tmp_path)
     with (
-        closing(TrainingRun(config(), digits, Arm("x", ("xgrad:horizon=2",)), seed=0, lr=0.05)) as run,
-        pytest.raises(RegradError, match=r"must come from the same corrections; xgrad\.horizon was 1\.0, is 2"),
+        closing(
+            TrainingRun(config(), digits, Arm("x", ("xgrad:horizon=2",)), seed=0, lr=0.05)
+        ) as run,
+        pytest.raises(
+            RegradError, match=r"must come from the same corrections; xgrad\.horizon was 1\.0, is 2"
+        ),
     ):
         load_checkpoint(run, path)
     with (
@@ -220,12 +247,18 @@ def test_a_checkpoint_of_other_corrections_is_refused(tmp_path, digits, config):
 
 @needs_plugins
 def test_a_checkpoint_of_corrections_in_another_order_is_refused(tmp_path, digits, config):
-    with closing(TrainingRun(config(), digits, Arm("a", ("xgrad", "powergrad")), seed=0, lr=0.05)) as run:
+    with closing(
+        TrainingRun(config(), digits, Arm("a", ("xgrad", "powergrad")), seed=0, lr=0.05)
+    ) as run:
         next(run.steps())
         path = save_checkpoint(run, tmp_path)
     with (
-        closing(TrainingRun(config(), digits, Arm("b", ("powergrad", "xgrad")), seed=0, lr=0.05)) as run,
-        pytest.raises(RegradError, match=r"the checkpoint's order \(xgrad, powergrad\), got powergrad, xgrad"),
+        closing(
+            TrainingRun(config(), digits, Arm("b", ("powergrad", "xgrad")), seed=0, lr=0.05)
+        ) as run,
+        pytest.raises(
+            RegradError, match=r"the checkpoint's order \(xgrad, powergrad\), got powergrad, xgrad"
+        ),
     ):
         load_checkpoint(run, path)
 
@@ -241,7 +274,9 @@ def test_points_survive_json(tmp_path, digits, config):
 
 
 @pytest.mark.timeout(900)
-def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_process_and_back(tmp_path, monkeypatch):
+def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_process_and_back(
+    tmp_path, monkeypatch
+):
     here = Path(__file__).parent
     monkeypatch.syspath_prepend(here)
     two = importlib.import_module("resume_on_two_processes")
@@ -251,7 +286,14 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
         with closing(two.make(name)) as run:
             whole[name] = two.trained(run, save=tmp_path / (name or "none") / "one")[1]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
         [*launch, str(here / "resume_on_two_processes.py"), str(tmp_path), *names],
         env={**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -265,8 +307,16 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     assert [name for name in names if not results[name]["exact"]] == []
     for name in names:
         from_two, lines = two.continued(name, tmp_path / (name or "none") / "two")[1:]
-        assert lines[0].startswith("the checkpoint is of 2 processes and goes on with 1: the same images in the same")
-        assert results[name]["lines"][0].startswith("the checkpoint is of 1 processes and goes on with 2")
+        assert lines[0].startswith(
+            "the checkpoint is of 2 processes and goes on with 1: the same images in the same"
+        )
+        assert results[name]["lines"][0].startswith(
+            "the checkpoint is of 1 processes and goes on with 2"
+        )
         for seen in (from_two, results[name]["from_one"]):
-            differences = [(seen[key] - tensor).abs().max().item() for key, tensor in whole[name].items()]
-            assert max(differences) <= 1e-10, name  # float64: sums in another order, repeated over the steps
+            differences = [
+                (seen[key] - tensor).abs().max().item() for key, tensor in whole[name].items()
+            ]
+            assert max(differences) <= 1e-10, (
+                name
+            )  # float64: sums in another order, repeated over the steps

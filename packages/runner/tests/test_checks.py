@@ -10,13 +10,26 @@ from regrad_runner.cli import main
 def report(*rows, suite="generic"):
     keys = ("suite", "clause", "outcome", "reason", "proves", "details")
     clauses = [dict(zip(keys, row, strict=True)) for row in rows]
-    told = {"name": "mine", "kind": "correction", "distribution": "regrad-mine", "version": "1.0", "suite": suite}
+    told = {
+        "name": "mine",
+        "kind": "correction",
+        "distribution": "regrad-mine",
+        "version": "1.0",
+        "suite": suite,
+    }
     return {**told, "clauses": clauses}
 
 
 PROVED = ("TestMine", "effect", "proved", "", "It changes something.", "")
 SKIPPED = ("TestMine", "sparse", "skipped", "declares [none]", "Sparse is right.", "")
-FAILED = ("TestMine", "resume", "failed", "'a' differs by 1e-3", "Resumed is the same.", "a traceback")
+FAILED = (
+    "TestMine",
+    "resume",
+    "failed",
+    "'a' differs by 1e-3",
+    "Resumed is the same.",
+    "a traceback",
+)
 
 
 def test_people_see_clause_outcome_and_reason_and_the_details_of_failures(monkeypatch, capsys):

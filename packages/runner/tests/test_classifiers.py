@@ -13,9 +13,33 @@ from torchvision import models
 
 # One of each family, the smallest; what is left out differs from these in numbers only.
 FAMILIES = [
-    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
-    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnet50"),
-    *("resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32"),
+    *(
+        "alexnet",
+        "convnext_tiny",
+        "densenet121",
+        "efficientnet_b0",
+        "efficientnet_v2_s",
+        "googlenet",
+        "inception_v3",
+    ),
+    *(
+        "maxvit_t",
+        "mnasnet0_5",
+        "mobilenet_v2",
+        "mobilenet_v3_small",
+        "regnet_y_400mf",
+        "resnet18",
+        "resnet50",
+    ),
+    *(
+        "resnext50_32x4d",
+        "shufflenet_v2_x0_5",
+        "squeezenet1_1",
+        "swin_t",
+        "swin_v2_t",
+        "vgg11",
+        "vit_b_32",
+    ),
 ]
 
 
@@ -44,7 +68,9 @@ def test_a_classifier_gives_logits_and_its_head_is_found(name):
     assert head is head_by_name(model)
     assert (head.out_features if isinstance(head, nn.Linear) else head.out_channels) == 7
     shapes = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
-    logits = torch.func.functional_call(model.eval(), shapes, (torch.empty(2, 3, 224, 224, device="meta"),))
+    logits = torch.func.functional_call(
+        model.eval(), shapes, (torch.empty(2, 3, 224, 224, device="meta"),)
+    )
     assert logits.shape == (2, 7)  # one tensor: no auxiliary outputs
 
 
@@ -79,7 +105,9 @@ def test_building_leaves_the_global_random_state_alone():
 
 
 def test_grey_images_are_repeated_and_keep_the_weights():
-    grey, colour = (build_model("resnet18", classes=5, channels=c, image_size=32, seed=1).eval() for c in (1, 3))
+    grey, colour = (
+        build_model("resnet18", classes=5, channels=c, image_size=32, seed=1).eval() for c in (1, 3)
+    )
     images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(grey(images), colour(images.repeat(1, 3, 1, 1)))
     assert head_of(grey).out_features == 5
@@ -92,7 +120,9 @@ def test_groups_take_the_place_of_every_batch_normalisation(name):
     assert nn.GroupNorm in kinds
     assert nn.BatchNorm2d not in kinds
     batch = build_model(name, classes=5, image_size=32)
-    assert torch.equal(head_of(model).weight, head_of(batch).weight)  # the draws are those of the seed
+    assert torch.equal(
+        head_of(model).weight, head_of(batch).weight
+    )  # the draws are those of the seed
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(model.eval()(images)[:2], model(images[:2]), atol=1e-5)
 
@@ -105,14 +135,23 @@ def test_a_network_without_normalisation_may_be_asked_for_by_that():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "resnet19"}, "no model named 'resnet19'; there are resnet8, .*; did you mean 'resnet18'"),
+        (
+            {"name": "resnet19"},
+            "no model named 'resnet19'; there are resnet8, .*; did you mean 'resnet18'",
+        ),
         ({"name": "vit_b_61"}, "no model named 'vit_b_61'; .*; did you mean 'vit_b_16'"),
-        ({"width": 32}, "width must be left out for model 'resnet18', whose widths are fixed, got 32"),
+        (
+            {"width": 32},
+            "width must be left out for model 'resnet18', whose widths are fixed, got 32",
+        ),
         ({"channels": 2}, "channels must be 1 or 3 for model 'resnet18', got 2"),
         ({"classes": 1}, "classes must be at least 2, got 1"),
         ({"name": "inception_v3"}, "image_size must fit model 'inception_v3', such as 75, got 32"),
         ({"name": "vit_b_32"}, "image_size must fit model 'vit_b_32', such as 224, got 32"),
-        ({"norm": "none"}, "norm must be 'batch' or 'group' for model 'resnet18', got 'none'; it cannot be left out"),
+        (
+            {"norm": "none"},
+            "norm must be 'batch' or 'group' for model 'resnet18', got 'none'; it cannot be left out",
+        ),
         ({"norm": "layer"}, "norm must be one of batch, group, none, got 'layer'"),
         (
             {"name": "densenet121", "norm": "group"},
@@ -140,7 +179,9 @@ def test_a_control_scales_the_head_of_a_classifier():
     config = TrainConfig(model="resnet18").resolved(workload)
     control = Control(name="scaled-head", head_init=0.25, head_lr=0.25, body_lr=4.0)
     plain, _ = build_training(config, workload, Arm("none"), seed=0, lr=0.1)
-    scaled, optimizer = build_training(config, workload, Arm("scaled-head", control=control), seed=0, lr=0.1)
+    scaled, optimizer = build_training(
+        config, workload, Arm("scaled-head", control=control), seed=0, lr=0.1
+    )
     assert config.width is None
     assert torch.equal(head_of(scaled).weight, head_of(plain).weight * 0.25)
     body, head = optimizer.param_groups

@@ -43,18 +43,30 @@ BAD = [
     ("compare --workload parquet --data-dir nowhere", "data_dir must be a folder"),
     ("compare --workload digits --data-dir nowhere", "data_dir must be left out"),
     ("compare --corrections nope", "no correction named 'nope'"),
-    ("compare --corrections +", "corrections must name one correction on each side of '+', got '+'"),
+    (
+        "compare --corrections +",
+        "corrections must name one correction on each side of '+', got '+'",
+    ),
     ("compare --corrections", "'--corrections' requires an argument"),
     ("compare --epochs 0", "epochs must be greater than 0, got 0"),
     ("compare --epochs many", "'--epochs'"),
     ("compare --seeds -3", "seeds must be greater than 0, got -3"),
     ("compare --train-size 5", "train_size must be from 10 (the classes) to 1067, got 5"),
     ("compare --train-size 5000", "train_size must be from 10 (the classes) to 1067, got 5000"),
-    ("compare --batch-size 2000", "batch_size must be at most 1077 (the training images), got 2000"),
+    (
+        "compare --batch-size 2000",
+        "batch_size must be at most 1077 (the training images), got 2000",
+    ),
     ("compare --optimizer sdg", "no optimizer named 'sdg'"),
     ("compare --optimizer sgd:speed=1", "optimizer 'sgd' has no option 'speed'"),
-    ("compare --model resnet9", "no model named 'resnet9'; there are resnet8, resnet20, resnet32, resnet56 and"),
-    ("compare --model resnet18 --width 8", "width must be left out for model 'resnet18', whose widths are"),
+    (
+        "compare --model resnet9",
+        "no model named 'resnet9'; there are resnet8, resnet20, resnet32, resnet56 and",
+    ),
+    (
+        "compare --model resnet18 --width 8",
+        "width must be left out for model 'resnet18', whose widths are",
+    ),
     ("compare --model vit_b_16", "image_size must fit model 'vit_b_16', such as 224, got 8"),
     ("compare --norm layer", "norm must be 'batch', 'group' or 'none', got 'layer'"),
     ("compare --lr fast", "lr must be a valid number, got 'fast'"),
@@ -64,7 +76,10 @@ BAD = [
     ("compare --config settings.yaml", "no setting named 'epoch'; did you mean 'epochs'?"),
     ("compare --config nowhere.yaml", "config must be a readable file, got 'nowhere.yaml'"),
     ("compare --resume", "out must be given with --resume"),
-    ("compare --resume --out nowhere", "out must be the folder of an earlier run to resume it, got 'nowhere'"),
+    (
+        "compare --resume --out nowhere",
+        "out must be the folder of an earlier run to resume it, got 'nowhere'",
+    ),
     ("compare --out .", "out must be a new or empty folder, got '.'"),
     ("compare --speed 3", "No such option"),
     ("compare 3", "unexpected extra argument"),
@@ -81,7 +96,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "message"), BAD, ids=[f"{words}: {message[:20]}" for words, message in BAD])
+@pytest.mark.parametrize(
+    ("words", "message"), BAD, ids=[f"{words}: {message[:20]}" for words, message in BAD]
+)
 def test_bad_input_is_one_clear_line_and_writes_nothing(here, capsys, words, message):
     (here / "settings.yaml").write_text("epoch: 3\n")
     assert main(words.split()) == 2
@@ -150,7 +167,10 @@ def test_every_setting_has_its_flag(monkeypatch, capsys):
     for command, kind in (("compare", CompareConfig), ("train", TrainConfig)):
         assert main([command, "--help"]) == 0
         shown = capsys.readouterr().out
-        flags = {f"--{'no-' if name == 'controls' else ''}{name.replace('_', '-')} " for name in kind.model_fields}
+        flags = {
+            f"--{'no-' if name == 'controls' else ''}{name.replace('_', '-')} "
+            for name in kind.model_fields
+        }
         assert [flag for flag in flags if flag not in shown] == []
 
 
@@ -169,7 +189,9 @@ def test_one_flag_takes_many_corrections(words, repeated):
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.mark.parametrize("words", [["plugins", "list"], ["plugins", "list", "--json"]])
@@ -184,12 +206,16 @@ def test_listing_plugins_imports_nothing_heavy(words):
 def test_the_list_of_plugins_is_json_for_programs(capsys):
     assert main(["plugins", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert {"digits", "parquet"} <= {entry["name"] for entry in listed if entry["kind"] == "workload"}
+    assert {"digits", "parquet"} <= {
+        entry["name"] for entry in listed if entry["kind"] == "workload"
+    }
 
 
 def test_a_comparison_and_its_report_print_the_same_and_only_progress_goes_to_stderr(here, capsys):
     (here / "baseline.yaml").write_text("corrections: []\n")
-    assert main(["compare", *SMALL, "--config", "baseline.yaml", "--seeds", "2", "--out", "out"]) == 0
+    assert (
+        main(["compare", *SMALL, "--config", "baseline.yaml", "--seeds", "2", "--out", "out"]) == 0
+    )
     compared = capsys.readouterr()
     assert "test accuracy" in compared.out
     assert "regrad report out shows this again" in compared.out
@@ -259,19 +285,31 @@ def test_a_sigterm_ends_comparison_and_run_as_killed(here, baseline, monkeypatch
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--seeds", "3", *baseline])
     assert stop.value.code == 143
-    assert "stopped; this goes on from here: regrad compare --resume --out out" in capsys.readouterr().err
-    assert tracked(here / "out") == {"out": "KILLED", "none, seed 0": "FINISHED", "none, seed 1": "KILLED"}
+    assert (
+        "stopped; this goes on from here: regrad compare --resume --out out"
+        in capsys.readouterr().err
+    )
+    assert tracked(here / "out") == {
+        "out": "KILLED",
+        "none, seed 0": "FINISHED",
+        "none, seed 1": "KILLED",
+    }
 
 
 def test_ctrl_c_ends_a_run_as_killed_with_code_130(here, baseline, monkeypatch, capsys):
     in_the_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(["train", *baseline]) == 130
-    assert "stopped; this goes on from here: regrad train --resume --out out" in capsys.readouterr().err
+    assert (
+        "stopped; this goes on from here: regrad train --resume --out out"
+        in capsys.readouterr().err
+    )
     assert tracked(here / "out") == {"out": "KILLED"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoints(folder / "checkpoints")[-1] / "tensors.pt", weights_only=True)["model"]
+    return torch.load(checkpoints(folder / "checkpoints")[-1] / "tensors.pt", weights_only=True)[
+        "model"
+    ]
 
 
 def exit_code(words) -> int:
@@ -282,7 +320,9 @@ def exit_code(words) -> int:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_training_saves_after_its_step_and_goes_on_from_there(here, monkeypatch, capfd, number, code):
+def test_a_stopped_training_saves_after_its_step_and_goes_on_from_there(
+    here, monkeypatch, capfd, number, code
+):
     corrections = ["--corrections", "xgrad"] if "xgrad" in regrad.available() else []
     words = ["train", *SMALL, *corrections]
     assert main([*words, "--out", "whole"]) == 0
@@ -305,8 +345,15 @@ def test_a_second_ctrl_c_leaves_at_once_without_saving_or_waiting(here, monkeypa
         pytest.fail("the training went on")
 
     in_the_step(monkeypatch, 3, twice)
-    words = [*SHAPE, "--epochs", "2", "--corrections", "xgrad"] if "xgrad" in regrad.available() else SHAPE
-    with pytest.warns(RegradWarning, match=f"tracking records wait in .*; regrad sync {here / 'out'} delivers them"):
+    words = (
+        [*SHAPE, "--epochs", "2", "--corrections", "xgrad"]
+        if "xgrad" in regrad.available()
+        else SHAPE
+    )
+    with pytest.warns(
+        RegradWarning,
+        match=f"tracking records wait in .*; regrad sync {here / 'out'} delivers them",
+    ):
         assert main(["train", *words, "--tracking-uri", DEAD_SERVER, "--out", "out"]) == 130
     assert "once more leaves at once" in capfd.readouterr().err
     assert not (here / "out" / "checkpoints").exists()
@@ -337,14 +384,25 @@ main(sys.argv[1:])
 
 
 def test_a_run_that_was_killed_is_marked_when_it_goes_on_and_its_curve_is_whole(here):
-    words = ["train", *SHAPE, "--epochs", "1", "--evaluations-per-epoch", "4", "--checkpoint-every", "1"]
+    words = [
+        "train",
+        *SHAPE,
+        "--epochs",
+        "1",
+        "--evaluations-per-epoch",
+        "4",
+        "--checkpoint-every",
+        "1",
+    ]
     command = [sys.executable, "-c", KILLED_IN_ITS_THIRD_STEP, *words, "--out", "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
     assert main(["train", "--resume", "--out", "out"]) == 0
     with closing(sqlite3.connect(here / "out" / "mlflow.db")) as database:
         runs = database.execute("select run_uuid, status from runs order by start_time").fetchall()
-        losses = "select step from metrics where key = 'training loss' and run_uuid = ? order by step"
+        losses = (
+            "select step from metrics where key = 'training loss' and run_uuid = ? order by step"
+        )
         curves = [[step for (step,) in database.execute(losses, [run])] for run, _ in runs]
     assert [status for _, status in runs] == ["KILLED", "FINISHED"]
     assert curves == [[1, 2], [1, 2, 3, 4]]
@@ -355,7 +413,9 @@ def crash():
     raise RuntimeError("the machine is on fire")
 
 
-def test_a_crash_of_one_run_is_failed_in_the_tracker_and_in_the_exit_code(here, baseline, monkeypatch, capsys):
+def test_a_crash_of_one_run_is_failed_in_the_tracker_and_in_the_exit_code(
+    here, baseline, monkeypatch, capsys
+):
     in_the_step(monkeypatch, 2, crash)
     assert main(["compare", "--seeds", "3", *baseline]) == 1
     said = capsys.readouterr()
@@ -371,7 +431,9 @@ def test_a_crash_of_one_run_is_failed_in_the_tracker_and_in_the_exit_code(here, 
     assert trace.read_text().rstrip().endswith("RuntimeError: the machine is on fire")
 
 
-def test_a_crash_in_training_is_failed_in_the_tracker_and_shows_its_traceback(here, baseline, monkeypatch):
+def test_a_crash_in_training_is_failed_in_the_tracker_and_shows_its_traceback(
+    here, baseline, monkeypatch
+):
     in_the_step(monkeypatch, 1, crash)
     with pytest.raises(RuntimeError, match="the machine is on fire"):
         main(["train", *baseline])
@@ -410,16 +472,25 @@ def test_what_a_kill_left_of_the_settings_bars_no_new_start(here, capsys):
     (here / "out").mkdir()
     (here / "out" / ".config.yaml.part").write_text("half")
     assert main(["train", "--resume", "--out", "out"]) == 2
-    assert capsys.readouterr().err.endswith("without config.yaml; start it again without --resume\n")
+    assert capsys.readouterr().err.endswith(
+        "without config.yaml; start it again without --resume\n"
+    )
     assert main(["train", *SMALL, "--epochs", "1", "--out", "out"]) == 0
     assert main(["train", *SMALL, "--epochs", "1", "--out", "out"]) == 2
-    assert "out must be a new or empty folder, got 'out'; --resume continues it" in capsys.readouterr().err
+    assert (
+        "out must be a new or empty folder, got 'out'; --resume continues it"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_process_that_gets_a_sigterm_leaves_no_run_open_and_a_folder_to_go_on_from(here, baseline):
+def test_a_process_that_gets_a_sigterm_leaves_no_run_open_and_a_folder_to_go_on_from(
+    here, baseline
+):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     words = ["-m", "regrad_runner", "compare", "--seeds", "500", *baseline]
-    process = subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
     while not process.stderr.readline().startswith("[  1/500]"):
         assert process.poll() is None
     process.terminate()

@@ -23,7 +23,14 @@ from regrad_runner.workloads import load_workload
 from rich.console import Console
 
 pytestmark = pytest.mark.usefixtures("without_page")
-SMALL = {"epochs": 2, "train_size": 100, "batch_size": 25, "width": 4, "seeds": 2, "tracker": "none"}
+SMALL = {
+    "epochs": 2,
+    "train_size": 100,
+    "batch_size": 25,
+    "width": 4,
+    "seeds": 2,
+    "tracker": "none",
+}
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
     reason="regrad-xgrad and regrad-powergrad are not installed",
@@ -51,12 +58,20 @@ def run(plan) -> tuple[ResultsFolder, str]:
 
 
 def outcomes(folder):
-    return {(r.arm, r.seed): (r.status, r.value, r.validation, r.steps_to_target) for r in folder.results}
+    return {
+        (r.arm, r.seed): (r.status, r.value, r.validation, r.steps_to_target)
+        for r in folder.results
+    }
 
 
 def test_every_arm_runs_on_every_seed_and_seeds_come_first(plan):
     folder, text = run(plan())
-    assert [(r.seed, r.arm) for r in folder.results] == [(0, "none"), (0, "nesterov"), (1, "none"), (1, "nesterov")]
+    assert [(r.seed, r.arm) for r in folder.results] == [
+        (0, "none"),
+        (0, "nesterov"),
+        (1, "none"),
+        (1, "nesterov"),
+    ]
     assert {r.status for r in folder.results} == {"finished"}
     assert "[4/4] nesterov, seed 1: test accuracy" in text
 
@@ -69,10 +84,18 @@ def test_the_folder_holds_settings_rows_curves_receipts_and_figures(plan):
     with (path / "curves.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4 * 8
     receipt = json.loads((path / "runs" / "nesterov-seed1" / "receipt.json").read_text())
-    assert (receipt["run"]["arm"], receipt["run"]["seed"], receipt["run"]["lr"]) == ("nesterov", 1, 0.05)
+    assert (receipt["run"]["arm"], receipt["run"]["seed"], receipt["run"]["lr"]) == (
+        "nesterov",
+        1,
+        0.05,
+    )
     assert receipt["run"]["control"]["optimizer"] == {"nesterov": True}
     assert (receipt["corrections"], receipt["steps_applied"]) == ([], 8)
-    assert {file.name for file in path.glob("*.png")} == {"curves.png", "steps.png", "comparison.png"}
+    assert {file.name for file in path.glob("*.png")} == {
+        "curves.png",
+        "steps.png",
+        "comparison.png",
+    }
     assert not list(path.rglob("*.part"))
 
 
@@ -137,14 +160,25 @@ def test_more_seeds_and_corrections_are_added_and_nothing_is_repeated(plan, monk
 @needs_plugins
 def test_a_correction_is_added_on_resume(tmp_path):
     def made(*corrections, resume):
-        return make_plan(CompareConfig(**SMALL, corrections=corrections), out=tmp_path / "out", resume=resume)
+        return make_plan(
+            CompareConfig(**SMALL, corrections=corrections), out=tmp_path / "out", resume=resume
+        )
 
     run(made("xgrad", resume=False))
     more = made("powergrad", "xgrad", resume=True)
-    assert [arm.name for arm in more.arms] == ["none", "xgrad", "powergrad", "nesterov", "scaled-head"]
+    assert [arm.name for arm in more.arms] == [
+        "none",
+        "xgrad",
+        "powergrad",
+        "nesterov",
+        "scaled-head",
+    ]
     folder, _ = run(more)
     assert len(folder.results) == 10
-    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["corrections"] == ["xgrad", "powergrad"]
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["corrections"] == [
+        "xgrad",
+        "powergrad",
+    ]
     with pytest.raises(ValueError, match="out must hold the same configuration, got corrections"):
         made("powergrad", resume=True)
 
@@ -196,7 +230,9 @@ def installed(monkeypatch):
         if group != "regrad":
             return original(name, group)
         if name not in kinds:
-            raise regrad.PluginLoadError(f"plugin {name!r} (x 1.0) could not be imported: No module named 'y'")
+            raise regrad.PluginLoadError(
+                f"plugin {name!r} (x 1.0) could not be imported: No module named 'y'"
+            )
         return kinds[name]
 
     def available(group="regrad"):
@@ -225,10 +261,16 @@ def test_all_stands_for_every_correction_that_works_here_and_says_which_do_not(t
     torch.set_rng_state(state)
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["corrections"] == ["mild"]
     show_comparison(tmp_path / "out")
-    assert "left out: late ('late' found no layer that it could correct)\n" in capsys.readouterr().out
+    assert (
+        "left out: late ('late' found no layer that it could correct)\n" in capsys.readouterr().out
+    )
     show_comparison(tmp_path / "out", as_json=True)
     assert set(json.loads(capsys.readouterr().out)["left_out"]) == {"late", "picky", "torn"}
-    again = make_plan(CompareConfig(**{**SMALL, "epochs": 1}, corrections=("mild",)), out=tmp_path / "out", resume=True)
+    again = make_plan(
+        CompareConfig(**{**SMALL, "epochs": 1}, corrections=("mild",)),
+        out=tmp_path / "out",
+        resume=True,
+    )
     assert set(again.left_out) == {"late", "picky", "torn"}
 
 
@@ -249,7 +291,9 @@ def test_a_run_that_fails_is_kept_as_failed_and_the_others_go_on(plan, monkeypat
         ("fails", "failed"),
         ("nesterov", "finished"),
     ]
-    assert "fails, seed 0 failed: ValueError: optimizer 'sgd' has no option 'no_such_option'" in text
+    assert (
+        "fails, seed 0 failed: ValueError: optimizer 'sgd' has no option 'no_such_option'" in text
+    )
     assert "Traceback" in (folder.path / "failures.txt").read_text()
     assert len(folder.results) == 6
 
@@ -270,11 +314,21 @@ def statuses(path: Path) -> dict[str, str]:
 def test_runs_are_tracked_under_their_comparison_and_a_failed_one_is_marked(plan):
     fails = Arm("fails", control=Control(name="fails", optimizer={"no_such_option": 1}))
     folder, _ = run(plan(arms=(Arm("none"), fails), seeds=1, tracker="mlflow"))
-    assert statuses(folder.path) == {"out": "FAILED", "none, seed 0": "FINISHED", "fails, seed 0": "FAILED"}
+    assert statuses(folder.path) == {
+        "out": "FAILED",
+        "none, seed 0": "FINISHED",
+        "fails, seed 0": "FAILED",
+    }
     with closing(sqlite3.connect(folder.path / "mlflow.db")) as database:
-        parents = database.execute("select count(*) from tags where key = 'mlflow.parentRunId'").fetchone()
-        curve = database.execute("select count(*) from metrics where key = 'validation accuracy'").fetchone()
-        tested = database.execute("select count(*) from metrics where key = 'test accuracy'").fetchone()
+        parents = database.execute(
+            "select count(*) from tags where key = 'mlflow.parentRunId'"
+        ).fetchone()
+        curve = database.execute(
+            "select count(*) from metrics where key = 'validation accuracy'"
+        ).fetchone()
+        tested = database.execute(
+            "select count(*) from metrics where key = 'test accuracy'"
+        ).fetchone()
     assert (parents, curve, tested) == ((2,), (8,), (1,))
     artifacts = {file.name for file in (folder.path / "artifacts").rglob("*") if file.is_file()}
     assert artifacts == {"receipt.json", "results.csv", "curves.png", "steps.png", "traceback.txt"}
@@ -362,6 +416,8 @@ def test_two_sets_of_baseline_runs_with_different_seeds_are_no_evidence():
             value = run.value_on(digits.test)
         return RunRow(arm=arm, seed=pair, value=value, step_seconds=1.0, touched=True)
 
-    rows = [row("none", pair, pair) for pair in range(6)] + [row("again", pair, 100 + pair) for pair in range(6)]
+    rows = [row("none", pair, pair) for pair in range(6)] + [
+        row("again", pair, 100 + pair) for pair in range(6)
+    ]
     assert len({r.value for r in rows}) > 2
     assert summarize(rows, controls={})[1].verdict == "no evidence"

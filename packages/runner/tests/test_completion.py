@@ -40,7 +40,9 @@ for line in json.loads(sys.argv[1]):
     said[line] = out.getvalue().split()
 print(json.dumps([said, [name for name in ("torch", "pydantic.main", "mlflow") if name in sys.modules]]))
 """
-needs_clipping = pytest.mark.skipif("agc" not in regrad.available(), reason="regrad-clipping is not installed")
+needs_clipping = pytest.mark.skipif(
+    "agc" not in regrad.available(), reason="regrad-clipping is not installed"
+)
 
 
 @needs_clipping
@@ -55,7 +57,11 @@ def test_a_shell_is_offered_names_and_flags_and_torch_is_not_imported_for_it():
 
 def ask(shell: str, line: str) -> str:
     """Ask the installed command as a shell's script does."""
-    asked = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_TYPER_COMPLETE_ARGS": line}
+    asked = {
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+        "_TYPER_COMPLETE_ARGS": line,
+    }
     asked |= {"_REGRAD_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
     command = [sys.executable, "-m", "regrad_runner"]
     return subprocess.run(
@@ -82,7 +88,12 @@ def test_bash_completes_with_the_script_that_it_is_given(tmp_path):
     )
     where = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "--norc", "-c", script], env=where, capture_output=True, text=True, check=False, timeout=240
+        ["bash", "--norc", "-c", script],
+        env=where,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
     assert "_regrad_completion" in done.stdout
     assert done.stdout.endswith("offered: digits\n"), done
@@ -93,7 +104,9 @@ def test_the_names_are_those_that_the_commands_take():
     assert all(optimizer_class(name) for name in completion.optimizers(""))
     with pytest.raises(ValueError, match="there are: ") as problem:
         optimizer_class("none of them")
-    assert set(completion.optimizers("")) == set(str(problem.value).partition("there are: ")[2].split(", "))
+    assert set(completion.optimizers("")) == set(
+        str(problem.value).partition("there are: ")[2].split(", ")
+    )
     assert (
         {"adamw", "sgd"}
         < set(completion.optimizers(""))

@@ -2,7 +2,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from regrad_runner.config import CompareConfig, RunConfig, TrainConfig, first_difference, load_config, write_config
+from regrad_runner.config import (
+    CompareConfig,
+    RunConfig,
+    TrainConfig,
+    first_difference,
+    load_config,
+    write_config,
+)
 from regrad_runner.workloads import load_workload
 
 
@@ -40,7 +47,10 @@ def test_one_learning_rate_may_be_written_alone(rate):
         ({"lr": [0.1, -1]}, "lr must be different positive numbers, got 0.1, -1"),
         ({"lr": []}, "lr must be different positive numbers, got none"),
         ({"epoch": 3}, "no setting named 'epoch'; did you mean 'epochs'?"),
-        ({"batch_size": 7, "accumulate": 2}, r"batch_size must be a multiple of accumulate \(2\), got 7"),
+        (
+            {"batch_size": 7, "accumulate": 2},
+            r"batch_size must be a multiple of accumulate \(2\), got 7",
+        ),
         ({"clip_norm": 0}, "clip_norm must be greater than 0, got 0"),
         ({"tracking_uri": "./mlruns"}, "tracking_uri must be an absolute address, got './mlruns'"),
     ],
@@ -95,15 +105,17 @@ def test_resolving_twice_changes_nothing(digits):
 
 
 def test_a_batch_larger_than_the_training_images_is_refused(digits):
-    with pytest.raises(ValueError, match=r"batch_size must be at most 1077 \(the training images\), got 2000"):
+    with pytest.raises(
+        ValueError, match=r"batch_size must be at most 1077 \(the training images\), got 2000"
+    ):
         load_config(TrainConfig, flags={"batch_size": 2000}).resolved(digits)
 
 
 @pytest.mark.parametrize("kind", [CompareConfig, TrainConfig])
 def test_written_settings_read_back_as_they_were(tmp_path, digits, kind):
-    config = load_config(kind, flags={"clip_norm": 1e-4, "corrections": ["agc:max_ratio=0.1", "xgrad"]}).resolved(
-        digits
-    )
+    config = load_config(
+        kind, flags={"clip_norm": 1e-4, "corrections": ["agc:max_ratio=0.1", "xgrad"]}
+    ).resolved(digits)
     again = load_config(kind, file=settings(tmp_path, write_config(config)), flags={})
     assert again == config
 
@@ -128,5 +140,7 @@ def test_a_workload_of_few_images_has_a_batch_that_fits_and_one_that_is_asked_fo
     few = load_workload("digits", train_size=20)
     assert load_config(TrainConfig, flags={}).resolved(few).batch_size == len(few.train) == 20
     assert load_config(TrainConfig, flags={"batch_size": 5}).resolved(few).batch_size == 5
-    with pytest.raises(ValueError, match=r"batch_size must be at most 20 \(the training images\), got 21"):
+    with pytest.raises(
+        ValueError, match=r"batch_size must be at most 20 \(the training images\), got 21"
+    ):
         load_config(TrainConfig, flags={"batch_size": 21}).resolved(few)

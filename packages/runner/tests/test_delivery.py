@@ -46,9 +46,21 @@ def named(client):
 def records(run, *, file):
     """Return all there is in a run, among it values that compare badly: infinite, no number, the same twice."""
     values = [["loss", float(step), WHEN + step, step] for step in range(3)]
-    odd = [["odd", float("nan"), WHEN, 0], ["odd", float("inf"), WHEN, 1], ["odd", 1.0, WHEN, 2], ["odd", 1.0, WHEN, 2]]
+    odd = [
+        ["odd", float("nan"), WHEN, 0],
+        ["odd", float("inf"), WHEN, 1],
+        ["odd", 1.0, WHEN, 2],
+        ["odd", 1.0, WHEN, 2],
+    ]
     return [
-        {"op": "start", "run": run, "experiment": "digits", "name": run, "parent": "", "time": WHEN},
+        {
+            "op": "start",
+            "run": run,
+            "experiment": "digits",
+            "name": run,
+            "parent": "",
+            "time": WHEN,
+        },
         {"op": "params", "run": run, "values": [["lr", "0.1"]]},
         {"op": "metrics", "run": run, "time": WHEN, "values": values},
         {"op": "metrics", "run": run, "time": WHEN, "values": odd},
@@ -71,11 +83,16 @@ def check(client, named, name):
     """Check that everything of `records` is there once."""
     (run,) = named(name)
     history = client.get_metric_history(run.info.run_id, "loss")
-    assert [(m.step, m.value, m.timestamp) for m in history] == [(s, float(s), WHEN + s) for s in range(3)]
+    assert [(m.step, m.value, m.timestamp) for m in history] == [
+        (s, float(s), WHEN + s) for s in range(3)
+    ]
     odd = sorted((m.step, str(m.value)) for m in client.get_metric_history(run.info.run_id, "odd"))
     assert odd == [(0, "nan"), (1, "1.7976931348623157e+308"), (2, "1.0")]
     assert run.data.params == {"lr": "0.1"}
-    assert sorted(a.path for a in client.list_artifacts(run.info.run_id)) == ["receipt.json", "traceback.txt"]
+    assert sorted(a.path for a in client.list_artifacts(run.info.run_id)) == [
+        "receipt.json",
+        "traceback.txt",
+    ]
     assert (run.info.status, run.info.end_time) == ("FINISHED", WHEN + 9)
 
 
@@ -91,7 +108,9 @@ def test_the_same_number_sent_twice_is_one_point(delivery, client, named, databa
 
 
 @pytest.mark.parametrize("noted", range(6))
-def test_a_crash_between_sending_and_noting_sends_nothing_twice(delivery, client, named, database, monkeypatch, noted):
+def test_a_crash_between_sending_and_noting_sends_nothing_twice(
+    delivery, client, named, database, monkeypatch, noted
+):
     name = f"crash {noted}"
     spool = waiting(database, name)
     count, note_sent = iter(range(100)), Spool.note_sent
@@ -107,12 +126,18 @@ def test_a_crash_between_sending_and_noting_sends_nothing_twice(delivery, client
             delivery.send(spool)
     spool._file_lock.release()  # as the system does for a process that is gone
     done = sync(database)
-    assert (sum(done.delivered.values()), done.killed, done.waiting) == (7 - noted - (noted > 2), 0, 0)
+    assert (sum(done.delivered.values()), done.killed, done.waiting) == (
+        7 - noted - (noted > 2),
+        0,
+        0,
+    )
     check(client, named, name)
     assert not (database / "unsent").exists()
 
 
-def test_a_run_whose_answer_was_lost_is_not_made_again(delivery, client, named, database, monkeypatch):
+def test_a_run_whose_answer_was_lost_is_not_made_again(
+    delivery, client, named, database, monkeypatch
+):
     spool, create_run = waiting(database, "lost answer"), client.create_run
 
     def unheard(*args):
@@ -128,7 +153,9 @@ def test_a_run_whose_answer_was_lost_is_not_made_again(delivery, client, named, 
     check(client, named, "lost answer")
 
 
-def test_a_run_that_a_slow_server_made_after_all_is_removed(delivery, client, named, database, monkeypatch):
+def test_a_run_that_a_slow_server_made_after_all_is_removed(
+    delivery, client, named, database, monkeypatch
+):
     spool, create_run, late = waiting(database, "late"), client.create_run, []
 
     def slow(*args):
@@ -151,11 +178,20 @@ def test_a_run_that_a_slow_server_made_after_all_is_removed(delivery, client, na
     check(client, named, "late")
 
 
-def test_what_the_server_will_never_take_is_put_aside_alone_and_the_rest_arrives(delivery, client, named, database):
+def test_what_the_server_will_never_take_is_put_aside_alone_and_the_rest_arrives(
+    delivery, client, named, database
+):
     spool = new_spool(database / "unsent")
     good = [["loss", 1.0, WHEN, step] for step in range(2)]
     for record in (
-        {"op": "start", "run": "r", "experiment": "digits", "name": "refused", "parent": "", "time": WHEN},
+        {
+            "op": "start",
+            "run": "r",
+            "experiment": "digits",
+            "name": "refused",
+            "parent": "",
+            "time": WHEN,
+        },
         {"op": "metrics", "run": "r", "values": good[:1]},
         {"op": "metrics", "run": "r", "values": [["no\x00name?*", 1.0, WHEN, 0]]},
         {"op": "metrics", "run": "r", "values": good[1:]},
@@ -166,7 +202,10 @@ def test_what_the_server_will_never_take_is_put_aside_alone_and_the_rest_arrives
         spool.append(record)
     assert delivery.send(spool) == 7
     (run,) = named("refused")
-    assert (run.info.status, len(client.get_metric_history(run.info.run_id, "loss"))) == ("FINISHED", 2)
+    assert (run.info.status, len(client.get_metric_history(run.info.run_id, "loss"))) == (
+        "FINISHED",
+        2,
+    )
     lines = [json.loads(line) for line in (spool.path / "refused.jsonl").read_text().splitlines()]
     assert [line["record"]["op"] for line in lines] == ["metrics", "metrics", "artifact"]
     assert "its run is not known" in lines[1]["reason"]
@@ -175,7 +214,9 @@ def test_what_the_server_will_never_take_is_put_aside_alone_and_the_rest_arrives
     assert [path.name for path in spool.path.iterdir()] == ["refused.jsonl"]
     done = sync(database)
     assert done.refused == (spool.path / "refused.jsonl",)
-    assert list(done.in_words(database)) == [f"records that the server refuses are in {done.refused[0]}"]
+    assert list(done.in_words(database)) == [
+        f"records that the server refuses are in {done.refused[0]}"
+    ]
     done.refused[0].unlink()
     spool.path.rmdir()
 
@@ -216,7 +257,9 @@ def test_a_process_that_is_under_way_is_left_alone_by_sync(database, delivery, n
     spool = waiting(database, "alive")
     done = sync(database)
     assert (done.busy, done.delivered, done.waiting) == (1, {}, 0)
-    assert list(done.in_words(database)) == ["1 processes are under way there and deliver by themselves"]
+    assert list(done.in_words(database)) == [
+        "1 processes are under way there and deliver by themselves"
+    ]
     delivery.send(spool)
     spool.leave()
     assert take_spool(spool.path) is None
@@ -225,7 +268,15 @@ def test_a_process_that_is_under_way_is_left_alone_by_sync(database, delivery, n
 def test_without_a_server_sync_says_what_waits_and_why(tmp_path):
     (tmp_path / "config.yaml").touch()
     spool = new_spool(tmp_path / "unsent")
-    spool.append({"op": "start", "run": "r", "address": "http://127.0.0.1:9", "time": WHEN, "experiment": "digits"})
+    spool.append(
+        {
+            "op": "start",
+            "run": "r",
+            "address": "http://127.0.0.1:9",
+            "time": WHEN,
+            "experiment": "digits",
+        }
+    )
     spool.leave()
     done = sync(tmp_path)
     (line,) = done.in_words(tmp_path)

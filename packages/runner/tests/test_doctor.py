@@ -51,7 +51,9 @@ def install(tmp_path, monkeypatch):
         info.mkdir()
         (site / f"{module}.py").write_text(source)
         required = "".join(f"Requires-Dist: {line}\n" for line in needs)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n{required}")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n{required}"
+        )
         lines = "".join(f"{name} = {module}:{value}\n" for name, value in offers.items())
         (info / "entry_points.txt").write_text(f"[{group}]\n{lines}")
         (info / "RECORD").write_text(f"{module}.py,,\n")
@@ -92,13 +94,22 @@ def test_a_plugin_that_breaks_on_import_or_ends_the_process_is_named_and_hides_n
     seen = imports([f"regrad/{name}" for name in ("ends", "broken", "gain", "typo")])
     problems = {name.removeprefix("regrad/"): line["problem"] for name, line in seen.items()}
     assert problems["gain"] == problems["libraries"] == problems["device"] == ""
-    assert "plugin 'broken' (b-broken 1.0) could not be imported: No module named" in problems["broken"]
+    assert (
+        "plugin 'broken' (b-broken 1.0) could not be imported: No module named"
+        in problems["broken"]
+    )
     assert problems["ends"] == "importing it ends the process with exit code 7"
     assert "has no method 'correct_gradients'; did you mean 'correct_gradient'?" in problems["typo"]
 
 
 def test_a_plugin_that_never_ends_its_import_is_named(monkeypatch):
-    printed = [{"name": "libraries"}, {"name": "device"}, {"starts": "a"}, {"name": "a"}, {"starts": "b"}]
+    printed = [
+        {"name": "libraries"},
+        {"name": "device"},
+        {"starts": "a"},
+        {"name": "a"},
+        {"starts": "b"},
+    ]
     whole = {"seconds": 0.1, "problem": "", "found": None}
     text = "".join(json.dumps(line | whole if "name" in line else line) + "\n" for line in printed)
 
@@ -115,7 +126,10 @@ def test_a_plugin_that_never_ends_its_import_is_named(monkeypatch):
 
 
 def test_a_slow_import_is_measured_twice(monkeypatch):
-    first = [{"name": name, "seconds": 9.0, "problem": "", "found": None} for name in ("libraries", "device", "a", "b")]
+    first = [
+        {"name": name, "seconds": 9.0, "problem": "", "found": None}
+        for name in ("libraries", "device", "a", "b")
+    ]
     second = [
         {"name": name, "seconds": seconds, "problem": "", "found": None}
         for name, seconds in {"a": 8.0, "b": 0.1}.items()
@@ -132,13 +146,19 @@ def test_a_slow_import_is_measured_twice(monkeypatch):
 def test_waiting_counts_unless_the_machine_is_busy(monkeypatch, capsys, load, slow):
     monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
     doctor_imports.report("sleeps", lambda: time.sleep(0.2))
-    (line,) = [json.loads(text) for text in capsys.readouterr().out.splitlines() if text.startswith('{"name"')]
+    (line,) = [
+        json.loads(text)
+        for text in capsys.readouterr().out.splitlines()
+        if text.startswith('{"name"')
+    ]
     assert (line["seconds"] >= 0.2) is slow
 
 
 def test_a_process_that_ends_with_torch_is_said_of_torch(monkeypatch):
     monkeypatch.setattr(
-        doctor, "_run", lambda wanted: ([{"starts": "libraries"}], "it ends the process with exit code -11")
+        doctor,
+        "_run",
+        lambda wanted: ([{"starts": "libraries"}], "it ends the process with exit code -11"),
     )
     seen = imports(["a"])
     assert seen["libraries"]["problem"] == "it ends the process with exit code -11"
@@ -153,7 +173,9 @@ def test_a_slow_plugin_says_how_to_see_why(install, tmp_path, unimported):
     assert found.mend.endswith("-X importtime -c 'import a_slow'")
 
 
-def test_one_name_of_two_distributions_and_one_module_of_two_are_found(install, tmp_path, unimported):
+def test_one_name_of_two_distributions_and_one_module_of_two_are_found(
+    install, tmp_path, unimported
+):
     install("one-gain", {"gain": "Gain", "mine": "Gain"})
     info = install("other-gain", {"gain": "Gain"})
     (info / "RECORD").write_text("other_gain.py,,\none_gain.py,,\n")
@@ -164,11 +186,18 @@ def test_one_name_of_two_distributions_and_one_module_of_two_are_found(install, 
 
 
 def test_a_plugin_for_a_newer_core_is_found_by_its_metadata(install, tmp_path, unimported):
-    install("regrad-later", {"gain": "Gain"}, needs=["regrad<99,>=98", "torch>=2", "nothing-of-it ; extra == 'x'"])
+    install(
+        "regrad-later",
+        {"gain": "Gain"},
+        needs=["regrad<99,>=98", "torch>=2", "nothing-of-it ; extra == 'x'"],
+    )
     found = wrong(tmp_path)
     assert list(found) == ["distribution regrad-later"]
     assert found["distribution regrad-later"].said.startswith("needs regrad<99,>=98, but 0.")
-    assert found["distribution regrad-later"].mend == "pip install 'regrad<99,>=98', or another version of regrad-later"
+    assert (
+        found["distribution regrad-later"].mend
+        == "pip install 'regrad<99,>=98', or another version of regrad-later"
+    )
 
 
 def test_a_name_that_the_environment_leaves_out_is_said(install, tmp_path, unimported, monkeypatch):
@@ -218,7 +247,10 @@ def test_a_database_that_two_hosts_write_is_found(tmp_path, unimported, monkeypa
         found = wrong(tmp_path)
         assert list(found) == ([f"database {folder / 'mlflow.db'}"] if host == "beta" else [])
     assert found[f"database {folder / 'mlflow.db'}"].said.startswith("alpha, beta have written it")
-    assert "mlflow server --backend-store-uri sqlite:///" in found[f"database {folder / 'mlflow.db'}"].mend
+    assert (
+        "mlflow server --backend-store-uri sqlite:///"
+        in found[f"database {folder / 'mlflow.db'}"].mend
+    )
 
 
 def test_a_database_of_others_is_no_error(tmp_path, unimported):
@@ -234,7 +266,9 @@ def test_a_stale_mlruns_is_found(tmp_path, unimported):
     assert "without a tracking URI" in wrong(tmp_path)["./mlruns"].said
 
 
-def test_the_command_prints_for_people_and_for_programs_and_exits_with_1(tmp_path, unimported, capsys, monkeypatch):
+def test_the_command_prints_for_people_and_for_programs_and_exits_with_1(
+    tmp_path, unimported, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert main(["plugins", "doctor", "--json"]) == 0
     (tmp_path / "mlruns").mkdir()
@@ -249,6 +283,10 @@ def test_the_command_prints_for_people_and_for_programs_and_exits_with_1(tmp_pat
 
 
 def test_this_installation_imports_whole():
-    names = [f"{group}/{name}" for group in doctor.GROUPS.values() for name in doctor.regrad.available(group)]
+    names = [
+        f"{group}/{name}"
+        for group in doctor.GROUPS.values()
+        for name in doctor.regrad.available(group)
+    ]
     assert [line["problem"] for line in imports(names).values() if line["problem"]] == []
     assert "regrad_runner.doctor" in sys.modules

@@ -13,8 +13,21 @@ from regrad_runner.results import Result, ResultsFolder
 from regrad_runner.training import TrainingRun
 from regrad_runner.workloads import load_workload
 
-SMALL = {"epochs": 2, "train_size": 100, "batch_size": 25, "width": 4, "seeds": 1, "tracker": "none"}
-NUMBERS = {"share_touched": 1.0, "relative_change": 0.5, "cosine": 1.0, "trigger_rate": 1.0, "non_finite": 0.0}
+SMALL = {
+    "epochs": 2,
+    "train_size": 100,
+    "batch_size": 25,
+    "width": 4,
+    "seeds": 1,
+    "tracker": "none",
+}
+NUMBERS = {
+    "share_touched": 1.0,
+    "relative_change": 0.5,
+    "cosine": 1.0,
+    "trigger_rate": 1.0,
+    "non_finite": 0.0,
+}
 
 
 class Fading(Correction):
@@ -53,7 +66,9 @@ def test_each_look_sees_what_came_since_the_last_one(run):
         ("fading", 3, step, "fading", "gradient") for step in (2, 6, 8)
     ]
     # Steps 1 to 3 change by a half, 4 to 8 by a quarter: the second look sees one of the first and three of the others.
-    assert [row.relative_change for row in looks] == pytest.approx([0.5, (0.5 + 3 * 0.25) / 4, 0.25], abs=1e-5)
+    assert [row.relative_change for row in looks] == pytest.approx(
+        [0.5, (0.5 + 3 * 0.25) / 4, 0.25], abs=1e-5
+    )
     assert whole["relative_change"] == pytest.approx((3 * 0.5 + 5 * 0.25) / 8, abs=1e-5)
     assert {row.trigger_rate for row in looks} == {1.0}
     assert [row.cosine for row in looks] == pytest.approx([1, 1, 1], abs=1e-5)
@@ -82,7 +97,10 @@ def test_looking_changes_no_result(run):
 
 def test_effects_are_kept_run_by_run_and_read_back(tmp_path):
     folder = ResultsFolder(tmp_path)
-    rows = [Effect(arm="agc", seed=seed, step=8, correction="agc", stage="gradient", **NUMBERS) for seed in (0, 1)]
+    rows = [
+        Effect(arm="agc", seed=seed, step=8, correction="agc", stage="gradient", **NUMBERS)
+        for seed in (0, 1)
+    ]
     keep_effects(folder, rows[:1])
     folder.add(Result(arm="agc", seed=0, value=0.5))
     keep_effects(folder, rows[1:])

@@ -23,7 +23,9 @@ class Weights(Correction):
     """Halve the gradients of weights and keep a copy of them; do nothing in another stage."""
 
     name = "weights"
-    needs = Needs(stages=("gradient", "moment"), before=("agc",), conflicts={"xgrad": "a reason of its own"})
+    needs = Needs(
+        stages=("gradient", "moment"), before=("agc",), conflicts={"xgrad": "a reason of its own"}
+    )
 
     def __init__(self):
         super().__init__()
@@ -106,7 +108,9 @@ def test_memory_and_time_are_those_of_the_correction(own):
     assert one.cost.state_bytes == sum(4 * torch.Size(row["shape"]).numel() for row in one.changed)
     assert one.cost.window_bytes == 0
     assert 0 < one.cost.seconds < explanation.step_seconds
-    assert one.cost.share_of_step == pytest.approx(one.cost.seconds / explanation.plain_step_seconds)
+    assert one.cost.share_of_step == pytest.approx(
+        one.cost.seconds / explanation.plain_step_seconds
+    )
 
 
 @needs_plugins
@@ -122,15 +126,25 @@ def test_the_effects_change_nothing_of_the_run(own, monkeypatch):
     own(Weights)
     results = []
     for asking in (False, True):
-        with closing(TrainingRun(config.resolved(digits), digits, Arm("own"), seed=0, lr=0.05)) as run:
+        with closing(
+            TrainingRun(config.resolved(digits), digits, Arm("own"), seed=0, lr=0.05)
+        ) as run:
             for _ in run.steps():
                 if asking:
                     before = random_state()
                     effects_of(run) if run.position.step < run.total_steps else None
                     assert torch.equal(before["torch"], random_state()["torch"])
                     assert before["python"] == random_state()["python"]
-            moments = [state["momentum_buffer"] for state in run.attachment.optimizer.state.values()]
-            results.append([*run.model.state_dict().values(), *moments, *run.attachment.corrections[0].kept.values()])
+            moments = [
+                state["momentum_buffer"] for state in run.attachment.optimizer.state.values()
+            ]
+            results.append(
+                [
+                    *run.model.state_dict().values(),
+                    *moments,
+                    *run.attachment.corrections[0].kept.values(),
+                ]
+            )
             measured = run.attachment.metrics()
         results[-1].append(torch.tensor(list(measured.values())))
     assert len(results[0]) > 60
@@ -198,7 +212,9 @@ def test_the_head_that_agc_leaves_alone_is_shown_with_the_reason():
     explanation = explained(corrections=("agc", "centralization"))
     rows = {row["tensor"]: row for row in explanation.corrections[1].rows}
     assert rows["fc.weight"]["why"] == "'agc' leaves the classifier head alone: fc.weight"
-    assert any("'agc' acts after 'centralization'" in note for note in explanation.corrections[1].notes)
+    assert any(
+        "'agc' acts after 'centralization'" in note for note in explanation.corrections[1].notes
+    )
 
 
 def test_without_corrections_there_is_only_the_plain_step():

@@ -67,7 +67,9 @@ def drawn(monkeypatch):
 
 def write(curves, rows, out, *, target=0.9):
     measure = Measure(target=target)
-    return write_figures(curves, out, rows=rows, summaries=summarize(rows, controls=CONTROLS), measure=measure)
+    return write_figures(
+        curves, out, rows=rows, summaries=summarize(rows, controls=CONTROLS), measure=measure
+    )
 
 
 def test_three_pictures_are_written_and_hold_something(curves, rows, tmp_path):
@@ -125,7 +127,10 @@ def test_a_missed_target_stands_behind_every_hit(curves, rows, tmp_path, drawn):
 
 
 def test_without_a_target_there_is_no_picture_of_steps(curves, rows, tmp_path):
-    assert [path.name for path in write(curves, rows, tmp_path, target=None)] == ["curves.png", "comparison.png"]
+    assert [path.name for path in write(curves, rows, tmp_path, target=None)] == [
+        "curves.png",
+        "comparison.png",
+    ]
 
 
 def test_a_baseline_alone_has_nothing_to_compare(curves, rows, tmp_path):
@@ -146,7 +151,9 @@ def test_one_seed_and_one_evaluation_can_be_drawn(tmp_path):
 
 def test_drawing_changes_no_global_setting(curves, rows, tmp_path):
     def settings():
-        return {name: mpl.rcParams[name] for name in mpl.rcParams if name != "backend"}  # chosen when first read
+        return {
+            name: mpl.rcParams[name] for name in mpl.rcParams if name != "backend"
+        }  # chosen when first read
 
     before = settings()
     write(curves, rows, tmp_path)

@@ -15,7 +15,9 @@ def model():
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in built.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.add_(
+                0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
     return built
 
 
@@ -46,20 +48,31 @@ def attended(rows, attention):
                 [packed[other][2 * width :][own] for other in range(place + 1)],
             )
             scores = [math.exp((query @ key).item() / math.sqrt(size)) for key in keys]
-            parts.append(sum(score / sum(scores) * value for score, value in zip(scores, values, strict=True)))
-        gathered.append(attention.project_out.weight @ torch.cat(parts) + attention.project_out.bias)
+            parts.append(
+                sum(
+                    score / sum(scores) * value for score, value in zip(scores, values, strict=True)
+                )
+            )
+        gathered.append(
+            attention.project_out.weight @ torch.cat(parts) + attention.project_out.bias
+        )
     return gathered
 
 
 def by_hand(model, sequence):
     """Return the logits [T, vocabulary] of one sequence, without a batch, a mask or a kernel."""
-    rows = [model.tokens.weight[token] + model.positions.weight[place] for place, token in enumerate(sequence.tolist())]
+    rows = [
+        model.tokens.weight[token] + model.positions.weight[place]
+        for place, token in enumerate(sequence.tolist())
+    ]
     for block in model.blocks:
         seen = attended([normalised(row, block.norm1) for row in rows], block.attention)
         rows = [row + more for row, more in zip(rows, seen, strict=True)]
         for place, row in enumerate(rows):
             inside = block.mlp_in.weight @ normalised(row, block.norm2) + block.mlp_in.bias
-            gelu = torch.stack([value * 0.5 * (1 + torch.erf(value / math.sqrt(2))) for value in inside])
+            gelu = torch.stack(
+                [value * 0.5 * (1 + torch.erf(value / math.sqrt(2))) for value in inside]
+            )
             rows[place] = row + block.mlp_out.weight @ gelu + block.mlp_out.bias
     return torch.stack([model.head.weight @ normalised(row, model.norm) for row in rows])
 
@@ -85,7 +98,11 @@ def test_a_byte_changes_no_logits_before_it_and_all_from_it_on(model, tokens):
 
 def test_weights_start_from_a_deviation_that_is_smaller_where_a_branch_ends():
     model = build_gpt(vocabulary=256, context=64, width=64, layers=8)
-    spread = {name: parameter.std().item() for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    spread = {
+        name: parameter.std().item()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+    }
     ends = {name for name in spread if name.endswith(("project_out.weight", "mlp_out.weight"))}
     assert len(ends) == 16
     for name, value in spread.items():
@@ -96,7 +113,8 @@ def test_weights_start_from_a_deviation_that_is_smaller_where_a_branch_ends():
 def test_a_seed_fixes_the_weights_and_nothing_global_is_drawn():
     before = torch.get_rng_state()
     first, again, other = (
-        build_gpt(vocabulary=9, context=4, width=8, layers=1, seed=s).state_dict() for s in (3, 3, 4)
+        build_gpt(vocabulary=9, context=4, width=8, layers=1, seed=s).state_dict()
+        for s in (3, 3, 4)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -105,10 +123,14 @@ def test_a_seed_fixes_the_weights_and_nothing_global_is_drawn():
 
 def test_a_tied_head_is_the_embedding_and_its_gradient_comes_from_both():
     tied, untied = (
-        build_gpt(vocabulary=9, context=4, width=8, layers=1, tied=value, seed=5) for value in (True, False)
+        build_gpt(vocabulary=9, context=4, width=8, layers=1, tied=value, seed=5)
+        for value in (True, False)
     )
     assert tied.head.weight is tied.tokens.weight
-    assert sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters()) == 9 * 8
+    assert (
+        sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
+        == 9 * 8
+    )
     tokens = torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         untied.head.weight.copy_(untied.tokens.weight)

@@ -15,7 +15,10 @@ def found_commands() -> dict:
     while waiting:
         words, command = waiting.pop()
         found[words] = command
-        waiting += [(f"{words} {name}".strip(), child) for name, child in getattr(command, "commands", {}).items()]
+        waiting += [
+            (f"{words} {name}".strip(), child)
+            for name, child in getattr(command, "commands", {}).items()
+        ]
     return found
 
 
@@ -69,7 +72,9 @@ def test_help_names_the_default_of_every_setting_that_has_one(words, kind):
     defaults = {name: field.default for name, field in kind.model_fields.items() if name in helps}
     assert len(defaults) > 15
     plain = {
-        name: value for name, value in defaults.items() if value is not None and not isinstance(value, bool | tuple)
+        name: value
+        for name, value in defaults.items()
+        if value is not None and not isinstance(value, bool | tuple)
     }
     assert len(plain) > 5
     wrong = [

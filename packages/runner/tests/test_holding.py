@@ -20,9 +20,15 @@ class Keeps(Correction):
 
     def setup(self, attachment):
         self.branch = nn.Linear(3, 2)  # 8 numbers
-        self.adam = torch.optim.Adam(self.branch.parameters())  # 16 and two counters of one number after a step
+        self.adam = torch.optim.Adam(
+            self.branch.parameters()
+        )  # 16 and two counters of one number after a step
         self.memories = {"a": Memory({"m": torch.zeros(10)}), "views": [torch.zeros(6)[1:]]}
-        self.theirs = [*attachment.model.parameters(), attachment.model.running, attachment.optimizer]
+        self.theirs = [
+            *attachment.model.parameters(),
+            attachment.model.running,
+            attachment.optimizer,
+        ]
 
     def correct_gradients(self, step):
         with torch.enable_grad():

@@ -14,7 +14,9 @@ def picture(height, width, *, seed=0, grey=False):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
-def write_folders(root, splits=("train", "val"), *, classes=("ant", "bee"), count=10, size=(12, 12), grey=False):
+def write_folders(
+    root, splits=("train", "val"), *, classes=("ant", "bee"), count=10, size=(12, 12), grey=False
+):
     for place, split in enumerate(splits):
         for label, name in enumerate(classes):
             folder = root / split / name
@@ -67,9 +69,17 @@ def test_classes_are_numbered_by_the_training_folders(tmp_path):
 def test_images_of_other_sizes_are_resized_and_cut_to_the_size_asked_for_or_the_median(tmp_path):
     write_folders(tmp_path, size=(20, 30))
     assert load_workload("imagefolder", data_dir=tmp_path).train.images.shape[1:] == (3, 20, 20)
-    assert load_workload("imagefolder", data_dir=tmp_path, image_size=8).train.images.shape[1:] == (3, 8, 8)
+    assert load_workload("imagefolder", data_dir=tmp_path, image_size=8).train.images.shape[1:] == (
+        3,
+        8,
+        8,
+    )
     write_folders(tmp_path / "large", size=(90, 100))
-    assert load_workload("imagefolder", data_dir=tmp_path / "large").train.images.shape[1:] == (3, 64, 64)
+    assert load_workload("imagefolder", data_dir=tmp_path / "large").train.images.shape[1:] == (
+        3,
+        64,
+        64,
+    )
 
 
 def test_grey_images_stay_grey(tmp_path):
@@ -89,7 +99,10 @@ def test_the_last_class_counts_when_the_format_is_chosen(tmp_path):
 def test_more_than_fits_in_memory_is_refused_with_the_ways_on(tmp_path, monkeypatch):
     write_folders(tmp_path)
     monkeypatch.setattr(imagefolder, "MOST_BYTES", 40 * 3 * 144 - 1)
-    with pytest.raises(ValueError, match=r"images must take at most .* GiB in memory, got .* \(40 of 12 pixels\); use"):
+    with pytest.raises(
+        ValueError,
+        match=r"images must take at most .* GiB in memory, got .* \(40 of 12 pixels\); use",
+    ):
         load_workload("imagefolder", data_dir=tmp_path)
     monkeypatch.setattr(imagefolder, "MOST_BYTES", 40 * 3 * 144)
     assert len(load_workload("imagefolder", data_dir=tmp_path).train) == 18
@@ -100,12 +113,18 @@ def test_more_than_fits_in_memory_is_refused_with_the_ways_on(tmp_path, monkeypa
 
 @pytest.fixture
 def large(tmp_path):
-    return load_workload("imagefolder", data_dir=write_folders(tmp_path, size=(80, 100)), image_size=72)
+    return load_workload(
+        "imagefolder", data_dir=write_folders(tmp_path, size=(80, 100)), image_size=72
+    )
 
 
 def test_large_images_are_read_batch_by_batch(large):
     assert isinstance(large.train, FileSet)
-    assert [part.augment for part in (large.train, large.validation, large.test)] == [True, False, False]
+    assert [part.augment for part in (large.train, large.validation, large.test)] == [
+        True,
+        False,
+        False,
+    ]
     images, labels = large.train.__getitems__([3, 0])
     assert (images.shape, images.dtype) == ((2, 3, 72, 72), torch.float32)
     assert labels.tolist() == large.train.labels[[3, 0]].tolist()
@@ -114,7 +133,9 @@ def test_large_images_are_read_batch_by_batch(large):
 
 def test_what_is_not_trained_on_is_resized_cut_and_standardised(large):
     images, _ = large.test.__getitems__([0])
-    resized = v2.functional.resize(picture(80, 100, seed=1000), [round(72 * 256 / 224)], antialias=True)
+    resized = v2.functional.resize(
+        picture(80, 100, seed=1000), [round(72 * 256 / 224)], antialias=True
+    )
     pixels = as_pixels(v2.functional.center_crop(resized, [72])).float() / 255
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
     assert torch.allclose(images[0], (pixels - mean) / std, atol=1e-6)
@@ -124,12 +145,20 @@ def test_training_images_are_parts_of_theirs_and_sometimes_mirrored(tmp_path):
     # A ramp from left to right: its slope says whether it was mirrored, its range how much of it is seen.
     ramp = np.tile(np.linspace(0, 255, 96, dtype=np.uint8), (96, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    files = FileSet([tmp_path / "ramp.png"] * 200, torch.zeros(200, dtype=torch.int64), side=72, augment=True, seed=1)
+    files = FileSet(
+        [tmp_path / "ramp.png"] * 200,
+        torch.zeros(200, dtype=torch.int64),
+        side=72,
+        augment=True,
+        seed=1,
+    )
     images, _ = files.__getitems__(list(range(200)))
     levels = (images[:, 0] * STD[0] + MEAN[0]).mean(1)
     change = levels[:, -1] - levels[:, 0]
     assert 60 < (change < 0).sum() < 140  # binomial: 100 expected, standard deviation 7
-    assert change.abs().min() > 0.15  # a part of .08 of the area, 3/4 as wide as high, is a quarter as wide
+    assert (
+        change.abs().min() > 0.15
+    )  # a part of .08 of the area, 3/4 as wide as high, is a quarter as wide
     assert change.abs().max() > 0.9
 
 
@@ -160,7 +189,9 @@ def test_workers_make_the_same_batches(large):
     assert not torch.equal(epoch(2, 0)[0], epoch(2, 2)[0])
     alone, together = (list(large.test.batches(8, workers=workers)) for workers in (0, 2))
     assert all(
-        torch.equal(a, b) for one, other in zip(alone, together, strict=True) for a, b in zip(one, other, strict=True)
+        torch.equal(a, b)
+        for one, other in zip(alone, together, strict=True)
+        for a, b in zip(one, other, strict=True)
     )
     assert [len(labels) for _, labels in together] == [8, 8, 4]
 
@@ -170,12 +201,18 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     bad = tmp_path / "val" / "bee" / "003.png"
     bad.write_bytes(b"no image")
     large = load_workload("imagefolder", data_dir=tmp_path, image_size=72)
-    with pytest.raises(ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'"):
+    with pytest.raises(
+        ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'"
+    ):
         large.test.__getitems__([13])
-    with pytest.raises(ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'"):
+    with pytest.raises(
+        ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'"
+    ):
         load_workload("imagefolder", data_dir=tmp_path)
     bad.unlink()
-    with pytest.raises(ValueError, match=r"image must be a readable file, got '.*003.png': No such file"):
+    with pytest.raises(
+        ValueError, match=r"image must be a readable file, got '.*003.png': No such file"
+    ):
         large.test.__getitems__([13])
 
 
@@ -186,7 +223,10 @@ def test_workers_change_no_weight_of_a_run(tmp_path, monkeypatch):
     words = [*words.split(), "--tracker", "none", "--lr", "0.01"]
     assert main(["train", *words, "--epochs", "2", "--out", "whole"]) == 0
     assert main(["train", *words, "--epochs", "2", "--workers", "1", "--out", "workers"]) == 0
-    weights = [torch.load(p, weights_only=True)["model"] for p in sorted(tmp_path.glob("w*/checkpoints/*4/*.pt"))]
+    weights = [
+        torch.load(p, weights_only=True)["model"]
+        for p in sorted(tmp_path.glob("w*/checkpoints/*4/*.pt"))
+    ]
     assert len(weights) == 2
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -197,11 +237,31 @@ def test_workers_change_no_weight_of_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "options", "message"),
     [
-        (lambda root: None, {"data_dir": None}, "data_dir must be a folder with train and val, .*, got None; name it"),
-        (lambda root: None, {}, "data_dir must be a folder with train .*, got '.*': none of them in it"),
-        (lambda root: root.rmdir(), {}, "data_dir must be a folder with train .*, got '.*': no folder"),
-        (lambda root: write_folders(root, ("train",)), {}, "data_dir must be .*, got '.*': only train in it"),
-        (lambda root: write_folders(root, ("val", "test")), {}, "data_dir must be .*, got '.*': only val, test in it"),
+        (
+            lambda root: None,
+            {"data_dir": None},
+            "data_dir must be a folder with train and val, .*, got None; name it",
+        ),
+        (
+            lambda root: None,
+            {},
+            "data_dir must be a folder with train .*, got '.*': none of them in it",
+        ),
+        (
+            lambda root: root.rmdir(),
+            {},
+            "data_dir must be a folder with train .*, got '.*': no folder",
+        ),
+        (
+            lambda root: write_folders(root, ("train",)),
+            {},
+            "data_dir must be .*, got '.*': only train in it",
+        ),
+        (
+            lambda root: write_folders(root, ("val", "test")),
+            {},
+            "data_dir must be .*, got '.*': only val, test in it",
+        ),
         (
             lambda root: (write_folders(root), (root / "train" / "cat").mkdir()),
             {},
@@ -218,7 +278,11 @@ def test_workers_change_no_weight_of_a_run(tmp_path, monkeypatch):
             "val' must have the classes of the training images, got 'cat'",
         ),
         (write_folders, {"image_size": 3}, "image_size must be at least 4, got 3"),
-        (write_folders, {"train_size": 30}, r"train_size must be from 2 \(the classes\) to 16, got 30"),
+        (
+            write_folders,
+            {"train_size": 30},
+            r"train_size must be from 2 \(the classes\) to 16, got 30",
+        ),
     ],
 )
 def test_unfit_folders_are_refused_in_one_line(tmp_path, spoil, options, message):

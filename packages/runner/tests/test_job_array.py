@@ -13,7 +13,9 @@ SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4", "--epochs"
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "two.yaml").write_text("corrections: []\nlr: [0.02, 0.1]\ntuning_seeds: 1\nseeds: 2\n")
+    (tmp_path / "two.yaml").write_text(
+        "corrections: []\nlr: [0.02, 0.1]\ntuning_seeds: 1\nseeds: 2\n"
+    )
     return tmp_path
 
 
@@ -37,7 +39,10 @@ def test_cells_run_in_any_order_give_the_tables_of_one_comparison(here, capsys, 
     assert main(["report", "out", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing_cells"] == [2]
     assert main(["report", "out"]) == 0
-    assert "1 of 4 runs are missing: cells 2; regrad compare --resume --out out runs them" in capsys.readouterr().out
+    assert (
+        "1 of 4 runs are missing: cells 2; regrad compare --resume --out out runs them"
+        in capsys.readouterr().out
+    )
     assert run_cell(2) == 0
     assert "[1/1] cell 2: none, seed 0: test accuracy" in capsys.readouterr().err
     assert main(["report", "out", "--json"]) == 0
@@ -58,7 +63,10 @@ def test_a_run_before_the_trials_of_its_arm_is_refused_and_writes_nothing(here, 
     capsys.readouterr()
     assert run_cell(2) == 2
     said = capsys.readouterr().err
-    assert "cell must come after the trials of its arm 'none', got none of the cells 1; run them first" in said
+    assert (
+        "cell must come after the trials of its arm 'none', got none of the cells 1; run them first"
+        in said
+    )
     assert len(list((here / "out" / "cells").iterdir())) == 1
 
 
@@ -67,7 +75,10 @@ def test_a_cell_that_is_none_or_of_another_comparison_is_refused(here, capsys):
     assert run_cell(4) == 2
     assert "cell must be from 0 to 3, got 4" in capsys.readouterr().err
     assert run_cell(0, "--epochs", "2") == 2
-    assert "cell must have the settings of 'out', got epochs 1 there and 2 here" in capsys.readouterr().err
+    assert (
+        "cell must have the settings of 'out', got epochs 1 there and 2 here"
+        in capsys.readouterr().err
+    )
     assert main(["compare", "--cell", "0"]) == 2
     assert "out must be given" in capsys.readouterr().err
     assert main(["compare", "--cell", "0", "--jobs", "2", "--out", "out"]) == 2
@@ -119,8 +130,12 @@ def test_what_cells_track_waits_in_the_folder_and_is_shown_under_the_comparison(
     assert list((here / "out" / "unsent").iterdir())
     assert main(["sync", "out"]) == 0
     with closing(sqlite3.connect(here / "out" / "mlflow.db")) as database:
-        runs = dict(database.execute("select name, run_uuid from runs where status = 'FINISHED'").fetchall())
-        parents = database.execute("select run_uuid, value from tags where key = 'mlflow.parentRunId'").fetchall()
+        runs = dict(
+            database.execute("select name, run_uuid from runs where status = 'FINISHED'").fetchall()
+        )
+        parents = database.execute(
+            "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
+        ).fetchall()
     assert set(runs) == {"out", "none, seed 0"}
     assert parents == [(runs["none, seed 0"], runs["out"])]
     assert not (here / "out" / "unsent").exists()

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.timeout(700)
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "few.yaml").write_text("corrections: []\nepochs: 4\nlr: [0.05, 1.0e+30]\ntuning_seeds: 1\nseeds: 2\n")
+    (tmp_path / "few.yaml").write_text(
+        "corrections: []\nepochs: 4\nlr: [0.05, 1.0e+30]\ntuning_seeds: 1\nseeds: 2\n"
+    )
     return tmp_path
 
 
@@ -38,13 +40,17 @@ def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, caps
     capsys.readouterr()
     assert main([*words, "--jobs", "2", "--out", "out"]) == 0
     said = capsys.readouterr().err
-    assert "none, lr 1e+30, trial 1 failed: NonFiniteError: loss or gradients were not finite in 10 steps" in said
+    assert (
+        "none, lr 1e+30, trial 1 failed: NonFiniteError: loss or gradients were not finite in 10 steps"
+        in said
+    )
     assert tables(here / "out") == tables(here / "serial")
     assert {row["lr"] for row in tables(here / "out")["results.csv"]} == {"0.05"}
     assert not (here / "out" / "cells").exists()
     assert (here / "out" / "runs" / "none-seed1" / "receipt.json").is_file()
     runs = {
-        name: (run, status) for name, run, status in tracked(here / "out", "select name, run_uuid, status from runs")
+        name: (run, status)
+        for name, run, status in tracked(here / "out", "select name, run_uuid, status from runs")
     }
     assert len(runs) == (9 if arms else 5)
     assert {status for name, (_, status) in runs.items() if "1e+30" not in name} == {"FINISHED"}
@@ -56,7 +62,9 @@ def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, caps
 def children_of(process: subprocess.Popen) -> list[int]:
     """Return the worker processes, which have the marks of multiprocessing in their command lines."""
     listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in listed if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        int(pid) for pid in listed if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
 
 
 def _kill_one_and_stop(process: subprocess.Popen) -> tuple[list[int], str]:
@@ -77,7 +85,18 @@ def _kill_one_and_stop(process: subprocess.Popen) -> tuple[list[int], str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes are looked up in /proc")
 def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_killed(here):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    words = ["-m", "regrad_runner", "compare", *SMALL, "--config", "few.yaml", "--lr", "0.05", "--seeds", "500"]
+    words = [
+        "-m",
+        "regrad_runner",
+        "compare",
+        *SMALL,
+        "--config",
+        "few.yaml",
+        "--lr",
+        "0.05",
+        "--seeds",
+        "500",
+    ]
     process = subprocess.Popen(
         [sys.executable, *words, "--jobs", "2", "--out", "out"],
         env=environment,
@@ -107,8 +126,12 @@ def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_ki
 def test_jobs_share_the_threads_unless_told(here):
     large = {"workload": "digits", "batch_size": 1024, "corrections": (), "tracker": "none"}
     alone = make_plan(CompareConfig(**large), out=here / "out").config.threads
-    assert make_plan(CompareConfig(**large), out=here / "out", jobs=64).config.threads == max(1, alone // 64)
-    assert make_plan(CompareConfig(**large, threads=2), out=here / "out", jobs=64).config.threads == 2
+    assert make_plan(CompareConfig(**large), out=here / "out", jobs=64).config.threads == max(
+        1, alone // 64
+    )
+    assert (
+        make_plan(CompareConfig(**large, threads=2), out=here / "out", jobs=64).config.threads == 2
+    )
 
 
 def test_jobs_must_be_some():

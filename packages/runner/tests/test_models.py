@@ -9,7 +9,9 @@ def count(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("resnet20", 269722), ("resnet32", 464154), ("resnet56", 853018)], ids=str
+    ("name", "parameters"),
+    [("resnet20", 269722), ("resnet32", 464154), ("resnet56", 853018)],
+    ids=str,
 )
 def test_sizes_are_the_papers(name, parameters):
     # Table 6 of He et al. says 0.27 M, 0.46 M and 0.85 M; option A adds no parameters.
@@ -25,7 +27,10 @@ def test_depth_counts_the_layers_with_weights():
 
 def test_size_worked_out_by_hand_for_digits():
     # 9·(1·4 + 2·4·4 + 4·8 + 8·8 + 8·16 + 16·16) weights, 2·(3·4 + 2·8 + 2·16) for norms, 16·10 + 10 at the end.
-    assert count(build_model("resnet8", classes=10, channels=1, image_size=8, width=4)) == 9 * 516 + 120 + 170
+    assert (
+        count(build_model("resnet8", classes=10, channels=1, image_size=8, width=4))
+        == 9 * 516 + 120 + 170
+    )
 
 
 @pytest.mark.parametrize("image_size", [4, 8, 28, 32])
@@ -38,7 +43,9 @@ def test_stages_double_the_channels_and_halve_the_image():
     shapes = []
     model = build_model("resnet20", classes=10, width=8)
     for stage in model.stages:
-        stage.register_forward_hook(lambda module, given, result: shapes.append(tuple(result.shape[1:])))
+        stage.register_forward_hook(
+            lambda module, given, result: shapes.append(tuple(result.shape[1:]))
+        )
     model(torch.zeros(1, 3, 32, 32))
     assert shapes == [(8, 32, 32), (16, 16, 16), (32, 8, 8)]
 
@@ -75,7 +82,10 @@ def test_equal_seeds_give_equal_weights_and_others_do_not():
 
 
 def test_norms_share_the_seeds_weights():
-    batch, group = (build_model("resnet8", classes=10, norm=norm, seed=3).state_dict() for norm in ("batch", "group"))
+    batch, group = (
+        build_model("resnet8", classes=10, norm=norm, seed=3).state_dict()
+        for norm in ("batch", "group")
+    )
     assert torch.equal(batch["stages.1.0.conv1.weight"], group["stages.1.0.conv1.weight"])
 
 
@@ -117,7 +127,9 @@ def test_without_normalisation_the_second_moment_is_kept_over_the_depth():
     # fills new channels with zeros, which changes the mean over the channels and not their sum.
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for seed in range(3):
-        moments = moments_by_block(build_model("resnet56", classes=10, norm="none", seed=seed), images)
+        moments = moments_by_block(
+            build_model("resnet56", classes=10, norm="none", seed=seed), images
+        )
         assert len(moments) == 28
         assert min(moments) / moments[0] > 0.8
         assert max(moments) / moments[0] < 3.3
@@ -145,7 +157,10 @@ def test_without_normalisation_every_convolution_has_a_bias_and_there_is_no_othe
     assert all(torch.equal(layer.bias, torch.zeros_like(layer.bias)) for layer in convolutions)
     assert not any(isinstance(module, nn.BatchNorm2d | nn.GroupNorm) for module in model.modules())
     # To the sizes with normalisation: a bias for each of two numbers per channel, and a factor per block.
-    assert count(model) == count(build_model("resnet8", classes=10, width=4)) - (3 * 4 + 2 * 8 + 2 * 16) + 3
+    assert (
+        count(model)
+        == count(build_model("resnet8", classes=10, width=4)) - (3 * 4 + 2 * 8 + 2 * 16) + 3
+    )
 
 
 def test_without_normalisation_gradients_reach_every_parameter_from_the_first_step():
@@ -162,14 +177,19 @@ def test_head_is_the_output_layer():
 
 
 def test_a_model_without_linear_layer_has_no_head():
-    with pytest.raises(ValueError, match="model must have a linear output layer, got ReLU without one"):
+    with pytest.raises(
+        ValueError, match="model must have a linear output layer, got ReLU without one"
+    ):
         head_of(nn.ReLU())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "resnet9"}, "no model named 'resnet9'; there are resnet8, resnet20, .*; did you mean 'resnet8'"),
+        (
+            {"name": "resnet9"},
+            "no model named 'resnet9'; there are resnet8, resnet20, .*; did you mean 'resnet8'",
+        ),
         ({"norm": "layer"}, "norm must be one of batch, group, none, got 'layer'"),
         ({"classes": 1}, "classes must be at least 2, got 1"),
         ({"channels": 0}, "channels must be at least 1, got 0"),

@@ -53,16 +53,29 @@ def test_it_is_a_plugin_of_the_new_name_that_passes_the_kit_unedited(installed):
 
 @pytest.mark.timeout(900)
 def test_its_own_tests_pass_unedited(installed):
-    command = [sys.executable, "-m", "pytest", "-q", "tests", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+    ]
     chosen = ["-k", "not conformance and not layouts"]  # the kit has judged them above
-    done = subprocess.run([*command, *chosen], cwd=installed, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        [*command, *chosen], cwd=installed, capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
 
 
 def test_nothing_of_the_original_is_left_but_where_it_comes_from(made):
     files = [path for path in made.rglob("*") if path.is_file()]
-    assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"} <= {path.name for path in files}
+    assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"} <= {
+        path.name for path in files
+    }
     named = [path.name for path in files if "centralization" in path.read_text().lower()]
     assert sorted(named) == ["CHANGELOG.md", "README.md"]
     assert not [path for path in files if "__pycache__" in path.parts]
@@ -80,7 +93,9 @@ def test_the_card_keeps_its_headings_and_claims_nothing(made):
     assert "CIFAR" not in card
 
 
-@pytest.mark.parametrize("name", ["My", "my_method", "", "1st", "a--b", "-a", "a/b", "../a", "a b", "ä"])
+@pytest.mark.parametrize(
+    "name", ["My", "my_method", "", "1st", "a--b", "-a", "a/b", "../a", "a b", "ä"]
+)
 def test_a_name_that_cannot_be_one_is_refused_before_anything_is_written(tmp_path, name):
     assert not NAME.fullmatch(name)
     with pytest.raises(ValueError, match="name must be lower-case words with hyphens between them"):
@@ -91,12 +106,15 @@ def test_a_name_that_cannot_be_one_is_refused_before_anything_is_written(tmp_pat
 def test_names_and_folders_that_are_taken_are_refused(made, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        ValueError, match="name must be a new one, got 'centralization', which regrad-centralization offers"
+        ValueError,
+        match="name must be a new one, got 'centralization', which regrad-centralization offers",
     ):
         new_plugin("centralization", tmp_path)
     with pytest.raises(ValueError, match="out must not have a folder 'regrad-my-method' yet"):
         new_plugin("my-method", tmp_path)
-    with pytest.raises(ValueError, match="like must be an installed correction, got 'centralisation'; did you mean"):
+    with pytest.raises(
+        ValueError, match="like must be an installed correction, got 'centralisation'; did you mean"
+    ):
         new_plugin("other", tmp_path, like="centralisation")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -104,7 +122,10 @@ def test_names_and_folders_that_are_taken_are_refused(made, tmp_path):
 def test_a_plugin_that_lies_here_without_its_tests_is_not_copied(tmp_path, monkeypatch):
     monkeypatch.setattr("regrad_runner.new_plugin._editable", lambda distribution: None)
     monkeypatch.setattr("regrad_runner.new_plugin.CARRIED", "nowhere")
-    with pytest.raises(ValueError, match="the smallest shipped plugin must be installed with its tests to be copied"):
+    with pytest.raises(
+        ValueError,
+        match="the smallest shipped plugin must be installed with its tests to be copied",
+    ):
         new_plugin("other", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -115,14 +136,18 @@ def test_a_wheel_of_the_shipped_plugin_carries_all_that_is_copied():
     pyproject = tomllib.loads((source.rest / "pyproject.toml").read_text())
     carried = pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert set(carried) == set(COPIED)
-    assert all(target == f"{source.package.name}/distribution/{item}" for item, target in carried.items())
+    assert all(
+        target == f"{source.package.name}/distribution/{item}" for item, target in carried.items()
+    )
 
 
 def test_the_command_says_what_to_do_next(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plugins", "new", "my-method"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("regrad-my-method holds 'centralization' under the name 'my-method'. Next:\n")
+    assert said.startswith(
+        "regrad-my-method holds 'centralization' under the name 'my-method'. Next:\n"
+    )
     assert "pip install --editable regrad-my-method\n" in said
     assert main(["plugins", "new", "my-method"]) == 2
     assert "regrad: out must not have a folder" in capsys.readouterr().err

@@ -18,7 +18,18 @@ from regrad_runner.storage import checkpoints, read_checkpoint
 from regrad_runner.training import TrainingRun
 from regrad_runner.workloads import load_workload
 
-SHAPE = ["--train-size", "100", "--batch-size", "25", "--width", "4", "--norm", "group", "--tracker", "none"]
+SHAPE = [
+    "--train-size",
+    "100",
+    "--batch-size",
+    "25",
+    "--width",
+    "4",
+    "--norm",
+    "group",
+    "--tracker",
+    "none",
+]
 
 
 @pytest.fixture
@@ -51,7 +62,8 @@ def test_a_step_that_is_not_finite_may_not_be_taken_and_is_counted(watch, layers
     if where == "weight":
         layers["weight"].grad[0] = value
     with pytest.warns(
-        RegradWarning, match="loss or gradients of step 1 are not finite; it is skipped, and 10 in a row"
+        RegradWarning,
+        match="loss or gradients of step 1 are not finite; it is skipped, and 10 in a row",
     ):
         assert not watch.is_finite(1, loss)
     assert not watch.is_finite(2, loss)
@@ -71,7 +83,9 @@ def test_the_ring_holds_the_last_steps_oldest_first(watch):
 def test_only_so_many_in_a_row_end_the_run(watch):
     bad, good = torch.tensor(math.nan), torch.tensor(1.0)
     for step in range(3 * SKIPS_IN_A_ROW):
-        assert watch.is_finite(step, good if step % SKIPS_IN_A_ROW == 0 else bad) == (step % SKIPS_IN_A_ROW == 0)
+        assert watch.is_finite(step, good if step % SKIPS_IN_A_ROW == 0 else bad) == (
+            step % SKIPS_IN_A_ROW == 0
+        )
     assert watch.is_finite(30, good)
     for step in range(31, 30 + SKIPS_IN_A_ROW):
         assert not watch.is_finite(step, bad)
@@ -100,7 +114,9 @@ def test_a_skipped_step_changes_no_weight_no_state_and_no_rate(monkeypatch, corr
         pytest.skip("regrad-xgrad is not installed")
     spoil(monkeypatch, {3})
     workload = load_workload("digits", train_size=100)
-    config = TrainConfig(batch_size=25, epochs=1, width=4, norm="group", threads=1).resolved(workload)
+    config = TrainConfig(batch_size=25, epochs=1, width=4, norm="group", threads=1).resolved(
+        workload
+    )
     seen = []
     arm = Arm("arm", corrections)
     with closing(TrainingRun(config, workload, arm, seed=0, lr=0.05)) as run:
@@ -122,12 +138,16 @@ def test_a_skipped_step_changes_no_weight_no_state_and_no_rate(monkeypatch, corr
 
 
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
-def test_a_run_that_stays_infinite_ends_as_failed_with_its_last_norms_in_a_file(tmp_path, monkeypatch, capsys):
+def test_a_run_that_stays_infinite_ends_as_failed_with_its_last_norms_in_a_file(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     spoil(monkeypatch, range(4, 99))
     assert main(["train", *SHAPE, "--epochs", "9", "--checkpoint-every", "2", "--out", "out"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("regrad: loss or gradients were not finite in 10 steps in a row, the last is step 13; lower")
+    assert last.startswith(
+        "regrad: loss or gradients were not finite in 10 steps in a row, the last is step 13; lower"
+    )
     kept = rows((tmp_path / "out" / "nonfinite.csv").read_text())
     assert [row["step"] for row in kept] == list(range(1, 14))
     assert math.isinf(list(kept[-1].values())[2])
@@ -135,13 +155,17 @@ def test_a_run_that_stays_infinite_ends_as_failed_with_its_last_norms_in_a_file(
 
 
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
-def test_a_resumed_run_knows_the_steps_that_were_skipped_and_how_many_in_a_row(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_knows_the_steps_that_were_skipped_and_how_many_in_a_row(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     spoil(monkeypatch, {2, *range(6, 99)})
     words = ["train", *SHAPE, "--checkpoint-every", "1", "--out", "out"]
     with monkeypatch.context() as patch:
         patch.setattr(nonfinite, "SKIPS_IN_A_ROW", 3)
-        assert main([*words, "--epochs", "9"]) == 1  # at step 8: steps 6 and 7 are in the checkpoint
+        assert (
+            main([*words, "--epochs", "9"]) == 1
+        )  # at step 8: steps 6 and 7 are in the checkpoint
     assert main(["train", "--resume", "--out", "out"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "in 10 steps in a row, the last is step 15" in last
@@ -150,7 +174,9 @@ def test_a_resumed_run_knows_the_steps_that_were_skipped_and_how_many_in_a_row(t
 
 
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
-def test_in_a_comparison_such_a_run_has_diverged_and_its_norms_stand_beside_it(tmp_path, monkeypatch, capsys):
+def test_in_a_comparison_such_a_run_has_diverged_and_its_norms_stand_beside_it(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nonfinite, "SKIPS_IN_A_ROW", 2)
     (tmp_path / "baseline.yaml").write_text("corrections: []\n")
@@ -164,7 +190,23 @@ def test_in_a_comparison_such_a_run_has_diverged_and_its_norms_stand_beside_it(t
         original(self, **hooks)
 
     monkeypatch.setattr(TrainingRun, "train", train)
-    assert main(["compare", *SHAPE, "--epochs", "1", "--seeds", "2", "--config", "baseline.yaml", "--out", "out"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                *SHAPE,
+                "--epochs",
+                "1",
+                "--seeds",
+                "2",
+                "--config",
+                "baseline.yaml",
+                "--out",
+                "out",
+            ]
+        )
+        == 0
+    )
     assert "not finite in 2 steps in a row" in capsys.readouterr().err
     assert [r.status for r in ResultsFolder(tmp_path / "out").results] == ["diverged", "finished"]
     assert main(["compare", "--resume", "--out", "out"]) == 0

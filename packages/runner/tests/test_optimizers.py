@@ -4,7 +4,9 @@ from regrad_runner.optimizers import build_optimizer, optimizer_class, spec_of
 from regrad_runner.specs import read_spec
 from regrad_runner.workloads import Defaults
 
-DEFAULTS = Defaults(epochs=1, batch_size=1, lr=0.05, momentum=0.9, weight_decay=5e-4, model="resnet8")
+DEFAULTS = Defaults(
+    epochs=1, batch_size=1, lr=0.05, momentum=0.9, weight_decay=5e-4, model="resnet8"
+)
 
 
 def parameters():
@@ -25,7 +27,10 @@ def test_a_spec_is_a_name_with_options(text, options):
 
 
 def test_a_spec_without_values_is_refused():
-    with pytest.raises(ValueError, match="optimizer must look like 'name:option=value,option=value', got 'sgd:fast'"):
+    with pytest.raises(
+        ValueError,
+        match="optimizer must look like 'name:option=value,option=value', got 'sgd:fast'",
+    ):
         read_spec("sgd:fast")
 
 
@@ -41,14 +46,23 @@ def test_a_complete_spec_stays_as_it_is():
 
 
 def test_a_learning_rate_inside_the_spec_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer must not set lr, got 'adam:lr=0.1'; use the setting lr"):
+    with pytest.raises(
+        ValueError, match=r"optimizer must not set lr, got 'adam:lr=0.1'; use the setting lr"
+    ):
         spec_of("adam:lr=0.1", DEFAULTS)
 
 
 def test_an_optimizer_gets_its_options_and_a_controls_changes():
-    optimizer = build_optimizer("sgd:momentum=0.9", parameters(), lr=0.1, changes={"nesterov": True})
+    optimizer = build_optimizer(
+        "sgd:momentum=0.9", parameters(), lr=0.1, changes={"nesterov": True}
+    )
     group = optimizer.param_groups[0]
-    assert (type(optimizer), group["momentum"], group["nesterov"], group["lr"]) == (torch.optim.SGD, 0.9, True, 0.1)
+    assert (type(optimizer), group["momentum"], group["nesterov"], group["lr"]) == (
+        torch.optim.SGD,
+        0.9,
+        True,
+        0.1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +71,10 @@ def test_an_optimizer_gets_its_options_and_a_controls_changes():
         ("sdg", "no optimizer named 'sdg'; there are: .*adamw.*sgd"),
         ("lbfgs", "no optimizer named 'lbfgs'"),
         ("sgd:betas=1", "optimizer 'sgd' has no option 'betas'; allowed: momentum"),
-        ("sgd:momentum=-1", "optimizer must be one that torch accepts, got 'sgd:momentum=-1': Invalid momentum"),
+        (
+            "sgd:momentum=-1",
+            "optimizer must be one that torch accepts, got 'sgd:momentum=-1': Invalid momentum",
+        ),
         ("sgd:momentum=fast", "optimizer must be one that torch accepts"),
     ],
 )

@@ -28,7 +28,16 @@ from regrad_runner.results import Result, ResultsFolder, read_about
 from regrad_runner.rows import read_rows
 from regrad_runner.workloads import Measure
 
-SECTIONS = ["verdicts", "differences", "training", "target", "overhead", "effects", "quality", "run"]
+SECTIONS = [
+    "verdicts",
+    "differences",
+    "training",
+    "target",
+    "overhead",
+    "effects",
+    "quality",
+    "run",
+]
 FIGURES = [
     "differences",
     *("measure-steps", "loss-steps", "measure-time", "loss-time"),
@@ -37,7 +46,9 @@ FIGURES = [
     *("effect-relative-change", "effect-cosine", "effect-trigger-rate"),
     *("quality-cosine", "quality-norm-ratio", "quality-steps"),
 ]
-needs_xgrad = pytest.mark.skipif("xgrad" not in regrad.available(), reason="regrad-xgrad is not installed")
+needs_xgrad = pytest.mark.skipif(
+    "xgrad" not in regrad.available(), reason="regrad-xgrad is not installed"
+)
 
 
 class Page(HTMLParser):
@@ -83,10 +94,17 @@ def page(folder):
 @pytest.fixture(scope="module")
 def old(make_comparison, tmp_path_factory):
     made = make_comparison(tmp_path_factory.mktemp("page") / "old", old=True, target=None)
-    for name in ("curves.csv", "results.csv"):  # as they were before there were times, and before controls were named
+    for name in (
+        "curves.csv",
+        "results.csv",
+    ):  # as they were before there were times, and before controls were named
         lines = list(csv.reader((made.path / name).read_text().splitlines()))
-        kept = [place for place, column in enumerate(lines[0]) if column not in ("seconds", "control")]
-        text = "\n".join(",".join(f'"{line[k].replace(chr(34), chr(34) * 2)}"' for k in kept) for line in lines)
+        kept = [
+            place for place, column in enumerate(lines[0]) if column not in ("seconds", "control")
+        ]
+        text = "\n".join(
+            ",".join(f'"{line[k].replace(chr(34), chr(34) * 2)}"' for k in kept) for line in lines
+        )
         (made.path / name).write_text(text + "\n")
     return ResultsFolder(made.path)
 
@@ -103,13 +121,17 @@ def source_of(folder):
 
 def marks(folder, figure, series, *, whole=True):
     kept = read_rows(folder.path / "figures.csv", Mark)
-    return [m for m in kept if (m.figure, m.series) == (figure, series) and (m.seed is None) == whole]
+    return [
+        m for m in kept if (m.figure, m.series) == (figure, series) and (m.seed is None) == whole
+    ]
 
 
 def test_the_parts_of_the_page_come_in_the_order_of_the_questions(page, folder):
     assert [i for i in page.ids() if i in SECTIONS] == SECTIONS
     titles = [
-        attributes["id"].removesuffix("-title") for tag, attributes in page.elements if tag == "title" and attributes
+        attributes["id"].removesuffix("-title")
+        for tag, attributes in page.elements
+        if tag == "title" and attributes
     ]
     assert titles == FIGURES
     assert sorted(path.stem for path in (folder.path / "figures").iterdir()) == sorted(FIGURES)
@@ -127,7 +149,9 @@ def test_names_that_look_like_html_stay_text(page, names):
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 1
     assert not {"img", "b", "iframe", "object", "foreignobject"} & set(tags)
-    assert [name for _, attributes in page.elements for name in attributes if name.startswith("on")] == []
+    assert [
+        name for _, attributes in page.elements for name in attributes if name.startswith("on")
+    ] == []
     headings = page.texts["th"]
     assert names.script in headings
     assert names.image in headings
@@ -158,12 +182,19 @@ def test_the_policy_allows_its_own_style_and_script_and_nothing_else(page):
 
 
 def test_every_figure_has_a_title_and_says_in_words_what_it_shows(page):
-    figures = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("class") == "figure"]
+    figures = [
+        attributes
+        for tag, attributes in page.elements
+        if tag == "svg" and attributes.get("class") == "figure"
+    ]
     assert len(figures) == len(FIGURES)
     for attributes in figures:
         assert attributes["role"] == "img"
         assert set(attributes["aria-labelledby"].split()) <= set(page.ids())
-    assert any("steps-to-target" not in text and "none 55 (50 to 60)" in text for text in page.texts["desc"])
+    assert any(
+        "steps-to-target" not in text and "none 55 (50 to 60)" in text
+        for text in page.texts["desc"]
+    )
     assert len(page.ids()) == len(set(page.ids()))
 
 
@@ -179,33 +210,56 @@ def test_curves_are_median_and_quartiles_of_the_rows_of_curves_csv(folder, names
         for mark in marks(folder, figure, names.script):
             values = [getattr(point, field) for point in own if point.step == mark.x]
             assert mark.seeds == len(values) == 6
-            assert (mark.low, mark.y, mark.high) == pytest.approx(tuple(np.quantile(values, (0.25, 0.5, 0.75))))
-    assert [mark.x for mark in marks(folder, "measure-steps", names.script)] == list(range(10, 81, 10))
+            assert (mark.low, mark.y, mark.high) == pytest.approx(
+                tuple(np.quantile(values, (0.25, 0.5, 0.75)))
+            )
+    assert [mark.x for mark in marks(folder, "measure-steps", names.script)] == list(
+        range(10, 81, 10)
+    )
 
 
 def test_against_time_a_point_stands_at_the_median_time_of_its_evaluation(folder, names):
     times = {
-        step: median(p.seconds for p in folder.curves if (p.arm, p.step) == (names.long, step)) for step in (10, 80)
+        step: median(p.seconds for p in folder.curves if (p.arm, p.step) == (names.long, step))
+        for step in (10, 80)
     }
     found = marks(folder, "loss-time", names.long)
     assert [found[0].x, found[-1].x] == pytest.approx([times[10], times[80]])
-    assert [mark.y for mark in found] == [mark.y for mark in marks(folder, "loss-steps", names.long)]
+    assert [mark.y for mark in found] == [
+        mark.y for mark in marks(folder, "loss-steps", names.long)
+    ]
 
 
 def test_differences_and_intervals_are_those_of_the_verdicts(folder, names):
     for summary in summarize_results(folder.results, Measure(target=0.9)):
         if summary.verdict != "baseline":
             (mark,) = marks(folder, "differences", summary.arm)
-            assert (mark.x, (mark.low, mark.high), mark.seeds) == (summary.difference, summary.interval, summary.pairs)
-            assert mean(m.x for m in marks(folder, "differences", summary.arm, whole=False)) == pytest.approx(mark.x)
+            assert (mark.x, (mark.low, mark.high), mark.seeds) == (
+                summary.difference,
+                summary.interval,
+                summary.pairs,
+            )
+            assert mean(
+                m.x for m in marks(folder, "differences", summary.arm, whole=False)
+            ) == pytest.approx(mark.x)
 
 
 def test_steps_to_the_target_are_every_run_their_median_and_its_interval(folder, names):
     (mark,) = marks(folder, "steps-to-target", "none")
-    assert [m.x for m in marks(folder, "steps-to-target", "none", whole=False)] == [50, 52, 54, 56, 58, 60]
+    assert [m.x for m in marks(folder, "steps-to-target", "none", whole=False)] == [
+        50,
+        52,
+        54,
+        56,
+        58,
+        60,
+    ]
     assert (mark.x, mark.low, mark.high) == (55, 50, 60)
     (late,) = marks(folder, "steps-to-target", names.image)  # two of six missed: behind every hit
-    assert [m.x for m in marks(folder, "steps-to-target", names.image, whole=False)][:2] == [None, None]
+    assert [m.x for m in marks(folder, "steps-to-target", names.image, whole=False)][:2] == [
+        None,
+        None,
+    ]
     assert (late.x, late.low, late.high) == (59, 54, None)
 
 
@@ -219,7 +273,9 @@ def test_effects_over_training_have_a_curve_per_stage(folder, names):
     found = {f"{names.long}: xgrad, {stage}" for stage in ("weights", "gradient")}
     kept = read_rows(folder.path / "figures.csv", Mark)
     assert found <= {mark.series for mark in kept if mark.figure == "effect-relative-change"}
-    assert {m.y for m in marks(folder, "effect-trigger-rate", f"{names.long}: xgrad, weights")} == {0.5}
+    assert {m.y for m in marks(folder, "effect-trigger-rate", f"{names.long}: xgrad, weights")} == {
+        0.5
+    }
 
 
 def test_gradient_quality_is_told_raw_and_corrected(folder, names):
@@ -243,7 +299,11 @@ def test_what_is_drawn_is_what_the_rows_say(folder):
 
 
 def test_the_same_folder_gives_the_same_files_and_no_global_setting_changes(folder):
-    paths = [folder.path / "report.html", folder.path / "figures.csv", *sorted((folder.path / "figures").iterdir())]
+    paths = [
+        folder.path / "report.html",
+        folder.path / "figures.csv",
+        *sorted((folder.path / "figures").iterdir()),
+    ]
     before = {path.name: path.read_bytes() for path in paths}
     settings = {name: mpl.rcParams[name] for name in mpl.rcParams if name != "backend"}
     assert set(write(folder)) == set(paths)
@@ -257,9 +317,16 @@ def test_an_older_folder_is_shown_and_what_is_missing_is_said(old, names, capsys
     show(old.path)
     assert str(old.path / "report.html") in capsys.readouterr().out
     page = Page(old.path / "report.html")
-    assert [i for i in page.ids() if i in SECTIONS] == [s for s in SECTIONS if s not in ("target", "quality")]
+    assert [i for i in page.ids() if i in SECTIONS] == [
+        s for s in SECTIONS if s not in ("target", "quality")
+    ]
     said = " ".join(page.texts["li"])
-    for words in ("times of evaluations were kept", "effect over training was kept", "machine was kept", "no target"):
+    for words in (
+        "times of evaluations were kept",
+        "effect over training was kept",
+        "machine was kept",
+        "no target",
+    ):
         assert words in said
     estimated = marks(old, "loss-time", "nesterov")[-1].x
     assert estimated == pytest.approx(80 * 0.014)
@@ -305,12 +372,16 @@ SETTINGS = {
 
 def words_of(command):
     """Return the words that a shell makes of a command."""
-    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, {}], ids=["every kind of setting", "defaults"])
-def test_the_command_to_repeat_has_the_same_settings_after_a_shell_and_the_parser(settings, monkeypatch):
+def test_the_command_to_repeat_has_the_same_settings_after_a_shell_and_the_parser(
+    settings, monkeypatch
+):
     config = CompareConfig(**settings)
     words = words_of(command_to_repeat(config.model_dump(mode="json")))
     assert words[:2] == ["regrad", "compare"]
@@ -331,24 +402,41 @@ def test_several_processes_are_launched_as_they_were():
 
 
 def test_a_comparison_of_the_baseline_alone_is_repeated_from_its_settings():
-    assert command_to_repeat({"corrections": [], "seeds": 2}) == "regrad compare --config config.yaml"
+    assert (
+        command_to_repeat({"corrections": [], "seeds": 2}) == "regrad compare --config config.yaml"
+    )
 
 
 @needs_xgrad
-def test_compare_writes_the_page_and_the_command_on_it_gives_the_same_numbers(tmp_path, monkeypatch, capsys):
+def test_compare_writes_the_page_and_the_command_on_it_gives_the_same_numbers(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    small = "--train-size 100 --batch-size 25 --width 4 --epochs 2 --seeds 1 --evaluations-per-epoch 4"
-    assert main(["compare", "--corrections", "xgrad:horizon=2", *small.split(), "--out", "first"]) == 0
+    small = (
+        "--train-size 100 --batch-size 25 --width 4 --epochs 2 --seeds 1 --evaluations-per-epoch 4"
+    )
+    assert (
+        main(["compare", "--corrections", "xgrad:horizon=2", *small.split(), "--out", "first"]) == 0
+    )
     assert "first/report.html" in capsys.readouterr().out
     kept = {path.name for path in Path("first/artifacts").rglob("*.*") if path.is_file()}
-    assert {"report.html", "figures.csv", "effects.csv", "measure-steps.svg", "effect-cosine.svg"} <= kept
+    assert {
+        "report.html",
+        "figures.csv",
+        "effects.csv",
+        "measure-steps.svg",
+        "effect-cosine.svg",
+    } <= kept
     page = Page(Path("first/report.html"))
     assert "torch" in page.texts["th"]  # of the machine
     command = "".join(page.texts["code"])
     shutil.rmtree("first/artifacts")
     assert main([*words_of(command)[1:], "--tracker", "none", "--out", "second"]) == 0
     first, second = (ResultsFolder(Path(name)) for name in ("first", "second"))
-    told = [[(r.arm, r.seed, r.value, r.validation, r.lr) for r in folder.results] for folder in (first, second)]
+    told = [
+        [(r.arm, r.seed, r.value, r.validation, r.lr) for r in folder.results]
+        for folder in (first, second)
+    ]
     assert told[0] == told[1]
     assert first.curves == second.curves
     assert all(math.isfinite(point.seconds) and point.seconds > 0 for point in first.curves)

@@ -5,7 +5,9 @@ from regrad_runner.page.write import write_page
 from regrad_runner.report import summarize_results
 from regrad_runner.workloads import Measure
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: uv sync --group browser")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: uv sync --group browser"
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 pytestmark = [
@@ -58,10 +60,14 @@ def page(seen):
 
 
 def column(page, table, place):
-    return page.eval_on_selector_all(f"{table} tbody tr", f"rows => rows.map(row => row.cells[{place}].textContent)")
+    return page.eval_on_selector_all(
+        f"{table} tbody tr", f"rows => rows.map(row => row.cells[{place}].textContent)"
+    )
 
 
-def test_opening_the_page_says_nothing_on_the_console_and_asks_the_network_for_nothing(page, address):
+def test_opening_the_page_says_nothing_on_the_console_and_asks_the_network_for_nothing(
+    page, address
+):
     assert page.noted["console"] == page.noted["errors"] == page.noted["dialogs"] == []
     assert {url for url in page.noted["requests"] if not url.startswith("data:")} == {address}
 
@@ -69,7 +75,11 @@ def test_opening_the_page_says_nothing_on_the_console_and_asks_the_network_for_n
 def test_names_that_look_like_html_are_text_in_the_browser_too(page, names):
     assert page.locator("img, body b, iframe, object").count() == 0
     assert page.locator("script").count() == 1
-    assert page.locator("#verdicts .arm").all_text_contents() == [*names.arms[1:4], "none", "nesterov"]
+    assert page.locator("#verdicts .arm").all_text_contents() == [
+        *names.arms[1:4],
+        "none",
+        "nesterov",
+    ]
     assert column(page, "#differences table", 0) == list(names.arms)
     assert page.title().startswith(names.script)
     assert page.noted["dialogs"] == []
@@ -78,7 +88,9 @@ def test_names_that_look_like_html_are_text_in_the_browser_too(page, names):
 def test_what_a_page_must_not_do_its_policy_stops(page):
     added = "s = document.createElement('script'); s.textContent = 'window.acted = 1'; document.body.append(s)"
     page.evaluate(f"() => {{ const {added}; }}")
-    page.evaluate("() => document.body.insertAdjacentHTML('beforeend', '<img src=http://127.0.0.1:9/x.png>')")
+    page.evaluate(
+        "() => document.body.insertAdjacentHTML('beforeend', '<img src=http://127.0.0.1:9/x.png>')"
+    )
     page.wait_for_function("() => [...document.images].every(image => image.complete)")
     assert page.evaluate("() => window.acted") is None
     assert any("Content Security Policy" in text for text in page.noted["console"])
@@ -101,7 +113,10 @@ def test_a_table_sorts_by_a_click_and_by_the_keyboard(page, names):
     assert column(page, table, place) == values[::-1]
     first = page.locator(f"{table} thead th").first
     first.locator("button").click()
-    assert (first.get_attribute("aria-sort"), heading.get_attribute("aria-sort")) == ("ascending", None)
+    assert (first.get_attribute("aria-sort"), heading.get_attribute("aria-sort")) == (
+        "ascending",
+        None,
+    )
     assert set(column(page, table, 0)) == set(names.arms)
 
 
@@ -145,7 +160,9 @@ def test_nothing_overflows_the_page(page, width):
             .map(element => element.outerHTML.slice(0, 80))"""
     )
     assert outside == []
-    assert page.locator(".scroll").first.evaluate("box => box.getBoundingClientRect().right") <= width
+    assert (
+        page.locator(".scroll").first.evaluate("box => box.getBoundingClientRect().right") <= width
+    )
 
 
 def test_figures_can_be_read_on_a_phone(page):

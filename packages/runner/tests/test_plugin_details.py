@@ -63,11 +63,19 @@ def installed(monkeypatch):
     """Install two corrections, and a third that is both of them."""
     both = regrad.Composition(parts=("thing", "other"))
     loaded = {"thing": Thing, "other": Other, "both": both}
-    entries = {name: Entry(name, "regrad-thing", "1.2", f"regrad_thing:{name}", "A thing") for name in loaded}
+    entries = {
+        name: Entry(name, "regrad-thing", "1.2", f"regrad_thing:{name}", "A thing")
+        for name in loaded
+    }
     about = Message()
     about["Project-URL"] = "Home, https://example.org"
     about["Description"] = README
-    monkeypatch.setattr(regrad, "available", lambda group="regrad": entries if group == "regrad" else {}, raising=False)
+    monkeypatch.setattr(
+        regrad,
+        "available",
+        lambda group="regrad": entries if group == "regrad" else {},
+        raising=False,
+    )
     monkeypatch.setattr(regrad, "load", lambda name, group="regrad": loaded[name], raising=False)
     monkeypatch.setattr("regrad.registry.load", lambda name, group="regrad": loaded[name])
     monkeypatch.setattr(plugin_details.metadata, "metadata", lambda name: about)
@@ -76,9 +84,17 @@ def installed(monkeypatch):
 
 def test_a_correction_is_described_by_what_it_declares(installed):
     details = describe("correction", installed["thing"])
-    assert details["description"] == "Turn every gradient round.\n\nBy -1, that is to say by half a turn."
+    assert (
+        details["description"]
+        == "Turn every gradient round.\n\nBy -1, that is to say by half a turn."
+    )
     assert details["options"] == [
-        {"name": "angle", "type": "float", "default": 180.0, "meaning": r"\phi in degrees, from 0 to 360."},
+        {
+            "name": "angle",
+            "type": "float",
+            "default": 180.0,
+            "meaning": r"\phi in degrees, from 0 to 360.",
+        },
         {"name": "axis", "type": "str | None", "default": None, "meaning": "Which one."},
     ]
     assert details["needs"]["stages"] == ("gradient",)
@@ -131,7 +147,9 @@ def test_everything_is_printed_for_people(capsys, monkeypatch):
 def test_every_workload_of_the_runner_says_what_its_options_mean(name):
     details = describe("workload", regrad.available("regrad.workloads")[name])
     assert len(details["description"]) > 40
-    assert {"seed_of_split", "data_dir", "train_size"} <= {option["name"] for option in details["options"]}
+    assert {"seed_of_split", "data_dir", "train_size"} <= {
+        option["name"] for option in details["options"]
+    }
     assert [option["name"] for option in details["options"] if not option["meaning"]] == []
     assert details["card"] == ""
 

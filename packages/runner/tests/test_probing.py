@@ -80,14 +80,20 @@ def own_corrections(monkeypatch):
     installed = training.create_all
 
     def chosen(arm):
-        return [OWN[name]() for name in arm.corrections] if {*arm.corrections} <= {*OWN} else installed(arm)
+        return (
+            [OWN[name]() for name in arm.corrections]
+            if {*arm.corrections} <= {*OWN}
+            else installed(arm)
+        )
 
     monkeypatch.setattr(training, "create_all", chosen)
 
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double())
+    monkeypatch.setattr(
+        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
+    )
 
 
 @pytest.fixture
@@ -105,7 +111,14 @@ def digits():
 @pytest.fixture
 def config(digits):
     def make(**values):
-        small = {"batch_size": 20, "epochs": 2, "width": 4, "threads": 1, "evaluations_per_epoch": 2, "norm": "group"}
+        small = {
+            "batch_size": 20,
+            "epochs": 2,
+            "width": 4,
+            "threads": 1,
+            "evaluations_per_epoch": 2,
+            "norm": "group",
+        }
         return CompareConfig(**{**small, **values}).resolved(digits)
 
     return make
@@ -116,14 +129,19 @@ def probed(config, workload, arm, *, every=3, size=60, seed=0):
     found = []
     with closing(TrainingRun(config, workload, arm, seed=seed, lr=0.05)) as run:
         probe = Probe(run, every=every, size=size) if every else None
-        run.train(on_point=lambda point: None, on_step=lambda step: found.append(probe and probe.finish_step()))
+        run.train(
+            on_point=lambda point: None,
+            on_step=lambda step: found.append(probe and probe.finish_step()),
+        )
         return [q for q in found if q], run.position.points, dict(run.model.state_dict())
 
 
 def by_hand(model, images, labels, *, parts=1, dtype=torch.float64):
     """Return the mean gradient of the plain loss as one vector."""
     model.zero_grad()
-    for x, y in zip(images.split(len(images) // parts), labels.split(len(labels) // parts), strict=True):
+    for x, y in zip(
+        images.split(len(images) // parts), labels.split(len(labels) // parts), strict=True
+    ):
         (nn.functional.cross_entropy(model(x.to(dtype)), y) / parts).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -142,7 +160,9 @@ def test_the_first_probe_is_what_gradients_by_hand_say(digits, config, norm):
         images, labels = run.next_batch()
         model = run.model
     order = np.random.default_rng(probing.SEED).permutation(100)[:60]
-    large = by_hand(model, *digits.train.with_seed(probing.SEED).__getitems__(order.tolist()), parts=3)
+    large = by_hand(
+        model, *digits.train.with_seed(probing.SEED).__getitems__(order.tolist()), parts=3
+    )
     raw = by_hand(model, images, labels)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -150,7 +170,12 @@ def test_the_first_probe_is_what_gradients_by_hand_say(digits, config, norm):
     moved = by_hand(model, images, labels)
     assert (first.arm, first.seed, first.step) == ("move", 0, 1)
     expected = [*quality_by_hand(raw, large), *quality_by_hand(moved, large)]
-    got = [first.cosine_raw, first.norm_ratio_raw, first.cosine_corrected, first.norm_ratio_corrected]
+    got = [
+        first.cosine_raw,
+        first.norm_ratio_raw,
+        first.cosine_corrected,
+        first.norm_ratio_corrected,
+    ]
     assert got == pytest.approx(expected, abs=1e-12)
     assert abs(expected[0] - expected[2]) > 1e-4
 
@@ -172,13 +197,17 @@ def test_half_a_gradient_has_its_direction_and_half_its_norm(digits, config):
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_batch_as_large_as_the_large_one_but_of_other_images_has_a_cosine_below_one(digits, config):
+def test_a_batch_as_large_as_the_large_one_but_of_other_images_has_a_cosine_below_one(
+    digits, config
+):
     """The same samples would have one: augmentation and order are drawn apart from the run's."""
     (quality, *_), _, _ = probed(config(batch_size=100), digits, BASELINE, every=1, size=100)
     assert 0.5 < quality.cosine_raw < 0.9999
 
 
-@pytest.mark.parametrize("arm", [BASELINE, Arm("noisy", ("noisy",)), Arm("move", ("move",))], ids=lambda arm: arm.name)
+@pytest.mark.parametrize(
+    "arm", [BASELINE, Arm("noisy", ("noisy",)), Arm("move", ("move",))], ids=lambda arm: arm.name
+)
 @pytest.mark.parametrize("values", [{"norm": "batch"}, {"norm": "batch", "accumulate": 2}], ids=str)
 def test_probing_changes_no_bit_of_the_run(digits, config, arm, values):
     _, points, state = probed(config(**values), digits, arm, every=None)
@@ -217,7 +246,9 @@ def test_parts_of_a_batch_are_probed_like_the_whole(digits, config):
     whole, _, _ = probed(config(), digits, Arm("move", ("move",)))
     parts, _, _ = probed(config(accumulate=4), digits, Arm("move", ("move",)))
     for one, other in zip(whole, parts, strict=True):
-        assert list(one.measures.values()) == pytest.approx(list(other.measures.values()), abs=1e-12)
+        assert list(one.measures.values()) == pytest.approx(
+            list(other.measures.values()), abs=1e-12
+        )
 
 
 @pytest.mark.usefixtures("fresh_precision")
@@ -251,7 +282,13 @@ def test_a_zero_gradient_has_no_direction_and_does_not_spoil_the_mean(digits):
     assert ratio == 0
     rows = [
         Quality(
-            arm="a", seed=0, step=s, cosine_raw=c, cosine_corrected=math.nan, norm_ratio_raw=1, norm_ratio_corrected=2
+            arm="a",
+            seed=0,
+            step=s,
+            cosine_raw=c,
+            cosine_corrected=math.nan,
+            norm_ratio_raw=1,
+            norm_ratio_corrected=2,
         )
         for s, c in ((1, 0.25), (2, math.nan), (3, 0.75))
     ]
@@ -263,7 +300,14 @@ def test_a_zero_gradient_has_no_direction_and_does_not_spoil_the_mean(digits):
     ]
 
 
-SMALL = {"epochs": 2, "train_size": 100, "batch_size": 25, "width": 4, "seeds": 2, "tracker": "none"}
+SMALL = {
+    "epochs": 2,
+    "train_size": 100,
+    "batch_size": 25,
+    "width": 4,
+    "seeds": 2,
+    "tracker": "none",
+}
 
 
 @pytest.fixture
@@ -294,13 +338,17 @@ def test_a_comparison_keeps_probes_and_shows_their_means_and_its_results_are_the
     plain, with_probes = run(plan(name="plain")), run(plan(probe_every=4, probe_size=50))
     assert outcomes(plain) == outcomes(with_probes)
     assert not (plain.path / probing.FILE).exists()
-    expected = [(arm, seed, step) for seed in (0, 1) for arm in ("none", "halve") for step in (4, 8)]
+    expected = [
+        (arm, seed, step) for seed in (0, 1) for arm in ("none", "halve") for step in (4, 8)
+    ]
     assert rows_of(with_probes) == expected
     show_comparison(with_probes.path, as_json=True)
     shown = json.loads(capsys.readouterr().out)
     means = {mean["arm"]: mean for mean in shown["gradient_quality"]}
     assert means["none"]["probes"] == 4
-    assert means["halve"]["norm_ratio_corrected"] == pytest.approx(means["halve"]["norm_ratio_raw"] / 2, rel=1e-4)
+    assert means["halve"]["norm_ratio_corrected"] == pytest.approx(
+        means["halve"]["norm_ratio_raw"] / 2, rel=1e-4
+    )
     show_comparison(with_probes.path)
     said = capsys.readouterr().out
     assert "norm ratio" in said
@@ -341,7 +389,9 @@ def test_a_failed_run_leaves_no_probes_and_its_repetition_does(plan):
 def test_probes_are_curves_of_the_tracked_run_and_an_artifact_of_the_comparison(plan):
     folder = run(plan(probe_every=4, seeds=1, tracker="mlflow"))
     with closing(sqlite3.connect(folder.path / "mlflow.db")) as database:
-        query = "select step from metrics where key = 'gradient quality/cosine corrected' order by step"
+        query = (
+            "select step from metrics where key = 'gradient quality/cosine corrected' order by step"
+        )
         steps = [step for (step,) in database.execute(query)]
     assert steps == [4, 4, 8, 8]
     assert [p.name for p in (folder.path / "artifacts").rglob(probing.FILE)] == [probing.FILE]
@@ -391,7 +441,15 @@ def test_two_processes_probe_like_one_and_agree(tmp_path, digits, config):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "two.py"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "two.py",
+        ],
         cwd=tmp_path,
         env={**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -405,11 +463,15 @@ def test_two_processes_probe_like_one_and_agree(tmp_path, digits, config):
     one, _, _ = probed(config(epochs=1), digits, BASELINE, every=2)
     assert [q["step"] for q in first] == [q.step for q in one] == [2, 4]
     for theirs, ours in zip(first, one, strict=True):
-        assert [theirs[name] for name in probing.MEASURES] == pytest.approx(list(ours.measures.values()), abs=1e-12)
+        assert [theirs[name] for name in probing.MEASURES] == pytest.approx(
+            list(ours.measures.values()), abs=1e-12
+        )
 
 
 @needs_plugins
-def test_xgrad_is_compared_at_its_moved_weights_and_powergrad_by_its_own_logit_gradient(digits, config):
+def test_xgrad_is_compared_at_its_moved_weights_and_powergrad_by_its_own_logit_gradient(
+    digits, config
+):
     for name in ("xgrad", "powergrad"):
         first, *_ = probed(config(), digits, Arm(name, (name,)), every=2)[0]
         assert first.cosine_corrected != pytest.approx(first.cosine_raw, abs=1e-4)

@@ -32,7 +32,10 @@ def write_batch(file, images, labels, *, key):
 def write_cifar(root, monkeypatch, kind, *, key, files):
     """Write a small data set in the format of CIFAR, and let torchvision take its checksums for the published ones."""
     labels = list(range(CLASSES)) * PER_CLASS
-    images = {name: pixels(len(labels), 3, 32, 32, seed=seed) for seed, name in enumerate([*files, "test"])}
+    images = {
+        name: pixels(len(labels), 3, 32, 32, seed=seed)
+        for seed, name in enumerate([*files, "test"])
+    }
     folder = root / kind.base_folder
     lists = [write_batch(folder / name, images[name], labels, key=key) for name in files]
     test = write_batch(folder / kind.test_list[0][0], images["test"], labels, key=key)
@@ -40,12 +43,16 @@ def write_cifar(root, monkeypatch, kind, *, key, files):
     meta.write_bytes(pickle.dumps({kind.meta["key"]: list("abcd")}))
     monkeypatch.setattr(kind, "train_list", lists)
     monkeypatch.setattr(kind, "test_list", [test])
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": hashlib.md5(meta.read_bytes()).hexdigest()})
+    monkeypatch.setattr(
+        kind, "meta", {**kind.meta, "md5": hashlib.md5(meta.read_bytes()).hexdigest()}
+    )
     return np.concatenate([images[name] for name in files]), images["test"], labels
 
 
 def write_cifar10(root, monkeypatch):
-    return write_cifar(root, monkeypatch, datasets.CIFAR10, key="labels", files=["data_batch_1", "data_batch_2"])
+    return write_cifar(
+        root, monkeypatch, datasets.CIFAR10, key="labels", files=["data_batch_1", "data_batch_2"]
+    )
 
 
 def write_idx(file, values):
@@ -73,12 +80,20 @@ def test_the_images_are_those_of_the_files(tmp_path, monkeypatch):
     workload = load_workload("cifar10", data_dir=tmp_path)
     assert torch.equal(workload.test.images, torch.from_numpy(test))
     assert workload.test.labels.tolist() == labels
-    assert (workload.train.channels, workload.train.image_size, workload.classes) == (3, 32, CLASSES)
-    everything = [(row.flatten().tolist(), label) for row, label in zip(train, labels * 2, strict=True)]
+    assert (workload.train.channels, workload.train.image_size, workload.classes) == (
+        3,
+        32,
+        CLASSES,
+    )
+    everything = [
+        (row.flatten().tolist(), label) for row, label in zip(train, labels * 2, strict=True)
+    ]
     assert sorted(as_rows(workload.train) + as_rows(workload.validation)) == sorted(everything)
 
 
-def test_a_tenth_of_the_training_images_validates_with_every_class_in_proportion(tmp_path, monkeypatch):
+def test_a_tenth_of_the_training_images_validates_with_every_class_in_proportion(
+    tmp_path, monkeypatch
+):
     write_cifar10(tmp_path, monkeypatch)
     workload = load_workload("cifar10", data_dir=tmp_path)
     assert torch.bincount(workload.validation.labels).tolist() == [4] * CLASSES
@@ -91,7 +106,9 @@ def test_a_tenth_of_the_training_images_validates_with_every_class_in_proportion
     assert torch.equal(other.test.images, workload.test.images)
 
 
-def test_training_images_are_shifted_and_mirrored_and_all_are_scaled_by_their_moments(tmp_path, monkeypatch):
+def test_training_images_are_shifted_and_mirrored_and_all_are_scaled_by_their_moments(
+    tmp_path, monkeypatch
+):
     write_cifar10(tmp_path, monkeypatch)
     workload = load_workload("cifar10", data_dir=tmp_path)
     assert (workload.train.augment.shift, workload.train.augment.flip) == (4, True)
@@ -102,7 +119,9 @@ def test_training_images_are_shifted_and_mirrored_and_all_are_scaled_by_their_mo
 
 
 def test_the_fine_labels_of_cifar100_are_read(tmp_path, monkeypatch):
-    _, test, labels = write_cifar(tmp_path, monkeypatch, datasets.CIFAR100, key="fine_labels", files=["train"])
+    _, test, labels = write_cifar(
+        tmp_path, monkeypatch, datasets.CIFAR100, key="fine_labels", files=["train"]
+    )
     workload = load_workload("cifar100", data_dir=tmp_path)
     assert torch.equal(workload.test.images, torch.from_numpy(test))
     assert workload.test.labels.tolist() == labels
@@ -131,12 +150,22 @@ def test_without_a_folder_data_in_the_working_directory_is_read(tmp_path, monkey
     assert len(load_workload("cifar10").test) == 80
 
 
-@pytest.mark.parametrize("workload", [cifar10, cifar100, fashion_mnist], ids=lambda workload: workload.name)
-def test_what_is_missing_is_said_in_one_line_with_both_ways_on(tmp_path, monkeypatch, capsys, workload):
+@pytest.mark.parametrize(
+    "workload", [cifar10, cifar100, fashion_mnist], ids=lambda workload: workload.name
+)
+def test_what_is_missing_is_said_in_one_line_with_both_ways_on(
+    tmp_path, monkeypatch, capsys, workload
+):
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--workload", workload.name, "--data-dir", "there"]) == 2
     said = capsys.readouterr().err
-    for words in (workload.files, workload.title, "got 'there' without it", "--download", "--data-dir"):
+    for words in (
+        workload.files,
+        workload.title,
+        "got 'there' without it",
+        "--download",
+        "--data-dir",
+    ):
         assert words in said
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +175,10 @@ def test_a_damaged_file_is_not_read(tmp_path, monkeypatch):
     write_cifar10(tmp_path, monkeypatch)
     with (tmp_path / "cifar-10-batches-py" / "data_batch_2").open("ab") as file:
         file.write(b"!")
-    with pytest.raises(ValueError, match=r"data_dir must be .*, got '.*' with a damaged or incomplete one; --download"):
+    with pytest.raises(
+        ValueError,
+        match=r"data_dir must be .*, got '.*' with a damaged or incomplete one; --download",
+    ):
         load_workload("cifar10", data_dir=tmp_path)
 
 
@@ -168,7 +200,9 @@ def test_parquet_files_are_the_business_of_another_workload(tmp_path, place):
 
 def test_more_images_than_there_are_cannot_be_kept(tmp_path, monkeypatch):
     write_cifar10(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match=r"train_size must be from 4 \(the classes\) to 140, got 150"):
+    with pytest.raises(
+        ValueError, match=r"train_size must be from 4 \(the classes\) to 140, got 150"
+    ):
         load_workload("cifar10", data_dir=tmp_path, train_size=150)
 
 
@@ -182,7 +216,9 @@ def publisher(tmp_path):
     """Serve a folder on this machine, as the publisher does on the network."""
     folder = tmp_path / "published"
     folder.mkdir()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=folder)
+    ) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield folder, f"http://127.0.0.1:{server.server_port}/"
@@ -190,7 +226,9 @@ def publisher(tmp_path):
         thread.join()
 
 
-def test_data_are_fetched_only_when_asked_for_and_only_once(tmp_path, monkeypatch, publisher, capsys):
+def test_data_are_fetched_only_when_asked_for_and_only_once(
+    tmp_path, monkeypatch, publisher, capsys
+):
     folder, address = publisher
     _, test, _ = write_cifar10(tmp_path / "original", monkeypatch)
     archive = folder / "cifar-10-python.tar.gz"
@@ -212,14 +250,19 @@ def test_data_are_fetched_only_when_asked_for_and_only_once(tmp_path, monkeypatc
 def test_a_publisher_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch, publisher):
     _, address = publisher
     monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}nothing.tar.gz")
-    with pytest.raises(ValueError, match=r"download must reach the publisher of CIFAR-10, got: .*404.*; or copy cifar"):
+    with pytest.raises(
+        ValueError,
+        match=r"download must reach the publisher of CIFAR-10, got: .*404.*; or copy cifar",
+    ):
         load_workload("cifar10", data_dir=tmp_path / "mine", download=True)
 
 
 @pytest.mark.parametrize("option", [{"download": True}, {"image_size": 16}])
 def test_an_option_that_a_workload_does_not_have_is_refused(option):
     (name,) = option
-    with pytest.raises(ValueError, match=f"{name} must be left out for workload 'digits', got {option[name]}"):
+    with pytest.raises(
+        ValueError, match=f"{name} must be left out for workload 'digits', got {option[name]}"
+    ):
         load_workload("digits", **option)
 
 
@@ -228,7 +271,21 @@ def test_a_comparison_runs_on_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "baseline.yaml").write_text("corrections: []\n")
     words = "--workload fashion-mnist --data-dir . --model resnet8 --width 4 --batch-size 9 --epochs 2 --seeds 1"
-    assert main(["compare", *words.split(), "--tracker", "none", "--config", "baseline.yaml", "--out", "out"]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                *words.split(),
+                "--tracker",
+                "none",
+                "--config",
+                "baseline.yaml",
+                "--out",
+                "out",
+            ]
+        )
+        == 0
+    )
 
 
 def test_the_small_data_sets_of_these_tests_are_what_torchvision_reads(tmp_path, monkeypatch):

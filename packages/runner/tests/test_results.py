@@ -23,7 +23,12 @@ def result(arm="none", seed=0, **values):
 
 
 def test_rows_read_back_as_they_were_written(tmp_path):
-    rows = [result(), result("a,b\n", 1, status="failed", value=None, steps_to_target=3, must_beat="c", touched=False)]
+    rows = [
+        result(),
+        result(
+            "a,b\n", 1, status="failed", value=None, steps_to_target=3, must_beat="c", touched=False
+        ),
+    ]
     write_rows(tmp_path / "results.csv", rows, Result)
     assert read_rows(tmp_path / "results.csv", Result) == rows
 
@@ -70,7 +75,9 @@ def test_the_curve_of_a_run_without_a_result_is_dropped(tmp_path):
     folder = ResultsFolder(tmp_path)
     folder.add(result(seed=0), [POINT])
     folder.add(result(seed=1), [POINT])
-    write_rows(tmp_path / "results.csv", folder.results[:1], Result)  # as if killed between the two files
+    write_rows(
+        tmp_path / "results.csv", folder.results[:1], Result
+    )  # as if killed between the two files
     assert [p.seed for p in ResultsFolder(tmp_path).curves] == [0]
 
 
@@ -108,10 +115,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 def test_only_the_same_configuration_continues_a_folder(tmp_path):
     start_folder(tmp_path, CompareConfig(seeds=3), {})
-    with pytest.raises(ValueError, match=r"out must be a new or empty folder, got .*; --resume continues it"):
+    with pytest.raises(
+        ValueError, match=r"out must be a new or empty folder, got .*; --resume continues it"
+    ):
         check_folder(tmp_path, CompareConfig(seeds=3), resume=False)
     check_folder(tmp_path, CompareConfig(seeds=3, tracker="none"), resume=True)
-    with pytest.raises(ValueError, match="out must hold the same configuration, got seeds 3 there and 2 here"):
+    with pytest.raises(
+        ValueError, match="out must hold the same configuration, got seeds 3 there and 2 here"
+    ):
         check_folder(tmp_path, CompareConfig(seeds=2), resume=True)
 
 
@@ -125,7 +136,10 @@ def test_a_folder_continues_with_more_and_what_was_there_comes_first(tmp_path):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"corrections": ("xgrad", "gcw")}, r"corrections \['xgrad', 'agc'\] there and \['xgrad', 'gcw'\] here"),
+        (
+            {"corrections": ("xgrad", "gcw")},
+            r"corrections \['xgrad', 'agc'\] there and \['xgrad', 'gcw'\] here",
+        ),
         ({"seeds": 4, "epochs": 9}, "epochs None there and 9 here"),
         ({"seeds": 4, "controls": False}, "controls True there and False here"),
     ],
@@ -133,21 +147,31 @@ def test_a_folder_continues_with_more_and_what_was_there_comes_first(tmp_path):
 def test_a_folder_does_not_continue_with_less_or_with_something_else(tmp_path, change, difference):
     start_folder(tmp_path, CompareConfig(seeds=3, corrections=("xgrad", "agc")), {})
     config = CompareConfig(**{"seeds": 3, "corrections": ("xgrad", "agc"), **change})
-    with pytest.raises(ValueError, match=f"out must hold the same configuration, got {difference}; choose another"):
+    with pytest.raises(
+        ValueError, match=f"out must hold the same configuration, got {difference}; choose another"
+    ):
         check_folder(tmp_path, config, resume=True)
 
 
 def test_a_run_is_never_continued_with_other_corrections(tmp_path):
     start_folder(tmp_path, TrainConfig(corrections=("xgrad",)), {})
-    with pytest.raises(ValueError, match=r"got corrections \['xgrad'\] there and \['xgrad', 'agc'\] here"):
+    with pytest.raises(
+        ValueError, match=r"got corrections \['xgrad'\] there and \['xgrad', 'agc'\] here"
+    ):
         check_folder(tmp_path, TrainConfig(corrections=("xgrad", "agc")), resume=True)
 
 
 def test_an_arm_that_would_mean_something_else_is_refused(tmp_path):
     clipping = Arm("clip-norm", control=Control(name="clip-norm", corrections=("clip-norm",)))
     start_folder(tmp_path, CompareConfig(), {"arms": {"clip-norm": clipping.recipe}})
-    check_arms(tmp_path, [Arm("clip-norm", corrections=("clip-norm",)), Arm("xgrad", corrections=("xgrad",))])
-    with pytest.raises(ValueError, match=r"out must hold the same arms, got another 'clip-norm' in .*; choose another"):
+    check_arms(
+        tmp_path,
+        [Arm("clip-norm", corrections=("clip-norm",)), Arm("xgrad", corrections=("xgrad",))],
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"out must hold the same arms, got another 'clip-norm' in .*; choose another",
+    ):
         check_arms(tmp_path, [Arm("clip-norm", corrections=("clip-norm:max_norm=2",))])
     with pytest.raises(ValueError, match="out must hold the same arms, got another 'clip-norm'"):
         check_arms(tmp_path, [Arm("clip-norm", control=Control(name="clip-norm", head_lr=0.5))])
@@ -163,6 +187,7 @@ def test_runs_say_what_their_arms_are_after_corrections_were_added(tmp_path):
 
 def test_there_must_be_something_to_continue(tmp_path):
     with pytest.raises(
-        ValueError, match=r"out must be the folder of an earlier run to resume it, got .* without config"
+        ValueError,
+        match=r"out must be the folder of an earlier run to resume it, got .* without config",
     ):
         check_folder(tmp_path, CompareConfig(), resume=True)

@@ -36,13 +36,31 @@ class Server:
 
     def start(self):
         database = f"sqlite:///{self.folder / 'server.db'}"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         command += ["--workers", "1", "--backend-store-uri", database]
         command += ["--artifacts-destination", str(self.folder / "files")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {
+            **os.environ,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=self.folder, env=environment, start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=environment,
+                start_new_session=True,
             )
 
     def wait(self):
@@ -64,7 +82,9 @@ class Server:
         from mlflow.tracking import MlflowClient
 
         client = MlflowClient(f"sqlite:///{self.folder / 'server.db'}")
-        return client, client.search_runs([one.experiment_id for one in client.search_experiments()])
+        return client, client.search_runs(
+            [one.experiment_id for one in client.search_experiments()]
+        )
 
     def check(self, status="FINISHED"):
         """Check that what `train` logged is there once."""
@@ -171,7 +191,9 @@ def test_a_server_that_is_killed_and_restarted_during_a_run_gets_everything_once
 
 
 @pytest.mark.slow
-def test_a_run_killed_without_a_server_is_delivered_by_sync_and_marked_killed(server, tmp_path, capsys):
+def test_a_run_killed_without_a_server_is_delivered_by_sync_and_marked_killed(
+    server, tmp_path, capsys
+):
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.yaml").touch()
@@ -185,7 +207,9 @@ with tracker.start("digits", "run", {{"lr": 0.1}}) as run:
         run.log(step, {{"loss": 1.0 / (step + 1)}})
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == -9
+    assert (
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == -9
+    )
     assert main(["sync", str(out)]) == 1
     assert f"{STEPS + 3} records wait in {out / 'unsent'}" in capsys.readouterr().out
     server.start()
@@ -217,7 +241,9 @@ class Faulty:
                 outer.seen.append((self.path, fault))
                 if fault == "error":
                     return self.reply(503, b"the server is busy")
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")}
+                headers = {
+                    k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")
+                }
                 request = urllib.request.Request(
                     server.uri + self.path, data=body or None, headers=headers, method=self.command
                 )

@@ -34,7 +34,9 @@ def test_records_come_back_in_order_until_they_are_noted_as_sent(unsent):
     assert (numbers(spool), spool.waiting) == ([0, 1, 2, 3, 4], 5)
     spool.note_sent([line for line, _ in spool.read()[:2]])
     assert (numbers(spool), spool.waiting) == ([2, 3, 4], 3)
-    assert json.loads((spool.path / "sent.json").read_text())["offset"] == 2 * len('{"number": 0}\n')
+    assert json.loads((spool.path / "sent.json").read_text())["offset"] == 2 * len(
+        '{"number": 0}\n'
+    )
 
 
 def test_many_records_are_read_a_part_at_a_time(unsent, monkeypatch):
@@ -127,7 +129,12 @@ def test_a_damaged_line_and_a_damaged_note_lose_nothing_else(unsent):
     (path / "sent.json").write_text("")
     spool = take_spool(path)
     spool.take_up()
-    assert [record["op"] for _, record in spool.read()] == ["start", "unreadable", "metrics", "finish"]
+    assert [record["op"] for _, record in spool.read()] == [
+        "start",
+        "unreadable",
+        "metrics",
+        "finish",
+    ]
 
 
 def test_a_file_is_copied_and_forgotten(unsent, tmp_path):

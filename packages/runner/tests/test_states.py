@@ -28,14 +28,17 @@ def test_optimizer_state_goes_by_name_whatever_the_order_of_the_groups():
     assert [group["lr"] for group in other.param_groups] == [0.2, 0.1]
     for name, parameter in other_model.named_parameters():
         momentum = other.state[parameter]["momentum_buffer"]
-        assert torch.equal(momentum, optimizer.state[dict(model.named_parameters())[name]]["momentum_buffer"])
+        assert torch.equal(
+            momentum, optimizer.state[dict(model.named_parameters())[name]]["momentum_buffer"]
+        )
 
 
 def test_an_optimizer_of_other_groups_is_refused():
     model, optimizer = two_layers()
     one_group = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(
-        RegradError, match="optimizer must have the checkpoint's parameter groups, got others in group 0"
+        RegradError,
+        match="optimizer must have the checkpoint's parameter groups, got others in group 0",
     ):
         load_optimizer(model, one_group, optimizer_state(model, optimizer))
 
@@ -44,7 +47,11 @@ def test_random_states_come_back():
     state = random_state()
 
     def draws():
-        return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]  # noqa: NPY002
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),  # noqa: NPY002
+            [random.random() for _ in range(3)],
+        )
 
     first = draws()
     set_random_state(state)
@@ -54,13 +61,19 @@ def test_random_states_come_back():
 SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
 def test_shards_are_gathered_and_cut_again_exactly_and_go_to_one_process_and_back(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
-    processes = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
+    commands = [
+        [sys.executable, str(SCRIPT), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)
+    ]
+    processes = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands
+    ]
     try:
         outputs = [process.communicate(timeout=280)[0] for process in processes]
     finally:
@@ -68,14 +81,18 @@ def test_shards_are_gathered_and_cut_again_exactly_and_go_to_one_process_and_bac
             process.kill()
     assert [process.returncode for process in processes] == [0, 0]
     for output in outputs:
-        differences = {name: float(value) for name, value in (line.split() for line in output.splitlines())}
+        differences = {
+            name: float(value) for name, value in (line.split() for line in output.splitlines())
+        }
         assert len([name for name in differences if ":exact:" in name]) >= 6
         assert all(value == 0 for name, value in differences.items() if ":exact:" in name), output
         # float64: the mean of two half batches and of the whole round differently
         assert all(value < 1e-12 for value in differences.values()), output
 
 
-@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.AdamW(p, lr=0.1)])
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.AdamW(p, lr=0.1)]
+)
 def test_neither_saving_nor_loading_steps_the_optimizer(make):
     steps = []
     model, other = (torch.nn.Linear(2, 2) for _ in range(2))

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 from regrad_runner.models import build_model
-from regrad_runner.statistics import RunRow, holm, median_interval, paired_difference, sign_flip_p, summarize
+from regrad_runner.statistics import (
+    RunRow,
+    holm,
+    median_interval,
+    paired_difference,
+    sign_flip_p,
+    summarize,
+)
 from regrad_runner.workloads import load_workload
 from regrad_runner.workloads.samples import training_loader
 from scipy import stats
@@ -42,13 +49,19 @@ def simulated_share_of_findings(tables, controls, *, seed):
     values = np.random.default_rng(seed).normal(size=(tables, len(arms), 10))
     found = 0
     for table in values:
-        rows = [row for arm, column in zip(arms, table.tolist(), strict=True) for row in rows_of(arm, column)]
+        rows = [
+            row
+            for arm, column in zip(arms, table.tolist(), strict=True)
+            for row in rows_of(arm, column)
+        ]
         found += any(summary.verdict in FINDINGS for summary in summarize(rows, controls=controls))
     return found / tables
 
 
 @pytest.mark.parametrize(
-    "controls", [{"a": None}, {"a": "nesterov", "b": "scaled head", "a+b": "both"}], ids=["one arm", "default arms"]
+    "controls",
+    [{"a": None}, {"a": "nesterov", "b": "scaled head", "a+b": "both"}],
+    ids=["one arm", "default arms"],
 )
 def test_identical_arms_get_a_verdict_in_about_five_of_a_hundred_tables(controls):
     assert 0.03 <= simulated_share_of_findings(2000, controls, seed=0) <= 0.07
@@ -67,9 +80,15 @@ def test_a_shifted_arm_among_three_is_still_found():
     generator = np.random.default_rng(2)
     found = 0
     for baseline, *noises in generator.normal(size=(1000, 4, 10)):
-        rows = rows_of("none", baseline.tolist()) + rows_of("a", (baseline + noises[0] + 1.5).tolist())
-        rows += rows_of("b", (baseline + noises[1]).tolist()) + rows_of("c", (baseline + noises[2]).tolist())
-        found += summary_of("a", rows, controls={"a": None, "b": None, "c": None}).verdict == "better"
+        rows = rows_of("none", baseline.tolist()) + rows_of(
+            "a", (baseline + noises[0] + 1.5).tolist()
+        )
+        rows += rows_of("b", (baseline + noises[1]).tolist()) + rows_of(
+            "c", (baseline + noises[2]).tolist()
+        )
+        found += (
+            summary_of("a", rows, controls={"a": None, "b": None, "c": None}).verdict == "better"
+        )
     assert found / 1000 >= 0.85
 
 
@@ -88,7 +107,9 @@ def test_difference_agrees_with_numbers_worked_out_by_hand():
     pairs = list(zip(rows_of("a", [1.0, 2.0, 3.0]), rows_of("none", [0.0, 0.0, 0.0]), strict=True))
     test = paired_difference(pairs)
     assert test.difference == pytest.approx(2)
-    assert test.interval == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), rel=1e-6)
+    assert test.interval == pytest.approx(
+        (2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), rel=1e-6
+    )
     assert test.p_value == pytest.approx(0.0741799, rel=1e-5)
 
 
@@ -99,7 +120,11 @@ def test_baseline_and_controls_are_named_as_such():
 
 
 def test_a_control_as_good_as_the_arm_forbids_better():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(1)) + rows_of("nesterov", shifted(1, noise=-0.01))
+    rows = (
+        rows_of("none", NOISE)
+        + rows_of("a", shifted(1))
+        + rows_of("nesterov", shifted(1, noise=-0.01))
+    )
     summary = summary_of("a", rows, controls={"a": "nesterov"})
     assert summary.verdict == "better than nothing"
     assert summary.control == "nesterov"
@@ -152,7 +177,12 @@ def test_five_seeds_are_too_few_and_six_are_enough():
 def test_one_seed_gives_a_difference_without_an_interval():
     rows = rows_of("none", [0.5]) + rows_of("a", [0.75])
     summary = summary_of("a", rows, controls={})
-    assert (summary.difference, summary.interval, summary.p_value, summary.sd) == (0.25, None, None, None)
+    assert (summary.difference, summary.interval, summary.p_value, summary.sd) == (
+        0.25,
+        None,
+        None,
+        None,
+    )
     assert summary.verdict == "too few seeds"
 
 
@@ -169,7 +199,13 @@ def test_failed_runs_and_runs_without_a_number_are_counted_and_left_out():
     values[0] = 1e9
     rows = rows_of("none", NOISE, failed=(1,)) + rows_of("a", values, failed=(0,))
     baseline, summary = summarize(rows, controls={"a": None})
-    assert (baseline.seeds, baseline.failed, summary.seeds, summary.failed, summary.pairs) == (9, 1, 8, 2, 7)
+    assert (baseline.seeds, baseline.failed, summary.seeds, summary.failed, summary.pairs) == (
+        9,
+        1,
+        8,
+        2,
+        7,
+    )
     assert summary.difference == pytest.approx(1, abs=0.05)
 
 
@@ -178,17 +214,27 @@ def test_a_run_that_diverged_is_worse_than_any_number():
     rows = rows_of("none", [0.0] * 6) + rows_of("a", [0.1] * 6, diverged=(2,))
     summary = summary_of("a", rows, controls={"a": None})
     assert summary.p_value == pytest.approx(brute_force([3, 3, 3, 3, 3, -6]))
-    assert (summary.seeds, summary.failed, summary.diverged, summary.pairs, summary.diverged_pairs) == (5, 0, 1, 6, 1)
+    assert (
+        summary.seeds,
+        summary.failed,
+        summary.diverged,
+        summary.pairs,
+        summary.diverged_pairs,
+    ) == (5, 0, 1, 6, 1)
     assert summary.difference == pytest.approx(0.1)  # of the seeds with two numbers
     assert summary.verdict == "no evidence"
 
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
-def test_an_arm_that_survives_where_the_baseline_diverges_is_better_though_its_numbers_are_not(higher_is_better):
+def test_an_arm_that_survives_where_the_baseline_diverges_is_better_though_its_numbers_are_not(
+    higher_is_better,
+):
     by = -0.1 if higher_is_better else 0.1
     baseline = rows_of("none", [0.0] * 10, diverged=range(8))
     summary, mirrored = (
-        summary_of(arm, rows, controls={arm: None}, baseline=other, higher_is_better=higher_is_better)
+        summary_of(
+            arm, rows, controls={arm: None}, baseline=other, higher_is_better=higher_is_better
+        )
         for arm, other, rows in (
             ("a", "none", baseline + rows_of("a", [by] * 10)),
             ("none", "a", baseline + rows_of("a", [by] * 10)),
@@ -214,7 +260,11 @@ def test_an_arm_whose_every_run_diverged_is_worse_without_a_number():
 
 
 def test_a_control_that_survives_as_well_forbids_better():
-    rows = rows_of("none", NOISE, diverged=range(10)) + rows_of("a", NOISE) + rows_of("nesterov", NOISE)
+    rows = (
+        rows_of("none", NOISE, diverged=range(10))
+        + rows_of("a", NOISE)
+        + rows_of("nesterov", NOISE)
+    )
     assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better than nothing"
     rows = rows_of("none", NOISE, diverged=range(10)) + rows_of("a", NOISE)
     rows += rows_of("nesterov", NOISE, diverged=range(10))
@@ -223,7 +273,9 @@ def test_a_control_that_survives_as_well_forbids_better():
 
 def test_identical_arms_that_diverge_by_chance_get_a_verdict_in_about_five_of_a_hundred_tables():
     generator, found = np.random.default_rng(5), 0
-    for table, diverges in zip(generator.normal(size=(2000, 2, 10)), generator.random((2000, 2, 10)), strict=True):
+    for table, diverges in zip(
+        generator.normal(size=(2000, 2, 10)), generator.random((2000, 2, 10)), strict=True
+    ):
         rows = [
             row
             for arm, column, lost in zip(("none", "a"), table.tolist(), diverges, strict=True)
@@ -270,7 +322,9 @@ def test_holm_agrees_with_numbers_worked_out_by_hand():
 
 def test_holm_takes_correction_arms_alone():
     rows = [
-        row for name in ("none", "a", "b", "nesterov") for row in rows_of(name, shifted(0.1 * len(name), noise=0.3))
+        row
+        for name in ("none", "a", "b", "nesterov")
+        for row in rows_of(name, shifted(0.1 * len(name), noise=0.3))
     ]
     summaries = {summary.arm: summary for summary in summarize(rows, controls={"a": "nesterov"})}
     adjusted = holm([summaries["a"].p_value, summaries["b"].p_value])
@@ -304,7 +358,9 @@ def test_sign_flip_test_agrees_with_enumeration(log_ratios):
 def test_sign_flip_test_agrees_with_scipy_on_the_signed_ranks():
     log_ratios = np.array([0.11, -0.25, 0.32, 0.41, -0.07, 0.73, 0.2])
     ranks = np.sign(log_ratios) * stats.rankdata(np.abs(log_ratios))
-    expected = stats.permutation_test((ranks,), np.sum, permutation_type="samples", n_resamples=np.inf)
+    expected = stats.permutation_test(
+        (ranks,), np.sum, permutation_type="samples", n_resamples=np.inf
+    )
     assert sign_flip_p(log_ratios.tolist()) == pytest.approx(expected.pvalue)
 
 
@@ -319,8 +375,12 @@ def test_sign_flip_test_without_a_difference_says_one():
 
 def test_a_miss_ranks_behind_every_hit():
     hits = [100] * 6
-    late = rows_of("none", [0.0] * 6, steps=hits) + rows_of("a", [0.0] * 6, steps=[99, 99, 99, 99, 99, 10_000])
-    missed = rows_of("none", [0.0] * 6, steps=hits) + rows_of("a", [0.0] * 6, steps=[99, 99, 99, 99, 99, None])
+    late = rows_of("none", [0.0] * 6, steps=hits) + rows_of(
+        "a", [0.0] * 6, steps=[99, 99, 99, 99, 99, 10_000]
+    )
+    missed = rows_of("none", [0.0] * 6, steps=hits) + rows_of(
+        "a", [0.0] * 6, steps=[99, 99, 99, 99, 99, None]
+    )
     one, other = (summary_of("a", rows, controls={}) for rows in (late, missed))
     assert one.steps_p == other.steps_p == pytest.approx(brute_force([-1, -1, -1, -1, -1, 2]))
     assert (one.misses, other.misses) == (0, 1)
@@ -330,7 +390,9 @@ def test_a_miss_ranks_behind_every_hit():
 
 def test_two_misses_of_a_pair_are_a_tie():
     steps = [90, 90, 90, 90, 90, None]
-    rows = rows_of("none", [0.0] * 6, steps=[100, 100, 100, 100, 100, None]) + rows_of("a", [0.0] * 6, steps=steps)
+    rows = rows_of("none", [0.0] * 6, steps=[100, 100, 100, 100, 100, None]) + rows_of(
+        "a", [0.0] * 6, steps=steps
+    )
     assert summary_of("a", rows, controls={}).steps_p == 2 / 2**5
 
 
@@ -357,7 +419,11 @@ def test_arms_keep_the_order_of_the_rows():
     [
         (rows_of("a", [0.0]), {}, "baseline must be one of a, got 'none'"),
         ([], {}, r"baseline must be one of the arms \(there are none\), got 'none'"),
-        (rows_of("none", [0.0]) * 2, {}, "rows must hold each run once, got arm 'none' with seed 0 twice"),
+        (
+            rows_of("none", [0.0]) * 2,
+            {},
+            "rows must hold each run once, got arm 'none' with seed 0 twice",
+        ),
         (rows_of("none", [0.0]), {"level": 1.0}, r"level must be in \(0, 1\), got 1.0"),
     ],
 )
@@ -378,7 +444,10 @@ def accuracy_after_training(workload, seed):
             optimizer.step()
     model.eval()
     with torch.no_grad():
-        right = [(model(images).argmax(1) == labels).sum().item() for images, labels in workload.test.batches()]
+        right = [
+            (model(images).argmax(1) == labels).sum().item()
+            for images, labels in workload.test.batches()
+        ]
     return sum(right) / len(workload.test)
 
 
@@ -387,7 +456,9 @@ def test_two_real_sets_of_baseline_runs_show_no_evidence():
     rows = [
         row
         for arm, first_seed in (("none", 0), ("the same again", 100))
-        for row in rows_of(arm, [accuracy_after_training(workload, first_seed + run) for run in range(8)])
+        for row in rows_of(
+            arm, [accuracy_after_training(workload, first_seed + run) for run in range(8)]
+        )
     ]
     summary = summary_of("the same again", rows, controls={"the same again": None})
     assert summary.verdict == "no evidence"
@@ -406,7 +477,9 @@ def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
     generator = np.random.default_rng(0)
     draws = generator.exponential(size=(4000, 10))  # far from normal; its median is log 2
     hits = [low <= math.log(2) <= high for low, high in map(median_interval, draws.tolist())]
-    assert np.mean(hits) == pytest.approx(1 - 2 * 11 / 1024, abs=0.006)  # of ten the second to the ninth: .979
+    assert np.mean(hits) == pytest.approx(
+        1 - 2 * 11 / 1024, abs=0.006
+    )  # of ten the second to the ninth: .979
 
 
 def test_a_miss_leaves_the_interval_of_a_median_open():

@@ -10,7 +10,18 @@ from regrad_runner import stopping
 from regrad_runner.storage import checkpoints, read_checkpoint
 from regrad_runner.tracking import Terminated
 
-SMALL = ["--train-size", "100", "--batch-size", "20", "--width", "4", "--epochs", "2", "--norm", "group"]
+SMALL = [
+    "--train-size",
+    "100",
+    "--batch-size",
+    "20",
+    "--width",
+    "4",
+    "--epochs",
+    "2",
+    "--norm",
+    "group",
+]
 # Rank 1 alone hears Ctrl-C, in the middle of its third step.
 CTRL_C_AT_ONE_PROCESS = """
 import os, signal, sys
@@ -34,7 +45,12 @@ def on_two_processes(code, words, folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    clean |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    clean |= {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     clean |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         subprocess.Popen(

@@ -22,7 +22,11 @@ FILES = ["checksums.json", "receipt.json", "state.json", "tensors.pt"]
 
 
 def content(number=0):
-    return Content({"w": torch.full((50,), float(number)), "of": [1, ("a", 2)]}, {"step": number}, {"order": []})
+    return Content(
+        {"w": torch.full((50,), float(number)), "of": [1, ("a", 2)]},
+        {"step": number},
+        {"order": []},
+    )
 
 
 def write(folder, step, **options):
@@ -39,7 +43,11 @@ def test_what_was_written_is_read(tmp_path):
     read = read_checkpoint(path)
     assert (path.name, sorted(file.name for file in path.iterdir())) == ("step-00000007", FILES)
     assert torch.equal(read.tensors["w"], torch.full((50,), 7.0))
-    assert (read.tensors["of"], read.state["step"], read.receipt) == ([1, ("a", 2)], 7, {"order": []})
+    assert (read.tensors["of"], read.state["step"], read.receipt) == (
+        [1, ("a", 2)],
+        7,
+        {"order": []},
+    )
 
 
 def test_the_latest_is_the_one_with_the_most_steps(tmp_path):
@@ -78,7 +86,10 @@ def test_a_file_that_is_cut_short_empty_or_missing_is_found(tmp_path, name):
         assert fault_of(path) is not None
     (path / name).unlink()
     assert fault_of(path) == f"{name} is missing"
-    with pytest.raises(RegradError, match=f"must be as it was written, got '.*step-00000001' where {name} is missing"):
+    with pytest.raises(
+        RegradError,
+        match=f"must be as it was written, got '.*step-00000001' where {name} is missing",
+    ):
         read_checkpoint(path)
 
 
@@ -102,12 +113,18 @@ def test_damaged_ones_are_passed_over_renamed_and_named(tmp_path):
         "checkpoint step-00000002 is damaged: checksums.json is missing",
     ]
     assert checkpoints(tmp_path) == [path]
-    assert {old.name for old in tmp_path.iterdir()} - {path.name} == {"damaged-step-00000002", "damaged-step-00000003"}
+    assert {old.name for old in tmp_path.iterdir()} - {path.name} == {
+        "damaged-step-00000002",
+        "damaged-step-00000003",
+    }
 
 
 def test_where_only_damaged_ones_are_left_nothing_starts_anew_in_silence(tmp_path):
     (write(tmp_path, 1) / "state.json").write_text("{}")
-    with pytest.raises(RegradError, match=r"must be whole to resume, got only damaged ones in .*step-00000001: state"):
+    with pytest.raises(
+        RegradError,
+        match=r"must be whole to resume, got only damaged ones in .*step-00000001: state",
+    ):
         read_latest(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
@@ -122,7 +139,9 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))]
+)
 def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, save):
     path = write(tmp_path, 1)
     write(tmp_path, 2)
@@ -130,7 +149,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, sav
     save({"w": Trap(tmp_path / "it-ran")}, newest / "tensors.pt")
     with_valid_checksums(newest)
     for read in (lambda: read_checkpoint(newest), lambda: read_latest(tmp_path)):
-        with pytest.raises(RegradError, match=r"must hold tensors and plain values only, got .*, which would run code"):
+        with pytest.raises(
+            RegradError,
+            match=r"must hold tensors and plain values only, got .*, which would run code",
+        ):
             read()
     assert not (tmp_path / "it-ran").exists()
     assert checkpoints(tmp_path) == [path, newest]
@@ -154,7 +176,8 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_whole(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(storage.torch, "save", full)
         with pytest.raises(
-            RegradError, match=r"checkpoint must be written, got .*No space left.*make room and --resume"
+            RegradError,
+            match=r"checkpoint must be written, got .*No space left.*make room and --resume",
         ):
             write(tmp_path, 2)
     assert [left.name for left in tmp_path.iterdir()] == ["step-00000001"]

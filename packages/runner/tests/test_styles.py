@@ -11,12 +11,16 @@ CSS = (Path(regrad_runner.page.__file__).parent / "templates" / "report.css").re
 
 
 def summary(arm, verdict="no evidence", control=None):
-    return ArmSummary(arm=arm, seeds=6, failed=0, mean=0.5, sd=0.1, verdict=verdict, control=control)
+    return ArmSummary(
+        arm=arm, seeds=6, failed=0, mean=0.5, sd=0.1, verdict=verdict, control=control
+    )
 
 
 def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
@@ -52,7 +56,11 @@ def test_the_light_page_has_the_colours_of_the_figures():
 
 
 def test_no_two_of_forty_corrections_look_alike_and_each_control_like_its_arm():
-    arms = [summary("none", "baseline"), *(summary(f"a{n}", control="c") for n in range(40)), summary("c", "control")]
+    arms = [
+        summary("none", "baseline"),
+        *(summary(f"a{n}", control="c") for n in range(40)),
+        summary("c", "control"),
+    ]
     styles = arm_styles(arms)
     looks = [(styles[f"a{n}"].role, styles[f"a{n}"].marker) for n in range(40)]
     assert len(set(looks)) == 40

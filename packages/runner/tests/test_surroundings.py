@@ -9,7 +9,15 @@ def test_a_machine_is_told_with_its_versions_and_without_its_name():
     assert here["versions"]["torch"] == version("torch")
     assert here["cores"] >= 1
     assert here["processor"]
-    assert set(here) == {"system", "processor", "cores", "memory_gib", "devices", "python", "versions"}
+    assert set(here) == {
+        "system",
+        "processor",
+        "cores",
+        "memory_gib",
+        "devices",
+        "python",
+        "versions",
+    }
     assert json.loads(json.dumps(here)) == here
 
 

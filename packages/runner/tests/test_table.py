@@ -71,7 +71,9 @@ def test_the_table_fits_a_hundred_columns_with_every_name_and_number_whole(summa
 def test_where_lower_is_better_the_table_says_so_and_a_fall_is_better():
     measure = Measure(name="test bits per byte", higher_is_better=False, decimals=2)
     rows = [*BASELINE, *rows_of("agc", -0.2), *rows_of("slow", 0.2)]
-    falling = summarize(rows, controls={"agc": None, "slow": None}, higher_is_better=measure.higher_is_better)
+    falling = summarize(
+        rows, controls={"agc": None, "slow": None}, higher_is_better=measure.higher_is_better
+    )
     said = printed(falling, measure=measure)
     assert "lower is better" in said
     assert "agc: better than none (-.20 [-.20, -.20], p < .001 after Holm, 10 seeds)" in said
@@ -83,7 +85,13 @@ def test_piped_output_has_one_unbroken_line_per_arm_and_no_escapes(summaries):
     text = printed(summaries, width=40)
     assert "\x1b" not in text
     assert "…" not in text
-    assert sum(line.startswith("xgrad ") and line.rstrip().endswith("better") for line in text.splitlines()) == 1
+    assert (
+        sum(
+            line.startswith("xgrad ") and line.rstrip().endswith("better")
+            for line in text.splitlines()
+        )
+        == 1
+    )
     for summary in summaries:
         assert sentence(summary, MEASURE) in text.splitlines()
 
@@ -96,15 +104,22 @@ def test_a_narrow_terminal_breaks_lines_and_leaves_nothing_out(summaries):
 
 def test_eighty_columns_break_no_number_and_names_where_their_parts_meet():
     arms = ["centralization", "xgrad:horizon=2.0,decoupled_decay=0.01+powergrad:alpha=0.5", "slow"]
-    rows = [*BASELINE, *(row for arm in arms for row in rows_of(arm, -0.02, failed=(1,), steps=None))]
+    rows = [
+        *BASELINE,
+        *(row for arm in arms for row in rows_of(arm, -0.02, failed=(1,), steps=None)),
+    ]
     file = io.StringIO()
     summaries = summarize(rows, controls=dict.fromkeys(arms))
-    Console(file=file, width=80, no_color=True).print(comparison_table(summaries, MEASURE, narrow=True))
+    Console(file=file, width=80, no_color=True).print(
+        comparison_table(summaries, MEASURE, narrow=True)
+    )
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     (first,) = [line for line in lines if line.startswith("centralization ")]
     summary = summaries[1]
-    mean, sd, low, high = (f".{round(10000 * abs(x)):04d}" for x in (summary.mean, summary.sd, *summary.interval))
+    mean, sd, low, high = (
+        f".{round(10000 * abs(x)):04d}" for x in (summary.mean, summary.sd, *summary.interval)
+    )
     assert first.split()[:6] == ["centralization", mean, "±", sd, "–", "(9)"]
     assert lines[lines.index(first) + 1].strip() == f"[-{low}, -{high}]"
     place = next(number for number, line in enumerate(lines) if line.startswith("xgrad:"))
@@ -114,7 +129,9 @@ def test_eighty_columns_break_no_number_and_names_where_their_parts_meet():
 
 def test_a_control_that_is_a_correction_of_its_own_has_its_verdict():
     rows = [*BASELINE, *rows_of("agc", 0.02), *rows_of("clip-norm", 0.008, wobble=WOBBLE[::-1])]
-    verdicts = {s.arm: s.verdict for s in summarize(rows, controls={"agc": "clip-norm", "clip-norm": None})}
+    verdicts = {
+        s.arm: s.verdict for s in summarize(rows, controls={"agc": "clip-norm", "clip-norm": None})
+    }
     assert verdicts == {"none": "baseline", "agc": "better", "clip-norm": "better"}
 
 
@@ -131,7 +148,13 @@ def test_brackets_in_names_are_no_markup(summaries):
 def test_cells_hold_what_was_measured(summaries):
     lines = printed(summaries).splitlines()
     none = next(line for line in lines if line.startswith("none "))
-    assert re.split(" {2,}", none.rstrip()) == ["none", ".9803 ± .0019", "104.5", "1.00×", "baseline"]
+    assert re.split(" {2,}", none.rstrip()) == [
+        "none",
+        ".9803 ± .0019",
+        "104.5",
+        "1.00×",
+        "baseline",
+    ]
     slow = next(line for line in lines if line.startswith("slow "))
     assert "– (9)" in slow  # no median, nine misses
     assert "9/9" in slow
@@ -148,10 +171,23 @@ def test_without_a_target_there_is_no_word_of_steps(summaries):
     ("arm", "words"),
     [
         ("none", ["the baseline, 10 seeds", "10 of 10 runs reached .96"]),
-        ("xgrad", ["better than none (+.0082 [", "10 seeds) and than its control nesterov (", "0.81 times"]),
-        ("powergrad", ["better than none (", "but not shown to be better than its control scaled-head ("]),
+        (
+            "xgrad",
+            [
+                "better than none (+.0082 [",
+                "10 seeds) and than its control nesterov (",
+                "0.81 times",
+            ],
+        ),
+        (
+            "powergrad",
+            ["better than none (", "but not shown to be better than its control scaled-head ("],
+        ),
         ("agc:axis=[0,1]", ["changed nothing in 10 runs; it is none under another name."]),
-        ("slow", ["worse than none (-.01", "0 of 9 runs reached .96", "1 run failed and is left out."]),
+        (
+            "slow",
+            ["worse than none (-.01", "0 of 9 runs reached .96", "1 run failed and is left out."],
+        ),
         ("nesterov", ["a control; difference to none +.00", "1.00 times the steps of none to .96"]),
     ],
 )
@@ -165,7 +201,9 @@ def test_each_verdict_has_a_sentence_that_says_why(summaries, arm, words):
 
 def test_a_control_that_was_not_run_is_named():
     rows = [*BASELINE, *rows_of("xgrad", 0.008)]
-    assert "but its control nesterov was not run" in sentence_about("xgrad", summarize(rows, controls=CONTROLS))
+    assert "but its control nesterov was not run" in sentence_about(
+        "xgrad", summarize(rows, controls=CONTROLS)
+    )
     assert "but no control was run" in sentence_about("xgrad", summarize(rows, controls={}))
     text = sentence_about("xgrad", summarize(rows, controls={"xgrad": None}))
     assert "; there is no control that it must beat" in text
@@ -174,7 +212,9 @@ def test_a_control_that_was_not_run_is_named():
 def test_no_evidence_says_so_with_its_numbers():
     rows = [*BASELINE, *rows_of("xgrad", 0.0)]
     text = sentence_about("xgrad", summarize(rows, controls={}))
-    assert text.startswith("xgrad: no evidence of a difference to none (+.0002 [-.0007, +.0011], p = .")
+    assert text.startswith(
+        "xgrad: no evidence of a difference to none (+.0002 [-.0007, +.0011], p = ."
+    )
 
 
 def test_few_seeds_are_counted():
@@ -184,14 +224,20 @@ def test_few_seeds_are_counted():
 
 
 def test_a_sentence_says_who_diverged_and_what_the_verdict_then_rests_on():
-    lost = [replace(row, status="diverged") if row.seed in (2, 5) else row for row in rows_of("xgrad", 0.008)]
+    lost = [
+        replace(row, status="diverged") if row.seed in (2, 5) else row
+        for row in rows_of("xgrad", 0.008)
+    ]
     text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
     assert "no evidence of a difference to none (+.008" in text
     assert "10 seeds, by ranks: in 2 one run diverged)" in text
     assert text.endswith("; 2 runs diverged, worse than any number.")
     lost = [replace(row, status="diverged") for row in rows_of("xgrad")]
     text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
-    assert "worse than none (no seed with two numbers, p = .002 after Holm, 10 seeds, by ranks: in 10" in text
+    assert (
+        "worse than none (no seed with two numbers, p = .002 after Holm, 10 seeds, by ranks: in 10"
+        in text
+    )
 
 
 def test_an_arm_without_a_finished_run_is_a_row_of_dashes():
@@ -210,5 +256,8 @@ def test_json_holds_every_number_and_sentence(summaries):
         assert arm["mean"] == summary.mean
         assert arm["verdict"] == summary.verdict
         assert arm["sentence"] == sentence(summary, MEASURE)
-    assert content["arms"][1]["against_control"]["difference"] == summaries[1].against_control.difference
+    assert (
+        content["arms"][1]["against_control"]["difference"]
+        == summaries[1].against_control.difference
+    )
     assert content["arms"][4]["steps_to_target"] is None

@@ -62,7 +62,10 @@ def test_a_window_holds_bytes_and_those_that_follow_them(workload):
         assert inputs.shape == targets.shape == (3, 7)
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
         found = bytes(samples.text.tolist())
-        assert all(bytes([*row.tolist(), last]) in found for row, last in zip(inputs, targets[:, -1], strict=True))
+        assert all(
+            bytes([*row.tolist(), last]) in found
+            for row, last in zip(inputs, targets[:, -1], strict=True)
+        )
 
 
 def test_the_last_window_ends_with_the_text_and_what_is_beyond_counts_nothing(workload):
@@ -150,7 +153,9 @@ def part_of(run, samples, rank, processes, monkeypatch):
         found.append(total)
         return total
 
-    fake = SimpleNamespace(process_index=rank, num_processes=processes, device=torch.device("cpu"), reduce=reduce)
+    fake = SimpleNamespace(
+        process_index=rank, num_processes=processes, device=torch.device("cpu"), reduce=reduce
+    )
     fake.unwrap_model = lambda model: model
     with monkeypatch.context() as patched:
         patched.setattr(run, "accelerator", fake)
@@ -165,27 +170,42 @@ def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config
         nats = 0.0
         for inputs, targets in workload.test.batches(1):
             logits = run.model(inputs)[0].T.double()
-            nats -= sum(F.log_softmax(row, 0)[t].item() for row, t in zip(logits, targets[0], strict=True) if t >= 0)
+            nats -= sum(
+                F.log_softmax(row, 0)[t].item()
+                for row, t in zip(logits, targets[0], strict=True)
+                if t >= 0
+            )
         assert value == pytest.approx(nats / math.log(2) / (len(workload.test.text) - 1), abs=1e-6)
         for processes in (2, 3, 5):
-            parts = [part_of(run, workload.test, rank, processes, monkeypatch) for rank in range(processes)]
+            parts = [
+                part_of(run, workload.test, rank, processes, monkeypatch)
+                for rank in range(processes)
+            ]
             bits, count = torch.stack(parts).sum(0).tolist()
             assert count == len(workload.test.text) - 1
             assert bits / count == pytest.approx(value, abs=1e-12)
 
 
 def test_the_rate_with_the_fewest_bits_is_chosen():
-    arms, measure = (Arm("none"), Arm("agc")), Measure(name="test bits per byte", higher_is_better=False)
+    arms, measure = (
+        (Arm("none"), Arm("agc")),
+        Measure(name="test bits per byte", higher_is_better=False),
+    )
     plan = SimpleNamespace(arms=arms, rates=(0.1, 0.2), workload=SimpleNamespace(measure=measure))
     values = {("none", 0.1): 3.0, ("none", 0.2): 2.5, ("agc", 0.1): 2.4, ("agc", 0.2): float("nan")}
-    trials = [Trial(arm=arm, lr=lr, seed=1_000_000, validation=value) for (arm, lr), value in values.items()]
+    trials = [
+        Trial(arm=arm, lr=lr, seed=1_000_000, validation=value)
+        for (arm, lr), value in values.items()
+    ]
     assert chosen_rates(plan, trials) == {"none": 0.2, "agc": 0.1}
 
 
 @needs_plugins
 @torch.no_grad()
 def test_bits_are_those_of_the_probabilities_that_the_criterion_fits(workload, config):
-    with closing(TrainingRun(config, workload, Arm("powergrad", ("powergrad:alpha=0.5",)), seed=0, lr=0.01)) as run:
+    with closing(
+        TrainingRun(config, workload, Arm("powergrad", ("powergrad:alpha=0.5",)), seed=0, lr=0.01)
+    ) as run:
         run.model.head.weight.mul_(50)
         inputs, targets = workload.test.__getitems__([0, 1, 2])
         nats = F.cross_entropy(0.5 * run.model(inputs), targets)
@@ -197,15 +217,21 @@ def test_bits_are_those_of_the_probabilities_that_the_criterion_fits(workload, c
 
 
 @needs_plugins
-def test_a_comparison_runs_through_and_says_that_lower_is_better(tmp_path, file, monkeypatch, capsys):
+def test_a_comparison_runs_through_and_says_that_lower_is_better(
+    tmp_path, file, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     words = f"compare --workload {SPEC} --data-dir {file} --model gpt:layers=1,heads=2 --width 8 --optimizer adamw"
     words += " --batch-size 16 --epochs 1 --seeds 1 --lr 0.001,0.02 --tuning-seeds 1 --evaluations-per-epoch 4"
-    words += " --corrections powergrad xgrad agc gcw:layers=all --threads 1 --tracker none --out out"
+    words += (
+        " --corrections powergrad xgrad agc gcw:layers=all --threads 1 --tracker none --out out"
+    )
     words += " --probe-every 10 --probe-size 32"
     assert main(words.split()) == 0
     shown = capsys.readouterr()
-    assert "401 training windows: 7 arms × 1 seeds after 14 runs to choose learning rates" in shown.err
+    assert (
+        "401 training windows: 7 arms × 1 seeds after 14 runs to choose learning rates" in shown.err
+    )
     assert "test bits per byte" in shown.out
     assert "lower is better" in shown.out
     about = json.loads((tmp_path / "out" / "about.json").read_text())
@@ -217,8 +243,21 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(tmp_path, file,
     # Eight bits are those of a model that knows nothing; PowerGrad's are read from the probabilities that it fits.
     assert {result.arm: result.value for result in folder.results if not 3 < result.value < 7} == {}
     assert {result.lr for result in folder.results} == {0.02}
-    assert [result.touched for result in folder.results] == [False, True, True, True, True, False, True]
-    assert {result.steps_to_target for result in folder.results} <= {None, 18, 24, 25}  # every 6 of 25
+    assert [result.touched for result in folder.results] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert {result.steps_to_target for result in folder.results} <= {
+        None,
+        18,
+        24,
+        25,
+    }  # every 6 of 25
     assert (tmp_path / "out" / "gradient_quality.csv").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "by test bits per byte, lower is better" in page
@@ -250,7 +289,9 @@ def test_explain_shows_what_changes_on_a_batch_of_bytes(file, capsys):
     assert main([*words.split(), "--corrections", "powergrad", "agc"]) == 0
     power, clipping = json.loads(capsys.readouterr().out)["corrections"]
     assert power["rows"][0]["relative_change"] > 0
-    assert {row["tensor"]: row["why"] for row in clipping["rows"]}["head.weight"].startswith("'agc' leaves the")
+    assert {row["tensor"]: row["why"] for row in clipping["rows"]}["head.weight"].startswith(
+        "'agc' leaves the"
+    )
 
 
 # what does not fit
@@ -261,7 +302,10 @@ def test_explain_shows_what_changes_on_a_batch_of_bytes(file, capsys):
     ("words", "message"),
     [
         ("--corrections gcode", "'gcode' must find two stages or more, found none"),
-        ("--corrections gcw", "layers must be named in a model without stages; it has tokens, positions, blocks.0"),
+        (
+            "--corrections gcw",
+            "layers must be named in a model without stages; it has tokens, positions, blocks.0",
+        ),
         (
             "--corrections powergrad --model gpt:tied=true",
             "head must have weights of its own for control 'scaled-head'",
@@ -269,7 +313,10 @@ def test_explain_shows_what_changes_on_a_batch_of_bytes(file, capsys):
         ("--norm group", "norm must be left out for workload 'text', got 'group'"),
         ("--image-size 8", "image_size must be left out for workload 'text', got 8"),
         ("--download", "download must be left out for workload 'text', got True"),
-        ("--model gtp", "no model named 'gtp' for workload 'text'; there is gpt; did you mean 'gpt'?"),
+        (
+            "--model gtp",
+            "no model named 'gtp' for workload 'text'; there is gpt; did you mean 'gpt'?",
+        ),
         ("--model gpt:layers=two", "layers must be int, got 'two'"),
         ("--model gpt:depth=2", "model 'gpt' has no option 'depth'; allowed: layers, heads, tied"),
         ("--model gpt:width=8", "model 'gpt' must not set width, got 8; use the setting width"),
@@ -278,9 +325,25 @@ def test_explain_shows_what_changes_on_a_batch_of_bytes(file, capsys):
         ("--batch-size 4000", "batch_size must be at most 401 (the training windows), got 4000"),
     ],
 )
-def test_what_does_not_fit_a_text_is_one_line_and_writes_nothing(tmp_path, file, monkeypatch, capsys, words, message):
+def test_what_does_not_fit_a_text_is_one_line_and_writes_nothing(
+    tmp_path, file, monkeypatch, capsys, words, message
+):
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", "--workload", SPEC, "--data-dir", str(file), "--corrections", "agc", *words.split()]) == 2
+    assert (
+        main(
+            [
+                "compare",
+                "--workload",
+                SPEC,
+                "--data-dir",
+                str(file),
+                "--corrections",
+                "agc",
+                *words.split(),
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
@@ -290,16 +353,36 @@ def test_what_does_not_fit_a_text_is_one_line_and_writes_nothing(tmp_path, file,
 @pytest.mark.parametrize(
     ("content", "spec", "message"),
     [
-        (None, "text", "data_dir must be a UTF-8 file, or a folder with .*, got '.*some.txt': No such file"),
+        (
+            None,
+            "text",
+            "data_dir must be a UTF-8 file, or a folder with .*, got '.*some.txt': No such file",
+        ),
         (b"", "text", "data_dir must hold text, got '.*some.txt', which is empty"),
-        (b"short", "text", "data_dir must hold at least 1290 bytes for windows of 128, got 5 in '.*some.txt'"),
-        (b"caf\xe9 noir", "text", r"data_dir must hold UTF-8, got byte 3 \(0xe9\) of '.*some.txt': .*; convert it"),
+        (
+            b"short",
+            "text",
+            "data_dir must hold at least 1290 bytes for windows of 128, got 5 in '.*some.txt'",
+        ),
+        (
+            b"caf\xe9 noir",
+            "text",
+            r"data_dir must hold UTF-8, got byte 3 \(0xe9\) of '.*some.txt': .*; convert it",
+        ),
         (TEXT, "text:context=0", "context must be at least 1, got 0"),
         (TEXT, "text:context=1.5", "context must be int, got 1.5"),
         (TEXT, "text:target=0", "target must be positive, got 0"),
-        (TEXT, "text:data_dir=x", "workload 'text' must not set data_dir, got 'x'; use the setting data_dir"),
+        (
+            TEXT,
+            "text:data_dir=x",
+            "workload 'text' must not set data_dir, got 'x'; use the setting data_dir",
+        ),
         (TEXT, "text:length=3", "workload 'text' has no option 'length'; allowed: context, target"),
-        (TEXT, "text:context", "workload must look like 'name:option=value,option=value', got 'text:context'"),
+        (
+            TEXT,
+            "text:context",
+            "workload must look like 'name:option=value,option=value', got 'text:context'",
+        ),
     ],
 )
 def test_a_file_or_option_that_is_unfit_is_refused(tmp_path, content, spec, message):
@@ -313,7 +396,9 @@ def test_a_file_or_option_that_is_unfit_is_refused(tmp_path, content, spec, mess
 def test_a_text_needs_a_place_and_a_folder_a_text(tmp_path):
     with pytest.raises(ValueError, match="data_dir must be given for workload 'text'"):
         load_workload("text")
-    with pytest.raises(ValueError, match=r"data_dir must be a UTF-8 file, or a folder with .* without one"):
+    with pytest.raises(
+        ValueError, match=r"data_dir must be a UTF-8 file, or a folder with .* without one"
+    ):
         load_workload("text", data_dir=tmp_path)
 
 
@@ -324,5 +409,9 @@ def test_the_split_has_no_seed(file):
 
 def test_sizes_of_the_model_come_from_its_name_and_the_width_from_its_setting(workload):
     model = make_model(workload, "gpt:layers=2,heads=3,tied=true", width=12, norm=None, seed=0)
-    assert (len(model.blocks), model.blocks[0].attention.heads, model.positions.weight.shape) == (2, 3, (7, 12))
+    assert (len(model.blocks), model.blocks[0].attention.heads, model.positions.weight.shape) == (
+        2,
+        3,
+        (7, 12),
+    )
     assert model.head.weight is model.tokens.weight

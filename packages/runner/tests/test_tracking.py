@@ -37,7 +37,9 @@ def client(tracker):
 
 
 def everything(client, filter_string=""):
-    return client.search_runs([one.experiment_id for one in client.search_experiments()], filter_string)
+    return client.search_runs(
+        [one.experiment_id for one in client.search_experiments()], filter_string
+    )
 
 
 @pytest.fixture
@@ -55,7 +57,9 @@ def found(tracker, client):
 @pytest.fixture
 def history(found, client):
     """Return what gives the steps and values of one metric."""
-    return lambda run, name: [(m.step, m.value) for m in client.get_metric_history(found(run).info.run_id, name)]
+    return lambda run, name: [
+        (m.step, m.value) for m in client.get_metric_history(found(run).info.run_id, name)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +71,9 @@ def short_end(monkeypatch):
 @pytest.fixture
 def broken(tmp_path) -> Path:
     """A folder whose database is not one."""
-    (tmp_path / "mlflow.db").write_text("this is no database, but it is long enough to be read as one")
+    (tmp_path / "mlflow.db").write_text(
+        "this is no database, but it is long enough to be read as one"
+    )
     return tmp_path
 
 
@@ -81,10 +87,14 @@ def script(folder: Path, body: str) -> list[str]:
     return [sys.executable, "-c", head + body]
 
 
-def test_a_run_arrives_with_its_numbers_settings_file_and_parent(tracker, client, found, history, tmp_path):
+def test_a_run_arrives_with_its_numbers_settings_file_and_parent(
+    tracker, client, found, history, tmp_path
+):
     (tmp_path / "receipt.json").write_text("{}")
     with tracker.start("digits", "comparison") as parent:
-        with tracker.start("digits", "xgrad 0", {"lr": 0.05, "corrections": ["xgrad"]}, parent) as run:
+        with tracker.start(
+            "digits", "xgrad 0", {"lr": 0.05, "corrections": ["xgrad"]}, parent
+        ) as run:
             run.log(1, {"loss": 2.0})
             run.log(2, {"loss": 1.0, "xgrad/weights/cosine": 0.9})
             run.artifact(tmp_path / "receipt.json")
@@ -103,7 +113,9 @@ def test_everything_lies_in_the_folder_whatever_the_working_directory_and_the_en
     tracker, found, tmp_path, monkeypatch
 ):
     (tmp_path / "mlruns" / "0").mkdir(parents=True)
-    (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("artifact_location: nowhere\nexperiment_id: '0'\nname: old\n")
+    (tmp_path / "mlruns" / "0" / "meta.yaml").write_text(
+        "artifact_location: nowhere\nexperiment_id: '0'\nname: old\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", DEAD_SERVER)
     before = sorted(tmp_path.rglob("*"))
@@ -118,9 +130,17 @@ def test_everything_lies_in_the_folder_whatever_the_working_directory_and_the_en
 
 def test_tensors_and_numpy_scalars_are_numbers(tracker, found):
     with tracker.start("kinds", "run") as run:
-        run.log(3, {"tensor": torch.tensor(0.5), "half": torch.tensor([0.25], dtype=torch.bfloat16)})
+        run.log(
+            3, {"tensor": torch.tensor(0.5), "half": torch.tensor([0.25], dtype=torch.bfloat16)}
+        )
         run.log(3, {"numpy": numpy.float32(0.125), "integer": numpy.int64(7), "flag": True})
-    assert found(run).data.metrics == {"tensor": 0.5, "half": 0.25, "numpy": 0.125, "integer": 7.0, "flag": 1.0}
+    assert found(run).data.metrics == {
+        "tensor": 0.5,
+        "half": 0.25,
+        "numpy": 0.125,
+        "integer": 7.0,
+        "flag": 1.0,
+    }
 
 
 def test_a_tensor_is_read_when_it_is_logged(tracker, found):
@@ -152,7 +172,9 @@ def test_names_that_mlflow_refuses_are_made_fit(tracker, found):
 
 def test_a_value_that_is_no_number_is_left_out_with_a_warning(tracker, found):
     with tracker.start("kinds", "run") as run:
-        with pytest.warns(RegradWarning, match=r"metric 'curve' must be one number, got tensor\(\[0., 0.\]\)"):
+        with pytest.warns(
+            RegradWarning, match=r"metric 'curve' must be one number, got tensor\(\[0., 0.\]\)"
+        ):
             run.log(0, {"curve": torch.zeros(2), "loss": 1.0})
         with pytest.warns(RegradWarning, match="artifact must be a file, got 'absent.png'"):
             run.artifact(Path("absent.png"))
@@ -161,9 +183,15 @@ def test_a_value_that_is_no_number_is_left_out_with_a_warning(tracker, found):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ValueError("lr must be positive"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (Terminated(), "KILLED")],
+    [
+        (ValueError("lr must be positive"), "FAILED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (Terminated(), "KILLED"),
+    ],
 )
-def test_what_ends_a_run_decides_its_status_and_leaves_its_traceback(tracker, client, found, error, status):
+def test_what_ends_a_run_decides_its_status_and_leaves_its_traceback(
+    tracker, client, found, error, status
+):
     with (
         pytest.raises(type(error)),
         tracker.start("endings", "comparison") as parent,
@@ -214,12 +242,16 @@ def test_nothing_in_the_training_waits_for_the_delivery(tracker, client, history
     assert len(history(run, "loss")) == METRICS_PER_CALL + 1
 
 
-def test_without_a_database_the_training_goes_on_and_everything_is_kept_in_order(broken, tmp_path_factory):
+def test_without_a_database_the_training_goes_on_and_everything_is_kept_in_order(
+    broken, tmp_path_factory
+):
     figure = tmp_path_factory.mktemp("figures") / "curve.png"
     figure.write_bytes(b"picture")
     tracker = open_tracker("mlflow", folder=broken)
     message = "failed: .*not a database.*; training goes on, what is not delivered is kept in"
-    with pytest.warns(RegradWarning, match=message):  # at the first call after the thread has met it
+    with pytest.warns(
+        RegradWarning, match=message
+    ):  # at the first call after the thread has met it
         parent = tracker.start("digits", "comparison")
         assert not tracker.flush(240)
         parent.log(0, {"loss": 0.2})
@@ -230,10 +262,19 @@ def test_without_a_database_the_training_goes_on_and_everything_is_kept_in_order
             run.log(2, {"loss": float("inf")})
             run.artifact(figure)
             figure.unlink()
-    with pytest.warns(RegradWarning, match=rf"^9 tracking records wait in .*; regrad sync {broken} delivers them"):
+    with pytest.warns(
+        RegradWarning, match=rf"^9 tracking records wait in .*; regrad sync {broken} delivers them"
+    ):
         tracker.close()
     records = [record for record in kept(broken) if record["run"] == run.id]
-    assert [record["op"] for record in records] == ["start", "params", "metrics", "metrics", "artifact", "finish"]
+    assert [record["op"] for record in records] == [
+        "start",
+        "params",
+        "metrics",
+        "metrics",
+        "artifact",
+        "finish",
+    ]
     start, params, first, second, artifact, finish = records
     assert (start["experiment"], start["name"], start["parent"]) == ("digits", "run", parent.id)
     assert params["values"] == [["lr", "1"]]
@@ -245,7 +286,9 @@ def test_without_a_database_the_training_goes_on_and_everything_is_kept_in_order
     assert finish["status"] == "FINISHED"
 
 
-def test_what_a_lost_database_did_not_take_arrives_by_itself_when_it_is_back(tmp_path, tracker, history, monkeypatch):
+def test_what_a_lost_database_did_not_take_arrives_by_itself_when_it_is_back(
+    tmp_path, tracker, history, monkeypatch
+):
     second = MlflowTracker(folder=tmp_path, uri=tracker.uri)
     monkeypatch.setattr("regrad_runner.delivery.FIRST_PAUSE", 0.01)
     assert second.flush(240)
@@ -295,25 +338,36 @@ def small_disk(tmp_path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("a disk of its own cannot be mounted; this takes root")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def fill(disk):
-    with (disk / "fill").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left on device"):
+    with (
+        (disk / "fill").open("wb", buffering=0) as file,
+        pytest.raises(OSError, match="No space left on device"),
+    ):
         for _ in range(1024):
             file.write(bytes(1024))
 
 
-def test_on_a_full_disk_everything_still_arrives_after_one_warning(small_disk, tracker, client, history, tmp_path):
+def test_on_a_full_disk_everything_still_arrives_after_one_warning(
+    small_disk, tracker, client, history, tmp_path
+):
     (tmp_path / "receipt.json").write_text("{}")
     second = MlflowTracker(folder=small_disk, uri=tracker.uri)
     with second.start("full", "run") as run:
         run.log(0, {"loss": 0.0})
         fill(small_disk)
-        with pytest.warns(RegradWarning, match="tracking cannot write to .*No space left on device; training goes on"):
+        with pytest.warns(
+            RegradWarning,
+            match="tracking cannot write to .*No space left on device; training goes on",
+        ):
             for step in range(1, 500):
                 run.log(step, {"loss": step})
         run.artifact(tmp_path / "receipt.json")
@@ -333,7 +387,8 @@ def test_a_full_disk_and_no_server_say_what_is_lost_and_what_was_there_is_kept(s
         for step in range(1, 500):
             run.log(step, {"loss": step})
     with pytest.warns(
-        RegradWarning, match="502 tracking records could neither be sent nor written to .* lost: .*space"
+        RegradWarning,
+        match="502 tracking records could neither be sent nor written to .* lost: .*space",
     ):
         second.close()
     steps = [record["values"][0][3] for record in kept(small_disk) if record["op"] == "metrics"]
@@ -349,16 +404,23 @@ with open_tracker("mlflow", folder=folder) as tracker, tracker.start("digits", s
 """
     command = script(tmp_path / "out", body)
     workers = [
-        subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+        subprocess.Popen(
+            [*command, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+        )
         for name in ("first", "second")
     ]
-    assert [(worker.communicate(timeout=240), worker.returncode) for worker in workers] == [((b"", b""), 0)] * 2
+    assert [(worker.communicate(timeout=240), worker.returncode) for worker in workers] == [
+        ((b"", b""), 0)
+    ] * 2
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "digits"]
     runs = client.search_runs([experiment.experiment_id])
-    assert {(r.info.run_name, r.info.status) for r in runs} == {("first", "FINISHED"), ("second", "FINISHED")}
+    assert {(r.info.run_name, r.info.status) for r in runs} == {
+        ("first", "FINISHED"),
+        ("second", "FINISHED"),
+    }
     assert not (tmp_path / "out" / "unsent").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -384,7 +446,10 @@ with tracker, tracker.start("ended", "comparison") as parent, tracker.start("end
         assert process.wait(timeout=240) == Terminated().code == 143
     experiment = client.get_experiment_by_name("ended")
     runs = client.search_runs([experiment.experiment_id])
-    assert {(r.info.run_name, r.info.status) for r in runs} == {("comparison", "KILLED"), ("run", "KILLED")}
+    assert {(r.info.run_name, r.info.status) for r in runs} == {
+        ("comparison", "KILLED"),
+        ("run", "KILLED"),
+    }
     assert {"loss": 1.0} in [r.data.metrics for r in runs]
 
 
@@ -403,7 +468,10 @@ print(sorted({"mlflow", "torch", "pandas", "sqlalchemy"} & set(sys.modules)), li
     ("arguments", "message"),
     [
         ({"kind": "wandb"}, "tracker must be 'mlflow' or 'none', got 'wandb'"),
-        ({"uri": "./mlruns"}, "tracking uri must be an absolute address, got './mlruns'; give http"),
+        (
+            {"uri": "./mlruns"},
+            "tracking uri must be an absolute address, got './mlruns'; give http",
+        ),
         ({"uri": "file:///mlruns"}, "tracking uri must be an absolute address"),
         ({"uri": "sqlite:///here.db"}, "tracking uri must be an absolute address"),
     ],

@@ -12,7 +12,14 @@ from regrad_runner.storage import checkpoints, read_checkpoint
 from regrad_runner.train import make_plan, train
 from rich.console import Console
 
-SMALL = {"epochs": 3, "train_size": 100, "batch_size": 25, "width": 4, "tracker": "none", "checkpoint_every": 5}
+SMALL = {
+    "epochs": 3,
+    "train_size": 100,
+    "batch_size": 25,
+    "width": 4,
+    "tracker": "none",
+    "checkpoint_every": 5,
+}
 
 
 def run(folder, *, resume=False, **values):
@@ -37,18 +44,29 @@ def test_a_run_leaves_result_curve_receipt_and_checkpoints(tmp_path):
     assert folder.results == [result]
     assert [point.step for point in folder.curves] == list(range(1, 13))
     assert json.loads((tmp_path / "out" / "receipt.json").read_text())["steps_applied"] == 12
-    assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000012",
+    ]
     assert "step 12/12: loss" in text
 
 
 def test_without_a_number_a_checkpoint_is_written_after_each_epoch(tmp_path):
     run(tmp_path / "out", checkpoint_every=None)
-    assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        "step-00000008",
+        "step-00000012",
+    ]
 
 
 def test_as_many_checkpoints_stay_as_asked(tmp_path):
     run(tmp_path / "out", checkpoint_every=2, keep_checkpoints=4)
-    assert [p.name[-2:] for p in checkpoints(tmp_path / "out" / "checkpoints")] == ["06", "08", "10", "12"]
+    assert [p.name[-2:] for p in checkpoints(tmp_path / "out" / "checkpoints")] == [
+        "06",
+        "08",
+        "10",
+        "12",
+    ]
 
 
 def test_a_damaged_checkpoint_is_told_of(tmp_path):
@@ -90,7 +108,9 @@ def test_a_finished_run_that_is_resumed_trains_no_more(tmp_path):
 
 def test_another_configuration_is_refused(tmp_path):
     run(tmp_path / "out", epochs=1)
-    with pytest.raises(ValueError, match="out must hold the same configuration, got epochs 1 there and 2 here"):
+    with pytest.raises(
+        ValueError, match="out must hold the same configuration, got epochs 1 there and 2 here"
+    ):
         make_plan(TrainConfig(**{**SMALL, "epochs": 2}), out=tmp_path / "out", resume=True)
 
 

@@ -37,7 +37,14 @@ def digits():
 @pytest.fixture
 def config(digits):
     def make(**values):
-        small = {"batch_size": 32, "epochs": 2, "width": 4, "norm": "group", "threads": 1, "evaluations_per_epoch": 1}
+        small = {
+            "batch_size": 32,
+            "epochs": 2,
+            "width": 4,
+            "norm": "group",
+            "threads": 1,
+            "evaluations_per_epoch": 1,
+        }
         return TrainConfig(**{**small, **values}).resolved(digits)
 
     return make
@@ -45,7 +52,9 @@ def config(digits):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double())
+    monkeypatch.setattr(
+        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
+    )
 
 
 @pytest.fixture
@@ -59,7 +68,9 @@ def trained(config, workload, arm, *, lr=0.05, seed=0):
     """Train to the end; return the points and the weights."""
     with closing(TrainingRun(config, workload, arm, seed=seed, lr=lr)) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)
-        return run.position.points, {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        return run.position.points, {
+            name: p.detach().clone() for name, p in run.model.named_parameters()
+        }
 
 
 def largest_difference(one, other):
@@ -101,7 +112,9 @@ def test_without_a_target_nothing_is_reached():
 
 
 def test_a_control_scales_the_head_and_the_rates_and_changes_the_optimizer(digits, config):
-    control = Control(name="c", optimizer={"nesterov": True}, head_init=0.25, head_lr=0.5, body_lr=4.0)
+    control = Control(
+        name="c", optimizer={"nesterov": True}, head_init=0.25, head_lr=0.5, body_lr=4.0
+    )
     plain, _ = build_training(config(), digits, Arm("none"), seed=3, lr=0.1)
     model, optimizer = build_training(config(), digits, Arm("c", control=control), seed=3, lr=0.1)
     assert torch.equal(head_of(model).weight, 0.25 * head_of(plain).weight)
@@ -125,7 +138,9 @@ def test_four_parts_of_eight_train_like_one_batch_of_32(digits, config, arm):
     parts_points, parts = trained(config(accumulate=4), digits, arm)
     assert largest_difference(whole, parts) <= 1e-12
     assert [p.step for p in parts_points] == [p.step for p in whole_points] == [3, 6]
-    assert [p.loss for p in parts_points] == pytest.approx([p.loss for p in whole_points], abs=1e-12)
+    assert [p.loss for p in parts_points] == pytest.approx(
+        [p.loss for p in whole_points], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -169,26 +184,36 @@ def test_batch_k_is_the_same_in_every_arm(monkeypatch, digits, config):
 
 
 def test_clipping_bounds_a_step(digits, config):
-    free = trained(config(optimizer="sgd:momentum=0", epochs=1, train_size=None), digits, Arm("none"), lr=0.1)[1]
+    free = trained(
+        config(optimizer="sgd:momentum=0", epochs=1, train_size=None), digits, Arm("none"), lr=0.1
+    )[1]
     bound = config(optimizer="sgd:momentum=0", epochs=1, clip_norm=1e-6)
     start = dict(build_training(bound, digits, Arm("none"), seed=0, lr=0.1)[0].named_parameters())
     clipped = trained(bound, digits, Arm("none"), lr=0.1)[1]
-    assert 0 < largest_difference(clipped, start) <= 3 * 0.1 * 1e-6 + 1e-7  # three steps, and rounding of the weights
+    assert (
+        0 < largest_difference(clipped, start) <= 3 * 0.1 * 1e-6 + 1e-7
+    )  # three steps, and rounding of the weights
     assert largest_difference(free, start) > 1e-3
 
 
 @pytest.mark.usefixtures("fresh_precision")
 def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(digits, config):
     dtypes = []
-    with closing(TrainingRun(config(mixed_precision="bf16"), digits, Arm("none"), seed=0, lr=0.05)) as run:
-        run.model.conv.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with closing(
+        TrainingRun(config(mixed_precision="bf16"), digits, Arm("none"), seed=0, lr=0.05)
+    ) as run:
+        run.model.conv.register_forward_hook(
+            lambda module, inputs, output: dtypes.append(output.dtype)
+        )
         next(run.steps())
         assert set(dtypes) == {torch.bfloat16}
         assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
 
 def test_leftover_images_wait_for_the_next_epoch(digits, config):
-    with closing(TrainingRun(config(batch_size=30, accumulate=3), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(
+        TrainingRun(config(batch_size=30, accumulate=3), digits, Arm("none"), seed=0, lr=0.05)
+    ) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)
         assert (run.steps_per_epoch, run.position.step) == (3, 6)
 
@@ -209,7 +234,9 @@ def test_a_run_that_was_not_touched_says_so(digits, config):
 
 @needs_plugins
 def test_a_run_that_was_touched_says_so(digits, config):
-    with closing(TrainingRun(config(epochs=1), digits, Arm("xgrad", ("xgrad",)), seed=0, lr=0.05)) as run:
+    with closing(
+        TrainingRun(config(epochs=1), digits, Arm("xgrad", ("xgrad",)), seed=0, lr=0.05)
+    ) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)
         assert run.touched()
 
@@ -304,7 +331,9 @@ def norms_in(table):
     return [float(cell) for cell in table.splitlines()[-1].split(",")[2:]]
 
 
-def launched(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def launched(
+    command: list[str], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
     environment = {**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
@@ -332,7 +361,10 @@ def test_two_processes_train_like_one_and_resume_exactly(tmp_path, digits, confi
         with closing(TrainingRun(config(clip_norm=1.0), digits, arm, seed=0, lr=0.05)) as run:
             run.train(on_point=lambda point: None, on_step=lambda step: None)
             one, points = dict(run.model.named_parameters()), run.position.points
-            parts = [run.value_on(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))]
+            parts = [
+                run.value_on(part)
+                for part in (first_of(digits.test, 1), first_of(digits.test, 359))
+            ]
             norms = norms_in(run.watch.table())
         for layout in ("ddp", "fsdp2"):
             came = two[layout, name]

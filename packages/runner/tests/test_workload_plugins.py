@@ -85,7 +85,21 @@ def test_the_example_is_compared_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = "compare --workload decay:detectors=3 --model mlp:layers=2 --width 16 --no-controls --seeds 6 --out out"
     extra = ["--corrections", "clip-norm"] if "clip-norm" in regrad.available() else []
-    assert main([*words.split(), *extra, "--epochs", "6", "--tracker", "none", "--evaluations-per-epoch", "2"]) == 0
+    assert (
+        main(
+            [
+                *words.split(),
+                *extra,
+                "--epochs",
+                "6",
+                "--tracker",
+                "none",
+                "--evaluations-per-epoch",
+                "2",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     assert "decay, 600 training samples: " in said.err
     assert "test squared error" in said.out
@@ -106,8 +120,15 @@ def test_the_example_is_compared_from_end_to_end(tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("example")
 def test_the_example_is_listed_and_shown_with_its_options(capsys):
     assert main(["plugins", "list", "--json"]) == 0
-    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out) if entry["kind"] == "workload"}
-    assert (listed["decay"]["distribution"], listed["decay"]["version"]) == ("regrad-decay", "0.1.0")
+    listed = {
+        entry["name"]: entry
+        for entry in json.loads(capsys.readouterr().out)
+        if entry["kind"] == "workload"
+    }
+    assert (listed["decay"]["distribution"], listed["decay"]["version"]) == (
+        "regrad-decay",
+        "0.1.0",
+    )
     assert "text" in listed
     assert main(["plugins", "show", "decay", "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out)
@@ -148,21 +169,39 @@ def test_what_does_not_fit_the_example_is_one_line(tmp_path, monkeypatch, capsys
 
 
 FAULTS = {
-    "missing": ("nowhere:load", "plugin 'missing' .regrad-broken 0.1.0.* could not be imported: No module named"),
-    "nothing": ("nothing", "workload 'nothing' .regrad-broken 0.1.0. must return a Workload, got int"),
-    "bare": ("bare", "workload 'bare' .regrad-broken 0.1.0. must return a Workload that implements build_model, got"),
-    "empty": ("empty", "workload 'empty' .regrad-broken 0.1.0. must have Samples in train, got TensorSamples"),
+    "missing": (
+        "nowhere:load",
+        "plugin 'missing' .regrad-broken 0.1.0.* could not be imported: No module named",
+    ),
+    "nothing": (
+        "nothing",
+        "workload 'nothing' .regrad-broken 0.1.0. must return a Workload, got int",
+    ),
+    "bare": (
+        "bare",
+        "workload 'bare' .regrad-broken 0.1.0. must return a Workload that implements build_model, got",
+    ),
+    "empty": (
+        "empty",
+        "workload 'empty' .regrad-broken 0.1.0. must have Samples in train, got TensorSamples",
+    ),
     "unmeasured": (
         "unmeasured",
         "workload 'unmeasured' .regrad-broken 0.1.0. must have a Measure with decimals from 0",
     ),
     "failing": ("failing", "workload 'failing' .regrad-broken 0.1.0. failed: KeyError: 'key'"),
-    "arguments": ("arguments", "workload 'arguments' .regrad-broken 0.1.0. failed: TypeError: arguments.. got an"),
+    "arguments": (
+        "arguments",
+        "workload 'arguments' .regrad-broken 0.1.0. failed: TypeError: arguments.. got an",
+    ),
 }
 
 
 def test_a_broken_workload_is_named_with_its_distribution_and_disturbs_no_other(install, capsys):
-    places = {name: place if ":" in place else f"broken_workloads:{place}" for name, (place, _) in FAULTS.items()}
+    places = {
+        name: place if ":" in place else f"broken_workloads:{place}"
+        for name, (place, _) in FAULTS.items()
+    }
     more = {name: f"broken_workloads:{name}" for name in ("refusing", "unfit")}
     install("regrad-broken", "broken_workloads", {**places, **more}, BROKEN)
     for name, (_, message) in FAULTS.items():

@@ -18,17 +18,28 @@ from sklearn.datasets import load_digits
 
 
 def pixels(*shape, seed=0):
-    return torch.randint(1, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        1, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def image_set(count=40, *, channels=1, side=8, augment=None, seed=0):
     images, labels = pixels(count, channels, side, side), torch.arange(count)
-    return ImageSet(images, labels, mean=torch.zeros(channels), std=torch.ones(channels), augment=augment, seed=seed)
+    return ImageSet(
+        images,
+        labels,
+        mean=torch.zeros(channels),
+        std=torch.ones(channels),
+        augment=augment,
+        seed=seed,
+    )
 
 
 def same(one, other):
     return len(one) == len(other) and all(
-        torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True)
+        torch.equal(a, b)
+        for pair in zip(one, other, strict=True)
+        for a, b in zip(*pair, strict=True)
     )
 
 
@@ -44,7 +55,9 @@ def test_digits_are_divided_once_and_completely(digits):
     parts = [digits.train, digits.validation, digits.test]
     assert [len(part) for part in parts] == [1077, 360, 360]
     raw, labels = load_digits(return_X_y=True)
-    whole = sorted((*row, label) for row, label in zip(raw.astype(int).tolist(), labels.tolist(), strict=True))
+    whole = sorted(
+        (*row, label) for row, label in zip(raw.astype(int).tolist(), labels.tolist(), strict=True)
+    )
     divided = [
         (*image.flatten().tolist(), label)
         for part in parts
@@ -93,7 +106,10 @@ def test_a_small_training_set_leaves_the_other_splits_alone(digits):
     [
         ({"train_size": 9}, r"train_size must be from 10 \(the classes\) to 1067, got 9"),
         ({"train_size": 2000}, r"train_size must be from 10 \(the classes\) to 1067, got 2000"),
-        ({"data_dir": "somewhere"}, "data_dir must be left out for workload 'digits', got 'somewhere'"),
+        (
+            {"data_dir": "somewhere"},
+            "data_dir must be left out for workload 'digits', got 'somewhere'",
+        ),
     ],
 )
 def test_what_the_digits_cannot_do_is_refused(options, message):
@@ -102,7 +118,9 @@ def test_what_the_digits_cannot_do_is_refused(options, message):
 
 
 def test_an_unknown_workload_is_refused_with_what_there_is():
-    with pytest.raises(ValueError, match=r"no workload named 'digit'; installed: .*digits.*; did you mean 'digits'"):
+    with pytest.raises(
+        ValueError, match=r"no workload named 'digit'; installed: .*digits.*; did you mean 'digits'"
+    ):
         load_workload("digit")
 
 
@@ -112,7 +130,9 @@ def test_an_unknown_workload_is_refused_with_what_there_is():
 def test_an_image_set_without_augmentation_only_scales():
     images = pixels(3, 2, 4, 4)
     mean, std = torch.tensor([10.0, 20.0]), torch.tensor([2.0, 4.0])
-    batch, labels = ImageSet(images, torch.tensor([5, 6, 7]), mean=mean, std=std).__getitems__([2, 0])
+    batch, labels = ImageSet(images, torch.tensor([5, 6, 7]), mean=mean, std=std).__getitems__(
+        [2, 0]
+    )
     assert labels.tolist() == [7, 5]
     assert torch.equal(batch[0, 1], (images[2, 1].float() - 20) / 4)
     assert torch.equal(batch[1, 0], (images[0, 0].float() - 10) / 2)
@@ -121,7 +141,9 @@ def test_an_image_set_without_augmentation_only_scales():
 def test_moments_are_those_of_each_training_channel():
     train, other = (pixels(20, 3, 4, 4, seed=seed) for seed in (0, 1))
     labels = torch.zeros(20, dtype=torch.int64)
-    sets = standardized((train, labels), (other, labels), (other, labels), augment=Augmentation(shift=1))
+    sets = standardized(
+        (train, labels), (other, labels), (other, labels), augment=Augmentation(shift=1)
+    )
     expected = train.double().transpose(0, 1).flatten(1)
     for one in sets:
         assert torch.allclose(one.mean.flatten(), expected.mean(1).float())
@@ -130,7 +152,9 @@ def test_moments_are_those_of_each_training_channel():
 
 def test_a_channel_without_contrast_is_not_divided_by_zero():
     black, labels = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-    train, *_ = standardized((black, labels), (black, labels), (black, labels), augment=Augmentation())
+    train, *_ = standardized(
+        (black, labels), (black, labels), (black, labels), augment=Augmentation()
+    )
     assert torch.equal(train[0][0], torch.zeros(1, 2, 2))
 
 
@@ -145,7 +169,9 @@ def test_an_augmented_image_is_a_shift_filled_with_black_and_perhaps_a_mirror():
             for flip, mirrored in ((False, padded), (True, padded.flip(2)))
             for down, right in itertools.product(range(3), repeat=2)
         }
-        seen |= {change for change, candidate in candidates.items() if torch.equal(candidate, image)}
+        seen |= {
+            change for change, candidate in candidates.items() if torch.equal(candidate, image)
+        }
         assert any(torch.equal(candidate, image) for candidate in candidates.values())
     assert len(seen) == 18
 
@@ -155,7 +181,12 @@ def test_every_change_is_about_equally_frequent():
     images = torch.zeros(count, 1, 3, 3, dtype=torch.uint8)
     images[:, :, 1, 1] = 1
     marked = ImageSet(
-        images, torch.zeros(count), mean=torch.zeros(1), std=torch.ones(1), augment=Augmentation(shift=1), seed=3
+        images,
+        torch.zeros(count),
+        mean=torch.zeros(1),
+        std=torch.ones(1),
+        augment=Augmentation(shift=1),
+        seed=3,
     )
     places = marked.__getitems__(list(range(count)))[0].sum(0).flatten()
     # Binomial: 1,000 expected, standard deviation 30.
@@ -201,8 +232,16 @@ def test_evaluation_batches_hold_every_sample_once_in_order():
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (torch.zeros(2, 1, 4, 4), torch.zeros(2), r"images must be uint8 of shape \[N, C, H, W\], got torch.float32"),
-        (pixels(2, 4, 4), torch.zeros(2), r"images must be uint8 of shape \[N, C, H, W\], got torch.uint8 \[2, 4, 4\]"),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(2),
+            r"images must be uint8 of shape \[N, C, H, W\], got torch.float32",
+        ),
+        (
+            pixels(2, 4, 4),
+            torch.zeros(2),
+            r"images must be uint8 of shape \[N, C, H, W\], got torch.uint8 \[2, 4, 4\]",
+        ),
         (pixels(2, 1, 4, 4), torch.zeros(3), r"labels must have shape \[2\], got \[3\]"),
     ],
 )
@@ -285,7 +324,10 @@ def test_an_epoch_holds_every_sample_once_and_leaves_out_what_fills_no_batch(aug
 
 @pytest.mark.parametrize("batch_size", [0, 42])
 def test_a_batch_must_fit_the_set(augmented, batch_size):
-    with pytest.raises(ValueError, match=rf"batch_size must be from 1 to 41 \(the training images\), got {batch_size}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"batch_size must be from 1 to 41 \(the training images\), got {batch_size}",
+    ):
         training_loader(augmented, batch_size=batch_size, seed=0)
 
 
@@ -298,7 +340,10 @@ def test_accelerate_prepares_the_same_batches_without_a_draw(augmented, accelera
     prepared = accelerator.prepare(training_loader(augmented, batch_size=8, seed=5))
     state = torch.get_rng_state()
     for epoch in (0, 2):
-        assert same(epoch_of(prepared, epoch), epoch_of(training_loader(augmented, batch_size=8, seed=5), epoch))
+        assert same(
+            epoch_of(prepared, epoch),
+            epoch_of(training_loader(augmented, batch_size=8, seed=5), epoch),
+        )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -331,7 +376,9 @@ def test_a_resumed_epoch_goes_on_with_the_very_next_batch(augmented, accelerator
 
 @pytest.mark.usefixtures("accelerator")
 def test_a_resumed_epoch_goes_on_on_two_processes(augmented):
-    for shard, fresh in zip(shards(augmented, processes=2), shards(augmented, processes=2), strict=True):
+    for shard, fresh in zip(
+        shards(augmented, processes=2), shards(augmented, processes=2), strict=True
+    ):
         expected = epoch_of(fresh, 2)[3:]
         shard.set_epoch(2)
         assert same(list(skip_first_batches(shard, 3)), expected)
@@ -353,7 +400,9 @@ def test_keeping_everything_keeps_the_order():
 
 
 def test_a_class_with_one_sample_cannot_be_divided():
-    with pytest.raises(ValueError, match="every class must have at least 2 training images, got 1 of class 1"):
+    with pytest.raises(
+        ValueError, match="every class must have at least 2 training images, got 1 of class 1"
+    ):
         take_stratified(np.array([0, 0, 0, 1]), 2, seed=0, what="size")
 
 
@@ -397,13 +446,17 @@ def test_labels_stay_with_their_images(tmp_path):
     images = write_set(tmp_path)
     train = load_workload("parquet", data_dir=tmp_path, train_size=10).train
     numbers = {tuple(image.flatten().tolist()): index % 2 for index, image in enumerate(images)}
-    assert [numbers[tuple(image.flatten().tolist())] for image in train.images] == train.labels.tolist()
+    assert [
+        numbers[tuple(image.flatten().tolist())] for image in train.images
+    ] == train.labels.tolist()
     assert torch.bincount(train.labels).tolist() == [5, 5]
 
 
 def test_a_smaller_training_set_keeps_validation_and_test(tmp_path):
     write_set(tmp_path)
-    whole, small = (load_workload("parquet", data_dir=tmp_path, train_size=size) for size in (None, 10))
+    whole, small = (
+        load_workload("parquet", data_dir=tmp_path, train_size=size) for size in (None, 10)
+    )
     assert torch.equal(whole.validation.images, small.validation.images)
     assert torch.equal(whole.test.images, small.test.images)
 
@@ -425,7 +478,9 @@ def test_shards_in_the_data_folder_are_read_in_order(tmp_path):
 
 
 def test_files_with_the_image_feature_of_datasets_are_read(tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
     images = pixels(20, 3, 8, 8)
     for split in ("train", "test"):
         write(tmp_path, split, list(map(encoded, images)), [0, 1] * 10, features=features)
@@ -491,7 +546,10 @@ def test_reading_uses_no_network_and_leaves_nothing_behind(tmp_path, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     load_workload("parquet", data_dir=tmp_path / "images")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
-    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["test.parquet", "train.parquet"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [
+        "test.parquet",
+        "train.parquet",
+    ]
 
 
 def test_a_reader_is_closed_when_reading_is_interrupted(tmp_path):
@@ -541,7 +599,10 @@ def spoilt(folder, split, *, images=None, labels=None, **columns):
             lambda folder: spoilt(folder, "train", labels=[0.5, 1.5] * 10),
             "label must be an integer or a string, got 0.5 in the train split",
         ),
-        (lambda folder: spoilt(folder, "train", labels=[0, None] * 10), "label must be given for every image"),
+        (
+            lambda folder: spoilt(folder, "train", labels=[0, None] * 10),
+            "label must be given for every image",
+        ),
         (
             lambda folder: spoilt(folder, "train", labels=[3] * 20),
             "label must have at least 2 classes in the train split, got 3 alone",
@@ -574,7 +635,9 @@ def test_unfit_files_are_refused_in_one_line(tmp_path, spoil, message):
 
 def test_files_without_rows_are_refused(tmp_path):
     write_set(tmp_path)
-    features = datasets.Features({"image": {"bytes": datasets.Value("binary")}, "label": datasets.Value("int64")})
+    features = datasets.Features(
+        {"image": {"bytes": datasets.Value("binary")}, "label": datasets.Value("int64")}
+    )
     write(tmp_path, "train", [], [], features=features)
     with pytest.raises(ValueError, match="the train split must hold images, got none"):
         load_workload("parquet", data_dir=tmp_path)
@@ -582,11 +645,15 @@ def test_files_without_rows_are_refused(tmp_path):
 
 @pytest.mark.parametrize("folder", [None, "missing"])
 def test_a_missing_folder_is_refused(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"data_dir must be a folder with train.parquet and test.parquet, .*, got "):
+    with pytest.raises(
+        ValueError, match=r"data_dir must be a folder with train.parquet and test.parquet, .*, got "
+    ):
         load_workload("parquet", data_dir=folder and tmp_path / folder)
 
 
 def test_more_images_than_there_are_cannot_be_kept(tmp_path):
     write_set(tmp_path)
-    with pytest.raises(ValueError, match=r"train_size must be from 2 \(the classes\) to 34, got 50"):
+    with pytest.raises(
+        ValueError, match=r"train_size must be from 2 \(the classes\) to 34, got 50"
+    ):
         load_workload("parquet", data_dir=tmp_path, train_size=50)

@@ -41,7 +41,9 @@ class Halve(Correction):
     def correct(self, step, name, gradient):
         sign = gradient.sign()
         if name in self.last:
-            gradient.mul_(torch.where(sign == self.last[name], self.options.factor, 1.0).to(gradient.dtype))
+            gradient.mul_(
+                torch.where(sign == self.last[name], self.options.factor, 1.0).to(gradient.dtype)
+            )
         self.last[name] = sign
 
     def state_dict(self):
@@ -61,7 +63,11 @@ class Halved(CorrectionSuite):
         result = []
         for name, gradient in zip(step.names, step.gradients, strict=True):
             before, step.memory[name] = step.memory.get(name), torch.sign(gradient)
-            kept = torch.sign(gradient) == before if before is not None else torch.zeros_like(gradient, dtype=bool)
+            kept = (
+                torch.sign(gradient) == before
+                if before is not None
+                else torch.zeros_like(gradient, dtype=bool)
+            )
             result.append(torch.where(kept, step.options.factor * gradient, gradient))
         return result
 
@@ -179,7 +185,12 @@ class OwnHooks(Halve):
         attachment.detach = lambda: (detach(), [handle.remove() for handle in handles])[0]
 
     def parameters_of(self, attachment):
-        return [p for group in attachment.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return [
+            p
+            for group in attachment.optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad
+        ]
 
 
 class ActsOnMicroBatches(OwnHooks):
@@ -189,7 +200,9 @@ class ActsOnMicroBatches(OwnHooks):
         def halve(parameter):  # such a hook must return nothing
             parameter.grad.mul_(self.options.factor)
 
-        hooks = [p.register_post_accumulate_grad_hook(halve) for p in self.parameters_of(attachment)]
+        hooks = [
+            p.register_post_accumulate_grad_hook(halve) for p in self.parameters_of(attachment)
+        ]
         self.keep(attachment, *hooks)
 
 
@@ -233,7 +246,9 @@ class ReadsScaledGradients(OwnHooks):
         def clamp(parameter):  # such a hook must return nothing
             parameter.grad.clamp_(-5.0, 5.0)
 
-        hooks = [p.register_post_accumulate_grad_hook(clamp) for p in self.parameters_of(attachment)]
+        hooks = [
+            p.register_post_accumulate_grad_hook(clamp) for p in self.parameters_of(attachment)
+        ]
         self.keep(attachment, *hooks)
 
 
@@ -475,7 +490,11 @@ class Descent(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+        if any(
+            p.grad is not None and p.grad.is_sparse
+            for group in self.param_groups
+            for p in group["params"]
+        ):
             raise RuntimeError("gradients must be dense, got a sparse one")
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -485,7 +504,9 @@ class Descent(torch.optim.Optimizer):
 
     def move(self, parameter, group):
         state = self.state[parameter]
-        state["moment"] = 0.9 * state["moment"] + parameter.grad if state else parameter.grad.clone()
+        state["moment"] = (
+            0.9 * state["moment"] + parameter.grad if state else parameter.grad.clone()
+        )
         parameter.sub_(group["lr"] * state["moment"])
 
 
@@ -512,7 +533,9 @@ class HidesItsState(Descent):
 
     def move(self, parameter, group):
         old = self.moments.get(parameter)
-        self.moments[parameter] = parameter.grad.clone() if old is None else 0.9 * old + parameter.grad
+        self.moments[parameter] = (
+            parameter.grad.clone() if old is None else 0.9 * old + parameter.grad
+        )
         parameter.sub_(group["lr"] * self.moments[parameter])
 
 

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from regrad_testing import CorrectionSuite, OptimizerSuite, load_beside
 
-SUITES = {name: cls for name, cls in vars(load_beside(__file__, "broken")).items() if name.startswith("Test")}
+SUITES = {
+    name: cls
+    for name, cls in vars(load_beside(__file__, "broken")).items()
+    if name.startswith("Test")
+}
 WRONG = [name for name, suite in SUITES.items() if suite.caught_by]
 RIGHT = [name for name, suite in SUITES.items() if not suite.caught_by]
 RUN = """
@@ -48,12 +52,19 @@ def test_what_is_right_is_proved_in_every_clause_that_applies(name, rows):
     outcomes = {clause: (row["outcome"], row["reason"]) for clause, row in rows[name].items()}
     assert {clause: said for clause, said in outcomes.items() if said[0] == "failed"} == {}
     skipped = {clause for clause, (outcome, _) in outcomes.items() if outcome == "skipped"}
-    options_it_has_not = {"foreach", "maximize", "weight decay"} if issubclass(SUITES[name], OptimizerSuite) else set()
+    options_it_has_not = (
+        {"foreach", "maximize", "weight decay"}
+        if issubclass(SUITES[name], OptimizerSuite)
+        else set()
+    )
     assert skipped == options_it_has_not
 
 
 def test_enough_is_wrong_and_every_clause_but_the_report_of_time_catches_something(rows):
-    kinds = {kind: [n for n in WRONG if issubclass(SUITES[n], kind)] for kind in (CorrectionSuite, OptimizerSuite)}
+    kinds = {
+        kind: [n for n in WRONG if issubclass(SUITES[n], kind)]
+        for kind in (CorrectionSuite, OptimizerSuite)
+    }
     assert len(kinds[CorrectionSuite]) >= 16
     assert len(kinds[OptimizerSuite]) >= 3
     caught = {SUITES[name].caught_by for name in kinds[CorrectionSuite]}

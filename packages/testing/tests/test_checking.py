@@ -46,7 +46,9 @@ def installed(tmp_path):
     def check(*words):
         command = [sys.executable, "-m", "regrad_testing", *words]
         environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
 
     return check
 
@@ -59,7 +61,10 @@ def test_what_is_installed_without_a_suite_is_checked_by_the_generic_one(install
         *("mine", "correction", "regrad-mine", "1.5", "generic")
     ]
     outcomes = {row["clause"]: row["outcome"] for row in report["clauses"]}
-    assert {clause for clause, outcome in outcomes.items() if outcome == "skipped"} == {"reference", "no effect"}
+    assert {clause for clause, outcome in outcomes.items() if outcome == "skipped"} == {
+        "reference",
+        "no effect",
+    }
     assert {*outcomes.values()} == {"proved", "skipped"}
     assert [*outcomes][:2] == ["hooks", "reference"]
 
@@ -74,7 +79,9 @@ def test_a_suite_given_as_a_file_is_preferred_and_its_failures_are_told(installe
     done = installed("mine", str(suite))
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads(done.stdout)
-    failed = [(row["suite"], row["clause"]) for row in report["clauses"] if row["outcome"] == "failed"]
+    failed = [
+        (row["suite"], row["clause"]) for row in report["clauses"] if row["outcome"] == "failed"
+    ]
     assert (report["suite"], failed) == (str(suite), [("TestMine", "effect")])
     assert {row["suite"] for row in report["clauses"]} == {"TestMine"}
 
@@ -93,7 +100,9 @@ def test_an_editable_install_leads_to_the_suite_in_its_source_tree(editable, tmp
     assert checking.own_suite(entry) is None
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_conformance.py").touch()
-    assert checking.own_suite(entry) == (tmp_path / "tests" / "test_conformance.py" if editable else None)
+    assert checking.own_suite(entry) == (
+        tmp_path / "tests" / "test_conformance.py" if editable else None
+    )
 
 
 def test_a_suite_belongs_to_what_it_names_or_makes():

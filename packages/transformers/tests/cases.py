@@ -1,15 +1,31 @@
 """Small models made from a configuration, and rows for them: nothing is downloaded."""
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 WORDS = 32
 SIZES = {
-    **{"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 16},
+    **{
+        "vocab_size": WORDS,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "max_position_embeddings": 16,
+    },
     **{"num_hidden_layers": 1, "num_attention_heads": 2},
 }
 SETTINGS = {
-    **{"max_steps": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "report_to": "none"},
+    **{
+        "max_steps": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+    },
     **{"use_cpu": True, "disable_tqdm": True},
 }
 
@@ -35,4 +51,7 @@ def sentences(count=24):
 
 def topics(count=24):
     """Rows of eight words and the class of each."""
-    return [{"input_ids": row["input_ids"], "labels": row["input_ids"][0] % 5} for row in sentences(count)]
+    return [
+        {"input_ids": row["input_ids"], "labels": row["input_ids"][0] % 5}
+        for row in sentences(count)
+    ]

@@ -30,13 +30,25 @@ def cases():
 def make_trainer(tmp_path, cases):
     """Return a function that makes a Trainer of four steps, each of two micro-batches of four rows."""
 
-    def make(callbacks=(), *, model=None, data=None, model_init=None, folder="out", more=None, **settings):
-        plain = {**cases.SETTINGS, "per_device_train_batch_size": 4, "logging_steps": 2, "save_strategy": "no"}
+    def make(
+        callbacks=(), *, model=None, data=None, model_init=None, folder="out", more=None, **settings
+    ):
+        plain = {
+            **cases.SETTINGS,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 2,
+            "save_strategy": "no",
+        }
         arguments = TrainingArguments(str(tmp_path / folder), **{**plain, **settings})
         if model is None and model_init is None:
             model = cases.language_model()
         data = data or cases.sentences()
-        kept = {"train_dataset": data, "eval_dataset": data[:8], "callbacks": [*callbacks], **(more or {})}
+        kept = {
+            "train_dataset": data,
+            "eval_dataset": data[:8],
+            "callbacks": [*callbacks],
+            **(more or {}),
+        }
         return Trainer(model, arguments, model_init=model_init, **kept)
 
     return make

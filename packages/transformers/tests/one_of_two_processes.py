@@ -25,16 +25,27 @@ cases = load_beside(__file__, "cases")
 
 def train(folder, resume=None):
     callback = RegradCallback(CORRECTIONS)
-    more = {"per_device_train_batch_size": 2, "save_steps": 2, "logging_strategy": "no", "ddp_backend": "gloo"}
+    more = {
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "logging_strategy": "no",
+        "ddp_backend": "gloo",
+    }
     arguments = TrainingArguments(str(folder), **cases.SETTINGS, **more)
-    kept = {"train_dataset": cases.sentences(), "callbacks": [callback], "compute_loss_func": callback.compute_loss}
+    kept = {
+        "train_dataset": cases.sentences(),
+        "callbacks": [callback],
+        "compute_loss_func": callback.compute_loss,
+    }
     trainer = Trainer(cases.language_model(), arguments, **kept)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def far(model, weights):
-    return max((p.detach() - weights[name]).abs().max().item() for name, p in model.named_parameters())
+    return max(
+        (p.detach() - weights[name]).abs().max().item() for name, p in model.named_parameters()
+    )
 
 
 def what_is_said_of_shards(trainer):
@@ -44,7 +55,9 @@ def what_is_said_of_shards(trainer):
     objects = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     trainer.state.global_step = 0
     try:
-        RegradCallback(["xgrad"]).on_train_begin(trainer.args, trainer.state, trainer.control, **objects)
+        RegradCallback(["xgrad"]).on_train_begin(
+            trainer.args, trainer.state, trainer.control, **objects
+        )
     except RegradError as problem:
         return str(problem)
     return "nothing"
@@ -64,12 +77,16 @@ def main(port, folder, alone):
     resumed = train(folder, resume=str(folder / "checkpoint-2"))
     seen["after_resuming"] = far(resumed.model, dict(whole.model.named_parameters()))
     seen["shards"] = what_is_said_of_shards(resumed)
-    (folder / f"seen-by-{rank}.txt").write_text("".join(f"{name} {value}\n" for name, value in seen.items()))
+    (folder / f"seen-by-{rank}.txt").write_text(
+        "".join(f"{name} {value}\n" for name, value in seen.items())
+    )
     distributed.barrier()
     distributed.destroy_process_group()
     failed = os.waitpid(child, 0)[1] if child else 0
     sys.stdout.flush()
-    os._exit(1 if failed else 0)  # gloo's threads may outlive the group and abort the interpreter's own exit
+    os._exit(
+        1 if failed else 0
+    )  # gloo's threads may outlive the group and abort the interpreter's own exit
 
 
 if __name__ == "__main__":

@@ -10,14 +10,18 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-FAR = "xgrad:horizon=50"  # moves weights so far that nobody can take the predicted for the true ones
+FAR = (
+    "xgrad:horizon=50"  # moves weights so far that nobody can take the predicted for the true ones
+)
 
 
 class At(TrainerCallback):
     """Does something at one event."""
 
     def __init__(self, event, action):
-        setattr(self, event, lambda args, state, control, **objects: action(state, control, objects))
+        setattr(
+            self, event, lambda args, state, control, **objects: action(state, control, objects)
+        )
 
 
 def shifted_loss(model, batches):
@@ -27,7 +31,9 @@ def shifted_loss(model, batches):
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["the Trainer's optimizer", "an optimizer given"])
+@pytest.mark.parametrize(
+    "given", [False, True], ids=["the Trainer's optimizer", "an optimizer given"]
+)
 def test_the_trainer_trains_as_a_loop_written_out(make_trainer, weights, distance, given):
     corrections = ["xgrad", "agc:max_ratio=0.05", "adanorm"]
     batches, callback = [], RegradCallback(corrections)
@@ -51,7 +57,12 @@ def test_the_trainer_trains_as_a_loop_written_out(make_trainer, weights, distanc
             optimizer.zero_grad()
         theirs, ours = callback.attachment.metrics(), attachment.metrics()
     # float32: the loop has one sum where the Trainer adds two micro-batches, and Adam divides by small second moments
-    assert distance(weights(trainer.model), weights(loop)) < 1e-5 < 1e-2 < distance(before, weights(loop))
+    assert (
+        distance(weights(trainer.model), weights(loop))
+        < 1e-5
+        < 1e-2
+        < distance(before, weights(loop))
+    )
     assert theirs == pytest.approx(ours, rel=1e-3)
     assert theirs["steps_applied"] == 4
     assert theirs["xgrad/weights/share_touched"] == 1
@@ -65,7 +76,9 @@ def test_the_end_of_training_detaches_and_leaves_a_receipt(make_trainer, tmp_pat
             callback,
             At(
                 "on_step_end",
-                lambda state, control, _: setattr(control, "should_training_stop", state.global_step == 2),
+                lambda state, control, _: setattr(
+                    control, "should_training_stop", state.global_step == 2
+                ),
             ),
         ]
     )
@@ -76,7 +89,9 @@ def test_the_end_of_training_detaches_and_leaves_a_receipt(make_trainer, tmp_pat
     assert (receipt["order"], receipt["steps_applied"]) == (["xgrad"], 2)
 
 
-def test_metrics_are_in_the_history_and_reach_callbacks_that_come_later_and_reporters_after_add_to(make_trainer):
+def test_metrics_are_in_the_history_and_reach_callbacks_that_come_later_and_reporters_after_add_to(
+    make_trainer,
+):
     seen = []
     reporter = At("on_log", lambda state, control, objects: seen.append(dict(objects["logs"])))
     trainer = make_trainer([reporter], eval_strategy="steps", eval_steps=2)
@@ -85,7 +100,9 @@ def test_metrics_are_in_the_history_and_reach_callbacks_that_come_later_and_repo
     training = [log for log in trainer.state.log_history if "loss" in log or "train_loss" in log]
     assert [log["regrad/steps_applied"] for log in training] == [2, 4, 4]
     assert all(0 < log["regrad/xgrad/weights/relative_change"] < 1 for log in training)
-    assert [log["regrad/steps_applied"] for log in seen if "loss" in log or "train_loss" in log] == [2, 4, 4]
+    assert [
+        log["regrad/steps_applied"] for log in seen if "loss" in log or "train_loss" in log
+    ] == [2, 4, 4]
     assert not any(key.startswith("regrad/") for log in seen if "eval_loss" in log for key in log)
 
     later = []
@@ -94,33 +111,50 @@ def test_metrics_are_in_the_history_and_reach_callbacks_that_come_later_and_repo
     assert [log["regrad/steps_applied"] for log in later] == [2, 4, 4]
 
 
-def test_evaluations_checkpoints_and_the_best_model_see_true_weights(make_trainer, tmp_path, weights, distance):
+def test_evaluations_checkpoints_and_the_best_model_see_true_weights(
+    make_trainer, tmp_path, weights, distance
+):
     at_steps, evaluated = {}, {}
     notes = [
         At(
             "on_step_end",
-            lambda state, control, objects: at_steps.update({state.global_step: weights(objects["model"])}),
+            lambda state, control, objects: at_steps.update(
+                {state.global_step: weights(objects["model"])}
+            ),
         ),
         At(
             "on_evaluate",
-            lambda state, control, objects: evaluated.update({state.global_step: objects["metrics"]["eval_loss"]}),
+            lambda state, control, objects: evaluated.update(
+                {state.global_step: objects["metrics"]["eval_loss"]}
+            ),
         ),
     ]
     often = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(
-        [RegradCallback([FAR]), *notes], **often, load_best_model_at_end=True, metric_for_best_model="loss"
+        [RegradCallback([FAR]), *notes],
+        **often,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
     )
     trainer.train()
     told = dict(evaluated)  # evaluating below notes again
     best = min(told, key=told.get)
     assert distance(weights(trainer.model), at_steps[best]) == 0
     for step, loss in told.items():
-        assert distance(load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors"), at_steps[step]) == 0
+        assert (
+            distance(
+                load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors"),
+                at_steps[step],
+            )
+            == 0
+        )
         trainer.model.load_state_dict(at_steps[step])
         assert trainer.evaluate()["eval_loss"] == loss
 
 
-def test_a_model_saved_between_two_micro_batches_holds_the_true_weights(make_trainer, tmp_path, weights, distance):
+def test_a_model_saved_between_two_micro_batches_holds_the_true_weights(
+    make_trainer, tmp_path, weights, distance
+):
     kept, apart = {}, []
 
     def save(state, control, objects):
@@ -128,10 +162,14 @@ def test_a_model_saved_between_two_micro_batches_holds_the_true_weights(make_tra
             trainer.save_model(tmp_path / "inside")
             apart.append(distance(weights(trainer.model), kept))
 
-    notes = [At("on_step_begin", lambda *_: kept.update(weights(trainer.model))), At("on_substep_end", save)]
+    notes = [
+        At("on_step_begin", lambda *_: kept.update(weights(trainer.model))),
+        At("on_substep_end", save),
+    ]
     trainer = make_trainer([RegradCallback([FAR]), *notes])
     before = At(
-        "on_step_begin", lambda state, control, _: setattr(control, "should_training_stop", state.global_step == 3)
+        "on_step_begin",
+        lambda state, control, _: setattr(control, "should_training_stop", state.global_step == 3),
     )
     trainer.add_callback(before)
     trainer.train()
@@ -164,7 +202,9 @@ def test_after_an_exception_inside_the_window_the_weights_are_true_and_training_
     assert callback.attachment.metrics()["steps_applied"] == 4
 
 
-def test_every_training_attaches_anew_also_where_model_and_optimizer_are_made_anew(make_trainer, cases):
+def test_every_training_attaches_anew_also_where_model_and_optimizer_are_made_anew(
+    make_trainer, cases
+):
     callback, seen = RegradCallback(["xgrad", regrad.create("agc", max_ratio=0.05)]), []
     trainer = make_trainer([callback], model_init=cases.language_model)
     for _ in range(2):  # as a hyperparameter search does for every trial
@@ -180,7 +220,9 @@ def test_every_training_attaches_anew_also_where_model_and_optimizer_are_made_an
 def test_checkpointed_activations_give_the_same_bits(make_trainer, weights, distance):
     ends = []
     for checkpointing in (False, True):
-        trainer = make_trainer([RegradCallback(["xgrad", "agc"])], activation_checkpointing=checkpointing)
+        trainer = make_trainer(
+            [RegradCallback(["xgrad", "agc"])], activation_checkpointing=checkpointing
+        )
         trainer.train()
         ends.append(weights(trainer.model))
     assert any(getattr(m, "gradient_checkpointing", False) for m in trainer.model.modules())
@@ -199,7 +241,9 @@ def test_a_compiled_model_gives_the_bits_of_the_plain_one(make_trainer, weights,
     assert distance(*ends) == 0
 
 
-def test_what_attach_refuses_reaches_the_user_before_training(make_trainer, tmp_path, weights, distance):
+def test_what_attach_refuses_reaches_the_user_before_training(
+    make_trainer, tmp_path, weights, distance
+):
     trainer = make_trainer([RegradCallback(["xgrad"])])
     trainer.optimizer = torch.optim.LBFGS(trainer.model.parameters())
     before = weights(trainer.model)
@@ -214,11 +258,15 @@ def test_deepspeed_is_refused_when_training_begins(make_trainer):
     trainer = make_trainer([callback])
     sharded = DeepSpeedOptimizerWrapper(torch.optim.SGD(trainer.model.parameters(), lr=0.1))
     with pytest.raises(RegradError, match="DeepSpeed hides gradients; use DDP, FSDP2"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=sharded)
+        callback.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=sharded
+        )
 
 
 def test_options_are_checked_before_there_is_a_trainer():
-    with pytest.raises(TypeError, match=r"corrections must be a list, got 'xgrad'; write \['xgrad'\]"):
+    with pytest.raises(
+        TypeError, match=r"corrections must be a list, got 'xgrad'; write \['xgrad'\]"
+    ):
         RegradCallback("xgrad")
     with pytest.raises(TypeError, match="corrections must be names or Correction objects, got 3"):
         RegradCallback([3])

@@ -19,9 +19,13 @@ def free_port():
         return str(place.getsockname()[1])
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes are made by a fork")
-def test_two_processes_train_like_one_resume_to_the_same_bits_and_refuse_checkpoints_of_shards(make_trainer, tmp_path):
+def test_two_processes_train_like_one_resume_to_the_same_bits_and_refuse_checkpoints_of_shards(
+    make_trainer, tmp_path
+):
     callback = RegradCallback(CORRECTIONS)
     trainer = make_trainer([callback], more={"compute_loss_func": callback.compute_loss})
     trainer.train()
@@ -38,7 +42,10 @@ def test_two_processes_train_like_one_resume_to_the_same_bits_and_refuse_checkpo
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     for rank in range(2):
-        seen = dict(line.split(" ", 1) for line in (tmp_path / f"seen-by-{rank}.txt").read_text().splitlines())
+        seen = dict(
+            line.split(" ", 1)
+            for line in (tmp_path / f"seen-by-{rank}.txt").read_text().splitlines()
+        )
         assert seen["wrapped"] == "DistributedDataParallel"
         # float32: gradients are added in another order, and Adam divides by small second moments
         assert float(seen["from_one_process"]) < 1e-5

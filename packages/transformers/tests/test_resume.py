@@ -31,10 +31,13 @@ def test_a_checkpoint_that_was_moved_is_resumed_from_where_the_callback_is_told(
     whole = make_trainer([RegradCallback(STATEFUL)], **SAVING)
     whole.train()
     shutil.move(tmp_path / "out" / "checkpoint-2", tmp_path / "moved")
-    shutil.copytree(tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-2")  # of another step
+    shutil.copytree(
+        tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-2"
+    )  # of another step
     place = str(tmp_path / "moved")
     with pytest.raises(
-        RegradError, match=r"got none of step 2 of its run in .*checkpoint-2.*give RegradCallback the resume_from"
+        RegradError,
+        match=r"got none of step 2 of its run in .*checkpoint-2.*give RegradCallback the resume_from",
     ):
         make_trainer([RegradCallback(STATEFUL)], **SAVING).train(resume_from_checkpoint=place)
     resumed = make_trainer([RegradCallback(STATEFUL, resume_from_checkpoint=place)], **SAVING)
@@ -42,7 +45,9 @@ def test_a_checkpoint_that_was_moved_is_resumed_from_where_the_callback_is_told(
     assert distance(weights(resumed.model), weights(whole.model)) == 0
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_nothing_attached(make_trainer, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_nothing_attached(
+    make_trainer, tmp_path
+):
     make_trainer([RegradCallback(["xgrad"])], **SAVING).train()
     make_trainer(folder="bare", **SAVING).train()
     with_state, bare = (str(tmp_path / folder / "checkpoint-2") for folder in ("out", "bare"))
@@ -56,15 +61,20 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_no
             assert callback.attachment.is_detached
             assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
-    with pytest.raises(RegradError, match=r"xgrad.horizon was 1.0, is 0.5; RegradCallback\(…, restore=False\)"):
+    with pytest.raises(
+        RegradError, match=r"xgrad.horizon was 1.0, is 0.5; RegradCallback\(…, restore=False\)"
+    ):
         resume(with_state, ["xgrad:horizon=0.5"])
-    with pytest.raises(RegradError, match=r"of a training with corrections, got one without; .*restore=False"):
+    with pytest.raises(
+        RegradError, match=r"of a training with corrections, got one without; .*restore=False"
+    ):
         resume(bare, ["xgrad"])
     resume(bare, ["xgrad"], restore=False)
     file = tmp_path / "out" / "checkpoint-2" / "regrad.pt"
     file.write_bytes(file.read_bytes()[:400])
     with pytest.raises(
-        RegradError, match=r"must be tensors and plain values, got another or half a file in .*regrad.pt"
+        RegradError,
+        match=r"must be tensors and plain values, got another or half a file in .*regrad.pt",
     ):
         resume(with_state, ["xgrad"])
     file.unlink()
@@ -83,7 +93,9 @@ def test_a_state_file_that_would_run_code_is_not_loaded(make_trainer, tmp_path):
 
 def test_only_a_receipt_is_written_where_only_the_model_is_saved(make_trainer, tmp_path):
     make_trainer([RegradCallback(["xgrad"])], **SAVING, save_only_model=True).train()
-    assert sorted(path.name for path in (tmp_path / "out" / "checkpoint-2").glob("regrad*")) == ["regrad.json"]
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoint-2").glob("regrad*")) == [
+        "regrad.json"
+    ]
 
 
 class Signal(TrainerCallback):
@@ -100,7 +112,9 @@ class Signal(TrainerCallback):
 
 # After either event come the Trainer's own checks at a step's end, or right before the optimizer: inside the window.
 @pytest.mark.parametrize("event", ["on_optimizer_step", "on_substep_end"])
-def test_a_checkpoint_on_a_signal_is_whole_also_inside_the_window(make_trainer, tmp_path, weights, distance, event):
+def test_a_checkpoint_on_a_signal_is_whole_also_inside_the_window(
+    make_trainer, tmp_path, weights, distance, event
+):
     corrections = ["xgrad:horizon=50", "adanorm"]
     whole = make_trainer([RegradCallback(corrections)])
     whole.train()

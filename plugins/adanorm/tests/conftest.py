@@ -7,7 +7,9 @@ import pytest
 @pytest.fixture(scope="session")
 def reference():
     """The rules as in the paper, from the file beside this one."""
-    spec = importlib.util.spec_from_file_location("adanorm_reference", Path(__file__).with_name("reference.py"))
+    spec = importlib.util.spec_from_file_location(
+        "adanorm_reference", Path(__file__).with_name("reference.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

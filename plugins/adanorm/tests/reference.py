@@ -27,7 +27,12 @@ class Rule:
 
 class Optimizer:
     def __init__(self, rule=None, rate=0.1, decay=0.0, decoupled=False, maximize=False):
-        self.rule, self.rate, self.decay, self.decoupled = rule or (lambda g: g), rate, decay, decoupled
+        self.rule, self.rate, self.decay, self.decoupled = (
+            rule or (lambda g: g),
+            rate,
+            decay,
+            decoupled,
+        )
         self.sign, self.steps = -1.0 if maximize else 1.0, 0
 
     def step(self, weight, gradient):
@@ -43,7 +48,12 @@ class Optimizer:
 class SGD(Optimizer):
     def __init__(self, momentum=0.9, dampening=0.0, nesterov=False, **options):
         super().__init__(**options)
-        self.momentum, self.dampening, self.nesterov, self.buffer = momentum, dampening, nesterov, None
+        self.momentum, self.dampening, self.nesterov, self.buffer = (
+            momentum,
+            dampening,
+            nesterov,
+            None,
+        )
 
     def direction(self, g, s):
         if self.buffer is None:
@@ -81,13 +91,18 @@ class Adam(Moments):
         second = self.second
         if self.amsgrad:
             second = self.largest = torch.maximum(self.largest, self.second)
-        return self.unbiased_first() / (torch.sqrt(second / (1 - self.betas[1] ** self.steps)) + self.eps)
+        return self.unbiased_first() / (
+            torch.sqrt(second / (1 - self.betas[1] ** self.steps)) + self.eps
+        )
 
 
 class NAdam(Moments):
     def __init__(self, momentum_decay=4e-3, **options):
         super().__init__(**options)
-        self.momentum_decay, self.product32 = momentum_decay, torch.ones(())  # torch keeps it in float32
+        self.momentum_decay, self.product32 = (
+            momentum_decay,
+            torch.ones(()),
+        )  # torch keeps it in float32
 
     def momentum_at(self, step):
         return self.betas[0] * (1 - 0.5 * 0.96 ** (step * self.momentum_decay))
@@ -111,13 +126,20 @@ class RAdam(Moments):
             return self.unbiased_first()
         numerator = (length - 4) * (length - 2) * longest
         rectified = math.sqrt(numerator / ((longest - 4) * (longest - 2) * length))
-        return rectified * self.unbiased_first() * math.sqrt(1 - power) / (torch.sqrt(self.second) + self.eps)
+        return (
+            rectified
+            * self.unbiased_first()
+            * math.sqrt(1 - power)
+            / (torch.sqrt(self.second) + self.eps)
+        )
 
 
 class Adamax(Moments):
     def direction(self, g, s):
         self.first = self.betas[0] * self.first + (1 - self.betas[0]) * s
-        self.second = torch.maximum(self.betas[1] * torch.as_tensor(self.second), g.abs() + self.eps)
+        self.second = torch.maximum(
+            self.betas[1] * torch.as_tensor(self.second), g.abs() + self.eps
+        )
         return self.unbiased_first() / self.second
 
 

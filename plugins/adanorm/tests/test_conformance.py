@@ -11,7 +11,9 @@ reference = load_beside(__file__, "reference")
 
 def lengthened(step):
     """Return every gradient as the rule of its tensor gives it back."""
-    rules = step.memory.setdefault("rules", [reference.Rule(step.options.decay) for _ in step.names])
+    rules = step.memory.setdefault(
+        "rules", [reference.Rule(step.options.decay) for _ in step.names]
+    )
     return [rule(gradient) for rule, gradient in zip(rules, step.gradients, strict=True)]
 
 

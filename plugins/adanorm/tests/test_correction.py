@@ -49,12 +49,21 @@ def run(model, optimizer, steps=range(STEPS), corrections=("adanorm",)):
 
 
 def case(kind, theirs, **options):
-    own = {k: v for k, v in options.items() if k not in ("fused", "foreach", "weight_decay", "decoupled_weight_decay")}
+    own = {
+        k: v
+        for k, v in options.items()
+        if k not in ("fused", "foreach", "weight_decay", "decoupled_weight_decay")
+    }
     decoupled = options.get("decoupled_weight_decay", kind is torch.optim.AdamW)
-    own |= {"decay": options.get("weight_decay", 0.01 if kind is torch.optim.AdamW else 0.0), "decoupled": decoupled}
+    own |= {
+        "decay": options.get("weight_decay", 0.01 if kind is torch.optim.AdamW else 0.0),
+        "decoupled": decoupled,
+    }
     name = " ".join([kind.__name__, *(f"{key}={value}" for key, value in options.items())])
     return pytest.param(
-        lambda p: kind(p, lr=0.1, **options), lambda r, rule: getattr(r, theirs)(rule=rule, **own), id=name
+        lambda p: kind(p, lr=0.1, **options),
+        lambda r, rule: getattr(r, theirs)(rule=rule, **own),
+        id=name,
     )
 
 
@@ -64,13 +73,35 @@ def sgd(**options):
 
 O = torch.optim  # noqa: E741
 OPTIMIZERS = [
-    *(sgd(**o) for o in ({}, {"dampening": 0.3}, {"weight_decay": 0.1}, {"maximize": True}, {"nesterov": True})),
-    *(sgd(**o) for o in ({"fused": True}, {"foreach": True}, {"weight_decay": 0.1, "maximize": True, "foreach": True})),
+    *(
+        sgd(**o)
+        for o in (
+            {},
+            {"dampening": 0.3},
+            {"weight_decay": 0.1},
+            {"maximize": True},
+            {"nesterov": True},
+        )
+    ),
+    *(
+        sgd(**o)
+        for o in (
+            {"fused": True},
+            {"foreach": True},
+            {"weight_decay": 0.1, "maximize": True, "foreach": True},
+        )
+    ),
     sgd(dampening=0.2, weight_decay=0.1, maximize=True),
     sgd(nesterov=True, weight_decay=0.1),
     sgd(dampening=1.0),
 ]
-for kind, theirs in [(O.Adam, "Adam"), (O.AdamW, "Adam"), (O.NAdam, "NAdam"), (O.RAdam, "RAdam"), (O.Adamax, "Adamax")]:
+for kind, theirs in [
+    (O.Adam, "Adam"),
+    (O.AdamW, "Adam"),
+    (O.NAdam, "NAdam"),
+    (O.RAdam, "RAdam"),
+    (O.Adamax, "Adamax"),
+]:
     for o in (
         {},
         {"weight_decay": 0.1},
@@ -99,12 +130,16 @@ def test_training_is_that_of_the_optimizer_with_the_rule_inside(make, plain, ref
     for got, want in zip(weights, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
     without = reference.train(start(), gradient_at, plain(reference, None), STEPS)
-    if getattr(plain(reference, None), "dampening", 0.0) != 1.0:  # then the buffer takes no gradient any more
+    if (
+        getattr(plain(reference, None), "dampening", 0.0) != 1.0
+    ):  # then the buffer takes no gradient any more
         assert (without[-1] - expected[-1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("make", "plain"), OPTIMIZERS)
-def test_the_second_moment_is_that_of_the_raw_gradient_and_grad_is_left_alone(make, plain, reference):
+def test_the_second_moment_is_that_of_the_raw_gradient_and_grad_is_left_alone(
+    make, plain, reference
+):
     model = Model()
     optimizer = make(model.parameters())
     with regrad.attach(model, optimizer, ["adanorm"]):
@@ -135,9 +170,15 @@ def test_the_moment_is_the_one_worked_out_by_hand():
 @pytest.mark.parametrize("target", ["moment", "gradient"])
 def test_no_memory_changes_no_bit(target):
     plain, corrected = Model(), Model()
-    expected = run(plain, torch.optim.Adam(plain.parameters(), lr=0.1, weight_decay=0.1), corrections=())
+    expected = run(
+        plain, torch.optim.Adam(plain.parameters(), lr=0.1, weight_decay=0.1), corrections=()
+    )
     made = AdaNorm(decay=0.0, target=target)
-    got = run(corrected, torch.optim.Adam(corrected.parameters(), lr=0.1, weight_decay=0.1), corrections=[made])
+    got = run(
+        corrected,
+        torch.optim.Adam(corrected.parameters(), lr=0.1, weight_decay=0.1),
+        corrections=[made],
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     assert made.idle_reason() == "decay is 0: the average is the norm itself"
 
@@ -145,7 +186,9 @@ def test_no_memory_changes_no_bit(target):
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adadelta, torch.optim.RMSprop])
 def test_the_gradient_as_target_is_the_rule_on_grad_for_any_optimizer(kind, reference):
     plain, corrected = Model(), Model()
-    weights = run(corrected, kind(corrected.parameters(), lr=0.1), corrections=["adanorm:target=gradient"])
+    weights = run(
+        corrected, kind(corrected.parameters(), lr=0.1), corrections=["adanorm:target=gradient"]
+    )
     optimizer, rule = kind(plain.parameters(), lr=0.1), reference.Rule()
     for index, want in enumerate(weights):
         plain.weight.grad = rule(gradient_at(plain.weight.detach(), index))
@@ -253,13 +296,17 @@ def test_after_a_restored_average_it_waits_for_the_moment():
             if "momentum_buffer" in optimizer.state[model.weight] and _ == 0:
                 assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], one)
     # e: 95.05, then 90.3475: s = 90.3475, buffer = .9 + 90.3475
-    assert optimizer.state[model.weight]["momentum_buffer"][0, 0].item() == pytest.approx(91.2475, rel=1e-14)
+    assert optimizer.state[model.weight]["momentum_buffer"][0, 0].item() == pytest.approx(
+        91.2475, rel=1e-14
+    )
 
 
 @pytest.mark.parametrize("target", ["moment", "gradient"])
 def test_state_survives_a_checkpoint_bit_for_bit(target, tmp_path):
     through = Model()
-    expected = run(through, torch.optim.RAdam(through.parameters()), corrections=[AdaNorm(target=target)])
+    expected = run(
+        through, torch.optim.RAdam(through.parameters()), corrections=[AdaNorm(target=target)]
+    )
     model = Model()
     optimizer = torch.optim.RAdam(model.parameters())
     with regrad.attach(model, optimizer, [AdaNorm(target=target)]) as attachment:
@@ -267,7 +314,11 @@ def test_state_survives_a_checkpoint_bit_for_bit(target, tmp_path):
             optimizer.zero_grad()
             model(index).backward()
             optimizer.step()
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "regrad": attachment.state_dict()}
+        parts = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "regrad": attachment.state_dict(),
+        }
         torch.save(parts, tmp_path / "checkpoint")
     saved = torch.load(tmp_path / "checkpoint", weights_only=False)
     fresh = Model()
@@ -305,15 +356,23 @@ class Foreign(torch.optim.Adam):
 def test_the_receipt_names_the_stage_of_the_target():
     for target in ("moment", "gradient"):
         model = Model()
-        with regrad.attach(model, torch.optim.Adam(model.parameters()), [AdaNorm(target=target)]) as attachment:
+        with regrad.attach(
+            model, torch.optim.Adam(model.parameters()), [AdaNorm(target=target)]
+        ) as attachment:
             assert attachment.receipt()["corrections"][0]["stages"] == [target]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Foreign, r"must know where Foreign keeps its first moment, .* Adam, .*use one of them, or target="),
-        (lambda p: torch.optim.RMSprop(p, momentum=0.9), "must know where RMSprop keeps its first moment"),
+        (
+            Foreign,
+            r"must know where Foreign keeps its first moment, .* Adam, .*use one of them, or target=",
+        ),
+        (
+            lambda p: torch.optim.RMSprop(p, momentum=0.9),
+            "must know where RMSprop keeps its first moment",
+        ),
         (lambda p: torch.optim.Adam(p, betas=(0.0, 0.9)), r"betas\[0\] must be positive, got 0\.0"),
         (lambda p: torch.optim.SGD(p, lr=0.1), "momentum must be positive, got 0"),
     ],
@@ -348,7 +407,9 @@ def test_sparse_gradients_are_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with regrad.attach(model, optimizer, ["adanorm"]):
         model(torch.tensor([1])).sum().backward()
-        with pytest.raises(regrad.RegradError, match="adanorm must not see sparse gradients, got them for"):
+        with pytest.raises(
+            regrad.RegradError, match="adanorm must not see sparse gradients, got them for"
+        ):
             optimizer.step()
 
 
@@ -359,7 +420,10 @@ def test_a_decay_out_of_range_is_refused(decay):
 
 
 def test_unfit_options_are_refused():
-    with pytest.raises(TypeError, match="adanorm has no option 'decai'; allowed: decay, target; did you mean 'decay'"):
+    with pytest.raises(
+        TypeError,
+        match="adanorm has no option 'decai'; allowed: decay, target; did you mean 'decay'",
+    ):
         AdaNorm(decai=0.5)
     with pytest.raises(TypeError, match=r"target must be .*, got 'weights'"):
         AdaNorm(target="weights")
@@ -372,10 +436,16 @@ def test_unfit_options_are_refused():
     momentum=st.floats(0.1, 0.99),
     weight_decay=st.sampled_from([0.0, 0.01]),
 )
-def test_any_sequence_of_norms_follows_the_reference(decay, sizes, momentum, weight_decay, reference):
+def test_any_sequence_of_norms_follows_the_reference(
+    decay, sizes, momentum, weight_decay, reference
+):
     model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum, weight_decay=weight_decay)
-    plain = reference.SGD(rule=reference.Rule(decay), momentum=momentum, decay=weight_decay, rate=0.01)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=momentum, weight_decay=weight_decay
+    )
+    plain = reference.SGD(
+        rule=reference.Rule(decay), momentum=momentum, decay=weight_decay, rate=0.01
+    )
     weight = start()
     with regrad.attach(model, optimizer, [AdaNorm(decay=decay)]):
         for index, size in enumerate(sizes):
@@ -384,7 +454,9 @@ def test_any_sequence_of_norms_follows_the_reference(decay, sizes, momentum, wei
             model(index, gradient).backward()
             optimizer.step()
             weight = plain.step(weight, gradient)
-    torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-10, atol=1e-11 * (1 + max(sizes)))
+    torch.testing.assert_close(
+        model.weight.detach(), weight, rtol=1e-10, atol=1e-11 * (1 + max(sizes))
+    )
 
 
 class Watched(AdaNorm):

@@ -12,7 +12,8 @@ def vector(*values):
 
 
 @given(
-    norms=st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=40), decay=st.floats(0, 0.999)
+    norms=st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=40),
+    decay=st.floats(0, 0.999),
 )
 def test_the_rule_on_norms_is_that_of_the_reference_on_gradients(norms, decay, reference):
     rule, average = reference.Rule(decay), torch.zeros(1, dtype=torch.float64)
@@ -21,7 +22,9 @@ def test_the_rule_on_norms_is_that_of_the_reference_on_gradients(norms, decay, r
         average, excess = average_and_excess(vector(norm), average, decay=decay)
         assert average.item() == pytest.approx(rule.average, rel=1e-12)
         # a norm within a rounding of its average may be called short by one and not by the other
-        torch.testing.assert_close((1 + excess) * vector(0.6 * norm, -0.8 * norm), expected, rtol=1e-11, atol=0)
+        torch.testing.assert_close(
+            (1 + excess) * vector(0.6 * norm, -0.8 * norm), expected, rtol=1e-11, atol=0
+        )
 
 
 def test_averages_and_excesses_are_those_worked_out_by_hand():
@@ -83,7 +86,9 @@ class OnDevice(torch.Tensor):
 def test_a_device_gives_the_numbers_of_the_cpu():
     generator = torch.Generator().manual_seed(0)
     shapes = [(3,), (2, 5), ()]
-    x, y = ([torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes] for _ in range(2))
+    x, y = (
+        [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes] for _ in range(2)
+    )
     factors = vector(0.5, 0.0, -2.0)
     expected = [a + f * b for a, b, f in zip(x, y, factors, strict=True)]
     other = [t.clone() for t in x]

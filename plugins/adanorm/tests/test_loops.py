@@ -8,19 +8,26 @@ import torch
 def make_model(dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)).to(dtype)
+        return torch.nn.Sequential(
+            torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)
+        ).to(dtype)
 
 
 def batches(count=9, size=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(size, 6, generator=generator, dtype=dtype), torch.randint(3, (size,), generator=generator))
+        (
+            torch.randn(size, 6, generator=generator, dtype=dtype),
+            torch.randint(3, (size,), generator=generator),
+        )
         for _ in range(count)
     ]
 
 
 def loss_of(model, inputs, target, index):
-    return (0.1 if index % 3 == 2 else 1.0) * torch.nn.functional.cross_entropy(model(inputs), target)
+    return (0.1 if index % 3 == 2 else 1.0) * torch.nn.functional.cross_entropy(
+        model(inputs), target
+    )
 
 
 def weights_of(model):
@@ -74,13 +81,17 @@ def test_four_parts_of_a_batch_are_the_batch(kind, target):
     for parts in (1, 4):
         model = make_model(torch.float64)
         optimizer = OPTIMIZERS[kind](model.parameters())
-        results.append(train(model, optimizer, f"adanorm:decay=0.5,target={target}", parts, torch.float64))
+        results.append(
+            train(model, optimizer, f"adanorm:decay=0.5,target={target}", parts, torch.float64)
+        )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_closure_that_runs_forward_and_backward_inside_step_gives_the_numbers_of_the_plain_loop(kind):
+def test_a_closure_that_runs_forward_and_backward_inside_step_gives_the_numbers_of_the_plain_loop(
+    kind,
+):
     plain, inside = make_model(), make_model()
     expected = train(plain, OPTIMIZERS[kind](plain.parameters()))
     optimizer = OPTIMIZERS[kind](inside.parameters())
@@ -130,12 +141,19 @@ def test_a_bfloat16_autocast_loop_stays_near_the_float32_one():
 
 def test_the_same_correction_works_on_two_dtypes_at_once():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(3, 2).double()})
-    model.forward = lambda scale: scale * (model["a"].weight.sum() + model["b"].weight.sum().float())
-    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "weight" in n], weight_decay=0.1)
+    model.forward = lambda scale: (
+        scale * (model["a"].weight.sum() + model["b"].weight.sum().float())
+    )
+    optimizer = torch.optim.Adam(
+        [p for n, p in model.named_parameters() if "weight" in n], weight_decay=0.1
+    )
     with regrad.attach(model, optimizer, ["adanorm:decay=0.5"]) as attachment:
         for scale in (2.0, 1.0):
             optimizer.zero_grad()
             model(scale).backward()
             optimizer.step()
         averages = attachment.state_dict()["corrections"]["adanorm"]["averages"]
-    assert {name: e.dtype for name, e in averages.items()} == {"a.weight": torch.float32, "b.weight": torch.float64}
+    assert {name: e.dtype for name, e in averages.items()} == {
+        "a.weight": torch.float32,
+        "b.weight": torch.float64,
+    }

@@ -8,7 +8,9 @@ import torch
 @pytest.fixture(scope="session")
 def reference():
     """The rule as in the paper, from the file beside this one."""
-    spec = importlib.util.spec_from_file_location("centralization_reference", Path(__file__).with_name("reference.py"))
+    spec = importlib.util.spec_from_file_location(
+        "centralization_reference", Path(__file__).with_name("reference.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

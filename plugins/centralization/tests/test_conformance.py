@@ -15,7 +15,9 @@ class TestGradient(CorrectionSuite):
     def reference(self, step):
         rows = zip(step.modules, step.weights, step.gradients, strict=True)
         return [
-            reference.centralize(gradient, reference.outputs(module, weight.shape)) if weight.dim() > 1 else gradient
+            reference.centralize(gradient, reference.outputs(module, weight.shape))
+            if weight.dim() > 1
+            else gradient
             for module, weight, gradient in rows
         ]
 
@@ -31,7 +33,9 @@ class TestDecayed(CorrectionSuite):
 
     def reference(self, step):
         corrected = []
-        for module, weight, gradient in zip(step.modules, step.weights, step.gradients, strict=True):
+        for module, weight, gradient in zip(
+            step.modules, step.weights, step.gradients, strict=True
+        ):
             decayed = gradient + 0.1 * weight
             centred = reference.centralize(decayed, reference.outputs(module, weight.shape))
             corrected.append(centred - 0.1 * weight if weight.dim() > 1 else gradient)
@@ -47,6 +51,8 @@ class TestConvolutions(CorrectionSuite):
     def reference(self, step):
         rows = zip(step.modules, step.weights, step.gradients, strict=True)
         return [
-            reference.centralize(gradient, reference.outputs(module, weight.shape)) if weight.dim() == 4 else gradient
+            reference.centralize(gradient, reference.outputs(module, weight.shape))
+            if weight.dim() == 4
+            else gradient
             for module, weight, gradient in rows
         ]

@@ -24,7 +24,10 @@ def make_model(dtype=torch.float64, seed=0):
 def batches(count=5, size=32, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(size, 6, generator=generator, dtype=dtype), torch.randint(3, (size,), generator=generator))
+        (
+            torch.randn(size, 6, generator=generator, dtype=dtype),
+            torch.randint(3, (size,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -34,7 +37,9 @@ def loss_of(model, inputs, target):
 
 
 def sgd(model, **options):
-    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, **{"weight_decay": 0.1, **options})
+    return torch.optim.SGD(
+        model.parameters(), lr=0.5, momentum=0.9, **{"weight_decay": 0.1, **options}
+    )
 
 
 def train(model, corrections, *, make=sgd, parts=1, change=None, data=None):
@@ -190,7 +195,10 @@ def test_row_means_never_move_when_decay_is_centred_and_decay_otherwise(dtype, t
     for placement in ("gradient", "decayed"):
         generator = torch.Generator().manual_seed(1)
         # 64 weights per output: each step rounds each of them, near 1, by up to 6e-8 in float32
-        data = [(torch.randn(4, 64, generator=generator, dtype=dtype), torch.tensor([0, 1, 2, 1])) for _ in range(200)]
+        data = [
+            (torch.randn(4, 64, generator=generator, dtype=dtype), torch.tensor([0, 1, 2, 1]))
+            for _ in range(200)
+        ]
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = nn.Sequential(nn.Linear(64, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
@@ -204,11 +212,15 @@ def test_row_means_never_move_when_decay_is_centred_and_decay_otherwise(dtype, t
     drift = (ends["decayed"] - start).abs().max().item()
     assert drift <= tolerance, drift
     # by hand: 1.01·(1 − .1·.05)^200 = .3706
-    torch.testing.assert_close(ends["gradient"], torch.full((10,), 0.3706, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ends["gradient"], torch.full((10,), 0.3706, dtype=torch.float64), rtol=0, atol=1e-4
+    )
 
 
 def test_without_decay_the_placements_are_the_same_to_the_bit():
-    ends = [train(make_model(), [spec], make=lambda m: sgd(m, weight_decay=0.0))[0] for spec in SPECS]
+    ends = [
+        train(make_model(), [spec], make=lambda m: sgd(m, weight_decay=0.0))[0] for spec in SPECS
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
@@ -227,7 +239,9 @@ class Outsider(torch.optim.SGD):
 )
 def test_decayed_is_refused_where_the_decay_is_not_in_the_gradient(make):
     model = make_model()
-    with pytest.raises(regrad.RegradError, match="decouples it or is not known; use placement='gradient'"):
+    with pytest.raises(
+        regrad.RegradError, match="decouples it or is not known; use placement='gradient'"
+    ):
         regrad.attach(model, make(model.parameters()), ["centralization:placement=decayed"])
     regrad.attach(model, make(model.parameters()), ["centralization"]).detach()
 
@@ -308,7 +322,9 @@ def test_conv_only_leaves_linear_layers_alone():
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with regrad.attach(model, optimizer, ["centralization:conv_only=true"]) as attachment:
-        model(torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        model(
+            torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        ).square().sum().backward()
         before = model[2].weight.grad.clone()
         optimizer.step()
         assert attachment.receipt()["corrections"][0]["matched"] == ["0.weight"]
@@ -323,7 +339,9 @@ def test_parameters_that_come_later_are_centred_too():
         for index, (inputs, target) in enumerate(batches()):
             if index == 1:
                 model.append(nn.Linear(3, 3).double())
-                optimizer.add_param_group({"params": [*model[0].parameters(), *model[3].parameters()]})
+                optimizer.add_param_group(
+                    {"params": [*model[0].parameters(), *model[3].parameters()]}
+                )
             optimizer.zero_grad()
             loss_of(model, inputs, target).backward()
             optimizer.step()
@@ -382,15 +400,24 @@ def test_idle_reasons_name_the_probable_cause():
         assert attachment.corrections[0].idle_reason() == "the gradients' means were zero already"
     lone = nn.Sequential(nn.Linear(1, 3))
     with regrad.attach(lone, torch.optim.SGD(lone.parameters()), [Centralization()]) as attachment:
-        assert attachment.corrections[0].idle_reason() == "the model has no layer with several weights per output"
+        assert (
+            attachment.corrections[0].idle_reason()
+            == "the model has no layer with several weights per output"
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"placement": "decay"}, r"placement must be Literal\['gradient', 'decayed'\], got 'decay'"),
+        (
+            {"placement": "decay"},
+            r"placement must be Literal\['gradient', 'decayed'\], got 'decay'",
+        ),
         ({"conv_only": 1}, "conv_only must be bool, got 1"),
-        ({"convonly": True}, "centralization has no option 'convonly'; allowed: placement, conv_only; did you mean"),
+        (
+            {"convonly": True},
+            "centralization has no option 'convonly'; allowed: placement, conv_only; did you mean",
+        ),
     ],
 )
 def test_unfit_options_are_refused(options, message):

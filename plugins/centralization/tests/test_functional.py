@@ -9,7 +9,9 @@ SHAPES = [(3, 4), (4, 3, 5), (4, 1, 3, 3), (2, 3, 2, 2, 2), (3, 1)]
 
 
 def random(shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -22,7 +24,9 @@ def test_centralizing_is_that_of_the_reference_for_every_shape(shape, reference)
 
 def test_centralizing_by_hand():
     grad = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[0.0, 0.0], [0.0, 4.0]]])
-    expected = torch.tensor([[[-2.0, -1.0], [0.0, 3.0]], [[-1.0, -1.0], [-1.0, 3.0]]])  # means 3 and 1
+    expected = torch.tensor(
+        [[[-2.0, -1.0], [0.0, 3.0]], [[-1.0, -1.0], [-1.0, 3.0]]]
+    )  # means 3 and 1
     assert torch.equal(centralize_(grad), expected)
 
 
@@ -65,15 +69,23 @@ def test_channels_last_and_contiguous_gradients_give_the_same():
 def test_grouped_and_turned_units_are_those_of_the_parts(unit):
     grad = random((6, 4, 3))
     turn = (lambda t: t.transpose(0, 1)) if unit.axis else (lambda t: t)
-    expected = torch.cat([turn(centralize_(turn(part).clone())) for part in grad.chunk(unit.groups)])
+    expected = torch.cat(
+        [turn(centralize_(turn(part).clone())) for part in grad.chunk(unit.groups)]
+    )
     if unit.axis == 0:  # an index of dimension 0 within its group
-        expected = grad - torch.cat([part.mean((1, 2), keepdim=True) for part in grad.chunk(unit.groups)])
+        expected = grad - torch.cat(
+            [part.mean((1, 2), keepdim=True) for part in grad.chunk(unit.groups)]
+        )
         unit = Unit(0)
     subtract_([grad], [unit_means(grad, unit)])
     torch.testing.assert_close(grad, expected, rtol=0, atol=1e-15)
 
 
-@given(shape=st.lists(st.integers(1, 4), min_size=2, max_size=4), seed=st.integers(0, 1000), power=st.integers(-20, 20))
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    seed=st.integers(0, 1000),
+    power=st.integers(-20, 20),
+)
 def test_row_means_end_at_zero_and_differences_within_a_row_stay(shape, seed, power, reference):
     grad = random(shape, seed) * 2.0**power
     before = grad.clone()

@@ -9,13 +9,19 @@ import torch
 SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
 def test_two_processes_train_as_one_under_ddp_and_fsdp2(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
-    processes = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
+    commands = [
+        [sys.executable, str(SCRIPT), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)
+    ]
+    processes = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands
+    ]
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:

@@ -8,7 +8,9 @@ import torch
 @pytest.fixture(scope="session")
 def reference():
     """The rules as in the papers, from the file beside this one."""
-    spec = importlib.util.spec_from_file_location("clipping_reference", Path(__file__).with_name("reference.py"))
+    spec = importlib.util.spec_from_file_location(
+        "clipping_reference", Path(__file__).with_name("reference.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

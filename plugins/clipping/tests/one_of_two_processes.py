@@ -40,14 +40,19 @@ def make_model():
     model = Net().double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2
+            )
     return model
 
 
 def batches():
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
-        yield torch.randint(7, (8, 4), generator=generator), torch.randint(5, (8,), generator=generator)
+        yield (
+            torch.randint(7, (8, 4), generator=generator),
+            torch.randint(5, (8,), generator=generator),
+        )
 
 
 def train(model, spec, part):
@@ -63,7 +68,9 @@ def train(model, spec, part):
 
 
 def main(rank, rendezvous):
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
     mesh = init_device_mesh("cpu", (2,))
     part = slice(4 * rank, 4 * rank + 4)
     for spec in SPECS:
@@ -77,7 +84,10 @@ def main(rank, rendezvous):
         models = {"ddp": DistributedDataParallel(make_model()), "rows": by_row, "columns": by_last}
         for layout, model in models.items():
             seen = train(model, spec, part)
-            difference = max((a.detach() - b.detach()).abs().max().item() for a, b in zip(seen, whole, strict=True))
+            difference = max(
+                (a.detach() - b.detach()).abs().max().item()
+                for a, b in zip(seen, whole, strict=True)
+            )
             sys.stdout.write(f"{layout}-{spec.partition(':')[0]} {difference}\n")
     distributed.barrier()
     distributed.destroy_process_group()

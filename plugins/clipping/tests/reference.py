@@ -19,7 +19,9 @@ def units(module, name, shape):
         size = shape[0] // module.groups
         groups = [index[g * size : (g + 1) * size] for g in range(module.groups)]
         return [group[:, o].flatten() for group in groups for o in range(shape[1])]
-    layer = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | nn.MultiheadAttention)
+    layer = isinstance(
+        module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | nn.MultiheadAttention
+    )
     if not layer and sum(size > 1 for size in shape) <= 1:
         return [index.flatten()]
     return [row.flatten() for row in index]
@@ -27,7 +29,11 @@ def units(module, name, shape):
 
 def clip_adaptive(grad, weight, unit_indices, max_ratio, weight_floor):
     """Brock et al., 2021, equation 3."""
-    result, grad, weight = grad.double().flatten(), grad.double().flatten(), weight.double().flatten()
+    result, grad, weight = (
+        grad.double().flatten(),
+        grad.double().flatten(),
+        weight.double().flatten(),
+    )
     for unit in unit_indices:
         gradient_norm = math.sqrt(sum(x * x for x in grad[unit].tolist()))
         weight_norm = max(math.sqrt(sum(x * x for x in weight[unit].tolist())), weight_floor)

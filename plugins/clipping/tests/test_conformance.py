@@ -21,7 +21,9 @@ class TestClipValue(CorrectionSuite):
     no_effect = {"max_value": 1e9}
 
     def reference(self, step):
-        return [reference.clip_value(gradient, step.options.max_value) for gradient in step.gradients]
+        return [
+            reference.clip_value(gradient, step.options.max_value) for gradient in step.gradients
+        ]
 
 
 class TestAGC(CorrectionSuite):
@@ -31,9 +33,15 @@ class TestAGC(CorrectionSuite):
 
     def reference(self, step):
         clipped = []
-        for name, module, weight, gradient in zip(step.names, step.modules, step.weights, step.gradients, strict=True):
+        for name, module, weight, gradient in zip(
+            step.names, step.modules, step.weights, step.gradients, strict=True
+        ):
             units = reference.units(module, name.rpartition(".")[2], weight.shape)
             bounds = step.options.max_ratio, step.options.weight_floor
-            clip = reference.clip_adaptive(gradient.clone(), weight, units, *bounds).view(weight.shape)
-            clipped.append(gradient if name == "3.weight" else clip)  # the head's weight is left alone
+            clip = reference.clip_adaptive(gradient.clone(), weight, units, *bounds).view(
+                weight.shape
+            )
+            clipped.append(
+                gradient if name == "3.weight" else clip
+            )  # the head's weight is left alone
         return clipped

@@ -24,7 +24,10 @@ def make_model(dtype=torch.float32, seed=0):
 def batches(count=5, size=32, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(size, 6, generator=generator, dtype=dtype), torch.randint(3, (size,), generator=generator))
+        (
+            torch.randn(size, 6, generator=generator, dtype=dtype),
+            torch.randint(3, (size,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -54,7 +57,9 @@ def by_the_reference(reference, max_ratio=0.02):
             if name != "2.weight":
                 module, attribute = model[int(name[0])], name[2:]
                 every = reference.units(module, attribute, p.shape)
-                p.grad = reference.clip_adaptive(p.grad, p.detach(), every, max_ratio, 1e-3).view(p.shape)
+                p.grad = reference.clip_adaptive(p.grad, p.detach(), every, max_ratio, 1e-3).view(
+                    p.shape
+                )
 
     return clip
 
@@ -84,7 +89,9 @@ def test_training_with_agc_is_that_of_the_reference(reference):
     assert 0 < metrics["agc/share_clipped"] <= 1
 
 
-@pytest.mark.parametrize("spec", ["clip-norm:max_norm=1e9", "clip-value:max_value=1e9", "agc:max_ratio=1e9"])
+@pytest.mark.parametrize(
+    "spec", ["clip-norm:max_norm=1e9", "clip-value:max_value=1e9", "agc:max_ratio=1e9"]
+)
 def test_a_bound_that_is_never_reached_changes_no_bit(spec):
     ours, metrics = train(make_model(), [spec])
     plain, _ = train(make_model(), [])
@@ -177,7 +184,8 @@ def test_without_a_recorded_forward_agc_asks_for_the_head():
         with (
             pytest.warns(regrad.RegradWarning, match="without a training forward"),
             pytest.raises(
-                regrad.RegradError, match=r"saw no classifier head in a training forward \(.*\); pass head='name'"
+                regrad.RegradError,
+                match=r"saw no classifier head in a training forward \(.*\); pass head='name'",
             ),
         ):
             optimizer.step()
@@ -196,8 +204,13 @@ class Before(Correction):
 @pytest.mark.parametrize("spec", SPECS)
 def test_clipping_acts_last(spec):
     model = make_model()
-    with regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [spec, Before()]) as attachment:
-        assert [c.name for c in attachment.corrections] == ["centralization", spec.partition(":")[0]]
+    with regrad.attach(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), [spec, Before()]
+    ) as attachment:
+        assert [c.name for c in attachment.corrections] == [
+            "centralization",
+            spec.partition(":")[0],
+        ]
         assert "declares after 'centralization'" in str(attachment)
 
 
@@ -206,7 +219,9 @@ def test_explain_shows_what_would_be_clipped_and_changes_nothing():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs, target = batches()[0]
     before = [p.detach().clone() for p in model.parameters()]
-    with regrad.attach(model, optimizer, ["agc:max_ratio=1e-4"], nn.CrossEntropyLoss()) as attachment:
+    with regrad.attach(
+        model, optimizer, ["agc:max_ratio=1e-4"], nn.CrossEntropyLoss()
+    ) as attachment:
         rows = attachment.explain((inputs, target)).rows
         assert {row["tensor"]: row["relative_change"] > 0 for row in rows} == {
             **{"0.weight": True, "0.bias": True},
@@ -239,7 +254,9 @@ def test_clipping_has_no_state_and_a_resumed_run_continues_to_the_bit():
 def test_metrics_are_the_norm_before_and_the_share_after():
     model = make_model(torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with regrad.attach(model, optimizer, ["clip-norm:max_norm=0.01", "agc:max_ratio=1e6"]) as attachment:
+    with regrad.attach(
+        model, optimizer, ["clip-norm:max_norm=0.01", "agc:max_ratio=1e6"]
+    ) as attachment:
         assert "clip-norm/norm" not in attachment.metrics()
         loss_of(model, *batches(dtype=torch.float64)[0]).backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
@@ -251,7 +268,10 @@ def test_metrics_are_the_norm_before_and_the_share_after():
 def test_a_bound_never_reached_is_a_warning_for_agc_only():
     assert ClipNorm().idle_reason() is None
     assert ClipValue().idle_reason() is None
-    assert AGC().idle_reason() == "threshold never reached: no unit's gradient exceeded 0.01 of its weights"
+    assert (
+        AGC().idle_reason()
+        == "threshold never reached: no unit's gradient exceeded 0.01 of its weights"
+    )
 
 
 def test_agc_must_beat_clipping_by_the_global_norm():
@@ -276,7 +296,10 @@ def test_options_out_of_range_are_refused(kind, options, message):
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name():
-    with pytest.raises(TypeError, match=r"agc has no option 'max_ration'; allowed: max_ratio, .*did you mean 'max_rat"):
+    with pytest.raises(
+        TypeError,
+        match=r"agc has no option 'max_ration'; allowed: max_ratio, .*did you mean 'max_rat",
+    ):
         AGC(max_ration=1.0)
 
 
@@ -289,12 +312,19 @@ def test_only_torchs_numbers_come_out_where_a_gradient_is_not_finite():
         data = [(inputs.clone().index_fill_(0, torch.tensor([0]), torch.inf), target)]
         ours, _ = train(make_model(), [spec], data=data)
         theirs, _ = train(make_model(), [], clip=clip, data=data)
-        assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(ours, theirs, strict=True))
+        assert all(
+            torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+            for a, b in zip(ours, theirs, strict=True)
+        )
 
 
 @given(seed=st.integers(0, 50), max_ratio=st.floats(1e-4, 0.5))
 def test_agc_follows_the_reference_for_any_ratio(seed, max_ratio, reference):
-    ours, _ = train(make_model(torch.float64, seed), [AGC(max_ratio=max_ratio)], data=batches(2, dtype=torch.float64))
+    ours, _ = train(
+        make_model(torch.float64, seed),
+        [AGC(max_ratio=max_ratio)],
+        data=batches(2, dtype=torch.float64),
+    )
     theirs, _ = train(
         make_model(torch.float64, seed),
         [],

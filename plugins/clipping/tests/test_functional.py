@@ -22,7 +22,9 @@ SHAPES = [(5,), (), (3, 4), (4, 3, 5), (4, 1, 3, 3), (2, 3, 2, 2, 2)]
 
 def pair(shape, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    ]
 
 
 @pytest.mark.parametrize("max_ratio", [0.01, 0.8, 100.0])
@@ -37,10 +39,28 @@ def test_adaptive_clipping_is_that_of_the_reference_for_every_shape(shape, max_r
 
 
 def test_clipping_many_tensors_is_scaling_each_by_its_factors():
-    kinds = [Unit(0), Unit(1), Unit(None), Unit(1, groups=2), Unit(None, groups=2), Unit(0), Unit(None), Unit(0)]
+    kinds = [
+        Unit(0),
+        Unit(1),
+        Unit(None),
+        Unit(1, groups=2),
+        Unit(None, groups=2),
+        Unit(0),
+        Unit(None),
+        Unit(0),
+    ]
     shapes = [(4, 3), (4, 3, 2), (5,), (4, 3, 2), (6,), (3, 2), (), (0, 3)]
-    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.float16] * 2
-    pairs = [pair(shape, i, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))]
+    dtypes = [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float64,
+        torch.float32,
+        torch.float16,
+    ] * 2
+    pairs = [
+        pair(shape, i, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=False))
+    ]
     pairs[2][0][0], pairs[5][0][0, 0] = 1e-8, float("nan")
     pairs += [[torch.zeros(3, 2), torch.ones(3, 2)], [torch.zeros(3), torch.ones(3)]]
     kinds += [Unit(0), Unit(None)]
@@ -67,19 +87,25 @@ def test_adaptive_clipping_by_hand():
 def test_a_transposed_convolution_has_its_outputs_in_dimension_1():
     grad, weight = pair((3, 4, 2, 2))
     turned = clip_adaptive_(grad.transpose(0, 1).clone(), weight.transpose(0, 1))
-    assert torch.allclose(clip_adaptive_(grad, weight, axis=1), turned.transpose(0, 1), rtol=1e-14, atol=0)
+    assert torch.allclose(
+        clip_adaptive_(grad, weight, axis=1), turned.transpose(0, 1), rtol=1e-14, atol=0
+    )
 
 
 def test_a_gain_may_be_one_unit():
     grad, weight = pair((4, 1, 1))
     expected = clip_adaptive_(grad.flatten().clone(), weight.flatten())
-    assert torch.allclose(clip_adaptive_(grad, weight, axis=None).flatten(), expected, rtol=1e-14, atol=0)
+    assert torch.allclose(
+        clip_adaptive_(grad, weight, axis=None).flatten(), expected, rtol=1e-14, atol=0
+    )
 
 
 def test_channels_last_and_contiguous_gradients_give_the_same():
     grad, weight = pair((4, 3, 2, 2))
     other = grad.clone(memory_format=torch.channels_last)
-    torch.testing.assert_close(clip_adaptive_(other, weight), clip_adaptive_(grad, weight), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        clip_adaptive_(other, weight), clip_adaptive_(grad, weight), rtol=1e-14, atol=0
+    )
 
 
 def test_a_ratio_that_no_unit_reaches_changes_no_bit():
@@ -108,7 +134,10 @@ def test_a_non_finite_gradient_stays_within_its_unit(bad):
 
 
 def test_half_gradients_are_measured_in_float32():
-    grad, weight = torch.full((1, 4), 6e4, dtype=torch.float16), torch.full((1, 4), 1.0, dtype=torch.float16)
+    grad, weight = (
+        torch.full((1, 4), 6e4, dtype=torch.float16),
+        torch.full((1, 4), 1.0, dtype=torch.float16),
+    )
     clip_adaptive_(grad, weight, max_ratio=0.5)  # the norm, 1.2e5, is no half number
     assert torch.equal(grad, torch.full((1, 4), 0.5, dtype=torch.float16))
     grad, weight = pair((8, 9), dtype=torch.bfloat16)
@@ -118,14 +147,23 @@ def test_half_gradients_are_measured_in_float32():
 
 def test_grouped_units_are_those_of_the_parts():
     grad, weight = pair((6, 4, 3))
-    expected = torch.cat([clip_adaptive_(g.clone(), w, axis=1) for g, w in zip(grad.chunk(2), weight.chunk(2))])  # noqa: B905
+    expected = torch.cat(
+        [
+            clip_adaptive_(g.clone(), w, axis=1)
+            for g, w in zip(grad.chunk(2), weight.chunk(2), strict=True)
+        ]
+    )
     factors = unit_factors([grad], [weight], [Unit(1, 2)], max_ratio=0.01, weight_floor=1e-3)
     scale_units_([grad], factors)
     torch.testing.assert_close(grad, expected, rtol=1e-14, atol=0)
 
 
 def test_many_tensors_of_several_dtypes_are_clipped_as_each_alone():
-    pairs = [pair(s, i, t) for i, s in enumerate(SHAPES) for t in (torch.float32, torch.float64, torch.bfloat16)]
+    pairs = [
+        pair(s, i, t)
+        for i, s in enumerate(SHAPES)
+        for t in (torch.float32, torch.float64, torch.bfloat16)
+    ]
     grads, weights = zip(*pairs, strict=True)
     alone = [clip_adaptive_(g.clone(), w) for g, w in pairs]
     units = [Unit(0 if g.dim() > 1 else None) for g in grads]
@@ -142,7 +180,11 @@ class NewStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves(args) if hasattr(t, "numel")}
+        given = {
+            t.untyped_storage().data_ptr()
+            for t in torch.utils._pytree.tree_leaves(args)
+            if hasattr(t, "numel")
+        }
         for tensor in torch.utils._pytree.tree_leaves(result):
             if hasattr(tensor, "numel") and tensor.untyped_storage().data_ptr() not in given:
                 self.largest = max(self.largest, tensor.numel())
@@ -153,7 +195,9 @@ def test_nothing_of_a_gradients_size_is_allocated():
     grad, weight = pair((10, 30, 3, 3), dtype=torch.float32)
     bias, start = pair((500,), dtype=torch.float32)
     with NewStorages() as new:
-        factors = unit_factors([grad, bias], [weight, start], [Unit(0), Unit(None)], max_ratio=0.01, weight_floor=1e-3)
+        factors = unit_factors(
+            [grad, bias], [weight, start], [Unit(0), Unit(None)], max_ratio=0.01, weight_floor=1e-3
+        )
         scale_units_([grad, bias], factors)
     assert new.largest <= 11
 
@@ -215,7 +259,9 @@ def test_norm_clipping_is_torchs_to_the_bit(dtype, max_norm, reference):
     clip_norm_(grads, gradient_norm(grads), max_norm=max_norm)
     assert all(torch.equal(a, p.grad) for a, p in zip(grads, theirs, strict=True))
     if dtype is torch.float64:
-        assert all(torch.allclose(a, b, rtol=1e-14, atol=0) for a, b in zip(grads, expected, strict=True))
+        assert all(
+            torch.allclose(a, b, rtol=1e-14, atol=0) for a, b in zip(grads, expected, strict=True)
+        )
 
 
 @pytest.mark.parametrize("max_value", [0.1, 1.0, 1e3])
@@ -236,21 +282,30 @@ def test_norm_and_value_by_hand():
     clip_norm_(grads, gradient_norm(grads), max_norm=5.0)  # norm 10, halved
     torch.testing.assert_close(grads[0], torch.tensor([3.0, 0.0]), rtol=1e-6, atol=0)
     clip_value_(grads, max_value=2.0)
-    torch.testing.assert_close(grads, [torch.tensor([2.0, 0.0]), torch.tensor([[2.0]])], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        grads, [torch.tensor([2.0, 0.0]), torch.tensor([[2.0]])], rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_norm_and_value_treat_non_finite_elements_as_torch_does(bad):
     for ours, theirs in (
-        (lambda g: clip_norm_(g, gradient_norm(g), max_norm=1.0), lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0)),
-        (lambda g: clip_value_(g, max_value=1.0), lambda p: torch.nn.utils.clip_grad_value_(p, 1.0)),
+        (
+            lambda g: clip_norm_(g, gradient_norm(g), max_norm=1.0),
+            lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0),
+        ),
+        (
+            lambda g: clip_value_(g, max_value=1.0),
+            lambda p: torch.nn.utils.clip_grad_value_(p, 1.0),
+        ),
     ):
         grads = [torch.tensor([1.0, bad]), torch.tensor([0.5])]
         parameters = parameters_with(grads)
         ours(grads)
         theirs(parameters)
         assert all(
-            torch.allclose(g, p.grad, rtol=0, atol=0, equal_nan=True) for g, p in zip(grads, parameters, strict=True)
+            torch.allclose(g, p.grad, rtol=0, atol=0, equal_nan=True)
+            for g, p in zip(grads, parameters, strict=True)
         )
 
 
@@ -264,7 +319,9 @@ def test_a_gpu_gives_the_numbers_of_the_cpu_without_waiting():
         grads, weights = zip(*tensors, strict=True)
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            scale_units_(grads, unit_factors(grads, weights, units, max_ratio=0.01, weight_floor=1e-3))
+            scale_units_(
+                grads, unit_factors(grads, weights, units, max_ratio=0.01, weight_floor=1e-3)
+            )
             clip_norm_(grads, gradient_norm(grads), max_norm=0.01)
             clip_value_(grads, max_value=1e-3)
         finally:

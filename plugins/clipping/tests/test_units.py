@@ -49,7 +49,9 @@ def test_agc_clips_every_layer_as_the_reference_does(kind, reference, generator)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                )
             parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             every = reference.units(module, name, parameter.shape)
             clipped = reference.clip_adaptive(parameter.grad, parameter.detach(), every, 0.8, 1e-3)
@@ -83,7 +85,9 @@ class Net(nn.Module):
     def __init__(self, finish, *, tied=False):
         super().__init__()
         self.table = nn.Embedding(5, 4)
-        self.head = nn.Linear(4, 5, bias=not tied)  # before the body, so that the last parameters are not the head's
+        self.head = nn.Linear(
+            4, 5, bias=not tied
+        )  # before the body, so that the last parameters are not the head's
         self.body = nn.Linear(4, 4)
         self.finish = finish
         if tied:
@@ -102,7 +106,9 @@ class Output:
 
 def total(output):
     for _ in range(2):
-        output = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
+        output = (
+            output.get("logits") if isinstance(output, dict) else getattr(output, "logits", output)
+        )
     return output.square().sum()
 
 
@@ -147,12 +153,16 @@ def test_a_named_head_overrules_the_record_and_none_leaves_nothing_alone():
 @pytest.mark.parametrize(("given", "spared"), [("1", "1.weight"), ("0.0", "0.0.weight")])
 def test_a_layer_called_by_a_number_can_be_named_in_a_specification(given, spared):
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 3)), nn.Linear(3, 3), nn.Linear(3, 2))
-    with regrad.attach(model, torch.optim.SGD(model.parameters()), [f"agc:head={given}"]) as attachment:
+    with regrad.attach(
+        model, torch.optim.SGD(model.parameters()), [f"agc:head={given}"]
+    ) as attachment:
         assert f"'agc' leaves the classifier head alone: {spared}" in attachment.receipt()["notes"]
 
 
 def test_a_convolution_may_be_the_head():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 1))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 8), nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 3, 1)
+    )
     assert spared_by(model, torch.randn(2, 4))[0] == {"3.weight"}
 
 
@@ -175,7 +185,10 @@ def test_several_outputs_have_several_heads():
     with regrad.attach(model, optimizer, ["agc"]) as attachment:
         sum(output.sum() for output in model(torch.ones(2, 4))).backward()
         optimizer.step()
-        assert "'agc' leaves the classifier head alone: one.weight, two.weight" in attachment.receipt()["notes"]
+        assert (
+            "'agc' leaves the classifier head alone: one.weight, two.weight"
+            in attachment.receipt()["notes"]
+        )
     assert spared_by(Two(), torch.randn(2, 4))[0] == {"two.weight"}  # the last linear layer called
 
 
@@ -203,7 +216,8 @@ def test_a_checkpointed_head_is_found():
 def test_a_model_without_linear_layers_must_name_its_head():
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Flatten())
     with pytest.raises(
-        regrad.RegradError, match=r"saw no classifier head in a training forward \(.*\); pass head='name'"
+        regrad.RegradError,
+        match=r"saw no classifier head in a training forward \(.*\); pass head='name'",
     ):
         spared_by(model, torch.randn(2, 1, 2, 2))
     assert spared_by(model, torch.randn(2, 1, 2, 2), head="0")[0] == {"0.weight"}
@@ -212,7 +226,9 @@ def test_a_model_without_linear_layers_must_name_its_head():
 def test_a_model_compiled_before_attach_must_name_its_head():
     model = torch.compile(Net(lambda x: x), backend="eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with pytest.raises(regrad.RegradError, match="cannot see a compiled model's head; pass head='name', or attach"):
+    with pytest.raises(
+        regrad.RegradError, match="cannot see a compiled model's head; pass head='name', or attach"
+    ):
         regrad.attach(model, optimizer, ["agc"])
     attachment = regrad.attach(model, optimizer, ["agc:head=head"])
     assert "head.weight" not in attachment.receipt()["corrections"][0]["matched"]
@@ -223,8 +239,16 @@ def test_a_model_compiled_before_attach_must_name_its_head():
 @pytest.mark.parametrize(
     ("model", "head", "message"),
     [
-        (lambda: Net(None), "haed", "head must name a module that has a weight, got 'haed'; did you mean 'head'"),
-        (lambda: nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU())), "0", "did you mean '0.1'"),
+        (
+            lambda: Net(None),
+            "haed",
+            "head must name a module that has a weight, got 'haed'; did you mean 'head'",
+        ),
+        (
+            lambda: nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU())),
+            "0",
+            "did you mean '0.1'",
+        ),
     ],
 )
 def test_a_head_that_is_no_layer_is_refused(model, head, message):
@@ -252,7 +276,10 @@ def test_the_axis_of_a_parameter_may_be_given(reference, generator):
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
-        (("body.weight",), "axis must be 'auto' or a list of 'pattern=dimension' or 'pattern=none', got 'body.weight'"),
+        (
+            ("body.weight",),
+            "axis must be 'auto' or a list of 'pattern=dimension' or 'pattern=none', got 'body.weight'",
+        ),
         (("body.weight=x",), "got 'body.weight=x'"),
         (("bdy.*=1",), r"axis must name parameters of the model, got 'bdy\.\*', which fits none"),
         (("body.*=1",), "axis must be below 1 for 'body.bias', got 1"),

@@ -7,6 +7,8 @@ def specs(options):
     """The parts' own strings for "gcgd:<part>.<option>=<value>,…", given as {(part, option): value}."""
     result = []
     for part in PARTS:
-        own = ",".join(f"{option}={value}" for (whose, option), value in options.items() if whose == part)
+        own = ",".join(
+            f"{option}={value}" for (whose, option), value in options.items() if whose == part
+        )
         result.append(f"{part}:{own}" if own else part)
     return result

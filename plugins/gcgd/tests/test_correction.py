@@ -9,11 +9,19 @@ class Block(nn.Module):
 
     def __init__(self, inside, outside, stride):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.BatchNorm2d(outside)
-        self.conv2, self.bn2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False), nn.BatchNorm2d(outside)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(inside, outside, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outside),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(outside, outside, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outside),
+        )
         self.relu, self.downsample = nn.ReLU(inplace=True), None
         if stride > 1 or inside != outside:
-            self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
 
     def forward(self, x):
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -58,8 +66,18 @@ class ResNet20(nn.Module):
 
 
 NETWORKS = {
-    "ResNet-20": (ResNet20, 16, [f"stages.{s}.2.conv2.weight" for s in range(3)], [f"stages.{s}" for s in range(3)]),
-    "ResNet-18": (ResNet18, 64, [f"layer{s}.1.conv2.weight" for s in range(1, 5)], [f"layer{s}" for s in range(1, 5)]),
+    "ResNet-20": (
+        ResNet20,
+        16,
+        [f"stages.{s}.2.conv2.weight" for s in range(3)],
+        [f"stages.{s}" for s in range(3)],
+    ),
+    "ResNet-18": (
+        ResNet18,
+        64,
+        [f"layer{s}.1.conv2.weight" for s in range(1, 5)],
+        [f"layer{s}" for s in range(1, 5)],
+    ),
 }
 
 
@@ -76,7 +94,10 @@ def make(network):
 def batches(count, size):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(4, 3, size, size, generator=generator), torch.randint(3, (4,), generator=generator))
+        (
+            torch.randn(4, 3, size, size, generator=generator),
+            torch.randint(3, (4,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -91,7 +112,11 @@ def train(model, data, specs, state=None):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(inputs), target).backward()
             optimizer.step()
-        return attachment.metrics(), attachment.receipt(), (optimizer.state_dict(), attachment.state_dict())
+        return (
+            attachment.metrics(),
+            attachment.receipt(),
+            (optimizer.state_dict(), attachment.state_dict()),
+        )
 
 
 def test_options_go_to_the_part_that_they_name(reference):
@@ -104,7 +129,10 @@ def test_options_go_to_the_part_that_they_name(reference):
 
 
 def test_options_without_a_part_are_refused():
-    with pytest.raises(TypeError, match="options of 'gcgd' must start with one of gcw, gcode and a dot, got 'weight'"):
+    with pytest.raises(
+        TypeError,
+        match="options of 'gcgd' must start with one of gcw, gcode and a dot, got 'weight'",
+    ):
         regrad.create("gcgd:weight=.2")
 
 
@@ -127,12 +155,18 @@ def test_the_composition_trains_as_its_parts_in_any_order_do(reference):
     network, size, *_ = NETWORKS["ResNet-20"]
     options = {("gcw", "warmup_steps"): 1, ("gcode", "warmup_steps"): 1, ("gcode", "fit_every"): 2}
     parts = reference.specs(options)
-    spec = "gcgd:" + ",".join(f"{part}.{option}={value}" for (part, option), value in options.items())
+    spec = "gcgd:" + ",".join(
+        f"{part}.{option}={value}" for (part, option), value in options.items()
+    )
     models = [make(network) for _ in range(5)]
-    for model, specs in zip(models, ([spec], parts, parts[::-1], parts[:1], parts[1:]), strict=True):
+    for model, specs in zip(
+        models, ([spec], parts, parts[::-1], parts[:1], parts[1:]), strict=True
+    ):
         train(model, batches(6, size), specs)
     together, *others = ([*model.parameters()] for model in models)
-    same = [all(torch.equal(a, b) for a, b in zip(together, other, strict=True)) for other in others]
+    same = [
+        all(torch.equal(a, b) for a, b in zip(together, other, strict=True)) for other in others
+    ]
     assert same == [True, True, False, False]
 
 
@@ -149,4 +183,6 @@ def test_a_resumed_run_is_the_same_bit_for_bit():
     again = network()
     again.load_state_dict(model.state_dict())
     train(again, data[4:], [spec], state)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True)
+    )

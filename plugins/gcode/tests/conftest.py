@@ -9,7 +9,9 @@ from torch import nn
 @pytest.fixture(scope="session")
 def reference():
     """The rule as in the card, from the file beside this one."""
-    spec = importlib.util.spec_from_file_location("gcode_reference", Path(__file__).with_name("reference.py"))
+    spec = importlib.util.spec_from_file_location(
+        "gcode_reference", Path(__file__).with_name("reference.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -63,7 +65,10 @@ def make_batches():
         generator = torch.Generator().manual_seed(seed)
         shape = (size, 2, 6, 6)
         return [
-            (torch.randn(shape, generator=generator, dtype=dtype), torch.randint(3, (size,), generator=generator))
+            (
+                torch.randn(shape, generator=generator, dtype=dtype),
+                torch.randint(3, (size,), generator=generator),
+            )
             for _ in range(count)
         ]
 

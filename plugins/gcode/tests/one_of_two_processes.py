@@ -21,10 +21,14 @@ def make_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         stages = [
-            nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1), nn.GroupNorm(2, outside), nn.Tanh())
+            nn.Sequential(
+                nn.Conv2d(inside, outside, 3, stride, 1), nn.GroupNorm(2, outside), nn.Tanh()
+            )
             for inside, outside, stride in ((2, 4, 1), (4, 4, 1), (4, 8, 2))
         ]
-        return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+        return nn.Sequential(
+            *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+        ).double()
 
 
 def batches():
@@ -48,8 +52,15 @@ def train(model, part, options):
 
 
 def flat(state):
-    adam = [t for kept in state.values() for s in kept["adam"]["state"].values() for t in s.values()]
-    return torch.cat([t.flatten() for t in (*(t for kept in state.values() for t in kept["branch"].values()), *adam)])
+    adam = [
+        t for kept in state.values() for s in kept["adam"]["state"].values() for t in s.values()
+    ]
+    return torch.cat(
+        [
+            t.flatten()
+            for t in (*(t for kept in state.values() for t in kept["branch"].values()), *adam)
+        ]
+    )
 
 
 def differs_between_ranks(state):
@@ -60,18 +71,26 @@ def differs_between_ranks(state):
 
 def main(rank, rendezvous):
     whole = {name: train(make_model(), slice(None), options) for name, options in OPTIONS.items()}
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
     part = slice(4 * rank, 4 * rank + 4)
     for name, options in OPTIONS.items():
         seen, state = train(DistributedDataParallel(make_model()), part, options)
         weights = zip(seen, whole[name][0], strict=True)
         difference = max((a.detach() - b.detach()).abs().max().item() for a, b in weights)
         sys.stdout.write(f"ddp-{name} {difference}\n")
-        sys.stdout.write(f"branches-{name} {(flat(state) - flat(whole[name][1])).abs().max().item()}\n")
+        sys.stdout.write(
+            f"branches-{name} {(flat(state) - flat(whole[name][1])).abs().max().item()}\n"
+        )
         sys.stdout.write(f"state-of-ranks-{name} {float(differs_between_ranks(state))}\n")
     model = DistributedDataParallel(make_model())
-    draw = nn.GroupNorm.reset_parameters  # as if libraries began differently on two machines: rank 0's weights count
-    nn.GroupNorm.reset_parameters = lambda module: [nn.init.constant_(p, rank + 1.0) for p in module.parameters()]
+    draw = (
+        nn.GroupNorm.reset_parameters
+    )  # as if libraries began differently on two machines: rank 0's weights count
+    nn.GroupNorm.reset_parameters = lambda module: [
+        nn.init.constant_(p, rank + 1.0) for p in module.parameters()
+    ]
     _, state = train(model, part, {})
     nn.GroupNorm.reset_parameters = draw
     sys.stdout.write(f"rank-0-counts {float(differs_between_ranks(state))}\n")

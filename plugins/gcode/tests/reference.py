@@ -29,7 +29,10 @@ def project(images, weights, stride):
             for y in range(0, len(image[0]), stride):
                 row = []
                 for x in range(0, len(image[0][0]), stride):
-                    row.append(bias[o] + sum(matrix[o, c, 0, 0] * image[c][y][x] for c in range(len(image))))
+                    row.append(
+                        bias[o]
+                        + sum(matrix[o, c, 0, 0] * image[c][y][x] for c in range(len(image)))
+                    )
                 rows.append(row)
             channels.append(rows)
         result.append(channels)
@@ -46,7 +49,10 @@ def normalize(image, weight, bias, groups):
         for c in members:
             result.append(
                 [
-                    [(pixel - mean) / (variance + EPSILON) ** 0.5 * weight[c] + bias[c] for pixel in row]
+                    [
+                        (pixel - mean) / (variance + EPSILON) ** 0.5 * weight[c] + bias[c]
+                        for pixel in row
+                    ]
                     for row in image[c]
                 ]
             )
@@ -74,8 +80,13 @@ def depthwise(image, weight, bias):
 def field(image, time, weights, groups):
     """dx/dt of one image: normalisation, depthwise 3×3, ReLU, time as one more channel, pointwise."""
     features = normalize(image, weights["field.norm.weight"], weights["field.norm.bias"], groups)
-    features = depthwise(features, weights["field.depthwise.weight"], weights["field.depthwise.bias"])
-    features = [[[pixel if pixel > 0 else pixel * 0 for pixel in row] for row in channel] for channel in features]
+    features = depthwise(
+        features, weights["field.depthwise.weight"], weights["field.depthwise.bias"]
+    )
+    features = [
+        [[pixel if pixel > 0 else pixel * 0 for pixel in row] for row in channel]
+        for channel in features
+    ]
     features.append([[time for _ in row] for row in features[0]])
     matrix, bias, result = weights["field.pointwise.weight"], weights["field.pointwise.bias"], []
     for o in range(matrix.shape[0]):
@@ -83,7 +94,10 @@ def field(image, time, weights, groups):
         for y in range(len(features[0])):
             row = []
             for x in range(len(features[0][0])):
-                row.append(bias[o] + sum(matrix[o, c, 0, 0] * channel[y][x] for c, channel in enumerate(features)))
+                row.append(
+                    bias[o]
+                    + sum(matrix[o, c, 0, 0] * channel[y][x] for c, channel in enumerate(features))
+                )
             rows.append(row)
         result.append(rows)
     return result
@@ -91,7 +105,10 @@ def field(image, time, weights, groups):
 
 def moved(image, slope, length):
     return [
-        [[pixel + length * change for pixel, change in zip(*rows, strict=True)] for rows in zip(*channels, strict=True)]
+        [
+            [pixel + length * change for pixel, change in zip(*rows, strict=True)]
+            for rows in zip(*channels, strict=True)
+        ]
         for channels in zip(image, slope, strict=True)
     ]
 
@@ -120,7 +137,10 @@ def correct(gradient, extra, *, norm="free", flow="branch"):
     """The corrected gradient of h, sample by sample, of the gradient as it comes and of λ J_branchᵀ g."""
     result = []
     for r, e in zip(gradient, extra, strict=True):
-        length, total = sum(v * v for v in r.flatten()) ** 0.5, sum(v * v for v in (r + e).flatten()) ** 0.5
+        length, total = (
+            sum(v * v for v in r.flatten()) ** 0.5,
+            sum(v * v for v in (r + e).flatten()) ** 0.5,
+        )
         if flow == "scale":
             result.append(r * (total / length if length > 0 else 1.0))
         elif norm == "keep":

@@ -43,7 +43,9 @@ def test_where_the_shapes_agree_and_the_field_is_zero_the_branch_is_the_identity
     assert torch.equal(branch(hidden), hidden)
 
 
-@pytest.mark.parametrize("solver", ["rk4", "heun3", "dopri5", "bosh3", "adaptive_heun", "fehlberg2", "dopri8"])
+@pytest.mark.parametrize(
+    "solver", ["rk4", "heun3", "dopri5", "bosh3", "adaptive_heun", "fehlberg2", "dopri8"]
+)
 def test_other_solvers_come_near_the_exact_solution(solver):
     branch, hidden = make_branch((2, 4, 4), (4, 2, 2), solver), images(2, 2, 4, 4)
     times = torch.linspace(0, 1, 101, dtype=torch.float64)
@@ -54,7 +56,10 @@ def test_other_solvers_come_near_the_exact_solution(solver):
 
 @pytest.mark.parametrize("solver", ["midpoint", "dopri5"])
 def test_the_adjoint_writes_no_gradient_into_the_field(solver):
-    branch, hidden = make_branch((4, 3, 3), (4, 3, 3), solver, adjoint=True), images(2, 4, 3, 3).requires_grad_()
+    branch, hidden = (
+        make_branch((4, 3, 3), (4, 3, 3), solver, adjoint=True),
+        images(2, 4, 3, 3).requires_grad_(),
+    )
     branch.requires_grad_(False)
     branch(hidden).sum().backward()
     assert hidden.grad is not None
@@ -63,11 +68,14 @@ def test_the_adjoint_writes_no_gradient_into_the_field(solver):
 
 def test_the_adjoint_gives_the_gradient_of_the_solution(reference):
     direct, adjoint = (
-        make_branch((4, 3, 3), (4, 3, 3), "dopri5", flag).requires_grad_(False) for flag in (False, True)
+        make_branch((4, 3, 3), (4, 3, 3), "dopri5", flag).requires_grad_(False)
+        for flag in (False, True)
     )
     gradients = []
     for branch in (direct, adjoint):
-        branch.field.pointwise.weight.data.mul_(0.3)  # a calm field: there the solver's tolerance shows
+        branch.field.pointwise.weight.data.mul_(
+            0.3
+        )  # a calm field: there the solver's tolerance shows
         hidden = images(2, 4, 3, 3).requires_grad_()
         gradients.append(torch.autograd.grad(branch(hidden).square().sum(), hidden)[0])
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)  # both to the solver's tolerance
@@ -77,7 +85,11 @@ def test_the_adjoint_gives_the_gradient_of_the_solution(reference):
 def test_a_fit_under_the_adjoint_differentiates_the_steps():
     branches = [make_branch((2, 4, 4), (4, 2, 2), "midpoint", flag) for flag in (False, True)]
     for one, other in zip(
-        *(torch.autograd.grad(b(images(2, 2, 4, 4)).square().mean(), [*b.parameters()]) for b in branches), strict=True
+        *(
+            torch.autograd.grad(b(images(2, 2, 4, 4)).square().mean(), [*b.parameters()])
+            for b in branches
+        ),
+        strict=True,
     ):
         assert torch.equal(one, other)
 
@@ -93,19 +105,31 @@ def test_a_field_takes_any_number_of_channels_at_one_pixel(channels):
     ("before", "after"), [((4, 15, 15), (8, 7, 7)), ((4, 4, 4), (4, 8, 8)), ((4, 8, 15), (8, 4, 7))]
 )
 def test_sizes_that_no_stride_joins_are_refused(before, after):
-    with pytest.raises(regrad.RegradError, match=r"stages must shrink images by a stride, got \(4, .*; name others"):
+    with pytest.raises(
+        regrad.RegradError, match=r"stages must shrink images by a stride, got \(4, .*; name others"
+    ):
         make_branch(before, after)
 
 
-@pytest.mark.parametrize(("before", "after"), [((4, 7, 7), (8, 4, 4)), ((4, 8, 6), (8, 2, 3)), ((4, 7, 8), (8, 1, 1))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((4, 7, 7), (8, 4, 4)), ((4, 8, 6), (8, 2, 3)), ((4, 7, 8), (8, 1, 1))]
+)
 def test_odd_and_uneven_sizes_have_their_strides(before, after):
     assert make_branch(before, after)(images(1, *before)).shape == (1, *after)
 
 
 def test_a_branch_of_channels_last_images_with_frozen_weights_gives_the_numbers_of_contiguous_ones():
     results = []
-    for layout in (torch.contiguous_format, torch.channels_last):  # crashed the interpreter with torch 2.13 on CPU
-        branch = make_branch((16, 4, 4), (32, 2, 2)).float().requires_grad_(False).to(memory_format=layout)
+    for layout in (
+        torch.contiguous_format,
+        torch.channels_last,
+    ):  # crashed the interpreter with torch 2.13 on CPU
+        branch = (
+            make_branch((16, 4, 4), (32, 2, 2))
+            .float()
+            .requires_grad_(False)
+            .to(memory_format=layout)
+        )
         hidden = images(4, 16, 4, 4).float().contiguous(memory_format=layout).requires_grad_()
         value = branch(hidden)
         results.append([value.detach(), *torch.autograd.grad(value.square().sum(), hidden)])

@@ -63,7 +63,9 @@ def test_every_gradient_is_that_of_the_reference(options, reference, make_networ
                     **options,
                 )
             else:
-                expected = torch.autograd.grad(loss_of(model(inputs), target), [*model.parameters()])
+                expected = torch.autograd.grad(
+                    loss_of(model(inputs), target), [*model.parameters()]
+                )
             for parameter, wanted in zip(model.parameters(), expected, strict=True):
                 torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=1e-12)
             optimizer.step()
@@ -78,14 +80,21 @@ def test_fits_are_adam_on_the_mean_square_between_branch_and_stage(make_network,
             optimizer.zero_grad()
             loss_of(model(inputs), target).backward()
             if not twins:
-                branches = {name: copy.deepcopy(pair.branch) for name, pair in correction._pairs.items()}
-                twins = {name: (b, torch.optim.Adam(b.parameters(), lr=0.01)) for name, b in branches.items()}
+                branches = {
+                    name: copy.deepcopy(pair.branch) for name, pair in correction._pairs.items()
+                }
+                twins = {
+                    name: (b, torch.optim.Adam(b.parameters(), lr=0.01))
+                    for name, b in branches.items()
+                }
             if index % 3 == 2:
                 fits += 1
                 hidden = [torch.tanh(model.stem(inputs))]
                 hidden += [model.layer1(hidden[0])]
                 hidden += [model.layer2(hidden[1])]
-                for before, after, (branch, adam) in zip(hidden, hidden[1:], twins.values(), strict=False):
+                for before, after, (branch, adam) in zip(
+                    hidden, hidden[1:], twins.values(), strict=False
+                ):
                     branch.requires_grad_(True)
                     adam.zero_grad()
                     (branch(before.detach()) - after.detach()).square().mean().backward()
@@ -137,7 +146,9 @@ def make_normalised():
     return make
 
 
-def test_the_forward_keeps_every_bit_the_heads_gradient_too_and_the_stems_changes(make_normalised, make_batches):
+def test_the_forward_keeps_every_bit_the_heads_gradient_too_and_the_stems_changes(
+    make_normalised, make_batches
+):
     model, batches = make_normalised(torch.float32), make_batches(6, dtype=torch.float32)
     optimizer = sgd(model)
     with regrad.attach(model, optimizer, [GCODE(weight=0.5, warmup_steps=1)]):
@@ -151,9 +162,15 @@ def test_the_forward_keeps_every_bit_the_heads_gradient_too_and_the_stems_change
             assert torch.equal(logits, expected)
             for name, buffer in plain.named_buffers():
                 assert torch.equal(model.get_buffer(name), buffer)
-            changed = {n: not torch.equal(p.grad, plain.get_parameter(n).grad) for n, p in model.named_parameters()}
+            changed = {
+                n: not torch.equal(p.grad, plain.get_parameter(n).grad)
+                for n, p in model.named_parameters()
+            }
             whole = {n: index > 0 and not n.startswith(("head", "layer3")) for n in changed}
-            dead = "layer1.0.bias", "layer2.0.bias"  # batch normalisation leaves rounding errors of their gradients
+            dead = (
+                "layer1.0.bias",
+                "layer2.0.bias",
+            )  # batch normalisation leaves rounding errors of their gradients
             assert all(changed[n] == whole[n] for n in changed if n not in dead)
             optimizer.step()
 
@@ -163,7 +180,9 @@ def test_writing_in_place_behind_a_stage_gives_the_numbers_of_a_copy(make_normal
     for inplace in (True, False):
         model = make_normalised()
         model.relu.inplace = inplace
-        results.append(train(model, make_batches(9), GCODE(weight=0.5, warmup_steps=2, fit_every=2)))
+        results.append(
+            train(model, make_batches(9), GCODE(weight=0.5, warmup_steps=2, fit_every=2))
+        )
     for one, other in zip(results[0][0], results[1][0], strict=True):
         assert torch.equal(one, other)
     assert results[0][1] == results[1][1]
@@ -175,12 +194,18 @@ class Viewed(nn.Module):
     def __init__(self, inplace):
         super().__init__()
         self.stem, self.head = nn.Conv2d(2, 4, 3, 1, 1), nn.Linear(8, 3)
-        self.layer1 = nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.Unflatten(1, (4, 1)), nn.Flatten(1, 2))
-        self.layer2 = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.Unflatten(1, (8, 1)), nn.Flatten(1, 2))
+        self.layer1 = nn.Sequential(
+            nn.Conv2d(4, 4, 3, 1, 1), nn.Unflatten(1, (4, 1)), nn.Flatten(1, 2)
+        )
+        self.layer2 = nn.Sequential(
+            nn.Conv2d(4, 8, 3, 2, 1), nn.Unflatten(1, (8, 1)), nn.Flatten(1, 2)
+        )
         self.relu = nn.ReLU(inplace)
 
     def forward(self, x):
-        return self.head(self.relu(self.layer2(self.relu(self.layer1(self.stem(x))))).mean(dim=(2, 3)))
+        return self.head(
+            self.relu(self.layer2(self.relu(self.layer1(self.stem(x))))).mean(dim=(2, 3))
+        )
 
 
 def test_a_view_written_in_place_behind_a_stage_is_refused(make_batches):
@@ -191,7 +216,9 @@ def test_a_view_written_in_place_behind_a_stage_is_refused(make_batches):
         with regrad.attach(model, optimizer, [GCODE(weight=0.5, warmup_steps=1)]) as attachment:
             step_of(model, optimizer, inputs, target)
             if inplace:
-                with pytest.raises(regrad.RegradError, match="'layer2' ends in a view that is written in place"):
+                with pytest.raises(
+                    regrad.RegradError, match="'layer2' ends in a view that is written in place"
+                ):
                     step_of(model, optimizer, inputs, target)
             else:
                 step_of(model, optimizer, inputs, target)
@@ -225,7 +252,9 @@ def test_norm_keep_keeps_the_norm_of_every_sample(make_network, make_batches):
     for norm in ("keep", "free"):
         twin = copy.deepcopy(model)
         optimizer = sgd(twin)
-        with regrad.attach(twin, optimizer, [GCODE(weight=0.5, warmup_steps=1, norm=norm)]) as attachment:
+        with regrad.attach(
+            twin, optimizer, [GCODE(weight=0.5, warmup_steps=1, norm=norm)]
+        ) as attachment:
             step_of(twin, optimizer, inputs, target)
             step_of(twin, optimizer, inputs, target)
             norms[norm] = attachment.metrics()["gcode/norm_ratio_layer1"]
@@ -233,7 +262,9 @@ def test_norm_keep_keeps_the_norm_of_every_sample(make_network, make_batches):
     assert abs(norms["free"] - 1) > 1e-3
 
 
-def test_the_models_state_has_no_new_key_and_the_task_never_trains_the_branch(make_network, make_batches):
+def test_the_models_state_has_no_new_key_and_the_task_never_trains_the_branch(
+    make_network, make_batches
+):
     model, keys = make_network(), set(make_network().state_dict())
     optimizer, correction = sgd(model), GCODE(weight=0.5, warmup_steps=1, fit_every=100)
     states = []
@@ -246,7 +277,10 @@ def test_the_models_state_has_no_new_key_and_the_task_never_trains_the_branch(ma
     assert {id(p) for p in branches}.isdisjoint(map(id, model.parameters()))
     assert all(p.grad is None for p in branches)
     for name, kept in states[0].items():
-        assert all(torch.equal(value, states[-1][name]["branch"][key]) for key, value in kept["branch"].items())
+        assert all(
+            torch.equal(value, states[-1][name]["branch"][key])
+            for key, value in kept["branch"].items()
+        )
 
 
 def test_a_fit_leaves_the_network_alone(make_network, make_batches):
@@ -289,7 +323,9 @@ def test_detach_removes_everything_even_from_a_graph_that_waits(make_network, ma
     attachment.detach()
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     gradients = torch.autograd.grad(waiting, [*model.parameters()])
-    expected = torch.autograd.grad(loss_of(model(batches[1][0]), batches[1][1]), [*model.parameters()])
+    expected = torch.autograd.grad(
+        loss_of(model(batches[1][0]), batches[1][1]), [*model.parameters()]
+    )
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
@@ -348,11 +384,16 @@ def test_a_state_of_other_stages_is_refused(make_network, make_batches):
         step_of(model, optimizer, *make_batches(1)[0])
         state = correction.state_dict()
         state["layer9"] = state.pop("layer2")
-        with pytest.raises(regrad.RegradError, match="state must be of the stages layer1, layer2, got layer1, layer9"):
+        with pytest.raises(
+            regrad.RegradError,
+            match="state must be of the stages layer1, layer2, got layer1, layer9",
+        ):
             correction.load_state_dict(state)
 
 
-def test_no_global_random_number_is_drawn_and_the_seed_alone_fixes_the_branches(make_network, make_batches):
+def test_no_global_random_number_is_drawn_and_the_seed_alone_fixes_the_branches(
+    make_network, make_batches
+):
     states = []
     for seed, outside in ((0, 1), (0, 2), (7, 1)):
         with torch.random.fork_rng():
@@ -398,7 +439,9 @@ def test_the_receipt_names_the_stages(make_network, make_batches):
 def test_explain_shows_each_pair_and_changes_nothing(make_network, make_batches):
     model, batches = make_network(), make_batches(4)
     optimizer = sgd(model)
-    with regrad.attach(model, optimizer, [GCODE(weight=0.5, warmup_steps=2)], nn.CrossEntropyLoss()) as attachment:
+    with regrad.attach(
+        model, optimizer, [GCODE(weight=0.5, warmup_steps=2)], nn.CrossEntropyLoss()
+    ) as attachment:
         for inputs, target in batches[:3]:
             step_of(model, optimizer, inputs, target)
         before = attachment.state_dict()["corrections"]["gcode"]
@@ -406,7 +449,9 @@ def test_explain_shows_each_pair_and_changes_nothing(make_network, make_batches)
         after = attachment.state_dict()["corrections"]["gcode"]
     assert {row["tensor"] for row in rows if row["relative_change"] > 0} == {"layer1", "layer2"}
     for name, kept in before.items():
-        assert all(torch.equal(value, after[name]["branch"][key]) for key, value in kept["branch"].items())
+        assert all(
+            torch.equal(value, after[name]["branch"][key]) for key, value in kept["branch"].items()
+        )
 
 
 def test_the_control_scales_the_same_layers_by_the_same_options():
@@ -425,7 +470,10 @@ def test_the_control_keeps_directions_and_takes_the_branchs_norms(make_network, 
     model, (inputs, target), ratios = make_network(), make_batches(1)[0], {}
     for flow in ("branch", "scale"):
         twin = copy.deepcopy(model)
-        optimizer, correction = torch.optim.SGD(twin.parameters(), lr=0.0), GCODE(weight=0.5, warmup_steps=1, flow=flow)
+        optimizer, correction = (
+            torch.optim.SGD(twin.parameters(), lr=0.0),
+            GCODE(weight=0.5, warmup_steps=1, flow=flow),
+        )
         with regrad.attach(twin, optimizer, [correction]):
             step_of(twin, optimizer, inputs, target)
             optimizer.zero_grad()
@@ -466,11 +514,15 @@ def test_an_unknown_solver_or_flow_is_refused():
 
 def test_a_compiled_model_is_refused(make_network):
     model = make_network()
-    with pytest.raises(regrad.RegradError, match="'gcode' must see the stages of a model that is not compiled"):
+    with pytest.raises(
+        regrad.RegradError, match="'gcode' must see the stages of a model that is not compiled"
+    ):
         regrad.attach(torch.compile(model, backend="eager"), sgd(model), [GCODE()])
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own compiler
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own compiler
 def test_a_model_compiled_after_attach_gives_the_same_numbers(make_network, make_batches):
     batches, options = make_batches(5), {"weight": 0.5, "warmup_steps": 1}
     plain, _ = train(make_network(), batches, GCODE(**options))

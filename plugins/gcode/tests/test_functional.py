@@ -9,13 +9,16 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "stride", "groups"), [((2, 4, 4), (4, 2, 2), 2, 1), ((4, 3, 3),) * 2 + (1, 1)]
+    ("before", "after", "stride", "groups"),
+    [((2, 4, 4), (4, 2, 2), 2, 1), ((4, 3, 3),) * 2 + (1, 1)],
 )
 def test_a_gradient_pulled_back_is_the_references(before, after, stride, groups, reference):
     branch = Branch(before, after, solver="midpoint", adjoint=False).double()
     hidden, gradient = draw(2, *before), draw(2, *after, seed=1)
     got = pull_back(branch, hidden, gradient, dtype=torch.float64)
-    expected = reference.pull_back(hidden, gradient, branch.state_dict(), stride=stride, groups=groups)
+    expected = reference.pull_back(
+        hidden, gradient, branch.state_dict(), stride=stride, groups=groups
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert all(parameter.grad is None for parameter in branch.parameters())
 
@@ -29,7 +32,10 @@ def test_pulling_back_under_autocast_changes_no_bit():
 
 
 def test_pulling_back_is_linear_in_the_gradient():
-    branch, hidden = Branch((2, 4, 4), (4, 2, 2), solver="rk4", adjoint=False).double(), draw(2, 2, 4, 4)
+    branch, hidden = (
+        Branch((2, 4, 4), (4, 2, 2), solver="rk4", adjoint=False).double(),
+        draw(2, 2, 4, 4),
+    )
     one, other = draw(2, 4, 2, 2, seed=1), draw(2, 4, 2, 2, seed=2)
     whole = pull_back(branch, hidden, 1024 * one - other, dtype=torch.float64)
     parts = [pull_back(branch, hidden, part, dtype=torch.float64) for part in (one, other)]
@@ -40,8 +46,14 @@ def test_pulling_back_is_linear_in_the_gradient():
 def test_the_sum_is_the_references(options, reference):
     gradient, extra = draw(3, 2, 4, 4), draw(3, 2, 4, 4, seed=1)
     scaled = options.get("flow") == "scale"
-    got = scale_flow(gradient, extra) if scaled else add_flow(gradient, extra, keep_norm="norm" in options)
-    torch.testing.assert_close(got, reference.correct(gradient, extra, **options), rtol=0, atol=1e-13)
+    got = (
+        scale_flow(gradient, extra)
+        if scaled
+        else add_flow(gradient, extra, keep_norm="norm" in options)
+    )
+    torch.testing.assert_close(
+        got, reference.correct(gradient, extra, **options), rtol=0, atol=1e-13
+    )
 
 
 def test_sums_by_hand():
@@ -52,7 +64,9 @@ def test_sums_by_hand():
     assert scale_flow(r, e).tolist() == [[6, 8], [0, 2]]
 
 
-@pytest.mark.parametrize("function", [add_flow, scale_flow, lambda r, e: add_flow(r, e, keep_norm=True)])
+@pytest.mark.parametrize(
+    "function", [add_flow, scale_flow, lambda r, e: add_flow(r, e, keep_norm=True)]
+)
 def test_nothing_added_and_gradients_of_zero_give_what_was_there(function):
     r, nothing = draw(3, 5), torch.zeros(3, 5, dtype=torch.float64)
     r[1] = 0

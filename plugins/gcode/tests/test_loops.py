@@ -35,7 +35,11 @@ def assert_same(one, other, **tolerance):
 
 
 def branches_of(correction):
-    return {(n, key): value for n, kept in correction.state_dict().items() for key, value in kept["branch"].items()}
+    return {
+        (n, key): value
+        for n, kept in correction.state_dict().items()
+        for key, value in kept["branch"].items()
+    }
 
 
 class Checkpointed(nn.Module):
@@ -58,7 +62,9 @@ class Checkpointed(nn.Module):
         elif self.parts == "last":
             x = self.call(net.layer2, net.layer1(x))
         else:
-            x = self.call(lambda h: torch.tanh(net.layer2(net.layer1(torch.tanh(h)))), torch.atanh(x))
+            x = self.call(
+                lambda h: torch.tanh(net.layer2(net.layer1(torch.tanh(h)))), torch.atanh(x)
+            )
             x = torch.atanh(x)
         return net.head(x.mean(dim=(2, 3)))
 
@@ -66,7 +72,9 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("parts", ["stages", "both", "last", "more"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_of_both_kinds_give_the_numbers_without(reentrant, parts, early, make_network, make_batches):
+def test_checkpoints_of_both_kinds_give_the_numbers_without(
+    reentrant, parts, early, make_network, make_batches
+):
     batches = make_batches(6)
     plain = make_network()
     expected = train(plain, batches)
@@ -79,13 +87,20 @@ def test_checkpoints_of_both_kinds_give_the_numbers_without(reentrant, parts, ea
     with set_checkpoint_early_stop(early):
         got = train(model, batches)
     assert_same(model.network, plain)
-    for (_, value), (_, wanted) in zip(branches_of(got).items(), branches_of(expected).items(), strict=True):
+    for (_, value), (_, wanted) in zip(
+        branches_of(got).items(), branches_of(expected).items(), strict=True
+    ):
         assert torch.equal(value, wanted)
 
 
-def test_running_a_stage_again_in_backward_is_no_later_forward_to_fit_to(make_network, make_batches):
+def test_running_a_stage_again_in_backward_is_no_later_forward_to_fit_to(
+    make_network, make_batches
+):
     results = []
-    for wrap in (lambda network: network, lambda network: Checkpointed(network, "stages", reentrant=False)):
+    for wrap in (
+        lambda network: network,
+        lambda network: Checkpointed(network, "stages", reentrant=False),
+    ):
         network = make_network()
         model, optimizer, correction = wrap(network), sgd(network), GCODE(**STRONG)
         with regrad.attach(model, optimizer, [correction]):
@@ -93,7 +108,9 @@ def test_running_a_stage_again_in_backward_is_no_later_forward_to_fit_to(make_ne
                 optimizer.zero_grad()
                 parts = zip(inputs.split(4), target.split(4), strict=True)
                 with set_checkpoint_early_stop(False):
-                    sum([loss_of(model(x), y) for x, y in parts]).backward()  # both forwards before any backward
+                    sum(
+                        [loss_of(model(x), y) for x, y in parts]
+                    ).backward()  # both forwards before any backward
                 optimizer.step()
         results.append([*branches_of(correction).values(), *network.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -124,7 +141,9 @@ def test_a_checkpoint_that_cuts_through_a_stage_is_right_or_refused(make_batches
             torch.manual_seed(0)
             shapes = [(2, 4, 1), (4, 4, 1), (4, 4, 1), (4, 8, 2), (8, 8, 1)]
             layers = [nn.Conv2d(i, o, 3, stride, 1) for i, o, stride in shapes]
-            return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+            return nn.Sequential(
+                *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+            ).double()
 
     class Cut(nn.Module):
         def __init__(self, reentrant):
@@ -142,7 +161,8 @@ def test_a_checkpoint_that_cuts_through_a_stage_is_right_or_refused(make_batches
     train(right, batches)
     assert_same(right.net, plain)
     with pytest.raises(
-        regrad.RegradError, match="'gcode' must see whole stages; checkpoint them whole, or with use_re"
+        regrad.RegradError,
+        match="'gcode' must see whole stages; checkpoint them whole, or with use_re",
     ):
         train(Cut(reentrant=True), batches)
 
@@ -157,7 +177,8 @@ def test_a_graph_kept_for_a_second_backward_injects_in_both(make_network, make_b
         for called in (model, wrapped):
             loss = loss_of(called(inputs), target)
             first, second = (
-                torch.autograd.grad(loss, [*model.parameters()], retain_graph=again) for again in (True, False)
+                torch.autograd.grad(loss, [*model.parameters()], retain_graph=again)
+                for again in (True, False)
             )
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -193,8 +214,12 @@ def test_stages_shared_within_a_forward_inject_once_per_call(same, make_network,
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"fit_every": 1000}, {}, {"norm": "keep"}, {"flow": "scale"}], ids=str)
-def test_four_parts_of_a_batch_are_the_batch_and_fits_see_all_of_them(options, make_network, make_batches):
+@pytest.mark.parametrize(
+    "options", [{"fit_every": 1000}, {}, {"norm": "keep"}, {"flow": "scale"}], ids=str
+)
+def test_four_parts_of_a_batch_are_the_batch_and_fits_see_all_of_them(
+    options, make_network, make_batches
+):
     models, branches = [], []
     for parts in (1, 4):
         model = make_network()
@@ -216,7 +241,9 @@ def test_a_fit_counts_rows_and_not_parts(together, make_network, make_batches):
                 optimizer.zero_grad()
                 parts = zip(inputs.split(sizes), target.split(sizes), strict=True)
                 losses = (loss_of(model(x), y, reduction="sum") for x, y in parts)
-                for loss in [sum(losses)] if together else losses:  # one backward for all forwards, or one each
+                for loss in (
+                    [sum(losses)] if together else losses
+                ):  # one backward for all forwards, or one each
                     loss.backward()
                 optimizer.step()
         branches.append(branches_of(correction))
@@ -225,7 +252,9 @@ def test_a_fit_counts_rows_and_not_parts(together, make_network, make_batches):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_an_overflow_is_as_if_the_batch_had_not_been_and_the_scale_is_transparent(fused, make_network, make_batches):
+def test_an_overflow_is_as_if_the_batch_had_not_been_and_the_scale_is_transparent(
+    fused, make_network, make_batches
+):
     models, states = [], []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
         model = make_network(torch.float32)
@@ -255,7 +284,9 @@ def test_an_overflow_is_as_if_the_batch_had_not_been_and_the_scale_is_transparen
         torch.testing.assert_close(value, states[1][key], rtol=1e-4, atol=1e-6)
 
 
-def test_under_autocast_the_branch_stays_in_float32_and_the_numbers_come_near(make_network, make_batches):
+def test_under_autocast_the_branch_stays_in_float32_and_the_numbers_come_near(
+    make_network, make_batches
+):
     models = []
     for enabled in (True, False):
         model = make_network(torch.float32)
@@ -263,7 +294,9 @@ def test_under_autocast_the_branch_stays_in_float32_and_the_numbers_come_near(ma
         with regrad.attach(model, optimizer, [correction]):
             for inputs, target in make_batches(6, dtype=torch.float32):
                 optimizer.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):  # forward, backward and step inside
+                with torch.autocast(
+                    "cpu", torch.bfloat16, enabled=enabled
+                ):  # forward, backward and step inside
                     loss_of(model(inputs).float(), target).backward()
                     optimizer.step()
         assert {value.dtype for value in branches_of(correction).values()} == {torch.float32}
@@ -295,7 +328,9 @@ def test_a_network_in_bf16_has_branches_in_float32(make_network, make_batches):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_a_closure_gives_the_numbers_of_the_plain_loop_and_several_calls_are_refused(make_network, make_batches):
+def test_a_closure_gives_the_numbers_of_the_plain_loop_and_several_calls_are_refused(
+    make_network, make_batches
+):
     batches = make_batches(6)
     plain, inside = make_network(), make_network()
     train(plain, batches)
@@ -311,7 +346,9 @@ def test_a_closure_gives_the_numbers_of_the_plain_loop_and_several_calls_are_ref
 
             optimizer.step(closure)
     assert_same(plain, inside)
-    with pytest.raises(regrad.RegradError, match="'gcode' must see one closure call; LBFGS makes several"):
+    with pytest.raises(
+        regrad.RegradError, match="'gcode' must see one closure call; LBFGS makes several"
+    ):
         regrad.attach(plain, torch.optim.LBFGS(plain.parameters()), [GCODE()])
 
 
@@ -323,7 +360,9 @@ def test_channels_last_gives_the_numbers_of_contiguous_images(make_network, make
         models.append((model, branches_of(train(model, batches))))
     assert_same(models[0][0], models[1][0], rtol=0, atol=1e-12)
     for key, value in models[0][1].items():
-        torch.testing.assert_close(value, models[1][1][key], rtol=0, atol=1e-10)  # Adam divides by small numbers
+        torch.testing.assert_close(
+            value, models[1][1][key], rtol=0, atol=1e-10
+        )  # Adam divides by small numbers
 
 
 @pytest.mark.parametrize("solver", ["midpoint", "dopri5"])
@@ -331,8 +370,12 @@ def test_the_adjoint_trains_without_gradients_in_the_field(solver, make_network,
     plain, model, batches = make_network(), make_network(), make_batches(4)
     train(plain, batches, solver=solver)
     correction = train(model, batches, solver=solver, adjoint=True)
-    assert all(p.grad is None for pair in correction._pairs.values() for p in pair.branch.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    assert all(
+        p.grad is None for pair in correction._pairs.values() for p in pair.branch.parameters()
+    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_a_frozen_stem_and_a_frozen_stage_train_the_rest(make_network, make_batches):
@@ -362,13 +405,19 @@ def test_a_loss_that_leaves_out_the_last_stage_adds_nothing_there(make_network, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{}, {"norm": "keep"}, {"flow": "scale"}, {"solver": "dopri5"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "keep"}, {"flow": "scale"}, {"solver": "dopri5"}], ids=str
+)
 def test_a_gpu_trains_to_the_weights_of_the_cpu(options, make_network, make_batches):
     models = []
     for device in ("cpu", "cuda"):
         model = make_network().to(device)
         state = torch.cuda.get_rng_state()
-        train(model, [(inputs.to(device), target.to(device)) for inputs, target in make_batches(8)], **options)
+        train(
+            model,
+            [(inputs.to(device), target.to(device)) for inputs, target in make_batches(8)],
+            **options,
+        )
         assert torch.equal(torch.cuda.get_rng_state(), state)
         models.append(model.cpu())
     assert_same(*models, rtol=1e-9, atol=1e-9)

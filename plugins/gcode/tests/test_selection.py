@@ -32,7 +32,9 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(outside // 4, outside, 1)
         self.pool, self.gate = nn.AdaptiveAvgPool2d(1), nn.Conv2d(outside, outside, 1)
         changes = stride > 1 or inside != outside
-        self.downsample = nn.Sequential(*([nn.Conv2d(inside, outside, 1, stride)] if changes else []))
+        self.downsample = nn.Sequential(
+            *([nn.Conv2d(inside, outside, 1, stride)] if changes else [])
+        )
 
     def forward(self, x):
         y = self.conv3(self.conv2(self.conv1(x)))
@@ -48,7 +50,9 @@ class ImageNetResNet(nn.Module):
         self.names = [names.format(index) for index in (1, 2, 3, 4)]
         for index, name in enumerate(self.names):
             first = block(widths[index], widths[index + 1], 1 if index == 0 else 2)
-            setattr(self, name, nn.Sequential(first, block(widths[index + 1], widths[index + 1], 1)))
+            setattr(
+                self, name, nn.Sequential(first, block(widths[index + 1], widths[index + 1], 1))
+            )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(32, 3)
 
@@ -108,14 +112,18 @@ def attached(model, size, **options):
     with regrad.attach(model, optimizer, [correction]):
         for _ in range(2):
             optimizer.zero_grad()
-            model(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+            model(
+                torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+            ).square().sum().backward()
             optimizer.step()
     return correction
 
 
 def pairs_of(model, size, **options):
     correction = attached(model, size, **options)
-    seen = {key.removeprefix("cosine_") for key in correction.metrics() if key.startswith("cosine_")}
+    seen = {
+        key.removeprefix("cosine_") for key in correction.metrics() if key.startswith("cosine_")
+    }
     assert seen == set(correction.state_dict())  # every pair injected
     return list(correction.state_dict())
 
@@ -157,16 +165,36 @@ def test_without_numbers_the_sizes_of_the_image_tell_the_same(block):
 
 @pytest.mark.parametrize(
     ("backbone", "stages"),
-    [(ImageNetResNet, [f"layer{n}" for n in (1, 2, 3, 4)]), (CifarResNet, [f"stages.{n}" for n in range(3)])],
+    [
+        (ImageNetResNet, [f"layer{n}" for n in (1, 2, 3, 4)]),
+        (CifarResNet, [f"stages.{n}" for n in range(3)]),
+    ],
 )
 def test_a_wrapped_network_has_the_same_stages(backbone, stages):
     assert pairs_of(Wrapped(backbone()), 32) == [f"parts.0.{name}" for name in stages]
 
 
 def test_a_plain_network_has_runs_of_modules_from_each_pooling():
-    layers = [nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(inplace=True)]
-    layers += [nn.MaxPool2d(2), nn.Conv2d(4, 8, 3, 1, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()]
-    layers += [nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    layers = [
+        nn.Conv2d(3, 4, 3, 1, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, 1, 1),
+        nn.ReLU(inplace=True),
+    ]
+    layers += [
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 8, 3, 1, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, 1, 1),
+        nn.ReLU(),
+    ]
+    layers += [
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3, 1, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    ]
     correction = attached(nn.Sequential(*layers), 8)
     assert {name: kept["shapes"] for name, kept in correction.state_dict().items()} == {
         "2..3": ((4, 8, 8), (4, 8, 8)),
@@ -177,7 +205,9 @@ def test_a_plain_network_has_runs_of_modules_from_each_pooling():
 
 def test_stages_can_be_named():
     assert pairs_of(CifarResNet(), 16, stages=("stages.1", "stages.2")) == ["stages.1", "stages.2"]
-    model = nn.Sequential(*[nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 2, 1)])
+    model = nn.Sequential(
+        *[nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 2, 1)]
+    )
     assert pairs_of(model, 8, stages=(1, 2)) == ["1", "2"]
 
 
@@ -199,7 +229,10 @@ def test_a_module_that_reads_a_size_already_left_stands_beside_the_path():
 @pytest.mark.parametrize(
     ("layers", "found"),
     [
-        ([nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Flatten(), nn.Linear(256, 2)], "1"),
+        (
+            [nn.Conv2d(3, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Flatten(), nn.Linear(256, 2)],
+            "1",
+        ),
         ([nn.Flatten(), nn.Linear(192, 4), nn.ReLU(), nn.Linear(4, 2)], "none"),
         ([nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.Linear(16, 2)], "none"),
     ],
@@ -211,7 +244,9 @@ def test_fewer_than_two_stages_are_refused_with_what_was_found(layers, found):
 
 
 def test_named_stages_must_be_there_and_give_images():
-    with pytest.raises(regrad.RegradError, match=r"stages must name modules of the model, got \['layer9'\]; it has"):
+    with pytest.raises(
+        regrad.RegradError, match=r"stages must name modules of the model, got \['layer9'\]; it has"
+    ):
         attached(CifarResNet(), 8, stages=("stages.0", "layer9"))
     message = r"stages must take and give images \[B, C, H, W\]; 'fc' takes and gives \(\(2, 16\), \(2, 3\)\)"
     with pytest.raises(regrad.RegradError, match=message):

@@ -65,7 +65,9 @@ class Tensor:
                 self.pairs.append((self.last, self.slots(), g))
             for k, name in enumerate(self.names):
                 d = DECAYS[name]
-                self.averages[k] = [d * e + (1 - d) * x for e, x in zip(self.averages[k], self.last, strict=True)]
+                self.averages[k] = [
+                    d * e + (1 - d) * x for e, x in zip(self.averages[k], self.last, strict=True)
+                ]
             self.count += 1
         self.last = g
         corrected = list(g)
@@ -84,7 +86,9 @@ class Tensor:
     def fit(self):
         rows = self.pairs
         if self.hindsight:
-            mean = [sum(column) / len(rows) for column in zip(*(pair[2] for pair in rows), strict=True)]
+            mean = [
+                sum(column) / len(rows) for column in zip(*(pair[2] for pair in rows), strict=True)
+            ]
             rows = [(*self.begun, mean)] if self.begun is not None else []
             self.begun = (self.last, self.slots())
         self.pairs = []
@@ -94,9 +98,14 @@ class Tensor:
             gains.append((dot(self.prior, ways), dot(self.learned, ways)))
         self.judged = [*self.judged, gains][-5:]
         count = max(len(rows), 1)
-        agree = [sum(cosine(r[2], minus(r[0], r[1][k])) for r in rows) / count for k in range(len(self.names))]
+        agree = [
+            sum(cosine(r[2], minus(r[0], r[1][k])) for r in rows) / count
+            for k in range(len(self.names))
+        ]
         if self.predictor == "slot":
-            self.learned = [min(2.0, max(-1.0, a + c / 2)) for a, c in zip(self.learned, agree, strict=True)]
+            self.learned = [
+                min(2.0, max(-1.0, a + c / 2)) for a, c in zip(self.learned, agree, strict=True)
+            ]
         elif self.predictor == "attention" and rows:
             self.attend(rows, agree)
         else:
@@ -126,7 +135,9 @@ class Tensor:
             leaves = [p.clone().requires_grad_() for p in module]
             with torch.enable_grad():
                 a = predict(*leaves)
-                loss = sum((x - p) ** 2 / 2 - x * c for x, p, c in zip(a, self.prior, agree, strict=True))
+                loss = sum(
+                    (x - p) ** 2 / 2 - x * c for x, p, c in zip(a, self.prior, agree, strict=True)
+                )
             for i, slope in enumerate(torch.autograd.grad(loss, leaves)):
                 first[i] = 0.9 * first[i] + 0.1 * slope
                 second[i] = 0.999 * second[i] + 0.001 * slope**2
@@ -145,6 +156,10 @@ class Tensor:
                 spread = sum((row[i] - means[i]) ** 2 for row in rows) / (len(rows) - 1)
                 errors[i] = math.sqrt(spread / len(rows))
         best = 1 if means[1] > means[0] else 0
-        self.used = [self.prior, self.learned][best] if means[best] >= -errors[best] else [0.0] * len(self.names)
+        self.used = (
+            [self.prior, self.learned][best]
+            if means[best] >= -errors[best]
+            else [0.0] * len(self.names)
+        )
         if not self.gated:
             self.used = self.learned

@@ -18,15 +18,27 @@ class TestAllLayers(CorrectionSuite):
         # SGD keeps no moment that torch's Adam family has: there the gradient is corrected
         if step.stage != {"SGD": "gradient", "AdamW": "moment"}[step.optimizer]:
             return None
-        rules = step.memory.setdefault("rules", [reference.Tensor(g.numel(), 0.9, **SOON) for g in step.gradients])
+        rules = step.memory.setdefault(
+            "rules", [reference.Tensor(g.numel(), 0.9, **SOON) for g in step.gradients]
+        )
         rows = zip(rules, step.gradients, strict=True)
-        corrected = [(rule.correct(gradient.flatten().tolist()), gradient.shape) for rule, gradient in rows]
-        return [torch.tensor(numbers, dtype=torch.float64).reshape(shape) for numbers, shape in corrected]
+        corrected = [
+            (rule.correct(gradient.flatten().tolist()), gradient.shape) for rule, gradient in rows
+        ]
+        return [
+            torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+            for numbers, shape in corrected
+        ]
 
 
 class TestAttention(CorrectionSuite):
     correction = GCW
-    effective_options = {**SOON, "layers": "all", "predictor": "attention", "fit_target": "hindsight"}
+    effective_options = {
+        **SOON,
+        "layers": "all",
+        "predictor": "attention",
+        "fit_target": "hindsight",
+    }
     no_effect = NEUTRAL
 
 

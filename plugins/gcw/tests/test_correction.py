@@ -22,12 +22,17 @@ class Noisy(torch.nn.Module):
         half = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
         self.register_buffer("matrix", (half @ half.T / WIDTH).to(dtype))
         self.offsets = torch.randn(200, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
-        self.weight = torch.nn.Parameter(torch.randn(WIDTH, generator=generator, dtype=torch.float64).to(dtype))
+        self.weight = torch.nn.Parameter(
+            torch.randn(WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+        )
         self.calls = 0
 
     def forward(self):
         self.calls += 1
-        return 0.5 * self.weight @ self.matrix @ self.weight - self.offsets[self.calls - 1] @ self.weight
+        return (
+            0.5 * self.weight @ self.matrix @ self.weight
+            - self.offsets[self.calls - 1] @ self.weight
+        )
 
 
 def sgd(p, **options):
@@ -91,9 +96,16 @@ def test_every_gradient_is_that_of_the_reference(options, seed, reference):
     target=st.sampled_from(["next", "hindsight"]),
 )
 def test_any_options_follow_the_reference(seed, prior, every, warmup, predictor, target, reference):
-    options = {"fit_every": every, "warmup_steps": warmup, "predictor": predictor, "fit_target": target}
+    options = {
+        "fit_every": every,
+        "warmup_steps": warmup,
+        "predictor": predictor,
+        "fit_target": target,
+    }
     model = Noisy(seed)
-    raw, seen, _, _ = train(model, sgd(model.parameters()), 20, GCW(layers="all", prior=prior, **options))
+    raw, seen, _, _ = train(
+        model, sgd(model.parameters()), 20, GCW(layers="all", prior=prior, **options)
+    )
     rule = reference.Tensor(WIDTH, prior, **options)
     for gradient, got in zip(raw, seen, strict=True):
         expected = torch.tensor(rule.correct(gradient.tolist()), dtype=torch.float64)
@@ -108,8 +120,12 @@ PRIOR = {"layers": "all", "predictor": "prior", "gate": False, "warmup_steps": 0
 def test_the_prior_is_torchs_nesterov_under_any_schedule(momentum, slots):
     rates = [0.05 * (1 + math.cos(0.1 * t)) + 1e-3 for t in range(60)]
     ours, theirs = Noisy(), Noisy()
-    *_, weights, _ = train(ours, sgd(ours.parameters(), momentum=momentum), 60, GCW(**PRIOR, slots=slots), rates=rates)
-    *_, expected, _ = train(theirs, sgd(theirs.parameters(), momentum=momentum, nesterov=True), 60, rates=rates)
+    *_, weights, _ = train(
+        ours, sgd(ours.parameters(), momentum=momentum), 60, GCW(**PRIOR, slots=slots), rates=rates
+    )
+    *_, expected, _ = train(
+        theirs, sgd(theirs.parameters(), momentum=momentum, nesterov=True), 60, rates=rates
+    )
     for a, b in zip(weights, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=5e-15)
 
@@ -170,9 +186,14 @@ def test_the_offset_enters_the_first_moment_only(cls, options, reference):
     keep = optimizer.param_groups[0]["betas"][0]
     decay = options.get("weight_decay", 0.0) if cls is torch.optim.Adam else 0.0
     sign = -1.0 if options.get("maximize") else 1.0
-    rule, moment = reference.Tensor(WIDTH, keep, predictor="slot"), torch.zeros(WIDTH, dtype=torch.float64)
+    rule, moment = (
+        reference.Tensor(WIDTH, keep, predictor="slot"),
+        torch.zeros(WIDTH, dtype=torch.float64),
+    )
     twin_weight = torch.nn.Parameter(model.weight.detach().clone())
-    twin = cls([twin_weight], lr=0.0, **options)  # fed the raw gradients: its second moment is the plain one
+    twin = cls(
+        [twin_weight], lr=0.0, **options
+    )  # fed the raw gradients: its second moment is the plain one
     with regrad.attach(model, optimizer, [GCW(layers="all")]):
         for _ in range(45):
             optimizer.zero_grad()
@@ -189,7 +210,9 @@ def test_the_offset_enters_the_first_moment_only(cls, options, reference):
             torch.testing.assert_close(state["exp_avg"], moment, rtol=0, atol=1e-12)
             for key in ("exp_avg_sq", "exp_inf"):
                 if key in state:
-                    torch.testing.assert_close(state[key], twin.state[twin_weight][key], rtol=1e-13, atol=0)
+                    torch.testing.assert_close(
+                        state[key], twin.state[twin_weight][key], rtol=1e-13, atol=0
+                    )
 
 
 class ForeignAdam(torch.optim.Adam):
@@ -223,7 +246,9 @@ def test_nothing_is_due_in_a_moment_that_does_not_exist_yet():
     assert not torch.equal(weights[1], expected[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"predictor": "attention"}, {"fit_target": "hindsight"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"predictor": "attention"}, {"fit_target": "hindsight"}], ids=str
+)
 @pytest.mark.parametrize("make", [sgd, lambda p: torch.optim.AdamW(p, lr=0.02)])
 @pytest.mark.parametrize("at", [3, 24])
 def test_a_resumed_run_is_the_same_bit_for_bit(options, make, at):
@@ -262,10 +287,14 @@ def _as_saved(state):
 
 def test_a_window_is_closed_after_a_resume_though_its_tensor_gets_no_gradient_any_more():
     model = torch.nn.ModuleDict({key: torch.nn.Linear(3, 1) for key in ("a", "b")})
-    model.forward = lambda both: model["a"](torch.ones(3)).sum() + (model["b"](torch.ones(3)).sum() if both else 0.0)
+    model.forward = lambda both: (
+        model["a"](torch.ones(3)).sum() + (model["b"](torch.ones(3)).sum() if both else 0.0)
+    )
     optimizer, state = sgd(model.parameters()), None
     for both in (True, False):
-        with regrad.attach(model, optimizer, [GCW(layers="all", warmup_steps=0, fit_every=8)]) as attachment:
+        with regrad.attach(
+            model, optimizer, [GCW(layers="all", warmup_steps=0, fit_every=8)]
+        ) as attachment:
             if state:
                 attachment.load_state_dict(_as_saved(state))
             for _ in range(6):
@@ -283,12 +312,18 @@ def test_a_window_is_closed_after_a_resume_though_its_tensor_gets_no_gradient_an
 
 
 def test_none_frozen_zero_and_infinite_gradients():
-    model = torch.nn.ModuleDict({key: torch.nn.Linear(3, 1, bias=False) for key in ("often", "rare", "zero", "frozen")})
+    model = torch.nn.ModuleDict(
+        {key: torch.nn.Linear(3, 1, bias=False) for key in ("often", "rare", "zero", "frozen")}
+    )
     model["frozen"].weight.requires_grad_(False)
 
     def forward(index):
         x = torch.ones(2, 3) * (math.inf if index == 4 else 1.0 + index % 3)
-        y = model["often"](x).sum() + 0 * model["zero"](torch.ones(2, 3)).sum() + model["frozen"](x).sum()
+        y = (
+            model["often"](x).sum()
+            + 0 * model["zero"](torch.ones(2, 3)).sum()
+            + model["frozen"](x).sum()
+        )
         return y + model["rare"](x).sum() if index % 4 == 0 else y
 
     model.forward = forward
@@ -311,7 +346,9 @@ def test_none_frozen_zero_and_infinite_gradients():
 
 def test_a_gradient_in_bf16_keeps_its_slots_in_float32():
     model = Noisy(dtype=torch.bfloat16)
-    raw, seen, _, _ = train(model, sgd(model.parameters()), 30, correction := GCW(layers="all", warmup_steps=2))
+    raw, seen, _, _ = train(
+        model, sgd(model.parameters()), 30, correction := GCW(layers="all", warmup_steps=2)
+    )
     assert seen[-1].dtype == torch.bfloat16
     assert not torch.equal(raw[3], seen[3])
     assert correction.state_dict()["weight"]["history"][0].dtype == torch.float32
@@ -334,7 +371,10 @@ def test_memory_is_one_copy_per_slot_and_one(slots, copies):
         ({"layers": "conv1"}, r"layers must be 'stages', 'all' or a list of names, got 'conv1'"),
         ({"layers": ()}, r"layers must be 'stages', 'all' or a list of names, got \(\)"),
         ({"slots": ()}, r"slots must be some of last, fast, slow, got \(\)"),
-        ({"slots": ("last", "last")}, r"slots must be some of last, fast, slow, got \('last', 'last'\)"),
+        (
+            {"slots": ("last", "last")},
+            r"slots must be some of last, fast, slow, got \('last', 'last'\)",
+        ),
         ({"slots": ("first",)}, r"slots must be some of last, fast, slow, got \('first',\)"),
         ({"prior": 2.5}, r"prior must be in \[-1, 2\], got 2\.5"),
         ({"prior": math.nan}, r"prior must be in \[-1, 2\], got nan"),
@@ -348,18 +388,27 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_an_unknown_option_or_choice_is_refused():
-    with pytest.raises(TypeError, match=r"gcw has no option 'slot'; allowed: .*did you mean 'slots'"):
+    with pytest.raises(
+        TypeError, match=r"gcw has no option 'slot'; allowed: .*did you mean 'slots'"
+    ):
         GCW(slot=("last",))
-    with pytest.raises(TypeError, match=r"predictor must be .*'slot', 'attention', 'prior'.*, got 'mlp'"):
+    with pytest.raises(
+        TypeError, match=r"predictor must be .*'slot', 'attention', 'prior'.*, got 'mlp'"
+    ):
         GCW(predictor="mlp")
 
 
 @pytest.mark.parametrize("make", [lambda p: sgd(p, nesterov=True), torch.optim.NAdam])
 def test_an_optimizer_that_looks_ahead_is_refused_unless_allowed(make):
     model = Noisy()
-    with pytest.raises(regrad.RegradError, match=r"would look ahead twice; use nesterov=False, or allow_double_look"):
+    with pytest.raises(
+        regrad.RegradError,
+        match=r"would look ahead twice; use nesterov=False, or allow_double_look",
+    ):
         regrad.attach(model, make(model.parameters()), [GCW(layers="all")])
-    regrad.attach(model, make(model.parameters()), [GCW(layers="all", allow_double_lookahead=True)]).detach()
+    regrad.attach(
+        model, make(model.parameters()), [GCW(layers="all", allow_double_lookahead=True)]
+    ).detach()
 
 
 class Ahead(regrad.Correction):
@@ -400,7 +449,11 @@ def test_no_random_number_is_drawn_and_two_runs_are_equal():
     runs = []
     for _ in range(2):
         model, before = Noisy(), torch.get_rng_state()
-        runs.append(train(model, sgd(model.parameters()), 40, GCW(layers="all", predictor="attention"))[2][-1])
+        runs.append(
+            train(model, sgd(model.parameters()), 40, GCW(layers="all", predictor="attention"))[2][
+                -1
+            ]
+        )
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*runs)
 
@@ -411,13 +464,23 @@ def test_idle_reasons_name_what_is_missing():
     options = {**PRIOR, "prior": 0.0}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(model, torch.optim.SGD(model.parameters(), lr=0.01), 200, correction := GCW(**options))
-    assert "'gcw' had no effect in 200 steps: the coefficients stayed at 0" in str(caught[0].message)
+        train(
+            model, torch.optim.SGD(model.parameters(), lr=0.01), 200, correction := GCW(**options)
+        )
+    assert "'gcw' had no effect in 200 steps: the coefficients stayed at 0" in str(
+        caught[0].message
+    )
     state = correction.state_dict()
     state["weight"]["learning"][0]["gate"].zero_()
     correction.load_state_dict(state)
     assert correction.idle_reason() == "the gate switched all 1 tensors off"
-    assert correction.metrics() == {"a_last": 0, "a_fast": 0, "a_slow": 0, "share_learned": 0, "share_on": 0}
+    assert correction.metrics() == {
+        "a_last": 0,
+        "a_fast": 0,
+        "a_slow": 0,
+        "share_learned": 0,
+        "share_on": 0,
+    }
 
 
 def test_an_offset_that_points_uphill_is_switched_off():

@@ -15,7 +15,10 @@ def draw(*shape, seed=0):
 
 def test_slots_are_the_bias_corrected_averages_of_the_gradients_before():
     decays, gradients = (0.0, 0.9, 0.98), draw(40, 6)
-    history, raw = torch.zeros(4, 6, dtype=torch.float64), [torch.zeros(6, dtype=torch.float64) for _ in decays]
+    history, raw = (
+        torch.zeros(4, 6, dtype=torch.float64),
+        [torch.zeros(6, dtype=torch.float64) for _ in decays],
+    )
     for seen, gradient in enumerate(gradients):
         functional.roll_(history, gradient, decays=decays, seen=seen)
         if seen:
@@ -45,9 +48,15 @@ def test_a_gradient_that_is_not_finite_does_not_stay_in_the_slots():
 
 @given(seed=st.integers(0, 50), count=st.integers(1, 3))
 def test_the_offset_is_the_sum_over_slots(seed, count):
-    gradient, slots, a = draw(2, 3, seed=seed), draw(count, 6, seed=seed + 1), draw(count, seed=seed + 2)
+    gradient, slots, a = (
+        draw(2, 3, seed=seed),
+        draw(count, 6, seed=seed + 1),
+        draw(count, seed=seed + 2),
+    )
     expected = sum(a[k] * (gradient - slots[k].view(2, 3)) for k in range(count))
-    torch.testing.assert_close(functional.offset(gradient, slots, a), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        functional.offset(gradient, slots, a), expected, rtol=1e-12, atol=1e-13
+    )
     kept = gradient + functional.offset(gradient, slots, a, keep_norm=True)
     whole = gradient + expected
     torch.testing.assert_close(kept, whole * gradient.norm() / whole.norm(), rtol=1e-10, atol=1e-12)
@@ -56,12 +65,16 @@ def test_the_offset_is_the_sum_over_slots(seed, count):
 @pytest.mark.parametrize("keep_norm", [True, False])
 def test_coefficients_of_zero_are_no_offset_bit_for_bit(keep_norm):
     for gradient in (draw(5), torch.zeros(5, dtype=torch.float64)):
-        change = functional.offset(gradient, draw(3, 5), torch.zeros(3, dtype=torch.float64), keep_norm=keep_norm)
+        change = functional.offset(
+            gradient, draw(3, 5), torch.zeros(3, dtype=torch.float64), keep_norm=keep_norm
+        )
         assert torch.equal(gradient + change, gradient)
 
 
 def test_an_offset_takes_a_gradient_of_lower_precision():
-    change = functional.offset(torch.ones(2, dtype=torch.bfloat16), torch.zeros(1, 2), torch.tensor([0.5]))
+    change = functional.offset(
+        torch.ones(2, dtype=torch.bfloat16), torch.zeros(1, 2), torch.tensor([0.5])
+    )
     assert change.dtype == torch.float32
     assert change.tolist() == [0.5, 0.5]
 
@@ -70,7 +83,9 @@ def test_the_gram_matrix_holds_every_inner_product():
     history, following = draw(4, 7), draw(7, seed=1)
     rows = [*history, following]
     expected = torch.tensor([[torch.dot(a, b) for a in rows] for b in rows], dtype=torch.float64)
-    torch.testing.assert_close(functional.gram(history, following), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        functional.gram(history, following), expected, rtol=1e-12, atol=1e-13
+    )
 
 
 def test_evidence_is_that_of_the_vectors():
@@ -79,13 +94,17 @@ def test_evidence_is_that_of_the_vectors():
     for k in range(3):
         apart = history[0] - history[1 + k]
         assert products[k].item() == pytest.approx(torch.dot(following, apart).item(), rel=1e-12)
-        assert cosines[k].item() == pytest.approx(torch.cosine_similarity(following, apart, dim=0).item(), rel=1e-12)
+        assert cosines[k].item() == pytest.approx(
+            torch.cosine_similarity(following, apart, dim=0).item(), rel=1e-12
+        )
 
 
 def test_evidence_of_zero_gradients_is_zero_and_of_infinite_ones_missing():
     products, cosines = functional.evidence(functional.gram(torch.zeros(3, 4), torch.zeros(4)))
     assert products.tolist() == cosines.tolist() == [0.0, 0.0]
-    products, cosines = functional.evidence(functional.gram(torch.ones(3, 4), torch.full((4,), math.inf)))
+    products, cosines = functional.evidence(
+        functional.gram(torch.ones(3, 4), torch.full((4,), math.inf))
+    )
     assert products.isnan().all()
     assert cosines.isnan().all()
 
@@ -94,7 +113,9 @@ def test_features_by_hand():
     # g = (3, 4), M = (0, 10): cosine .8, length ratio 2
     history = torch.tensor([[3.0, 4.0], [0.0, 10.0]], dtype=torch.float64)
     f = functional.features(functional.gram(history, history[0]))
-    expected = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.8, math.log(2), 0.0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[1.0, 0.0, 1.0, 0.0], [0.8, math.log(2), 0.0, 1.0]], dtype=torch.float64
+    )
     torch.testing.assert_close(f, expected)
     assert functional.features(torch.zeros(3, 3)).isfinite().all()
 
@@ -104,11 +125,17 @@ def test_the_slot_fit_by_hand_and_its_bounds():
     fitted = functional.fit_slot(torch.tensor([[0.9, -0.8]]), cosines)
     assert fitted.flatten().tolist() == pytest.approx([1.05, -1.0])
     assert functional.fit_slot(torch.tensor([[1.9]]), torch.tensor([[[1.0]]])).item() == 2.0
-    assert functional.fit_slot(torch.tensor([[0.3]]), torch.tensor([[[NAN]]])).item() == pytest.approx(0.3)
+    assert functional.fit_slot(
+        torch.tensor([[0.3]]), torch.tensor([[[NAN]]])
+    ).item() == pytest.approx(0.3)
 
 
 def module(count=1, slots=3):
-    return [draw(count, 8), draw(count, 8, slots + 3, seed=1), torch.zeros(count, dtype=torch.float64)]
+    return [
+        draw(count, 8),
+        draw(count, 8, slots + 3, seed=1),
+        torch.zeros(count, dtype=torch.float64),
+    ]
 
 
 def test_attention_at_scale_zero_is_the_prior_and_shares_sum_to_none():
@@ -130,13 +157,21 @@ def test_the_attention_fit_moves_towards_slots_that_agree_and_leaves_its_argumen
     def agreement(a):
         return (a * cosines.mean(dim=1) - a.square() / 2).sum().item()
 
-    assert agreement(functional.attend(fitted, features, prior)) > agreement(functional.attend(start, features, prior))
+    assert agreement(functional.attend(fitted, features, prior)) > agreement(
+        functional.attend(start, features, prior)
+    )
 
 
 def test_each_tensor_learns_as_if_it_were_alone():
-    features, prior, cosines = draw(2, 4, 6, seed=2), draw(2, 3, seed=3), draw(2, 5, 3, seed=4).clamp(-1, 1)
+    features, prior, cosines = (
+        draw(2, 4, 6, seed=2),
+        draw(2, 3, seed=3),
+        draw(2, 5, 3, seed=4).clamp(-1, 1),
+    )
     together = functional.fit_attention(module(2), features, cosines, prior)
-    alone = functional.fit_attention([t[1:] for t in module(2)], features[1:], cosines[1:], prior[1:])
+    alone = functional.fit_attention(
+        [t[1:] for t in module(2)], features[1:], cosines[1:], prior[1:]
+    )
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a[1:], b, rtol=1e-12, atol=1e-14)
 
@@ -146,9 +181,19 @@ def test_each_tensor_learns_as_if_it_were_alone():
     [
         ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], True, True),
         ([1.0, 2.0, 3.0], [0.0, 1.0, 2.0], False, True),
-        ([-1.0, 0.5, 0.2], [-2.0, -2.0, -2.0], False, True),  # below zero by less than one standard error
+        (
+            [-1.0, 0.5, 0.2],
+            [-2.0, -2.0, -2.0],
+            False,
+            True,
+        ),  # below zero by less than one standard error
         ([-1.0, -1.1, -0.9], [-2.0, -2.0, -2.0], False, False),
-        ([-3.0, -3.1, -2.9], [-2.0, -2.1, -1.9], True, False),  # better than the prior, and uphill all the same
+        (
+            [-3.0, -3.1, -2.9],
+            [-2.0, -2.1, -1.9],
+            True,
+            False,
+        ),  # better than the prior, and uphill all the same
         ([-5.0, NAN, NAN], [-6.0, NAN, NAN], False, True),  # one row has no standard error
         ([NAN, NAN, NAN], [NAN, NAN, NAN], False, True),
         ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], False, True),
@@ -167,6 +212,8 @@ def test_a_gpu_gives_the_numbers_of_the_cpu():
     here = functional.gram(history, following), functional.offset(following, history[1:], a)
     there = [t.cuda() for t in (history, following, a)]
     for mine, theirs in zip(
-        here, (functional.gram(*there[:2]), functional.offset(there[1], there[0][1:], there[2])), strict=True
+        here,
+        (functional.gram(*there[:2]), functional.offset(there[1], there[0][1:], there[2])),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs.cpu(), rtol=1e-12, atol=1e-12)

@@ -12,14 +12,22 @@ OPTIONS = {"layers": "all", "warmup_steps": 1, "fit_every": 2}
 def make_model(dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = torch.nn.Linear(6, 10), torch.nn.GroupNorm(2, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)
+        layers = (
+            torch.nn.Linear(6, 10),
+            torch.nn.GroupNorm(2, 10),
+            torch.nn.Tanh(),
+            torch.nn.Linear(10, 3),
+        )
         return torch.nn.Sequential(*layers).to(dtype)
 
 
 def batches(count=9, size=32, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(size, 6, generator=generator, dtype=dtype), torch.randint(3, (size,), generator=generator))
+        (
+            torch.randn(size, 6, generator=generator, dtype=dtype),
+            torch.randint(3, (size,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -41,7 +49,9 @@ def assert_same_weights(one, other, **tolerance):
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_an_overflow_is_as_if_the_batch_had_not_been(kind, options, fused):
     plain, scaled = make_model(), make_model()
-    overflows = (3,) if kind is torch.optim.SGD and fused else (0, 3)  # in its first step torch's own buffer is garbage
+    overflows = (
+        (3,) if kind is torch.optim.SGD and fused else (0, 3)
+    )  # in its first step torch's own buffer is garbage
     states = []
     for model, scaler in ((plain, None), (scaled, torch.amp.GradScaler("cpu", init_scale=2.0**10))):
         optimizer = kind(model.parameters(), lr=0.05, fused=fused, **options)
@@ -68,7 +78,9 @@ def test_an_overflow_is_as_if_the_batch_had_not_been(kind, options, fused):
 
 def test_several_closure_calls_per_step_are_refused():
     model = make_model()
-    with pytest.raises(regrad.RegradError, match="'gcw' must see one closure call; LBFGS makes several"):
+    with pytest.raises(
+        regrad.RegradError, match="'gcw' must see one closure call; LBFGS makes several"
+    ):
         regrad.attach(model, torch.optim.LBFGS(model.parameters()), [GCW(layers="all")])
 
 
@@ -116,7 +128,9 @@ def test_channels_last_gradients_give_the_numbers_of_contiguous_ones():
         generator = torch.Generator().manual_seed(1)
         with regrad.attach(model, optimizer, [GCW(**OPTIONS)]):
             for _ in range(9):
-                images = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64).to(memory_format=layout)
+                images = torch.randn(2, 3, 6, 6, generator=generator, dtype=torch.float64).to(
+                    memory_format=layout
+                )
                 optimizer.zero_grad()
                 model(images).square().sum().backward()
                 optimizer.step()
@@ -150,7 +164,9 @@ def test_a_gpu_trains_to_the_weights_of_the_cpu_without_waiting(kind, options, p
     for device in ("cpu", "cuda"):
         model = make_model(torch.float64).to(device)
         optimizer = kind(model.parameters(), lr=0.05, **options)
-        with regrad.attach(model, optimizer, [GCW(layers="all", warmup_steps=0, predictor=predictor)]):
+        with regrad.attach(
+            model, optimizer, [GCW(layers="all", warmup_steps=0, predictor=predictor)]
+        ):
             for index, (inputs, target) in enumerate(batches(30, dtype=torch.float64)):
                 optimizer.zero_grad()
                 loss_of(model, inputs.to(device), target.to(device)).backward()

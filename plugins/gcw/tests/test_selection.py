@@ -29,7 +29,9 @@ class Bottleneck(nn.Module):
         self.conv2 = nn.Conv2d(outside // 4, outside // 4, 3, stride, 1)
         self.conv3 = nn.Conv2d(outside // 4, outside, 1)
         changes = stride > 1 or inside != outside
-        self.downsample = nn.Sequential(*([nn.Conv2d(inside, outside, 1, stride)] if changes else []))
+        self.downsample = nn.Sequential(
+            *([nn.Conv2d(inside, outside, 1, stride)] if changes else [])
+        )
 
     def forward(self, x):
         return self.conv3(self.conv2(self.conv1(x))) + self.downsample(x)
@@ -109,9 +111,14 @@ class CifarResNet(nn.Module):
 def selected(model, size, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     with regrad.attach(model, optimizer, [GCW(**options)]) as attachment:
-        model(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))).sum().backward()
+        model(
+            torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        ).sum().backward()
         optimizer.step()
-        return [name.removesuffix(".weight") for name in attachment.receipt()["corrections"][0]["matched"]]
+        return [
+            name.removesuffix(".weight")
+            for name in attachment.receipt()["corrections"][0]["matched"]
+        ]
 
 
 def test_resnet_18_has_four_selected_layers():
@@ -123,7 +130,9 @@ def test_cifar_resnet_20_has_three_selected_layers():
 
 
 def test_a_stage_of_one_block_ends_in_its_path_and_not_in_its_shortcut():
-    assert selected(ImageNetResNet((1, 1, 1, 1)), 64) == [f"layer{stage}.0.conv2" for stage in (1, 2, 3, 4)]
+    assert selected(ImageNetResNet((1, 1, 1, 1)), 64) == [
+        f"layer{stage}.0.conv2" for stage in (1, 2, 3, 4)
+    ]
 
 
 def test_a_block_that_halves_the_image_in_its_middle_belongs_to_the_new_stage():
@@ -132,7 +141,9 @@ def test_a_block_that_halves_the_image_in_its_middle_belongs_to_the_new_stage():
 
 
 def test_squeeze_and_excitation_is_no_stage():
-    assert selected(ImageNetResNet(block=Gated), 64) == [f"layer{stage}.1.conv2" for stage in (1, 2, 3, 4)]
+    assert selected(ImageNetResNet(block=Gated), 64) == [
+        f"layer{stage}.1.conv2" for stage in (1, 2, 3, 4)
+    ]
 
 
 def test_a_plain_network_ends_its_stages_before_each_pooling():
@@ -169,23 +180,33 @@ def test_before_the_first_forward_nothing_is_known_and_a_frozen_end_stays_out():
 
 def test_a_model_without_convolutions_needs_names_and_is_told_which_there_are():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(regrad.RegradError, match=r"layers must be named in a model without stages; it has 0, 2$"):
+    with pytest.raises(
+        regrad.RegradError, match=r"layers must be named in a model without stages; it has 0, 2$"
+    ):
         regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), ["gcw"])
 
 
 def test_a_model_whose_only_convolution_is_its_stem_is_refused_at_the_first_step():
     model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(), nn.Linear(16, 2))
-    with pytest.raises(regrad.RegradError, match=r"layers must be named in a model without stages; it has 0, 2$"):
+    with pytest.raises(
+        regrad.RegradError, match=r"layers must be named in a model without stages; it has 0, 2$"
+    ):
         selected(model, 8)
 
 
 def test_a_name_that_is_not_there_is_refused():
     model = nn.Linear(3, 4)
-    with pytest.raises(regrad.RegradError, match=r"layers must name parameters, got 'layer1\.\*'; it has weight"):
-        regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [GCW(layers=("weight", "layer1.*"))])
+    with pytest.raises(
+        regrad.RegradError, match=r"layers must name parameters, got 'layer1\.\*'; it has weight"
+    ):
+        regrad.attach(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), [GCW(layers=("weight", "layer1.*"))]
+        )
 
 
 def test_a_compiled_model_needs_names():
     model = torch.compile(CifarResNet(1), backend="eager")
-    with pytest.raises(regrad.RegradError, match=r"must be named in a compiled model; it has conv, stages\.0\.0"):
+    with pytest.raises(
+        regrad.RegradError, match=r"must be named in a compiled model; it has conv, stages\.0\.0"
+    ):
         regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), ["gcw"])

@@ -14,14 +14,18 @@ def test_coefficients_that_are_switched_off_do_not_count_as_used():
         memory.take(torch.tensor([gradient]), [0.0])
     # the prior gains -.9·1 and -.9·2, the learned less badly -.5 and -1, both surely below zero
     fit([memory], predictor="slot", gated=True)
-    assert memory.tensors["gains"][-2:].flatten().tolist() == pytest.approx([-0.9, -0.5, -1.8, -1.0])
+    assert memory.tensors["gains"][-2:].flatten().tolist() == pytest.approx(
+        [-0.9, -0.5, -1.8, -1.0]
+    )
     assert memory.tensors["gate"].tolist() == [0.0, 0.0]
     assert memory.tensors["used"].tolist() == [0.0]
     assert memory.tensors["learned"].item() == pytest.approx(0.5 + 0.5 * -1)
 
 
 def test_memories_of_one_model_share_the_start_of_their_attention():
-    first, second = (Memory.begin(torch.zeros(n), [0.9, 0.0], rows=2, attention=True).tensors for n in (3, 5))
+    first, second = (
+        Memory.begin(torch.zeros(n), [0.9, 0.0], rows=2, attention=True).tensors for n in (3, 5)
+    )
     assert torch.equal(first["query"], second["query"])
     assert torch.equal(first["key"], second["key"])
     assert first["query"].shape == (functional.WIDTH,)

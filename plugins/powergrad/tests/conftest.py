@@ -9,7 +9,9 @@ from torch.nn import functional as F
 @pytest.fixture(scope="session")
 def reference():
     """The rule as the paper writes it: float64, loops."""
-    spec = importlib.util.spec_from_file_location("powergrad_reference", Path(__file__).with_name("reference.py"))
+    spec = importlib.util.spec_from_file_location(
+        "powergrad_reference", Path(__file__).with_name("reference.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -20,7 +20,9 @@ def make():
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2
+            )
     return model
 
 
@@ -41,7 +43,9 @@ def sgd(model):
 def main(rank, rendezvous):
     torch.set_num_threads(1)
     patience = timedelta(seconds=90)
-    distributed.init_process_group("gloo", f"file://{rendezvous}", timeout=patience, rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", f"file://{rendezvous}", timeout=patience, rank=rank, world_size=2
+    )
     alone = make()
     train(alone, sgd(alone), PowerGradCrossEntropyLoss(alpha=0.3), slice(None))
 

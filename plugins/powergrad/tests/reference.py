@@ -40,7 +40,9 @@ def divisor(targets, weight, ignore_index, reduction):
     return sum((1.0 if weight is None else weight[t]) for t in targets if t != ignore_index)
 
 
-def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+def cross_entropy(
+    logits, targets, *, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0
+):
     """Return the plain loss: a number, or with "none" a list with one number per row."""
     losses = []
     for row, target in zip(logits, targets, strict=True):
@@ -54,7 +56,15 @@ def cross_entropy(logits, targets, *, weight=None, ignore_index=-100, reduction=
 
 
 def gradient(
-    logits, targets, *, alpha=0.25, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, upstream=1.0
+    logits,
+    targets,
+    *,
+    alpha=0.25,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    upstream=1.0,
 ):
     """Return the logit gradient, rows of numbers; `upstream` is a number, or with "none" one per row."""
     over = divisor(targets, weight, ignore_index, reduction)
@@ -62,5 +72,7 @@ def gradient(
     for number, (row, target) in enumerate(zip(logits, targets, strict=True)):
         q = wanted(target, len(row), weight, ignore_index, label_smoothing)
         scale = (upstream[number] if isinstance(upstream, list) else upstream) / over
-        rows.append([scale * (sum(q) * p - q_i) for p, q_i in zip(flattened(row, alpha), q, strict=True)])
+        rows.append(
+            [scale * (sum(q) * p - q_i) for p, q_i in zip(flattened(row, alpha), q, strict=True)]
+        )
     return rows

@@ -13,7 +13,9 @@ from torch import nn
 
 @pytest.fixture
 def data(generator):
-    return torch.randn(4, 32, 6, generator=generator), torch.randint(5, (4, 32), generator=generator)
+    return torch.randn(4, 32, 6, generator=generator), torch.randint(
+        5, (4, 32), generator=generator
+    )
 
 
 @pytest.fixture
@@ -57,21 +59,31 @@ def expected(make, data):
 @pytest.mark.parametrize("closure", [False, True], ids=["step()", "step(closure)"])
 def test_an_attached_loop_trains_as_with_the_loss_itself(closure, make, data, expected):
     model, optimizer = make()
-    with regrad.attach(model, optimizer, ["powergrad:alpha=0.3"], nn.CrossEntropyLoss()) as attachment:
-        assert torch.equal(train(model, optimizer, attachment.criterion, data, closure=closure), expected)
+    with regrad.attach(
+        model, optimizer, ["powergrad:alpha=0.3"], nn.CrossEntropyLoss()
+    ) as attachment:
+        assert torch.equal(
+            train(model, optimizer, attachment.criterion, data, closure=closure), expected
+        )
         assert attachment.metrics()["steps_applied"] == 4
 
 
 def test_a_scaled_loss_in_an_attached_loop_changes_nothing(make, data, expected):
     model, optimizer = make()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    with regrad.attach(model, optimizer, [PowerGrad(alpha=0.3)], nn.CrossEntropyLoss()) as attachment:
-        assert torch.equal(train(model, optimizer, attachment.criterion, data, scaler=scaler), expected)
+    with regrad.attach(
+        model, optimizer, [PowerGrad(alpha=0.3)], nn.CrossEntropyLoss()
+    ) as attachment:
+        assert torch.equal(
+            train(model, optimizer, attachment.criterion, data, scaler=scaler), expected
+        )
 
 
 def test_micro_batches_in_an_attached_loop_are_the_whole_batch(make, data, expected):
     model, optimizer = make()
-    with regrad.attach(model, optimizer, [PowerGrad(alpha=0.3)], nn.CrossEntropyLoss()) as attachment:
+    with regrad.attach(
+        model, optimizer, [PowerGrad(alpha=0.3)], nn.CrossEntropyLoss()
+    ) as attachment:
         weights = train(model, optimizer, attachment.criterion, data, parts=4)
     # float32 sums of 4 x 8 rows and of 32 round differently
     assert torch.allclose(weights, expected, rtol=0, atol=1e-6)
@@ -88,7 +100,9 @@ def test_evaluation_and_detach_bring_the_users_criterion_back(make, data):
 
     with regrad.attach(model, optimizer, [PowerGrad()], plain) as attachment:
         assert not torch.equal(head_gradient(attachment.criterion), head_gradient(plain))
-        assert torch.equal(attachment.criterion(model(inputs), target), plain(model(inputs), target))
+        assert torch.equal(
+            attachment.criterion(model(inputs), target), plain(model(inputs), target)
+        )
         model.eval()
         assert torch.equal(head_gradient(attachment.criterion), head_gradient(plain))
         model.train()
@@ -99,7 +113,9 @@ def test_the_meter_sees_the_effect_and_that_alpha_one_has_none(make, data):
     changes = {}
     for alpha in (0.25, 1.0):
         model, optimizer = make()
-        with regrad.attach(model, optimizer, [PowerGrad(alpha=alpha)], nn.CrossEntropyLoss()) as attachment:
+        with regrad.attach(
+            model, optimizer, [PowerGrad(alpha=alpha)], nn.CrossEntropyLoss()
+        ) as attachment:
             train(model, optimizer, attachment.criterion, data)
             changes[alpha] = attachment.metrics()["powergrad/criterion/relative_change"]
     assert changes[0.25] > 0.01

@@ -13,5 +13,7 @@ class TestPowerGrad(CorrectionSuite):
     no_effect = {"alpha": 1.0}
 
     def reference(self, step):
-        rows = reference.gradient(step.logits.tolist(), step.targets.tolist(), alpha=step.options.alpha)
+        rows = reference.gradient(
+            step.logits.tolist(), step.targets.tolist(), alpha=step.options.alpha
+        )
         return torch.tensor(rows, dtype=torch.float64)

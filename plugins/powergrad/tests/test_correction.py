@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 @pytest.fixture
 def batch(generator):
-    return torch.randn(6, 5, generator=generator, requires_grad=True), torch.tensor([0, 1, 2, 3, 4, -1])
+    return torch.randn(6, 5, generator=generator, requires_grad=True), torch.tensor(
+        [0, 1, 2, 3, 4, -1]
+    )
 
 
 def gradients(batch, *criteria):
@@ -38,7 +40,9 @@ def test_a_module_keeps_its_arguments(kind, reduction, batch, generator):
         "label_smoothing": 0.1,
     }
     corrected = PowerGrad(alpha=0.3).wrap_criterion(kind(**options))
-    assert torch.equal(*gradients(batch, corrected, partial(power_grad_cross_entropy, alpha=0.3, **options)))
+    assert torch.equal(
+        *gradients(batch, corrected, partial(power_grad_cross_entropy, alpha=0.3, **options))
+    )
     assert torch.equal(corrected(*batch), F.cross_entropy(*batch, **options))
 
 
@@ -65,13 +69,21 @@ def test_the_function_takes_what_torchs_takes(batch, generator):
 
 
 def test_a_partial_of_the_function_keeps_its_arguments(batch):
-    corrected = PowerGrad().wrap_criterion(partial(F.cross_entropy, ignore_index=-1, label_smoothing=0.1))
+    corrected = PowerGrad().wrap_criterion(
+        partial(F.cross_entropy, ignore_index=-1, label_smoothing=0.1)
+    )
     assert torch.equal(
-        *gradients(batch, corrected, partial(power_grad_cross_entropy, ignore_index=-1, label_smoothing=0.1))
+        *gradients(
+            batch,
+            corrected,
+            partial(power_grad_cross_entropy, ignore_index=-1, label_smoothing=0.1),
+        )
     )
 
 
-@pytest.mark.parametrize("criterion", [nn.MSELoss(), ScaledLoss(), F.nll_loss, partial(F.nll_loss, ignore_index=-1)])
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), ScaledLoss(), F.nll_loss, partial(F.nll_loss, ignore_index=-1)]
+)
 def test_other_criteria_are_refused_and_told_what_to_use(criterion):
     message = (
         "criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got .*; "
@@ -82,7 +94,9 @@ def test_other_criteria_are_refused_and_told_what_to_use(criterion):
 
 
 def test_powergrad_twice_is_refused():
-    with pytest.raises(TypeError, match="got a PowerGradCrossEntropyLoss, which is PowerGrad already"):
+    with pytest.raises(
+        TypeError, match="got a PowerGradCrossEntropyLoss, which is PowerGrad already"
+    ):
         PowerGrad().wrap_criterion(PowerGradCrossEntropyLoss())
 
 
@@ -98,7 +112,9 @@ def test_an_idle_correction_says_why():
 
 
 def test_probabilities_are_softmax_of_the_scaled_logits(batch):
-    assert torch.equal(PowerGrad(alpha=0.3).probabilities(batch[0]), torch.softmax(0.3 * batch[0], 1))
+    assert torch.equal(
+        PowerGrad(alpha=0.3).probabilities(batch[0]), torch.softmax(0.3 * batch[0], 1)
+    )
 
 
 # The control. A network with a linear head, trained in float64 by PowerGrad, and by plain cross entropy as
@@ -110,7 +126,9 @@ def network(generator):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2
+            )
     return model
 
 
@@ -124,7 +142,9 @@ def train(model, optimizer, criterion, steps):
         optimizer.step()
 
 
-def difference_from_control(network, kind, *, alpha, lr, steps=100, control_groups=({}, {}), **options):
+def difference_from_control(
+    network, kind, *, alpha, lr, steps=100, control_groups=({}, {}), **options
+):
     """Return how far the control ends from PowerGrad, relative to how far PowerGrad went."""
     ours, theirs = copy.deepcopy(network), copy.deepcopy(network)
     correction = PowerGrad(alpha=alpha)
@@ -144,7 +164,9 @@ def difference_from_control(network, kind, *, alpha, lr, steps=100, control_grou
     with torch.no_grad():
         for parameter in theirs[2].parameters():
             parameter.div_(control.head_init)
-    start, end, other = (nn.utils.parameters_to_vector(m.parameters()) for m in (network, ours, theirs))
+    start, end, other = (
+        nn.utils.parameters_to_vector(m.parameters()) for m in (network, ours, theirs)
+    )
     return ((end - other).norm() / (end - start).norm()).item()
 
 
@@ -176,7 +198,10 @@ def test_the_usual_eps_is_all_that_separates_adam_from_its_control(network):
     usual = difference_from_control(network, optim.Adam, alpha=0.3, lr=1e-2)
     assert 1e-12 < usual < 1e-4
     scaled_eps = ({"eps": 0.3 * 1e-8}, {})
-    assert difference_from_control(network, optim.Adam, alpha=0.3, lr=1e-2, control_groups=scaled_eps) < 1e-12
+    assert (
+        difference_from_control(network, optim.Adam, alpha=0.3, lr=1e-2, control_groups=scaled_eps)
+        < 1e-12
+    )
 
 
 def test_radam_differs_by_its_first_five_steps_only(network):

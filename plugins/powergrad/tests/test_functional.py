@@ -41,7 +41,9 @@ def draw(shape, generator, *, soft=False):
 
 def gradient_of(logits, target, *, upstream=None, **options):
     logits = logits.detach().requires_grad_()
-    return torch.autograd.grad(power_grad_cross_entropy(logits, target, **options), logits, upstream)[0]
+    return torch.autograd.grad(
+        power_grad_cross_entropy(logits, target, **options), logits, upstream
+    )[0]
 
 
 def as_rows(tensor):
@@ -49,7 +51,12 @@ def as_rows(tensor):
     return tensor.movedim(1, -1).reshape(-1, tensor.shape[1]).tolist()
 
 
-CASES = [(name, soft) for name in OPTIONS for soft in (False, True) if not soft or "ignore_index" not in OPTIONS[name]]
+CASES = [
+    (name, soft)
+    for name in OPTIONS
+    for soft in (False, True)
+    if not soft or "ignore_index" not in OPTIONS[name]
+]
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -59,7 +66,9 @@ def test_gradient_and_value_are_the_papers(name, soft, reduction, generator, ref
     logits, target = draw((3, 5, 4), generator, soft=soft)
     if "ignore_index" in options:
         target = target.masked_fill(target == -100, 2)
-    upstream = torch.randn((3, 4) if reduction == "none" else (), generator=generator, dtype=torch.float64)
+    upstream = torch.randn(
+        (3, 4) if reduction == "none" else (), generator=generator, dtype=torch.float64
+    )
 
     value = power_grad_cross_entropy(logits, target, alpha=0.3, **options)
     gradient = gradient_of(logits, target, alpha=0.3, upstream=upstream, **options)
@@ -70,8 +79,12 @@ def test_gradient_and_value_are_the_papers(name, soft, reduction, generator, ref
     losses = reference.cross_entropy(rows, targets, **options)
     scale = upstream.flatten().tolist() if reduction == "none" else upstream.item()
     expected = reference.gradient(rows, targets, alpha=0.3, upstream=scale, **options)
-    assert torch.allclose(torch.tensor(as_rows(gradient)), torch.tensor(expected), rtol=1e-13, atol=1e-14)
-    assert torch.allclose(value.flatten(), torch.tensor(losses, dtype=torch.float64).flatten(), rtol=1e-13)
+    assert torch.allclose(
+        torch.tensor(as_rows(gradient)), torch.tensor(expected), rtol=1e-13, atol=1e-14
+    )
+    assert torch.allclose(
+        value.flatten(), torch.tensor(losses, dtype=torch.float64).flatten(), rtol=1e-13
+    )
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -120,8 +133,12 @@ def test_a_gradient_worked_by_hand():
     # p = 16/17, 1/17; their fourth roots are as 2 : 1, so p' = 2/3, 1/3; the value is log(17/16)
     logits = torch.tensor([[math.log(16), 0.0]], dtype=torch.float64)
     target = torch.tensor([0])
-    assert gradient_of(logits, target, alpha=0.25).tolist()[0] == pytest.approx([-1 / 3, 1 / 3], rel=1e-15)
-    assert power_grad_cross_entropy(logits, target).item() == pytest.approx(math.log(17 / 16), rel=1e-15)
+    assert gradient_of(logits, target, alpha=0.25).tolist()[0] == pytest.approx(
+        [-1 / 3, 1 / 3], rel=1e-15
+    )
+    assert power_grad_cross_entropy(logits, target).item() == pytest.approx(
+        math.log(17 / 16), rel=1e-15
+    )
     # class weights 3 and 1, smoothing .5: d = (2.25, .25), |d| = 2.5; "sum" divides by nothing
     weight = torch.tensor([3.0, 1.0], dtype=torch.float64)
     gradient = gradient_of(logits, target, weight=weight, label_smoothing=0.5, reduction="sum")
@@ -164,7 +181,9 @@ def test_accumulated_micro_batches_are_the_whole_batch(generator):
 def test_huge_logit_gaps_keep_the_gradient_exact(gap, reference):
     logits = torch.tensor([[gap, 0.0, -gap]])
     gradient = gradient_of(logits, torch.tensor([1]), alpha=0.25)
-    expected = torch.tensor(reference.gradient([[min(gap, 1e4), 0.0, -min(gap, 1e4)]], [1], alpha=0.25))
+    expected = torch.tensor(
+        reference.gradient([[min(gap, 1e4), 0.0, -min(gap, 1e4)]], [1], alpha=0.25)
+    )
     assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-37)
     if gap == 120:
         assert torch.softmax(logits, 1)[0, 1] == 0
@@ -195,7 +214,9 @@ def test_an_empty_batch_is_torchs_and_has_an_empty_gradient(shape, generator):
     assert gradient_of(logits, target).shape == shape
     for reduction in ("none", "mean", "sum"):
         ours = power_grad_cross_entropy(logits, target, reduction=reduction)
-        assert torch.equal(ours.nan_to_num(7), F.cross_entropy(logits, target, reduction=reduction).nan_to_num(7))
+        assert torch.equal(
+            ours.nan_to_num(7), F.cross_entropy(logits, target, reduction=reduction).nan_to_num(7)
+        )
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -28,12 +28,17 @@ def test_dtypes_are_torchs_and_the_gradient_is_rounded_once(dtype, tile, batch, 
     weight = torch.tensor([0.5, 2.0, 1.0, 1.0, 3.0], dtype=dtype)
     with mock.patch.object(functional, "CPU_TILE", tile):
         value = power_grad_cross_entropy(logits, target, weight=weight, reduction="none")
-        gradient = gradient_of(lambda z: power_grad_cross_entropy(z, target, weight=weight, alpha=0.3), logits)
+        gradient = gradient_of(
+            lambda z: power_grad_cross_entropy(z, target, weight=weight, alpha=0.3), logits
+        )
     assert torch.equal(value, F.cross_entropy(logits, target, weight, reduction="none"))
     assert (value.dtype, gradient.dtype) == (dtype, dtype)
     exact = oracle(logits.double(), target, alpha=0.3, weight=weight.double())
     wide = torch.finfo(torch.promote_types(dtype, torch.float32))
-    tolerance = {"rtol": torch.finfo(dtype).eps / 2 + 8 * wide.eps, "atol": 8 * wide.eps + torch.finfo(dtype).tiny}
+    tolerance = {
+        "rtol": torch.finfo(dtype).eps / 2 + 8 * wide.eps,
+        "atol": 8 * wide.eps + torch.finfo(dtype).tiny,
+    }
     assert torch.allclose(gradient.double(), exact, **tolerance)
 
 
@@ -46,12 +51,15 @@ def test_autocast_gives_torchs_dtype_and_value(dtype, soft, reduction, batch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain = F.cross_entropy(logits, target, **options)
         value = power_grad_cross_entropy(logits, target, **options)
-        gradient = gradient_of(lambda z: power_grad_cross_entropy(z, target, **options).sum(), logits)
+        gradient = gradient_of(
+            lambda z: power_grad_cross_entropy(z, target, **options).sum(), logits
+        )
     assert plain.dtype == value.dtype == torch.float32
     assert torch.equal(value, plain)
     assert gradient.dtype == dtype
     wide = gradient_of(
-        lambda z: power_grad_cross_entropy(z, target.to(z) if soft else target, **options).sum(), logits.float()
+        lambda z: power_grad_cross_entropy(z, target.to(z) if soft else target, **options).sum(),
+        logits.float(),
     )
     assert torch.equal(gradient, wide.to(dtype))
 
@@ -61,7 +69,9 @@ def test_a_scaled_half_gradient_does_not_pass_through_overflow(generator):
     logits = torch.randn(4096, 5, generator=generator, dtype=torch.float16)
     target = torch.randint(5, (4096,), generator=generator)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    gradient = gradient_of(lambda z: scaler.scale(power_grad_cross_entropy(z.float(), target)), logits)
+    gradient = gradient_of(
+        lambda z: scaler.scale(power_grad_cross_entropy(z.float(), target)), logits
+    )
     unscaled = gradient_of(lambda z: power_grad_cross_entropy(z, target), logits.float())
     assert torch.allclose(gradient.float() / 2.0**16, unscaled, rtol=1e-3, atol=0)
 
@@ -73,7 +83,11 @@ def test_upstream_gradients_of_a_larger_graph_pass_through(batch, oracle):
 
     def total(z):
         losses = power_grad_cross_entropy(z, target, reduction="none")
-        return (losses * row_factors).sum() + 3 * power_grad_cross_entropy(z, target) + z.square().sum()
+        return (
+            (losses * row_factors).sum()
+            + 3 * power_grad_cross_entropy(z, target)
+            + z.square().sum()
+        )
 
     expected = oracle(logits, target, alpha=0.25, upstream=row_factors, reduction="none")
     expected = expected + 3 * oracle(logits, target, alpha=0.25) + 2 * logits
@@ -89,9 +103,16 @@ def test_a_retained_graph_gives_the_same_gradient_again(batch):
 
 def test_differentiating_twice_is_refused(batch):
     logits = batch[0].requires_grad_()
-    (gradient,) = torch.autograd.grad(power_grad_cross_entropy(logits, batch[1]), logits, create_graph=True)
-    assert torch.equal(gradient, gradient_of(lambda z: power_grad_cross_entropy(z, batch[1]), logits))
-    with pytest.raises(RuntimeError, match="must be differentiated once only, its gradient was differentiated again"):
+    (gradient,) = torch.autograd.grad(
+        power_grad_cross_entropy(logits, batch[1]), logits, create_graph=True
+    )
+    assert torch.equal(
+        gradient, gradient_of(lambda z: power_grad_cross_entropy(z, batch[1]), logits)
+    )
+    with pytest.raises(
+        RuntimeError,
+        match="must be differentiated once only, its gradient was differentiated again",
+    ):
         gradient.square().sum().backward()
 
 
@@ -114,12 +135,17 @@ def test_without_a_gradient_to_give_nothing_is_recorded(grad_enabled, batch):
 
 def test_bytes_are_classes_too(batch):
     logits, target = batch
-    assert torch.equal(power_grad_cross_entropy(logits, target.byte()), F.cross_entropy(logits, target))
+    assert torch.equal(
+        power_grad_cross_entropy(logits, target.byte()), F.cross_entropy(logits, target)
+    )
 
 
 def test_a_single_class_may_come_as_a_vector_of_one(batch):
     logits, target = batch[0][0], batch[1][:1]
-    gradients = [gradient_of(lambda z, t=t: power_grad_cross_entropy(z, t), logits) for t in (target, target[0])]
+    gradients = [
+        gradient_of(lambda z, t=t: power_grad_cross_entropy(z, t), logits)
+        for t in (target, target[0])
+    ]
     assert torch.equal(*gradients)
 
 
@@ -133,15 +159,22 @@ class LargeTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= self.numel * result.element_size():
-            self.storages[result.untyped_storage().data_ptr()] = result  # kept alive: no address is used twice
+        if (
+            isinstance(result, torch.Tensor)
+            and result.untyped_storage().nbytes() >= self.numel * result.element_size()
+        ):
+            self.storages[result.untyped_storage().data_ptr()] = (
+                result  # kept alive: no address is used twice
+            )
         return result
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["classes", "probabilities"])
 def test_forward_makes_no_tensor_of_the_logits_size_and_backward_one(soft, generator):
     logits = torch.randn(64, 50, generator=generator, requires_grad=True)
-    target = torch.softmax(logits.detach(), 1) if soft else torch.randint(50, (64,), generator=generator)
+    target = (
+        torch.softmax(logits.detach(), 1) if soft else torch.randint(50, (64,), generator=generator)
+    )
     weight = torch.rand(50, generator=generator)
     given = {logits.untyped_storage().data_ptr(), target.untyped_storage().data_ptr()}
     with mock.patch.object(functional, "CPU_TILE", 400), LargeTensors(64 * 50) as large:
@@ -158,28 +191,40 @@ def test_a_compiled_loss_is_one_graph_with_the_same_numbers(dtype, reduction, ba
     weight = torch.tensor([0.5, 2.0, 1.0, 1.0, 3.0], dtype=dtype)
 
     def loss(z):
-        return power_grad_cross_entropy(z, target, weight=weight, label_smoothing=0.1, reduction=reduction).sum()
+        return power_grad_cross_entropy(
+            z, target, weight=weight, label_smoothing=0.1, reduction=reduction
+        ).sum()
 
     torch.compiler.reset()
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(logits), loss(logits), rtol=2 * torch.finfo(dtype).eps)
     tolerance = torch.finfo(dtype).eps
-    assert torch.allclose(gradient_of(compiled, logits), gradient_of(loss, logits), rtol=tolerance, atol=tolerance)
+    assert torch.allclose(
+        gradient_of(compiled, logits), gradient_of(loss, logits), rtol=tolerance, atol=tolerance
+    )
 
 
 def test_two_runs_give_the_same_bits(batch):
-    gradients = [gradient_of(lambda z: power_grad_cross_entropy(z, batch[1]), batch[0]) for _ in range(2)]
+    gradients = [
+        gradient_of(lambda z: power_grad_cross_entropy(z, batch[1]), batch[0]) for _ in range(2)
+    ]
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("alpha", [0, -0.25, 1.5, float("nan"), float("inf")])
 def test_alpha_out_of_range_is_refused(alpha, batch):
-    with pytest.raises(ValueError, match=re.escape(f"alpha must be in (0, 1], got {alpha!r}; 1 is plain")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"alpha must be in (0, 1], got {alpha!r}; 1 is plain")
+    ):
         power_grad_cross_entropy(*batch, alpha=alpha)
 
 
 REFUSALS = {
-    "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
+    "reduction": (
+        {"reduction": "avg"},
+        ValueError,
+        "reduction must be one of 'none', 'mean', 'sum', got 'avg'",
+    ),
     "smoothing": ({"label_smoothing": 2}, ValueError, "label_smoothing must be in [0, 1], got 2"),
     "int32": (
         {"target": torch.zeros(6, dtype=torch.int32)},
@@ -211,9 +256,17 @@ REFUSALS = {
         ValueError,
         "weight must not require a gradient: PowerGrad has none for it; pass weight.detach()",
     ),
-    "scalar": ({"logits": torch.zeros(())}, ValueError, "logits must have shape [C], [N, C] or [N, C, d1, ...]"),
+    "scalar": (
+        {"logits": torch.zeros(())},
+        ValueError,
+        "logits must have shape [C], [N, C] or [N, C, d1, ...]",
+    ),
     "out of range": ({"target": torch.full((6,), 5)}, IndexError, "Target 5 is out of bounds"),
-    "weight shape": ({"weight": torch.ones(4)}, RuntimeError, "weight tensor should be defined either for all 5"),
+    "weight shape": (
+        {"weight": torch.ones(4)},
+        RuntimeError,
+        "weight tensor should be defined either for all 5",
+    ),
     "ignored probabilities": (
         {"target": torch.ones(6, 5), "ignore_index": 1},
         RuntimeError,

@@ -14,7 +14,9 @@ def batch(generator):
     return torch.randn(6, 5, generator=generator), torch.tensor([0, 1, 2, 3, 4, -1])
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "sum"}, {"weight": WEIGHT}])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "reduction": "sum"}, {"weight": WEIGHT}]
+)
 def test_the_module_is_the_function_with_its_arguments(options, batch):
     logits = batch[0].requires_grad_()
     results = [
@@ -28,13 +30,18 @@ def test_the_module_is_the_function_with_its_arguments(options, batch):
 def test_evaluation_mode_changes_nothing(batch):
     logits = batch[0].requires_grad_()
     criterion = PowerGradCrossEntropyLoss(ignore_index=-1)
-    gradients = [torch.autograd.grad(criterion.train(mode)(*batch), logits)[0] for mode in (True, False)]
+    gradients = [
+        torch.autograd.grad(criterion.train(mode)(*batch), logits)[0] for mode in (True, False)
+    ]
     assert torch.equal(*gradients)
 
 
 def test_alpha_one_is_torchs_module(batch):
     options = {"weight": WEIGHT, "ignore_index": -1, "label_smoothing": 0.1}
-    assert torch.equal(PowerGradCrossEntropyLoss(alpha=1, **options)(*batch), nn.CrossEntropyLoss(**options)(*batch))
+    assert torch.equal(
+        PowerGradCrossEntropyLoss(alpha=1, **options)(*batch),
+        nn.CrossEntropyLoss(**options)(*batch),
+    )
 
 
 def test_probabilities_are_those_that_were_fitted():

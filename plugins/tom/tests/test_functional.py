@@ -9,11 +9,18 @@ SHAPES = [(3,), (2, 5), (), (4, 0, 2)]
 
 def tensors(seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    return [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES
+    ]
 
 
 def zeros(like):
-    return Trends(**{key: [torch.zeros_like(t) for t in like] for key in ("forecast", "trend", "square", "last")})
+    return Trends(
+        **{
+            key: [torch.zeros_like(t) for t in like]
+            for key in ("forecast", "trend", "square", "last")
+        }
+    )
 
 
 def run(steps=12, **options):
@@ -29,7 +36,13 @@ OPTIONS = [
     {"correct_bias": True},
     {"maximize": True},
     {"weight_decay": 0.1},
-    {"betas": (0.5, 0.0, 0.9), "eps": 0.1, "correct_bias": True, "weight_decay": 0.2, "maximize": True},
+    {
+        "betas": (0.5, 0.0, 0.9),
+        "eps": 0.1,
+        "correct_bias": True,
+        "weight_decay": 0.2,
+        "maximize": True,
+    },
 ]
 
 
@@ -85,7 +98,10 @@ def test_a_rate_of_zero_moves_nothing_and_a_zero_gradient_gives_no_nan(foreach):
 
 
 def test_the_first_two_steps_by_hand():
-    weights, state = [torch.zeros(1, dtype=torch.float64)], zeros([torch.zeros(1, dtype=torch.float64)])
+    weights, state = (
+        [torch.zeros(1, dtype=torch.float64)],
+        zeros([torch.zeros(1, dtype=torch.float64)]),
+    )
     options = {"lr": 1.0, "betas": (0.5, 0.5, 0.0), "eps": 0.0 + 1e-300}
     # g = 2: m = 1, r = 1, root 2: −1
     tom_(weights, [torch.full((1,), 2.0, dtype=torch.float64)], state, steps=[1.0], **options)
@@ -112,7 +128,9 @@ def test_any_gradients_follow_the_reference(gradients, one, two, three, correcte
         options = {"betas": (one, two, three), "eps": 1e-3, "correct_bias": corrected}
         tom_(weights, given, state, lr=0.1, steps=[float(index)], **options)
     # differences of gradients round at the size of the largest, over a root that may be as small as eps
-    assert weights[0].item() == pytest.approx(values[0], rel=1e-9, abs=1e-9 * max(1, *map(abs, gradients)))
+    assert weights[0].item() == pytest.approx(
+        values[0], rel=1e-9, abs=1e-9 * max(1, *map(abs, gradients))
+    )
 
 
 @pytest.mark.gpu
@@ -127,7 +145,14 @@ def test_a_gpu_gives_the_numbers_of_the_cpu_without_a_synchronisation():
             gradients = [t.to(device) for t in tensors(index)]
             torch.cuda.set_sync_debug_mode("error")
             try:
-                tom_(weights, gradients, state, lr=rate, steps=[float(index)] * 4, foreach=device == "cuda")
+                tom_(
+                    weights,
+                    gradients,
+                    state,
+                    lr=rate,
+                    steps=[float(index)] * 4,
+                    foreach=device == "cuda",
+                )
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         results.append([t.cpu() for t in weights])

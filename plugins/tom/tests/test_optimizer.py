@@ -5,19 +5,32 @@ import regrad
 import torch
 from regrad_tom import Tom
 
-ORACLE = {1: 0.11, 2: 0.21, 10: 0.71, 50: 1.06, 100: 1.04, 200: 1.01, 400: 1.00}  # t = 200: 1 + 11·.01·.99¹⁹⁹ = 1.0149
+ORACLE = {
+    1: 0.11,
+    2: 0.21,
+    10: 0.71,
+    50: 1.06,
+    100: 1.04,
+    200: 1.01,
+    400: 1.00,
+}  # t = 200: 1 + 11·.01·.99¹⁹⁹ = 1.0149
 
 
 def make_model(dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)).to(dtype)
+        return torch.nn.Sequential(
+            torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)
+        ).to(dtype)
 
 
 def batches(count=8, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(8, 6, generator=generator, dtype=dtype), torch.randint(3, (8,), generator=generator))
+        (
+            torch.randn(8, 6, generator=generator, dtype=dtype),
+            torch.randint(3, (8,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -67,7 +80,9 @@ def test_no_memory_and_no_trend_is_the_sign_of_the_gradient():
     weight.grad = torch.tensor([2.0, -3.0, 0.5], dtype=torch.float64)
     optimizer.step()
     # m = g and r = g − 0: twice the sign
-    torch.testing.assert_close(weight.detach(), torch.tensor([-0.2, 0.2, -0.2], dtype=torch.float64))
+    torch.testing.assert_close(
+        weight.detach(), torch.tensor([-0.2, 0.2, -0.2], dtype=torch.float64)
+    )
 
 
 def test_no_trend_and_the_trends_rate_zero_is_adam():
@@ -81,7 +96,9 @@ def test_no_trend_and_the_trends_rate_zero_is_adam():
         assert same(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"correct_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"correct_bias": True}], ids=str
+)
 def test_foreach_gives_the_numbers_of_the_loop(options):
     results = []
     for foreach in (True, False):
@@ -101,9 +118,14 @@ def test_decay_is_decoupled():
 
 def test_schedulers_groups_and_named_parameters_work():
     model = make_model()
-    groups = [{"params": model[0].named_parameters()}, {"params": model[2].named_parameters(), "lr": 0.0}]
+    groups = [
+        {"params": model[0].named_parameters()},
+        {"params": model[2].named_parameters(), "lr": 0.0},
+    ]
     optimizer = Tom(groups, lr=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.1, 1e-30], total_steps=8, cycle_momentum=False)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [0.1, 1e-30], total_steps=8, cycle_momentum=False
+    )
     before = model[2].weight.detach().clone()
     for data in batches(7):
         train(model, optimizer, [data])
@@ -128,7 +150,9 @@ def test_a_bf16_model_keeps_state_in_bf16_and_follows_the_reference(foreach, ref
         **dict.fromkeys(("forecast", "trend", "square", "last_gradient"), torch.bfloat16),
     }
     # bf16 keeps 8 bits; six steps of a tenth
-    torch.testing.assert_close(weight.detach().double(), torch.tensor(values, dtype=torch.float64), rtol=0, atol=0.03)
+    torch.testing.assert_close(
+        weight.detach().double(), torch.tensor(values, dtype=torch.float64), rtol=0, atol=0.03
+    )
 
 
 def test_a_non_finite_gradient_stays_in_its_own_elements():
@@ -155,7 +179,10 @@ def test_a_correction_of_regrad_acts_on_it():
         ({"lr": math.nan}, "lr must be at least 0 and finite, got nan"),
         ({"lr": torch.ones(2)}, r"lr must be a number or a tensor of one element, got shape \[2\]"),
         ({"betas": (0.9, 0.99)}, r"betas must be three numbers in \[0, 1\), got \(0\.9, 0\.99\)"),
-        ({"betas": (0.9, 1.0, 0.9)}, r"betas must be three numbers in \[0, 1\), got \(0\.9, 1\.0, 0\.9\)"),
+        (
+            {"betas": (0.9, 1.0, 0.9)},
+            r"betas must be three numbers in \[0, 1\), got \(0\.9, 1\.0, 0\.9\)",
+        ),
         ({"eps": 0.0}, r"eps must be positive and finite, got 0\.0"),
         ({"weight_decay": -0.1}, r"weight_decay must be at least 0 and finite, got -0\.1"),
     ],
@@ -174,7 +201,10 @@ def test_options_out_of_range_are_refused(options, message):
     ("dtype", "message"),
     [
         (torch.complex64, r"parameters must be real and floating point, got torch\.complex64"),
-        (torch.float16, r"eps must not vanish in torch\.float16, got 1e-08; keep the weights in float32"),
+        (
+            torch.float16,
+            r"eps must not vanish in torch\.float16, got 1e-08; keep the weights in float32",
+        ),
     ],
 )
 def test_parameters_without_a_rule_are_refused(dtype, message):
@@ -192,6 +222,8 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
     optimizer = Tom([*dense.parameters(), *table.parameters()])
     before = dense.weight.detach().clone()
     dense(table(torch.tensor([1]))).sum().backward()
-    with pytest.raises(RuntimeError, match="gradients must be dense, got a sparse one; use sparse=False"):
+    with pytest.raises(
+        RuntimeError, match="gradients must be dense, got a sparse one; use sparse=False"
+    ):
         optimizer.step()
     assert torch.equal(dense.weight, before)

@@ -32,14 +32,22 @@ OPTIMIZERS = {
 def make_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = [torch.nn.Linear(6, 10), torch.nn.GroupNorm(2, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)]
+        layers = [
+            torch.nn.Linear(6, 10),
+            torch.nn.GroupNorm(2, 10),
+            torch.nn.Tanh(),
+            torch.nn.Linear(10, 3),
+        ]
         return torch.nn.Sequential(*layers).double()
 
 
 def batches():
     generator = torch.Generator().manual_seed(1)
     for _ in range(6):
-        yield torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.randint(3, (8,), generator=generator)
+        yield (
+            torch.randn(8, 6, generator=generator, dtype=torch.float64),
+            torch.randint(3, (8,), generator=generator),
+        )
 
 
 def train(model, make_optimizer, part):
@@ -57,7 +65,9 @@ def train(model, make_optimizer, part):
 
 
 def main(rank, rendezvous):
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
     mesh = init_device_mesh("cpu", (2,))
     part = slice(4 * rank, 4 * rank + 4)
     for name, make_optimizer in OPTIMIZERS.items():
@@ -67,7 +77,10 @@ def main(rank, rendezvous):
             fully_shard(layer, mesh=mesh)
         for layout, model in (("ddp", DistributedDataParallel(make_model())), ("fsdp2", sharded)):
             seen = train(model, make_optimizer, part)
-            difference = max((a.detach() - b.detach()).abs().max().item() for a, b in zip(seen, whole, strict=True))
+            difference = max(
+                (a.detach() - b.detach()).abs().max().item()
+                for a, b in zip(seen, whole, strict=True)
+            )
             sys.stdout.write(f"{layout}-{name} {difference}\n")
     distributed.barrier()
     distributed.destroy_process_group()

@@ -13,7 +13,12 @@ import torch
 
 class SGD:
     def __init__(self, momentum=0.9, dampening=0.0, decay=0.0, maximize=False):
-        self.momentum, self.dampening, self.decay, self.sign = momentum, dampening, decay, -1.0 if maximize else 1.0
+        self.momentum, self.dampening, self.decay, self.sign = (
+            momentum,
+            dampening,
+            decay,
+            -1.0 if maximize else 1.0,
+        )
         self.buffer = None
 
     def step(self, weight, gradient, rate):
@@ -29,8 +34,16 @@ class SGD:
 
 
 class RMSprop:
-    def __init__(self, alpha=0.99, eps=1e-8, decay=0.0, momentum=0.0, centered=False, maximize=False):
-        self.alpha, self.eps, self.decay, self.momentum, self.centered = alpha, eps, decay, momentum, centered
+    def __init__(
+        self, alpha=0.99, eps=1e-8, decay=0.0, momentum=0.0, centered=False, maximize=False
+    ):
+        self.alpha, self.eps, self.decay, self.momentum, self.centered = (
+            alpha,
+            eps,
+            decay,
+            momentum,
+            centered,
+        )
         self.sign = -1.0 if maximize else 1.0
         self.square = self.mean = self.buffer = 0.0
         self.last = None
@@ -53,8 +66,22 @@ class RMSprop:
 
 
 class Adam:
-    def __init__(self, betas=(0.9, 0.999), eps=1e-8, decay=0.0, decoupled=False, amsgrad=False, maximize=False):
-        self.betas, self.eps, self.decay, self.decoupled, self.amsgrad = betas, eps, decay, decoupled, amsgrad
+    def __init__(
+        self,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        decay=0.0,
+        decoupled=False,
+        amsgrad=False,
+        maximize=False,
+    ):
+        self.betas, self.eps, self.decay, self.decoupled, self.amsgrad = (
+            betas,
+            eps,
+            decay,
+            decoupled,
+            amsgrad,
+        )
         self.sign = -1.0 if maximize else 1.0
         self.first = self.second = 0.0
         self.largest = None
@@ -69,7 +96,9 @@ class Adam:
         self.steps += 1
         self.first = self.betas[0] * self.first + (1 - self.betas[0]) * gradient
         self.second = self.betas[1] * self.second + (1 - self.betas[1]) * gradient**2
-        self.largest = self.second if self.largest is None else torch.maximum(self.largest, self.second)
+        self.largest = (
+            self.second if self.largest is None else torch.maximum(self.largest, self.second)
+        )
         return weight - rate * self.direction()
 
     def direction(self):
@@ -102,8 +131,22 @@ class AdaM3:
 
 
 class AdaBelief:
-    def __init__(self, betas=(0.9, 0.999), eps=1e-16, decay=0.0, decoupled=True, ams_bound=False, maximize=False):
-        self.betas, self.eps, self.decay, self.decoupled, self.ams_bound = betas, eps, decay, decoupled, ams_bound
+    def __init__(
+        self,
+        betas=(0.9, 0.999),
+        eps=1e-16,
+        decay=0.0,
+        decoupled=True,
+        ams_bound=False,
+        maximize=False,
+    ):
+        self.betas, self.eps, self.decay, self.decoupled, self.ams_bound = (
+            betas,
+            eps,
+            decay,
+            decoupled,
+            ams_bound,
+        )
         self.sign = -1.0 if maximize else 1.0
         self.first = self.variance = 0.0
         self.largest = torch.zeros((), dtype=torch.float64)
@@ -117,7 +160,11 @@ class AdaBelief:
         else:
             gradient = gradient + self.decay * weight
         self.first = self.betas[0] * self.first + (1 - self.betas[0]) * gradient
-        self.variance = self.betas[1] * self.variance + (1 - self.betas[1]) * (gradient - self.first) ** 2 + self.eps
+        self.variance = (
+            self.betas[1] * self.variance
+            + (1 - self.betas[1]) * (gradient - self.first) ** 2
+            + self.eps
+        )
         self.largest = torch.maximum(self.largest, self.variance)
         return weight - rate * self.direction()
 

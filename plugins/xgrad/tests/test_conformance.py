@@ -26,7 +26,10 @@ class TestXGrad(CorrectionSuite):
         if step.index == 0:
             return None
         rows = zip(step.weights, step.lrs, step.states, strict=True)
-        return [weight - step.options.horizon * rate * self.direction(step, state) for weight, rate, state in rows]
+        return [
+            weight - step.options.horizon * rate * self.direction(step, state)
+            for weight, rate, state in rows
+        ]
 
     def direction(self, step, state):
         if step.optimizer == "SGD":
@@ -34,7 +37,11 @@ class TestXGrad(CorrectionSuite):
             rule.buffer = state["momentum_buffer"]
         else:
             rule = reference.Adam(decoupled=True)
-            rule.first, rule.second, rule.steps = state["exp_avg"], state["exp_avg_sq"], state["step"]
+            rule.first, rule.second, rule.steps = (
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                state["step"],
+            )
         return rule.direction()
 
 

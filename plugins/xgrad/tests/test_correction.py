@@ -25,7 +25,9 @@ class Quadratic(torch.nn.Module):
         half = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
         self.register_buffer("matrix", half @ half.T / WIDTH)
         self.register_buffer("offset", torch.randn(WIDTH, generator=generator, dtype=torch.float64))
-        self.weight = torch.nn.Parameter(torch.randn(WIDTH, generator=generator, dtype=torch.float64))
+        self.weight = torch.nn.Parameter(
+            torch.randn(WIDTH, generator=generator, dtype=torch.float64)
+        )
         self.points = []
 
     def gradient_at(self, weight):
@@ -62,18 +64,32 @@ def sgd(cls=torch.optim.SGD, **options):
 
 def rmsprop(**options):
     decay = {"decay" if k == "weight_decay" else k: v for k, v in options.items()}
-    return lambda reference, p: (torch.optim.RMSprop(p, lr=0.1, **options), reference.RMSprop(**decay))
+    return lambda reference, p: (
+        torch.optim.RMSprop(p, lr=0.1, **options),
+        reference.RMSprop(**decay),
+    )
 
 
 def adam(cls=torch.optim.Adam, **options):
     decoupled = issubclass(cls, torch.optim.AdamW)
     options = {"weight_decay": 0.01 if decoupled else 0.0, **options}
-    decay = {"decay" if k == "weight_decay" else k: v for k, v in options.items() if k not in ("fused", "foreach")}
-    return lambda reference, p: (cls(p, lr=0.1, **options), reference.Adam(decoupled=decoupled, **decay))
+    decay = {
+        "decay" if k == "weight_decay" else k: v
+        for k, v in options.items()
+        if k not in ("fused", "foreach")
+    }
+    return lambda reference, p: (
+        cls(p, lr=0.1, **options),
+        reference.Adam(decoupled=decoupled, **decay),
+    )
 
 
 def adam3(**options):
-    own = {"decay" if key == "weight_decay" else key: value for key, value in options.items() if key != "foreach"}
+    own = {
+        "decay" if key == "weight_decay" else key: value
+        for key, value in options.items()
+        if key != "foreach"
+    }
     return lambda reference, p: (AdaM3(p, lr=0.1, **options), reference.AdaM3(**own))
 
 
@@ -100,7 +116,10 @@ OPTIMIZERS = [
     named(rmsprop(), "rmsprop"),
     named(rmsprop(momentum=0.9), "rmsprop momentum"),
     named(rmsprop(centered=True, eps=1e-2), "rmsprop centered"),
-    named(rmsprop(centered=True, momentum=0.5, weight_decay=0.1, eps=1e-2), "rmsprop centered momentum decay"),
+    named(
+        rmsprop(centered=True, momentum=0.5, weight_decay=0.1, eps=1e-2),
+        "rmsprop centered momentum decay",
+    ),
     named(adam(), "adam"),
     named(adam(weight_decay=0.1, amsgrad=True), "adam amsgrad decay"),
     named(adam(fused=True), "adam fused"),
@@ -125,7 +144,9 @@ def test_training_is_that_of_the_reference_at_every_step(make, horizon, referenc
     model = Quadratic()
     optimizer, plain = make(reference, model.parameters())
     start = model.weight.detach().clone()
-    rates = [r or 0.04 for r in RATES]  # after a rate of 0 the displacement form knows no direction: tested below
+    rates = [
+        r or 0.04 for r in RATES
+    ]  # after a rate of 0 the displacement form knows no direction: tested below
     weights = run(model, optimizer, rates, horizon=horizon)
     expected, points = reference.train(start, model.gradient_at, plain, rates, horizon)
     for got, want in zip(model.points + weights, points + expected, strict=True):
@@ -220,7 +241,9 @@ def test_displacement_form_is_the_state_form_under_a_changing_rate(known, foreig
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"ams_bound": True}], ids=str)
 def test_the_displacement_form_of_adabelief_is_its_state_form(options):
-    library = pytest.importorskip("pytorch_optimizer", reason="AdaBelief comes from pytorch_optimizer, not installed")
+    library = pytest.importorskip(
+        "pytorch_optimizer", reason="AdaBelief comes from pytorch_optimizer, not installed"
+    )
     foreign = type("ForeignAdaBelief", (library.AdaBelief,), {})
     one, two = Quadratic(), Quadratic()
     rates = [r or 0.04 for r in RATES]
@@ -271,7 +294,12 @@ def test_no_prediction_in_the_step_after_a_rate_of_zero():
 def test_a_tensor_learning_rate_gives_the_numbers_of_a_float(cls):
     floats, tensors = Quadratic(), Quadratic()
     expected = run(floats, cls(floats.parameters(), lr=0.1))
-    optimizer = cls(tensors.parameters(), lr=torch.tensor(0.1, dtype=torch.float64), capturable=False, foreach=False)
+    optimizer = cls(
+        tensors.parameters(),
+        lr=torch.tensor(0.1, dtype=torch.float64),
+        capturable=False,
+        foreach=False,
+    )
     rates = [torch.tensor(r, dtype=torch.float64) for r in RATES]
     for a, b in zip(run(tensors, optimizer, rates), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
@@ -310,7 +338,9 @@ def test_a_stale_momentum_still_moves_a_parameter_without_gradient():
     torch.testing.assert_close(points[1], weight.detach() - 0.1 * buffer, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("cls", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adagrad, {})])
+@pytest.mark.parametrize(
+    ("cls", "options"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.Adagrad, {})]
+)
 def test_state_survives_a_checkpoint_bit_for_bit(cls, options):
     through, resumed = Quadratic(), Quadratic()
     expected = run(through, cls(through.parameters(), lr=0.1, **options))
@@ -322,7 +352,11 @@ def test_state_survives_a_checkpoint_bit_for_bit(cls, options):
             optimizer.zero_grad()
             resumed().backward()
             optimizer.step()
-        saved = {"model": resumed.state_dict(), "optimizer": optimizer.state_dict(), "regrad": attachment.state_dict()}
+        saved = {
+            "model": resumed.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "regrad": attachment.state_dict(),
+        }
     fresh = Quadratic(seed=1)
     optimizer = cls(fresh.parameters(), lr=0.1, **options)
     fresh.load_state_dict(saved["model"])
@@ -369,17 +403,25 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name():
-    with pytest.raises(TypeError, match=r"xgrad has no option 'horizons'; allowed: horizon, .*did you mean 'horizon'"):
+    with pytest.raises(
+        TypeError,
+        match=r"xgrad has no option 'horizons'; allowed: horizon, .*did you mean 'horizon'",
+    ):
         XGrad(horizons=2)
 
 
 @pytest.mark.parametrize(
-    "make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), lambda p: torch.optim.NAdam(p, lr=0.1)]
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.NAdam(p, lr=0.1),
+    ],
 )
 def test_an_optimizer_that_looks_ahead_is_refused_unless_allowed(make):
     model = Quadratic()
     with pytest.raises(
-        regrad.RegradError, match="would look ahead twice; use nesterov=False, or allow_double_lookahead=True"
+        regrad.RegradError,
+        match="would look ahead twice; use nesterov=False, or allow_double_lookahead=True",
     ):
         regrad.attach(model, make(model.parameters()), ["xgrad"])
     regrad.attach(model, make(model.parameters()), ["xgrad:allow_double_lookahead=true"]).detach()
@@ -400,7 +442,9 @@ class Outsider(torch.optim.SGD):
 def test_a_foreign_weight_decay_is_warned_about_until_it_is_told():
     model = Quadratic()
     make = lambda: Outsider(model.parameters(), lr=0.1, weight_decay=0.1)  # noqa: E731
-    with pytest.warns(regrad.RegradWarning, match="weight_decay that may be decoupled; pass decoupled_decay="):
+    with pytest.warns(
+        regrad.RegradWarning, match="weight_decay that may be decoupled; pass decoupled_decay="
+    ):
         regrad.attach(model, make(), ["xgrad"]).detach()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -416,11 +460,17 @@ def test_the_control_is_nesterov_on_sgd_with_momentum_only():
     assert XGrad().control(torch.optim.AdamW(weight)) is None
 
 
-@given(horizon=st.floats(0, 4), rates=st.lists(st.floats(1e-4, 0.3), min_size=2, max_size=6), seed=st.integers(0, 100))
+@given(
+    horizon=st.floats(0, 4),
+    rates=st.lists(st.floats(1e-4, 0.3), min_size=2, max_size=6),
+    seed=st.integers(0, 100),
+)
 def test_displacement_form_follows_the_reference_for_any_rates(horizon, rates, seed, reference):
     model = Quadratic(seed)
     start = model.weight.detach().clone()
     weights = run(model, torch.optim.SGD(model.parameters(), lr=0.1), rates, horizon=horizon)
-    expected, _ = reference.train(start, model.gradient_at, reference.SGD(momentum=0.0), rates, horizon)
+    expected, _ = reference.train(
+        start, model.gradient_at, reference.SGD(momentum=0.0), rates, horizon
+    )
     scale = max(w.abs().max().item() for w in expected) + 1
     torch.testing.assert_close(weights[-1], expected[-1], rtol=1e-9, atol=1e-11 * scale)

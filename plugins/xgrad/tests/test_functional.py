@@ -19,9 +19,19 @@ def test_momentum_displacement_is_minus_rate_times_buffer():
 
 
 def test_adam_displacement_is_the_published_formula():
-    first, second, out = tensors(SHAPES), [t.square() for t in tensors(SHAPES, seed=1)], tensors(SHAPES, seed=2)
+    first, second, out = (
+        tensors(SHAPES),
+        [t.square() for t in tensors(SHAPES, seed=1)],
+        tensors(SHAPES, seed=2),
+    )
     functional.adam_displacement_(
-        out, first, second, rate=[0.1] * 4, steps=[1, 2, 10, 1000], betas=[(0.9, 0.99)] * 4, eps=[1e-3] * 4
+        out,
+        first,
+        second,
+        rate=[0.1] * 4,
+        steps=[1, 2, 10, 1000],
+        betas=[(0.9, 0.99)] * 4,
+        eps=[1e-3] * 4,
     )
     for got, m, v, t in zip(out, first, second, [1, 2, 10, 1000], strict=True):
         unbiased, root = m / (1 - 0.9**t), (v / (1 - 0.99**t)).sqrt()
@@ -32,7 +42,9 @@ def test_adam_displacement_of_a_first_step_is_the_rate_by_hand():
     out = [torch.empty(1, dtype=torch.float64)]
     # m = .1·2, v = .001·4 after one gradient of 2: m̂ = 2, v̂ = 4, D = 1
     m, v = torch.tensor([0.2], dtype=torch.float64), torch.tensor([0.004], dtype=torch.float64)
-    functional.adam_displacement_(out, [m], [v], rate=[0.3], steps=[1], betas=[(0.9, 0.999)], eps=[0.0])
+    functional.adam_displacement_(
+        out, [m], [v], rate=[0.3], steps=[1], betas=[(0.9, 0.999)], eps=[0.0]
+    )
     assert out[0].item() == pytest.approx(-0.3, abs=1e-15)
 
 
@@ -43,7 +55,13 @@ def test_list_operations_give_the_numbers_of_the_loop(monkeypatch):
         monkeypatch.setattr(functional, "_one_launch", lambda *_, answer=one_launch: answer)
         out, moved = tensors(SHAPES, seed=2), tensors(SHAPES, seed=3)
         functional.adam_displacement_(
-            out, first, second, rate=[0.1] * 4, steps=[3] * 4, betas=[(0.9, 0.99)] * 4, eps=[1e-3] * 4
+            out,
+            first,
+            second,
+            rate=[0.1] * 4,
+            steps=[3] * 4,
+            betas=[(0.9, 0.99)] * 4,
+            eps=[1e-3] * 4,
         )
         functional.momentum_displacement_(moved, first, [0.5] * 4)
         results.append(out + moved)
@@ -64,6 +82,8 @@ def test_a_gpu_gives_the_numbers_of_the_cpu():
     options = {"rate": [0.1] * 4, "steps": [3] * 4, "betas": [(0.9, 0.99)] * 4, "eps": [1e-3] * 4}
     here, there = tensors(SHAPES), [t.cuda() for t in tensors(SHAPES)]
     functional.adam_displacement_(here, first, second, **options)
-    functional.adam_displacement_(there, [t.cuda() for t in first], [t.cuda() for t in second], **options)
+    functional.adam_displacement_(
+        there, [t.cuda() for t in first], [t.cuda() for t in second], **options
+    )
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-13, atol=0)

@@ -9,13 +9,19 @@ import torch
 SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
+)
 def test_two_processes_train_as_one_under_ddp_and_fsdp2(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
-    processes = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
+    commands = [
+        [sys.executable, str(SCRIPT), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)
+    ]
+    processes = [
+        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands
+    ]
     try:
         outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
@@ -27,4 +33,6 @@ def test_two_processes_train_as_one_under_ddp_and_fsdp2(tmp_path):
         assert len(differences) == 10
         # float64: the mean of two half batches and of the whole round differently; AdaM3 steps further
         limits = {name: 1e-12 if "adam3" in name else 1e-14 for name in differences}
-        assert all(float(difference) < limits[name] for name, difference in differences.items()), output
+        assert all(float(difference) < limits[name] for name, difference in differences.items()), (
+            output
+        )

@@ -8,13 +8,18 @@ import torch
 def make_model(dtype=torch.float32):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)).to(dtype)
+        return torch.nn.Sequential(
+            torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)
+        ).to(dtype)
 
 
 def batches(count=6, size=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(size, 6, generator=generator, dtype=dtype), torch.randint(3, (size,), generator=generator))
+        (
+            torch.randn(size, 6, generator=generator, dtype=dtype),
+            torch.randint(3, (size,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -98,7 +103,9 @@ def test_a_closure_that_runs_forward_and_backward_inside_step_gives_the_numbers_
                 return loss
 
             optimizer.step(closure)
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(plain), weights_of(inside), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights_of(plain), weights_of(inside), strict=True)
+    )
 
 
 def test_a_scheduler_is_ahead_of_the_prediction():
@@ -114,7 +121,10 @@ def test_a_scheduler_is_ahead_of_the_prediction():
             if len(points) == 1:
                 optimizer.step()
                 scheduler.step()
-                weight, buffer = weights_of(model)[0], optimizer.state[model[0].weight]["momentum_buffer"].clone()
+                weight, buffer = (
+                    weights_of(model)[0],
+                    optimizer.state[model[0].weight]["momentum_buffer"].clone(),
+                )
     # the rate of the coming step, 0.1, not that of the last, 1.0
     torch.testing.assert_close(points[1], weight - 0.1 * buffer, rtol=0, atol=1e-15)
 
@@ -145,4 +155,6 @@ def test_a_corrections_effect_is_the_size_of_its_prediction():
                 moves = {p: 0.1 * optimizer.state[p]["momentum_buffer"] for p in model.parameters()}
                 sizes = [(p.norm() ** 2, move.norm() ** 2) for p, move in moves.items()]
         weight, moved = (sum(column) ** 0.5 for column in zip(*sizes, strict=True))
-        assert attachment.metrics()["xgrad/weights/relative_change"] == pytest.approx((moved / weight).item(), rel=1e-5)
+        assert attachment.metrics()["xgrad/weights/relative_change"] == pytest.approx(
+            (moved / weight).item(), rel=1e-5
+        )

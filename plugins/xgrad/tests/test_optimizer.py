@@ -10,13 +10,18 @@ from regrad_xgrad.functional import adam3_
 def make_model(dtype=torch.float64):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)).to(dtype)
+        return torch.nn.Sequential(
+            torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3)
+        ).to(dtype)
 
 
 def batches(count=8, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randn(8, 6, generator=generator, dtype=dtype), torch.randint(3, (8,), generator=generator))
+        (
+            torch.randn(8, 6, generator=generator, dtype=dtype),
+            torch.randint(3, (8,), generator=generator),
+        )
         for _ in range(count)
     ]
 
@@ -52,12 +57,16 @@ def test_the_first_steps_are_10_then_6_6_then_5_0_times_the_rate(foreach, gradie
     assert seen == pytest.approx([10.0, 6.586, 5.007], abs=2e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"betas": (0.5, 0.9)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"maximize": True}, {"betas": (0.5, 0.9)}], ids=str
+)
 @pytest.mark.parametrize("foreach", [True, False])
 def test_steps_are_those_of_the_reference(options, foreach, reference):
     generator = torch.Generator().manual_seed(0)
     shapes = [(3,), (2, 5), (), (4, 0)]
-    weights = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes]
+    weights = [
+        torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in shapes
+    ]
     own = {"decay" if key == "weight_decay" else key: value for key, value in options.items()}
     plain, values = [reference.AdaM3(**own) for _ in shapes], [w.detach().clone() for w in weights]
     optimizer = AdaM3(weights, lr=0.01, foreach=foreach, **options)
@@ -75,7 +84,9 @@ def test_without_memory_and_eps_the_step_is_the_sign_of_the_gradient():
     optimizer = AdaM3([weight], lr=0.1, betas=(0.0, 0.0), eps=1e-300)
     weight.grad = torch.tensor([2.0, -3.0, 0.5], dtype=torch.float64)
     optimizer.step()
-    torch.testing.assert_close(weight.detach(), torch.tensor([-0.1, 0.1, -0.1], dtype=torch.float64))
+    torch.testing.assert_close(
+        weight.detach(), torch.tensor([-0.1, 0.1, -0.1], dtype=torch.float64)
+    )
 
 
 def test_decay_is_decoupled_and_a_zero_gradient_gives_no_nan():
@@ -126,9 +137,19 @@ class OnDevice(torch.Tensor):
 def test_a_rate_on_a_device_is_never_read():
     results = []
     for rate in (0.1, torch.tensor(0.1, dtype=torch.float64).as_subclass(OnDevice)):
-        weights, first, second = ([torch.full((3,), x, dtype=torch.float64)] for x in (1.0, 0.0, 0.0))
+        weights, first, second = (
+            [torch.full((3,), x, dtype=torch.float64)] for x in (1.0, 0.0, 0.0)
+        )
         for step in (1.0, 2.0):
-            adam3_(weights, [torch.full((3,), step).double()], first, second, lr=rate, steps=[step], weight_decay=0.1)
+            adam3_(
+                weights,
+                [torch.full((3,), step).double()],
+                first,
+                second,
+                lr=rate,
+                steps=[step],
+                weight_decay=0.1,
+            )
         results.append(weights[0].as_subclass(torch.Tensor))
     torch.testing.assert_close(*results, rtol=1e-14, atol=0)
 
@@ -142,7 +163,9 @@ def test_it_goes_by_its_name():
 def test_a_gpu_gives_the_numbers_of_the_cpu_without_a_synchronisation():
     results = []
     for device in ("cpu", "cuda"):
-        weights, first, second = ([torch.full((3,), x, dtype=torch.float64, device=device)] for x in (1.0, 0.0, 0.0))
+        weights, first, second = (
+            [torch.full((3,), x, dtype=torch.float64, device=device)] for x in (1.0, 0.0, 0.0)
+        )
         rate = torch.tensor(0.1, dtype=torch.float64, device=device)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -156,9 +179,14 @@ def test_a_gpu_gives_the_numbers_of_the_cpu_without_a_synchronisation():
 
 def test_schedulers_groups_and_named_parameters_work():
     model = make_model()
-    groups = [{"params": model[0].named_parameters()}, {"params": model[2].named_parameters(), "lr": 0.0}]
+    groups = [
+        {"params": model[0].named_parameters()},
+        {"params": model[2].named_parameters(), "lr": 0.0},
+    ]
     optimizer = AdaM3(groups, lr=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.1, 1e-30], total_steps=8, cycle_momentum=False)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [0.1, 1e-30], total_steps=8, cycle_momentum=False
+    )
     before = model[2].weight.detach().clone()
     for data in batches(7):
         train(model, optimizer, [data])
@@ -202,7 +230,10 @@ def test_options_out_of_range_are_refused(options, message):
     ("dtype", "message"),
     [
         (torch.complex64, r"parameters must be real and floating point, got torch\.complex64"),
-        (torch.float16, r"eps must not vanish in torch\.float16, got 1e-16; keep the weights in float32"),
+        (
+            torch.float16,
+            r"eps must not vanish in torch\.float16, got 1e-16; keep the weights in float32",
+        ),
     ],
 )
 def test_parameters_without_a_rule_are_refused(dtype, message):
@@ -220,6 +251,8 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
     optimizer = AdaM3([*dense.parameters(), *table.parameters()])
     before = dense.weight.detach().clone()
     dense(table(torch.tensor([1]))).sum().backward()
-    with pytest.raises(RuntimeError, match="gradients must be dense, got a sparse one; use sparse=False"):
+    with pytest.raises(
+        RuntimeError, match="gradients must be dense, got a sparse one; use sparse=False"
+    ):
         optimizer.step()
     assert torch.equal(dense.weight, before)

@@ -26,12 +26,15 @@ def about(command: str, *, pairs: int, quick: bool) -> dict[str, str]:
     seen = {
         "Machine": f"{processor()}, {os.cpu_count()} cores; {graphics()}",
         "Threads": f"{threads}; seconds are {clock} (start-up: time that passed)",
-        "Versions": ", ".join(f"{name} {version(name)}" for name in PEERS) + f", Python {platform.python_version()}",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in PEERS)
+        + f", Python {platform.python_version()}",
         "Command": f"`{command}`, {pairs} pairs at most",
         "Date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     if os.name == "posix":
-        seen["Load at the start"] = f"{os.getloadavg()[0]:.1f} processes wanted a core in the last minute"
+        seen["Load at the start"] = (
+            f"{os.getloadavg()[0]:.1f} processes wanted a core in the last minute"
+        )
     return seen | ({"Sizes": "quick: small ones, no number means anything"} if quick else {})
 
 

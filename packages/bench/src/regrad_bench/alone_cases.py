@@ -26,16 +26,39 @@ LOSS_SIZES = {(8192, 50257): 1.0, (512, 50257): None, (128, 1000): None, (128, 1
 def alone_cases() -> list[Case]:
     """Return the cases: gradients, weights, moments, losses."""
     gradients = [
-        Case(name="alone/agc", ours="agc, every unit clipped", peer="timm", build=_agc(0.1), goal=0.2),
+        Case(
+            name="alone/agc", ours="agc, every unit clipped", peer="timm", build=_agc(0.1), goal=0.2
+        ),
         Case(name="alone/agc-idle", ours="agc, no unit clipped", peer="timm", build=_agc(1e-4)),
-        Case(name="alone/clip-norm", ours="clip-norm", peer="torch's clip_grad_norm_", build=_clip_norm),
-        Case(name="alone/centralization", ours="centralization", peer="pytorch_optimizer", build=_centralization),
-        Case(name="alone/adanorm", ours="adanorm, every tensor too short", peer="pytorch_optimizer", build=_adanorm),
+        Case(
+            name="alone/clip-norm",
+            ours="clip-norm",
+            peer="torch's clip_grad_norm_",
+            build=_clip_norm,
+        ),
+        Case(
+            name="alone/centralization",
+            ours="centralization",
+            peer="pytorch_optimizer",
+            build=_centralization,
+        ),
+        Case(
+            name="alone/adanorm",
+            ours="adanorm, every tensor too short",
+            peer="pytorch_optimizer",
+            build=_adanorm,
+        ),
     ]
     fused = Case(
-        name="alone/xgrad", ours="xgrad's prediction and restore", peer="AdamW step, fused", build=_xgrad, goal=1.5
+        name="alone/xgrad",
+        ours="xgrad's prediction and restore",
+        peer="AdamW step, fused",
+        build=_xgrad,
+        goal=1.5,
     )
-    looped = replace(fused, name="alone/xgrad-looped", peer="AdamW step, looped", build=_xgrad_looped, goal=None)
+    looped = replace(
+        fused, name="alone/xgrad-looped", peer="AdamW step, looped", build=_xgrad_looped, goal=None
+    )
     losses = [_loss_case(*size, goal) for size, goal in LOSS_SIZES.items()]
     optimizers = [_optimizer_case(name) for name in regrad.available("regrad.optimizers")]
     return [*gradients, fused, looped, *losses, *optimizers]
@@ -69,7 +92,9 @@ def _in_place(gradients: Gradients, correction: str, peer: Callable[[], object])
 
 def _agc(relative_size: float) -> Callable[[Setting], Pair]:
     def build(setting: Setting) -> Pair:
-        gradients = resnet50_gradients(setting.device, quick=setting.quick, relative_size=relative_size)
+        gradients = resnet50_gradients(
+            setting.device, quick=setting.quick, relative_size=relative_size
+        )
         clipped = [p for name, p in gradients.model.named_parameters() if name != f"{HEAD}.weight"]
         return _in_place(gradients, f"agc:head={HEAD}", lambda: adaptive_clip_grad(clipped))
 
@@ -102,7 +127,10 @@ def _adanorm(setting: Setting) -> Pair:
 
     def peer() -> list[Tensor]:
         pairs = zip(gradients.gradients, averages, strict=True)
-        return [BaseOptimizer.get_adanorm_gradient(g, adanorm=True, exp_grad_norm=e, r=DECAY) for g, e in pairs]
+        return [
+            BaseOptimizer.get_adanorm_gradient(g, adanorm=True, exp_grad_norm=e, r=DECAY)
+            for g, e in pairs
+        ]
 
     def difference() -> float:
         torch._foreach_zero_(moments)
@@ -134,7 +162,9 @@ def _xgrad_looped(setting: Setting) -> Pair:
 
 def _xgrad_against(setting: Setting, **kind: bool) -> Pair:
     gradients = resnet50_gradients(setting.device, quick=setting.quick)
-    attached_to, plain = (AdamW(gradients.parameters, lr=1e-6, betas=BETAS, **kind) for _ in range(2))
+    attached_to, plain = (
+        AdamW(gradients.parameters, lr=1e-6, betas=BETAS, **kind) for _ in range(2)
+    )
     attached_to.step()
     attached = Attached(gradients.model, attached_to, ["xgrad"])
     return Pair(
@@ -153,7 +183,12 @@ def _optimizer_case(name: str) -> Case:
         ours = regrad.load(name, "regrad.optimizers")(gradients.parameters, lr=1e-6)
         return Pair(ours=ours.step, peer=Adam(gradients.parameters, lr=1e-6).step)
 
-    return Case(name=f"alone/optimizer-{name}", ours=f"{name}'s step", peer="Adam step, as torch takes it", build=build)
+    return Case(
+        name=f"alone/optimizer-{name}",
+        ours=f"{name}'s step",
+        peer="Adam step, as torch takes it",
+        build=build,
+    )
 
 
 def _loss_case(rows: int, classes: int, goal: float | None) -> Case:

@@ -23,17 +23,23 @@ def flag(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, metavar=metavar)
 
 
-@app.command(cls=Plain, epilog=examples("regrad-bench --quick", "regrad-bench --only 'alone/*' --csv FILE"))
+@app.command(
+    cls=Plain, epilog=examples("regrad-bench --quick", "regrad-bench --only 'alone/*' --csv FILE")
+)
 def bench(
     *,
-    only: Annotated[str, flag("Cases whose name fits, such as 'alone/*'.", metavar="PATTERN")] = "*",
+    only: Annotated[
+        str, flag("Cases whose name fits, such as 'alone/*'.", metavar="PATTERN")
+    ] = "*",
     pairs: Annotated[int, flag("Pairs to time; some cases take fewer.", metavar="N")] = 20,
     threads: Annotated[int, flag("CPU threads.", metavar="N")] = 1,
     device: Annotated[str, flag("all, cpu or cuda.", metavar="NAME")] = "all",
     quick: Annotated[bool, flag("Small sizes: does everything run?", "--quick")] = False,
     json: Annotated[bool, flag("Print JSON instead of a table.", "--json")] = False,
     csv: Annotated[Path | None, flag("Also write the results as CSV.", metavar="FILE")] = None,
-    markdown: Annotated[Path | None, flag("Also write them between the marks of a page.", metavar="FILE")] = None,
+    markdown: Annotated[
+        Path | None, flag("Also write them between the marks of a page.", metavar="FILE")
+    ] = None,
 ) -> int:
     """Time every correction beside the plain step and beside the peers that ship the same."""
     with checking_input():
@@ -54,7 +60,9 @@ def bench(
     conditions = about.about(_typed(), pairs=pairs, quick=quick)
     settings = [Setting(device=torch.device(name), quick=quick) for name in DEVICES[device]]
     names = [case.name for case in cases]
-    results = measure_apart(names, settings, pairs=pairs, threads=threads, tell=Console(stderr=True).print)
+    results = measure_apart(
+        names, settings, pairs=pairs, threads=threads, tell=Console(stderr=True).print
+    )
     found = findings()
     if csv:
         csv.write_text(report.to_csv(results), encoding="utf-8")
@@ -91,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for bad input with nothing timed. A missed goal is a result, not a failure.
     """
-    usage_error: Any = typer.BadParameter.__base__  # typer has its own copy of click, by no public name
+    usage_error: Any = (
+        typer.BadParameter.__base__
+    )  # typer has its own copy of click, by no public name
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return int(app(words, prog_name="regrad-bench", standalone_mode=False) or 0)

@@ -54,7 +54,9 @@ def _sizes(name: str) -> Callable[[Setting], Pair]:
             large.attachment.detach()
             small.attachment.detach()
 
-        return Pair(ours=large.correct, peer=small.correct, prepare=large.pass_the_meter, close=close)
+        return Pair(
+            ours=large.correct, peer=small.correct, prepare=large.pass_the_meter, close=close
+        )
 
     return build
 
@@ -66,7 +68,9 @@ def _attached(name: str, millions: int, setting: Setting) -> Attached:
     optimizer.step()
     attached = Attached(layers.model, optimizer, [name])
     width = layers.parameters[0].shape[1]
-    layers.model(torch.zeros(1, width, device=setting.device))  # what some corrections read their choices from
+    layers.model(
+        torch.zeros(1, width, device=setting.device)
+    )  # what some corrections read their choices from
     return attached
 
 
@@ -83,7 +87,9 @@ class Reader(Correction):
 
 def readers(number: int) -> list[Correction]:
     """Return so many corrections under different names."""
-    classes = [type(f"Reader{index}", (Reader,), {"name": f"reader-{index}"}) for index in range(number)]
+    classes = [
+        type(f"Reader{index}", (Reader,), {"name": f"reader-{index}"}) for index in range(number)
+    ]
     return [kind() for kind in classes]
 
 

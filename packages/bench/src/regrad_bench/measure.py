@@ -86,7 +86,9 @@ def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
     Returns:
         What was measured, or the reason why nothing could be.
     """
-    result = Result(name=case.name, ours=case.ours, peer=case.peer, device=setting.device.type, goal=case.goal)
+    result = Result(
+        name=case.name, ours=case.ours, peer=case.peer, device=setting.device.type, goal=case.goal
+    )
     if case.host_only and setting.device.type == "cuda":
         return replace(result, reason=HOST_ALONE)
     if setting.device.type == "cuda" and not torch.cuda.is_available():
@@ -99,13 +101,23 @@ def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
 
 
 def _measured(case: Case, setting: Setting, result: Result, pairs: int) -> Result:
-    clock = WallClock() if case.wall else HostClock() if case.host_only else clock_for(setting.device)
+    clock = (
+        WallClock() if case.wall else HostClock() if case.host_only else clock_for(setting.device)
+    )
     with _built(case, setting) as pair:
         repeats = 1 if setting.quick else case.repeats
-        timed = interleave(pair.ours, pair.peer, pairs=pairs, clock=clock, prepare=pair.prepare, repeats=repeats)
-        memory = _of_both(pair, lambda call: peak_bytes(call, setting.device)) if case.memory_goal else None
+        timed = interleave(
+            pair.ours, pair.peer, pairs=pairs, clock=clock, prepare=pair.prepare, repeats=repeats
+        )
+        memory = (
+            _of_both(pair, lambda call: peak_bytes(call, setting.device))
+            if case.memory_goal
+            else None
+        )
         launched = _of_both(pair, launches) if setting.device.type == "cuda" else (None, None)
-        difference = pair.difference() if pair.difference else None  # last: what it frees changes how memory is got
+        difference = (
+            pair.difference() if pair.difference else None
+        )  # last: what it frees changes how memory is got
     return replace(
         result,
         pairs=pairs,

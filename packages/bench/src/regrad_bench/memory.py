@@ -33,7 +33,11 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
-    return highest(event["args"]["Bytes"] for event in _trace(call, memory=True) if event.get("name") == "[memory]")
+    return highest(
+        event["args"]["Bytes"]
+        for event in _trace(call, memory=True)
+        if event.get("name") == "[memory]"
+    )
 
 
 def highest(changes: Iterable[int]) -> int:
@@ -52,7 +56,9 @@ def highest(changes: Iterable[int]) -> int:
 
 def launches(call: Call) -> int:
     """Return how many kernels `call` launches on CUDA."""
-    return sum(str(event.get("name", "")).startswith(LAUNCHES) for event in _trace(call, memory=False))
+    return sum(
+        str(event.get("name", "")).startswith(LAUNCHES) for event in _trace(call, memory=False)
+    )
 
 
 def _trace(call: Call, *, memory: bool) -> list[dict[str, Any]]:
@@ -64,4 +70,6 @@ def _trace(call: Call, *, memory: bool) -> list[dict[str, Any]]:
         path = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(path))
         events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    return sorted((event for event in events if "ts" in event), key=lambda event: float(event["ts"]))
+    return sorted(
+        (event for event in events if "ts" in event), key=lambda event: float(event["ts"])
+    )

@@ -18,8 +18,24 @@ from regrad_bench.measure import HOST_ALONE, Result
 from regrad_bench.peers import Finding
 
 BEGIN, END = "<!-- results: written by regrad-bench --markdown -->", "<!-- end of results -->"
-SECTIONS = {"step": "The whole step", "alone": "The correction alone", "growth": "Growth", "start": "Start-up"}
-HEADINGS = ("case", "ours", "against", "ours, ms", "peer, ms", "ratio", "quartiles", "memory", "goal", "")
+SECTIONS = {
+    "step": "The whole step",
+    "alone": "The correction alone",
+    "growth": "Growth",
+    "start": "Start-up",
+}
+HEADINGS = (
+    "case",
+    "ours",
+    "against",
+    "ours, ms",
+    "peer, ms",
+    "ratio",
+    "quartiles",
+    "memory",
+    "goal",
+    "",
+)
 NONE = "–"
 FILE_WIDTH = 180
 WRONG = 1e-6  # relative, in float64
@@ -28,19 +44,38 @@ WRONG = 1e-6  # relative, in float64
 def cells(result: Result) -> list[str]:
     """Return a result as the cells of its line, headings as in `HEADINGS`."""
     if result.ratio is None:
-        return [result.name, result.ours, result.peer, *[NONE] * 5, _goal(result), f"not measured: {result.reason}"]
+        return [
+            result.name,
+            result.ours,
+            result.peer,
+            *[NONE] * 5,
+            _goal(result),
+            f"not measured: {result.reason}",
+        ]
     quartiles = f"{_ratio(result.low)} to {_ratio(result.high)}"
     times = [_milliseconds(result.ours_ms), _milliseconds(result.peer_ms)]
     memory = NONE if result.memory_ratio is None else _ratio(result.memory_ratio)
     told = "" if result.verdict == "no goal" else result.verdict
-    return [result.name, result.ours, result.peer, *times, _ratio(result.ratio), quartiles, memory, _goal(result), told]
+    return [
+        result.name,
+        result.ours,
+        result.peer,
+        *times,
+        _ratio(result.ratio),
+        quartiles,
+        memory,
+        _goal(result),
+        told,
+    ]
 
 
 def table(results: Sequence[Result]) -> Table:
     """Return the results of one device as a table for a terminal."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in HEADINGS:
-        shown.add_column(heading, justify="right" if heading in HEADINGS[3:8] else "left", overflow="fold")
+        shown.add_column(
+            heading, justify="right" if heading in HEADINGS[3:8] else "left", overflow="fold"
+        )
     section = ""
     for result in results:
         if section not in ("", result.name.partition("/")[0]):
@@ -64,13 +99,17 @@ def show(results: Sequence[Result], found: Sequence[Finding], about: Mapping[str
         else:
             console.print(Text(f"\non {device}"), table(of_device))
     wrong = [f for f in found if f.peer_error > WRONG]
-    console.print(*(Text(f"{f.peer}: {f.what} is {f.peer_error:.2g} off: {f.why}") for f in wrong), sep="\n")
+    console.print(
+        *(Text(f"{f.peer}: {f.what} is {f.peer_error:.2g} off: {f.why}") for f in wrong), sep="\n"
+    )
 
 
 def to_json(results: Sequence[Result], found: Sequence[Finding], about: Mapping[str, str]) -> str:
     """Return everything as JSON; what was not measured is null."""
     rows = [asdict(result) | {"verdict": result.verdict} for result in results]
-    return json.dumps({"about": dict(about), "results": rows, "peers": [asdict(f) for f in found]}, indent=2)
+    return json.dumps(
+        {"about": dict(about), "results": rows, "peers": [asdict(f) for f in found]}, indent=2
+    )
 
 
 def to_csv(results: Sequence[Result]) -> str:
@@ -83,15 +122,27 @@ def to_csv(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def to_markdown(results: Sequence[Result], found: Sequence[Finding], about: Mapping[str, str]) -> str:
+def to_markdown(
+    results: Sequence[Result], found: Sequence[Finding], about: Mapping[str, str]
+) -> str:
     """Return the generated part of the documentation's page: machine, tables, goals, what peers got wrong."""
     lines = [f"- {name}: {text}" for name, text in about.items()]
     for device in dict.fromkeys(result.device for result in results):
         of_device = [result for result in results if result.device == device]
-        lines += ["", f"## On {'the CPU' if device == 'cpu' else 'a GPU (CUDA)'}", "", *_summary(of_device)]
+        lines += [
+            "",
+            f"## On {'the CPU' if device == 'cpu' else 'a GPU (CUDA)'}",
+            "",
+            *_summary(of_device),
+        ]
         if any(result.ratio is not None for result in of_device):
             lines += [line for section in SECTIONS for line in _section(section, of_device)]
-    lines += ["", "## Where peers compute something else", "", *_markdown_table(_FOUND, map(_found, found))]
+    lines += [
+        "",
+        "## Where peers compute something else",
+        "",
+        *_markdown_table(_FOUND, map(_found, found)),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -113,7 +164,9 @@ def write_between_marks(path: Path, text: str) -> None:
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"markdown must name a page with the marks {BEGIN!r} and {END!r}, got {str(path)!r}")
+        raise ValueError(
+            f"markdown must name a page with the marks {BEGIN!r} and {END!r}, got {str(path)!r}"
+        )
     path.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
 
 
@@ -121,7 +174,10 @@ def _summary(results: Sequence[Result]) -> list[str]:
     """Return which goals were met and missed, in a list."""
     if (why := why_nothing(results)) is not None:
         return [f"Not measured: {why}."]
-    named = {v: [f"`{r.name}`" for r in results if r.verdict == v and r.goal is not None] for v in ("met", "missed")}
+    named = {
+        v: [f"`{r.name}`" for r in results if r.verdict == v and r.goal is not None]
+        for v in ("met", "missed")
+    }
     return [f"- Goals {verdict}: {', '.join(names) or 'none'}." for verdict, names in named.items()]
 
 
@@ -145,7 +201,13 @@ _FOUND = ("peer", "what", "its error", "our error", "why")
 
 
 def _found(finding: Finding) -> list[str]:
-    return [finding.peer, finding.what, f"{finding.peer_error:.2g}", f"{finding.our_error:.1g}", finding.why]
+    return [
+        finding.peer,
+        finding.what,
+        f"{finding.peer_error:.2g}",
+        f"{finding.our_error:.1g}",
+        finding.why,
+    ]
 
 
 def _ratio(value: float | None) -> str:
@@ -165,4 +227,6 @@ def _difference(result: Result) -> str:
 
 
 def _launches(result: Result) -> str:
-    return NONE if result.ours_launches is None else f"{result.ours_launches} / {result.peer_launches}"
+    return (
+        NONE if result.ours_launches is None else f"{result.ours_launches} / {result.peer_launches}"
+    )

@@ -14,13 +14,19 @@ from regrad_bench.cases import Attached, Case, Pair, Setting
 
 BATCH, IMAGE, CLASSES = 128, 32, 10
 # What the project set itself, as largest ratios to the plain step. A correction without a line has no goal.
-GOALS = {"powergrad": 1.01, "gcode": 1.35} | dict.fromkeys(("xgrad", "agc", "centralization", "adanorm", "gcw"), 1.05)
+GOALS = {"powergrad": 1.01, "gcode": 1.35} | dict.fromkeys(
+    ("xgrad", "agc", "centralization", "adanorm", "gcw"), 1.05
+)
 
 
 def step_cases() -> list[Case]:
     """Return one case for each installed correction, and one for an attachment without any."""
     bare = Case(
-        name="step/none", ours="an attachment without corrections", peer="plain step", build=_build(), goal=None
+        name="step/none",
+        ours="an attachment without corrections",
+        peer="plain step",
+        build=_build(),
+        goal=None,
     )
     return [bare, *(_case(name) for name in regrad.available())]
 
@@ -40,7 +46,12 @@ def _build(*corrections: str) -> Callable[[Setting], Pair]:
         ours, peer = Trainer(setting), Trainer(setting)
         attached = Attached(ours.model, ours.optimizer, [*corrections], F.cross_entropy)
         ours.criterion = attached.attachment.criterion
-        return Pair(ours=ours.step, peer=peer.step, prepare=attached.pass_the_meter, close=attached.attachment.detach)
+        return Pair(
+            ours=ours.step,
+            peer=peer.step,
+            prepare=attached.pass_the_meter,
+            close=attached.attachment.detach,
+        )
 
     return build
 
@@ -59,7 +70,9 @@ class Trainer:
         generator = torch.Generator().manual_seed(0)
         size, batch = (8, 4) if setting.quick else (IMAGE, BATCH)
         name = "resnet8" if setting.quick else "resnet20"
-        self.model: nn.Module = build_model(name, classes=CLASSES, image_size=size).to(setting.device)
+        self.model: nn.Module = build_model(name, classes=CLASSES, image_size=size).to(
+            setting.device
+        )
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.images = torch.randn(batch, 3, size, size, generator=generator).to(setting.device)
         self.labels = torch.randint(CLASSES, (batch,), generator=generator).to(setting.device)

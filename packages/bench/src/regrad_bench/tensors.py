@@ -35,7 +35,9 @@ class Gradients:
                 parameter.normal_(std=size, generator=generator)
                 parameter.grad = torch.empty_like(parameter)
                 self._originals.append(
-                    torch.empty_like(parameter).normal_(std=size * relative_size, generator=generator)
+                    torch.empty_like(parameter).normal_(
+                        std=size * relative_size, generator=generator
+                    )
                 )
         self.refill()
 
@@ -51,7 +53,9 @@ class Gradients:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
 
-def resnet50_gradients(device: torch.device, *, quick: bool, relative_size: float = 0.1) -> Gradients:
+def resnet50_gradients(
+    device: torch.device, *, quick: bool, relative_size: float = 0.1
+) -> Gradients:
     """Return torchvision's ResNet-50, 161 tensors of 25.6 M parameters together; with `quick` some layers."""
     with torch.device("meta"):
         model = nn.Sequential(OrderedDict(few_layers())) if quick else resnet50()
@@ -60,13 +64,19 @@ def resnet50_gradients(device: torch.device, *, quick: bool, relative_size: floa
 
 def few_layers() -> dict[str, nn.Module]:
     """Return a convolution, a norm and a head, by the names that ResNet-50 has for its own."""
-    return {"conv1": nn.Conv2d(3, 8, 3, bias=False), "bn1": nn.BatchNorm2d(8), HEAD: nn.Linear(8, 4)}
+    return {
+        "conv1": nn.Conv2d(3, 8, 3, bias=False),
+        "bn1": nn.BatchNorm2d(8),
+        HEAD: nn.Linear(8, 4),
+    }
 
 
 def square_layers(millions: int, device: torch.device, *, quick: bool) -> Gradients:
     """Return `millions` linear layers of 1024 × 1024 weights, with gradients; with `quick` at most four of 8 × 8."""
     width, millions = (8, min(millions, 4)) if quick else (WIDTH, millions)
-    layers = nn.Sequential(*(nn.Linear(width, width, bias=False, device="meta") for _ in range(millions)))
+    layers = nn.Sequential(
+        *(nn.Linear(width, width, bias=False, device="meta") for _ in range(millions))
+    )
     return Gradients(layers.to_empty(device=device), relative_size=0.1)
 
 
@@ -78,4 +88,7 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> floa
         0.1714...
     """
     pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
-    return max(float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny)) for a, b in pairs)
+    return max(
+        float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        for a, b in pairs
+    )

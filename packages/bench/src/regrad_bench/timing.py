@@ -61,7 +61,9 @@ class HostClock:
     """
 
     def __init__(self, read: Callable[[], float] | None = None) -> None:
-        self._read = read or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
+        self._read = read or (
+            time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        )
 
     def seconds(self, call: Call) -> float:
         """Run `call` once and return the seconds it took."""

@@ -66,7 +66,9 @@ class RegradCallback(Callback):
         strict: bool = True,
     ) -> None:
         if isinstance(corrections, str):
-            raise TypeError(f"corrections must be a list, got {corrections!r}; write [{corrections!r}]")
+            raise TypeError(
+                f"corrections must be a list, got {corrections!r}; write [{corrections!r}]"
+            )
         self.corrections, self.module, self.criterion = list(corrections), module, criterion
         self.optimizer, self.strict = optimizer, strict
         self.attachment: Attachment | None = None
@@ -82,17 +84,26 @@ class RegradCallback(Callback):
         return "RegradCallback" if self.optimizer is None else f"RegradCallback-{self.optimizer}"
 
     def _made(self) -> list[Correction]:
-        return [c for item in self.corrections for c in (created(item) if isinstance(item, str) else (item,))]
+        return [
+            c
+            for item in self.corrections
+            for c in (created(item) if isinstance(item, str) else (item,))
+        ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier run loaded: a checkpoint's state comes after this, if it comes."""
         self._loaded = None
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Refuse to go on with a fit whose checkpoint knows nothing of corrections."""
         unknown = self.state_key not in checkpoint["callbacks"] and trainer.state.fn == "fit"
         rule = f"the checkpoint must hold the state of {self.corrections}, it has none"
-        refuse_if(unknown and self.strict, f"{rule}; pass strict=False to RegradCallback to start them anew")
+        refuse_if(
+            unknown and self.strict,
+            f"{rule}; pass strict=False to RegradCallback to start them anew",
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state: Lightning restores callbacks before there are optimizers."""
@@ -127,33 +138,54 @@ class RegradCallback(Callback):
         refuse_if(outside, rule)
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
         # The wrapper is what says how the weights lie; the target alone would look unwrapped.
-        refusals.check(trainer.strategy.model, innermost_optimizer(optimizer), optimizer, made, borrowed.original)
+        refusals.check(
+            trainer.strategy.model,
+            innermost_optimizer(optimizer),
+            optimizer,
+            made,
+            borrowed.original,
+        )
         self.attachment = attach(target, optimizer, made, borrowed.original)
         borrowed.replace(self.attachment)
         self._borrowed, self._kept = borrowed, None
-        self._folder = trainer.log_dir or trainer.default_root_dir  # asks all processes, so not in an exception
+        self._folder = (
+            trainer.log_dir or trainer.default_root_dir
+        )  # asks all processes, so not in an exception
         if self._loaded is not None:
             shards.load_state(self.attachment, self._loaded, strict=self.strict)
 
     def _chosen(self, optimizers: Sequence[Optimizer]) -> Optimizer:
         """Return the optimizer to attach to."""
         several = f"optimizer must be an index below {len(optimizers)}, got {self.optimizer!r}"
-        fits = self.optimizer in range(len(optimizers)) or (self.optimizer is None and len(optimizers) == 1)
-        refuse_if(not fits, f"{several}; give each optimizer that is to be corrected a RegradCallback of its own")
+        fits = self.optimizer in range(len(optimizers)) or (
+            self.optimizer is None and len(optimizers) == 1
+        )
+        refuse_if(
+            not fits,
+            f"{several}; give each optimizer that is to be corrected a RegradCallback of its own",
+        )
         return optimizers[self.optimizer or 0]
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         """Return the module to attach to: `training_step` may call a child and never the LightningModule."""
-        children = {name: child for name, child in pl_module.named_children() if any(True for _ in child.parameters())}
+        children = {
+            name: child
+            for name, child in pl_module.named_children()
+            if any(True for _ in child.parameters())
+        }
         if self.module is None:
-            alone = len(children) == 1 and not any(True for _ in pl_module.parameters(recurse=False))
+            alone = len(children) == 1 and not any(
+                True for _ in pl_module.parameters(recurse=False)
+            )
             return next(iter(children.values())) if alone else pl_module
         modules: dict[str, nn.Module] = dict(pl_module.named_modules())
         rule = f"module must name a submodule of {type(pl_module).__name__}, got {self.module!r}"
         refuse_if(self.module not in modules, f"{rule}; it has {', '.join(children)}")
         return modules[self.module]
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Open the window: `training_step` need not call the module that is attached."""
         if (live := self._live()) is not None:
             live.engine.before_forward(live.model)
@@ -164,10 +196,20 @@ class RegradCallback(Callback):
         """Log after a step, when Lightning logs; refuse where what a correction must see was not called."""
         if (live := self._live()) is None:
             return
-        engine, blind = live.engine, live.record is not None and not live.record.calls and live.engine.applied
+        engine, blind = (
+            live.engine,
+            live.record is not None and not live.record.calls and live.engine.applied,
+        )
         rule = f"{', '.join(c.name for c in engine.corrections if c.needs.record)} must see what training_step calls"
-        refuse_if(blind, f"{rule}, got no forward of {self.module or 'the LightningModule'}; name it with module='…'")
-        if engine.forwards == 0 and trainer.loggers and trainer._logger_connector.should_update_logs:
+        refuse_if(
+            blind,
+            f"{rule}, got no forward of {self.module or 'the LightningModule'}; name it with module='…'",
+        )
+        if (
+            engine.forwards == 0
+            and trainer.loggers
+            and trainer._logger_connector.should_update_logs
+        ):
             prefix = "regrad" if self.optimizer is None else f"regrad/{self.optimizer}"
             pl_module.log_dict({f"{prefix}/{key}": value for key, value in live.metrics().items()})
 
@@ -181,9 +223,13 @@ class RegradCallback(Callback):
         self._kept = self.state_dict()["attachment"]
         self._end(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Restore the weights, leave the receipt and detach."""
-        if (live := self._live()) is not None and not live.engine.is_sharded():  # others may not answer any more
+        if (
+            live := self._live()
+        ) is not None and not live.engine.is_sharded():  # others may not answer any more
             self._kept = live.state_dict()
         self._end(trainer)
 
@@ -199,7 +245,11 @@ class RegradCallback(Callback):
         if self._borrowed is not None:
             self._borrowed.give_back()
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            name = "regrad-receipt.json" if self.optimizer is None else f"regrad-receipt-{self.optimizer}.json"
+            name = (
+                "regrad-receipt.json"
+                if self.optimizer is None
+                else f"regrad-receipt-{self.optimizer}.json"
+            )
             files = get_filesystem(self._folder)
             files.makedirs(self._folder, exist_ok=True)
             with files.open(posixpath.join(self._folder, name), "w") as file:
@@ -209,4 +259,6 @@ class RegradCallback(Callback):
 def _outside(optimizer: Optimizer, module: nn.Module) -> int:
     """Return how many of the optimizer's parameters are not in `module`."""
     own = set(module.parameters())
-    return sum(parameter not in own for group in optimizer.param_groups for parameter in group["params"])
+    return sum(
+        parameter not in own for group in optimizer.param_groups for parameter in group["params"]
+    )

@@ -29,8 +29,12 @@ class BorrowedCriterion:
         RegradError: If there is no such loss module, or a correction needs one and none was named.
     """
 
-    def __init__(self, owner: nn.Module, name: str | None, corrections: Sequence[Correction]) -> None:
-        lost = ", ".join(repr(c.name) for c in corrections if name is None and "criterion" in c.needs.stages)
+    def __init__(
+        self, owner: nn.Module, name: str | None, corrections: Sequence[Correction]
+    ) -> None:
+        lost = ", ".join(
+            repr(c.name) for c in corrections if name is None and "criterion" in c.needs.stages
+        )
         how = f"keep it as {TYPED} in __init__, call it in training_step, and pass criterion='criterion'"
         refuse_if(lost, f"{lost} corrects the criterion; {how} to RegradCallback")
         self._held: Any = None if name is None else getattr(owner, name, None)

@@ -26,7 +26,11 @@ def load_state(attachment: Attachment, state: Any, *, strict: bool) -> None:
     """
     then = len(state) if isinstance(state, list) else 0
     now = distributed.get_world_size() if attachment.engine.is_sharded() else 0
-    rule = f"the state must come from {now} processes with shards" if now else "the state must be of whole weights"
+    rule = (
+        f"the state must come from {now} processes with shards"
+        if now
+        else "the state must be of whole weights"
+    )
     got = f"got that of {then} processes with shards" if then else "got that of whole weights"
     refuse_if(then != now, f"{rule}, {got}; resume as it was saved")
     attachment.load_state_dict(state[distributed.get_rank()] if then else state, strict=strict)

@@ -46,7 +46,11 @@ class Arm:
     def folder_name(self) -> str:
         """The name without what a file name cannot hold; a name that this changes gets digits of its own."""
         plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name)[:LONGEST_FOLDER_NAME]
-        return plain if plain == self.name else f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+        return (
+            plain
+            if plain == self.name
+            else f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+        )
 
 
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
@@ -136,7 +140,9 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
     together = present[0]
     for control in present[1:]:
         together = Control(
-            name=together.name if control.name == together.name else f"{together.name}+{control.name}",
+            name=together.name
+            if control.name == together.name
+            else f"{together.name}+{control.name}",
             optimizer=_united(together.optimizer, control.optimizer),
             head_init=together.head_init * control.head_init,
             head_lr=together.head_lr * control.head_lr,
@@ -149,7 +155,9 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
 def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     for key in one.keys() & other.keys():
         if one[key] != other[key]:
-            raise ValueError(f"the controls of a stack must agree on {key}, got {one[key]!r} and {other[key]!r}")
+            raise ValueError(
+                f"the controls of a stack must agree on {key}, got {one[key]!r} and {other[key]!r}"
+            )
     return {**one, **other}
 
 
@@ -159,4 +167,8 @@ def _control_arm(change: Control, corrected: str, arms: Sequence[Arm]) -> Arm:
     for arm in arms:
         if arm.recipe == new.recipe:
             return arm
-    return replace(new, name=f"{change.name} ({corrected})") if new.name in {arm.name for arm in arms} else new
+    return (
+        replace(new, name=f"{change.name} ({corrected})")
+        if new.name in {arm.name for arm in arms}
+        else new
+    )

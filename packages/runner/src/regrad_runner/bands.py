@@ -46,6 +46,8 @@ def bands(rows: Iterable[tuple[str, int, float]]) -> dict[str, Band]:
     for series, by_step in values.items():
         seeds = max(map(len, by_step.values()))
         steps = sorted(step for step, seen in by_step.items() if len(seen) == seeds)
-        low, middle, high = np.quantile([by_step[step] for step in steps], (0.25, 0.5, 0.75), axis=1)
+        low, middle, high = np.quantile(
+            [by_step[step] for step in steps], (0.25, 0.5, 0.75), axis=1
+        )
         found[series] = Band(steps=np.array(steps), low=low, middle=middle, high=high, seeds=seeds)
     return found

@@ -55,7 +55,9 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = KEPT) -> Path
             f"checkpoint must be saved after an optimizer step, got micro-batch {done} of {run.config.accumulate}"
         )
     content = _content(run)
-    return _on_first(run.accelerator, lambda: write_checkpoint(folder, run.position.step, content, keep=keep))
+    return _on_first(
+        run.accelerator, lambda: write_checkpoint(folder, run.position.step, content, keep=keep)
+    )
 
 
 def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
@@ -103,7 +105,9 @@ def _content(run: TrainingRun) -> Content:
         "model": model_state(model),
         "optimizer": optimizer_state(model, run.optimizer.optimizer),
         "corrections": {key: value for key, value in corrections.items() if key != "receipt"},
-        "of_each_process": gather_object([{"random": random_state(), "loss_sum": run.loss_sum.item()}]),
+        "of_each_process": gather_object(
+            [{"random": random_state(), "loss_sum": run.loss_sum.item()}]
+        ),
     }
     state = {
         "step": run.position.step,
@@ -125,9 +129,18 @@ def _take(run: TrainingRun, content: Content) -> list[str]:
         return _take_all(run, content)
     except RegradError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as problem:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as problem:
         why = " ".join(str(problem).split())[:LONGEST_REASON]
-        raise RegradError(f"checkpoint must hold what this run needs, got {type(problem).__name__}: {why}") from problem
+        raise RegradError(
+            f"checkpoint must hold what this run needs, got {type(problem).__name__}: {why}"
+        ) from problem
 
 
 def _take_all(run: TrainingRun, content: Content) -> list[str]:
@@ -136,8 +149,13 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
     position = _position(run, state)
     fresh = run.scheduler.state_dict()
     scheduler = _alike(state["scheduler"], fresh, "scheduler")
-    if scheduler["base_lrs"] != fresh["base_lrs"] or not 0 <= scheduler["last_epoch"] <= position.step:
-        raise RegradError(f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}")
+    if (
+        scheduler["base_lrs"] != fresh["base_lrs"]
+        or not 0 <= scheduler["last_epoch"] <= position.step
+    ):
+        raise RegradError(
+            f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}"
+        )
     load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
     model = run.accelerator.unwrap_model(run.model)
     load_model(model, tensors["model"])
@@ -156,13 +174,18 @@ def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:
     step, epoch, batch = (state[name] for name in ("step", "epoch", "batch"))
     per_step = run.config.accumulate
     if not all(type(number) is int and number >= 0 for number in (step, epoch, batch)) or not (
-        step * per_step == epoch * run.steps_per_epoch * per_step + batch and step <= run.total_steps
+        step * per_step == epoch * run.steps_per_epoch * per_step + batch
+        and step <= run.total_steps
     ):
         place = f"step {step!r}, epoch {epoch!r}, batch {batch!r}"
-        raise RegradError(f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps")
+        raise RegradError(
+            f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps"
+        )
     like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0, seconds=0.0))
     points = [Point(**_alike(point, like, "points")) for point in state["points"]]
-    return Position(step, epoch, batch, seconds=_alike(state["seconds"], 0.0, "seconds"), points=points)
+    return Position(
+        step, epoch, batch, seconds=_alike(state["seconds"], 0.0, "seconds"), points=points
+    )
 
 
 def _alike(value: Any, like: Any, what: str) -> Any:
@@ -178,7 +201,9 @@ def _alike(value: Any, like: Any, what: str) -> Any:
         fits = type(value) is not int or abs(value) < LARGEST_NUMBER
         same, pairs = fits and (number or type(value) is type(like)), []
     if not same:
-        raise RegradError(f"checkpoint must hold the {what} of this run, got {str(value)[:LONGEST_REASON]}")
+        raise RegradError(
+            f"checkpoint must hold the {what} of this run, got {str(value)[:LONGEST_REASON]}"
+        )
     for one, other in pairs:
         _alike(one, other, what)
     return value

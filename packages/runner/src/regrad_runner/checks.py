@@ -36,7 +36,9 @@ def run_check(spec: str, suite: Path | None) -> dict[str, Any]:
     command = [sys.executable, "-m", KIT, spec, *([str(suite)] if suite else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode not in (0, 1) or not done.stdout.startswith("{"):
-        raise ValueError(done.stderr.strip() or f"the check of {spec!r} ended with exit code {done.returncode}")
+        raise ValueError(
+            done.stderr.strip() or f"the check of {spec!r} ended with exit code {done.returncode}"
+        )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
@@ -63,7 +65,9 @@ def show_check(report: dict[str, Any], *, as_json: bool) -> int:
         table.add_row(*map(escape, shown), style=STYLES[row["outcome"]])
     console.print(table)
     for row in failed:
-        console.print(f"\n{row['suite']}, {row['clause']}: {row['proves']}\n{row['details']}", markup=False)
+        console.print(
+            f"\n{row['suite']}, {row['clause']}: {row['proves']}\n{row['details']}", markup=False
+        )
     console.print(_summary(report, len(failed)), markup=False, highlight=False, soft_wrap=True)
     return int(bool(failed))
 

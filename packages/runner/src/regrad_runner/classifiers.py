@@ -23,7 +23,14 @@ def classifier_names() -> list[str]:
 
 
 def build_classifier(
-    name: str, *, classes: int, channels: int, image_size: int, group_norm: Any = None, bare: bool = False, seed: int
+    name: str,
+    *,
+    classes: int,
+    channels: int,
+    image_size: int,
+    group_norm: Any = None,
+    bare: bool = False,
+    seed: int,
 ) -> nn.Module:
     """Return a classifier of torchvision, without pretrained weights and without auxiliary outputs.
 
@@ -82,7 +89,9 @@ def _seeded(name: str, classes: int, seed: int, **options: Any) -> nn.Module:
     fixed = {"aux_logits": False, "init_weights": True}
     options |= {key: value for key, value in fixed.items() if key in _parameters(name)}
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device's generator as well
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would seed every device's generator as well
         network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
     return network
 
@@ -93,7 +102,9 @@ def _parameters(name: str) -> typing.Mapping[str, inspect.Parameter]:
     return inspect.signature(kind).parameters
 
 
-def _with_groups(name: str, network: nn.Module, group_norm: Any, classes: int, seed: int) -> nn.Module:
+def _with_groups(
+    name: str, network: nn.Module, group_norm: Any, classes: int, seed: int
+) -> nn.Module:
     """Return the network again, with group in place of batch normalisation."""
     refusal = f"norm must be 'batch' for model {name!r}, got 'group'; "
     if not any(_of_kind(network, BATCH_NORM)):
@@ -116,7 +127,10 @@ def _of_kind(network: nn.Module, kind: Any) -> Iterator[bool]:
 def _check_size(name: str, model: nn.Module, channels: int, size: int) -> None:
     if _takes(model, channels, size):
         return
-    fits = next((other for other in SIZES_TO_SUGGEST if _takes(model, channels, other)), "none that was tried")
+    fits = next(
+        (other for other in SIZES_TO_SUGGEST if _takes(model, channels, other)),
+        "none that was tried",
+    )
     raise ValueError(f"image_size must fit model {name!r}, such as {fits}, got {size}")
 
 

@@ -44,7 +44,9 @@ def _run(words: list[str]) -> int:
         return int(app(words or ["--help"], prog_name="regrad", standalone_mode=False) or 0)
     except BadInput as problem:
         return _complain(str(problem))
-    except RegradError as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
+    except (
+        RegradError
+    ) as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
         return _complain(str(problem), code=FAILED)
     except usage_error as problem:
         return _complain(problem.format_message())

@@ -44,7 +44,9 @@ def compare(
     no_controls: Annotated[
         bool, o.flag("Leave out the trivial changes to beat.", o.WHAT, "--no-controls", metavar=" ")
     ] = False,
-    seeds: Annotated[int | None, o.flag("Paired runs of each arm; 10 by default.", o.WHAT, metavar="N")] = None,
+    seeds: Annotated[
+        int | None, o.flag("Paired runs of each arm; 10 by default.", o.WHAT, metavar="N")
+    ] = None,
     workload: o.WorkloadName = None,
     data_dir: o.DataDir = None,
     download: o.Download = None,
@@ -53,7 +55,9 @@ def compare(
     model: o.Model = None,
     width: o.Width = None,
     norm: o.Norm = None,
-    lr: Annotated[str | None, o.flag("Learning rate; of several each arm chooses.", o.HOW, metavar="X,X")] = None,
+    lr: Annotated[
+        str | None, o.flag("Learning rate; of several each arm chooses.", o.HOW, metavar="X,X")
+    ] = None,
     tuning_seeds: Annotated[
         int | None, o.flag("Runs per rate in that choice; 2 by default.", o.HOW, metavar="N")
     ] = None,
@@ -107,7 +111,12 @@ def compare(
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
     more = f" --jobs {jobs}" if jobs else ""
-    with going_on(console, f"regrad compare --resume --out {plan.path}{more}", quiet=not plan.reports), display:
+    with (
+        going_on(
+            console, f"regrad compare --resume --out {plan.path}{more}", quiet=not plan.reports
+        ),
+        display,
+    ):
         folder = run(plan, display)
     leave_processes()
     if plan.reports:
@@ -131,7 +140,10 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     if cell_plan.done:
         display.say(f"{name}: it ended before")
         return 0
-    with going_on(console, f"regrad compare --out {out} --cell {number}", quiet=not plan.reports), display:
+    with (
+        going_on(console, f"regrad compare --out {out} --cell {number}", quiet=not plan.reports),
+        display,
+    ):
         outcome = run_cell(cell_plan, display)
         display.end(f"{name}: {in_words(outcome, plan.workload.measure)}")
     leave_processes()
@@ -151,7 +163,8 @@ def _prepare_cells(plan: Plan, *, as_json: bool) -> int:
 @app.command(
     cls=o.ManyValues,
     epilog=o.examples(
-        "regrad train --corrections xgrad powergrad --seed 3 --out DIR", "regrad train --resume --out DIR"
+        "regrad train --corrections xgrad powergrad --seed 3 --out DIR",
+        "regrad train --resume --out DIR",
     ),
 )
 def train(
@@ -166,8 +179,12 @@ def train(
     model: o.Model = None,
     width: o.Width = None,
     norm: o.Norm = None,
-    seed: Annotated[int | None, o.flag("Fixes weights, order, augmentation; 0 by default.", o.HOW, metavar="N")] = None,
-    lr: Annotated[float | None, o.flag("Learning rate at the start of the cosine.", o.HOW, metavar="X")] = None,
+    seed: Annotated[
+        int | None, o.flag("Fixes weights, order, augmentation; 0 by default.", o.HOW, metavar="N")
+    ] = None,
+    lr: Annotated[
+        float | None, o.flag("Learning rate at the start of the cosine.", o.HOW, metavar="X")
+    ] = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
@@ -182,7 +199,9 @@ def train(
     checkpoint_every: Annotated[
         int | None, o.flag("Steps between them; an epoch by default.", o.WHERE, metavar="N")
     ] = None,
-    keep_checkpoints: Annotated[int | None, o.flag("How many stay; 2 by default.", o.WHERE, metavar="N")] = None,
+    keep_checkpoints: Annotated[
+        int | None, o.flag("How many stay; 2 by default.", o.WHERE, metavar="N")
+    ] = None,
     tracker: o.TrackerKind = None,
     tracking_uri: o.TrackingUri = None,
     config: o.ConfigFile = None,
@@ -200,14 +219,19 @@ def train(
         from regrad_runner.train import make_plan  # noqa: PLC0415
         from regrad_runner.train import train as run  # noqa: PLC0415
 
-        plan = make_plan(_settings(TrainConfig, ctx, config, out, resume=resume), out=out, resume=resume)
+        plan = make_plan(
+            _settings(TrainConfig, ctx, config, out, resume=resume), out=out, resume=resume
+        )
     from regrad_runner.preparation import leave_processes  # noqa: PLC0415
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_run  # noqa: PLC0415
     from regrad_runner.stopping import going_on  # noqa: PLC0415
 
     display = Display(console, runs=1, quiet=not plan.reports)
-    with going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports), display:
+    with (
+        going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports),
+        display,
+    ):
         run(plan, display)
     leave_processes()
     if plan.reports:
@@ -217,7 +241,9 @@ def train(
 
 @app.command(cls=o.Plain, epilog=o.examples("regrad report DIR", "regrad report DIR --json"))
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)
+    ],
     json: o.JsonAlone = False,
 ) -> int:
     """Show again what a comparison or run showed, and draw its figures again; nothing is trained."""
@@ -230,7 +256,9 @@ def report(
 
 @app.command(cls=o.Plain, epilog=o.examples("regrad sync DIR"))
 def sync(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)
+    ],
 ) -> int:
     """Deliver what tracking could not send while the server was down; runs that were killed are marked so."""
     with checking_input():
@@ -244,7 +272,9 @@ def sync(
 
 @app.command(
     cls=o.ManyValues,
-    epilog=o.examples("regrad explain --corrections xgrad powergrad", "regrad explain --corrections all --all"),
+    epilog=o.examples(
+        "regrad explain --corrections xgrad powergrad", "regrad explain --corrections all --all"
+    ),
 )
 def explain(
     ctx: typer.Context,
@@ -261,7 +291,9 @@ def explain(
     lr: Annotated[float | None, o.flag("Learning rate.", o.HOW, metavar="X")] = None,
     batch_size: o.BatchSize = None,
     optimizer: o.Optimizer = None,
-    after_steps: Annotated[int, o.flag("Steps to train first; 1 by default.", o.HOW, metavar="N")] = 1,
+    after_steps: Annotated[
+        int, o.flag("Steps to train first; 1 by default.", o.HOW, metavar="N")
+    ] = 1,
     every_tensor: Annotated[
         bool, o.flag("Every tensor, not those that change most.", o.WHERE, "--all", metavar=" ")
     ] = False,
@@ -279,7 +311,9 @@ def explain(
     return 0
 
 
-def _settings(kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool) -> Config:
+def _settings(
+    kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool
+) -> Config:
     """Read the settings: from the file and the flags, and of a run to resume from its folder."""
     from regrad_runner.config import load_config  # noqa: PLC0415
 

@@ -53,9 +53,14 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         folder = merge(open_folder(plan, **{key: known[key] for key in (TRACKED,) if key in known}))
         tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
     settings = plan.config.model_dump(mode="json")
-    with tracker, tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent:
+    with (
+        tracker,
+        tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent,
+    ):
         comparison = Comparison(plan, folder, tracker, parent, display)
-        display.skip(len(folder.trials) + sum(result.status != "failed" for result in folder.results))
+        display.skip(
+            len(folder.trials) + sum(result.status != "failed" for result in folder.results)
+        )
         with comparison.runner() as runner:
             _run_pending(plan, folder, display, runner)
         if plan.reports:
@@ -69,14 +74,22 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
 
 def _run_pending(plan: Plan, folder: ResultsFolder, display: Display, runner: Runner) -> None:
     """Run what the folder does not have: the trials of learning rates, and then the runs with the chosen ones."""
-    trials = [(cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)]
+    trials = [
+        (cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)
+    ]
     _keep_all(plan, folder, display, runner.outcomes(agreed(trials)))
     rates = agreed(chosen_rates(plan, folder.trials))
-    runs = [(c, rates[c.arm]) for c in plan.cells if c.lr is None and not folder.is_finished(c.arm, c.seed)]
+    runs = [
+        (c, rates[c.arm])
+        for c in plan.cells
+        if c.lr is None and not folder.is_finished(c.arm, c.seed)
+    ]
     _keep_all(plan, folder, display, runner.outcomes(agreed(runs)))
 
 
-def _keep_all(plan: Plan, folder: ResultsFolder, display: Display, outcomes: Iterable[tuple[Cell, Outcome]]) -> None:
+def _keep_all(
+    plan: Plan, folder: ResultsFolder, display: Display, outcomes: Iterable[tuple[Cell, Outcome]]
+) -> None:
     for cell, outcome in outcomes:
         if plan.reports:
             keep_outcome(folder, outcome)
@@ -102,7 +115,9 @@ def in_words(outcome: Outcome, measure: Measure) -> str:
         return "failed" if result is None else result.status
     words = [f"{measure.name} {measure.written(result.value)}"]
     if measure.target is not None:
-        reached = "missed" if result.steps_to_target is None else f"after {result.steps_to_target} steps"
+        reached = (
+            "missed" if result.steps_to_target is None else f"after {result.steps_to_target} steps"
+        )
         words.append(f"{measure.target:g} {reached}")
     return ", ".join([*words, f"{result.seconds:.1f} s"])
 
@@ -136,8 +151,16 @@ class Comparison:
         display: Told what is under way.
     """
 
-    def __init__(self, plan: Plan, folder: ResultsFolder, tracker: Tracker, parent: Run, display: Display) -> None:
-        self.plan, self.folder, self.tracker, self.parent, self.display = plan, folder, tracker, parent, display
+    def __init__(
+        self, plan: Plan, folder: ResultsFolder, tracker: Tracker, parent: Run, display: Display
+    ) -> None:
+        self.plan, self.folder, self.tracker, self.parent, self.display = (
+            plan,
+            folder,
+            tracker,
+            parent,
+            display,
+        )
 
     def runner(self) -> AbstractContextManager[Runner]:
         """Return what runs the cells, as many at once as planned."""
@@ -161,16 +184,24 @@ class Comparison:
     def _run(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
         points, qualities, effects = list[Point](), list[Quality](), list[Effect]()
         result = failed_result(arm, cell, lr=lr)
-        with self._alone(cell.name) as problems, self._tracked(cell.name, arm, seed=cell.seed, lr=lr) as shown:
+        with (
+            self._alone(cell.name) as problems,
+            self._tracked(cell.name, arm, seed=cell.seed, lr=lr) as shown,
+        ):
             started = time.perf_counter()
-            with closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)) as run:
+            with closing(
+                TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)
+            ) as run:
                 self._train(run, cell.name, shown, qualities, effects)
                 result = finished_result(run, result, started=started)
                 self._keep_receipt(run, result, shown)
                 points = run.position.points
         if any(isinstance(problem, NonFiniteError) for problem in problems):
             result = replace(result, status="diverged")
-        tables = {FILE: [asdict(row) for row in qualities], EFFECTS: [asdict(row) for row in effects]}
+        tables = {
+            FILE: [asdict(row) for row in qualities],
+            EFFECTS: [asdict(row) for row in effects],
+        }
         return Outcome(result=result, points=points, tables=tables if points else {})
 
     def _try_rate(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
@@ -179,7 +210,9 @@ class Comparison:
         with (
             self._alone(cell.name),
             self._tracked(cell.name, arm, seed=cell.seed, lr=lr, trial=True) as shown,
-            closing(TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)) as run,
+            closing(
+                TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)
+            ) as run,
         ):
             self._train(run, cell.name, shown)
             validation = run.position.points[-1].value
@@ -215,10 +248,20 @@ class Comparison:
         with keeping_norms(folder, shown, writes=self.plan.reports):
             run.train(on_point=keep, on_step=end_step)
 
-    def _tracked(self, name: str, arm: Arm, *, trial: bool = False, **params: float) -> AbstractContextManager[Run]:
+    def _tracked(
+        self, name: str, arm: Arm, *, trial: bool = False, **params: float
+    ) -> AbstractContextManager[Run]:
         change = {"control": arm.control} if arm.control else {}
-        about = {"arm": arm.name, "corrections": " ".join(arm.corrections), "trial": trial, **params, **change}
-        return tracked(lambda: self.tracker.start(self.plan.experiment, name, about, parent=self.parent))
+        about = {
+            "arm": arm.name,
+            "corrections": " ".join(arm.corrections),
+            "trial": trial,
+            **params,
+            **change,
+        }
+        return tracked(
+            lambda: self.tracker.start(self.plan.experiment, name, about, parent=self.parent)
+        )
 
     def _keep_receipt(self, run: TrainingRun, result: Result, shown: Run) -> None:
         if not self.plan.reports:

@@ -11,7 +11,15 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from regrad_runner.optimizers import spec_of
 from regrad_runner.workloads import Workload, settings_of_model
@@ -20,9 +28,20 @@ FIRST_TUNING_SEED = 1_000_000
 LAST_SEED = 2**32 - 1  # that NumPy takes
 MOST_THREADS = 1024  # more end the process without a word
 LONGEST_TEXT = 1000
-LARGEST_NUMBER = 2**53  # Python writes no number of more than 4,300 digits, but reads one in hexadecimal
+LARGEST_NUMBER = (
+    2**53
+)  # Python writes no number of more than 4,300 digits, but reads one in hexadecimal
 WITHOUT_EFFECT_ON_RESULTS = frozenset(
-    {"download", "workers", "tracker", "tracking_uri", "threads", "processes", "checkpoint_every", "keep_checkpoints"}
+    {
+        "download",
+        "workers",
+        "tracker",
+        "tracking_uri",
+        "threads",
+        "processes",
+        "checkpoint_every",
+        "keep_checkpoints",
+    }
 )
 # Below this many pixels per batch, one thread is as fast as two that wait for each other.
 PIXELS_FOR_ONE_THREAD = 32_768
@@ -55,7 +74,9 @@ class RunConfig(BaseModel):
         tracking_uri: An MLflow server or database, or None for a database in the output folder.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
     workload: str = "digits"
     data_dir: str | None = None
@@ -85,23 +106,32 @@ class RunConfig(BaseModel):
         """Refuse what would tear a terminal, a table or a file of settings, and yes or no where a number belongs."""
         texts = value if isinstance(value, list | tuple) else (value,)
         unfit = [
-            text for text in texts if isinstance(text, str) and not (text.isprintable() and len(text) <= LONGEST_TEXT)
+            text
+            for text in texts
+            if isinstance(text, str) and not (text.isprintable() and len(text) <= LONGEST_TEXT)
         ]
         if unfit:
             raise ValueError(
                 f"{info.field_name} must be at most {LONGEST_TEXT} printable characters, got {shown(unfit[0])}"
             )
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
             raise ValueError(f"{info.field_name} must not be yes or no, got {value!r}")
         if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-            raise ValueError(f"{info.field_name} must be at most {LARGEST_NUMBER}, got {shown(value)}")
+            raise ValueError(
+                f"{info.field_name} must be at most {LARGEST_NUMBER}, got {shown(value)}"
+            )
         return value
 
     @field_validator("tracking_uri")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
         # The default of MLflow and a relative file depend on the working directory, a plain folder it refuses.
-        if value is not None and not re.match(r"https?://|sqlite:////|(postgresql|mysql|mssql)\S*://", value):
+        if value is not None and not re.match(
+            r"https?://|sqlite:////|(postgresql|mysql|mssql)\S*://", value
+        ):
             raise ValueError(
                 f"tracking_uri must be an absolute address, got {value!r}; give http://host:port or sqlite:////folder/file.db"
             )
@@ -110,7 +140,9 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
         if self.batch_size is not None and self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size must be a multiple of accumulate ({self.accumulate}), got {self.batch_size}")
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate ({self.accumulate}), got {self.batch_size}"
+            )
         return self
 
     def resolved(self, workload: Workload) -> Self:
@@ -124,7 +156,9 @@ class RunConfig(BaseModel):
         values = {name: getattr(self, name) or getattr(defaults, name) for name in names}
         if self.batch_size is None:  # a folder of a few images is a workload too
             values["batch_size"] = min(values["batch_size"], len(workload.train))
-        values |= settings_of_model(workload, values["model"], {"width": self.width, "norm": self.norm})
+        values |= settings_of_model(
+            workload, values["model"], {"width": self.width, "norm": self.norm}
+        )
         values["threads"] = self.threads or _threads(values["batch_size"] * workload.train.work)
         steps = values["epochs"] * (len(workload.train) // values["batch_size"])
         usual = min(defaults.warmup_steps, steps // 10)
@@ -198,7 +232,9 @@ _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlevel = 3
 
 
-def load_config(kind: type[Config], *, file: Path | None = None, flags: Mapping[str, Any]) -> Config:
+def load_config(
+    kind: type[Config], *, file: Path | None = None, flags: Mapping[str, Any]
+) -> Config:
     """Return the settings in `file`, with the flags that were given in their place.
 
     Args:
@@ -264,9 +300,13 @@ def continued(old: Config, new: Config) -> Config:
             more["corrections"] = (*old.corrections, *added)
         if new.seeds > old.seeds:
             more["seeds"] = new.seeds
-    difference = first_difference(old, new.model_copy(update={name: getattr(old, name) for name in more}))
+    difference = first_difference(
+        old, new.model_copy(update={name: getattr(old, name) for name in more})
+    )
     if difference:
-        raise ValueError(f"out must hold the same configuration, got {difference}; choose another folder")
+        raise ValueError(
+            f"out must hold the same configuration, got {difference}; choose another folder"
+        )
     return new.model_copy(update=more)
 
 
@@ -283,7 +323,9 @@ def read_settings(file: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise ValueError(f"config must be a readable file, got '{file}': {problem.strerror}") from None
+        raise ValueError(
+            f"config must be a readable file, got '{file}': {problem.strerror}"
+        ) from None
     except (yaml.YAMLError, *UNREADABLE) as problem:
         why = " ".join(str(problem).split()) or type(problem).__name__
         raise ValueError(f"config must be YAML, got '{file}': {why}") from None
@@ -296,7 +338,9 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def _learning_rates(values: tuple[float, ...]) -> tuple[float, ...]:
     if not values or min(values) <= 0 or len(set(values)) < len(values):
-        raise ValueError(f"lr must be different positive numbers, got {', '.join(f'{v:g}' for v in values) or 'none'}")
+        raise ValueError(
+            f"lr must be different positive numbers, got {', '.join(f'{v:g}' for v in values) or 'none'}"
+        )
     return values
 
 

@@ -112,7 +112,9 @@ class Delivery:
                 metrics = [Metric(*value) for part in records for value in part["values"]]
                 client.log_batch(run, metrics=metrics, synchronous=True)
             case "params":
-                client.log_batch(run, params=[Param(*value) for value in record["values"]], synchronous=True)
+                client.log_batch(
+                    run, params=[Param(*value) for value in record["values"]], synchronous=True
+                )
             case "artifact":
                 path = spool.file(record["path"])
                 if not path.is_file():
@@ -170,14 +172,22 @@ class Delivery:
         if name not in self._experiments:
             with self._lock():
                 known = self._client.get_experiment_by_name(name)
-                made = known.experiment_id if known else self._client.create_experiment(name, self._artifact_location)
+                made = (
+                    known.experiment_id
+                    if known
+                    else self._client.create_experiment(name, self._artifact_location)
+                )
             self._experiments[name] = str(made)
         return self._experiments[name]
 
     def _lock(self) -> AbstractContextManager[Any]:
         """Return what keeps other processes from a SQLite file; a server looks after itself."""
         scheme, _, path = self.uri.partition(":///")
-        return FileLock(f"{path}.lock", timeout=SECONDS_FOR_THE_SCHEMA) if scheme == "sqlite" else nullcontext()
+        return (
+            FileLock(f"{path}.lock", timeout=SECONDS_FOR_THE_SCHEMA)
+            if scheme == "sqlite"
+            else nullcontext()
+        )
 
 
 class Sender:
@@ -192,7 +202,9 @@ class Sender:
         outage: Why the last attempt failed; None if it did not.
     """
 
-    def __init__(self, delivery: Delivery, spool: Spool, *, abandoned: Callable[[], Iterable[Spool]]) -> None:
+    def __init__(
+        self, delivery: Delivery, spool: Spool, *, abandoned: Callable[[], Iterable[Spool]]
+    ) -> None:
         self.outage: Exception | None = None
         self._delivery, self._spool, self._abandoned = delivery, spool, abandoned
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -210,7 +222,9 @@ class Sender:
         self.outage = None
         self.hurry()
         with self._round:
-            self._round.wait_for(lambda: self.outage is not None or not self._spool.waiting, seconds)
+            self._round.wait_for(
+                lambda: self.outage is not None or not self._spool.waiting, seconds
+            )
         return not self._spool.waiting
 
     def close(self, seconds: float, *, in_vain: float) -> bool:
@@ -267,7 +281,10 @@ class Sender:
         return stack
 
     def _note_outage(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> bool:
         if isinstance(error, Exception):
             self.outage = error
@@ -279,7 +296,9 @@ def _together(records: Sequence[tuple[bytes, Record]]) -> int:
     first, count, values = records[0][1], 0, 0
     for _, record in records:
         values += len(record.get("values", ()))
-        if count and (record["op"] != "metrics" or record["run"] != first["run"] or values > METRICS_PER_CALL):
+        if count and (
+            record["op"] != "metrics" or record["run"] != first["run"] or values > METRICS_PER_CALL
+        ):
             break
         count += 1
         if record["op"] != "metrics":

@@ -42,7 +42,9 @@ def is_busy() -> bool:
 
 
 def _write(line: dict[str, Any]) -> None:
-    sys.stdout.write("\n" + json.dumps(line) + "\n")  # what a plugin prints on import ends before it
+    sys.stdout.write(
+        "\n" + json.dumps(line) + "\n"
+    )  # what a plugin prints on import ends before it
     sys.stdout.flush()
 
 
@@ -50,7 +52,10 @@ def _libraries() -> dict[str, str | None]:
     import torch  # noqa: PLC0415 - measured here
     import torchvision  # noqa: PLC0415
 
-    return {"torch": _build(torch.version.cuda), "torchvision": _build(getattr(torchvision.version, "cuda", None))}
+    return {
+        "torch": _build(torch.version.cuda),
+        "torchvision": _build(getattr(torchvision.version, "cuda", None)),
+    }
 
 
 def _build(cuda: Any) -> str:
@@ -69,7 +74,11 @@ def _device() -> dict[str, Any]:
         found = torch.accelerator.is_available()
         kind = str(torch.accelerator.current_accelerator()) if found else "cpu"
     reasons = [" ".join(str(warning.message).split()) for warning in said]
-    return {"kind": kind, "count": torch.accelerator.device_count() if found else 0, "reasons": reasons}
+    return {
+        "kind": kind,
+        "count": torch.accelerator.device_count() if found else 0,
+        "reasons": reasons,
+    }
 
 
 def _load(name: str) -> None:

@@ -70,7 +70,11 @@ class EffectTrace:
             if count > looks:
                 means = ((total.double() - earlier.double()) / (count - looks)).tolist()
                 numbers: dict[str, Any] = dict(zip(MEASURES, means, strict=True))
-                where: dict[str, Any] = {"arm": run.arm.name, "seed": run.seed, "step": run.position.step}
+                where: dict[str, Any] = {
+                    "arm": run.arm.name,
+                    "seed": run.seed,
+                    "step": run.position.step,
+                }
                 seen.append(Effect(**where, correction=correction, stage=stage, **numbers))
         self._before = now
         return seen

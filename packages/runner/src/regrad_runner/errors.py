@@ -22,4 +22,6 @@ def checking_input() -> Iterator[None]:
     except (ValueError, TypeError, RegradError) as problem:
         line = " ".join(str(problem).split())
         whole = len(line) <= LONGEST_LINE
-        raise BadInput(line if whole else f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}") from problem
+        raise BadInput(
+            line if whole else f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}"
+        ) from problem

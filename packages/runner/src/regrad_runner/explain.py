@@ -110,10 +110,14 @@ def explain(config: TrainConfig, *, after_steps: int = 1) -> Explanation:
     workload, config = load_data(config)
     parts = tuple(part for text in config.corrections for part in parts_of(text))
     with closing(
-        TrainingRun(config, workload, Arm("+".join(parts), parts), seed=config.seed, lr=config.lr or 0.0)
+        TrainingRun(
+            config, workload, Arm("+".join(parts), parts), seed=config.seed, lr=config.lr or 0.0
+        )
     ) as run:
         if not 0 <= after_steps < run.total_steps:
-            raise ValueError(f"after_steps must be from 0 to {run.total_steps - 1}, got {after_steps}")
+            raise ValueError(
+                f"after_steps must be from 0 to {run.total_steps - 1}, got {after_steps}"
+            )
         for _ in islice(run.steps(), after_steps):
             pass
         effects, notes = effects_of(run)
@@ -127,20 +131,37 @@ def effects_of(run: TrainingRun) -> tuple[list[Explained], list[str]]:
         run: With corrections attached, before its last step.
     """
     attachment, told = run.attachment, run.attachment.explain(run.next_batch())
-    by_name = {c.name: [row for row in told.rows if row["correction"] == c.name] for c in attachment.corrections}
-    notes = {c.name: [note for note in told.notes if repr(c.name) in note] for c in attachment.corrections}
+    by_name = {
+        c.name: [row for row in told.rows if row["correction"] == c.name]
+        for c in attachment.corrections
+    }
+    notes = {
+        c.name: [note for note in told.notes if repr(c.name) in note]
+        for c in attachment.corrections
+    }
     explained = [
         _explained(run, correction, by_name[correction.name], notes[correction.name])
         for correction in attachment.corrections
     ]
-    return explained, [note for note in told.notes if not any(note in own for own in notes.values())]
+    return explained, [
+        note for note in told.notes if not any(note in own for own in notes.values())
+    ]
 
 
-def _explained(run: TrainingRun, correction: Correction, rows: Sequence[Row], notes: list[str]) -> Explained:
+def _explained(
+    run: TrainingRun, correction: Correction, rows: Sequence[Row], notes: list[str]
+) -> Explained:
     parameters = dict(run.attachment.model.named_parameters())
     refuses, ordered = relations(correction, beside=[c.name for c in run.attachment.corrections])
-    about, began = origin(correction), run.attachment.engine.applied >= correction.needs.warmup_steps
-    idle = correction.idle_reason() if began and not any(row["relative_change"] for row in rows) else None
+    about, began = (
+        origin(correction),
+        run.attachment.engine.applied >= correction.needs.warmup_steps,
+    )
+    idle = (
+        correction.idle_reason()
+        if began and not any(row["relative_change"] for row in rows)
+        else None
+    )
     return Explained(
         name=correction.name,
         version=f"{about['distribution']} {about['version']}".rstrip(),
@@ -172,7 +193,13 @@ def _rows(
         yield kept | {"shape": shape, "why": _why(run, correction, row, parameter, notes)}
 
 
-def _why(run: TrainingRun, correction: Correction, row: Row, parameter: Tensor | None, notes: Sequence[str]) -> str:
+def _why(
+    run: TrainingRun,
+    correction: Correction,
+    row: Row,
+    parameter: Tensor | None,
+    notes: Sequence[str],
+) -> str:
     """Say why a tensor is changed or is not."""
     name, warmup = row["tensor"].partition(": ")[0], correction.needs.warmup_steps
     if row["relative_change"]:
@@ -187,7 +214,9 @@ def _why(run: TrainingRun, correction: Correction, row: Row, parameter: Tensor |
     return "unchanged: nothing to correct at this step"
 
 
-def relations(correction: Correction, *, beside: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, str]]:
+def relations(
+    correction: Correction, *, beside: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return with which installed corrections this one refuses to work, and with which it declares an order.
 
     Args:
@@ -203,13 +232,20 @@ def relations(correction: Correction, *, beside: Sequence[str] = ()) -> tuple[di
             continue
         try:
             others = created(name)
-        except (RegradError, ValueError, TypeError):  # it cannot be attached as it is, so there is nothing to say of it
+        except (
+            RegradError,
+            ValueError,
+            TypeError,
+        ):  # it cannot be attached as it is, so there is nothing to say of it
             continue
         if any(other.name == correction.name for other in others):
             refuses[name] = f"it contains {correction.name!r}"
             continue
         try:
-            moves = [*resolve_order([correction, *others])[1], *resolve_order([*others, correction])[1]]
+            moves = [
+                *resolve_order([correction, *others])[1],
+                *resolve_order([*others, correction])[1],
+            ]
         except RegradError as refusal:
             refuses[name] = str(refusal).partition(" cannot work together: ")[2] or str(refusal)
             continue
@@ -239,7 +275,10 @@ def _with_costs(run: TrainingRun, explained: Sequence[Explained], notes: list[st
         _timed_step(run, batch)
     before = dict(engine.seconds)
     corrected = median(_timed_step(run, batch) for _ in range(TIMED_STEPS))
-    hooks = {name: (seconds - before.get(name, 0.0)) / TIMED_STEPS for name, seconds in engine.seconds.items()}
+    hooks = {
+        name: (seconds - before.get(name, 0.0)) / TIMED_STEPS
+        for name, seconds in engine.seconds.items()
+    }
     held = {c.name: bytes_held(c, besides=run.attachment) for c in run.attachment.corrections}
     window = bytes_held(engine.window, besides=run.attachment)
     run.close()
@@ -256,7 +295,9 @@ def _with_costs(run: TrainingRun, explained: Sequence[Explained], notes: list[st
         for one in explained
     }
     with_costs = [Explained(**{**vars(one), "cost": costs[one.name]}) for one in explained]
-    return Explanation(corrections=with_costs, plain_step_seconds=plain, step_seconds=corrected, notes=notes)
+    return Explanation(
+        corrections=with_costs, plain_step_seconds=plain, step_seconds=corrected, notes=notes
+    )
 
 
 def _timed_step(run: TrainingRun, batch: tuple[Tensor, Tensor]) -> float:

@@ -23,10 +23,16 @@ def as_text(explanation: Explanation, *, every_tensor: bool = False) -> str:
         explanation: From `regrad_runner.explain.explain`.
         every_tensor: Show all tensors instead of those that change most.
     """
-    lines = [line for one in explanation.corrections for line in (*_about(one, every_tensor=every_tensor), "")]
+    lines = [
+        line
+        for one in explanation.corrections
+        for line in (*_about(one, every_tensor=every_tensor), "")
+    ]
     plain, corrected = explanation.plain_step_seconds, explanation.step_seconds
     ratio = f"{corrected / plain:.2f} times as long" if plain else "not measured"
-    lines.append(f"a step takes {_milliseconds(corrected)} with all of them, {_milliseconds(plain)} without: {ratio}")
+    lines.append(
+        f"a step takes {_milliseconds(corrected)} with all of them, {_milliseconds(plain)} without: {ratio}"
+    )
     return "\n".join([*lines, *explanation.notes])
 
 
@@ -54,8 +60,16 @@ def _in_words(stage: str, rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row], *, every_tensor: bool) -> Iterator[str]:
     """Show the tensors that change most, those that a note speaks of, and the number of the others."""
-    ranked = sorted(rows, key=lambda row: (-row["relative_change"], row["why"] == "unchanged: not one of its tensors"))
-    spoken_of = [row for row in ranked[SHOWN:] if not row["why"].startswith(("changed", "unchanged"))]
+    ranked = sorted(
+        rows,
+        key=lambda row: (
+            -row["relative_change"],
+            row["why"] == "unchanged: not one of its tensors",
+        ),
+    )
+    spoken_of = [
+        row for row in ranked[SHOWN:] if not row["why"].startswith(("changed", "unchanged"))
+    ]
     shown = list(rows) if every_tensor else [*ranked[:SHOWN], *spoken_of[:SHOWN]]
     width = max(len(row["tensor"]) for row in shown)
     yield f"{'tensor':<{width}}  {'shape':<14} {'change':>8} {'cosine':>8}  why"
@@ -81,4 +95,10 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB" if count else "nothing"
+    return (
+        f"{count / 2**20:.1f} MiB"
+        if count >= 2**20
+        else f"{count / 2**10:.1f} KiB"
+        if count
+        else "nothing"
+    )

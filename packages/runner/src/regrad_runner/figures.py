@@ -45,7 +45,12 @@ class CurveRow(Protocol):
 
 @rc_context({"text.parse_math": False})  # a dollar in the name of an arm is a dollar
 def write_figures(
-    curves: Iterable[CurveRow], out: Path, *, rows: Sequence[RunRow], summaries: Sequence[ArmSummary], measure: Measure
+    curves: Iterable[CurveRow],
+    out: Path,
+    *,
+    rows: Sequence[RunRow],
+    summaries: Sequence[ArmSummary],
+    measure: Measure,
 ) -> list[Path]:
     """Draw a comparison as PNG files.
 
@@ -86,7 +91,9 @@ def write_figures(
     return written
 
 
-def _draw_curves(axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Style], measure: Measure) -> None:
+def _draw_curves(
+    axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Style], measure: Measure
+) -> None:
     for arm, band in bands.items():
         style = styles[arm]
         axes.plot(
@@ -98,7 +105,9 @@ def _draw_curves(axes: Axes, bands: Mapping[str, Band], styles: Mapping[str, Sty
             linewidth=1.2 if style.control else 2,
         )
         if not style.control:
-            axes.fill_between(band.steps, band.low, band.high, color=style.colour, alpha=0.12, linewidth=0)
+            axes.fill_between(
+                band.steps, band.low, band.high, color=style.colour, alpha=0.12, linewidth=0
+            )
     if measure.target is not None:
         axes.axhline(measure.target, color=QUIET, linewidth=0.8, linestyle=":")
     axes.set_xlabel("optimizer steps")
@@ -122,7 +131,11 @@ def _zoom(axes: Axes, bands: Iterable[Band]) -> None:
 
 
 def _draw_steps(
-    axes: Axes, rows: Sequence[RunRow], summaries: Sequence[ArmSummary], styles: Mapping[str, Style], measure: Measure
+    axes: Axes,
+    rows: Sequence[RunRow],
+    summaries: Sequence[ArmSummary],
+    styles: Mapping[str, Style],
+    measure: Measure,
 ) -> None:
     hits = [row.steps_to_target for row in rows if row.usable and row.steps_to_target is not None]
     edge = 1.06 * max(hits, default=1)
@@ -135,32 +148,62 @@ def _draw_steps(
             else:
                 axes.plot(row.steps_to_target, height, "o", color=style.colour, **_dot(style))
         if summary.steps_to_target is not None:
-            axes.plot([summary.steps_to_target] * 2, [place - 0.34, place + 0.34], color=style.colour, linewidth=2.5)
+            axes.plot(
+                [summary.steps_to_target] * 2,
+                [place - 0.34, place + 0.34],
+                color=style.colour,
+                linewidth=2.5,
+            )
     if any(summary.misses for summary in summaries):
         axes.text(edge, -0.62, "missed", ha="center", va="bottom", color=QUIET, fontsize="small")
-    axes.set_xlabel(f"optimizer steps to {_on_validation(measure)} {measure.target:g} (bar: median)")
+    axes.set_xlabel(
+        f"optimizer steps to {_on_validation(measure)} {measure.target:g} (bar: median)"
+    )
     _name_arms(axes, summaries)
 
 
 def _draw_differences(
-    axes: Axes, rows: Sequence[RunRow], summaries: Sequence[ArmSummary], styles: Mapping[str, Style], measure: Measure
+    axes: Axes,
+    rows: Sequence[RunRow],
+    summaries: Sequence[ArmSummary],
+    styles: Mapping[str, Style],
+    measure: Measure,
 ) -> None:
     baseline = next(summary.arm for summary in summaries if summary.verdict == "baseline")
     reference = {row.seed: row.value for row in rows if row.arm == baseline and row.usable}
-    drawn = [(summary, summary.difference) for summary in summaries if summary.difference is not None]
+    drawn = [
+        (summary, summary.difference) for summary in summaries if summary.difference is not None
+    ]
     for place, (summary, difference) in enumerate(drawn):
         style = styles[summary.arm]
-        runs = [row for row in rows if row.arm == summary.arm and row.usable and row.seed in reference]
+        runs = [
+            row for row in rows if row.arm == summary.arm and row.usable and row.seed in reference
+        ]
         differences = [row.value - reference[row.seed] for row in runs]
         axes.plot(differences, _spread(place, len(runs)), "o", color=style.colour, **_dot(style))
         if summary.interval is not None:
-            axes.plot(summary.interval, [place, place], color=style.colour, linewidth=2.5, solid_capstyle="butt")
+            axes.plot(
+                summary.interval,
+                [place, place],
+                color=style.colour,
+                linewidth=2.5,
+                solid_capstyle="butt",
+            )
         axes.plot(difference, place, "D", color=style.colour, markersize=7, markeredgecolor="white")
-        axes.text(1.02, place, summary.verdict, transform=axes.get_yaxis_transform(), va="center", fontsize="small")
+        axes.text(
+            1.02,
+            place,
+            summary.verdict,
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize="small",
+        )
     axes.axvline(0, color="black", linewidth=1)
     axes.locator_params(axis="x", nbins=6)
     direction = "" if measure.higher_is_better else f"\n{measure.direction}"
-    axes.set_xlabel(f"{measure.name}: difference to {baseline} (mean, 95 % interval, seeds){direction}")
+    axes.set_xlabel(
+        f"{measure.name}: difference to {baseline} (mean, 95 % interval, seeds){direction}"
+    )
     _name_arms(axes, [summary for summary, _ in drawn])
 
 

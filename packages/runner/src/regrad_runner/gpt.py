@@ -81,7 +81,9 @@ def build_gpt(
 class GPT(nn.Module):
     """The transformer that `build_gpt` returns; `head` is its output layer."""
 
-    def __init__(self, vocabulary: int, context: int, *, width: int, layers: int, heads: int) -> None:
+    def __init__(
+        self, vocabulary: int, context: int, *, width: int, layers: int, heads: int
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)

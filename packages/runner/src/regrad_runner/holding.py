@@ -31,10 +31,17 @@ def bytes_held(root: Any, *, besides: Attachment) -> int:
         20
     """
     model, optimizer = besides.model, besides.optimizer
-    owned: list[Any] = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    owned: list[Any] = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in model.parameters()),
+    ]
     owned += chain.from_iterable(state.values() for state in optimizer.state.values())
     theirs = {_storage(tensor) for tensor in owned if isinstance(tensor, Tensor)}
-    seen = {id(thing) for thing in (besides, besides.engine, optimizer, optimizer.state, *model.modules())}
+    seen = {
+        id(thing)
+        for thing in (besides, besides.engine, optimizer, optimizer.state, *model.modules())
+    }
     waiting, found = [root], dict[int, int]()
     while waiting:
         thing = waiting.pop()

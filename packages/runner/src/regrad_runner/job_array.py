@@ -80,7 +80,9 @@ def make_cell_plan(config: CompareConfig, number: int, path: Path) -> CellPlan:
     plan = plan_of(path, config)
     difference = first_difference(saved, plan.config)
     if difference:
-        raise ValueError(f"cell must have the settings of '{path}', got {difference}; leave them out")
+        raise ValueError(
+            f"cell must have the settings of '{path}', got {difference}; leave them out"
+        )
     if not 0 <= number < plan.runs:
         raise ValueError(f"cell must be from 0 to {plan.runs - 1}, got {number}")
     cell, folder = plan.cells[number], ResultsFolder(path)
@@ -102,9 +104,13 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Outcome:
     if plan.reports:
         # Nodes share a database's file badly: what is for it waits in the folder, and regrad sync delivers it.
         sends = (plan.config.tracking_uri or "sqlite").partition(":")[0] != "sqlite"
-        tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri, sends=sends)
+        tracker = open_tracker(
+            plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri, sends=sends
+        )
     with tracker:
-        comparison = Comparison(plan, ResultsFolder(plan.path), tracker, Run(tracker, parent), display)
+        comparison = Comparison(
+            plan, ResultsFolder(plan.path), tracker, Run(tracker, parent), display
+        )
         outcome = comparison.outcome(cell, lr=cell_plan.lr)
         if plan.reports:
             write_outcome(plan.path, cell, outcome)
@@ -116,7 +122,9 @@ def _rate(plan: Plan, cell: Cell, folder: ResultsFolder) -> float:
     if cell.lr is not None:
         return cell.lr
     numbered = list(enumerate(plan.cells))
-    missing = [n for n, c in numbered if c.lr is not None and c.arm == cell.arm and not folder.holds(c)]
+    missing = [
+        n for n, c in numbered if c.lr is not None and c.arm == cell.arm and not folder.holds(c)
+    ]
     if missing:
         raise ValueError(
             f"cell must come after the trials of its arm {cell.arm!r}, got none of the cells {in_ranges(missing)}; "
@@ -127,7 +135,9 @@ def _rate(plan: Plan, cell: Cell, folder: ResultsFolder) -> float:
 
 def _tracked(plan: Plan) -> str:
     """Begin and end the tracked run under which those of the cells are shown, and return our id of it."""
-    with open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri) as tracker:
+    with open_tracker(
+        plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri
+    ) as tracker:
         run = tracker.start(plan.experiment, plan.path.name, plan.config.model_dump(mode="json"))
         run.finish()
     return run.id

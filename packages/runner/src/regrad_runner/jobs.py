@@ -26,7 +26,15 @@ from regrad_runner.compare import Comparison, failed_result
 from regrad_runner.config import CompareConfig, load_config
 from regrad_runner.planning import Plan, plan_of
 from regrad_runner.progress import Display
-from regrad_runner.results import CELLS, Outcome, ResultsFolder, Trial, cell_file, read_outcome, write_outcome
+from regrad_runner.results import (
+    CELLS,
+    Outcome,
+    ResultsFolder,
+    Trial,
+    cell_file,
+    read_outcome,
+    write_outcome,
+)
 from regrad_runner.stopping import stoppable
 from regrad_runner.tracking import SECONDS_AT_THE_END, Run, open_tracker
 
@@ -77,7 +85,10 @@ class Workers:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         try:
             for worker in self._workers:
@@ -136,7 +147,9 @@ class Workers:
         if worker.task is None:
             raise RegradError("a worker process ended before it was given anything to do")
         cell, lr = worker.task
-        self._display.say(f"{cell.name} failed: its process ended with exit code {worker.process.exitcode}")
+        self._display.say(
+            f"{cell.name} failed: its process ended with exit code {worker.process.exitcode}"
+        )
         if cell.lr is not None:
             return cell, Outcome(trial=Trial(arm=cell.arm, lr=lr, seed=cell.seed, validation=nan))
         return cell, Outcome(result=failed_result(self._plan.arm(cell.arm), cell, lr=lr))
@@ -204,8 +217,12 @@ def work(path: Path, number: int, parent: str, line: Connection) -> None:
         except (ValueError, TypeError, RuntimeError) as problem:
             line.send((BROKEN, str(problem)))
             return
-        with open_tracker(plan.config.tracker, folder=path, uri=plan.config.tracking_uri) as tracker:
-            comparison = Comparison(plan, ResultsFolder(path), tracker, Run(tracker, parent), Relay(line))
+        with open_tracker(
+            plan.config.tracker, folder=path, uri=plan.config.tracking_uri
+        ) as tracker:
+            comparison = Comparison(
+                plan, ResultsFolder(path), tracker, Run(tracker, parent), Relay(line)
+            )
             for cell, lr in iter(line.recv, None):
                 write_outcome(path, cell, comparison.outcome(cell, lr=lr))
                 line.send((DONE, ""))

@@ -19,7 +19,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             processes than asked.
     """
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'")
+        raise ValueError(
+            "mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'"
+        )
     threads = torch.get_num_threads()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else accelerate's CUDA build makes one process of torchrun's
@@ -27,7 +29,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         gradient_accumulation_steps=config.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-    torch.set_num_threads(threads)  # accelerate chooses others where several processes are on one CPU
+    torch.set_num_threads(
+        threads
+    )  # accelerate chooses others where several processes are on one CPU
     _check_processes(config, accelerator.num_processes)
     _check_sharding(accelerator)
     return accelerator
@@ -51,11 +55,18 @@ def asked_to_shard() -> bool:
 def _check_processes(config: RunConfig, started: int) -> None:
     """Raise unless as many processes run as were asked for: `accelerate launch --cpu` starts only one."""
     # Only accelerate's launcher for one process sets the first two without the third.
-    launched = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
+    launched = {
+        "MASTER_ADDR",
+        "ACCELERATE_MIXED_PRECISION",
+    } <= os.environ.keys() and "WORLD_SIZE" not in os.environ
     if config.processes not in (None, started):
-        raise ValueError(f"processes must be {config.processes} as asked, got {started}; {_launch(config.processes)}")
+        raise ValueError(
+            f"processes must be {config.processes} as asked, got {started}; {_launch(config.processes)}"
+        )
     if launched and started == 1:
-        raise ValueError(f"processes must be several as asked of accelerate launch, got 1; {_launch('N')}")
+        raise ValueError(
+            f"processes must be several as asked of accelerate launch, got 1; {_launch('N')}"
+        )
     share = config.accumulate * started
     if config.batch_size is not None and config.batch_size % share:
         raise ValueError(
@@ -83,4 +94,6 @@ def _check_sharding(accelerator: Accelerator) -> None:
             "would train unsharded without a word; leave it out here"
         )
     if not accelerator.is_fsdp2:
-        raise ValueError("fsdp_version must be 2, got 1, whose flat shards corrections cannot read; --fsdp_version 2")
+        raise ValueError(
+            "fsdp_version must be 2, got 1, whose flat shards corrections cannot read; --fsdp_version 2"
+        )

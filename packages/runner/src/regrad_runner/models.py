@@ -83,16 +83,25 @@ def build_model(
         raise ValueError(f"norm must be one of {', '.join(typing.get_args(Norm))}, got {norm!r}")
     if classes < 2:
         raise ValueError(f"classes must be at least 2, got {classes!r}")
-    shape: dict[str, int] = {"classes": classes, "channels": channels, "image_size": image_size, "seed": seed}
+    shape: dict[str, int] = {
+        "classes": classes,
+        "channels": channels,
+        "image_size": image_size,
+        "seed": seed,
+    }
     if is_own(name):
         return _residual_network(name, width=16 if width is None else width, norm=norm, **shape)
     from regrad_runner import classifiers  # noqa: PLC0415 - torchvision takes a second to load
 
     if name not in (known := classifiers.classifier_names()):
         near = did_you_mean(name, [*MODELS, *known])
-        raise ValueError(f"no model named {name!r}; there are {', '.join(MODELS)} and torchvision's classifiers{near}")
+        raise ValueError(
+            f"no model named {name!r}; there are {', '.join(MODELS)} and torchvision's classifiers{near}"
+        )
     if width is not None:
-        raise ValueError(f"width must be left out for model {name!r}, whose widths are fixed, got {width!r}")
+        raise ValueError(
+            f"width must be left out for model {name!r}, whose widths are fixed, got {width!r}"
+        )
     return classifiers.build_classifier(
         name, **shape, group_norm=group_norm if norm == "group" else None, bare=norm == "none"
     )
@@ -106,12 +115,18 @@ def is_own(name: str) -> bool:
 def _residual_network(
     name: str, *, width: int, norm: Norm, classes: int, channels: int, image_size: int, seed: int
 ) -> nn.Module:
-    for what, value, least in (("channels", channels, 1), ("image_size", image_size, 4), ("width", width, 1)):
+    for what, value, least in (
+        ("channels", channels, 1),
+        ("image_size", image_size, 4),
+        ("width", width, 1),
+    ):
         if value < least:
             raise ValueError(f"{what} must be at least {least}, got {value!r}")
     # Modules draw their default weights when they are made; the fork puts the global state back.
     with torch.random.fork_rng(devices=[]):
-        model = ResidualNetwork(BLOCKS_PER_STAGE[name], classes=classes, channels=channels, width=width, norm=norm)
+        model = ResidualNetwork(
+            BLOCKS_PER_STAGE[name], classes=classes, channels=channels, width=width, norm=norm
+        )
     _initialize(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -138,7 +153,9 @@ def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
         layers = [module for module in model.modules() if isinstance(module, kind)]
         if layers:
             return layers[-1]
-    raise ValueError(f"model must have a linear output layer, got {type(model).__name__} without one")
+    raise ValueError(
+        f"model must have a linear output layer, got {type(model).__name__} without one"
+    )
 
 
 def own_head(model: nn.Module, *, whose: str) -> list[nn.Parameter]:
@@ -158,7 +175,9 @@ def own_head(model: nn.Module, *, whose: str) -> list[nn.Parameter]:
         if any(parameter is own for own in head)
     ]
     if len(names) > len(head):
-        shared = " and ".join(name for name, parameter in names if sum(parameter is p for _, p in names) > 1)
+        shared = " and ".join(
+            name for name, parameter in names if sum(parameter is p for _, p in names) > 1
+        )
         raise ValueError(
             f"head must have weights of its own for {whose}, got one tensor as {shared}; "
             "untie them, or leave controls out (--no-controls)"
@@ -180,7 +199,9 @@ class ResidualNetwork(nn.Module):
             stage = nn.Sequential()
             for block in range(blocks):
                 stride = 2 if index > 0 and block == 0 else 1
-                stage.append(ResidualBlock(previous, current, stride=stride, norm=norm, depth=3 * blocks))
+                stage.append(
+                    ResidualBlock(previous, current, stride=stride, norm=norm, depth=3 * blocks)
+                )
                 previous = current
             self.stages.append(stage)
         self.fc = nn.Linear(previous, classes)
@@ -194,7 +215,9 @@ class ResidualNetwork(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions beside an identity shortcut, one of `depth` such blocks in a row."""
 
-    def __init__(self, channels_in: int, channels_out: int, *, stride: int, norm: Norm, depth: int = 1) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, *, stride: int, norm: Norm, depth: int = 1
+    ) -> None:
         super().__init__()
         bias = norm == "none"
         self.conv1 = _conv3x3(channels_in, channels_out, stride=stride, bias=bias)
@@ -255,4 +278,6 @@ def _initialize(model: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, ResidualBlock) and isinstance(module.norm2, Scale):
-            module.conv2.weight.mul_(math.sqrt(0.5))  # no rectifier follows that would halve the second moment
+            module.conv2.weight.mul_(
+                math.sqrt(0.5)
+            )  # no rectifier follows that would halve the second moment

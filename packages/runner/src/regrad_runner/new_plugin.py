@@ -61,13 +61,17 @@ def new_plugin(name: str, out: Path, like: str | None = None) -> tuple[Path, str
             installed can be copied. Nothing is written then.
     """
     if not NAME.fullmatch(name):
-        raise ValueError(f"name must be lower-case words with hyphens between them, such as 'my-method', got {name!r}")
+        raise ValueError(
+            f"name must be lower-case words with hyphens between them, such as 'my-method', got {name!r}"
+        )
     taken = regrad.available().get(name)
     if taken:
         raise ValueError(f"name must be a new one, got {name!r}, which {taken.distribution} offers")
     folder = out / f"regrad-{name}"
     if folder.exists():
-        raise ValueError(f"out must not have a folder {folder.name!r} yet, got '{out}'; move that folder away")
+        raise ValueError(
+            f"out must not have a folder {folder.name!r} yet, got '{out}'; move that folder away"
+        )
     source = _choose(like)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".new-plugin-") as aside:
@@ -81,13 +85,17 @@ def _choose(like: str | None) -> Source:
     """Return the plugin to copy."""
     entries = regrad.available()
     if like is not None and like not in entries:
-        raise ValueError(f"like must be an installed correction, got {like!r}{did_you_mean(like, entries)}")
+        raise ValueError(
+            f"like must be an installed correction, got {like!r}{did_you_mean(like, entries)}"
+        )
     found = [source for source in map(_source, entries.values()) if source]
     if like is not None:
         found = [source for source in found if source.entry.name == like]
     if not found:
         whose = f"{like!r}" if like else "the smallest shipped plugin"
-        raise ValueError(f"{whose} must be installed with its tests to be copied; pip install regrad-centralization")
+        raise ValueError(
+            f"{whose} must be installed with its tests to be copied; pip install regrad-centralization"
+        )
     return min(found, key=lambda source: source.size)
 
 
@@ -96,11 +104,20 @@ def _source(entry: Entry) -> Source | None:
     if entry.refused:
         return None
     distribution = metadata.distribution(entry.distribution)
-    ours = [point for point in distribution.entry_points if point.group.partition(".")[0] == "regrad"]
+    ours = [
+        point for point in distribution.entry_points if point.group.partition(".")[0] == "regrad"
+    ]
     others = [line for line in distribution.requires or [] if line.startswith("regrad-")]
     module, _, attribute = entry.value.partition(":")
     spec = find_spec(module)
-    if len(ours) > 1 or others or "." in module or not attribute.isidentifier() or not spec or not spec.origin:
+    if (
+        len(ours) > 1
+        or others
+        or "." in module
+        or not attribute.isidentifier()
+        or not spec
+        or not spec.origin
+    ):
         return None  # only one correction of its own, offered from the top of its package
     package = Path(spec.origin).parent
     rest = _editable(distribution) or package / CARRIED
@@ -150,7 +167,9 @@ def _write_project(path: Path, name: str) -> None:
     """Give the copy a version, an author and a description of its own, without what only a shipped plugin needs."""
     text = path.read_text(encoding="utf-8")
     for table in ("tool.uv.sources", "tool.hatch.build.targets.wheel.force-include"):
-        text = re.sub(rf"^\[{re.escape(table)}\].*\n(?:[^\[\n].*\n|\n)*", "", text, flags=re.MULTILINE)
+        text = re.sub(
+            rf"^\[{re.escape(table)}\].*\n(?:[^\[\n].*\n|\n)*", "", text, flags=re.MULTILINE
+        )
     for key, value in {
         "version": '"0.1.0"',
         "description": f'"{name}: what it does, in one line"',
@@ -164,7 +183,9 @@ def _write_project(path: Path, name: str) -> None:
 def _write_card(path: Path, name: str, origin: str) -> None:
     """Keep the headings of the card, and only those sections that hold for the copy."""
     _, *sections = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    card = [f"# regrad-{name}: what it is, in a few words\n\n{origin}: every empty section is yours to write.\n"]
+    card = [
+        f"# regrad-{name}: what it is, in a few words\n\n{origin}: every empty section is yours to write.\n"
+    ]
     for section in sections:
         heading, _, body = section.partition("\n")
         card.append(f"## {heading}\n\n{body.strip() if heading in KEPT else 'Yours to write.'}\n")

@@ -47,9 +47,13 @@ class Watch:
         skipped: Steps that were not finite so far.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], accelerator: Accelerator) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], accelerator: Accelerator
+    ) -> None:
         self.skipped = 0
-        self._named = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        self._named = [
+            (name, parameter) for name, parameter in parameters if parameter.requires_grad
+        ]
         self._accelerator = accelerator
         self._in_a_row = 0
         self._steps: deque[int] = deque(maxlen=STEPS_KEPT)
@@ -91,7 +95,8 @@ class Watch:
 
     def _norms(self) -> Tensor:
         gradients = [
-            parameter.grad if parameter.grad is None else local(parameter.grad) for _, parameter in self._named
+            parameter.grad if parameter.grad is None else local(parameter.grad)
+            for _, parameter in self._named
         ]
         there = [index for index, gradient in enumerate(gradients) if gradient is not None]
         norms = torch.zeros(len(gradients), device=self._ring.device)
@@ -104,10 +109,14 @@ class Watch:
         self._in_a_row += 1
         if self.skipped == 1:
             what = f"loss or gradients of step {step} are not finite; it is skipped"
-            warnings.warn(f"{what}, and {SKIPS_IN_A_ROW} in a row end the run", RegradWarning, stacklevel=4)
+            warnings.warn(
+                f"{what}, and {SKIPS_IN_A_ROW} in a row end the run", RegradWarning, stacklevel=4
+            )
         if self._in_a_row >= SKIPS_IN_A_ROW:
             what = f"loss or gradients were not finite in {SKIPS_IN_A_ROW} steps in a row, the last is step {step}"
-            raise NonFiniteError(f"{what}; lower lr, clip the gradients, or look at nonfinite.csv", self.table())
+            raise NonFiniteError(
+                f"{what}; lower lr, clip the gradients, or look at nonfinite.csv", self.table()
+            )
 
     def table(self) -> str:
         """Return the kept steps as CSV, oldest first: step, loss, and each gradient's norm by its tensor's name.
@@ -117,13 +126,17 @@ class Watch:
         text = io.StringIO(newline="")
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["step", "loss", *(name for name, _ in self._named)])
-        kept = self._of_whole_tensors(torch.roll(self._ring, -self._next, 0)[-len(self._steps) :]).tolist()
+        kept = self._of_whole_tensors(
+            torch.roll(self._ring, -self._next, 0)[-len(self._steps) :]
+        ).tolist()
         rows.writerows([step, *row] for step, row in zip(self._steps, kept, strict=True))
         return text.getvalue()
 
     def _of_whole_tensors(self, rows: Tensor) -> Tensor:
         """Return norms of tensors where the processes kept those of their shards."""
-        sharded = torch.tensor([False, *(is_sharded(p) for _, p in self._named)], device=rows.device)
+        sharded = torch.tensor(
+            [False, *(is_sharded(p) for _, p in self._named)], device=rows.device
+        )
         if not sharded.any():
             return rows
         return torch.where(sharded, self._accelerator.reduce(rows.square(), "sum").sqrt(), rows)

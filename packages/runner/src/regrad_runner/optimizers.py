@@ -34,7 +34,10 @@ def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
     lr = inspect.signature(kind).parameters["lr"].default
     if name == defaults.optimizer:
         own = {"momentum": defaults.momentum, "weight_decay": defaults.weight_decay}
-        options = {**{key: own[key] for key in own if key in inspect.signature(kind).parameters}, **options}
+        options = {
+            **{key: own[key] for key in own if key in inspect.signature(kind).parameters},
+            **options,
+        }
         lr = defaults.lr
     if "lr" in options:
         raise ValueError(f"optimizer must not set lr, got {text!r}; use the setting lr")
@@ -53,7 +56,9 @@ def _try_step(spec: str, *, lr: float) -> None:
         optimizer.step()
     except Exception as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
-        raise ValueError(f"optimizer must be one that can step, got {spec!r}: {reason}") from problem
+        raise ValueError(
+            f"optimizer must be one that can step, got {spec!r}: {reason}"
+        ) from problem
     if not parameter.isfinite().all():
         raise ValueError(f"optimizer must have options that keep weights finite, got {spec!r}")
 
@@ -75,7 +80,9 @@ def optimizer_class(name: str) -> type[Optimizer]:
     if name in plugins:
         loaded: type[Optimizer] = regrad.load(name, GROUP)
         return loaded
-    raise ValueError(f"no optimizer named {name!r}; there are: {', '.join(sorted([*known, *plugins]))}")
+    raise ValueError(
+        f"no optimizer named {name!r}; there are: {', '.join(sorted([*known, *plugins]))}"
+    )
 
 
 def build_optimizer(
@@ -98,14 +105,18 @@ def build_optimizer(
     allowed = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr")]
     for key in options:
         if key not in allowed:
-            raise ValueError(f"optimizer {name!r} has no option {key!r}; allowed: {', '.join(allowed)}")
+            raise ValueError(
+                f"optimizer {name!r} has no option {key!r}; allowed: {', '.join(allowed)}"
+            )
     for key, value in options.items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in _flat(value)):
             raise ValueError(f"{key} must be finite, got {value!r} in optimizer {spec!r}")
     try:
         return kind(parameters, lr=lr, **options)  # type: ignore[call-arg]
     except (TypeError, ValueError, RuntimeError) as problem:
-        raise ValueError(f"optimizer must be one that torch accepts, got {spec!r}: {problem}") from problem
+        raise ValueError(
+            f"optimizer must be one that torch accepts, got {spec!r}: {problem}"
+        ) from problem
 
 
 def _flat(value: Any) -> tuple[Any, ...]:

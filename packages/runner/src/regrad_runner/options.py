@@ -12,11 +12,23 @@ from typer.core import TyperCommand, TyperGroup
 from regrad_runner import completion
 
 WHAT, HOW, WHERE = "What is trained", "How it is trained", "Where it goes"
-NOT_SETTINGS = {"config", "out", "resume", "json", "after_steps", "every_tensor", "jobs", "cell", "cells"}
+NOT_SETTINGS = {
+    "config",
+    "out",
+    "resume",
+    "json",
+    "after_steps",
+    "every_tensor",
+    "jobs",
+    "cell",
+    "cells",
+}
 MANY = {"--corrections": "--corrections", "--correction": "--corrections"}
 
 
-def flag(text: str, panel: str | None, *names: str, metavar: str | None = None, offers: Any = None) -> Any:
+def flag(
+    text: str, panel: str | None, *names: str, metavar: str | None = None, offers: Any = None
+) -> Any:
     """Return an option without a default of its own: that is in the settings, and `text` says it."""
     shown: dict[str, Any] = {"rich_help_panel": panel, "metavar": metavar, "show_default": False}
     return typer.Option(*names, help=text, autocompletion=offers, **shown)
@@ -28,46 +40,90 @@ def examples(*lines: str) -> str:
 
 
 WorkloadName = Annotated[
-    str | None, flag("Data to learn; digits by default.", WHAT, metavar="NAME", offers=completion.workloads)
+    str | None,
+    flag("Data to learn; digits by default.", WHAT, metavar="NAME", offers=completion.workloads),
 ]
-DataDir = Annotated[str | None, flag("Folder or file with the data, if it needs one.", WHAT, metavar="PATH")]
-Download = Annotated[bool | None, flag("Fetch published data that are not there.", WHAT, "--download", metavar=" ")]
+DataDir = Annotated[
+    str | None, flag("Folder or file with the data, if it needs one.", WHAT, metavar="PATH")
+]
+Download = Annotated[
+    bool | None, flag("Fetch published data that are not there.", WHAT, "--download", metavar=" ")
+]
 ImageSize = Annotated[int | None, flag("Pixels to give images of many sizes.", WHAT, metavar="N")]
-TrainSize = Annotated[int | None, flag("Training samples to keep; all by default.", WHAT, metavar="N")]
+TrainSize = Annotated[
+    int | None, flag("Training samples to keep; all by default.", WHAT, metavar="N")
+]
 Model = Annotated[
-    str | None, flag("resnet8, gpt, or one of torchvision.", WHAT, metavar="NAME", offers=completion.models)
+    str | None,
+    flag("resnet8, gpt, or one of torchvision.", WHAT, metavar="NAME", offers=completion.models),
 ]
 Width = Annotated[int | None, flag("Channels of the first stage, or of a gpt.", WHAT, metavar="N")]
 Norm = Annotated[str | None, flag("batch (the default), group or none.", WHAT, metavar="NORM")]
 Epochs = Annotated[int | None, flag("Passes over the training samples.", HOW, metavar="N")]
 BatchSize = Annotated[int | None, flag("Samples per step, over all processes.", HOW, metavar="N")]
 Optimizer = Annotated[
-    str | None, flag("Such as adamw, or sgd:nesterov=true.", HOW, metavar="NAME", offers=completion.optimizers)
+    str | None,
+    flag("Such as adamw, or sgd:nesterov=true.", HOW, metavar="NAME", offers=completion.optimizers),
 ]
-WarmupSteps = Annotated[int | None, flag("Steps in which the learning rate rises.", HOW, metavar="N")]
-Accumulate = Annotated[int | None, flag("Parts of a batch, one after the other; 1 by default.", HOW, metavar="N")]
-MixedPrecision = Annotated[str | None, flag("no (the default), bf16 or fp16.", HOW, metavar="FORMAT")]
-ClipNorm = Annotated[float | None, flag("Largest gradient norm; none by default.", HOW, metavar="X")]
+WarmupSteps = Annotated[
+    int | None, flag("Steps in which the learning rate rises.", HOW, metavar="N")
+]
+Accumulate = Annotated[
+    int | None, flag("Parts of a batch, one after the other; 1 by default.", HOW, metavar="N")
+]
+MixedPrecision = Annotated[
+    str | None, flag("no (the default), bf16 or fp16.", HOW, metavar="FORMAT")
+]
+ClipNorm = Annotated[
+    float | None, flag("Largest gradient norm; none by default.", HOW, metavar="X")
+]
 Evaluations = Annotated[int | None, flag("Looks at the validation split.", HOW, metavar="N")]
-ProbeEvery = Annotated[int | None, flag("Steps between probes of gradient quality; none by default.", HOW, metavar="N")]
-ProbeSize = Annotated[int | None, flag("Samples of a probe's large batch; 2048 by default.", HOW, metavar="N")]
+ProbeEvery = Annotated[
+    int | None, flag("Steps between probes of gradient quality; none by default.", HOW, metavar="N")
+]
+ProbeSize = Annotated[
+    int | None, flag("Samples of a probe's large batch; 2048 by default.", HOW, metavar="N")
+]
 Threads = Annotated[int | None, flag("CPU threads of each process.", HOW, metavar="N")]
-Processes = Annotated[int | None, flag("Fail unless as many processes were launched.", HOW, metavar="N")]
-Workers = Annotated[int | None, flag("Processes that make samples; 0 by default.", HOW, metavar="N")]
-TrackerKind = Annotated[str | None, flag("mlflow (the default) or none.", WHERE, "--tracker", metavar="KIND")]
-TrackingUri = Annotated[str | None, flag("MLflow server; else a database in the folder.", WHERE, metavar="URI")]
-ConfigFile = Annotated[Path | None, flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")]
-Out = Annotated[Path | None, flag("Folder to write; a new one here by default.", WHERE, metavar="DIR")]
+Processes = Annotated[
+    int | None, flag("Fail unless as many processes were launched.", HOW, metavar="N")
+]
+Workers = Annotated[
+    int | None, flag("Processes that make samples; 0 by default.", HOW, metavar="N")
+]
+TrackerKind = Annotated[
+    str | None, flag("mlflow (the default) or none.", WHERE, "--tracker", metavar="KIND")
+]
+TrackingUri = Annotated[
+    str | None, flag("MLflow server; else a database in the folder.", WHERE, metavar="URI")
+]
+ConfigFile = Annotated[
+    Path | None, flag("YAML file with these settings; flags win.", WHERE, metavar="FILE")
+]
+Out = Annotated[
+    Path | None, flag("Folder to write; a new one here by default.", WHERE, metavar="DIR")
+]
 Resume = Annotated[bool, flag("Go on with what is in --out.", WHERE, "--resume", metavar=" ")]
 Jobs = Annotated[int | None, flag("Runs at once, a process each; 1 by default.", HOW, metavar="N")]
-CellNumber = Annotated[int | None, flag("Run this one of a job array's cells in --out.", WHERE, metavar="N")]
-Cells = Annotated[bool, flag("Make --out, and say which cells there are.", WHERE, "--cells", metavar=" ")]
-AsJson = Annotated[bool, flag("Print JSON for programs instead of a table.", WHERE, "--json", metavar=" ")]
-JsonAlone = Annotated[bool, flag("Print JSON for programs instead of a table.", None, "--json", metavar=" ")]
+CellNumber = Annotated[
+    int | None, flag("Run this one of a job array's cells in --out.", WHERE, metavar="N")
+]
+Cells = Annotated[
+    bool, flag("Make --out, and say which cells there are.", WHERE, "--cells", metavar=" ")
+]
+AsJson = Annotated[
+    bool, flag("Print JSON for programs instead of a table.", WHERE, "--json", metavar=" ")
+]
+JsonAlone = Annotated[
+    bool, flag("Print JSON for programs instead of a table.", None, "--json", metavar=" ")
+]
 Corrections = Annotated[
     list[str] | None,
     flag(
-        "Such as xgrad:horizon=2 agc; + stacks; all: every one.", WHAT, metavar="NAME...", offers=completion.corrections
+        "Such as xgrad:horizon=2 agc; + stacks; all: every one.",
+        WHAT,
+        metavar="NAME...",
+        offers=completion.corrections,
     ),
 ]
 
@@ -144,7 +200,11 @@ def repeat_flag(words: Sequence[str]) -> list[str]:
 
 def settings_of(context: typer.Context) -> dict[str, Any]:
     """Return the flags that were given and are settings, by name. A list that was not given comes as an empty one."""
-    given = {name: value for name, value in context.params.items() if value is not None and value not in ([], ())}
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if value is not None and value not in ([], ())
+    }
     flags = {name: value for name, value in given.items() if name not in NOT_SETTINGS}
     if flags.pop("no_controls", False):
         flags["controls"] = False

@@ -13,7 +13,13 @@ from regrad_runner.arms import Arm, expand
 from regrad_runner.cells import Cell, cells_of
 from regrad_runner.config import CompareConfig
 from regrad_runner.launching import check_task, make_accelerator
-from regrad_runner.preparation import default_folder, every_correction, example_optimizer, load_data, try_on
+from regrad_runner.preparation import (
+    default_folder,
+    every_correction,
+    example_optimizer,
+    load_data,
+    try_on,
+)
 from regrad_runner.probing import check_probing
 from regrad_runner.results import ResultsFolder, check_arms, check_folder, read_about, start_folder
 from regrad_runner.surroundings import surroundings
@@ -84,7 +90,9 @@ class Plan:
         return self.config.lr or ()
 
 
-def make_plan(config: CompareConfig, *, out: Path | None = None, resume: bool = False, jobs: int = 1) -> Plan:
+def make_plan(
+    config: CompareConfig, *, out: Path | None = None, resume: bool = False, jobs: int = 1
+) -> Plan:
     """Check everything that can be checked before the first step. Writes nothing.
 
     Args:
@@ -106,7 +114,9 @@ def make_plan(config: CompareConfig, *, out: Path | None = None, resume: bool = 
     check_task()
     accelerator = make_accelerator(config)
     if jobs > 1 and accelerator.num_processes > 1:
-        raise ValueError(f"jobs must be 1 on several processes, got {jobs} on {accelerator.num_processes}")
+        raise ValueError(
+            f"jobs must be 1 on several processes, got {jobs} on {accelerator.num_processes}"
+        )
     check_probing(config, processes=accelerator.num_processes, samples=len(workload.train))
     path = out or default_folder("", workload.name)
     lr = (config.lr or (0.0,))[0]
@@ -140,7 +150,9 @@ def plan_of(path: Path, config: CompareConfig) -> Plan:
     optimizer = example_optimizer(config, lr=(config.lr or (0.0,))[0])
     arms = expand(config.corrections, optimizer, controls=config.controls)
     check_arms(path, arms)
-    return Plan(config, workload, tuple(arms), path, accelerator.is_main_process, accelerator.num_processes)
+    return Plan(
+        config, workload, tuple(arms), path, accelerator.is_main_process, accelerator.num_processes
+    )
 
 
 def open_folder(plan: Plan, **more: str) -> ResultsFolder:
@@ -150,7 +162,11 @@ def open_folder(plan: Plan, **more: str) -> ResultsFolder:
         plan: Checked.
         **more: What the folder shall say about itself besides.
     """
-    about = {"kind": "comparison", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
+    about = {
+        "kind": "comparison",
+        "workload": plan.workload.name,
+        "measure": asdict(plan.workload.measure),
+    }
     about |= {
         "samples": plan.workload.train.kind,
         "left_out": dict(plan.left_out),

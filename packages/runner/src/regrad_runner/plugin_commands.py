@@ -25,7 +25,9 @@ plugins = typer.Typer(
 )
 
 
-@plugins.command("list", cls=o.Plain, epilog=o.examples("regrad plugins list", "regrad plugins list --json"))
+@plugins.command(
+    "list", cls=o.Plain, epilog=o.examples("regrad plugins list", "regrad plugins list --json")
+)
 def list_plugins(json: o.JsonAlone = False) -> int:
     """List corrections, optimizers and workloads that are installed."""
     from regrad_runner.plugins import show_plugins  # noqa: PLC0415
@@ -36,7 +38,10 @@ def list_plugins(json: o.JsonAlone = False) -> int:
 
 @plugins.command("show", cls=o.Plain, epilog=o.examples("regrad plugins show xgrad"))
 def show_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=AS_LISTED, show_default=False, autocompletion=offered)],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help=AS_LISTED, show_default=False, autocompletion=offered),
+    ],
     json: o.JsonAlone = False,
 ) -> int:
     """Show what a plugin does, its options, where it acts and what it must beat."""
@@ -49,8 +54,13 @@ def show_plugin(
 
 @plugins.command("check", cls=o.Plain, epilog=o.examples("regrad plugins check agc:max_ratio=0.02"))
 def check_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=CHECKED, show_default=False, autocompletion=offered)],
-    suite: Annotated[Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help=CHECKED, show_default=False, autocompletion=offered),
+    ],
+    suite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")
+    ] = None,
     json: o.JsonAlone = False,
 ) -> int:
     """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
@@ -64,12 +74,19 @@ def check_plugin(
 
 
 @plugins.command(
-    "new", cls=o.Plain, epilog=o.examples("regrad plugins new my-method", "regrad plugins new my-method --like agc")
+    "new",
+    cls=o.Plain,
+    epilog=o.examples("regrad plugins new my-method", "regrad plugins new my-method --like agc"),
 )
 def new_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of your method.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Of your method.", show_default=False)
+    ],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where its folder is made; here by default.", show_default=False)
+        Path,
+        typer.Option(
+            metavar="DIR", help="Where its folder is made; here by default.", show_default=False
+        ),
     ] = Path(),
     like: Annotated[str | None, typer.Option(metavar="NAME", help=LIKE)] = None,
 ) -> int:
@@ -93,7 +110,10 @@ def new_plugin(
 @plugins.command("doctor", cls=o.Plain, epilog=o.examples("regrad plugins doctor"))
 def doctor(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where runs are written; here by default.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Where runs are written; here by default.", show_default=False
+        ),
     ] = Path(),
     gpu: Annotated[bool, typer.Option("--gpu", help="Expect a GPU.")] = False,
     json: o.JsonAlone = False,

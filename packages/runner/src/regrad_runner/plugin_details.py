@@ -47,10 +47,14 @@ def show_plugin(name: str, *, as_json: bool = False) -> None:
         PluginLoadError: If it cannot be imported.
     """
     installed = {kind: regrad.available(group) for kind, group in GROUPS.items()}
-    found = [describe(kind, entries[name]) for kind, entries in installed.items() if name in entries]
+    found = [
+        describe(kind, entries[name]) for kind, entries in installed.items() if name in entries
+    ]
     if not found:
         names = sorted({name for entries in installed.values() for name in entries})
-        raise ValueError(f"no plugin named {name!r}; installed: {', '.join(names)}{did_you_mean(name, names)}")
+        raise ValueError(
+            f"no plugin named {name!r}; installed: {', '.join(names)}{did_you_mean(name, names)}"
+        )
     console = Console(soft_wrap=as_json)
     if as_json:
         console.out(json.dumps(found, indent=2, default=str), highlight=False)
@@ -75,11 +79,19 @@ def describe(kind: str, entry: Entry) -> dict[str, Any]:
         PluginLoadError: If it cannot be imported.
     """
     loaded = regrad.load(entry.name, GROUPS[kind])
-    details = {"kind": kind, **dataclasses.asdict(entry), "description": _opening(inspect.getdoc(loaded) or "")}
+    details = {
+        "kind": kind,
+        **dataclasses.asdict(entry),
+        "description": _opening(inspect.getdoc(loaded) or ""),
+    }
     if isinstance(loaded, regrad.Composition):
         details |= _composition(loaded) | {"controls": _controls(entry.name)}
     elif kind == "correction":
-        details |= {"options": _options_of(loaded), "needs": _needs(loaded), "controls": _controls(entry.name)}
+        details |= {
+            "options": _options_of(loaded),
+            "needs": _needs(loaded),
+            "controls": _controls(entry.name),
+        }
     else:
         details["options"] = _arguments_of(loaded)
     about: Any = metadata.metadata(entry.distribution)
@@ -93,20 +105,31 @@ def _composition(loaded: regrad.Composition) -> dict[str, Any]:
     """Describe corrections that go by one name: their options have the part's name in front."""
     parts = {part: regrad.load(part) for part in loaded.parts}
     options = [
-        {**option, "name": f"{part}.{option['name']}"} for part, kind in parts.items() for option in _options_of(kind)
+        {**option, "name": f"{part}.{option['name']}"}
+        for part, kind in parts.items()
+        for option in _options_of(kind)
     ]
     return {
         "description": f"{' and '.join(parts)} together.",
         "parts": list(parts),
         "options": options,
-        "needs": {"stages": list(dict.fromkeys(stage for kind in parts.values() for stage in kind.needs.stages))},
+        "needs": {
+            "stages": list(
+                dict.fromkeys(stage for kind in parts.values() for stage in kind.needs.stages)
+            )
+        },
     }
 
 
 def _options_of(kind: type[Correction]) -> list[dict[str, Any]]:
     meanings = _meanings(inspect.getdoc(kind) or "")
     return [
-        {"name": f.name, "type": _type(f.type), "default": f.default, "meaning": meanings.get(f.name, "")}
+        {
+            "name": f.name,
+            "type": _type(f.type),
+            "default": f.default,
+            "meaning": meanings.get(f.name, ""),
+        }
         for f in dataclasses.fields(kind.Options)
     ]
 
@@ -141,7 +164,9 @@ def _controls(name: str) -> dict[str, dict[str, Any] | None]:
         "adamw": torch.optim.AdamW([weight]),
     }
     made = created(name)
-    controls = {text: merged([c.control(optimizer) for c in made]) for text, optimizer in optimizers.items()}
+    controls = {
+        text: merged([c.control(optimizer) for c in made]) for text, optimizer in optimizers.items()
+    }
     return {text: _changes(control) if control else None for text, control in controls.items()}
 
 
@@ -149,7 +174,11 @@ def _changes(control: Control) -> dict[str, Any]:
     """Return a control's name and what it changes."""
     neutral = Control(name=control.name)
     fields = {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
-    return {key: value for key, value in fields.items() if key == "name" or value != getattr(neutral, key)}
+    return {
+        key: value
+        for key, value in fields.items()
+        if key == "name" or value != getattr(neutral, key)
+    }
 
 
 def _type(annotation: Any) -> str:
@@ -160,14 +189,21 @@ def _type(annotation: Any) -> str:
 
 def _opening(text: str) -> str:
     """Return what a docstring says before its sections, a paragraph a line."""
-    before = re.split(r"^(?:Args|Attributes|Returns|Raises|Example|References):", text, maxsplit=1, flags=re.MULTILINE)
+    before = re.split(
+        r"^(?:Args|Attributes|Returns|Raises|Example|References):",
+        text,
+        maxsplit=1,
+        flags=re.MULTILINE,
+    )
     return re.sub(r"(?<=\S)\n(?=\S)", " ", _plain(before[0]).strip())
 
 
 def _meanings(text: str) -> dict[str, str]:
     """Return what the section Args of a docstring says of each argument."""
     section = re.search(r"^Args:\n((?:[ ].*\n?|\n)*)", text, flags=re.MULTILINE)
-    items = re.findall(r"^ {4}(\w+): ((?:.*)(?:\n {5,}.*)*)", section[1] if section else "", flags=re.MULTILINE)
+    items = re.findall(
+        r"^ {4}(\w+): ((?:.*)(?:\n {5,}.*)*)", section[1] if section else "", flags=re.MULTILINE
+    )
     return {name: " ".join(_plain(meaning).split()) for name, meaning in items}
 
 
@@ -184,8 +220,14 @@ def _first_section(readme: str) -> str:
 
 def _print(console: Console, details: Mapping[str, Any]) -> None:
     source = f"{details['distribution']} {details['version']}, {details['value']}"
-    console.print(Text(f"{details['name']}: {details['kind']}", style="bold"), Text(f"from {source}"), sep="\n")
-    about_itself = details["kind"] != "workload"  # one distribution offers many, and speaks of other things
+    console.print(
+        Text(f"{details['name']}: {details['kind']}", style="bold"),
+        Text(f"from {source}"),
+        sep="\n",
+    )
+    about_itself = (
+        details["kind"] != "workload"
+    )  # one distribution offers many, and speaks of other things
     for text in (details["summary"] * about_itself, details["description"], details["card"]):
         if text:
             console.print("", Text(text), sep="\n")
@@ -215,7 +257,9 @@ def _facts(details: Mapping[str, Any]) -> dict[str, str]:
     for optimizer, control in details.get("controls", {}).items():
         change = {key: _in_words(value) for key, value in (control or {}).items() if key != "name"}
         said = ", ".join(f"{key} {value}" for key, value in change.items())
-        facts[f"must beat on {optimizer}"] = f"{control['name']} ({said})" if control else "nothing but the baseline"
+        facts[f"must beat on {optimizer}"] = (
+            f"{control['name']} ({said})" if control else "nothing but the baseline"
+        )
     return {name: value for name, value in (facts | details["links"]).items() if value}
 
 

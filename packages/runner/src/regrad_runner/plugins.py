@@ -19,17 +19,29 @@ def show_plugins(*, as_json: bool = False) -> None:
     Args:
         as_json: For programs; else a table for people.
     """
-    entries = [(kind, entry) for kind, group in GROUPS.items() for entry in regrad.available(group).values()]
+    entries = [
+        (kind, entry)
+        for kind, group in GROUPS.items()
+        for entry in regrad.available(group).values()
+    ]
     console = Console(soft_wrap=as_json)
     if as_json:
-        console.out(json.dumps([{"kind": kind, **asdict(entry)} for kind, entry in entries], indent=2), highlight=False)
+        console.out(
+            json.dumps([{"kind": kind, **asdict(entry)} for kind, entry in entries], indent=2),
+            highlight=False,
+        )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("kind", "name", "from", "what it is"):
         table.add_column(name, overflow="fold")
     for kind, entry in entries:
         source = f"{entry.distribution} {entry.version}".strip()
-        cells = (kind, entry.name, source, f"refused: {entry.refused}" if entry.refused else entry.summary)
+        cells = (
+            kind,
+            entry.name,
+            source,
+            f"refused: {entry.refused}" if entry.refused else entry.summary,
+        )
         table.add_row(*map(Text, cells))
     console.print(table)
     if not any(kind == "correction" for kind, _ in entries):

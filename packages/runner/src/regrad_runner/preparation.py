@@ -64,19 +64,27 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
     with (
         torch.random.fork_rng(devices=[]),
-        regrad.attach(model, optimizer, create_all(arm), criterion=workload.criterion()) as attachment,
+        regrad.attach(
+            model, optimizer, create_all(arm), criterion=workload.criterion()
+        ) as attachment,
     ):
-        inputs, targets = workload.train.with_seed(0).__getitems__(list(range(min(2, len(workload.train)))))
+        inputs, targets = workload.train.with_seed(0).__getitems__(
+            list(range(min(2, len(workload.train))))
+        )
         try:
             attachment.criterion(model(as_inputs(inputs, next(model.parameters()).dtype)), targets)
         except RegradError:  # of a correction that looks at the first forward pass
             raise
         except RuntimeError as problem:
             reason = " ".join(str(problem).split())
-            raise ValueError(f"model must fit the samples of workload {workload.name!r}, got: {reason}") from problem
+            raise ValueError(
+                f"model must fit the samples of workload {workload.name!r}, got: {reason}"
+            ) from problem
 
 
-def every_correction(config: CompareConfig, workload: Workload, *, lr: float) -> tuple[CompareConfig, dict[str, str]]:
+def every_correction(
+    config: CompareConfig, workload: Workload, *, lr: float
+) -> tuple[CompareConfig, dict[str, str]]:
     """Put every installed correction in the place of "all" among the corrections.
 
     Each is tried on a model and an optimizer like those of the runs, for two steps.
@@ -104,7 +112,11 @@ def every_correction(config: CompareConfig, workload: Workload, *, lr: float) ->
         else:
             fit.append(name)
     place = config.corrections.index(ALL)
-    names = (*config.corrections[:place], *fit, *(text for text in config.corrections[place:] if text != ALL))
+    names = (
+        *config.corrections[:place],
+        *fit,
+        *(text for text in config.corrections[place:] if text != ALL),
+    )
     return config.model_copy(update={"corrections": names}), left_out
 
 

@@ -65,7 +65,10 @@ class Quality:
 
     def as_metrics(self) -> dict[str, float]:
         """Return the numbers by the names of curves."""
-        return {f"gradient quality/{name.replace('_', ' ')}": value for name, value in self.measures.items()}
+        return {
+            f"gradient quality/{name.replace('_', ' ')}": value
+            for name, value in self.measures.items()
+        }
 
 
 MEASURES = tuple(field.name for field in fields(Quality) if field.type == "float")
@@ -109,7 +112,10 @@ class Probe:
     """
 
     def __init__(self, run: TrainingRun, *, every: int, size: int) -> None:
-        refuse_if(run.attachment.engine.is_sharded(), "gradient quality works on a copy of the model; FSDP2 has none")
+        refuse_if(
+            run.attachment.engine.is_sharded(),
+            "gradient quality works on a copy of the model; FSDP2 has none",
+        )
         self._run, self._every = run, every
         self._twin = copy.deepcopy(run.attachment.model).train()
         self._samples = run.workload.train.with_seed(SEED)
@@ -136,14 +142,22 @@ class Probe:
     @torch.no_grad()
     def _keep(self, optimizer: Any, *_: Any) -> None:
         """Copy gradients and weights just before the update: after every correction, which attached its hook before."""
-        overflow, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        overflow, scale = (
+            getattr(optimizer, "found_inf", None),
+            getattr(optimizer, "grad_scale", None),
+        )
         if not self._due or (overflow is not None and bool(overflow != 0)):
             return
         model = self._run.attachment.model
-        for theirs, ours in ((model.parameters(), self._twin.parameters()), (model.buffers(), self._twin.buffers())):
+        for theirs, ours in (
+            (model.parameters(), self._twin.parameters()),
+            (model.buffers(), self._twin.buffers()),
+        ):
             for live, kept in zip(theirs, ours, strict=True):
                 kept.copy_(live)
-        divisor = 1.0 if scale is None else scale  # a fused optimizer divides by it itself, after this
+        divisor = (
+            1.0 if scale is None else scale
+        )  # a fused optimizer divides by it itself, after this
         self._corrected = [None if p.grad is None else p.grad / divisor for p in model.parameters()]
 
     def finish_step(self) -> Quality | None:
@@ -181,7 +195,9 @@ class Probe:
         run, criterion = self._run, self._run.attachment.criterion
         plain: Any = getattr(criterion, "original", criterion)
         scaler = run.accelerator.scaler
-        scale = scaler.get_scale() if scaler is not None else 1.0  # float16 loses small gradients without
+        scale = (
+            scaler.get_scale() if scaler is not None else 1.0
+        )  # float16 loses small gradients without
         self._twin.zero_grad()
         for inputs, targets, drawn in batches:
             if drawn is not None:
@@ -201,7 +217,9 @@ def _against(gradient: Gradient, large: Gradient) -> tuple[float, float]:
 
 def _inner(one: Gradient, other: Gradient) -> float:
     """Return the inner product of two gradients; a missing tensor is zero."""
-    pairs = [(a.float(), b.float()) if a.dtype.itemsize < 4 else (a, b) for a, b in _present(one, other)]
+    pairs = [
+        (a.float(), b.float()) if a.dtype.itemsize < 4 else (a, b) for a, b in _present(one, other)
+    ]
     return math.fsum((a * b).sum().item() for a, b in pairs)
 
 
@@ -231,7 +249,13 @@ def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:
     for arm in dict.fromkeys(row.arm for row in rows):
         own = [asdict(row) for row in rows if row.arm == arm]
         told = {name: [row[name] for row in own if math.isfinite(row[name])] for name in MEASURES}
-        means.append({"arm": arm, "probes": len(own), **{n: fmean(v) if v else None for n, v in told.items()}})
+        means.append(
+            {
+                "arm": arm,
+                "probes": len(own),
+                **{n: fmean(v) if v else None for n, v in told.items()},
+            }
+        )
     return means
 
 
@@ -240,8 +264,21 @@ def print_qualities(console: Console, rows: Sequence[Quality]) -> None:
     if not rows:
         return
     title = "\ngradients against that of a large batch at the same weights: a diagnostic, no verdict reads it"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
-    for heading in ("arm", "probes", "cosine\nraw", "cosine\ncorrected", "norm ratio\nraw", "norm ratio\ncorrected"):
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+    )
+    for heading in (
+        "arm",
+        "probes",
+        "cosine\nraw",
+        "cosine\ncorrected",
+        "norm ratio\nraw",
+        "norm ratio\ncorrected",
+    ):
         table.add_column(heading, overflow="fold")
     for mean in mean_qualities(rows):
         numbers = ("–" if mean[name] is None else f"{mean[name]:.3f}" for name in MEASURES)

@@ -60,7 +60,9 @@ def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
 
     rows = [result.as_run_row() for result in folder.results]
     summaries = summarize_results(folder.results, measure)
-    pictures = write_figures(folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure)
+    pictures = write_figures(
+        folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure
+    )
     return [*pictures, *write_page(folder, measure, summaries)]
 
 
@@ -82,11 +84,18 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     print_comparison(console, summaries, measure)
     print_qualities(console, qualities)
     for name, why in left_out.items():
-        console.print(f"left out: {name} ({why})", highlight=False, markup=False, soft_wrap=not console.is_terminal)
+        console.print(
+            f"left out: {name} ({why})",
+            highlight=False,
+            markup=False,
+            soft_wrap=not console.is_terminal,
+        )
     _print_rates(console, folder)
     failed = sum(result.status == "failed" for result in folder.results)
     if failed:
-        where = f"{path / 'failures.txt'} says why; regrad compare --resume --out {path} repeats them"
+        where = (
+            f"{path / 'failures.txt'} says why; regrad compare --resume --out {path} repeats them"
+        )
         line = f"{failed} of {len(folder.results)} runs failed: {where}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if folder.missing:
@@ -103,9 +112,15 @@ def summarize_results(results: list[Result], measure: Measure) -> list[ArmSummar
         ValueError: If there is no run.
     """
     if not results:
-        raise ValueError("folder must hold runs, got none; regrad compare --resume --out starts them")
+        raise ValueError(
+            "folder must hold runs, got none; regrad compare --resume --out starts them"
+        )
     beaten = {result.must_beat for result in results}
-    alone = {result.arm for result in results if result.control or (result.control is None and result.arm in beaten)}
+    alone = {
+        result.arm
+        for result in results
+        if result.control or (result.control is None and result.arm in beaten)
+    }
     return summarize(
         [result.as_run_row() for result in results],
         controls={result.arm: result.must_beat for result in results if result.arm not in alone},
@@ -122,10 +137,15 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     measure = _about(path)["measure"]
     folder = ResultsFolder(path)
     if not folder.results or None in (folder.results[-1].value, folder.results[-1].validation):
-        raise ValueError(f"folder must hold a run that ended, got '{path}'; regrad train --resume --out goes on")
+        raise ValueError(
+            f"folder must hold a run that ended, got '{path}'; regrad train --resume --out goes on"
+        )
     result, console = folder.results[-1], Console()
     if as_json:
-        console.out(json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2), highlight=False)
+        console.out(
+            json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2),
+            highlight=False,
+        )
         return
     lines = {
         measure.name: measure.written(result.value),
@@ -146,9 +166,15 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     _print_places(console, path)
 
 
-def show_explanation(explanation: Explanation, *, as_json: bool = False, every_tensor: bool = False) -> None:
+def show_explanation(
+    explanation: Explanation, *, as_json: bool = False, every_tensor: bool = False
+) -> None:
     """Print what corrections would change, and at what cost; all of it as JSON."""
-    text = explanation_as_json(explanation) if as_json else as_text(explanation, every_tensor=every_tensor)
+    text = (
+        explanation_as_json(explanation)
+        if as_json
+        else as_text(explanation, every_tensor=every_tensor)
+    )
     Console(soft_wrap=True).out(text, highlight=False)
 
 
@@ -187,7 +213,9 @@ def _effects(path: Path) -> dict[str, str]:
         return _effects_in_words(receipt)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
         where = path / "receipt.json"
-        raise ValueError(f"'{where}' must be the receipt of the run, got another: {problem}") from problem
+        raise ValueError(
+            f"'{where}' must be the receipt of the run, got another: {problem}"
+        ) from problem
 
 
 def _effects_in_words(receipt: dict[str, Any]) -> dict[str, str]:

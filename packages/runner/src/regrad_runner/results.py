@@ -12,7 +12,14 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell, cells_of
-from regrad_runner.config import CompareConfig, Config, RunConfig, continued, load_config, write_config
+from regrad_runner.config import (
+    CompareConfig,
+    Config,
+    RunConfig,
+    continued,
+    load_config,
+    write_config,
+)
 from regrad_runner.rows import PART, read_rows, write_rows, write_whole
 from regrad_runner.statistics import RunRow
 from regrad_runner.training import Point, TrainingRun, steps_to_target
@@ -165,7 +172,9 @@ class ResultsFolder:
         outcomes = read_outcomes(path)  # first: what is put into a table meanwhile is then in both
         self.results = read_rows(path / "results.csv", Result)
         self.trials = read_rows(path / "tuning.csv", Trial)
-        finished = {(result.arm, result.seed) for result in self.results if result.status == "finished"}
+        finished = {
+            (result.arm, result.seed) for result in self.results if result.status == "finished"
+        }
         curves = read_rows(path / "curves.csv", CurvePoint)
         self.curves = [point for point in curves if (point.arm, point.seed) in finished]
         self.tables: dict[str, list[Mapping[str, Any]]] = {}
@@ -180,7 +189,9 @@ class ResultsFolder:
     def holds(self, cell: Cell) -> bool:
         """Say whether a cell ended or failed before."""
         if cell.lr is None:
-            return any((result.arm, result.seed) == (cell.arm, cell.seed) for result in self.results)
+            return any(
+                (result.arm, result.seed) == (cell.arm, cell.seed) for result in self.results
+            )
         return cell in {Cell(trial.arm, trial.seed, trial.lr) for trial in self.trials}
 
     def is_finished(self, arm: str, seed: int) -> bool:
@@ -202,13 +213,26 @@ class ResultsFolder:
 
     def kept(self, name: str, kind: type[RunPart]) -> list[RunPart]:
         """Return the rows of a CSV file that are of runs that ended, and what cells left for it."""
-        rows = [row for row in read_rows(self.path / name, kind) if self.is_finished(row.arm, row.seed)]
-        return [*rows, *(row for row in (kind(**left) for left in self.tables.get(name, ())) if row not in rows)]
+        rows = [
+            row for row in read_rows(self.path / name, kind) if self.is_finished(row.arm, row.seed)
+        ]
+        return [
+            *rows,
+            *(
+                row
+                for row in (kind(**left) for left in self.tables.get(name, ()))
+                if row not in rows
+            ),
+        ]
 
     def keep(self, name: str, rows: Sequence[RunPart], kind: type[RunPart]) -> None:
         """Add the rows of one run to a CSV file; those that the run had before are replaced."""
         if rows:
-            others = [row for row in self.kept(name, kind) if (row.arm, row.seed) != (rows[0].arm, rows[0].seed)]
+            others = [
+                row
+                for row in self.kept(name, kind)
+                if (row.arm, row.seed) != (rows[0].arm, rows[0].seed)
+            ]
             write_rows(self.path / name, [*others, *rows], kind)
 
     def name_anew(self, arms: Iterable[Arm]) -> None:
@@ -241,10 +265,18 @@ class ResultsFolder:
                 write_rows(self.path / name, rows, kind)
 
     def _put(self, result: Result, points: Sequence[Point]) -> None:
-        self.results = [r for r in self.results if (r.arm, r.seed) != (result.arm, result.seed)] + [result]
+        self.results = [r for r in self.results if (r.arm, r.seed) != (result.arm, result.seed)] + [
+            result
+        ]
         if points:
-            others = [point for point in self.curves if (point.arm, point.seed) != (result.arm, result.seed)]
-            self.curves = others + [CurvePoint(arm=result.arm, seed=result.seed, **asdict(p)) for p in points]
+            others = [
+                point
+                for point in self.curves
+                if (point.arm, point.seed) != (result.arm, result.seed)
+            ]
+            self.curves = others + [
+                CurvePoint(arm=result.arm, seed=result.seed, **asdict(p)) for p in points
+            ]
         self._sort()
 
     def _take(self, outcome: Outcome) -> None:
@@ -347,7 +379,9 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
             raise ValueError(f"out must be a new or empty folder, got '{path}'{more}")
         return config
     if not saved.is_file():
-        raise ValueError(f"out must be the folder of an earlier run to resume it, got '{path}' without config.yaml")
+        raise ValueError(
+            f"out must be the folder of an earlier run to resume it, got '{path}' without config.yaml"
+        )
     return continued(load_config(type(config), file=saved, flags={}), config)
 
 

@@ -46,9 +46,14 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     hints = get_type_hints(kind)
     with path.open(encoding="utf-8", newline="") as file:
         try:
-            return [kind(**{k: _read_cell(v, hints[k]) for k, v in row.items()}) for row in csv.DictReader(file)]
+            return [
+                kind(**{k: _read_cell(v, hints[k]) for k, v in row.items()})
+                for row in csv.DictReader(file)
+            ]
         except (KeyError, TypeError, ValueError, csv.Error) as problem:
-            raise ValueError(f"'{path}' must hold the columns {', '.join(hints)}: {problem}") from problem
+            raise ValueError(
+                f"'{path}' must hold the columns {', '.join(hints)}: {problem}"
+            ) from problem
 
 
 def _cell(value: Any) -> Any:

@@ -31,10 +31,14 @@ def read_spec(text: str, what: str = "optimizer") -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for item in re.findall(r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", rest):  # a comma inside brackets does not separate
+    for item in re.findall(
+        r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", rest
+    ):  # a comma inside brackets does not separate
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or not key:
-            raise ValueError(f"{what} must look like 'name:option=value,option=value', got {text!r}")
+            raise ValueError(
+                f"{what} must look like 'name:option=value,option=value', got {text!r}"
+            )
         if key in options:
             raise ValueError(f"{what} must have each option once, got {key!r} twice in {text!r}")
         options[key] = _value(value)
@@ -47,7 +51,11 @@ def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 
 
 def check_options(
-    function: Callable[..., Any], options: Mapping[str, Any], *, what: str, settings: Collection[str]
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    *,
+    what: str,
+    settings: Collection[str],
 ) -> None:
     """Raise a `ValueError` unless a function takes every option, of its annotated type.
 

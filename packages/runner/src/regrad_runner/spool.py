@@ -131,7 +131,9 @@ class Spool:
             How many of the records that wait are such ends.
         """
         self._cut_torn_line()
-        with suppress(OSError, ValueError, TypeError):  # then all is sent again, which changes nothing
+        with suppress(
+            OSError, ValueError, TypeError
+        ):  # then all is sent again, which changes nothing
             self.sent = Sent(**json.loads((self.path / "sent.json").read_text(encoding="utf-8")))
         still_open, last, ends = dict[str, None](), 0, 0
         for start, record in self._all():
@@ -160,7 +162,12 @@ class Spool:
         """Let go; remove what is delivered, which is everything unless records wait or were refused."""
         if not self.waiting:
             shutil.rmtree(self.path / "files", ignore_errors=True)
-            for name in (".sent.json.part", "sent.json", "records.jsonl", self._file_lock.lock_file):
+            for name in (
+                ".sent.json.part",
+                "sent.json",
+                "records.jsonl",
+                self._file_lock.lock_file,
+            ):
                 with suppress(OSError):
                     (self.path / name).unlink()
         self.release()

@@ -44,11 +44,18 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = [
-        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
+        {
+            **{k: v for k, v in group.items() if k != "params"},
+            "params": [names[p] for p in group["params"]],
+        }
         for group in optimizer.param_groups
     ]
     # Of an optimizer without state torch first makes one by a step, which corrections would take for one of the run.
-    state = get_optimizer_state_dict(model, optimizer, options=_whole()).get("state", {}) if optimizer.state else {}
+    state = (
+        get_optimizer_state_dict(model, optimizer, options=_whole()).get("state", {})
+        if optimizer.state
+        else {}
+    )
     return {"groups": groups, "state": state}
 
 
@@ -68,10 +75,14 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, A
         here = [names[p] for p in group["params"]]
         old = next((g for g in saved["groups"] if set(g["params"]) == set(here)), None)
         if old is None:
-            raise RegradError(f"optimizer must have the checkpoint's parameter groups, got others in group {index}")
+            raise RegradError(
+                f"optimizer must have the checkpoint's parameter groups, got others in group {index}"
+            )
         for place, name in enumerate(here, count):
             if name in saved["state"]:
-                state[place] = {key: _cut(value, named[name]) for key, value in saved["state"][name].items()}
+                state[place] = {
+                    key: _cut(value, named[name]) for key, value in saved["state"][name].items()
+                }
         groups.append({**old, "params": list(range(count, count + len(here)))})
         count += len(here)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
@@ -94,7 +105,9 @@ def corrections_state(attachment: Attachment) -> dict[str, Any]:
     _changed(state["corrections"], shards, look)
     of_all: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(of_all, flags)
-    is_part = iter([all(column) for column in zip(*of_all, strict=True)])  # or else the gathering would hang
+    is_part = iter(
+        [all(column) for column in zip(*of_all, strict=True)]
+    )  # or else the gathering would hang
 
     def gather(value: Tensor, owner: DTensor) -> Tensor:
         return _gathered(value, owner) if next(is_part) else value
@@ -110,7 +123,9 @@ def load_corrections(attachment: Attachment, saved: Mapping[str, Any]) -> None:
     """
     then, now = saved["receipt"]["order"], [c.name for c in attachment.corrections]
     if then != now and sorted(then) == sorted(now):
-        raise RegradError(f"corrections must act in the checkpoint's order ({', '.join(then)}), got {', '.join(now)}")
+        raise RegradError(
+            f"corrections must act in the checkpoint's order ({', '.join(then)}), got {', '.join(now)}"
+        )
     whole = _changed(saved["corrections"], _shards(attachment), _cut_local)
     attachment.load_state_dict({**saved, "corrections": whole})
 
@@ -121,7 +136,13 @@ def random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
         "python": [version, list(internal), gauss],
     }
     if torch.cuda.is_available():
@@ -147,13 +168,20 @@ def _whole() -> StateDictOptions:
 def _shards(attachment: Attachment) -> Shards:
     """Return the sharded parameters by the names under which corrections keep state."""
     step = attachment.engine.step()
-    return {n: cast(DTensor, p) for n, p in zip(step.names, step.parameters, strict=True) if is_sharded(p)}
+    return {
+        n: cast(DTensor, p)
+        for n, p in zip(step.names, step.parameters, strict=True)
+        if is_sharded(p)
+    }
 
 
 def _changed(value: Any, shards: Shards, change: Change, owner: DTensor | None = None) -> Any:
     """Return a copy of nested dictionaries with every tensor at or below a sharded parameter's name changed."""
     if isinstance(value, Mapping):
-        return {key: _changed(item, shards, change, shards.get(key, owner)) for key, item in value.items()}
+        return {
+            key: _changed(item, shards, change, shards.get(key, owner))
+            for key, item in value.items()
+        }
     return change(value, owner) if isinstance(value, Tensor) and owner is not None else value
 
 
@@ -174,7 +202,9 @@ def _cut(value: Any, parameter: Tensor) -> Any:
         return value.clone()  # the optimizer would step in what was passed
     owner = cast(DTensor, parameter)
     there = value.to(local(owner).device)
-    part = distribute_tensor(there, owner.device_mesh, owner.placements, src_data_rank=None)  # all have the whole
+    part = distribute_tensor(
+        there, owner.device_mesh, owner.placements, src_data_rank=None
+    )  # all have the whole
     return part.clone()  # a view would keep the whole in memory
 
 

@@ -15,7 +15,14 @@ from scipy import special, stats
 
 FEWEST_SEEDS = 6
 Verdict = Literal[
-    "baseline", "control", "too few seeds", "inert", "worse", "no evidence", "better than nothing", "better"
+    "baseline",
+    "control",
+    "too few seeds",
+    "inert",
+    "worse",
+    "no evidence",
+    "better than nothing",
+    "better",
 ]
 
 
@@ -194,16 +201,27 @@ def summarize(
         raise ValueError(f"level must be in (0, 1), got {level!r}")
     arms = _by_arm(rows)
     if baseline not in arms:
-        raise ValueError(f"baseline must be one of {', '.join(arms) or 'the arms (there are none)'}, got {baseline!r}")
+        raise ValueError(
+            f"baseline must be one of {', '.join(arms) or 'the arms (there are none)'}, got {baseline!r}"
+        )
     # An arm may be both: a correction of its own, and the change that another one must beat.
-    others = {arm for arm in controls.values() if arm is not None and arm not in controls} | {baseline}
+    others = {arm for arm in controls.values() if arm is not None and arm not in controls} | {
+        baseline
+    }
     tested = [arm for arm in arms if arm not in others]
     difference = partial(paired_difference, higher_is_better=higher_is_better, level=level)
     against = {arm: difference(_pairs(arms[arm], arms[baseline])) for arm in arms}
-    against_control = {arm: difference(_pairs(arms[arm], arms.get(controls.get(arm) or "", {}))) for arm in tested}
-    p_baseline = {arm: test.p_value for arm in tested if (test := against[arm]) and test.p_value is not None}
+    against_control = {
+        arm: difference(_pairs(arms[arm], arms.get(controls.get(arm) or "", {}))) for arm in tested
+    }
+    p_baseline = {
+        arm: test.p_value for arm in tested if (test := against[arm]) and test.p_value is not None
+    }
     adjusted = _holm_by_arm(p_baseline)
-    p_both = {arm: max(p, _p_of_control(arm, controls, against_control[arm])) for arm, p in p_baseline.items()}
+    p_both = {
+        arm: max(p, _p_of_control(arm, controls, against_control[arm]))
+        for arm, p in p_baseline.items()
+    }
     beats_both = {arm for arm, p in _holm_by_arm(p_both).items() if p <= level}
     sign = 1 if higher_is_better else -1
 
@@ -253,7 +271,9 @@ def paired_difference(
     """
     values = [(one.value, other.value) for one, other in pairs if one.usable and other.usable]
     worst = -math.inf if higher_is_better else math.inf
-    lost = [worst if one.diverged else -worst for one, other in pairs if one.diverged != other.diverged]
+    lost = [
+        worst if one.diverged else -worst for one, other in pairs if one.diverged != other.diverged
+    ]
     test = _student(values, level=level)
     if not lost:
         return test if values else None
@@ -363,7 +383,9 @@ def _student(values: Sequence[tuple[float, float]], *, level: float) -> PairedDi
         return PairedDifference(pairs=1, difference=mean, side=int(np.sign(mean)))
     error = float(differences.std(ddof=1)) / math.sqrt(count)
     rounding = 1e-12 * float(np.abs(table).max())
-    test = PairedDifference(pairs=count, difference=mean, interval=(mean, mean), side=int(np.sign(mean)))
+    test = PairedDifference(
+        pairs=count, difference=mean, interval=(mean, mean), side=int(np.sign(mean))
+    )
     if error <= rounding:
         return replace(test, p_value=1.0 if abs(mean) <= rounding else 2.0 ** (1 - count))
     half = float(special.stdtrit(count - 1, 1 - level / 2)) * error
@@ -383,7 +405,9 @@ def _by_arm(rows: Sequence[RunRow]) -> dict[str, dict[int, RunRow]]:
     for row in rows:
         runs = arms.setdefault(row.arm, {})
         if row.seed in runs:
-            raise ValueError(f"rows must hold each run once, got arm {row.arm!r} with seed {row.seed} twice")
+            raise ValueError(
+                f"rows must hold each run once, got arm {row.arm!r} with seed {row.seed} twice"
+            )
         runs[row.seed] = row
     return arms
 
@@ -394,7 +418,9 @@ def _pairs(runs: Mapping[int, RunRow], others: Mapping[int, RunRow]) -> list[tup
     return [pair for pair in pairs if all(run.usable or run.diverged for run in pair)]
 
 
-def _p_of_control(arm: str, controls: Mapping[str, str | None], test: PairedDifference | None) -> float:
+def _p_of_control(
+    arm: str, controls: Mapping[str, str | None], test: PairedDifference | None
+) -> float:
     """Return the p-value against the control: 0 where none exists, 1 where it was not run often enough."""
     if arm in controls and controls[arm] is None:
         return 0.0
@@ -418,7 +444,9 @@ def _summary(
 ) -> ArmSummary:
     finished = [run for run in runs.values() if run.usable]
     values = [run.value for run in finished]
-    pairs = [pair for pair in _pairs(runs, baseline_runs) if test and all(run.usable for run in pair)]
+    pairs = [
+        pair for pair in _pairs(runs, baseline_runs) if test and all(run.usable for run in pair)
+    ]
     diverged = sum(run.diverged for run in runs.values())
     log_ratios = [_log_ratio(one.steps_to_target, other.steps_to_target) for one, other in pairs]
     log_median = _median(log_ratios)

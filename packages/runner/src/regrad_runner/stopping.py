@@ -54,7 +54,9 @@ _signals = _Signals()
 def stoppable() -> Iterator[None]:
     """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait. Main thread only."""
     _signals.together = False
-    before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
@@ -130,7 +132,12 @@ def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
             yield
     except (KeyboardInterrupt, SystemExit) as end:
         if not quiet:
-            console.print(f"stopped; this goes on from here: {again}", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"stopped; this goes on from here: {again}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
         if stopped_together():
             from regrad_runner.preparation import leave_processes  # noqa: PLC0415 - it imports torch
 

@@ -87,9 +87,13 @@ def read_checkpoint(path: Path) -> Content:
     try:
         state, receipt = _read_json(path / "state.json"), _read_json(path / "receipt.json")
     except (ValueError, RecursionError) as problem:
-        raise RegradError(f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'") from problem
+        raise RegradError(
+            f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'"
+        ) from problem
     if state.get("format") != FORMAT:
-        raise RegradError(f"checkpoint must be of format {FORMAT}, got {state.get('format')!r} in '{path}'")
+        raise RegradError(
+            f"checkpoint must be of format {FORMAT}, got {state.get('format')!r} in '{path}'"
+        )
     return Content(_read_tensors(path), state, receipt)
 
 
@@ -102,9 +106,13 @@ def _read_tensors(path: Path) -> dict[str, Any]:
             "it is not loaded: remove it if you do not know where it comes from"
         ) from problem
     except Exception as problem:
-        raise RegradError(f"checkpoint must be a file of torch.save, got another in '{path / TENSORS}'") from problem
+        raise RegradError(
+            f"checkpoint must be a file of torch.save, got another in '{path / TENSORS}'"
+        ) from problem
     if not isinstance(tensors, dict):
-        raise RegradError(f"checkpoint must hold tensors by name, got {type(tensors).__name__} in '{path / TENSORS}'")
+        raise RegradError(
+            f"checkpoint must hold tensors by name, got {type(tensors).__name__} in '{path / TENSORS}'"
+        )
     return tensors
 
 
@@ -128,7 +136,9 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
         faults.append((path, fault))
     if faults:
         listed = "; ".join(f"{path.name}: {fault}" for path, fault in faults)
-        raise RegradError(f"checkpoints must be whole to resume, got only damaged ones in '{folder}' ({listed})")
+        raise RegradError(
+            f"checkpoints must be whole to resume, got only damaged ones in '{folder}' ({listed})"
+        )
     return None
 
 
@@ -159,7 +169,9 @@ def _fill(folder: Path, content: Content) -> None:
     _write(folder / TENSORS, lambda file: torch.save(dict(content.tensors), file))
     _write_json(folder / "state.json", {"format": FORMAT, **content.state})
     _write_json(folder / "receipt.json", content.receipt)
-    _write_json(folder / CHECKSUMS, {file.name: checksum(file) for file in sorted(folder.iterdir())})
+    _write_json(
+        folder / CHECKSUMS, {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    )
     _force_names(folder)
 
 
@@ -183,7 +195,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _force_names(folder: Path) -> None:
     """Force the names in a folder to the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renaming is on the disk when it returns
+    if (
+        os.name == "posix"
+    ):  # elsewhere a folder cannot be opened, and renaming is on the disk when it returns
         number = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(number)

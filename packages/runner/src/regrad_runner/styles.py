@@ -57,7 +57,9 @@ def arm_styles(summaries: Sequence[ArmSummary]) -> dict[str, Style]:
     }
     corrected = [summary for summary in summaries if summary.verdict not in ("baseline", "control")]
     for index, summary in enumerate(corrected):
-        style = Style(role=f"arm-{index % len(PALETTE) + 1}", marker=MARKERS[(index + 1) % len(MARKERS)])
+        style = Style(
+            role=f"arm-{index % len(PALETTE) + 1}", marker=MARKERS[(index + 1) % len(MARKERS)]
+        )
         styles[summary.arm] = replace(style, dashes=DASHES[3] if index >= len(PALETTE) else ())
         if summary.control in styles and styles[summary.control].role == PLAIN:
             styles[summary.control] = replace(style, control=True, dashes=DASHES[1])

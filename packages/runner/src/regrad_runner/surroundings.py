@@ -28,7 +28,9 @@ def surroundings(*, processes: int, earlier: Mapping[str, Any]) -> dict[str, Any
         "versions".
     """
     here, seen = machine(), list(earlier.get("machines", []))
-    if here not in [{key: value for key, value in place.items() if key != "since"} for place in seen]:
+    if here not in [
+        {key: value for key, value in place.items() if key != "since"} for place in seen
+    ]:
         seen.append({"since": datetime.now(UTC).isoformat(timespec="seconds"), **here})
     return {"processes": processes, "machines": seen}
 

@@ -36,7 +36,9 @@ def print_comparison(console: Console, summaries: Sequence[ArmSummary], measure:
     table = comparison_table(summaries, measure, narrow=narrow)
     width = console.width
     if not console.is_terminal:
-        console.width = max(width, console.measure(table, options=console.options.update_width(WIDEST)).maximum)
+        console.width = max(
+            width, console.measure(table, options=console.options.update_width(WIDEST)).maximum
+        )
     console.print(table, "", crop=False, sep="\n")
     console.width = width
     for summary in summaries:
@@ -44,7 +46,9 @@ def print_comparison(console: Console, summaries: Sequence[ArmSummary], measure:
         console.print(text, soft_wrap=not console.is_terminal)
 
 
-def comparison_table(summaries: Sequence[ArmSummary], measure: Measure, *, narrow: bool = False) -> Table:
+def comparison_table(
+    summaries: Sequence[ArmSummary], measure: Measure, *, narrow: bool = False
+) -> Table:
     """Return the table: one row per arm, in the order given.
 
     Args:
@@ -53,12 +57,18 @@ def comparison_table(summaries: Sequence[ArmSummary], measure: Measure, *, narro
         narrow: Whether a cell may have several lines, for fewer than 100 characters; 80 break no number.
     """
     padding = (0, 0 if narrow else 1, 0, 0)
-    table = Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False, header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False, header_style="bold"
+    )
     longest = max((len(summary.arm) for summary in summaries), default=0)
     table.add_column("arm", overflow="fold", no_wrap=not narrow and longest <= LONGEST_NAME)
     table.add_column(f"{measure.name}\nmean ± sd", overflow="fold", no_wrap=not narrow)
     if measure.target is not None:
-        table.add_column(f"steps to\n{_short(f'{measure.target:g}')}\n(misses)", overflow="fold", no_wrap=not narrow)
+        table.add_column(
+            f"steps to\n{_short(f'{measure.target:g}')}\n(misses)",
+            overflow="fold",
+            no_wrap=not narrow,
+        )
     difference = "difference" if narrow else f"difference to {_baseline(summaries)}"
     direction = "" if measure.higher_is_better else f"\n{measure.direction}"
     table.add_column(f"{difference}\n95 % interval{direction}", overflow="fold", no_wrap=not narrow)
@@ -66,7 +76,13 @@ def comparison_table(summaries: Sequence[ArmSummary], measure: Measure, *, narro
     table.add_column("effect\nin runs", overflow="fold", no_wrap=not narrow)
     table.add_column("verdict", overflow="fold")
     for summary in summaries:
-        cells = [summary.arm, _mean(summary, measure), _difference(summary, measure), _time(summary), _effect(summary)]
+        cells = [
+            summary.arm,
+            _mean(summary, measure),
+            _difference(summary, measure),
+            _time(summary),
+            _effect(summary),
+        ]
         if narrow:
             cells[0], cells[2] = _in_lines(summary.arm, NARROW_NAME), cells[2].replace(" [", "\n[")
         if measure.target is not None:
@@ -111,7 +127,10 @@ def to_json(summaries: Sequence[ArmSummary], measure: Measure, **more: Any) -> s
         An object with the keys `measure` and `arms`; an arm has the fields of `ArmSummary` and `sentence`.
     """
     baseline = _baseline(summaries)
-    arms = [asdict(summary) | {"sentence": sentence(summary, measure, baseline=baseline)} for summary in summaries]
+    arms = [
+        asdict(summary) | {"sentence": sentence(summary, measure, baseline=baseline)}
+        for summary in summaries
+    ]
     return json.dumps({"measure": asdict(measure), "arms": arms, **more}, indent=2, allow_nan=False)
 
 
@@ -146,7 +165,9 @@ def _steps(summary: ArmSummary) -> str:
 def _difference(summary: ArmSummary | PairedDifference, measure: Measure) -> str:
     if summary.difference is None:
         return ""
-    difference, *ends = (short_number(v, measure, sign="+") for v in (summary.difference, *(summary.interval or ())))
+    difference, *ends = (
+        short_number(v, measure, sign="+") for v in (summary.difference, *(summary.interval or ()))
+    )
     return f"{difference} [{', '.join(ends)}]" if ends else difference
 
 
@@ -157,7 +178,9 @@ def _time(summary: ArmSummary) -> str:
 
 
 def _effect(summary: ArmSummary) -> str:
-    return "" if summary.verdict in ("baseline", "control") else f"{summary.touched}/{summary.seeds}"
+    return (
+        "" if summary.verdict in ("baseline", "control") else f"{summary.touched}/{summary.seeds}"
+    )
 
 
 def _why(summary: ArmSummary, measure: Measure, baseline: str) -> str:
@@ -171,7 +194,11 @@ def _why(summary: ArmSummary, measure: Measure, baseline: str) -> str:
     if summary.verdict == "too few seeds":
         return f"{pairs} in common with {baseline} cannot decide; {FEWEST_SEEDS} are the fewest that can"
     found = _difference(summary, measure) or "no seed with two numbers"
-    how = f", by ranks: in {summary.diverged_pairs} one run diverged" if summary.diverged_pairs else ""
+    how = (
+        f", by ranks: in {summary.diverged_pairs} one run diverged"
+        if summary.diverged_pairs
+        else ""
+    )
     evidence = f"({found}, {probability(summary.p_adjusted)} after Holm, {pairs}{how})"
     return _in_words(summary, measure, f"{baseline} {evidence}")
 
@@ -189,7 +216,11 @@ def _against_control(summary: ArmSummary, measure: Measure) -> str:
     if test is None:
         if summary.verdict == "better":
             return "; there is no control that it must beat"
-        return f", but its control {summary.control} was not run" if summary.control else ", but no control was run"
+        return (
+            f", but its control {summary.control} was not run"
+            if summary.control
+            else ", but no control was run"
+        )
     beaten = " and than" if summary.verdict == "better" else ", but not shown to be better than"
     p_value = f"{probability(test.p_value)} before Holm"
     return f"{beaten} its control {summary.control} ({_difference(test, measure)}, {p_value})"

@@ -84,8 +84,12 @@ class Run:
         """
         self._check_open()
         now = time.time_ns() // 1_000_000
-        numbers = [(_name(name), _number(name, value), now, int(step)) for name, value in metrics.items()]
-        for part in _parts([number for number in numbers if number[1] is not None], METRICS_PER_CALL):
+        numbers = [
+            (_name(name), _number(name, value), now, int(step)) for name, value in metrics.items()
+        ]
+        for part in _parts(
+            [number for number in numbers if number[1] is not None], METRICS_PER_CALL
+        ):
             self._tracker.send({"op": "metrics", "run": self.id, "time": now, "values": part})
 
     def artifact(self, path: Path) -> None:
@@ -101,7 +105,9 @@ class Run:
         if path.is_file():
             self._tracker.send({"op": "artifact", "run": self.id, "path": str(path)})
         else:
-            warnings.warn(f"artifact must be a file, got {str(path)!r}; left out", RegradWarning, stacklevel=2)
+            warnings.warn(
+                f"artifact must be a file, got {str(path)!r}; left out", RegradWarning, stacklevel=2
+            )
 
     def finish(self, status: Status = "FINISHED", *, error: str = "") -> None:
         """End the run; only the first call counts.
@@ -114,15 +120,25 @@ class Run:
             return
         self._finished = True
         if error and status == "FAILED":
-            self._tracker.send({"op": "text", "run": self.id, "name": "traceback.txt", "text": error})
-        record = {"op": "finish", "run": self.id, "status": status, "time": time.time_ns() // 1_000_000}
+            self._tracker.send(
+                {"op": "text", "run": self.id, "name": "traceback.txt", "text": error}
+            )
+        record = {
+            "op": "finish",
+            "run": self.id,
+            "status": status,
+            "time": time.time_ns() // 1_000_000,
+        }
         self._tracker.send(record | ({"error": error[-TAG_LENGTH:]} if error else {}))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is None:
             self.finish()
@@ -145,7 +161,11 @@ class Tracker:
     uri: str | None = None
 
     def start(
-        self, experiment: str, run_name: str, params: Mapping[str, Any] | None = None, parent: Run | None = None
+        self,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any] | None = None,
+        parent: Run | None = None,
     ) -> Run:
         """Begin a run.
 
@@ -173,7 +193,10 @@ class Tracker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close(0.0 if isinstance(error, LeftAtOnce) else SECONDS_AT_THE_END)
 
@@ -188,14 +211,27 @@ class SpoolTracker(Tracker):
         self._closed = False
 
     def start(
-        self, experiment: str, run_name: str, params: Mapping[str, Any] | None = None, parent: Run | None = None
+        self,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any] | None = None,
+        parent: Run | None = None,
     ) -> Run:
         """Begin a run; see `Tracker.start`."""
         run = super().start(experiment, run_name)
-        about = {"experiment": experiment, "name": _printable(run_name), "parent": parent.id if parent else ""}
+        about = {
+            "experiment": experiment,
+            "name": _printable(run_name),
+            "parent": parent.id if parent else "",
+        }
         place = {"address": self._address, "host": platform.node()}
-        self.send({"op": "start", "run": run.id, "time": time.time_ns() // 1_000_000, **about, **place})
-        values = [(_name(name), _printable(str(value))[:PARAM_LENGTH]) for name, value in (params or {}).items()]
+        self.send(
+            {"op": "start", "run": run.id, "time": time.time_ns() // 1_000_000, **about, **place}
+        )
+        values = [
+            (_name(name), _printable(str(value))[:PARAM_LENGTH])
+            for name, value in (params or {}).items()
+        ]
         for part in _parts(values, PARAMS_PER_CALL):
             self.send({"op": "params", "run": run.id, "values": part})
         return run
@@ -228,7 +264,9 @@ class SpoolTracker(Tracker):
         if not left or problem is None:
             return False
         what = f"{left} tracking records could neither be sent nor written to {self._spool.path}"
-        warnings.warn(f"{what}, those that are not there are lost: {problem}", RegradWarning, stacklevel=3)
+        warnings.warn(
+            f"{what}, those that are not there are lost: {problem}", RegradWarning, stacklevel=3
+        )
         return True
 
 
@@ -247,7 +285,11 @@ class MlflowTracker(SpoolTracker):
         atexit.register(self.close)
 
     def start(
-        self, experiment: str, run_name: str, params: Mapping[str, Any] | None = None, parent: Run | None = None
+        self,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any] | None = None,
+        parent: Run | None = None,
     ) -> Run:
         """Begin a run; see `Tracker.start`."""
         run = super().start(experiment, run_name, params, parent)
@@ -275,7 +317,9 @@ class MlflowTracker(SpoolTracker):
         left = self._spool.waiting
         if not self._warn_of_losses() and left:
             what = f"{left} tracking records wait in {self._folder / UNSENT}"
-            warnings.warn(f"{what}; regrad sync {self._folder} delivers them", RegradWarning, stacklevel=2)
+            warnings.warn(
+                f"{what}; regrad sync {self._folder} delivers them", RegradWarning, stacklevel=2
+            )
 
     def _abandoned(self) -> Iterator[Spool]:
         """Yield what processes left that are gone, for the same address."""
@@ -295,11 +339,15 @@ class MlflowTracker(SpoolTracker):
             self._warned.add("outage")
             reason = str(outage).partition("\n")[0] or type(outage).__name__
             what = f"tracking at {self.uri} failed: {reason}; training goes on, what is not delivered is kept in"
-            warnings.warn(f"{what} {self._folder / UNSENT} and sent again", RegradWarning, stacklevel=5)
+            warnings.warn(
+                f"{what} {self._folder / UNSENT} and sent again", RegradWarning, stacklevel=5
+            )
         super()._warn()
 
 
-def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None, sends: bool = True) -> Tracker:
+def open_tracker(
+    kind: str = "mlflow", *, folder: Path, uri: str | None = None, sends: bool = True
+) -> Tracker:
     """Return a tracker; call it in the main process only.
 
     Args:
@@ -315,7 +363,9 @@ def open_tracker(kind: str = "mlflow", *, folder: Path, uri: str | None = None, 
         return Tracker()
     if kind != "mlflow":
         raise ValueError(f"tracker must be 'mlflow' or 'none', got {kind!r}")
-    relative_file = uri is not None and uri.startswith("sqlite:") and not uri.startswith("sqlite:////")
+    relative_file = (
+        uri is not None and uri.startswith("sqlite:") and not uri.startswith("sqlite:////")
+    )
     if uri is not None and (relative_file or not re.match(r"(?!file)[a-z][\w+.-]*://", uri)):
         raise ValueError(
             f"tracking uri must be an absolute address, got {uri!r}; give http(s)://host:port or sqlite:////folder/file.db"
@@ -328,7 +378,11 @@ def _number(name: str, value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        warnings.warn(f"metric {name!r} must be one number, got {value!r}; left out", RegradWarning, stacklevel=3)
+        warnings.warn(
+            f"metric {name!r} must be one number, got {value!r}; left out",
+            RegradWarning,
+            stacklevel=3,
+        )
         return None
 
 

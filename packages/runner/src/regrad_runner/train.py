@@ -86,7 +86,11 @@ def train(plan: Plan, display: Display) -> Result:
         with checking_input():  # a checkpoint that is refused leaves the folder as it is
             loaded = load_latest(run, plan.path / "checkpoints")
         if plan.reports:
-            about = {"kind": "run", "workload": plan.workload.name, "measure": asdict(plan.workload.measure)}
+            about = {
+                "kind": "run",
+                "workload": plan.workload.name,
+                "measure": asdict(plan.workload.measure),
+            }
             start_folder(plan.path, config, about)
             tracker = open_tracker(config.tracker, folder=plan.path, uri=config.tracking_uri)
         settings, name = config.model_dump(mode="json"), f"regrad {plan.workload.name}"
@@ -95,7 +99,11 @@ def train(plan: Plan, display: Display) -> Result:
 
 
 def _follow(
-    run: TrainingRun, plan: Plan, shown: Run, display: Display, loaded: tuple[Path | None, list[str]]
+    run: TrainingRun,
+    plan: Plan,
+    shown: Run,
+    display: Display,
+    loaded: tuple[Path | None, list[str]],
 ) -> Result:
     """Train, keep checkpoints on the way and the result at the end."""
     started = time.perf_counter()
@@ -112,7 +120,9 @@ def _follow(
     def log(point: Point) -> None:
         shown.log(point.step, point.as_metrics(measure))
 
-    for point in run.position.points:  # the curve up to the checkpoint, which an earlier tracked run has
+    for (
+        point
+    ) in run.position.points:  # the curve up to the checkpoint, which an earlier tracked run has
         log(point)
 
     def keep_point(point: Point) -> None:
@@ -129,9 +139,14 @@ def _follow(
         stop(signal)
 
     display.begin(plan.arm.name, steps=run.total_steps)
-    with stops_after_steps(run.largest), keeping_norms(lambda: plan.path, shown, writes=plan.reports):
+    with (
+        stops_after_steps(run.largest),
+        keeping_norms(lambda: plan.path, shown, writes=plan.reports),
+    ):
         run.train(on_point=keep_point, on_step=keep_step)
-    result = finished_result(run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started)
+    result = finished_result(
+        run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started
+    )
     if plan.reports:
         ResultsFolder(plan.path).add(result, run.position.points)
         receipt = plan.path / "receipt.json"

@@ -111,7 +111,10 @@ def build_training(
     groups: Any = model.parameters()
     if control.head_lr != control.body_lr or control.body_lr != 1:
         body = [p for p in model.parameters() if all(p is not h for h in head)]
-        groups = [{"params": body, "lr": lr * control.body_lr}, {"params": head, "lr": lr * control.head_lr}]
+        groups = [
+            {"params": body, "lr": lr * control.body_lr},
+            {"params": head, "lr": lr * control.head_lr},
+        ]
     return model, build_optimizer(str(config.optimizer), groups, lr=lr, changes=control.optimizer)
 
 
@@ -166,7 +169,9 @@ class TrainingRun:
         on_micro_batch: Called with inputs and targets before each micro-batch.
     """
 
-    def __init__(self, config: RunConfig, workload: Workload, arm: Arm, *, seed: int, lr: float) -> None:
+    def __init__(
+        self, config: RunConfig, workload: Workload, arm: Arm, *, seed: int, lr: float
+    ) -> None:
         set_seed(seed)
         self.config, self.workload, self.arm = config, workload, arm
         self.seed, self.lr = seed, lr
@@ -176,16 +181,26 @@ class TrainingRun:
         self.steps_per_epoch = len(workload.train) // batch_size
         self.total_steps = self.steps_per_epoch * int(config.epochs or 1)
         loader = training_loader(
-            workload.train, batch_size=batch_size // config.accumulate, seed=seed, workers=config.workers
+            workload.train,
+            batch_size=batch_size // config.accumulate,
+            seed=seed,
+            workers=config.workers,
         )
         scheduler = LambdaLR(
-            optimizer, lambda step: schedule(step, warmup_steps=config.warmup_steps or 0, total_steps=self.total_steps)
+            optimizer,
+            lambda step: schedule(
+                step, warmup_steps=config.warmup_steps or 0, total_steps=self.total_steps
+            ),
         )
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, loader, scheduler
         )
-        self.attachment = regrad.attach(self.model, self.optimizer, create_all(arm), criterion=workload.criterion())
-        self.watch = Watch(self.accelerator.unwrap_model(self.model).named_parameters(), self.accelerator)
+        self.attachment = regrad.attach(
+            self.model, self.optimizer, create_all(arm), criterion=workload.criterion()
+        )
+        self.watch = Watch(
+            self.accelerator.unwrap_model(self.model).named_parameters(), self.accelerator
+        )
         self.position = Position()
         self.on_micro_batch: Callable[[Tensor, Tensor], None] = lambda inputs, targets: None
         self.loss_sum = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
@@ -255,11 +270,17 @@ class TrainingRun:
         mine = range(self.accelerator.process_index, len(samples), self.accelerator.num_processes)
         # As many for each, or the processes of a sharded model would wait for each other: what is added is not counted.
         filled = [*mine, *[0] * (-(-len(samples) // self.accelerator.num_processes) - len(mine))]
-        total = torch.zeros(2, device=device, dtype=torch.float64)  # the sum, and the number of what it is over
-        for inputs, targets in samples.batches(samples.evaluation_batch, indices=filled, workers=self.config.workers):
+        total = torch.zeros(
+            2, device=device, dtype=torch.float64
+        )  # the sum, and the number of what it is over
+        for inputs, targets in samples.batches(
+            samples.evaluation_batch, indices=filled, workers=self.config.workers
+        ):
             outputs = self._as_fitted(model(self.as_inputs(inputs.to(device))))
             scores = self.workload.score(outputs, targets.to(device))
-            total += torch.stack([part[: max(0, len(mine) - seen)].sum().double() for part in scores])
+            total += torch.stack(
+                [part[: max(0, len(mine) - seen)].sum().double() for part in scores]
+            )
             seen += len(inputs)
         self.model.train()
         whole, count = self.accelerator.reduce(total, "sum").tolist()
@@ -275,7 +296,9 @@ class TrainingRun:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets that the next step would see, without moving on."""
         ended = self.position.batch == self.steps_per_epoch * self.config.accumulate
-        inputs, targets = next(iter(self._rest_of_epoch() if not ended else self._epoch(self.position.epoch + 1)))
+        inputs, targets = next(
+            iter(self._rest_of_epoch() if not ended else self._epoch(self.position.epoch + 1))
+        )
         return self.as_inputs(inputs), targets
 
     def as_inputs(self, inputs: Tensor) -> Tensor:
@@ -294,7 +317,10 @@ class TrainingRun:
 
     def touched(self) -> bool:
         """Say whether a correction changed any tensor."""
-        return any(key.endswith("/share_touched") and value > 0 for key, value in self.attachment.metrics().items())
+        return any(
+            key.endswith("/share_touched") and value > 0
+            for key, value in self.attachment.metrics().items()
+        )
 
     def metrics(self) -> dict[str, float]:
         """Return the attachment's metrics and how many steps were skipped because they were not finite."""
@@ -324,7 +350,11 @@ class TrainingRun:
 
     def _rest_of_epoch(self) -> Any:
         loader = self._epoch(self.position.epoch)
-        return self.accelerator.skip_first_batches(loader, self.position.batch) if self.position.batch else loader
+        return (
+            self.accelerator.skip_first_batches(loader, self.position.batch)
+            if self.position.batch
+            else loader
+        )
 
     def _micro_batch(self, inputs: Tensor, targets: Tensor) -> None:
         self.on_micro_batch(inputs, targets)

@@ -33,10 +33,19 @@ from regrad_runner.training import TrainingRun
 from rich.console import Console
 
 SETTINGS = {
-    **{"epochs": 15, "train_size": 100, "batch_size": 25, "width": 4, "threads": 1, "evaluations_per_epoch": 2},
+    **{
+        "epochs": 15,
+        "train_size": 100,
+        "batch_size": 25,
+        "width": 4,
+        "threads": 1,
+        "evaluations_per_epoch": 2,
+    },
     **{"tracker": "none", "checkpoint_every": 1},
 }
-ALLOCATORS = {"jemalloc_bg_thd"}  # pyarrow's, which comes with scikit-learn; jemalloc itself cares for forks
+ALLOCATORS = {
+    "jemalloc_bg_thd"
+}  # pyarrow's, which comes with scikit-learn; jemalloc itself cares for forks
 KINDS = {"s": "step", "e": "evaluation", "c": "collecting", "w": "saving", "l": "loading"}
 
 
@@ -56,17 +65,23 @@ def live(folder, corrections, pipe):
     """Train in this process, from the latest checkpoint if there is one."""
     TrainingRun._micro_batch = announced(TrainingRun._micro_batch, "s", pipe)
     TrainingRun.value_on = announced(TrainingRun.value_on, "e", pipe)
-    module.save_checkpoint = announced(module.save_checkpoint, "c", pipe)  # what is to be saved, and then
+    module.save_checkpoint = announced(
+        module.save_checkpoint, "c", pipe
+    )  # what is to be saved, and then
     checkpoint.write_checkpoint = announced(checkpoint.write_checkpoint, "w", pipe)  # its files
     module.load_latest = announced(module.load_latest, "l", pipe)
     resume = (folder / "config.yaml").is_file()
-    plan = module.make_plan(TrainConfig(**SETTINGS, corrections=corrections), out=folder, resume=resume)
+    plan = module.make_plan(
+        TrainConfig(**SETTINGS, corrections=corrections), out=folder, resume=resume
+    )
     module.train(plan, Display(Console(file=io.StringIO()), runs=1))
 
 
 def start(folder, corrections):
     """Fork a life; return its process and the end of the pipe that hears of it."""
-    threads = sorted((task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir())
+    threads = sorted(
+        (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()
+    )
     computing = set(threads) - ALLOCATORS
     if len(threads) > 2 or len(computing) != 1:
         raise RuntimeError(f"threads must not be forked, got {threads}")
@@ -137,7 +152,9 @@ def train_killed(folder, corrections, *, kills, moments, durations):
     hits = []
     for kind in kinds:
         count = 1 if kind == "l" else moments.randint(1, 4)
-        hit = kill_once(folder, corrections, kind=kind, count=count, delay=moments.uniform(0, durations[kind]))
+        hit = kill_once(
+            folder, corrections, kind=kind, count=count, delay=moments.uniform(0, durations[kind])
+        )
         hits += [hit] if hit else []
     process, hears = start(folder, corrections)
     while os.read(hears, 1000):
@@ -156,8 +173,12 @@ def main(folder, seed, runs, kills, *corrections):
     hits = []
     for run in range(int(runs)):
         path = Path(folder, f"killed-{run}")
-        hits.append(train_killed(path, corrections, kills=int(kills), moments=moments, durations=durations))
-    sys.stdout.write(json.dumps({"seconds": {KINDS[kind]: s for kind, s in durations.items()}, "hits": hits}))
+        hits.append(
+            train_killed(path, corrections, kills=int(kills), moments=moments, durations=durations)
+        )
+    sys.stdout.write(
+        json.dumps({"seconds": {KINDS[kind]: s for kind, s in durations.items()}, "hits": hits})
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ from regrad_runner.results import ResultsFolder
 from regrad_runner.storage import checkpoints, read_checkpoint
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
 STACK = [name for name in ("adanorm", "xgrad", "powergrad", "agc") if name in regrad.available()]
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="kills.py forks and reads /proc"),
@@ -23,7 +28,13 @@ pytestmark = [
 
 def killed(folder, *, seed, runs, kills, corrections):
     """Let `kills.py` work; return what its kills hit, a list per run."""
-    command = [sys.executable, str(HERE / "kills.py"), str(folder), *map(str, (seed, runs, kills)), *corrections]
+    command = [
+        sys.executable,
+        str(HERE / "kills.py"),
+        str(folder),
+        *map(str, (seed, runs, kills)),
+        *corrections,
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["hits"]
@@ -45,9 +56,15 @@ def leaves(value):
 
 def difference(folder, other):
     """Return where the last checkpoints of two runs differ: weights, optimizer, corrections, random numbers."""
-    one, two = (dict(leaves(read_checkpoint(checkpoints(f / "checkpoints")[-1]).tensors)) for f in (folder, other))
+    one, two = (
+        dict(leaves(read_checkpoint(checkpoints(f / "checkpoints")[-1]).tensors))
+        for f in (folder, other)
+    )
     assert one.keys() == two.keys()
-    same = {way: torch.equal(v, two[way]) if isinstance(v, torch.Tensor) else v == two[way] for way, v in one.items()}
+    same = {
+        way: torch.equal(v, two[way]) if isinstance(v, torch.Tensor) else v == two[way]
+        for way, v in one.items()
+    }
     return [way for way, equal in same.items() if not equal]
 
 
@@ -55,7 +72,9 @@ def assert_same_end(folder, other):
     assert difference(folder, other) == []
     one, two = ResultsFolder(folder), ResultsFolder(other)
     assert one.curves == two.curves
-    assert [(r.steps, r.value) for r in one.results] == [(r.steps, r.value) for r in two.results] != []
+    assert (
+        [(r.steps, r.value) for r in one.results] == [(r.steps, r.value) for r in two.results] != []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +86,13 @@ def ten_kills(tmp_path_factory):
 def test_a_run_killed_ten_times_ends_in_the_weights_of_the_uninterrupted_one(ten_kills):
     folder, hits = ten_kills
     assert len(hits) == 10
-    assert {hit["aimed"] for hit in hits} == {"step", "evaluation", "collecting", "saving", "loading"}
+    assert {hit["aimed"] for hit in hits} == {
+        "step",
+        "evaluation",
+        "collecting",
+        "saving",
+        "loading",
+    }
     assert_same_end(folder / "killed-0", folder / "whole")
 
 
@@ -75,9 +100,13 @@ def test_a_fresh_process_killed_while_it_saves_goes_on_to_the_same_end(ten_kills
     folder, _ = ten_kills
     settings = ["--config", str(folder / "whole" / "config.yaml"), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "regrad_runner", "train"]
-    first = subprocess.Popen([*command, *settings], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [*command, *settings], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
     saved = tmp_path / "out" / "checkpoints"
-    while first.poll() is None and not (any(saved.glob(".step-*.part")) and len(checkpoints(saved)) > 1):
+    while first.poll() is None and not (
+        any(saved.glob(".step-*.part")) and len(checkpoints(saved)) > 1
+    ):
         time.sleep(0.0005)
     first.kill()
     assert first.wait() == -9, first.stderr.read()
@@ -108,7 +137,9 @@ def test_two_hundred_kills_change_no_bit(tmp_path, corrections):
         assert_same_end(tmp_path / f"killed-{run}", tmp_path / "whole")
     hit = Counter(one["hit"] for run in hits for one in run)
     halves = sum(one["left_half"] for run in hits for one in run)
-    sys.stdout.write(f"kills that hit: {dict(hit)}; {halves} left half a checkpoint\n")  # pytest -s, or -rP
+    sys.stdout.write(
+        f"kills that hit: {dict(hit)}; {halves} left half a checkpoint\n"
+    )  # pytest -s, or -rP
     assert sum(hit.values()) >= 95, hit  # a life may reach its end before its kill
     assert hit.keys() >= {"step", "evaluation", "collecting", "saving", "loading"}
     assert halves > 0

@@ -14,7 +14,9 @@ from regrad_runner.cli import main
 from regrad_runner.errors import BadInput, checking_input
 
 TIMES, COUNTS = "REGRAD_HOSTILE_TIMES", "REGRAD_HOSTILE_COUNTS"
-INSTALLED = functools.cache(metadata.entry_points)  # read anew by every case they would take most of the time
+INSTALLED = functools.cache(
+    metadata.entry_points
+)  # read anew by every case they would take most of the time
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
@@ -28,7 +30,12 @@ def hostile(number, *strategies, **named):
     Each case that ran to its end is a line of the file COUNTS, where that is set.
     """
     times = int(os.environ.get(TIMES, "1"))
-    amount = {"max_examples": number * times, "derandomize": times == 1, "database": None, "deadline": None}
+    amount = {
+        "max_examples": number * times,
+        "derandomize": times == 1,
+        "database": None,
+        "deadline": None,
+    }
 
     def decorate(test):
         @pytest.mark.timeout(900 * times)

@@ -54,18 +54,30 @@ ODD += (
     "%",
 )
 BOMB = "a: &a [x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a}]\n" for a, b in zip("abcdefghi", "bcdefghij", strict=True)
+    f"{b}: &{b} [*{a},*{a},*{a},*{a},*{a},*{a}]\n"
+    for a, b in zip("abcdefghi", "bcdefghij", strict=True)
 )
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
 )
-fit = st.sampled_from((1, 2, 0.5, "digits", "sgd:momentum=0.9", ["xgrad"], "none", "group", "bf16", [0.1, 0.2], True))
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
+)
+fit = st.sampled_from(
+    (1, 2, 0.5, "digits", "sgd:momentum=0.9", ["xgrad"], "none", "group", "bf16", [0.1, 0.2], True)
+)
 mappings = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), fit | values, max_size=4)
 documents = st.one_of(
-    mappings.map(lambda mapping: yaml.safe_dump(mapping, allow_unicode=True).encode("utf-8", "surrogatepass")),
-    st.tuples(st.sampled_from(NAMES), st.sampled_from(TAGGED + ODD)).map(lambda pair: f"{pair[0]}: {pair[1]}".encode()),
+    mappings.map(
+        lambda mapping: yaml.safe_dump(mapping, allow_unicode=True).encode("utf-8", "surrogatepass")
+    ),
+    st.tuples(st.sampled_from(NAMES), st.sampled_from(TAGGED + ODD)).map(
+        lambda pair: f"{pair[0]}: {pair[1]}".encode()
+    ),
     st.sampled_from([f"{BOMB}{name}: *j".encode() for name in NAMES[:4]]),
     st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace")),
     st.binary(max_size=40),
@@ -79,12 +91,16 @@ def digits():
 
 
 @cases.hostile(250, kinds, documents)
-def test_any_file_is_settings_that_can_be_written_and_read_again_or_a_clear_error(tmp_path, digits, kind, document):
+def test_any_file_is_settings_that_can_be_written_and_read_again_or_a_clear_error(
+    tmp_path, digits, kind, document
+):
     file = tmp_path / "settings.yaml"
     file.write_bytes(document)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        config, refused = cases.outcome(lambda: load_config(kind, file=file, flags={}).resolved(digits))
+        config, refused = cases.outcome(
+            lambda: load_config(kind, file=file, flags={}).resolved(digits)
+        )
         if config is None:
             assert cases.is_clear(refused)
         else:
@@ -101,7 +117,10 @@ def test_a_tag_runs_nothing_and_imports_nothing(tmp_path, monkeypatch, value):
     code, out, err = cases.command("train", "--config", "settings.yaml")
     assert (code, out) == (2, "")
     assert err.startswith(
-        ("regrad: config must be YAML, got 'settings.yaml': ", "regrad: data_dir must be a valid string")
+        (
+            "regrad: config must be YAML, got 'settings.yaml': ",
+            "regrad: data_dir must be a valid string",
+        )
     )
     assert not Path("it-ran").exists()
     assert not any(name.startswith("yaml.") for name in set(sys.modules) - before)
@@ -114,7 +133,10 @@ def test_yes_is_no_number_and_seven_letters_are_no_list(tmp_path):
         ("epochs: 0x" + "f" * 4000, "epochs must be at most 9007199254740992, got a very long int"),
         ("corrections: xgrad", "corrections must be a valid tuple, got 'xgrad'"),
         ("lr: .nan", "lr must be a finite number, got nan"),
-        ('optimizer: "sgd\\n"', "optimizer must be at most 1000 printable characters, got 'sgd\\\\n'"),
+        (
+            'optimizer: "sgd\\n"',
+            "optimizer must be at most 1000 printable characters, got 'sgd\\\\n'",
+        ),
         ("seed: 4294967296", "seed must be less than or equal to 4294967295, got 4294967296"),
     ):
         file.write_text(text, encoding="utf-8")

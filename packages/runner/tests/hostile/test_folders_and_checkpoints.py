@@ -20,16 +20,41 @@ from regrad_testing.files import load_beside
 cases = load_beside(__file__, "cases")
 FILES = ("checksums.json", "receipt.json", "state.json", "tensors.pt")
 JSON = ("receipt.json", "state.json")
-SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4", "--epochs", "1", "--tracker", "none"]
+SMALL = [
+    "--train-size",
+    "100",
+    "--batch-size",
+    "25",
+    "--width",
+    "4",
+    "--epochs",
+    "1",
+    "--tracker",
+    "none",
+]
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner), max_leaves=5
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
 )
 rubbish = st.one_of(
     st.binary(max_size=40),
     values.map(lambda value: json.dumps(value).encode()),
-    st.sampled_from([b"", b"null", b"[]", b"{}", b'{"a": NaN}', b"[" * 3000, b"\xff\xfe", b"7" * 5000, b"\x80\x04N."]),
+    st.sampled_from(
+        [
+            b"",
+            b"null",
+            b"[]",
+            b"{}",
+            b'{"a": NaN}',
+            b"[" * 3000,
+            b"\xff\xfe",
+            b"7" * 5000,
+            b"\x80\x04N.",
+        ]
+    ),
 )
 places, changes = st.floats(0, 1, exclude_max=True), st.integers(1, 255)
 
@@ -44,7 +69,11 @@ class Trap:
         return self.how
 
 
-TRAPS = [(os.mkdir, ("it-ran",)), (eval, ("__import__('os').mkdir('it-ran')",)), (exec, ("open('it-ran', 'w')",))]
+TRAPS = [
+    (os.mkdir, ("it-ran",)),
+    (eval, ("__import__('os').mkdir('it-ran')",)),
+    (exec, ("open('it-ran', 'w')",)),
+]
 
 
 def evil(how, plain):
@@ -76,7 +105,11 @@ contents = st.one_of(
 
 
 def with_valid_checksums(path):
-    sums = {name: checksum(path / name) for name in FILES if name != "checksums.json" and (path / name).is_file()}
+    sums = {
+        name: checksum(path / name)
+        for name in FILES
+        if name != "checksums.json" and (path / name).is_file()
+    }
     (path / "checksums.json").write_text(json.dumps(sums))
 
 
@@ -129,12 +162,17 @@ def with_change(change):
     return lambda path, name, *, signed: alter(path, name, change, signed=signed)
 
 
-acts = contents.map(with_change) | st.sampled_from([swap, remove, folder_instead, as_it_is, gone, a_file, a_link])
+acts = contents.map(with_change) | st.sampled_from(
+    [swap, remove, folder_instead, as_it_is, gone, a_file, a_link]
+)
 names = st.sampled_from((*FILES, "tensors.pt"))  # what can hold code oftener than the others
 
 
 def same(read, step):
-    return torch.equal(read.tensors["w"], torch.full((20,), float(step))) and read.state["step"] == step
+    return (
+        torch.equal(read.tensors["w"], torch.full((20,), float(step)))
+        and read.state["step"] == step
+    )
 
 
 @cases.hostile(150, acts, names, st.booleans())
@@ -162,7 +200,9 @@ def test_any_altered_checkpoint_is_found_passed_over_or_refused_and_nothing_it_h
 def trained(tmp_path_factory):
     """A run's configuration and workload, and a folder with two of its checkpoints."""
     folder, workload = tmp_path_factory.mktemp("trained"), load_workload("digits", train_size=100)
-    config = TrainConfig(batch_size=25, epochs=1, width=4, threads=1, tracker="none").resolved(workload)
+    config = TrainConfig(batch_size=25, epochs=1, width=4, threads=1, tracker="none").resolved(
+        workload
+    )
     with closing(TrainingRun(config, workload, Arm("none"), seed=0, lr=0.05)) as run:
         for step in run.steps():
             if step > 1:
@@ -175,7 +215,13 @@ def trained(tmp_path_factory):
 def ways(value, way=()):
     """Yield the way to every value of nested JSON, the value itself first."""
     yield way
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in pairs:
         yield from ways(item, (*way, key))
 
@@ -191,7 +237,9 @@ REMOVED = object()
 
 
 @cases.hostile(25, st.sampled_from(JSON), places, values | st.just(REMOVED))
-def test_any_value_in_the_json_of_a_checkpoint_fits_the_run_or_is_a_clear_error(tmp_path, trained, name, place, new):
+def test_any_value_in_the_json_of_a_checkpoint_fits_the_run_or_is_a_clear_error(
+    tmp_path, trained, name, place, new
+):
     config, workload, saved = trained
     shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
     shutil.copytree(saved, tmp_path / "checkpoints")
@@ -229,9 +277,13 @@ def finished(tmp_path_factory):
 
 
 @cases.hostile(
-    30, st.sampled_from(("about.json", "config.yaml", "receipt.json", "results.csv", "curves.csv")), contents
+    30,
+    st.sampled_from(("about.json", "config.yaml", "receipt.json", "results.csv", "curves.csv")),
+    contents,
 )
-def test_any_altered_folder_is_shown_or_one_clear_line_and_is_left_as_it_is(tmp_path, finished, name, change):
+def test_any_altered_folder_is_shown_or_one_clear_line_and_is_left_as_it_is(
+    tmp_path, finished, name, change
+):
     def accept(plan, display):
         raise cases.Accepted
 
@@ -243,18 +295,26 @@ def test_any_altered_folder_is_shown_or_one_clear_line_and_is_left_as_it_is(tmp_
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setattr(train, "train", accept)
-        for words in (["report", "out"], ["report", "out", "--json"], ["train", "--resume", "--out", "out"]):
+        for words in (
+            ["report", "out"],
+            ["report", "out", "--json"],
+            ["train", "--resume", "--out", "out"],
+        ):
             code, out, err = cases.command(*words)
             assert code in ({None, 2} if words[0] == "train" else {0, 2})
             if code == 2:
                 assert out == ""
                 assert err.startswith("regrad: ")
                 assert cases.is_clear(err.removesuffix("\n"))
-    assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    } == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_refused_checkpoint_is_one_clear_line_with_exit_code_2_and_leaves_the_folder_alone(tmp_path, finished):
+def test_a_refused_checkpoint_is_one_clear_line_with_exit_code_2_and_leaves_the_folder_alone(
+    tmp_path, finished
+):
     shutil.copytree(finished, tmp_path / "out")
     newest = checkpoints(tmp_path / "out" / "checkpoints")[-1]
     (newest / "tensors.pt").write_bytes(evil(TRAPS[0], plain=False))
@@ -264,4 +324,6 @@ def test_a_refused_checkpoint_is_one_clear_line_with_exit_code_2_and_leaves_the_
     assert (code, out) == (2, "")
     assert err.startswith("regrad: checkpoint must hold tensors and plain values only, got ")
     assert err.count("\n") == 1
-    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()
+    } == before

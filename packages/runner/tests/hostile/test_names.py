@@ -50,16 +50,22 @@ HOSTILE += [
     "x" * 400,
 ]
 
-plain = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp", "Co", "Cn")), min_size=1, max_size=30)
+plain = st.text(
+    st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp", "Co", "Cn")), min_size=1, max_size=30
+)
 names = (
-    st.sampled_from(HOSTILE) | plain | st.builds("".join, st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3))
+    st.sampled_from(HOSTILE)
+    | plain
+    | st.builds("".join, st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3))
 )
 
 
 @cases.hostile(130, names, st.integers(0, 9))
 def test_any_name_stays_in_its_folder_and_in_its_cell_and_comes_back(tmp_path, name, seed):
     folder = Arm(name).folder_name
-    assert (tmp_path / "runs" / f"{folder}-seed{seed}").resolve().parent == (tmp_path / "runs").resolve()
+    assert (tmp_path / "runs" / f"{folder}-seed{seed}").resolve().parent == (
+        tmp_path / "runs"
+    ).resolve()
     assert re.fullmatch(r"[A-Za-z0-9._=+-]{1,110}", folder)
     row = Result(arm=name, seed=seed, value=-0.5, must_beat=name)
     write_rows(tmp_path / "results.csv", [row], Result)
@@ -73,7 +79,8 @@ def test_any_name_stays_in_its_folder_and_in_its_cell_and_comes_back(tmp_path, n
 
 def test_two_names_never_share_a_folder():
     folders = [
-        Arm(name).folder_name for name in ["a/b", "a b", "a_b", "a\\b", "a//b", *("y" * 300 + end for end in "12")]
+        Arm(name).folder_name
+        for name in ["a/b", "a b", "a_b", "a\\b", "a//b", *("y" * 300 + end for end in "12")]
     ]
     assert len(set(folders)) == len(folders)
     assert folders[2] == "a_b"
@@ -104,7 +111,9 @@ def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
         for r in rows
         for s in (1, 2)
     ]
-    assert len(write_figures(curves, tmp_path, rows=rows, summaries=summaries, measure=measure)) == 3
+    assert (
+        len(write_figures(curves, tmp_path, rows=rows, summaries=summaries, measure=measure)) == 3
+    )
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=3000)
         print_comparison(console, summaries, measure)
@@ -146,16 +155,33 @@ def test_any_name_reaches_the_tracker_and_nothing_waits(tmp_path):
 
 def test_html_is_written_in_one_place_that_escapes():
     source = Path(cases.__file__).parents[2] / "src"
-    found = [path for path in source.rglob("*.py") if "<html" in path.read_text() or "jinja" in path.read_text()]
+    found = [
+        path
+        for path in source.rglob("*.py")
+        if "<html" in path.read_text() or "jinja" in path.read_text()
+    ]
     assert [path.name for path in found] == ["write.py"]
     assert "autoescape=True" in found[0].read_text()
-    assert [path for path in source.rglob("*.html") if "|safe" in path.read_text().replace(" ", "")] == []
+    assert [
+        path for path in source.rglob("*.html") if "|safe" in path.read_text().replace(" ", "")
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["[/x]", "=out", "$o$"])
 def test_a_folder_of_any_name_is_written_and_shown(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    small = ["--train-size", "100", "--batch-size", "50", "--width", "4", "--epochs", "1", "--tracker", "none"]
+    small = [
+        "--train-size",
+        "100",
+        "--batch-size",
+        "50",
+        "--width",
+        "4",
+        "--epochs",
+        "1",
+        "--tracker",
+        "none",
+    ]
     code, out, _ = cases.command("train", *small, "--threads", "1", "--out", name)
     assert code == 0
     assert f"everything is in {name}; regrad report {name} shows this again" in out

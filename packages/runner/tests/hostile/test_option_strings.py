@@ -28,29 +28,112 @@ OPTIMIZERS = (
     "adafactor",
 )
 OPTIMIZERS += tuple(regrad.available("regrad.optimizers"))
-VALUES = ("0", "-1", "0.5", "1e-3", "nan", "-inf", "1e999", "9" * 5000, "true", "none", "[1,2]", "(0.9,0.99)", "[", "]")
-VALUES += ("[" * 3000 + "]", "(" * 300 + ")" * 300, "'a'", '"', "{}", "__import__('os')", "0x1F", "1_000", "١", "½")
-VALUES += ("../../etc", "=1+1", "@SUM(1)", "<script>", "$\\frac$", "[/bold]", "a b", "\x00", "\x1b[31m", "\udcff", "\n")
-OPTIONS = ("max_norm", "max_ratio", "max_value", "horizon", "alpha", "decay", "axis", "exclude", "gcw.prior", "prior")
-OPTIONS += ("target", "placement", "lr", "momentum", "betas", "eps", "nesterov", "weight_decay", "fused", "foreach")
-OPTIONS += ("capturable", "differentiable", "maximize", "amsgrad", "params", "__class__", "etas", "")
+VALUES = (
+    "0",
+    "-1",
+    "0.5",
+    "1e-3",
+    "nan",
+    "-inf",
+    "1e999",
+    "9" * 5000,
+    "true",
+    "none",
+    "[1,2]",
+    "(0.9,0.99)",
+    "[",
+    "]",
+)
+VALUES += (
+    "[" * 3000 + "]",
+    "(" * 300 + ")" * 300,
+    "'a'",
+    '"',
+    "{}",
+    "__import__('os')",
+    "0x1F",
+    "1_000",
+    "١",
+    "½",
+)
+VALUES += (
+    "../../etc",
+    "=1+1",
+    "@SUM(1)",
+    "<script>",
+    "$\\frac$",
+    "[/bold]",
+    "a b",
+    "\x00",
+    "\x1b[31m",
+    "\udcff",
+    "\n",
+)
+OPTIONS = (
+    "max_norm",
+    "max_ratio",
+    "max_value",
+    "horizon",
+    "alpha",
+    "decay",
+    "axis",
+    "exclude",
+    "gcw.prior",
+    "prior",
+)
+OPTIONS += (
+    "target",
+    "placement",
+    "lr",
+    "momentum",
+    "betas",
+    "eps",
+    "nesterov",
+    "weight_decay",
+    "fused",
+    "foreach",
+)
+OPTIONS += (
+    "capturable",
+    "differentiable",
+    "maximize",
+    "amsgrad",
+    "params",
+    "__class__",
+    "etas",
+    "",
+)
 SIGNS = (":", "=", ",", "+", ".", "[", "]", " ", "-", "e")
 
-values = st.sampled_from(VALUES) | st.floats().map(str) | st.integers().map(str) | st.text(max_size=12)
-options = st.lists(st.tuples(st.sampled_from(OPTIONS) | st.text(max_size=6), values).map("=".join), max_size=3)
-rubbish = st.lists(st.sampled_from((*SIGNS, *VALUES, *OPTIONS, *CORRECTIONS)) | st.text(max_size=5), max_size=8)
+values = (
+    st.sampled_from(VALUES) | st.floats().map(str) | st.integers().map(str) | st.text(max_size=12)
+)
+options = st.lists(
+    st.tuples(st.sampled_from(OPTIONS) | st.text(max_size=6), values).map("=".join), max_size=3
+)
+rubbish = st.lists(
+    st.sampled_from((*SIGNS, *VALUES, *OPTIONS, *CORRECTIONS)) | st.text(max_size=5), max_size=8
+)
 
 
 def specs(names):
     name = st.sampled_from(names) | st.text(max_size=8)
-    return st.tuples(name, options.map(",".join)).map(":".join) | st.sampled_from(names) | rubbish.map("".join)
+    return (
+        st.tuples(name, options.map(",".join)).map(":".join)
+        | st.sampled_from(names)
+        | rubbish.map("".join)
+    )
 
 
 stacks = st.lists(specs(CORRECTIONS or ("none",)), min_size=1, max_size=3).map("+".join)
 
 
 def numbers_of(value):
-    return [one for one in (value if isinstance(value, tuple | list) else [value]) if isinstance(one, float)]
+    return [
+        one
+        for one in (value if isinstance(value, tuple | list) else [value])
+        if isinstance(one, float)
+    ]
 
 
 @cases.hostile(250, stacks)
@@ -62,8 +145,12 @@ def test_any_text_makes_corrections_that_can_be_kept_or_a_clear_error(text):
         return
     assert arms[1].name == "+".join(part.strip() for part in arms[1].corrections)
     assert expand([text], sgd) == arms
-    for correction in (one for part in arms[1].corrections for one in regrad.registry.created(part)):
-        numbers = [number for value in vars(correction.options).values() for number in numbers_of(value)]
+    for correction in (
+        one for part in arms[1].corrections for one in regrad.registry.created(part)
+    ):
+        numbers = [
+            number for value in vars(correction.options).values() for number in numbers_of(value)
+        ]
         assert not any(map(math.isnan, numbers))
     for arm in arms:
         assert Path("runs", arm.folder_name).parent == Path("runs")
@@ -91,11 +178,43 @@ def test_any_text_makes_an_optimizer_that_steps_or_a_clear_error(text):
         assert all(map(math.isfinite, numbers_of(value)))
 
 
-TEXT_FLAGS = ("--workload", "--model", "--norm", "--mixed-precision", "--tracker", "--tracking-uri", "--data-dir")
-NUMBER_FLAGS = ("--epochs", "--batch-size", "--seed", "--lr", "--clip-norm", "--accumulate", "--threads", "--workers")
-NUMBER_FLAGS += ("--warmup-steps", "--train-size", "--checkpoint-every", "--keep-checkpoints", "--processes", "--seeds")
-NUMBER_FLAGS += ("--evaluations-per-epoch", "--image-size", "--tuning-seeds", "--probe-every", "--probe-size")
-wild_numbers = st.sampled_from(("0", "-1", "1", "2", "50", "1e9", "99999999999", "9" * 40, "nan", "inf", "1.5", ""))
+TEXT_FLAGS = (
+    "--workload",
+    "--model",
+    "--norm",
+    "--mixed-precision",
+    "--tracker",
+    "--tracking-uri",
+    "--data-dir",
+)
+NUMBER_FLAGS = (
+    "--epochs",
+    "--batch-size",
+    "--seed",
+    "--lr",
+    "--clip-norm",
+    "--accumulate",
+    "--threads",
+    "--workers",
+)
+NUMBER_FLAGS += (
+    "--warmup-steps",
+    "--train-size",
+    "--checkpoint-every",
+    "--keep-checkpoints",
+    "--processes",
+    "--seeds",
+)
+NUMBER_FLAGS += (
+    "--evaluations-per-epoch",
+    "--image-size",
+    "--tuning-seeds",
+    "--probe-every",
+    "--probe-size",
+)
+wild_numbers = st.sampled_from(
+    ("0", "-1", "1", "2", "50", "1e9", "99999999999", "9" * 40, "nan", "inf", "1.5", "")
+)
 words = st.one_of(
     st.tuples(st.just("--corrections"), specs(CORRECTIONS or ("none",))),
     st.tuples(st.just("--optimizer"), specs(OPTIMIZERS)),
@@ -115,7 +234,9 @@ def test_any_words_on_the_command_line_start_a_run_or_are_one_clear_line(tmp_pat
         for module in (train, compare):
             patch.setattr(module, module.__name__.rpartition(".")[2], accept)
         threads = torch.get_num_threads()
-        code, out, err = cases.command(name, "--width", "4", *(word for flag in flags for word in flag))
+        code, out, err = cases.command(
+            name, "--width", "4", *(word for flag in flags for word in flag)
+        )
         torch.set_num_threads(threads)
     assert "Traceback" not in err
     if code == 2:

@@ -25,11 +25,16 @@ def encoded(kind, number, mode="RGB", size=(8, 8)):
 def png_of(width, height):
     """Return the start of a PNG that says it has so many pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
 
 
 GOOD = [encoded("png", number) for number in range(ROWS)]
-KINDS = [encoded(kind, 3) for kind in ("png", "jpeg", "gif", "bmp", "tiff", "ppm", "webp", "ico", "tga", "pcx", "sgi")]
+KINDS = [
+    encoded(kind, 3)
+    for kind in ("png", "jpeg", "gif", "bmp", "tiff", "ppm", "webp", "ico", "tga", "pcx", "sgi")
+]
 MODES = [encoded("png", 1, mode) for mode in ("1", "L", "LA", "P", "RGBA", "I;16")]
 SIZES = [encoded("png", 1, size=size) for size in ((1, 1), (1, 5), (3000, 1), (1, 3000), (70, 65))]
 BOMBS = [png_of(60000, 60000), png_of(2**31 - 1, 2**31 - 1), png_of(0, 0), png_of(12000, 12000)]
@@ -56,12 +61,29 @@ spoilt_images = st.one_of(
 )
 image_columns = st.one_of(
     st.just(GOOD),
-    st.tuples(spoilt_images, st.integers(0, ROWS - 1)).map(lambda p: [*GOOD[: p[1]], p[0], *GOOD[p[1] + 1 :]]),
+    st.tuples(spoilt_images, st.integers(0, ROWS - 1)).map(
+        lambda p: [*GOOD[: p[1]], p[0], *GOOD[p[1] + 1 :]]
+    ),
     spoilt_images.map(lambda image: [image] * ROWS),
 )
 TWO = [0, 1] * (ROWS // 2)
-LABELS = [TWO, ["a", "b"] * 6, [True, False] * 6, [2**62, -1] * 6, [3] * ROWS, [*[3] * (ROWS - 1), 4], [None] * ROWS]
-LABELS += [[0, None] * 6, [0.5, 1.5] * 6, [[0], [1]] * 6, [{"a": 1}, {"a": 2}] * 6, [b"a", b"b"] * 6, ["", "\x00"] * 6]
+LABELS = [
+    TWO,
+    ["a", "b"] * 6,
+    [True, False] * 6,
+    [2**62, -1] * 6,
+    [3] * ROWS,
+    [*[3] * (ROWS - 1), 4],
+    [None] * ROWS,
+]
+LABELS += [
+    [0, None] * 6,
+    [0.5, 1.5] * 6,
+    [[0], [1]] * 6,
+    [{"a": 1}, {"a": 2}] * 6,
+    [b"a", b"b"] * 6,
+    ["", "\x00"] * 6,
+]
 LABELS += [list(range(ROWS)), [float("nan"), 1.0] * 6]
 label_columns = st.sampled_from(LABELS)
 other_tables = st.sampled_from(
@@ -95,7 +117,9 @@ def bytes_of(columns):
 
 
 def of_images(images, labels):
-    return bytes_of({"image": [{"bytes": image, "path": None} for image in images], "label": labels})
+    return bytes_of(
+        {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    )
 
 
 FIT = of_images(GOOD, TWO)
@@ -105,7 +129,9 @@ files = st.one_of(
     other_tables.map(bytes_of),
     st.builds(cut, st.just(FIT), places),
     st.builds(altered, st.just(FIT), places, changes),
-    st.builds(altered, st.just(FIT), st.floats(0.9, 1, exclude_max=True), changes),  # what the file says of itself
+    st.builds(
+        altered, st.just(FIT), st.floats(0.9, 1, exclude_max=True), changes
+    ),  # what the file says of itself
     st.binary(max_size=20),
     st.none(),
 )
@@ -113,7 +139,9 @@ files = st.one_of(
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @cases.hostile(25, files, files, st.sampled_from([None, None, 4, 99]))
-def test_any_folder_is_a_workload_of_all_its_images_or_a_clear_error(tmp_path, train, test, train_size):
+def test_any_folder_is_a_workload_of_all_its_images_or_a_clear_error(
+    tmp_path, train, test, train_size
+):
     for name, content in (("train", train), ("test", test)):
         path = tmp_path / f"{name}.parquet"
         path.unlink(missing_ok=True)
@@ -127,7 +155,9 @@ def test_any_folder_is_a_workload_of_all_its_images_or_a_clear_error(tmp_path, t
         assert (train, test) != (FIT, FIT) or train_size == 99
     else:
         images = workload.test.images
-        assert len(workload.train) + len(workload.validation) == (ROWS if train_size is None else train_size + 2)
+        assert len(workload.train) + len(workload.validation) == (
+            ROWS if train_size is None else train_size + 2
+        )
         assert (len(images), len(workload.test.labels)) == (ROWS, ROWS)
         assert set(workload.test.labels.tolist()) <= set(range(workload.classes))
         if train == test == FIT:

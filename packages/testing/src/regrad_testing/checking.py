@@ -54,15 +54,25 @@ def check(spec: str, suite: Path | None = None) -> dict[str, Any]:
     kind = "optimizer" if name in regrad.available(GROUPS["optimizer"]) else "correction"
     loaded = regrad.load(name, GROUPS[kind])
     entry = regrad.available(GROUPS[kind])[name]
-    told = {"name": name, "kind": kind, "distribution": entry.distribution, "version": entry.version}
+    told = {
+        "name": name,
+        "kind": kind,
+        "distribution": entry.distribution,
+        "version": entry.version,
+    }
     own = suite or (None if ":" in spec else own_suite(entry))
     rows = run_suites(own, lambda cls, _: is_suite_of(cls, name, loaded)) if own else []
     if suite and not rows:
         raise ValueError(f"suite must hold a suite for {name!r}, got '{suite}', which has none")
     if not rows:
-        own, wanted = None, "TestInstalledOptimizer" if kind == "optimizer" else "TestInstalledCorrection"
+        own, wanted = (
+            None,
+            "TestInstalledOptimizer" if kind == "optimizer" else "TestInstalledCorrection",
+        )
         os.environ["REGRAD_TESTING_SPEC"] = spec  # read by the file, here and in worker processes
-        rows = run_suites(Path(__file__).with_name("generic.py"), lambda cls, _: cls.__name__ == wanted)
+        rows = run_suites(
+            Path(__file__).with_name("generic.py"), lambda cls, _: cls.__name__ == wanted
+        )
     return {**told, "suite": str(own or "generic"), "clauses": [asdict(row) for row in rows]}
 
 
@@ -105,10 +115,22 @@ def run_suites(path: Path, chosen: Callable[[Any, str], bool]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder, "pytest.ini")
         settings.write_text("[pytest]\n")
-        plain = ["--rootdir", folder, "-c", str(settings), "-p", "no:cacheprovider", "--import-mode=importlib"]
+        plain = [
+            "--rootdir",
+            folder,
+            "-c",
+            str(settings),
+            "-p",
+            "no:cacheprovider",
+            "--import-mode=importlib",
+        ]
         with contextlib.redirect_stdout(printed):
             code = pytest.main(["-q", *plain, str(path.resolve())], plugins=[recorder])
-    ended = code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+    ended = code in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.TESTS_FAILED,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    )
     if not ended:
         raise RuntimeError(f"suite '{path}' could not be run:\n{printed.getvalue()}")
     return list(recorder.rows.values())

@@ -56,7 +56,9 @@ def same_bits(one: object, other: object) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.dtype != other.dtype or one.shape != other.shape:
             return False
-        first, second = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+        first, second = (
+            t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)
+        )
         return torch.equal(first, second)
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
@@ -84,7 +86,12 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[
 
 
 def require_same(
-    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str, *, tolerance: float = 0.0, scale: float = 0.0
+    got: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    what: str,
+    *,
+    tolerance: float = 0.0,
+    scale: float = 0.0,
 ) -> None:
     """Fail the clause unless tensors of the same names agree.
 
@@ -96,13 +103,20 @@ def require_same(
         scale: Largest difference relative to the largest wanted value, which adds to `tolerance`.
     """
     __tracebackhide__ = True
-    require(got.keys() == wanted.keys(), f"{what}: the parameters are {sorted(got)}, not {sorted(wanted)}")
+    require(
+        got.keys() == wanted.keys(),
+        f"{what}: the parameters are {sorted(got)}, not {sorted(wanted)}",
+    )
     worst, where = difference(got, wanted)
     bound = tolerance
     if scale and where:
-        bound += scale * max((w.double().abs().max().item() for w in wanted.values() if w.numel()), default=0.0)
+        bound += scale * max(
+            (w.double().abs().max().item() for w in wanted.values() if w.numel()), default=0.0
+        )
     if bound == 0.0:
-        require(not where, f"{what}: {where!r} differs by {worst:.1e}, and every bit must be the same")
+        require(
+            not where, f"{what}: {where!r} differs by {worst:.1e}, and every bit must be the same"
+        )
     require(worst <= bound, f"{what}: {where!r} differs by {worst:.1e}, more than {bound:.1e}")
 
 
@@ -122,4 +136,8 @@ def tensors_in(state: object, name: str = "") -> dict[str, Tensor]:
         items = state.items()
     elif isinstance(state, list | tuple):
         items = enumerate(state)
-    return {path: t for key, value in items for path, t in tensors_in(value, f"{name}.{key}".lstrip(".")).items()}
+    return {
+        path: t
+        for key, value in items
+        for path, t in tensors_in(value, f"{name}.{key}".lstrip(".")).items()
+    }

@@ -38,7 +38,9 @@ class TestInstalledCorrection(CorrectionSuite):
     """A correction with its default options, or those given with its name; there is no reference."""
 
     correction: ClassVar[Any] = SPEC
-    problem: ClassVar[Problem] = fitting_problem(SPEC) if SPEC in regrad.available() or ":" in SPEC else Problem()
+    problem: ClassVar[Problem] = (
+        fitting_problem(SPEC) if SPEC in regrad.available() or ":" in SPEC else Problem()
+    )
 
     @clause("effect")
     def test_it_changes_the_training_and_the_meter_sees_it(self) -> None:
@@ -48,7 +50,9 @@ class TestInstalledCorrection(CorrectionSuite):
         except AssertionError:
             if any(correction.idle_reason() is not None for correction in self.make()):
                 raise
-            skip("it changed nothing here and says that this is normal; give options under which it acts")
+            skip(
+                "it changed nothing here and says that this is normal; give options under which it acts"
+            )
 
 
 class TestInstalledOptimizer(OptimizerSuite):

@@ -73,21 +73,27 @@ class LayoutClauses(SuiteBase):
         for layout, ways in LAYOUTS.items():
             for way, wrap in ways.items():
                 for name in cls.trains_on() if layout in declared else ():
-                    found[f"{layout}{way} on {name}"] = functools.partial(cls.train_apart, name, wrap)
+                    found[f"{layout}{way} on {name}"] = functools.partial(
+                        cls.train_apart, name, wrap
+                    )
             if layout not in declared:
                 wrap = next(iter(ways.values()))
                 found[f"{layout} refused"] = functools.partial(cls.is_refused, wrap)
         return found
 
     @classmethod
-    def train_apart(cls, name: str, parallel: Callable[[nn.Module], nn.Module], rank: int) -> dict[str, Any]:
+    def train_apart(
+        cls, name: str, parallel: Callable[[nn.Module], nn.Module], rank: int
+    ) -> dict[str, Any]:
         """Train on this rank's rows of every batch; compare with one process that sees all rows."""
         size = cls.problem.batch_size // WORLD
         mine = slice(rank * size, (rank + 1) * size)
         training = cls.train(name, parallel=parallel, rows=mine)
         for index in range(cls.problem.steps):
             training.run([index])
-            training.evaluate(index)  # which leaves shards gathered, and must not hide what comes next
+            training.evaluate(
+                index
+            )  # which leaves shards gathered, and must not hide what comes next
         far, where = difference(training.weights(), cls.corrected(name).weights())
         states = [training.correction_state(), training.optimizer.state_dict()]
         state = digest(states) if parallel is ddp else None  # the ranks hold different shards
@@ -128,7 +134,10 @@ def require_layout(results: Results, layout: str) -> None:
     for case in cases:
         seen: list[Mapping[str, Any]] = [result[case] for result in results]
         errors = [said["error"] for said in seen if "error" in said]
-        require(not errors, f"{case}: {errors[0].strip().splitlines()[-1] if errors else ''}\n{''.join(errors)}")
+        require(
+            not errors,
+            f"{case}: {errors[0].strip().splitlines()[-1] if errors else ''}\n{''.join(errors)}",
+        )
         if case.endswith("refused"):
             said = f"{layout!r} is not declared, but attaching is not refused"
             require(all(one["refused"] for one in seen), said)
@@ -136,6 +145,11 @@ def require_layout(results: Results, layout: str) -> None:
         for rank, one in enumerate(seen):
             near = f"{case}, rank {rank}: {one['where']!r} ends {one['far']:.1e} from one process"
             require(one["far"] <= MORE, f"{near}, more than {MORE:.0e}")
-        require(seen[0]["weights"] == seen[1]["weights"], f"{case}: the ranks end with different weights")
+        require(
+            seen[0]["weights"] == seen[1]["weights"],
+            f"{case}: the ranks end with different weights",
+        )
         same = same_bits(seen[0]["state"], seen[1]["state"])
-        require(same, f"{case}: the ranks end with different states, and a checkpoint holds rank 0's")
+        require(
+            same, f"{case}: the ranks end with different states, and a checkpoint holds rank 0's"
+        )

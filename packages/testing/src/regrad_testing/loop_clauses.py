@@ -11,7 +11,16 @@ from regrad import RegradError
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from regrad_testing.clauses import clause, refused, require, require_finite, require_same, same_bits, skip, tensors_in
+from regrad_testing.clauses import (
+    clause,
+    refused,
+    require,
+    require_finite,
+    require_same,
+    same_bits,
+    skip,
+    tensors_in,
+)
 from regrad_testing.loops import MakeOptimizer, Training
 from regrad_testing.problem import WithRareParameters, WithSparseTable
 from regrad_testing.settings import MORE, Settings, as_bits
@@ -48,14 +57,18 @@ class LoopClauses(Settings):
     def test_four_parts_of_a_batch_are_the_batch(self) -> None:
         """Four micro-batches of 8 rows give the training of batches of 32 rows."""
         for name in self.trains_on():
-            self.require_as_corrected(name, self.train(name).run(parts=4), "four parts of a batch", MORE)
+            self.require_as_corrected(
+                name, self.train(name).run(parts=4), "four parts of a batch", MORE
+            )
 
     @clause("scaled gradients")
     def test_a_scaled_loss_trains_as_the_plain_one(self) -> None:
         """Under a GradScaler, with fused optimizers and others, training is what it is without."""
         for name in self.trains_on():
             for what, options in self._forms(name).items():
-                self.require_as_corrected(name, self.train(name, scale=SCALE, **options).run(), f"{what}, scaled", MORE)
+                self.require_as_corrected(
+                    name, self.train(name, scale=SCALE, **options).run(), f"{what}, scaled", MORE
+                )
 
     @clause("skipped steps")
     def test_a_step_skipped_after_an_overflow_is_as_if_the_batch_had_not_been(self) -> None:
@@ -66,8 +79,12 @@ class LoopClauses(Settings):
                 training.step(LOST, overflow=True)
                 training.run(range(OVERFLOW, self.problem.steps))
                 self.require_as_corrected(name, training, f"{what}, after an overflow", MORE)
-                got, want = (tensors_in(t.correction_state()) for t in (training, self.corrected(name)))
-                require_same(got, want, f"on {name}, {what}, after an overflow, its state", tolerance=1e-9)
+                got, want = (
+                    tensors_in(t.correction_state()) for t in (training, self.corrected(name))
+                )
+                require_same(
+                    got, want, f"on {name}, {what}, after an overflow, its state", tolerance=1e-9
+                )
 
     def _forms(self, name: str) -> dict[str, dict[str, Any]]:
         """Return the optimizer's forms that differ under a scaler."""
@@ -88,14 +105,23 @@ class LoopClauses(Settings):
             before, middle = training.weights(), training.problem.steps // 2
             training.run(range(middle))
             for key in ("never", "late"):
-                require(training.gradients()[key] is None, f"on {name} a gradient was made where there is none")
+                require(
+                    training.gradients()[key] is None,
+                    f"on {name} a gradient was made where there is none",
+                )
                 same = same_bits(training.weights()[key], before[key])
                 require(same, f"on {name} a weight without gradient moved")
             rare.late_is_used = True
             training.run(range(middle, training.problem.steps))
             after = training.weights()
-            require(not same_bits(after["late"], before["late"]), f"on {name} a parameter that came late is stuck")
-            require(same_bits(after["never"], before["never"]), f"on {name} a weight without gradient moved")
+            require(
+                not same_bits(after["late"], before["late"]),
+                f"on {name} a parameter that came late is stuck",
+            )
+            require(
+                same_bits(after["never"], before["never"]),
+                f"on {name} a weight without gradient moved",
+            )
             require(frozen.grad is None, f"on {name} a frozen parameter got a gradient")
             key = next(n for n, p in training.named_parameters().items() if p is frozen)
             require(same_bits(after[key], before[key]), f"on {name} a frozen weight moved")
@@ -111,19 +137,30 @@ class LoopClauses(Settings):
                     training.run([index], weight=0.0 if index in (0, 1, OVERFLOW) else None)
                 what = f"on {name} in {dtype}, with gradients of zero"
                 require_finite(training.weights(), what)
-                require_finite(tensors_in(training.optimizer.state_dict()["state"]), f"{what}, the optimizer's state")
+                require_finite(
+                    tensors_in(training.optimizer.state_dict()["state"]),
+                    f"{what}, the optimizer's state",
+                )
 
     @clause("bfloat16")
     def test_a_bfloat16_model_trains_near_the_float64_one(self) -> None:
         """In bfloat16 gradients keep their dtype, and the training stays as near to float64 as without."""
         for name in self.trains_on():
-            low, plain = self.train(name, dtype=torch.bfloat16).run(), self._plain_in(torch.bfloat16, name)
+            low, plain = (
+                self.train(name, dtype=torch.bfloat16).run(),
+                self._plain_in(torch.bfloat16, name),
+            )
             require_finite(low.weights(), f"on {name} in bfloat16")
             dtypes = {g.dtype for g in low.gradients().values() if g is not None}
             require(dtypes == {torch.bfloat16}, f"on {name} gradients in bfloat16 became {dtypes}")
-            far, usual = (distance(t, w) for t, w in ((low, self.corrected(name)), (plain, self.plain(name))))
+            far, usual = (
+                distance(t, w) for t, w in ((low, self.corrected(name)), (plain, self.plain(name)))
+            )
             # what a correction adds is rounded too: some times what the loop alone loses
-            require(far <= 0.1 + 5 * usual, f"on {name} bfloat16 ends {far:.2f} from float64, {usual:.2f} without")
+            require(
+                far <= 0.1 + 5 * usual,
+                f"on {name} bfloat16 ends {far:.2f} from float64, {usual:.2f} without",
+            )
 
     def _plain_in(self, dtype: torch.dtype, name: str) -> Training:
         return Training(self.problem, self.optimizers[name], None, dtype=dtype).run()
@@ -138,7 +175,10 @@ class LoopClauses(Settings):
                 self._evaluate(training, true, f"on {name}, before step {index}")
                 training.outer(training.problem.batch(index).inputs)
                 same = same_bits(as_bits(training.model.state_dict()), as_bits(true))
-                require(same, f"on {name} a state_dict taken in step {index} does not hold the true weights")
+                require(
+                    same,
+                    f"on {name} a state_dict taken in step {index} does not hold the true weights",
+                )
                 self._evaluate(training, true, f"on {name}, within step {index}")
                 training.run([index])
             self.require_as_corrected(name, training, "with evaluations in between")
@@ -150,10 +190,20 @@ class LoopClauses(Settings):
         pairs = []
         for criterion in (training.criterion, type(training.problem).criterion):
             ours = criterion is training.criterion
-            logits = training.outer(batch.inputs) if ours else functional_call(training.model, true, (batch.inputs,))
+            logits = (
+                training.outer(batch.inputs)
+                if ours
+                else functional_call(training.model, true, (batch.inputs,))
+            )
             leaf = logits.detach().requires_grad_()
             loss = criterion(leaf, batch.targets)
-            pairs.append({"logits": logits.detach(), "loss": loss, "slope": torch.autograd.grad(loss, leaf)[0]})
+            pairs.append(
+                {
+                    "logits": logits.detach(),
+                    "loss": loss,
+                    "slope": torch.autograd.grad(loss, leaf)[0],
+                }
+            )
         training.outer.train()
         require_same(pairs[0], pairs[1], f"{what} an evaluation")
 
@@ -165,14 +215,23 @@ class LoopClauses(Settings):
             before = _hooks_and_attributes(training), training.weights()
             twin = self.train(name)
             twin.attachment.detach()
-            require(_hooks_and_attributes(twin) == before[0], f"on {name} attach and detach left something behind")
-            require(same_bits(twin.weights(), before[1]), f"on {name} attach and detach changed a weight")
+            require(
+                _hooks_and_attributes(twin) == before[0],
+                f"on {name} attach and detach left something behind",
+            )
+            require(
+                same_bits(twin.weights(), before[1]),
+                f"on {name} attach and detach changed a weight",
+            )
             twin = self.train(name).run(range(STOP))
             twin.outer(twin.problem.batch(STOP).inputs)
             twin.attachment.detach()
             left = {*_hooks_and_attributes(twin)} - {*before[0]}
             require(not left, f"on {name} detach left behind: {sorted(left)[:3]}")
-            require(same_bits(twin.weights(), twin.weights_after[-1]), f"on {name} detach left moved weights")
+            require(
+                same_bits(twin.weights(), twin.weights_after[-1]),
+                f"on {name} detach left moved weights",
+            )
             self._continue_alone(name, twin)
 
     def _continue_alone(self, name: str, detached: Training) -> None:
@@ -193,10 +252,14 @@ class LoopClauses(Settings):
         for name in self.trains_on():
             first = self.train(name).run(range(STOP))
             state = first.attachment.state_dict()
-            saved = [through_a_file(part) for part in (first.model.state_dict(), first.optimizer.state_dict(), state)]
+            saved = [
+                through_a_file(part)
+                for part in (first.model.state_dict(), first.optimizer.state_dict(), state)
+            ]
             first.run(range(STOP, self.problem.steps))
             require(
-                same_bits(through_a_file(state), saved[2]), f"on {name} what state_dict returned changed in later steps"
+                same_bits(through_a_file(state), saved[2]),
+                f"on {name} what state_dict returned changed in later steps",
             )
             self.require_as_corrected(name, first, "with a state_dict taken in between")
             resumed = self.train(name)
@@ -204,7 +267,10 @@ class LoopClauses(Settings):
             resumed.optimizer.load_state_dict(saved[1])
             resumed.attachment.load_state_dict(saved[2])
             again = resumed.correction_state()
-            require(same_bits(again, saved[2]["corrections"]), f"on {name} the loaded state is not the saved one")
+            require(
+                same_bits(again, saved[2]["corrections"]),
+                f"on {name} the loaded state is not the saved one",
+            )
             resumed.weights_after = first.weights_after[:STOP]
             self.require_as_corrected(name, resumed.run(range(STOP, self.problem.steps)), "resumed")
 
@@ -215,7 +281,9 @@ class LoopClauses(Settings):
             self.require_as_corrected(name, self.train(name).run(closure=True), "with a closure")
         declared = self.everyone(lambda correction: correction.needs.closures)
         if not declared:
-            with refused(RegradError, "several closure calls per step are not declared, but not refused"):
+            with refused(
+                RegradError, "several closure calls per step are not declared, but not refused"
+            ):
                 self._with_calls(2)
             return
         try:
@@ -223,7 +291,9 @@ class LoopClauses(Settings):
         except RegradError as refusal:
             skip(f"it refuses optimizers of other libraries: {refusal}")
         same = same_bits(once.weights_after, twice.weights_after)
-        require(same, "a second closure call in a step, at the same weights, changes what the step does")
+        require(
+            same, "a second closure call in a step, at the same weights, changes what the step does"
+        )
 
     def _with_calls(self, calls: int) -> Training:
         make = lambda parameters: SeveralCalls(parameters, calls=calls)  # noqa: E731
@@ -240,14 +310,22 @@ class LoopClauses(Settings):
         if not self.everyone(lambda correction: correction.needs.sparse):
             with refused(RegradError, "sparse gradients are not declared, but not refused"):
                 training.run([0])
-            require(same_bits(training.weights(), before), "a weight moved before the sparse gradient was refused")
+            require(
+                same_bits(training.weights(), before),
+                "a weight moved before the sparse gradient was refused",
+            )
             return
         training.run()
         require_finite(training.weights(), "with a sparse gradient")
         moved = (training.weights()["table.weight"] != before["table.weight"]).any(1).tolist()
-        require(moved == [True] * 3 + [False] * 2, f"of a sparse table rows 0 to 2 must move, got {moved}")
+        require(
+            moved == [True] * 3 + [False] * 2,
+            f"of a sparse table rows 0 to 2 must move, got {moved}",
+        )
         gradient = training.gradients()["table.weight"]
-        require(gradient is not None and gradient.is_sparse, "the sparse gradient became a dense one")
+        require(
+            gradient is not None and gradient.is_sparse, "the sparse gradient became a dense one"
+        )
 
     def _takes_sparse(self, make: MakeOptimizer) -> bool:
         try:
@@ -266,7 +344,9 @@ def _with_rare_parameters(net: nn.Module) -> WithRareParameters:
 def distance(training: Training, wanted: Training) -> float:
     """Return how far the weights end apart, relative to how far they went."""
     start = Training(wanted.problem, torch.optim.SGD, None, lr=0.1).weights()
-    ends = [torch.cat([w.double().flatten() for w in t.weights().values()]) for t in (training, wanted)]
+    ends = [
+        torch.cat([w.double().flatten() for w in t.weights().values()]) for t in (training, wanted)
+    ]
     first = torch.cat([w.flatten() for w in start.values()])
     return float((ends[0] - ends[1]).norm() / (ends[1] - first).norm().clamp_min(1e-6))
 
@@ -274,14 +354,23 @@ def distance(training: Training, wanted: Training) -> float:
 def _hooks_and_attributes(training: Training) -> list[str]:
     """Return the names of everything set on the modules, parameters and optimizer; of hooks, how many."""
     found = []
-    owners: list[tuple[str, Any]] = [*training.model.named_modules(), ("optimizer", training.optimizer)]
+    owners: list[tuple[str, Any]] = [
+        *training.model.named_modules(),
+        ("optimizer", training.optimizer),
+    ]
     for owner, thing in owners:
         for key, value in vars(thing).items():
             many = isinstance(value, dict) and "hook" in key
-            found += [f"{owner}.{key} {number}" for number in range(len(value))] if many else [f"{owner}.{key}"]
+            found += (
+                [f"{owner}.{key} {number}" for number in range(len(value))]
+                if many
+                else [f"{owner}.{key}"]
+            )
     for name, parameter in training.named_parameters().items():
         for key in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            found += [f"{name}.{key} {number}" for number in range(len(getattr(parameter, key) or ()))]
+            found += [
+                f"{name}.{key} {number}" for number in range(len(getattr(parameter, key) or ()))
+            ]
     return sorted(found)
 
 

@@ -54,14 +54,18 @@ class Training:
         self.problem, self.dtype, self.rows = problem, dtype, rows
         self.model = wrap(model) if wrap else model
         self.outer = parallel(self.model) if parallel else self.model
-        self.optimizer = make_optimizer(ordered_parameters(self.model, options.pop("order", None)), **options)
+        self.optimizer = make_optimizer(
+            ordered_parameters(self.model, options.pop("order", None)), **options
+        )
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.criterion: Any = type(problem).criterion
         self.attachment: Any = None
         if corrections is not None:
             self.attachment = regrad.attach(self.outer, self.optimizer, corrections, self.criterion)
             self.criterion = self.attachment.criterion
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        self.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=scale or 1.0, enabled=scale is not None
+        )
         self.weights_after: list[dict[str, Tensor]] = []
 
     def run(self, indices: Iterable[int] | None = None, **how: Any) -> Training:
@@ -130,7 +134,10 @@ class Training:
 
     def weights(self) -> dict[str, Tensor]:
         """Return copies of the weights that the model holds now, whole where they are shards."""
-        return {name: whole(parameter.detach()).clone() for name, parameter in self.named_parameters().items()}
+        return {
+            name: whole(parameter.detach()).clone()
+            for name, parameter in self.named_parameters().items()
+        }
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Return the live gradients by name."""

@@ -25,7 +25,10 @@ class OptimizerLoops(OptimizerSettings):
             before = [torch.get_rng_state(), list(random.getstate()[1])]
             self.require_as_corrected(name, self.train(name).run(), "a second time")
             after = [torch.get_rng_state(), list(random.getstate()[1])]
-            require(same_bits(before, after), f"on {name} a global random number was drawn: batches differ")
+            require(
+                same_bits(before, after),
+                f"on {name} a global random number was drawn: batches differ",
+            )
 
     @clause("foreach")
     def test_foreach_gives_the_numbers_of_the_loop(self) -> None:
@@ -39,14 +42,19 @@ class OptimizerLoops(OptimizerSettings):
         """Two groups are one, in any order; a group has its own rate; a group added later trains."""
         for name, make in self.trains_on().items():
             for order in ("groups", "reversed"):
-                self.require_as_corrected(name, self.train(name, order=order).run(), f"with parameters {order}", MORE)
+                self.require_as_corrected(
+                    name, self.train(name, order=order).run(), f"with parameters {order}", MORE
+                )
             halves = self.train(name, order="groups")
             halves.base_rates[1] = 0.0
             still, moving = (halves.optimizer.param_groups[i]["params"][0] for i in (1, 0))
             before = [p.detach().clone() for p in (still, moving)]
             halves.run()
             require(same_bits(still.detach(), before[0]), f"on {name} a group at rate 0 moved")
-            require(not same_bits(moving.detach(), before[1]), f"on {name} a group was held by another's rate")
+            require(
+                not same_bits(moving.detach(), before[1]),
+                f"on {name} a group was held by another's rate",
+            )
             self._added_later(name, make)
 
     def _added_later(self, name: str, make: Any) -> None:
@@ -57,7 +65,9 @@ class OptimizerLoops(OptimizerSettings):
         training.optimizer = make(rest)
         before = late.detach().clone()
         training.run(range(3))
-        require(same_bits(late.detach(), before), f"on {name} a parameter moved that it was not given")
+        require(
+            same_bits(late.detach(), before), f"on {name} a parameter moved that it was not given"
+        )
         training.optimizer.add_param_group({"params": [late]})
         training.base_rates *= 2
         training.run(range(3, self.problem.steps))
@@ -67,7 +77,9 @@ class OptimizerLoops(OptimizerSettings):
     def test_four_parts_of_a_batch_are_the_batch(self) -> None:
         """Four micro-batches of 8 rows give the training of batches of 32 rows."""
         for name in self.trains_on():
-            self.require_as_corrected(name, self.train(name).run(parts=4), "four parts of a batch", MORE)
+            self.require_as_corrected(
+                name, self.train(name).run(parts=4), "four parts of a batch", MORE
+            )
 
     @clause("skipped steps")
     def test_a_step_skipped_after_an_overflow_is_as_if_the_batch_had_not_been(self) -> None:
@@ -77,7 +89,10 @@ class OptimizerLoops(OptimizerSettings):
             training.step(LOST, overflow=True)
             training.run(range(OVERFLOW, self.problem.steps))
             self.require_as_corrected(name, training, "after an overflow", MORE)
-            got, want = (tensors_in(t.optimizer.state_dict()["state"]) for t in (training, self.corrected(name)))
+            got, want = (
+                tensors_in(t.optimizer.state_dict()["state"])
+                for t in (training, self.corrected(name))
+            )
             require_same(got, want, f"on {name}, after an overflow, its state", tolerance=1e-9)
 
     @clause("closures")
@@ -86,17 +101,26 @@ class OptimizerLoops(OptimizerSettings):
         for name in self.trains_on():
             training, losses = self.train(name), list[Any]()
             for index in range(self.problem.steps):
-                for group, base in zip(training.optimizer.param_groups, training.base_rates, strict=True):
+                for group, base in zip(
+                    training.optimizer.param_groups, training.base_rates, strict=True
+                ):
                     group["lr"] = base * self.problem.rate(index)
 
-                def closure(index: int = index, training: Training = training, losses: list[Any] = losses) -> Any:
+                def closure(
+                    index: int = index, training: Training = training, losses: list[Any] = losses
+                ) -> Any:
                     losses.append(training.backward(index))
                     return losses[-1]
 
                 with torch.no_grad():
                     returned = training.optimizer.step(closure)
-                require(returned is losses[-1], f"on {name} step(closure) must return the closure's loss")
-                require(len(losses) == index + 1, f"on {name} the closure must be called once per step")
+                require(
+                    returned is losses[-1],
+                    f"on {name} step(closure) must return the closure's loss",
+                )
+                require(
+                    len(losses) == index + 1, f"on {name} the closure must be called once per step"
+                )
                 training.weights_after.append(training.weights())
             self.require_as_corrected(name, training, "with a closure")
 
@@ -107,16 +131,23 @@ class OptimizerLoops(OptimizerSettings):
             for dtype in (torch.float64, torch.float32, torch.bfloat16):
                 whole = self.train(name, dtype=dtype).run()
                 first = self.train(name, dtype=dtype).run(range(STOP))
-                parts = [through_a_file(part.state_dict()) for part in (first.model, first.optimizer)]
+                parts = [
+                    through_a_file(part.state_dict()) for part in (first.model, first.optimizer)
+                ]
                 kept = copy.deepcopy(parts[1])
                 resumed = self.train(name, dtype=dtype)
                 resumed.model.load_state_dict(parts[0])
                 resumed.optimizer.load_state_dict(parts[1])
                 again = resumed.optimizer.state_dict()
-                require(same_bits(again["state"], kept["state"]), f"on {name} in {dtype} the loaded state is another")
+                require(
+                    same_bits(again["state"], kept["state"]),
+                    f"on {name} in {dtype} the loaded state is another",
+                )
                 resumed.run(range(STOP, self.problem.steps))
                 same = same_bits(resumed.weights_after, whole.weights_after[STOP:])
-                require(same, f"on {name} in {dtype} the resumed training is not the uninterrupted one")
+                require(
+                    same, f"on {name} in {dtype} the resumed training is not the uninterrupted one"
+                )
 
     @clause("attached")
     def test_under_regrad_it_takes_the_same_steps(self) -> None:
@@ -125,4 +156,7 @@ class OptimizerLoops(OptimizerSettings):
             training = Training(self.problem, make, []).run()
             self.require_as_corrected(name, training, "attached to regrad")
             counted = training.attachment.metrics()["steps_applied"]
-            require(counted == self.problem.steps, f"on {name} {counted:.0f} of {self.problem.steps} steps were seen")
+            require(
+                counted == self.problem.steps,
+                f"on {name} {counted:.0f} of {self.problem.steps} steps were seen",
+            )

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrad_testing.clauses import clause, require, require_finite, require_same, same_bits, skip, tensors_in
+from regrad_testing.clauses import (
+    clause,
+    require,
+    require_finite,
+    require_same,
+    same_bits,
+    skip,
+    tensors_in,
+)
 from regrad_testing.loops import MakeOptimizer, Training
 from regrad_testing.settings import SuiteBase
 
@@ -54,7 +62,10 @@ class OptimizerSettings(SuiteBase):
         """Return a new optimizer; `options` win over those of the suite."""
         given = inspect.getattr_static(cls, "optimizer", None)
         given = given.__func__ if isinstance(given, staticmethod) else given
-        require(given is not None, f"{cls.__name__} must set optimizer: a class, or a function of parameters")
+        require(
+            given is not None,
+            f"{cls.__name__} must set optimizer: a class, or a function of parameters",
+        )
         return given(parameters, **{**cls.options, **options})  # type: ignore[no-any-return]
 
     @classmethod
@@ -71,7 +82,10 @@ class OptimizerSettings(SuiteBase):
     def trains_on(cls) -> dict[str, MakeOptimizer]:
         """Return the optimizer in each of its forms."""
         names = {False: "loop", True: "foreach", None: "plain"}
-        return {names[form.get("foreach")]: lambda p, f=form, **o: cls.make(p, **{**f, **o}) for form in cls.forms()}
+        return {
+            names[form.get("foreach")]: lambda p, f=form, **o: cls.make(p, **{**f, **o})
+            for form in cls.forms()
+        }
 
     @classmethod
     def train(cls, name: str, options: Mapping[str, Any] | None = None, **how: Any) -> Training:
@@ -154,7 +168,12 @@ class OptimizerRules(OptimizerSettings):
             skip("it has no option maximize")
         for form in self.forms():
             climbed = self._steps(maximize=True, **form)
-            require_same(named(climbed), named(self._steps(sign=-1.0, **form)), f"with {form}, maximize", scale=1e-14)
+            require_same(
+                named(climbed),
+                named(self._steps(sign=-1.0, **form)),
+                f"with {form}, maximize",
+                scale=1e-14,
+            )
 
     @clause("weight decay")
     def test_weight_decay_pulls_towards_zero(self) -> None:
@@ -168,10 +187,19 @@ class OptimizerRules(OptimizerSettings):
                 for weight in weights:
                     weight.grad = torch.zeros_like(weight)
                 self.make(weights, weight_decay=decay, **form).step()
-                ratios = torch.cat([(w / b).flatten() for w, b in zip(weights, before, strict=True)]).detach()
+                ratios = torch.cat(
+                    [(w / b).flatten() for w, b in zip(weights, before, strict=True)]
+                ).detach()
                 wanted = "kept" if decay == 0 else "shrunk"
-                right = bool((ratios == 1).all()) if decay == 0 else bool(((ratios < 1) & (ratios > 0)).all())
-                require(right, f"with {form}, decay {decay} and gradients of zero, weights must be {wanted}")
+                right = (
+                    bool((ratios == 1).all())
+                    if decay == 0
+                    else bool(((ratios < 1) & (ratios > 0)).all())
+                )
+                require(
+                    right,
+                    f"with {form}, decay {decay} and gradients of zero, weights must be {wanted}",
+                )
 
     @clause("zero gradients")
     def test_gradients_of_zero_give_no_nan(self) -> None:
@@ -185,7 +213,9 @@ class OptimizerRules(OptimizerSettings):
                     optimizer.step()
                     what = f"with {form} in {dtype}, with gradients of zero"
                     require_finite(named(weights), what)
-                    require_finite(tensors_in(optimizer.state_dict()["state"]), f"{what}, its state")
+                    require_finite(
+                        tensors_in(optimizer.state_dict()["state"]), f"{what}, its state"
+                    )
 
     @clause("dtypes")
     def test_a_bfloat16_parameter_stays_near_the_float64_one(self) -> None:
@@ -198,7 +228,10 @@ class OptimizerRules(OptimizerSettings):
                 for index in range(STEPS):
                     give_gradients(weights, index)
                     optimizer.step()
-                require({w.dtype for w in weights} == {dtype}, f"with {form} weights of {dtype} changed their dtype")
+                require(
+                    {w.dtype for w in weights} == {dtype},
+                    f"with {form} weights of {dtype} changed their dtype",
+                )
                 got = {name: weight.double() for name, weight in named(weights).items()}
                 require_same(got, wanted, f"with {form} in {dtype}", scale=bound)
 
@@ -215,11 +248,19 @@ class OptimizerRules(OptimizerSettings):
                 give_gradients(weights, index)
                 optimizer.step()
             for what, alone in (("a frozen", frozen), ("a", late)):
-                require(bool((alone == 1).all()), f"with {form} {what} parameter without gradient moved")
-                require(not optimizer.state.get(alone), f"with {form} {what} parameter without gradient got state")
+                require(
+                    bool((alone == 1).all()), f"with {form} {what} parameter without gradient moved"
+                )
+                require(
+                    not optimizer.state.get(alone),
+                    f"with {form} {what} parameter without gradient got state",
+                )
             give_gradients([*weights, late], 4)
             optimizer.step()
-            require(bool((late != 1).all()), f"with {form} a parameter whose gradient came later did not move")
+            require(
+                bool((late != 1).all()),
+                f"with {form} a parameter whose gradient came later did not move",
+            )
 
     @clause("copies")
     def test_copies_and_pickles_step_as_the_original(self) -> None:
@@ -230,7 +271,10 @@ class OptimizerRules(OptimizerSettings):
             for index in range(4):
                 give_gradients(weights, index)
                 optimizer.step()
-            twins = [copy.deepcopy((weights, optimizer)), pickle.loads(pickle.dumps((weights, optimizer)))]  # noqa: S301
+            twins = [
+                copy.deepcopy((weights, optimizer)),
+                pickle.loads(pickle.dumps((weights, optimizer))),  # noqa: S301 - made here
+            ]
             for own, copied in ((weights, optimizer), *twins):
                 for index in range(4, 8):
                     give_gradients(own, index)
@@ -247,7 +291,12 @@ class OptimizerRules(OptimizerSettings):
                 got = self._steps(**form, lr=torch.tensor(rate, dtype=torch.float64))
             except (TypeError, ValueError) as refusal:
                 skip(f"it refuses a tensor: {refusal}")
-            require_same(named(got), named(self._steps(**form, lr=rate)), f"with {form}, a tensor rate", scale=1e-14)
+            require_same(
+                named(got),
+                named(self._steps(**form, lr=rate)),
+                f"with {form}, a tensor rate",
+                scale=1e-14,
+            )
 
     @clause("complex and sparse")
     def test_what_it_has_no_rule_for_is_refused_before_anything_moves(self) -> None:
@@ -273,7 +322,12 @@ class OptimizerRules(OptimizerSettings):
             require(kept, f"with {form} a complex parameter moved before it was refused")
             return
         got = {"complex": torch.view_as_real(whole.detach())}
-        require_same(got, {"complex": pairs.detach()}, f"with {form}, complex as two real numbers", scale=1e-12)
+        require_same(
+            got,
+            {"complex": pairs.detach()},
+            f"with {form}, complex as two real numbers",
+            scale=1e-12,
+        )
 
     def _sparse(self, form: dict[str, Any]) -> None:
         ends = []
@@ -282,13 +336,23 @@ class OptimizerRules(OptimizerSettings):
             table = nn.Parameter(torch.ones(4, 2, dtype=torch.float64))
             optimizer = self.make([other, table], **form)
             for _ in range(3):
-                gradient = torch.zeros(4, 2, dtype=torch.float64).index_fill_(0, torch.tensor([1]), 0.5)
-                other.grad, table.grad = torch.ones_like(other), gradient.to_sparse(1) if sparse else gradient
+                gradient = torch.zeros(4, 2, dtype=torch.float64).index_fill_(
+                    0, torch.tensor([1]), 0.5
+                )
+                other.grad, table.grad = (
+                    torch.ones_like(other),
+                    gradient.to_sparse(1) if sparse else gradient,
+                )
                 try:
                     optimizer.step()
                 except (ValueError, TypeError, RuntimeError):
                     kept = sparse and same_bits(other.detach(), torch.ones(2, dtype=torch.float64))
-                    require(kept, f"with {form} a weight moved before the sparse gradient of another was refused")
+                    require(
+                        kept,
+                        f"with {form} a weight moved before the sparse gradient of another was refused",
+                    )
                     return
             ends.append(named([other, table]))
-        require_same(ends[0], ends[1], f"with {form}, a sparse gradient as the dense one", scale=1e-12)
+        require_same(
+            ends[0], ends[1], f"with {form}, a sparse gradient as the dense one", scale=1e-12
+        )

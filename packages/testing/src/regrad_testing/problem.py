@@ -51,7 +51,9 @@ class Problem:
     def model(self) -> nn.Module:
         """Return the model, inputs [N, *] to logits [N, C]; its weights are filled afterwards."""
         # sizes that two processes cannot share evenly
-        return nn.Sequential(nn.Linear(6, 9), nn.GroupNorm(3, 9), nn.Tanh(), nn.Linear(9, self.classes))
+        return nn.Sequential(
+            nn.Linear(6, 9), nn.GroupNorm(3, 9), nn.Tanh(), nn.Linear(9, self.classes)
+        )
 
     def inputs(self, size: int, generator: torch.Generator) -> Tensor:
         """Return inputs, shape [size, *], float64, drawn from `generator`."""
@@ -65,7 +67,9 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 2
+                )
         return model.to(dtype)
 
     def batch(self, index: int, dtype: torch.dtype = torch.float64) -> Batch:

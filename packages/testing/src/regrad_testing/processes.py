@@ -17,7 +17,12 @@ from regrad_testing.clauses import require, skip
 from regrad_testing.worker import WORLD, work
 
 PATIENCE = 240
-HEAVY = ["regrad_testing.worker", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
+HEAVY = [
+    "regrad_testing.worker",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+]
 
 
 def launch(suite: type, patience: float = PATIENCE) -> list[dict[str, Any]]:
@@ -40,7 +45,10 @@ def launch(suite: type, patience: float = PATIENCE) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder, context = Path(name), _context()
         place = (inspect.getfile(suite), suite.__qualname__, folder)
-        processes: list[Any] = [context.Process(target=work, args=(*place, rank)) for rank in range(WORLD)]  # type: ignore[attr-defined]
+        processes: list[Any] = [
+            context.Process(target=work, args=(*place, rank))  # type: ignore[attr-defined]
+            for rank in range(WORLD)
+        ]
         for process in processes:
             process.start()
         deadline = time.monotonic() + patience
@@ -51,7 +59,10 @@ def launch(suite: type, patience: float = PATIENCE) -> list[dict[str, Any]]:
             process.kill()
             process.join()
         printed = [path.read_text(errors="replace") for path in sorted(folder.glob("*.txt"))]
-        require(codes == [0] * WORLD, f"two processes ended with {codes} (None: too late):\n" + "\n".join(printed))
+        require(
+            codes == [0] * WORLD,
+            f"two processes ended with {codes} (None: too late):\n" + "\n".join(printed),
+        )
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

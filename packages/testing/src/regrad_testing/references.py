@@ -54,16 +54,22 @@ class ReferenceStep:
 Reference = Callable[[ReferenceStep], Any]
 
 
-def _sgd(group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor, first: Tensor) -> Tensor:
+def _sgd(
+    group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor, first: Tensor
+) -> Tensor:
     """Return the weight after torch's SGD with momentum; `first` goes into the buffer in the gradient's place."""
     decayed = first + group["weight_decay"] * weight
     old = state.get("momentum_buffer")
-    state["momentum_buffer"] = decayed if old is None else group["momentum"] * old + (1 - group["dampening"]) * decayed
+    state["momentum_buffer"] = (
+        decayed if old is None else group["momentum"] * old + (1 - group["dampening"]) * decayed
+    )
     moved: Tensor = weight - group["lr"] * state["momentum_buffer"]
     return moved
 
 
-def _adamw(group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor, first: Tensor) -> Tensor:
+def _adamw(
+    group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor, first: Tensor
+) -> Tensor:
     """Return the weight after torch's AdamW; `first` goes into the first moment in the gradient's place."""
     (beta1, beta2), zero = group["betas"], torch.zeros_like(weight)
     state["step"] = state.get("step", 0) + 1
@@ -98,9 +104,19 @@ class ReferenceTraining:
     """
 
     def __init__(
-        self, problem: Problem, optimizer: Optimizer, reference: Reference, stages: Sequence[str], options: Any
+        self,
+        problem: Problem,
+        optimizer: Optimizer,
+        reference: Reference,
+        stages: Sequence[str],
+        options: Any,
     ) -> None:
-        self.problem, self.reference, self.stages, self.options = problem, reference, stages, options
+        self.problem, self.reference, self.stages, self.options = (
+            problem,
+            reference,
+            stages,
+            options,
+        )
         self.model, self.kind = problem.make_model(), type(optimizer)
         self.group = dict(optimizer.param_groups[0])
         self.base_rate = self.group["lr"]
@@ -116,7 +132,12 @@ class ReferenceTraining:
         seen = []
         for index in range(self.problem.steps):
             self._step(index)
-            seen.append({name: weight.clone() for name, weight in zip(self.names, self.weights, strict=True)})
+            seen.append(
+                {
+                    name: weight.clone()
+                    for name, weight in zip(self.names, self.weights, strict=True)
+                }
+            )
         return seen
 
     def _step(self, index: int) -> None:
@@ -132,7 +153,9 @@ class ReferenceTraining:
         """Return the gradients of the loss at `points`."""
         batch: Batch = self.problem.batch(index)
         leaves = [point.detach().clone().requires_grad_() for point in points]
-        logits = functional_call(self.model, dict(zip(self.names, leaves, strict=True)), (batch.inputs,))
+        logits = functional_call(
+            self.model, dict(zip(self.names, leaves, strict=True)), (batch.inputs,)
+        )
         slope = self._ask("criterion", index, logits=logits.detach().clone(), targets=batch.targets)
         if slope is not None:
             return list(torch.autograd.grad(logits, leaves, slope * batch.weight))

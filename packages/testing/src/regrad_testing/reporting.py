@@ -42,9 +42,13 @@ class Recorder:
     def __init__(self, chosen: Callable[[Any, str], bool]) -> None:
         self.chosen, self.rows = chosen, dict[str, Row]()
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
         """Leave out what is not a test of a chosen suite."""
-        kept = [item for item in items if self._is_chosen(getattr(item, "cls", None), clause_of(item))]
+        kept = [
+            item for item in items if self._is_chosen(getattr(item, "cls", None), clause_of(item))
+        ]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
@@ -56,17 +60,26 @@ class Recorder:
         """Note the outcome of one phase of one test."""
         report: pytest.TestReport = yield
         clause = clause_of(item)
-        says = (getattr(getattr(item, "function", None), "__doc__", None) or clause).strip().splitlines()[0]
+        says = (
+            (getattr(getattr(item, "function", None), "__doc__", None) or clause)
+            .strip()
+            .splitlines()[0]
+        )
         cls: Any = item.cls  # type: ignore[attr-defined]
         row = self.rows.setdefault(item.nodeid, Row(cls.__name__, clause, says))
         if report.failed:
             row.outcome, row.details = "failed", report.longreprtext
-            row.reason = _first_line(str(call.excinfo.value) if call.excinfo else "") or "it raised without a word"
+            row.reason = (
+                _first_line(str(call.excinfo.value) if call.excinfo else "")
+                or "it raised without a word"
+            )
         elif report.skipped:
             row.outcome = "skipped"
             row.reason = _first_line(str(call.excinfo.value) if call.excinfo else "")
         elif call.when == "call":
-            row.reason = "; ".join(str(value) for key, value in report.user_properties if key == "said")
+            row.reason = "; ".join(
+                str(value) for key, value in report.user_properties if key == "said"
+            )
         return report
 
 

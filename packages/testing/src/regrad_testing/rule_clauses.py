@@ -18,7 +18,11 @@ from regrad_testing.clauses import clause, require, require_same, same_bits, ski
 from regrad_testing.references import ReferenceTraining, can_follow
 from regrad_testing.settings import MORE, Settings, without_regrad
 
-PER_STEP = {"gradient": "correct_gradients", "moment": "correct_moments", "weights": "predict_weights"}
+PER_STEP = {
+    "gradient": "correct_gradients",
+    "moment": "correct_moments",
+    "weights": "predict_weights",
+}
 
 
 class Observer:
@@ -32,10 +36,14 @@ class Observer:
     def _watch(self, step: Any, hook: str) -> Any:
         self.calls[step.correction.name, hook] += 1
         before = {name: (id(g), g.data_ptr()) for name, g in _present(step)}
-        weights = {name: p.detach().clone() for name, p in zip(step.names, step.parameters, strict=True)}
+        weights = {
+            name: p.detach().clone() for name, p in zip(step.names, step.parameters, strict=True)
+        }
         result = yield
         if hook in ("correct_gradients", "correct_moments"):
-            self.rebound += [name for name, g in _present(step) if before.get(name) != (id(g), g.data_ptr())]
+            self.rebound += [
+                name for name, g in _present(step) if before.get(name) != (id(g), g.data_ptr())
+            ]
             pairs = zip(step.names, step.parameters, strict=True)
             self.moved += [name for name, p in pairs if not same_bits(p.detach(), weights[name])]
         return result
@@ -68,7 +76,11 @@ def _present(step: Any) -> list[tuple[str, Any]]:
 def misspelt_hooks(kind: type[Correction]) -> dict[str, str]:
     """Return public methods of a correction that are nearly called like a hook, with the hook's name."""
     known = {*HOOKS, *dir(Correction)}
-    public = [n for n in dir(kind) if not n.startswith("_") and n not in known and callable(getattr(kind, n))]
+    public = [
+        n
+        for n in dir(kind)
+        if not n.startswith("_") and n not in known and callable(getattr(kind, n))
+    ]
     near = {name: difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85) for name in public}
     return {name: hooks[0] for name, hooks in near.items() if hooks}
 
@@ -90,10 +102,18 @@ class RuleClauses(Settings):
             training.run()
             for correction in training.attachment.corrections:
                 acts = {"after_step", *(HOOK_OF_STAGE[stage] for stage in correction.needs.stages)}
-                for hook in ("predict_weights", "correct_gradients", "correct_moments", "after_step"):
+                for hook in (
+                    "predict_weights",
+                    "correct_gradients",
+                    "correct_moments",
+                    "after_step",
+                ):
                     wanted = self.problem.steps * (hook in acts and hasattr(correction, hook))
                     seen = observer.calls[correction.name, hook]
-                    require(seen == wanted, f"on {name}, {hook!r} ran {seen} times in {self.problem.steps} steps")
+                    require(
+                        seen == wanted,
+                        f"on {name}, {hook!r} ran {seen} times in {self.problem.steps} steps",
+                    )
 
     @clause("reference")
     def test_training_is_that_of_the_reference(self) -> None:
@@ -102,7 +122,9 @@ class RuleClauses(Settings):
             skip("the suite gives no reference")
         followed = [n for n, make in self.trains_on().items() if can_follow(without_regrad(make))]
         if not followed:
-            skip("the kit has no written-out optimizer among those of the suite; it has torch's SGD and AdamW")
+            skip(
+                "the kit has no written-out optimizer among those of the suite; it has torch's SGD and AdamW"
+            )
         if len(self.make()) > 1:
             skip("several corrections together have no single reference; each has its own suite")
         for name in followed:
@@ -110,7 +132,9 @@ class RuleClauses(Settings):
             (correction,) = training.attachment.corrections
             told = (self.reference, correction.needs.stages, correction.options)
             wanted = ReferenceTraining(self.problem, training.optimizer, *told).run()
-            for index, (got, want) in enumerate(zip(training.run().weights_after, wanted, strict=True)):
+            for index, (got, want) in enumerate(
+                zip(training.run().weights_after, wanted, strict=True)
+            ):
                 require_same(got, want, f"on {name}, after step {index}", tolerance=self.tolerance)
 
     @clause("effect")
@@ -119,13 +143,20 @@ class RuleClauses(Settings):
         for name in self.trains_on():
             training = self.corrected(name)
             changed = not same_bits(training.weights_after, self.plain(name).weights_after)
-            require(changed, f"on {name} training is, to the bit, what it is without the correction")
+            require(
+                changed, f"on {name} training is, to the bit, what it is without the correction"
+            )
             metrics = training.attachment.metrics()
             for correction in training.attachment.corrections:
                 if correction.needs.stages == ("hidden",):
                     continue
-                rates = [metrics.get(f"{correction.name}/{s}/trigger_rate", 0.0) for s in correction.needs.stages]
-                require(any(rates), f"on {name} the effect meter saw {correction.name!r} change nothing")
+                rates = [
+                    metrics.get(f"{correction.name}/{s}/trigger_rate", 0.0)
+                    for s in correction.needs.stages
+                ]
+                require(
+                    any(rates), f"on {name} the effect meter saw {correction.name!r} change nothing"
+                )
 
     @clause("no effect")
     def test_at_its_neutral_setting_it_changes_no_bit(self) -> None:
@@ -136,13 +167,17 @@ class RuleClauses(Settings):
             neutral = self.train(name, self.no_effect).run()
             pairs = zip(neutral.weights_after, self.plain(name).weights_after, strict=True)
             for index, (got, want) in enumerate(pairs):
-                require_same(got, want, f"on {name}, with {dict(self.no_effect)}, after step {index}")
+                require_same(
+                    got, want, f"on {name}, with {dict(self.no_effect)}, after step {index}"
+                )
 
     @clause("invariances")
     def test_neither_the_order_of_rows_nor_the_kind_of_loop_in_the_optimizer_matters(self) -> None:
         """The rows of a batch in the opposite order, and the optimizer's foreach form, give the same training."""
         for name in self.trains_on():
-            self.require_as_corrected(name, self.train(name).run(backwards=True), "with rows in another order", MORE)
+            self.require_as_corrected(
+                name, self.train(name).run(backwards=True), "with rows in another order", MORE
+            )
             try:
                 foreach = self.train(name, foreach=True)
             except TypeError:  # an optimizer without such a form
@@ -156,8 +191,14 @@ class RuleClauses(Settings):
             observer, training = Observer(), self.train(name)
             training.attachment.engine.registry.register(observer)
             training.run()
-            require(not observer.rebound, f"on {name} .grad was replaced, not changed in place: {observer.rebound[:3]}")
-            require(not observer.moved, f"on {name} weights moved while gradients were corrected: {observer.moved[:3]}")
+            require(
+                not observer.rebound,
+                f"on {name} .grad was replaced, not changed in place: {observer.rebound[:3]}",
+            )
+            require(
+                not observer.moved,
+                f"on {name} weights moved while gradients were corrected: {observer.moved[:3]}",
+            )
             kept = self.train(name).run(set_to_none=False)
             self.require_as_corrected(name, kept, "with zero_grad(set_to_none=False)")
 
@@ -168,7 +209,9 @@ class RuleClauses(Settings):
             again = self.train(name).run()
             self.require_as_corrected(name, again, "a second time")
             states = [training.correction_state() for training in (again, self.corrected(name))]
-            require(same_bits(*states), f"on {name} the correction's state differs in a second training")
+            require(
+                same_bits(*states), f"on {name} the correction's state differs in a second training"
+            )
 
     @clause("paired seeds")
     def test_no_global_random_number_is_drawn(self) -> None:
@@ -177,14 +220,23 @@ class RuleClauses(Settings):
             with torch.random.fork_rng(devices=[]):
                 before = _global_random_state()
                 training = self.train(name)
-                require(same_bits(before, _global_random_state()), f"on {name} attaching drew a global random number")
+                require(
+                    same_bits(before, _global_random_state()),
+                    f"on {name} attaching drew a global random number",
+                )
                 for index in range(self.problem.steps):
                     training.run([index])
                     drawn = not same_bits(before, _global_random_state())
-                    require(not drawn, f"on {name} a global random number was drawn in step {index}: batches differ")
+                    require(
+                        not drawn,
+                        f"on {name} a global random number was drawn in step {index}: batches differ",
+                    )
                 training.attachment.metrics()
                 training.attachment.receipt()
-                require(same_bits(before, _global_random_state()), f"on {name} asking for metrics drew one")
+                require(
+                    same_bits(before, _global_random_state()),
+                    f"on {name} asking for metrics drew one",
+                )
 
     @clause("registration order")
     def test_neither_the_order_of_parameters_nor_that_of_observers_matters(self) -> None:
@@ -203,11 +255,17 @@ class RuleClauses(Settings):
         for name in self.trains_on():
             attachment = self.corrected(name).attachment
             for key, value in attachment.metrics().items():
-                require(type(value) is float and math.isfinite(value), f"metric {key!r} must be finite, got {value!r}")
+                require(
+                    type(value) is float and math.isfinite(value),
+                    f"metric {key!r} must be finite, got {value!r}",
+                )
             receipt = attachment.receipt()
             require(json.loads(json.dumps(receipt)) == receipt, "the receipt does not survive JSON")
             for correction in attachment.corrections:
-                require(repr(correction) in str(attachment), f"print(attachment) does not show {correction!r}")
+                require(
+                    repr(correction) in str(attachment),
+                    f"print(attachment) does not show {correction!r}",
+                )
 
     @clause("overhead")
     def test_the_time_in_its_hooks_is_reported(self, record_property: Any) -> None:
@@ -216,7 +274,10 @@ class RuleClauses(Settings):
             training = self.corrected(name)
             seconds = sum(training.attachment.engine.seconds.values()) / self.problem.steps
             tensors = len(training.named_parameters())
-            record_property("said", f"{seconds * 1e6:.0f} µs of host time per step on {name}, {tensors} small tensors")
+            record_property(
+                "said",
+                f"{seconds * 1e6:.0f} µs of host time per step on {name}, {tensors} small tensors",
+            )
 
 
 def _global_random_state() -> list[Any]:

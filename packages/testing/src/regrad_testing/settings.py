@@ -67,7 +67,9 @@ class SuiteBase(ABC):
             cls._kept["corrected", name] = cls.train(name).run()
         return cls._kept["corrected", name]  # type: ignore[no-any-return]
 
-    def require_as_corrected(self, name: str, other: Training, what: str, tolerance: float = 0.0) -> None:
+    def require_as_corrected(
+        self, name: str, other: Training, what: str, tolerance: float = 0.0
+    ) -> None:
         """Fail the clause unless `other` went, step by step, as the plain loop did."""
         __tracebackhide__ = True
         wanted = self.corrected(name).weights_after
@@ -89,7 +91,10 @@ class Settings(SuiteBase):
         """Return new corrections with the effective options, `options` over them."""
         given = inspect.getattr_static(cls, "correction", None)
         given = given.__func__ if isinstance(given, staticmethod) else given
-        require(given is not None, f"{cls.__name__} must set correction: a class, a function or a name with options")
+        require(
+            given is not None,
+            f"{cls.__name__} must set correction: a class, a function or a name with options",
+        )
         merged = {**cls.effective_options, **options}
         if isinstance(given, str):
             return registry.created(given, **merged)
@@ -110,16 +115,23 @@ class Settings(SuiteBase):
         """
         if "trains_on" not in cls._kept:
             reasons = {name: cls._refusal(make) for name, make in cls.optimizers.items()}
-            cls._kept["trains_on"] = {n: make for n, make in cls.optimizers.items() if reasons[n] is None}
+            cls._kept["trains_on"] = {
+                n: make for n, make in cls.optimizers.items() if reasons[n] is None
+            }
             told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            require(cls._kept["trains_on"], f"attaching is refused on every optimizer of the suite: {told}")
+            require(
+                cls._kept["trains_on"],
+                f"attaching is refused on every optimizer of the suite: {told}",
+            )
         return dict(cls._kept["trains_on"])
 
     @classmethod
     def _refusal(cls, make: MakeOptimizer) -> str | None:
         model = cls.problem.make_model()
         try:
-            regrad.attach(model, make(list(model.parameters())), cls.make(), type(cls.problem).criterion).detach()
+            regrad.attach(
+                model, make(list(model.parameters())), cls.make(), type(cls.problem).criterion
+            ).detach()
         except RegradError as refusal:
             return str(refusal)
         return None

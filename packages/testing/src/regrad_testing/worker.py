@@ -25,7 +25,9 @@ def run_case(case: Callable[[int], Any], rank: int, folder: Path, number: int) -
     """Run one case in a process group of its own; return its result, or what it raised."""
     store = FileStore(str(folder / f"rendezvous {number}"), WORLD)
     group: Any = PrefixStore("group", store)
-    distributed.init_process_group("gloo", store=group, rank=rank, world_size=WORLD, timeout=PATIENCE)
+    distributed.init_process_group(
+        "gloo", store=group, rank=rank, world_size=WORLD, timeout=PATIENCE
+    )
     try:
         result: dict[str, Any] = case(rank)
     except BaseException:  # noqa: BLE001 - whatever an author's code raises is the result, and the next case runs
@@ -54,6 +56,9 @@ def work(file: str, qualified_name: str, folder: Path, rank: int) -> None:
     suite: Any = load_file(Path(file), "regrad_testing_suite")
     for part in qualified_name.split("."):
         suite = getattr(suite, part)
-    results = {name: run_case(case, rank, folder, i) for i, (name, case) in enumerate(suite.cases().items())}
+    results = {
+        name: run_case(case, rank, folder, i)
+        for i, (name, case) in enumerate(suite.cases().items())
+    }
     (folder / f"{rank}.json").write_text(json.dumps(results))
     os._exit(0)  # gloo's threads may outlive the group and abort the interpreter's own exit

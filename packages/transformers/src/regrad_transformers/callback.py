@@ -69,11 +69,17 @@ class RegradCallback(TrainerCallback):
         resume_from_checkpoint: str | Path | None = None,
     ) -> None:
         if isinstance(corrections, str):
-            raise TypeError(f"corrections must be a list, got {corrections!r}; write [{corrections!r}]")
+            raise TypeError(
+                f"corrections must be a list, got {corrections!r}; write [{corrections!r}]"
+            )
         for item in corrections:
             if not isinstance(item, str | regrad.Correction):
                 raise TypeError(f"corrections must be names or Correction objects, got {item!r}")
-        self.corrections, self._plain, self._restore = [*corrections], criterion or F.cross_entropy, restore
+        self.corrections, self._plain, self._restore = (
+            [*corrections],
+            criterion or F.cross_entropy,
+            restore,
+        )
         self._resumed_from = resume_from_checkpoint
         self.attachment: regrad.Attachment | None = None
         self._run, self._saved, self._was_called = "", -1, False
@@ -83,16 +89,29 @@ class RegradCallback(TrainerCallback):
 
     def _made(self) -> list[regrad.Correction]:
         """Return new corrections with the options that were asked for."""
-        pairs = ((item, (item,)) if not isinstance(item, str) else (item, created(item)) for item in self.corrections)
-        return [c if isinstance(item, str) else type(c)(**vars(c.options)) for item, made in pairs for c in made]
+        pairs = (
+            (item, (item,)) if not isinstance(item, str) else (item, created(item))
+            for item in self.corrections
+        )
+        return [
+            c if isinstance(item, str) else type(c)(**vars(c.options))
+            for item, made in pairs
+            for c in made
+        ]
 
     @property
     def criterion(self) -> Callable[..., Tensor]:
         """The criterion for a `compute_loss_func` of your own; ask for it at every call."""
         self._was_called = True
-        return self.attachment.criterion if self.attachment is not None and self._needed else self._plain
+        return (
+            self.attachment.criterion
+            if self.attachment is not None and self._needed
+            else self._plain
+        )
 
-    def compute_loss(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def compute_loss(
+        self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Return the cross entropy that the model would compute itself; give it to the Trainer as `compute_loss_func`.
 
         Position i predicts label i + 1 where the model's own loss shifts labels
@@ -145,23 +164,34 @@ class RegradCallback(TrainerCallback):
         self.on_init_end(args, state, control, model=model)
         resumable = args.save_strategy != "no" and not args.save_only_model
         refuse_if(resumable and any(is_sharded(p) for p in model.parameters()), SHARDS)
-        self.attachment = regrad.attach(model, optimizer, self._made(), self._plain if self._needed else None)
+        self.attachment = regrad.attach(
+            model, optimizer, self._made(), self._plain if self._needed else None
+        )
         try:
             if state.global_step and self._restore:
                 self.attachment.load_state_dict(self._state_of(args, state))
         except RegradError as problem:
             self.detach()
             found = str(problem).removesuffix("; or pass strict=False")  # which is not ours to pass
-            raise RegradError(f"{found}; RegradCallback(…, restore=False) begins corrections anew") from problem
+            raise RegradError(
+                f"{found}; RegradCallback(…, restore=False) begins corrections anew"
+            ) from problem
         self._was_called, self._run, self._saved = False, uuid.uuid4().hex, -1
         # The Trainer writes this with its state: by it a resumed training knows which file is its own.
-        state.stateful_callbacks[KEY] = {"run": self._run, "folder": str(Path(args.output_dir).resolve())}
+        state.stateful_callbacks[KEY] = {
+            "run": self._run,
+            "folder": str(Path(args.output_dir).resolve()),
+        }
 
     def _state_of(self, args: Any, state: Any) -> dict[str, Any]:
         """Return what the checkpoint that training goes on from holds of its corrections."""
         told, name = state.stateful_callbacks.get(KEY), f"checkpoint-{state.global_step}"
-        refuse_if(told is None, "checkpoint must be of a training with corrections, got one without")
-        given = [Path(place) for place in (self._resumed_from, args.resume_from_checkpoint) if place]
+        refuse_if(
+            told is None, "checkpoint must be of a training with corrections, got one without"
+        )
+        given = [
+            Path(place) for place in (self._resumed_from, args.resume_from_checkpoint) if place
+        ]
         folders = [*given, Path(args.output_dir) / name, Path(told["folder"]) / name]
         return storage.read_state(folders, told["run"], state.global_step)["attachment"]  # type: ignore[no-any-return]
 
@@ -178,7 +208,11 @@ class RegradCallback(TrainerCallback):
 
     def _save_unannounced(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save beside a checkpoint that nobody is told of: `enable_jit_checkpoint` ends training with one."""
-        if args.enable_jit_checkpoint and control.should_training_stop and self._saved != state.global_step:
+        if (
+            args.enable_jit_checkpoint
+            and control.should_training_stop
+            and self._saved != state.global_step
+        ):
             self.on_save(args, state, control)
 
     on_step_begin = on_step_end = on_epoch_end = _save_unannounced
@@ -191,7 +225,9 @@ class RegradCallback(TrainerCallback):
             return
         self._saved, kept = state.global_step, self.attachment.state_dict()
         if not args.save_only_model:
-            storage.write_state(folder, {"run": self._run, "step": state.global_step, "attachment": kept})
+            storage.write_state(
+                folder, {"run": self._run, "step": state.global_step, "attachment": kept}
+            )
         storage.write_receipt(folder, kept["receipt"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -200,7 +236,9 @@ class RegradCallback(TrainerCallback):
         if training and self.attachment is not None and f"{PREFIX}steps_applied" not in logs:
             found = {f"{PREFIX}{name}": value for name, value in self.attachment.metrics().items()}
             logs.update(found)
-            state.log_history[-1].update(found)  # the Trainer has copied its logs there before it tells callbacks
+            state.log_history[-1].update(
+                found
+            )  # the Trainer has copied its logs there before it tells callbacks
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach, and write the receipt beside the checkpoints."""

@@ -17,7 +17,9 @@ OWN_LOSS = "write a compute_loss_func of your own that calls callback.criterion"
 def shifts_labels(model: Any) -> bool:
     """Say whether the model's own loss compares each position with the next label, as the Trainer decides it too."""
     aligned = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss and not aligned
+    return (
+        LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss and not aligned
+    )
 
 
 def cross_entropy(
@@ -54,18 +56,28 @@ def cross_entropy(
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
         got = "none" if labels is None else f"{list(labels.shape)} of {labels.dtype}"
-        raise RegradError(f"labels must be class indices of shape {list(logits.shape[:-1])}, got {got}; {OWN_LOSS}")
+        raise RegradError(
+            f"labels must be class indices of shape {list(logits.shape[:-1])}, got {got}; {OWN_LOSS}"
+        )
     if isinstance(outputs, dict) and outputs.get("aux_loss") is not None:
-        raise RegradError(f"loss must be cross entropy alone, got a model that adds its aux_loss; {OWN_LOSS}")
+        raise RegradError(
+            f"loss must be cross entropy alone, got a model that adds its aux_loss; {OWN_LOSS}"
+        )
     if isinstance(items, Tensor) and items.numel() > 1:
         raise RegradError("loss must be of one GPU per process, got several; start with torchrun")
     if shift:
         labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     loss = criterion(
-        logits.float().reshape(-1, logits.shape[-1]),  # as the models do: in half precision the sum would lose digits
+        logits.float().reshape(
+            -1, logits.shape[-1]
+        ),  # as the models do: in half precision the sum would lose digits
         labels.to(logits.device).reshape(-1),
         ignore_index=IGNORED,
         reduction="mean" if items is None else "sum",
         label_smoothing=label_smoothing,
     )
-    return loss if items is None else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+    return (
+        loss
+        if items is None
+        else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+    )

@@ -92,7 +92,9 @@ class AdaNorm(Correction):
         """Refuse what has no first moment, or none that is known."""
         optimizer = attachment.optimizer
         if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-            raise RegradError("'adanorm' has no rule for complex parameters; train them with a separate optimizer")
+            raise RegradError(
+                "'adanorm' has no rule for complex parameters; train them with a separate optimizer"
+            )
         if self.options.target == "gradient":
             return
         if type(optimizer) not in FIRST_MOMENTS:
@@ -123,13 +125,17 @@ class AdaNorm(Correction):
             for members in _alike(step, group["params"]):
                 self._correct_moments_of(members, step.optimizer, group)
 
-    def _correct_moments_of(self, members: Sequence[Member], optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    def _correct_moments_of(
+        self, members: Sequence[Member], optimizer: Optimizer, group: Mapping[str, Any]
+    ) -> None:
         """Correct the first moments of parameters of one group, device and dtype."""
         key, share = FIRST_MOMENTS[type(optimizer)], _share_of_new(group)
         sign = -1.0 if group["maximize"] else 1.0
         decay = 0.0 if group.get("decoupled_weight_decay") else sign * group["weight_decay"]
         excess = self._advance(members, self._norms(members, decay))
-        factors = (excess * (sign * share)).clamp(-_largest_finite(members), _largest_finite(members))
+        factors = (excess * (sign * share)).clamp(
+            -_largest_finite(members), _largest_finite(members)
+        )
         states = [optimizer.state.get(parameter, {}).get(key) for _, parameter, _ in members]
         # Where there is no moment yet, nothing is due at e_0 = 0; after a restored e it waits for the state.
         if not any(state is None for state in states):
@@ -138,7 +144,12 @@ class AdaNorm(Correction):
         ready = [index for index, state in enumerate(states) if state is not None]
         if ready:
             chosen = torch.stack([factors[index] for index in ready])
-            self._add([states[index] for index in ready], [members[index] for index in ready], decay, chosen)
+            self._add(
+                [states[index] for index in ready],
+                [members[index] for index in ready],
+                decay,
+                chosen,
+            )
 
     def _norms(self, members: Sequence[Member], decay: float) -> Tensor:
         """Return the norms of g + decay·θ, shape [n]."""
@@ -146,7 +157,9 @@ class AdaNorm(Correction):
             return norms_of([gradient for _, _, gradient in members])
         return torch.cat([norms_of([self._decayed(member, decay)]) for member in members])
 
-    def _add(self, states: Sequence[Tensor], members: Sequence[Member], decay: float, factors: Tensor) -> None:
+    def _add(
+        self, states: Sequence[Tensor], members: Sequence[Member], decay: float, factors: Tensor
+    ) -> None:
         """Add factor·(g + decay·θ) to each state."""
         if not decay:
             add_scaled_(states, [gradient for _, _, gradient in members], factors)
@@ -161,7 +174,10 @@ class AdaNorm(Correction):
         _, parameter, gradient = member
         if is_sharded(gradient) or not gradient.is_cpu:
             return torch.add(gradient, parameter, alpha=decay)
-        if gradient.dtype not in self._scratch or self._scratch[gradient.dtype].numel() < gradient.numel():
+        if (
+            gradient.dtype not in self._scratch
+            or self._scratch[gradient.dtype].numel() < gradient.numel()
+        ):
             self._scratch[gradient.dtype] = torch.empty(gradient.numel(), dtype=gradient.dtype)
         out = self._scratch[gradient.dtype][: gradient.numel()].view_as(gradient)
         return torch.add(gradient, parameter, alpha=decay, out=out)
@@ -204,7 +220,9 @@ def _share_of_new(group: Mapping[str, Any]) -> float:
     kept = group["betas"][0] if "betas" in group else group["momentum"]
     if not isinstance(kept, Tensor) and kept == 0:
         option = "betas[0]" if "betas" in group else "momentum"
-        raise RegradError(f"'adanorm' corrects the first moment: {option} must be positive, got {kept!r}")
+        raise RegradError(
+            f"'adanorm' corrects the first moment: {option} must be positive, got {kept!r}"
+        )
     new = 1 - (kept if "betas" in group else group["dampening"])
     return new / kept  # type: ignore[no-any-return]
 

@@ -34,7 +34,9 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def average_and_excess(norms: Tensor, averages: Tensor, *, decay: float = 0.95) -> tuple[Tensor, Tensor]:
+def average_and_excess(
+    norms: Tensor, averages: Tensor, *, decay: float = 0.95
+) -> tuple[Tensor, Tensor]:
     r"""Advance the averages of norms, and say by how much each gradient is too short.
 
     .. math:: e \leftarrow \gamma e + (1-\gamma)|g|, \qquad

@@ -24,7 +24,9 @@ def coupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Non
     if type(optimizer) not in COUPLED or group.get("decoupled_weight_decay"):
         return None
     decay = float(group["weight_decay"])
-    return -decay if group.get("maximize") else decay  # with maximize the decay is added to the negated gradient
+    return (
+        -decay if group.get("maximize") else decay
+    )  # with maximize the decay is added to the negated gradient
 
 
 class Centralization(Correction):
@@ -63,7 +65,13 @@ class Centralization(Correction):
     """
 
     name = "centralization"
-    needs = Needs(stages=("gradient",), layouts=("plain", "ddp", "fsdp2"), closures=True, sparse=True, before=("gcw",))
+    needs = Needs(
+        stages=("gradient",),
+        layouts=("plain", "ddp", "fsdp2"),
+        closures=True,
+        sparse=True,
+        before=("gcw",),
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -100,11 +108,15 @@ class Centralization(Correction):
         if not self._units.keys() >= {*step.names}:
             self._units |= units_of(self.attachment.model, conv_only=self.options.conv_only)
         grads, means = list[Tensor](), list[Tensor]()
-        for name, parameter, gradient in zip(step.names, step.parameters, step.gradients, strict=True):
+        for name, parameter, gradient in zip(
+            step.names, step.parameters, step.gradients, strict=True
+        ):
             unit = self._units.get(name)
             if unit is not None and gradient is not None and not gradient.is_sparse:
                 mean = self._means(step, parameter, gradient, unit)
-                if gradient.is_cpu:  # what was just read is still in the cache; elsewhere one launch does all
+                if (
+                    gradient.is_cpu
+                ):  # what was just read is still in the cache; elsewhere one launch does all
                     subtract_([gradient], [mean])
                 else:
                     grads.append(gradient)
@@ -113,7 +125,10 @@ class Centralization(Correction):
 
     def _means(self, step: Step, parameter: nn.Parameter, gradient: Tensor, unit: Unit) -> Tensor:
         """Return what one gradient has too much of."""
-        means, decay = unit_means(gradient, unit), self._decay(step.optimizer, step.group_of(parameter))
+        means, decay = (
+            unit_means(gradient, unit),
+            self._decay(step.optimizer, step.group_of(parameter)),
+        )
         return means.add_(unit_means(parameter, unit), alpha=decay) if decay else means
 
     def selects(self, name: str, parameter: Tensor) -> bool:

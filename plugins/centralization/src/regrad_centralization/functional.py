@@ -101,7 +101,9 @@ def _part_of(whole: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - heavy, and only shards need it
 
     everywhere = [Replicate()] * like.device_mesh.ndim
-    spread = DTensor.from_local(whole.expand(like.shape), like.device_mesh, everywhere, run_check=False)
+    spread = DTensor.from_local(
+        whole.expand(like.shape), like.device_mesh, everywhere, run_check=False
+    )
     return local(spread.redistribute(placements=like.placements))
 
 

@@ -15,7 +15,9 @@ BY_ROW = (nn.Linear, nn.Bilinear, nn.RNNBase)
 NEVER = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
-def unit_of(module: nn.Module, name: str, parameter: Tensor, *, conv_only: bool = False) -> Unit | None:
+def unit_of(
+    module: nn.Module, name: str, parameter: Tensor, *, conv_only: bool = False
+) -> Unit | None:
     """Return what belongs to one output of a parameter, or None where it is not centred.
 
     Args:
@@ -58,7 +60,9 @@ def units_of(model: nn.Module, *, conv_only: bool) -> dict[str, Unit | None]:
     units: dict[str, Unit | None] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            known_as = names.setdefault(parameter, re.sub(WRAPPER, "", f"{path}.{name}").lstrip("."))
+            known_as = names.setdefault(
+                parameter, re.sub(WRAPPER, "", f"{path}.{name}").lstrip(".")
+            )
             unit = unit_of(module, name, parameter, conv_only=conv_only)
             units[known_as] = unit if unit is None else units.get(known_as, unit)
     return units

@@ -69,7 +69,9 @@ class AGC(Correction):
 
         max_ratio: float = 0.01
         weight_floor: float = 1e-3
-        head: str | float | None = "auto"  # "agc:head=2" is read as a number, and layers may be called so
+        head: str | float | None = (
+            "auto"  # "agc:head=2" is read as a number, and layers may be called so
+        )
         axis: Literal["auto"] | tuple[str, ...] = "auto"
 
         def __post_init__(self) -> None:
@@ -92,14 +94,18 @@ class AGC(Correction):
         for item in () if self.options.axis == "auto" else self.options.axis:
             pattern = item.rpartition("=")[0]
             if not any(fnmatchcase(name, pattern) for name in self._units):
-                raise ValueError(f"axis must name parameters of the model, got {pattern!r}, which fits none")
+                raise ValueError(
+                    f"axis must name parameters of the model, got {pattern!r}, which fits none"
+                )
         if self.options.head is None:
             self._spared = frozenset()
         elif self.options.head != "auto":
             check_head(str(self.options.head), self._held)
             self._spare([str(self.options.head)])
         elif attachment.record is None:
-            raise RegradError("'agc' cannot see a compiled model's head; pass head='name', or attach before compiling")
+            raise RegradError(
+                "'agc' cannot see a compiled model's head; pass head='name', or attach before compiling"
+            )
 
     def _read_units(self) -> None:
         """Note each parameter's unit by name: parameters themselves change under FSDP2."""
@@ -113,13 +119,17 @@ class AGC(Correction):
             pattern, _, axis = item.rpartition("=")
             if fnmatchcase(holding.known_as, pattern):
                 if axis != "none" and int(axis) >= holding.rank:
-                    raise ValueError(f"axis must be below {holding.rank} for {holding.known_as!r}, got {axis}")
+                    raise ValueError(
+                        f"axis must be below {holding.rank} for {holding.known_as!r}, got {axis}"
+                    )
                 return Unit(None if axis == "none" else int(axis))
         return None
 
     def _spare(self, modules: Sequence[str]) -> None:
         """Leave the weights of these modules alone, with what is tied to them."""
-        self._spared = frozenset(h.known_as for h in self._held if h.module in modules and h.is_weight)
+        self._spared = frozenset(
+            h.known_as for h in self._held if h.module in modules and h.is_weight
+        )
         note = f"'agc' leaves the classifier head alone: {', '.join(sorted(self._spared))}"
         self.attachment.reasons = (*self.attachment.reasons, note)
 
@@ -142,12 +152,17 @@ class AGC(Correction):
             self._read_units()
         chosen = [
             (gradient, parameter, self._units.get(name, Unit(0 if parameter.dim() > 1 else None)))
-            for name, parameter, gradient in zip(step.names, step.parameters, step.gradients, strict=True)
+            for name, parameter, gradient in zip(
+                step.names, step.parameters, step.gradients, strict=True
+            )
             if gradient is not None and name not in spared
         ]
         if chosen:
             grads, weights, units = zip(*chosen, strict=True)
-            bounds = {"max_ratio": self.options.max_ratio, "weight_floor": self.options.weight_floor}
+            bounds = {
+                "max_ratio": self.options.max_ratio,
+                "weight_floor": self.options.weight_floor,
+            }
             self._factors = clip_units_(grads, weights, units, **bounds)
 
     def metrics(self) -> dict[str, float]:

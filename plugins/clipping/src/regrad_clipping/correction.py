@@ -13,7 +13,10 @@ from torch import Tensor
 from regrad_clipping.functional import check_positive, clip_norm_, clip_value_, gradient_norm
 
 CLIPPING = Needs(
-    stages=("gradient",), layouts=("plain", "ddp", "fsdp2"), closures=True, after=("centralization", "gcw")
+    stages=("gradient",),
+    layouts=("plain", "ddp", "fsdp2"),
+    closures=True,
+    after=("centralization", "gcw"),
 )
 
 

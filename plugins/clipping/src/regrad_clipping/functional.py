@@ -32,7 +32,12 @@ def check_positive(name: str, value: float) -> None:
 
 @torch.no_grad()
 def clip_adaptive_(
-    grad: Tensor, weight: Tensor, *, max_ratio: float = 0.01, weight_floor: float = 1e-3, axis: int | None = 0
+    grad: Tensor,
+    weight: Tensor,
+    *,
+    max_ratio: float = 0.01,
+    weight_floor: float = 1e-3,
+    axis: int | None = 0,
 ) -> Tensor:
     r"""Shrink, in place, each unit of `grad` that is large against its weights.
 
@@ -68,7 +73,9 @@ def clip_adaptive_(
         Recognition Without Normalization", section 4.
     """
     if grad.shape != weight.shape:
-        raise ValueError(f"weight must have the shape of grad, {[*grad.shape]}, got {[*weight.shape]}")
+        raise ValueError(
+            f"weight must have the shape of grad, {[*grad.shape]}, got {[*weight.shape]}"
+        )
     check_positive("max_ratio", max_ratio)
     check_positive("weight_floor", weight_floor)
     units = [Unit(None if grad.dim() < 2 else axis)]
@@ -78,7 +85,12 @@ def clip_adaptive_(
 
 @torch.no_grad()
 def unit_factors(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], units: Sequence[Unit], *, max_ratio: float, weight_floor: float
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    units: Sequence[Unit],
+    *,
+    max_ratio: float,
+    weight_floor: float,
 ) -> list[Tensor]:
     r"""Return what adaptive clipping multiplies each unit by, in (0, 1].
 
@@ -101,7 +113,10 @@ def unit_factors(
     for index, norm in enumerate(gradient_norms):
         alike[norm.device, norm.dtype].append(index)
     for indices in alike.values():
-        held = [torch.cat([norms[i].flatten() for i in indices]) for norms in (weight_norms, gradient_norms)]
+        held = [
+            torch.cat([norms[i].flatten() for i in indices])
+            for norms in (weight_norms, gradient_norms)
+        ]
         flat = _factors(*held, max_ratio=max_ratio, weight_floor=weight_floor)
         parts = flat.split([gradient_norms[i].numel() for i in indices])  # type: ignore[no-untyped-call]
         for i, part in zip(indices, parts, strict=True):
@@ -111,7 +126,12 @@ def unit_factors(
 
 @torch.no_grad()
 def clip_units_(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], units: Sequence[Unit], *, max_ratio: float, weight_floor: float
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    units: Sequence[Unit],
+    *,
+    max_ratio: float,
+    weight_floor: float,
 ) -> list[Tensor]:
     """Clip every gradient, in place, and return its factors: `unit_factors` and `scale_units_` in one.
 
@@ -153,13 +173,20 @@ def clip_units_(
     return factors
 
 
-def _factors(weight_norms: Tensor, gradient_norms: Tensor, *, max_ratio: float, weight_floor: float) -> Tensor:
+def _factors(
+    weight_norms: Tensor, gradient_norms: Tensor, *, max_ratio: float, weight_floor: float
+) -> Tensor:
     """Return the factors of units with these norms; those of the weights are overwritten."""
     return weight_norms.clamp_(min=weight_floor).mul_(max_ratio).div_(gradient_norms).clamp_(max=1)
 
 
 def _clip_at_once_(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], units: Sequence[Unit], *, max_ratio: float, weight_floor: float
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    units: Sequence[Unit],
+    *,
+    max_ratio: float,
+    weight_floor: float,
 ) -> Sequence[Tensor]:
     factors = unit_factors(grads, weights, units, max_ratio=max_ratio, weight_floor=weight_floor)
     scale_units_(grads, factors)
@@ -167,11 +194,18 @@ def _clip_at_once_(
 
 
 def _clip_whole_(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], _: Sequence[Unit], *, max_ratio: float, weight_floor: float
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    _: Sequence[Unit],
+    *,
+    max_ratio: float,
+    weight_floor: float,
 ) -> Sequence[Tensor]:
     """Clip tensors on the CPU that are one unit each, of dtypes whose norms have one dtype."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    norms = [torch.stack(torch._foreach_norm(list(tensors), 2, dtype)) for tensors in (weights, grads)]
+    norms = [
+        torch.stack(torch._foreach_norm(list(tensors), 2, dtype)) for tensors in (weights, grads)
+    ]
     factors = _factors(*norms, max_ratio=max_ratio, weight_floor=weight_floor)
     for grad, number in zip(grads, factors.tolist(), strict=True):
         if not number >= 1:  # so that NaN spreads
@@ -197,7 +231,9 @@ def scale_units_(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     for grad, factor in pairs:
         if grad.is_cpu:
             _scale_if_any_is_less_(grad, factor)
-    elsewhere = [(g, f) for g, f in pairs if not g.is_cpu]  # looking there would wait for the device
+    elsewhere = [
+        (g, f) for g, f in pairs if not g.is_cpu
+    ]  # looking there would wait for the device
     if elsewhere:
         torch._foreach_mul_([g for g, _ in elsewhere], [f for _, f in elsewhere])
 
@@ -209,9 +245,13 @@ def _norms(tensors: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
         if unit == Unit(None) and not is_sharded(tensor):
             together[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(i)
         else:
-            norms[i] = row_norms(tensor, unit.axis) if unit.groups == 1 else _grouped_norms(tensor, unit)
+            norms[i] = (
+                row_norms(tensor, unit.axis) if unit.groups == 1 else _grouped_norms(tensor, unit)
+            )
     for (_, dtype), indices in together.items():
-        for i, norm in zip(indices, torch._foreach_norm([tensors[i] for i in indices], 2, dtype), strict=True):
+        for i, norm in zip(
+            indices, torch._foreach_norm([tensors[i] for i in indices], 2, dtype), strict=True
+        ):
             norms[i] = norm.view([1] * tensors[i].dim())
     return norms
 
@@ -236,7 +276,9 @@ def _spread(factor: Tensor, grad: Any, unit: Unit) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - heavy, and only shards need it
 
     everywhere = [Replicate()] * grad.device_mesh.ndim
-    whole = DTensor.from_local(spread.expand(grad.shape), grad.device_mesh, everywhere, run_check=False)
+    whole = DTensor.from_local(
+        spread.expand(grad.shape), grad.device_mesh, everywhere, run_check=False
+    )
     return local(whole.redistribute(placements=grad.placements))
 
 
@@ -250,7 +292,9 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     Returns:
         A scalar on the device of the first gradient.
     """
-    return total_norm(grads) if any(map(is_sharded, grads)) else torch.nn.utils.get_total_norm(grads)
+    return (
+        total_norm(grads) if any(map(is_sharded, grads)) else torch.nn.utils.get_total_norm(grads)
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,16 @@ from regrad_clipping.functional import Unit
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Whose tensors of rank 2 and more have their outputs in dimension 0, however small the others are.
-BY_ROW = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
+BY_ROW = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+)
 GAINS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -76,9 +85,15 @@ def holdings(model: nn.Module) -> list[Holding]:
         where = re.sub(WRAPPER, "", f"{path}.").rstrip(".")
         for name, parameter in module.named_parameters(recurse=False):
             known_as = first.setdefault(parameter, f"{where}.{name}".lstrip("."))
-            holder, _, factor = where.partition("parametrizations.")  # weight norm and its like: factors of the weight
+            holder, _, factor = where.partition(
+                "parametrizations."
+            )  # weight norm and its like: factors of the weight
             owner, attribute = (holder.rstrip("."), factor) if factor else (where, name)
-            found.append(Holding(owner, attribute, known_as, unit_of(module, name, parameter), parameter.dim()))
+            found.append(
+                Holding(
+                    owner, attribute, known_as, unit_of(module, name, parameter), parameter.dim()
+                )
+            )
     return found
 
 
@@ -98,7 +113,11 @@ def head_modules(model: nn.Module, calls: Sequence[Call], held: Sequence[Holding
         return [""]
     named = [(re.sub(WRAPPER, "", call.name), call) for call in calls]
     makers = [name for name, call in named if call.makes_output and name in layers]
-    linear = {re.sub(WRAPPER, "", name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        re.sub(WRAPPER, "", name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     last = [name for name, _ in named if name in linear][-1:]
     return list(dict.fromkeys(makers)) or last
 

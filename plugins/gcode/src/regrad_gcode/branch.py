@@ -9,7 +9,9 @@ from regrad.errors import refuse_if
 from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint
 
-Solver = Literal["euler", "midpoint", "heun3", "rk4", "bosh3", "adaptive_heun", "fehlberg2", "dopri5", "dopri8"]
+Solver = Literal[
+    "euler", "midpoint", "heun3", "rk4", "bosh3", "adaptive_heun", "fehlberg2", "dopri5", "dopri8"
+]
 
 
 class Field(nn.Module):
@@ -55,20 +57,33 @@ class Branch(nn.Module):
         RegradError: If no stride leads from the one size to the other.
     """
 
-    def __init__(self, before: tuple[int, ...], after: tuple[int, ...], *, solver: str, adjoint: bool) -> None:
+    def __init__(
+        self, before: tuple[int, ...], after: tuple[int, ...], *, solver: str, adjoint: bool
+    ) -> None:
         super().__init__()
         strides = [-(-long // short) for long, short in zip(before[1:], after[1:], strict=True)]
-        reached = tuple(-(-long // stride) for long, stride in zip(before[1:], strides, strict=True))
+        reached = tuple(
+            -(-long // stride) for long, stride in zip(before[1:], strides, strict=True)
+        )
         unfit = reached != after[1:]
-        refuse_if(unfit, f"stages must shrink images by a stride, got {before} to {after}; name others with stages=[…]")
+        refuse_if(
+            unfit,
+            f"stages must shrink images by a stride, got {before} to {after}; name others with stages=[…]",
+        )
         same = before == after
-        self.project = nn.Identity() if same else nn.Conv2d(before[0], after[0], 1, stride=(strides[0], strides[1]))
+        self.project = (
+            nn.Identity()
+            if same
+            else nn.Conv2d(before[0], after[0], 1, stride=(strides[0], strides[1]))
+        )
         self.field, self.solver, self.adjoint = Field(after[0]), solver, adjoint
         self.register_buffer("times", torch.tensor([0.0, 1.0]), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return b [B, C', H', W'] of h [B, C, H, W], both in the branch's precision."""
-        adjoint = self.adjoint and not self.field.pointwise.weight.requires_grad  # a fit needs the steps' own gradients
+        adjoint = (
+            self.adjoint and not self.field.pointwise.weight.requires_grad
+        )  # a fit needs the steps' own gradients
         # Without the empty tuple the adjoint would write gradients into the field's parameters.
         solve = partial(odeint_adjoint, adjoint_params=()) if adjoint else odeint
         how = {"method": self.solver, "rtol": 1e-4, "atol": 1e-4}  # of adaptive solvers

@@ -70,7 +70,9 @@ class GCODE(Correction):
     """
 
     name = "gcode"
-    needs = Needs(stages=("hidden",), layouts=("plain", "ddp"), record=True, conflicts={"fsdp2": UNCOUNTED})
+    needs = Needs(
+        stages=("hidden",), layouts=("plain", "ddp"), record=True, conflicts={"fsdp2": UNCOUNTED}
+    )
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options:
@@ -93,8 +95,16 @@ class GCODE(Correction):
                 ("warmup_steps", self.warmup_steps >= 1, "be at least 1"),
                 ("fit_every", self.fit_every >= 1, "be at least 1"),
                 ("learning_rate", 0 < self.learning_rate < torch.inf, "be positive and finite"),
-                ("norm", self.flow == "branch" or self.norm == "free", "be 'free' with flow='scale', the control"),
-                ("stages", len(self.stages) == len({*self.stages}) != 1, "be two or more different names"),
+                (
+                    "norm",
+                    self.flow == "branch" or self.norm == "free",
+                    "be 'free' with flow='scale', the control",
+                ),
+                (
+                    "stages",
+                    len(self.stages) == len({*self.stages}) != 1,
+                    "be two or more different names",
+                ),
                 ("seed", self.seed >= 0, "be at least 0"),
             )
             for name, holds, rule in rules:
@@ -111,16 +121,25 @@ class GCODE(Correction):
 
     def setup(self, attachment: Attachment) -> None:
         """Refuse what cannot be right; the branches come after the first training forward, or with a state."""
-        refuse_if(attachment.record is None, "'gcode' must see the stages of a model that is not compiled")
+        refuse_if(
+            attachment.record is None, "'gcode' must see the stages of a model that is not compiled"
+        )
         modules = dict(attachment.model.named_modules())
         unknown = [name for name in map(str, self.options.stages) if name not in modules]
-        refuse_if(unknown, f"stages must name modules of the model, got {unknown}; it has {', '.join(modules)}")
+        refuse_if(
+            unknown,
+            f"stages must name modules of the model, got {unknown}; it has {', '.join(modules)}",
+        )
         attachment.hook_forward(attachment.model, self._after_forward)
         kept, self._pairs, self._forwards = self.state_dict(), {}, 0
         self.load_state_dict(kept)
 
     def _acts(self) -> bool:
-        return self.attachment is not None and self.attachment.model.training and torch.is_grad_enabled()
+        return (
+            self.attachment is not None
+            and self.attachment.model.training
+            and torch.is_grad_enabled()
+        )
 
     def _after_forward(self, _: nn.Module, __: Any, output: Any) -> None:
         """Build the branches when the first training forward has shown the stages."""
@@ -129,7 +148,10 @@ class GCODE(Correction):
         if not self._pairs:
             self._find()
         if self._forwards == 0:
-            self.attachment.reasons = (*self.attachment.reasons, f"'gcode' sees the stages {', '.join(self._pairs)}")
+            self.attachment.reasons = (
+                *self.attachment.reasons,
+                f"'gcode' sees the stages {', '.join(self._pairs)}",
+            )
         self._forwards += 1
         for leaf in tree_leaves(output) if self._fits(self.attachment.engine.applied) else ():
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -138,15 +160,25 @@ class GCODE(Correction):
     def _find(self) -> None:
         """Make the pairs of the stages that were named or that the record shows."""
         model, calls = self.attachment.model, self.attachment.record.calls
-        convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-        stages = [Stage(str(name), str(name)) for name in self.options.stages] or find_stages(calls, convolutions)
+        convolutions = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
+        ]
+        stages = [Stage(str(name), str(name)) for name in self.options.stages] or find_stages(
+            calls, convolutions
+        )
         found = ", ".join(last for _, last in stages) or "none"
-        refuse_if(len(stages) < 2, f"'gcode' must find two stages or more, found {found}; name them with stages=[…]")
+        refuse_if(
+            len(stages) < 2,
+            f"'gcode' must find two stages or more, found {found}; name them with stages=[…]",
+        )
         spans = {call.name: (call.inputs[:1], call.outputs[:1]) for call in reversed(calls)}
         for first, last in stages:
             shapes = (*spans.get(first, ((), ()))[0], *spans.get(last, ((), ()))[1])
             images = [len(shape) for shape in shapes] == [4, 4]
-            refuse_if(not images, f"stages must take and give images [B, C, H, W]; {last!r} takes and gives {shapes}")
+            refuse_if(
+                not images,
+                f"stages must take and give images [B, C, H, W]; {last!r} takes and gives {shapes}",
+            )
             self._build(Stage(first, last), (shapes[0][1:], shapes[1][1:]))
 
     def _build(self, stage: Stage, shapes: tuple[Shape, Shape]) -> None:
@@ -154,7 +186,9 @@ class GCODE(Correction):
         model, name = self.attachment.model, "..".join(dict.fromkeys(stage))
         first, last = (model.get_submodule(part) for part in stage)
         like = next(last.parameters(), next(model.parameters()))
-        pair = self._pairs[name] = Pair(name, shapes, self.options, self.options.seed + len(self._pairs), like)
+        pair = self._pairs[name] = Pair(
+            name, shapes, self.options, self.options.seed + len(self._pairs), like
+        )
         self.attachment.hook_forward(first, partial(self._enter, pair))
         self.attachment.hook_forward(last, partial(self._leave, pair))
 
@@ -171,12 +205,19 @@ class GCODE(Correction):
         if before is None or not (before.requires_grad and after.requires_grad):
             return
         origin, end = (torch.autograd.graph.get_gradient_edge(tensor) for tensor in (before, after))
-        mark, marks = f"gcode {id(pair)} {origin.output_nr}", cast("dict[str, bool]", origin.node.metadata)
-        if mark in marks and torch._C._current_graph_task_id() != -1:  # a checkpoint runs the stage again in backward
+        mark, marks = (
+            f"gcode {id(pair)} {origin.output_nr}",
+            cast("dict[str, bool]", origin.node.metadata),
+        )
+        if (
+            mark in marks and torch._C._current_graph_task_id() != -1
+        ):  # a checkpoint runs the stage again in backward
             return
         marks[mark] = True
         fits = self._fits(self.attachment.engine.applied)
-        sample = (before.detach().clone(), after.detach().clone()) if fits else None  # what follows may write in place
+        sample = (
+            (before.detach().clone(), after.detach().clone()) if fits else None
+        )  # what follows may write in place
         passage = Passage(before.detach(), end.output_nr, after._is_view(), sample)
         self._passages.add(passage)
         # Hooks of a tensor run in the order of their coming, those of its node after them: only there is
@@ -188,7 +229,9 @@ class GCODE(Correction):
         """Forget earlier micro-batches if there is no gradient of theirs: their step was taken, or was skipped."""
         task, self._task = self._task, torch._C._current_graph_task_id()
         if task != self._task and self.attachment is not None:
-            norm = total_norm([p.grad for p in self.attachment.model.parameters() if p.grad is not None])
+            norm = total_norm(
+                [p.grad for p in self.attachment.model.parameters() if p.grad is not None]
+            )
             for pair in self._pairs.values():
                 pair.forget(norm == 0)
 
@@ -202,13 +245,22 @@ class GCODE(Correction):
         """Return the gradient of h before the stage with the branch's part."""
         following, passage.gradient = passage.gradient, None
         idle = passage.hidden is None or self.attachment is None or not self._strength()
-        lost = not idle and following is None and passage.is_view  # torch drops the hooks of a view that is written to
-        refuse_if(lost, f"stage {pair.name!r} ends in a view that is written in place; copy it, or name other stages")
+        lost = (
+            not idle and following is None and passage.is_view
+        )  # torch drops the hooks of a view that is written to
+        refuse_if(
+            lost,
+            f"stage {pair.name!r} ends in a view that is written in place; copy it, or name other stages",
+        )
         if idle or passage.hidden is None or following is None:
             return None
-        extra = self._strength() * pull_back(pair.branch, passage.hidden, following, dtype=pair.dtype)
+        extra = self._strength() * pull_back(
+            pair.branch, passage.hidden, following, dtype=pair.dtype
+        )
         scaled, kept = self.options.flow == "scale", self.options.norm == "keep"
-        corrected = scale_flow(gradient, extra) if scaled else add_flow(gradient, extra, keep_norm=kept)
+        corrected = (
+            scale_flow(gradient, extra) if scaled else add_flow(gradient, extra, keep_norm=kept)
+        )
         engine = self.attachment.engine
         if engine.meter.due(self, engine.applied):
             pair.witnessed = gradient.detach(), corrected
@@ -217,7 +269,10 @@ class GCODE(Correction):
         return corrected
 
     def _strength(self) -> float:
-        return float(self.options.weight * min(1.0, self.attachment.engine.applied / self.options.warmup_steps))
+        return float(
+            self.options.weight
+            * min(1.0, self.attachment.engine.applied / self.options.warmup_steps)
+        )
 
     def _fits(self, index: int) -> bool:
         return index > 0 and (index + 1) % self.options.fit_every == 0  # the first step builds
@@ -235,7 +290,9 @@ class GCODE(Correction):
 
     def after_step(self, step: Step) -> None:
         """Fit the branches when it is time, and let go what the step held."""
-        refuse_if(self._forwards > 1 and not any(pair.passages for pair in self._pairs.values()), UNSEEN)
+        refuse_if(
+            self._forwards > 1 and not any(pair.passages for pair in self._pairs.values()), UNSEEN
+        )
         self._witness()
         for pair in self._pairs.values() if self._fits(step.index) else ():
             pair.fit()
@@ -245,17 +302,31 @@ class GCODE(Correction):
     def control(self, optimizer: torch.optim.Optimizer) -> Control | None:
         """Return the same layers' gradients scaled as the branches scale them; none where norms are kept."""
         scales = self.options.flow == "branch" and self.options.norm == "free"
-        changed = {key: value for key, value in vars(self.options).items() if value != getattr(self.Options, key)}
-        written = ",".join(f"{name}={_written(value)}" for name, value in {**changed, "flow": "scale"}.items())
-        return Control(name="scaled-flow", corrections=(f"{self.name}:{written}",)) if scales else None
+        changed = {
+            key: value
+            for key, value in vars(self.options).items()
+            if value != getattr(self.Options, key)
+        }
+        written = ",".join(
+            f"{name}={_written(value)}" for name, value in {**changed, "flow": "scale"}.items()
+        )
+        return (
+            Control(name="scaled-flow", corrections=(f"{self.name}:{written}",)) if scales else None
+        )
 
     def metrics(self) -> dict[str, float]:
         """Return per pair cosine and norm ratio of the stage's gradient and the corrected one, and the last fit."""
-        return {f"{key}_{name}": v.item() for name, pair in self._pairs.items() for key, v in pair.seen.items()}
+        return {
+            f"{key}_{name}": v.item()
+            for name, pair in self._pairs.items()
+            for key, v in pair.seen.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the branches and their Adams, by stage."""
-        return {name: pair.state() for name, pair in self._pairs.items()} or copy.deepcopy(dict(self._kept))
+        return {name: pair.state() for name, pair in self._pairs.items()} or copy.deepcopy(
+            dict(self._kept)
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned; before attach it is kept until then."""
@@ -265,7 +336,9 @@ class GCODE(Correction):
         for name, kept in state.items() if not self._pairs else ():
             self._build(Stage(name.partition("..")[0], name.rpartition("..")[2]), kept["shapes"])
         stages, got = ", ".join(self._pairs), ", ".join(state)
-        refuse_if(state and {*state} != {*self._pairs}, f"state must be of the stages {stages}, got {got}")
+        refuse_if(
+            state and {*state} != {*self._pairs}, f"state must be of the stages {stages}, got {got}"
+        )
         for name, kept in state.items():
             self._pairs[name].load(kept)
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 
-def pull_back(branch: Callable[[Tensor], Tensor], hidden: Tensor, gradient: Tensor, *, dtype: torch.dtype) -> Tensor:
+def pull_back(
+    branch: Callable[[Tensor], Tensor], hidden: Tensor, gradient: Tensor, *, dtype: torch.dtype
+) -> Tensor:
     r"""Return :math:`J_{branch}^\top g`, in full precision even where autocast is on.
 
     Args:
@@ -71,13 +73,17 @@ def scale_flow(gradient: Tensor, extra: Tensor) -> Tensor:
         >>> scale_flow(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 8.0]]))  # |(5, 12)| / 5
         tensor([[ 7.8000, 10.4000]])
     """
-    return (gradient * _ratio(_sample_norms(gradient + extra), _sample_norms(gradient))).to(gradient.dtype)
+    return (gradient * _ratio(_sample_norms(gradient + extra), _sample_norms(gradient))).to(
+        gradient.dtype
+    )
 
 
 def _sample_norms(tensor: Tensor) -> Tensor:
     """Return norms [B, 1, …] in float32 at least."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(
+        tensor, dim=tuple(range(1, tensor.dim())), keepdim=True, dtype=dtype
+    )
     return norms
 
 

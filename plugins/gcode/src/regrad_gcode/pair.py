@@ -56,7 +56,9 @@ class Pair:
     witnessed: tuple[Tensor, Tensor] | None = None
     passages = 0
 
-    def __init__(self, name: str, shapes: tuple[Shape, Shape], options: Any, seed: int, like: Tensor) -> None:
+    def __init__(
+        self, name: str, shapes: tuple[Shape, Shape], options: Any, seed: int, like: Tensor
+    ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU alone: others are not forked
             branch = Branch(*shapes, solver=options.solver, adjoint=options.adjoint)
@@ -70,7 +72,9 @@ class Pair:
 
     def forget(self, condition: Tensor) -> None:
         """Let go what micro-batches said, where the condition holds: they belong to no step that will be taken."""
-        self.sums = [torch.where(condition.to(kept.device), 0, kept) for kept in self.sums]  # 0 × infinity is NaN
+        self.sums = [
+            torch.where(condition.to(kept.device), 0, kept) for kept in self.sums
+        ]  # 0 × infinity is NaN
 
     def collect(self, before: Tensor, after: Tensor) -> None:
         """Add what a micro-batch says of the branch: the gradients of the sum of (b − h)², and of how many numbers."""
@@ -81,12 +85,17 @@ class Pair:
         self.branch.requires_grad_(False)
         self.seen["fit_loss"] = errors.detach().square().mean()
         new = [*gradients, torch.full_like(self.seen["fit_loss"], after.numel())]
-        self.sums = [one + other for one, other in zip(new, self.sums, strict=True)] if self.sums else new
+        self.sums = (
+            [one + other for one, other in zip(new, self.sums, strict=True)] if self.sums else new
+        )
 
     def fit(self) -> None:
         """Take one step of the branch towards its stage, with the ranks' mean of the gradient of mean (b − h)²."""
         parameters, sums, self.sums = [*self.branch.parameters()], self.sums, []
-        *gradients, count = sums or [*map(torch.zeros_like, parameters), torch.ones(())]  # this rank saw nothing
+        *gradients, count = sums or [
+            *map(torch.zeros_like, parameters),
+            torch.ones(()),
+        ]  # this rank saw nothing
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = (gradient / count.clamp_min(1)).contiguous()
             if is_distributed():
@@ -97,7 +106,11 @@ class Pair:
 
     def state(self) -> dict[str, Any]:
         """Return copies of the branch's weights and its Adam's state."""
-        kept = {"shapes": self.shapes, "branch": self.branch.state_dict(), "adam": self.adam.state_dict()}
+        kept = {
+            "shapes": self.shapes,
+            "branch": self.branch.state_dict(),
+            "adam": self.adam.state_dict(),
+        }
         return copy.deepcopy(kept)
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -45,7 +45,9 @@ def find_stages(calls: Sequence[Call], convolutions: Collection[str]) -> list[St
     return _runs(calls, spans, convolutions)
 
 
-def _runs(calls: Sequence[Call], spans: Mapping[str, Span], convolutions: Collection[str]) -> list[Stage]:
+def _runs(
+    calls: Sequence[Call], spans: Mapping[str, Span], convolutions: Collection[str]
+) -> list[Stage]:
     """Return the runs of units with one output size that hold a convolution, those of the stem left out."""
     children: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(call.name for call in calls):
@@ -59,16 +61,23 @@ def _runs(calls: Sequence[Call], spans: Mapping[str, Span], convolutions: Collec
         if before and after and not (path and math.prod(before) > math.prod(spans[path[-1]][1])):
             path.append(name)
     learned = {name for name in path if any(f"{c}.".startswith(f"{name}.") for c in convolutions)}
-    second = [*(index for index, name in enumerate(path) if name in learned), len(path), len(path)][1]
+    second = [*(index for index, name in enumerate(path) if name in learned), len(path), len(path)][
+        1
+    ]
     runs = [list(run) for _, run in groupby(path[second:], key=lambda name: spans[name][1])]
     return [Stage(run[0], run[-1]) for run in runs if learned.intersection(run)]
 
 
-def _units(parent: str, children: Mapping[str, list[str]], spans: Mapping[str, Span]) -> Iterator[str]:
+def _units(
+    parent: str, children: Mapping[str, list[str]], spans: Mapping[str, Span]
+) -> Iterator[str]:
     """Yield the largest modules within which the image changes its size once at most."""
     for name in children.get(parent, ()):
         before, after = spans[name]
-        sizes = {size for inner, (_, size) in spans.items() if inner.startswith(f"{name}.")} - {before, ()}
+        sizes = {size for inner, (_, size) in spans.items() if inner.startswith(f"{name}.")} - {
+            before,
+            (),
+        }
         if len({size for size in sizes if math.prod(size) >= math.prod(after)}) > 1:
             yield from _units(name, children, spans)
         else:

@@ -96,8 +96,16 @@ class GCW(Correction):
         def __post_init__(self) -> None:
             listed = isinstance(self.layers, tuple) and self.layers != ()
             rules = (
-                ("layers", listed or self.layers in ("stages", "all"), "be 'stages', 'all' or a list of names"),
-                ("slots", 0 < len(self.slots) == len({*self.slots} & {*DECAYS}), f"be some of {', '.join(DECAYS)}"),
+                (
+                    "layers",
+                    listed or self.layers in ("stages", "all"),
+                    "be 'stages', 'all' or a list of names",
+                ),
+                (
+                    "slots",
+                    0 < len(self.slots) == len({*self.slots} & {*DECAYS}),
+                    f"be some of {', '.join(DECAYS)}",
+                ),
                 ("prior", self.prior is None or LOWEST <= self.prior <= HIGHEST, "be in [-1, 2]"),
                 ("warmup_steps", self.warmup_steps >= 0, "be at least 0"),
                 ("fit_every", self.fit_every >= 1, "be at least 1"),
@@ -110,38 +118,63 @@ class GCW(Correction):
         super().__init__(**options)
         chosen = self.options
         shared: dict[str, Any] = {"exclusive": ()} if chosen.allow_double_lookahead else {}
-        self.needs = replace(self.needs, warmup_steps=chosen.warmup_steps, record=chosen.layers == "stages", **shared)
+        self.needs = replace(
+            self.needs, warmup_steps=chosen.warmup_steps, record=chosen.layers == "stages", **shared
+        )
         self._memories: dict[str, Memory] = {}
         self._stage_ends: set[Any] | None = None
 
     def setup(self, attachment: Attachment) -> None:
         """Refuse an optimizer that already looks ahead, and layers that are not there."""
         groups, layers = attachment.optimizer.param_groups, self.options.layers
-        ahead = isinstance(attachment.optimizer, NAdam) or any(group.get("nesterov") for group in groups)
-        kind, mend = type(attachment.optimizer).__name__, "use nesterov=False, or allow_double_lookahead=True"
+        ahead = isinstance(attachment.optimizer, NAdam) or any(
+            group.get("nesterov") for group in groups
+        )
+        kind, mend = (
+            type(attachment.optimizer).__name__,
+            "use nesterov=False, or allow_double_lookahead=True",
+        )
         ahead = ahead and not self.options.allow_double_lookahead
         refuse_if(ahead, f"'gcw' on {kind} with a Nesterov step would look ahead twice; {mend}")
         numbers = any(p.is_complex() for group in groups for p in group["params"])
-        refuse_if(numbers, "'gcw' has no rule for complex parameters; train them with a separate optimizer")
+        refuse_if(
+            numbers,
+            "'gcw' has no rule for complex parameters; train them with a separate optimizer",
+        )
         names = [name for name, _ in attachment.model.named_parameters()]
         for pattern in layers if isinstance(layers, tuple) else ():
-            self._refuse_layers(not any(matches(n, [pattern]) for n in names), f"must name parameters, got {pattern!r}")
+            self._refuse_layers(
+                not any(matches(n, [pattern]) for n in names),
+                f"must name parameters, got {pattern!r}",
+            )
         if layers == "stages":
             self._refuse_layers(attachment.record is None, "must be named in a compiled model")
-            self._refuse_layers(not convolutions_of(attachment.model), "must be named in a model without stages")
+            self._refuse_layers(
+                not convolutions_of(attachment.model), "must be named in a model without stages"
+            )
 
     def _refuse_layers(self, condition: object, rule: str) -> None:
         weights = (name for name, p in self.attachment.model.named_parameters() if p.dim() > 1)
-        refuse_if(condition, f"layers {rule}; it has {', '.join(n.removesuffix('.weight') for n in weights)}")
+        refuse_if(
+            condition,
+            f"layers {rule}; it has {', '.join(n.removesuffix('.weight') for n in weights)}",
+        )
 
     def selects(self, name: str, parameter: Tensor) -> bool:
         """Say whether a parameter is one of `layers`; of stages nothing is known before the first forward."""
         layers = self.options.layers
         if layers != "stages":
             return layers == "all" or matches(name, layers)
-        if self._stage_ends is None and self.attachment is not None and self.attachment.record.calls:
+        if (
+            self._stage_ends is None
+            and self.attachment is not None
+            and self.attachment.record.calls
+        ):
             modules = convolutions_of(self.attachment.model)
-            ends = {getattr(modules[end], "weight", None) for end in stage_ends(self.attachment.record.calls, modules)}
+            ends = {
+                getattr(modules[end], "weight", None)
+                for end in stage_ends(self.attachment.record.calls, modules)
+            }
             self._stage_ends = {weight for weight in ends if isinstance(weight, nn.Parameter)}
             self._refuse_layers(not self._stage_ends, "must be named in a model without stages")
         return parameter in (self._stage_ends or ())
@@ -166,13 +199,19 @@ class GCW(Correction):
         options = self.options
         for name, parameter in zip(step.names, step.parameters, strict=True):
             group = step.group_of(parameter)
-            if not self.selects(name, parameter) or parameter.grad is None or self._in_moment(step, group) != moment:
+            if (
+                not self.selects(name, parameter)
+                or parameter.grad is None
+                or self._in_moment(step, group) != moment
+            ):
                 continue
             gradient = local(parameter.grad)
             if name not in self._memories:
                 rows = options.fit_every if options.fit_target == "next" else None
                 attention = options.predictor == "attention"
-                self._memories[name] = Memory.begin(gradient, self._prior(group), rows=rows, attention=attention)
+                self._memories[name] = Memory.begin(
+                    gradient, self._prior(group), rows=rows, attention=attention
+                )
             memory = self._memories[name].of_(parameter)
             memory.prior = self._prior(group)
             if step.index > options.warmup_steps and memory.seen:
@@ -192,13 +231,19 @@ class GCW(Correction):
         return [float(momentum) if slot == "last" else 0.0 for slot in self.options.slots]
 
     def _offset(self, parameter: Any, memory: Memory) -> Tensor:
-        slots, used, kept = memory.tensors["history"][1:], memory.tensors["used"], self.options.norm == "keep"
+        slots, used, kept = (
+            memory.tensors["history"][1:],
+            memory.tensors["used"],
+            self.options.norm == "keep",
+        )
         return offset(local(parameter.grad), slots, used, keep_norm=kept, whole=memory.whole)
 
     def after_step(self, step: Step) -> None:
         """Fit coefficients and gates at the end of a window."""
         since, options = step.index - self.options.warmup_steps, self.options
-        memories = ((self._memories.get(n), p) for n, p in zip(step.names, step.parameters, strict=True))
+        memories = (
+            (self._memories.get(n), p) for n, p in zip(step.names, step.parameters, strict=True)
+        )
         due = [memory.of_(parameter) for memory, parameter in memories if memory and memory.rows]
         if due and since % options.fit_every == 0:  # before the end of the warm-up nothing is due
             fit(due, predictor=options.predictor, gated=options.gate)
@@ -206,13 +251,18 @@ class GCW(Correction):
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which the prior is, on SGD with momentum."""
         groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(g["momentum"] > 0 and g["dampening"] == 0 for g in groups)
+        plain = type(optimizer) is SGD and all(
+            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
+        )
         return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
 
     def metrics(self) -> dict[str, float]:
         """Return the learned coefficients, means over the tensors, and the shares that the gate lets through."""
         names = [*(f"a_{slot}" for slot in self.options.slots), "share_learned", "share_on"]
-        rows = [torch.cat([m.tensors["learned"], m.tensors["gate"]]).double().cpu() for m in self._memories.values()]
+        rows = [
+            torch.cat([m.tensors["learned"], m.tensors["gate"]]).double().cpu()
+            for m in self._memories.values()
+        ]
         return dict(zip(names, torch.stack(rows).mean(dim=0).tolist(), strict=True)) if rows else {}
 
     def idle_reason(self) -> str:

@@ -46,7 +46,12 @@ def roll_(history: Tensor, gradient: Tensor, *, decays: Sequence[float], seen: i
 
 @torch.no_grad()
 def offset(
-    gradient: Tensor, slots: Tensor, coefficients: Tensor, *, keep_norm: bool = False, whole: Whole = lambda part: part
+    gradient: Tensor,
+    slots: Tensor,
+    coefficients: Tensor,
+    *,
+    keep_norm: bool = False,
+    whole: Whole = lambda part: part,
 ) -> Tensor:
     r"""Return :math:`\Delta G = \sum_k a_k (g - M_k)`.
 
@@ -68,7 +73,9 @@ def offset(
     with torch.autocast(slots.device.type, enabled=False):
         change = raw * coefficients.sum() - torch.mv(_flat(slots).T, coefficients).view(raw.shape)
     if keep_norm:
-        parts = torch.stack([torch.linalg.vector_norm(part) for part in (raw, raw + change, change)])
+        parts = torch.stack(
+            [torch.linalg.vector_norm(part) for part in (raw, raw + change, change)]
+        )
         old, new, moved = whole(parts.square()).sqrt()
         factor = old / new.clamp_min(torch.finfo(raw.dtype).tiny)
         # a coefficient of 0 stays the identity, bit for bit
@@ -146,8 +153,12 @@ def features(grams: Tensor) -> Tensor:
     length = _lengths(grams)[..., :members]
     cosine = (grams[..., 0, :members] / length / length[..., :1]).clamp(-1, 1)
     ratio = (length / length[..., :1]).log().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    which = torch.eye(members, dtype=grams.dtype, device=grams.device).expand(*cosine.shape, members)
-    return torch.cat([cosine.nan_to_num(0.0)[..., None], ratio.nan_to_num(0.0)[..., None], which], dim=-1)
+    which = torch.eye(members, dtype=grams.dtype, device=grams.device).expand(
+        *cosine.shape, members
+    )
+    return torch.cat(
+        [cosine.nan_to_num(0.0)[..., None], ratio.nan_to_num(0.0)[..., None], which], dim=-1
+    )
 
 
 def fit_slot(coefficients: Tensor, cosines: Tensor) -> Tensor:
@@ -176,12 +187,16 @@ def attend(module: Sequence[Tensor], features: Tensor, prior: Tensor) -> Tensor:
         a, shape [n, S]; the slot that makes no offset takes its share of the softmax.
     """
     query, key, scale = module
-    logits = ((query[:, None] * (features[..., None, :] * key[:, None]).sum(dim=-1)).sum(dim=-1)) / WIDTH**0.5
+    logits = (
+        (query[:, None] * (features[..., None, :] * key[:, None]).sum(dim=-1)).sum(dim=-1)
+    ) / WIDTH**0.5
     share: Tensor = logits.softmax(dim=-1)[:, 1:] - 1 / features.shape[1]
     return prior + scale[:, None] * share
 
 
-def fit_attention(module: Sequence[Tensor], features: Tensor, cosines: Tensor, prior: Tensor) -> list[Tensor]:
+def fit_attention(
+    module: Sequence[Tensor], features: Tensor, cosines: Tensor, prior: Tensor
+) -> list[Tensor]:
     r"""Return q, W, γ after 20 Adam steps on :math:`-\sum_k a_k \overline{c_k} + \tfrac12|a - \text{prior}|^2`.
 
     Args:
@@ -224,7 +239,9 @@ def gate(gains: Tensor) -> tuple[Tensor, Tensor]:
     known = gains.isfinite().all(dim=-1, keepdim=True)
     count = known.sum(dim=1)
     mean = gains.where(known, 0.0).sum(dim=1) / count.clamp_min(1)
-    spread = (gains - mean[:, None]).where(known, 0.0).square().sum(dim=1) / (count - 1).clamp_min(1)
+    spread = (gains - mean[:, None]).where(known, 0.0).square().sum(dim=1) / (count - 1).clamp_min(
+        1
+    )
     error = (spread / count.clamp_min(1)).sqrt().where(count > 1, torch.inf)
     learned = mean[:, 1] > mean[:, 0]
     downhill = mean >= -error

@@ -32,13 +32,21 @@ def stage_ends(calls: Sequence[Call], convolutions: Collection[str]) -> list[str
     left: set[Size] = set()
     for name in (call.name for call in calls if call.name in convolutions):
         before, after = spans[name]
-        around = [spans[name[:dot]] for dot, mark in enumerate(name) if mark == "." and name[:dot] in spans]
+        around = [
+            spans[name[:dot]]
+            for dot, mark in enumerate(name)
+            if mark == "." and name[:dot] in spans
+        ]
         apart = any(entry == end != after for entry, end in around)
         if apart or (before in left and before != now):
             continue
         if now is not None and not before == after == now:
             block = name.rpartition(".")[0]
-            same = [n for n in stages[-1] if spans.get(block) == (now, after) and n.startswith(block + ".")]
+            same = [
+                n
+                for n in stages[-1]
+                if spans.get(block) == (now, after) and n.startswith(block + ".")
+            ]
             moved = same if len(same) < len(stages[-1]) else []
             stages[-1] = [n for n in stages[-1] if n not in moved]
             stages.append(moved)
@@ -55,7 +63,11 @@ def _size(shapes: Sequence[Size]) -> Size:
 
 def convolutions_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the convolutions of a model by name, transposed ones left out."""
-    return {n: module for n, module in model.named_modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+    return {
+        n: module
+        for n, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    }
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -67,4 +79,6 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
         >>> matches("layer1.0.conv2.weight", ["layer1"])
         False
     """
-    return any(fnmatchcase(n, pattern) for pattern in patterns for n in (name, name.rpartition(".")[0]))
+    return any(
+        fnmatchcase(n, pattern) for pattern in patterns for n in (name, name.rpartition(".")[0])
+    )

@@ -34,12 +34,16 @@ class Memory:
         whole: Adds over the processes what each computed from its part of a shard.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], prior: Sequence[float], seen: int = 0, rows: int = 0) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], prior: Sequence[float], seen: int = 0, rows: int = 0
+    ) -> None:
         self.tensors, self.prior, self.seen, self.rows = tensors, prior, seen, rows
         self.whole: functional.Whole = lambda values: values
 
     @classmethod
-    def begin(cls, gradient: Tensor, prior: Sequence[float], *, rows: int | None, attention: bool) -> Self:
+    def begin(
+        cls, gradient: Tensor, prior: Sequence[float], *, rows: int | None, attention: bool
+    ) -> Self:
         """Return an empty memory; the slots are 0, the coefficients the prior; `rows` None means hindsight."""
         size, members, a = len(prior) + 2, len(prior) + 1, torch.tensor(prior, dtype=torch.float64)
         tensors = {"learned": a, "used": a, "gate": torch.tensor([0.0, 1.0])}
@@ -47,10 +51,18 @@ class Memory:
         tensors["gains"] = torch.full((WINDOWS_JUDGED * (rows or 1), 2), torch.nan)
         if attention:  # every tensor starts from the same numbers, so the order of their coming does not matter
             generator = torch.Generator().manual_seed(0)
-            draws = torch.randn(functional.WIDTH, size + 2, generator=generator, dtype=torch.float64)
-            tensors |= {"query": draws[:, 0], "key": draws[:, 1:] / (size + 1) ** 0.5, "scale": torch.zeros(())}
+            draws = torch.randn(
+                functional.WIDTH, size + 2, generator=generator, dtype=torch.float64
+            )
+            tensors |= {
+                "query": draws[:, 0],
+                "key": draws[:, 1:] / (size + 1) ** 0.5,
+                "scale": torch.zeros(()),
+            }
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        tensors = {key: tensor.to(gradient.device, dtype, copy=True) for key, tensor in tensors.items()}
+        tensors = {
+            key: tensor.to(gradient.device, dtype, copy=True) for key, tensor in tensors.items()
+        }
         tensors["history"] = tensors["window"].new_zeros(members, *gradient.shape)
         if rows is None:
             tensors["snapshot"] = torch.full_like(tensors["history"], torch.nan)
@@ -59,7 +71,9 @@ class Memory:
 
     def of_(self, parameter: Tensor) -> Self:
         """Move to where the parameter is, after a load, and remember how it is cut into shards."""
-        self.tensors = {key: tensor.to(local(parameter).device) for key, tensor in self.tensors.items()}
+        self.tensors = {
+            key: tensor.to(local(parameter).device) for key, tensor in self.tensors.items()
+        }
         self.whole = partial(sum_over_shards, tensor=parameter)
         return self
 
@@ -89,9 +103,17 @@ class Memory:
 
     def state(self) -> dict[str, Any]:
         """Return copies of everything: of shards, row by row, this process's parts; what is in a list is no shard."""
-        rows = {key: dict(enumerate(self.tensors[key].clone())) for key in LARGE if key in self.tensors}
+        rows = {
+            key: dict(enumerate(self.tensors[key].clone())) for key in LARGE if key in self.tensors
+        }
         small = {key: tensor.clone() for key, tensor in self.tensors.items() if key not in LARGE}
-        return {**rows, "learning": [small], "prior": list(self.prior), "seen": self.seen, "rows": self.rows}
+        return {
+            **rows,
+            "learning": [small],
+            "prior": list(self.prior),
+            "seen": self.seen,
+            "rows": self.rows,
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
@@ -113,9 +135,13 @@ def fit(memories: Sequence[Memory], *, predictor: str, gated: bool) -> None:
     """
     grams = _stack(memory.close_window() for memory in memories)
     products, cosines = functional.evidence(grams)
-    new = {key: _stack(m.tensors[key] for m in memories) for key in memories[0].tensors if key in SMALL}
+    new = {
+        key: _stack(m.tensors[key] for m in memories) for key in memories[0].tensors if key in SMALL
+    }
     prior = grams.new_tensor([memory.prior for memory in memories])
-    judged = torch.stack([(products * a[:, None]).sum(dim=-1) for a in (prior, new["learned"])], dim=-1)
+    judged = torch.stack(
+        [(products * a[:, None]).sum(dim=-1) for a in (prior, new["learned"])], dim=-1
+    )
     new["gains"] = torch.cat([new["gains"][:, judged.shape[1] :], judged], dim=1)
     if predictor == "slot":
         new["learned"] = functional.fit_slot(new["learned"], cosines)

@@ -64,7 +64,9 @@ class PowerGrad(Correction):
     """
 
     name = "powergrad"
-    needs = Needs(stages=("criterion",), layouts=("plain", "ddp", "fsdp2"), closures=True, sparse=True)
+    needs = Needs(
+        stages=("criterion",), layouts=("plain", "ddp", "fsdp2"), closures=True, sparse=True
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Options(NoOptions):
@@ -87,7 +89,9 @@ class PowerGrad(Correction):
             TypeError: If it is anything else.
         """
         if isinstance(criterion, partial) and criterion.func is F.cross_entropy:
-            return partial(_cross_entropy(self.options.alpha), *criterion.args, **criterion.keywords)
+            return partial(
+                _cross_entropy(self.options.alpha), *criterion.args, **criterion.keywords
+            )
         if criterion is F.cross_entropy:
             return _cross_entropy(self.options.alpha)
         if isinstance(criterion, PowerGradCrossEntropyLoss):
@@ -95,7 +99,10 @@ class PowerGrad(Correction):
                 "criterion must be plain cross entropy, got a PowerGradCrossEntropyLoss, which is PowerGrad already; "
                 "use it alone, or attach powergrad to an nn.CrossEntropyLoss"
             )
-        if isinstance(criterion, nn.CrossEntropyLoss) and type(criterion).forward is nn.CrossEntropyLoss.forward:
+        if (
+            isinstance(criterion, nn.CrossEntropyLoss)
+            and type(criterion).forward is nn.CrossEntropyLoss.forward
+        ):
             return PowerGradOf(criterion, alpha=self.options.alpha)
         raise TypeError(
             f"criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got {criterion!r}; "

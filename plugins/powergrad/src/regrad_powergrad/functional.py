@@ -103,7 +103,9 @@ def power_grad_cross_entropy(
     """
     check_alpha(alpha)
     if alpha == 1:
-        return F.cross_entropy(logits, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        return F.cross_entropy(
+            logits, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     _check_options(reduction, label_smoothing)
     _check_tensors(logits, target, weight)
     rule = _Rule(alpha, ignore_index, reduction, label_smoothing)
@@ -119,7 +121,9 @@ def power_grad_cross_entropy(
 
 def _check_options(reduction: str, label_smoothing: float) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        raise ValueError(
+            f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
+        )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
 
@@ -130,7 +134,9 @@ def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None) -> Non
         raise ValueError("logits must have shape [C], [N, C] or [N, C, d1, ...], got a scalar")
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: PowerGrad has none for it; pass {name}.detach()")
+            raise ValueError(
+                f"{name} must not require a gradient: PowerGrad has none for it; pass {name}.detach()"
+            )
     rows = _rows_shape(logits)
     if target.shape == logits.shape:
         if not target.is_floating_point():
@@ -144,7 +150,9 @@ def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None) -> Non
             f"got {list(target.shape)}"
         )
     elif target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"target must hold class indices as int64 or uint8, got {target.dtype}; pass target.long()")
+        raise TypeError(
+            f"target must hold class indices as int64 or uint8, got {target.dtype}; pass target.long()"
+        )
 
 
 def _rows_shape(logits: Tensor) -> Size:
@@ -175,14 +183,18 @@ def _tiles(logits: Tensor) -> list[tuple[Index, Index]]:
         cuts = _cuts(batch, max(items, 1))
         return [((cut,), (cut,)) for cut in cuts]
     places = _cuts(rest[0], max(budget // classes, 1))
-    return [((item, slice(None), place), (item, place)) for item in _cuts(batch, 1) for place in places]
+    return [
+        ((item, slice(None), place), (item, place)) for item in _cuts(batch, 1) for place in places
+    ]
 
 
 def _cuts(length: int, step: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
-def _plain(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, reduction: str) -> Tensor:
+def _plain(
+    logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, reduction: str
+) -> Tensor:
     return F.cross_entropy(
         logits,
         target,
@@ -199,7 +211,10 @@ def _value(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -
     if len(tiles) == 1:
         return _plain(logits, target, weight, rule, rule.reduction)
     soft = target.is_floating_point()
-    parts = (_plain(logits[tile], target[tile if soft else rows], weight, rule, "none") for tile, rows in tiles)
+    parts = (
+        _plain(logits[tile], target[tile if soft else rows], weight, rule, "none")
+        for tile, rows in tiles
+    )
     first = next(parts)
     # one tensor from the start: small ones kept between the tiles would leave the freed memory in pieces
     losses = first.new_empty(_rows_shape(logits))
@@ -209,17 +224,23 @@ def _value(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -
         return losses
     total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
     if rule.reduction == "mean":
-        total = total / _rows_that_count(logits, target, weight, None if soft else target != rule.ignore_index)
+        total = total / _rows_that_count(
+            logits, target, weight, None if soft else target != rule.ignore_index
+        )
     return total.to(losses.dtype)
 
 
-def _rows_that_count(logits: Tensor, target: Tensor, weight: Tensor | None, keep: Tensor | None) -> Tensor | int:
+def _rows_that_count(
+    logits: Tensor, target: Tensor, weight: Tensor | None, keep: Tensor | None
+) -> Tensor | int:
     """Return what "mean" divides by: the number of rows, or over the rows to `keep` the sum of their weights."""
     if keep is None:
         return math.prod(_rows_shape(logits))
     if weight is None:
         return keep.sum()
-    weights = weight.to(torch.promote_types(weight.dtype, torch.float32))[torch.where(keep, target, 0)]
+    weights = weight.to(torch.promote_types(weight.dtype, torch.float32))[
+        torch.where(keep, target, 0)
+    ]
     return torch.where(keep, weights, 0).sum()
 
 
@@ -227,7 +248,9 @@ class _PowerGrad(torch.autograd.Function):
     """Keep the logits alone; all the rest of the gradient is made in the backward pass, tile by tile."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule
+    ) -> Tensor:
         ctx.save_for_backward(logits, target, weight)
         ctx.rule = rule
         return _value(logits, target, weight, rule)
@@ -257,7 +280,9 @@ class _NotTwice(torch.autograd.Function):
         )
 
 
-def _gradient(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, upstream: Tensor) -> Tensor:
+def _gradient(
+    logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, upstream: Tensor
+) -> Tensor:
     """Return the gradient of the logits for the gradient `upstream` of the reduced loss."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     weight = None if weight is None else weight.to(dtype)
@@ -289,7 +314,9 @@ def _residual(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule
     return residual
 
 
-def _subtract_classes(residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float) -> None:
+def _subtract_classes(
+    residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
+) -> None:
     index = target.unsqueeze(1)
     if weight is None:
         own = torch.full_like(index, smoothing - 1, dtype=residual.dtype)
@@ -301,7 +328,9 @@ def _subtract_classes(residual: Tensor, target: Tensor, weight: Tensor | None, s
     residual.scatter_add_(1, index, own)
 
 
-def _subtract_probabilities(residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float) -> None:
+def _subtract_probabilities(
+    residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
+) -> None:
     wanted = target.to(residual.dtype)
     if smoothing:
         wanted = wanted * (1 - smoothing) + smoothing / residual.shape[1]
@@ -333,5 +362,7 @@ def _traced(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) 
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wide_weight = None if weight is None else weight.to(wide.dtype)
     surrogate = _plain(wide * rule.alpha, target, wide_weight, rule, rule.reduction) / rule.alpha
-    value: Tensor = _GradientOf.apply(surrogate, _plain(logits.detach(), target, weight, rule, rule.reduction))
+    value: Tensor = _GradientOf.apply(
+        surrogate, _plain(logits.detach(), target, weight, rule, rule.reduction)
+    )
     return value

@@ -50,7 +50,9 @@ class PowerGradCrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         check_alpha(alpha)
-        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+        super().__init__(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
         self.alpha = alpha
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 - the names of nn.CrossEntropyLoss
@@ -66,7 +68,9 @@ class PowerGradCrossEntropyLoss(nn.CrossEntropyLoss):
         return f"alpha={self.alpha}"
 
 
-def with_settings_of(criterion: nn.CrossEntropyLoss, logits: Tensor, target: Tensor, *, alpha: float) -> Tensor:
+def with_settings_of(
+    criterion: nn.CrossEntropyLoss, logits: Tensor, target: Tensor, *, alpha: float
+) -> Tensor:
     """Return the PowerGrad loss with the arguments that `criterion` has now."""
     return power_grad_cross_entropy(
         logits,

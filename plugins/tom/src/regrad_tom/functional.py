@@ -119,7 +119,9 @@ def _advance(gradient: Tensor, state: Trends, i: int, betas: tuple[float, float,
 def _advance_together(gradients: Tensors, state: Trends, betas: tuple[float, float, float]) -> None:
     """Update the moments of all tensors; their last gradients are scratch afterwards."""
     one, two, three = betas
-    forecast, trend, square, last = (list(x) for x in (state.forecast, state.trend, state.square, state.last))
+    forecast, trend, square, last = (
+        list(x) for x in (state.forecast, state.trend, state.square, state.last)
+    )
     torch._foreach_neg_(last)
     torch._foreach_add_(last, gradients)
     torch._foreach_lerp_(trend, last, 1 - two)
@@ -129,7 +131,9 @@ def _advance_together(gradients: Tensors, state: Trends, betas: tuple[float, flo
     torch._foreach_addcmul_(square, gradients, gradients, 1 - three)
 
 
-def _move_together(weights: Tensors, state: Trends, stretch: list[float], floor: list[float], lr: Scalar) -> None:
+def _move_together(
+    weights: Tensors, state: Trends, stretch: list[float], floor: list[float], lr: Scalar
+) -> None:
     """Move all weights along their forecasts."""
     last = list(state.last)
     torch._foreach_copy_(last, list(state.square))

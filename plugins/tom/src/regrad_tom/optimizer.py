@@ -124,8 +124,14 @@ class Tom(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
-            raise RuntimeError("gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam")
+        if any(
+            p.grad is not None and p.grad.is_sparse
+            for group in self.param_groups
+            for p in group["params"]
+        ):
+            raise RuntimeError(
+                "gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam"
+            )
         for group in self.param_groups:
             alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
@@ -140,7 +146,9 @@ class Tom(Optimizer):
         states = [self._state_of(parameter) for parameter in parameters]
         for state in states:
             state["step"] += 1
-        forecast, trend, square, last = (locals_of(state[key] for state in states) for key in STATES)
+        forecast, trend, square, last = (
+            locals_of(state[key] for state in states) for key in STATES
+        )
         foreach = group["foreach"]
         tom_(
             locals_of(parameters),
@@ -171,7 +179,9 @@ def _check(group: dict[str, Any]) -> None:
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}")
+            raise ValueError(
+                f"lr must be a number or a tensor of one element, got shape {list(lr.shape)}"
+            )
     elif not (lr >= 0 and math.isfinite(lr)):
         raise ValueError(f"lr must be at least 0 and finite, got {lr!r}")
     if len(group["betas"]) != 3 or not all(0 <= beta < 1 for beta in group["betas"]):
@@ -179,7 +189,9 @@ def _check(group: dict[str, Any]) -> None:
     if not (group["eps"] > 0 and math.isfinite(group["eps"])):
         raise ValueError(f"eps must be positive and finite, got {group['eps']!r}")
     if not (group["weight_decay"] >= 0 and math.isfinite(group["weight_decay"])):
-        raise ValueError(f"weight_decay must be at least 0 and finite, got {group['weight_decay']!r}")
+        raise ValueError(
+            f"weight_decay must be at least 0 and finite, got {group['weight_decay']!r}"
+        )
 
 
 def _check_dtype(parameter: Tensor, eps: float) -> None:
@@ -187,4 +199,6 @@ def _check_dtype(parameter: Tensor, eps: float) -> None:
     if not parameter.is_floating_point():
         raise ValueError(f"parameters must be real and floating point, got {parameter.dtype}")
     if torch.tensor(eps, dtype=parameter.dtype) == 0:
-        raise ValueError(f"eps must not vanish in {parameter.dtype}, got {eps!r}; keep the weights in float32")
+        raise ValueError(
+            f"eps must not vanish in {parameter.dtype}, got {eps!r}; keep the weights in float32"
+        )

@@ -95,7 +95,9 @@ class XGrad(Correction):
                 "use nesterov=False, or allow_double_lookahead=True"
             )
         if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-            raise RegradError("'xgrad' has no rule for complex parameters; train them with a separate optimizer")
+            raise RegradError(
+                "'xgrad' has no rule for complex parameters; train them with a separate optimizer"
+            )
         moving = [group for group in optimizer.param_groups if state_form(optimizer, group) is None]
         unknown = any(decoupled_decay(optimizer, group) is None for group in moving)
         if unknown and self.options.decoupled_decay is None:
@@ -108,15 +110,27 @@ class XGrad(Correction):
 
     def predict_weights(self, step: Step) -> list[Tensor | None]:
         """Return the displacements to the predicted weights."""
-        moved = {name: d for group in step.optimizer.param_groups for name, d in self._predict(step, group)}
+        moved = {
+            name: d
+            for group in step.optimizer.param_groups
+            for name, d in self._predict(step, group)
+        }
         return [moved.get(name) for name in step.names]
 
     def _predict(self, step: Step, group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
         """Return (name, displacement) for the parameters of one group that have a direction."""
         form = state_form(step.optimizer, group)
-        members = [(n, p) for n, p in zip(step.names, step.parameters, strict=True) if step.group_of(p) is group]
+        members = [
+            (n, p)
+            for n, p in zip(step.names, step.parameters, strict=True)
+            if step.group_of(p) is group
+        ]
         if form is None:
-            return [item for name, p in members for item in self._predict_from_displacement(name, p, step)]
+            return [
+                item
+                for name, p in members
+                for item in self._predict_from_displacement(name, p, step)
+            ]
         key, rule = form
         ready = [(n, p) for n, p in members if step.optimizer.state.get(p, {}).get(key) is not None]
         if ready:
@@ -125,7 +139,9 @@ class XGrad(Correction):
             rule(out, [step.optimizer.state[p] for _, p in ready], group, rates)
         return [(n, self._displacements[n]) for n, _ in ready]
 
-    def _predict_from_displacement(self, name: str, parameter: nn.Parameter, step: Step) -> list[tuple[str, Tensor]]:
+    def _predict_from_displacement(
+        self, name: str, parameter: nn.Parameter, step: Step
+    ) -> list[tuple[str, Tensor]]:
         """Scale the last step by the change of the learning rate, and note the weights for the next."""
         self._buffer(self._before, name, parameter).copy_(local(parameter))
         self._noted.add(name)
@@ -133,7 +149,9 @@ class XGrad(Correction):
             return []
         rate, last_rate = step.lr_of(parameter), self._last_rates[name]
         if isinstance(rate, Tensor) or isinstance(last_rate, Tensor):
-            safe = torch.where(torch.as_tensor(last_rate) == 0, torch.inf, torch.as_tensor(last_rate))
+            safe = torch.where(
+                torch.as_tensor(last_rate) == 0, torch.inf, torch.as_tensor(last_rate)
+            )
             ratio: Scalar = rate / safe.to(local(parameter).device)
         elif last_rate == 0:
             return []
@@ -156,7 +174,10 @@ class XGrad(Correction):
             if decay is None:
                 decay = decoupled_decay(step.optimizer, step.group_of(parameter)) or 0.0
             if decay:
-                last.addcmul_(self._before[name], torch.as_tensor(rate * decay, dtype=last.dtype, device=last.device))
+                last.addcmul_(
+                    self._before[name],
+                    torch.as_tensor(rate * decay, dtype=last.dtype, device=last.device),
+                )
             self._last_rates[name] = rate.clone() if isinstance(rate, Tensor) else rate
         self._noted.clear()
 
@@ -164,14 +185,20 @@ class XGrad(Correction):
     def _buffer(buffers: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         """Return a tensor like the local part of `parameter`, kept from step to step."""
         part, kept = local(parameter), buffers.get(name)
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (part.shape, part.dtype, part.device):
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (
+            part.shape,
+            part.dtype,
+            part.device,
+        ):
             buffers[name] = torch.empty_like(part, requires_grad=False)
         return buffers[name]
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which this is up to the horizon, on SGD with momentum."""
         groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(g["momentum"] > 0 and g["dampening"] == 0 for g in groups)
+        plain = type(optimizer) is SGD and all(
+            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
+        )
         return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
 
     def idle_reason(self) -> str:
@@ -182,7 +209,10 @@ class XGrad(Correction):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last displacements and their rates, where the displacement form is in use."""
-        return {"last": {name: last.clone() for name, last in self._last.items()}, "last_rates": dict(self._last_rates)}
+        return {
+            "last": {name: last.clone() for name, last in self._last.items()},
+            "last_rates": dict(self._last_rates),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the last displacements and their rates."""

@@ -22,7 +22,9 @@ def _one_launch(out: Sequence[Tensor], *scalars: Sequence[Scalar]) -> bool:
 
 
 @torch.no_grad()
-def momentum_displacement_(out: Sequence[Tensor], momentum: Sequence[Tensor], rate: Sequence[Scalar]) -> None:
+def momentum_displacement_(
+    out: Sequence[Tensor], momentum: Sequence[Tensor], rate: Sequence[Scalar]
+) -> None:
     r"""Write the displacement along a momentum buffer, :math:`-s\eta v`.
 
     Args:
@@ -149,7 +151,9 @@ def adam3_(
         lr = lr.item() if lr.is_cpu else lr.reshape(())
     if weight_decay:
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    torch._foreach_lerp_(first, list(torch._foreach_neg(gradients)) if maximize else gradients, 1 - betas[0])
+    torch._foreach_lerp_(
+        first, list(torch._foreach_neg(gradients)) if maximize else gradients, 1 - betas[0]
+    )
     torch._foreach_mul_(second, betas[1])
     torch._foreach_addcmul_(second, first, first, 1 - betas[1])
     torch._foreach_add_(second, eps)

@@ -70,11 +70,15 @@ def state_form(optimizer: Optimizer, group: Group) -> tuple[str, StateForm] | No
     """
     kind = type(optimizer)
     if kind in (Adam, AdamW):
-        return "exp_avg", partial(_along_adam, second="max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq")
+        return "exp_avg", partial(
+            _along_adam, second="max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+        )
     if kind is AdaM3:  # its ε is in v already
         return "exp_avg", partial(_along_adam, second="exp_avg_sq", eps=0.0)
     if _is_adabelief(kind) and not any(group.get(key) for key in ADABELIEF_VARIANTS):
-        return "exp_avg", partial(_along_adam, second="max_exp_avg_var" if group["ams_bound"] else "exp_avg_var")
+        return "exp_avg", partial(
+            _along_adam, second="max_exp_avg_var" if group["ams_bound"] else "exp_avg_var"
+        )
     if kind in (SGD, RMSprop) and group["momentum"] > 0 and not group.get("nesterov"):
         return "momentum_buffer", _along_momentum
     return None
@@ -96,4 +100,6 @@ def decoupled_decay(optimizer: Optimizer, group: Group) -> float | None:
 
 def looks_ahead(optimizer: Optimizer) -> bool:
     """Say whether the optimizer itself already takes a Nesterov step."""
-    return isinstance(optimizer, NAdam) or any(group.get("nesterov") for group in optimizer.param_groups)
+    return isinstance(optimizer, NAdam) or any(
+        group.get("nesterov") for group in optimizer.param_groups
+    )

@@ -11,12 +11,19 @@ from regrad_runner.workloads import Defaults, Measure, Workload
 from regrad_runner.workloads.samples import TensorSamples
 from torch import Tensor, nn
 
-OLDEST, COUNTS = 2.5, 1000  # in mean lifetimes (of radiocarbon 8,267 years); decays counted of a fresh sample
+OLDEST, COUNTS = (
+    2.5,
+    1000,
+)  # in mean lifetimes (of radiocarbon 8,267 years); decays counted of a fresh sample
 SIZES = {"train": 600, "validation": 200, "test": 200}
 
 
 def load(
-    *, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None, detectors: int = 4
+    *,
+    seed_of_split: int = 0,
+    data_dir: Path | None = None,
+    train_size: int | None = None,
+    detectors: int = 4,
 ) -> DecayWorkload:
     """Return samples of up to 2.5 mean lifetimes, whose decays several detectors of different size count.
 
@@ -37,7 +44,9 @@ def load(
         raise ValueError(f"train_size must be from 1 to {SIZES['train']}, got {train_size!r}")
     generator = torch.Generator().manual_seed(seed_of_split)
     age = OLDEST * torch.rand(sum(SIZES.values()), 1, generator=generator)
-    seen = torch.poisson(COUNTS * torch.exp(-age) * torch.linspace(0.1, 1.0, detectors), generator=generator)
+    seen = torch.poisson(
+        COUNTS * torch.exp(-age) * torch.linspace(0.1, 1.0, detectors), generator=generator
+    )
     sizes = list(SIZES.values())
     parts = zip((seen.log1p() - 5).split(sizes), age.split(sizes), strict=True)
     train, validation, test = (TensorSamples(inputs, targets) for inputs, targets in parts)
@@ -62,15 +71,21 @@ class DecayWorkload(Workload):
 
     detectors: int
 
-    def build_model(self, name: str, *, width: int = 32, layers: int = 1, seed: int = 0) -> nn.Module:
+    def build_model(
+        self, name: str, *, width: int = 32, layers: int = 1, seed: int = 0
+    ) -> nn.Module:
         """Return a network with `layers` hidden layers of `width`: `--model mlp:layers=2 --width 16`."""
         if name != "mlp":
             raise ValueError(f"no model named {name!r} for workload 'decay'; there is mlp")
         sizes = [self.detectors, *[width] * layers]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device's generator as well
+            torch.default_generator.manual_seed(
+                seed
+            )  # torch.manual_seed would seed every device's generator as well
             hidden = [(nn.Linear(before, after), nn.Tanh()) for before, after in pairwise(sizes)]
-            return nn.Sequential(*(module for pair in hidden for module in pair), nn.Linear(sizes[-1], 1))
+            return nn.Sequential(
+                *(module for pair in hidden for module in pair), nn.Linear(sizes[-1], 1)
+            )
 
     def model_settings(self, name: str) -> dict[str, int]:
         """Return the width that a model has unless told otherwise."""

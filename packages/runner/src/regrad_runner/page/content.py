@@ -68,7 +68,9 @@ def verdicts(source: Source) -> list[dict[str, str]]:
             "verdict": summary.verdict,
             "tone": TONES.get(summary.verdict, "plain"),
             "kind": "control" if summary.verdict in ("baseline", "control") else "correction",
-            "sentence": _without_name(summary, sentence(summary, source.measure, baseline=source.baseline)),
+            "sentence": _without_name(
+                summary, sentence(summary, source.measure, baseline=source.baseline)
+            ),
         }
         for summary in order
     ]
@@ -77,11 +79,23 @@ def verdicts(source: Source) -> list[dict[str, str]]:
 def comparison_table(source: Source) -> Table:
     """Return the table of the arms."""
     measure, target = source.measure, source.measure.target
-    columns = ["Arm", "Verdict", measure.name.capitalize(), "sd", f"Difference to {source.baseline}", "95 % interval"]
+    columns = [
+        "Arm",
+        "Verdict",
+        measure.name.capitalize(),
+        "sd",
+        f"Difference to {source.baseline}",
+        "95 % interval",
+    ]
     columns += ["p, Holm", *([f"Steps to {target:g}", "Misses"] if target is not None else [])]
     rates = {result.arm: result.lr for result in source.folder.results}
     tuned = len(set(rates.values())) > 1
-    columns += ["ms per step", "Time ratio", "Effect in runs", *(["Learning rate"] if tuned else [])]
+    columns += [
+        "ms per step",
+        "Time ratio",
+        "Effect in runs",
+        *(["Learning rate"] if tuned else []),
+    ]
     shown = rates if tuned else {}
     rows = [_row(source, summary, shown.get(summary.arm)) for summary in source.summaries]
     return Table(f"Every arm, {_seeds(source)}", columns, rows, frozenset({0, 1}))
@@ -93,18 +107,47 @@ def effects_table(source: Source) -> Table | None:
     for arm in source.styles:
         for name, stages in source.receipts.get(arm, {}).get("effects", {}).items():
             for stage, seen in stages.items():
-                numbers = (seen[key] for key in ("share_touched", "relative_change", "cosine", "trigger_rate"))
-                rows.append([_word(arm), _word(name), _word(stage), *(_figure(number) for number in numbers)])
-    columns = ["Arm", "Correction", "Stage", "Share of tensors", "Relative change", "Cosine", "Trigger rate"]
+                numbers = (
+                    seen[key]
+                    for key in ("share_touched", "relative_change", "cosine", "trigger_rate")
+                )
+                rows.append(
+                    [
+                        _word(arm),
+                        _word(name),
+                        _word(stage),
+                        *(_figure(number) for number in numbers),
+                    ]
+                )
+    columns = [
+        "Arm",
+        "Correction",
+        "Stage",
+        "Share of tensors",
+        "Relative change",
+        "Cosine",
+        "Trigger rate",
+    ]
     caption = "Means over the whole run of the first seed, from its receipt"
     return Table(caption, columns, rows, frozenset({0, 1, 2})) if rows else None
 
 
 def quality_table(source: Source) -> Table | None:
     """Return the means of the probes."""
-    columns = ["Arm", "Probes", "Cosine, raw", "Cosine, corrected", "Norm ratio, raw", "Norm ratio, corrected"]
+    columns = [
+        "Arm",
+        "Probes",
+        "Cosine, raw",
+        "Cosine, corrected",
+        "Norm ratio, raw",
+        "Norm ratio, corrected",
+    ]
     rows = [
-        [_word(mean["arm"]), Cell(f"{mean['probes']:,}", mean["probes"]), *(_figure(mean[name]) for name in MEASURES)]
+        [
+            _word(mean["arm"]),
+            Cell(f"{mean['probes']:,}", mean["probes"]),
+            *(_figure(mean[name]) for name in MEASURES),
+        ]
         for mean in mean_qualities(source.qualities)
     ]
     return Table("Means over all probes of an arm", columns, rows) if rows else None
@@ -112,7 +155,10 @@ def quality_table(source: Source) -> Table | None:
 
 def rates_table(source: Source) -> Table | None:
     """Return the means of the trials by which learning rates were chosen; the chosen one is marked."""
-    trials, chosen = source.folder.trials, {result.arm: result.lr for result in source.folder.results}
+    trials, chosen = (
+        source.folder.trials,
+        {result.arm: result.lr for result in source.folder.results},
+    )
     rates = sorted({trial.lr for trial in trials})
     rows = []
     for arm in source.styles:
@@ -137,9 +183,19 @@ def corrections_table(source: Source) -> Table | None:
             options = ", ".join(f"{key}={value}" for key, value in part.get("options", {}).items())
             version = f"{part.get('distribution', '')} {part.get('version', '')}".strip()
             order = Cell(str(place), place)
-            cells = (_word(text) for text in (name, version, options, ", ".join(part.get("stages", []))))
+            cells = (
+                _word(text) for text in (name, version, options, ", ".join(part.get("stages", [])))
+            )
             rows.append([_word(arm), order, *cells, _word("; ".join(receipt.get("notes", [])))])
-    columns = ["Arm", "Order", "Correction", "Distribution", "Options", "Stages", "Notes of the arm"]
+    columns = [
+        "Arm",
+        "Order",
+        "Correction",
+        "Distribution",
+        "Options",
+        "Stages",
+        "Notes of the arm",
+    ]
     caption = "Corrections as they were attached, from the receipts"
     return Table(caption, columns, rows, frozenset({0, 2, 3, 4, 5, 6})) if rows else None
 
@@ -149,15 +205,30 @@ def controls_table(source: Source) -> Table | None:
     rows = []
     for arm in source.styles:
         control = source.receipts.get(arm, {}).get("run", {}).get("control") or {}
-        plain = {key: value for key, value in control.items() if key != "name" and value not in (1.0, {}, [], ())}
+        plain = {
+            key: value
+            for key, value in control.items()
+            if key != "name" and value not in (1.0, {}, [], ())
+        }
         if plain:
-            rows.append([_word(arm), _word(", ".join(f"{key}: {_plain(value)}" for key, value in plain.items()))])
-    return Table("Changes of the controls", ["Arm", "Change"], rows, frozenset({0, 1})) if rows else None
+            rows.append(
+                [
+                    _word(arm),
+                    _word(", ".join(f"{key}: {_plain(value)}" for key, value in plain.items())),
+                ]
+            )
+    return (
+        Table("Changes of the controls", ["Arm", "Change"], rows, frozenset({0, 1}))
+        if rows
+        else None
+    )
 
 
 def settings_table(source: Source) -> Table | None:
     """Return the settings, without the address that numbers were sent to."""
-    shown = {key: value for key, value in source.settings.items() if key not in LEFT_OUT - {"controls"}}
+    shown = {
+        key: value for key, value in source.settings.items() if key not in LEFT_OUT - {"controls"}
+    }
     rows = [[_word(key), _word(_plain(value))] for key, value in shown.items()]
     return Table("Settings", ["Setting", "Value"], rows, frozenset({0, 1})) if rows else None
 
@@ -165,7 +236,9 @@ def settings_table(source: Source) -> Table | None:
 def machines_table(source: Source) -> Table | None:
     """Return where it ran: from what the folder says, or from what the receipts say in older ones."""
     machines = [dict(machine) for machine in source.about.get("machines", [])]
-    environments = [receipt["environment"] for receipt in source.receipts.values() if "environment" in receipt]
+    environments = [
+        receipt["environment"] for receipt in source.receipts.values() if "environment" in receipt
+    ]
     if not machines:
         machines = [dict(environment) for environment in environments[:1]]
     elif environments:
@@ -175,17 +248,25 @@ def machines_table(source: Source) -> Table | None:
         versions = machine.pop("versions", {})
         place = f"{number}: " if len(machines) > 1 else ""
         told = {key: value for key, value in machine.items() if value not in (None, [])}
-        rows += [[_word(f"{place}{key.replace('_', ' ')}"), _word(_plain(value))] for key, value in told.items()]
+        rows += [
+            [_word(f"{place}{key.replace('_', ' ')}"), _word(_plain(value))]
+            for key, value in told.items()
+        ]
         rows += [[_word(f"{place}{name}"), _word(version)] for name, version in versions.items()]
-    return Table("Machine and versions", ["What", "Value"], rows, frozenset({0, 1})) if rows else None
+    return (
+        Table("Machine and versions", ["What", "Value"], rows, frozenset({0, 1})) if rows else None
+    )
 
 
 def missing(source: Source) -> list[str]:
     """Say what the folder does not hold and the page therefore does not show."""
-    failed, diverged = (sum(r.status == end for r in source.folder.results) for end in ("failed", "diverged"))
+    failed, diverged = (
+        sum(r.status == end for r in source.folder.results) for end in ("failed", "diverged")
+    )
     corrected = any(receipt.get("effects") for receipt in source.receipts.values())
     facts = {
-        f"{failed} of {len(source.folder.results)} runs failed and are left out; failures.txt says why.": failed > 0,
+        f"{failed} of {len(source.folder.results)} runs failed and are left out; failures.txt says why.": failed
+        > 0,
         f"{diverged} of {len(source.folder.results)} runs diverged: they have no number and are in no figure. In the "
         "verdicts they are worse than any number.": diverged > 0,
         "This folder was written before times of evaluations were kept: in the figures against time they are "
@@ -197,9 +278,12 @@ def missing(source: Source) -> list[str]:
             not source.about.get("machines")
         ),
         "This folder holds no receipts.": not source.receipts,
-        "The workload has no target: there is no figure of the steps to it.": source.measure.target is None,
+        "The workload has no target: there is no figure of the steps to it.": source.measure.target
+        is None,
     }
-    left_out = [f"Left out: {name} ({why})." for name, why in source.about.get("left_out", {}).items()]
+    left_out = [
+        f"Left out: {name} ({why})." for name, why in source.about.get("left_out", {}).items()
+    ]
     return [*left_out, *(text for text, holds in facts.items() if holds)]
 
 
@@ -221,18 +305,34 @@ def _row(source: Source, summary: ArmSummary, rate: float | None) -> list[Cell]:
     low, high = summary.interval or (None, None)
     signed = partial(_signed, source.measure)
     interval = NOTHING if low is None or high is None else f"{signed(low)} to {signed(high)}"
-    runs = [r.step_seconds for r in source.folder.results if r.arm == summary.arm and r.status == "finished"]
+    runs = [
+        r.step_seconds
+        for r in source.folder.results
+        if r.arm == summary.arm and r.status == "finished"
+    ]
     pace = median(runs) * 1e3 if runs else None
     alone = summary.verdict in ("baseline", "control")
     steps = [_number(summary.steps_to_target, "{:,.0f}"), Cell(str(summary.misses), summary.misses)]
     ratio = 1.0 if summary.verdict == "baseline" else summary.time_ratio
-    adjusted = NOTHING if summary.p_adjusted is None else probability(summary.p_adjusted).removeprefix("p ")
+    adjusted = (
+        NOTHING
+        if summary.p_adjusted is None
+        else probability(summary.p_adjusted).removeprefix("p ")
+    )
     return [
         _word(summary.arm),
         _word(summary.verdict),
-        Cell(NOTHING if summary.mean is None else short_number(summary.mean, source.measure), summary.mean),
-        Cell(NOTHING if summary.sd is None else short_number(summary.sd, source.measure), summary.sd),
-        Cell(NOTHING if summary.difference is None else signed(summary.difference), summary.difference),
+        Cell(
+            NOTHING if summary.mean is None else short_number(summary.mean, source.measure),
+            summary.mean,
+        ),
+        Cell(
+            NOTHING if summary.sd is None else short_number(summary.sd, source.measure), summary.sd
+        ),
+        Cell(
+            NOTHING if summary.difference is None else signed(summary.difference),
+            summary.difference,
+        ),
         Cell(interval, low),
         Cell(adjusted.removeprefix("= "), summary.p_adjusted),
         *(steps if source.measure.target is not None else []),
@@ -258,7 +358,11 @@ def _signed(measure: Measure, value: float) -> str:
 
 
 def _number(value: float | None, form: str) -> Cell:
-    return Cell(NOTHING) if value is None or not math.isfinite(value) else Cell(form.format(value), value)
+    return (
+        Cell(NOTHING)
+        if value is None or not math.isfinite(value)
+        else Cell(form.format(value), value)
+    )
 
 
 def _figure(value: float | None) -> Cell:

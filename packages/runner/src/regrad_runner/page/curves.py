@@ -48,9 +48,14 @@ def times_of_evaluations(source: Source) -> dict[str, dict[int, float]]:
     paces = {(result.arm, result.seed): result.step_seconds for result in source.folder.results}
     times: dict[str, dict[int, list[float]]] = {}
     for point in source.folder.curves:
-        seconds = point.step * paces[point.arm, point.seed] if point.seconds is None else point.seconds
+        seconds = (
+            point.step * paces[point.arm, point.seed] if point.seconds is None else point.seconds
+        )
         times.setdefault(point.arm, {}).setdefault(point.step, []).append(seconds)
-    return {arm: {step: median(seen) for step, seen in by_step.items()} for arm, by_step in times.items()}
+    return {
+        arm: {step: median(seen) for step, seen in by_step.items()}
+        for arm, by_step in times.items()
+    }
 
 
 def times_are_estimated(source: Source) -> bool:
@@ -68,7 +73,13 @@ def effect_curves(source: Source) -> list[Drawing]:
         marks = _in_order(marks_of_bands(name, bands(rows)), styles)
         if marks:
             drawing = Drawing(
-                name=name, kind="curves", title=title, x_label=STEPS, y_label=label, marks=marks, styles=styles
+                name=name,
+                kind="curves",
+                title=title,
+                x_label=STEPS,
+                y_label=label,
+                marks=marks,
+                styles=styles,
             )
             drawings.append(
                 replace(
@@ -82,7 +93,9 @@ def effect_curves(source: Source) -> list[Drawing]:
 
 def series_of(effect: Effect) -> str:
     """Return the name of a curve of effects: the arm, the correction where the arm has another name, and the stage."""
-    what = effect.stage if effect.correction == effect.arm else f"{effect.correction}, {effect.stage}"
+    what = (
+        effect.stage if effect.correction == effect.arm else f"{effect.correction}, {effect.stage}"
+    )
     return f"{effect.arm}: {what}"
 
 
@@ -139,7 +152,10 @@ def _curve(
 
 def _in_order(marks: Iterable[Mark], styles: Mapping[str, Style]) -> list[Mark]:
     order = list(styles)
-    return sorted((m for m in marks if m.series in styles and m.y == m.y), key=lambda mark: order.index(mark.series))
+    return sorted(
+        (m for m in marks if m.series in styles and m.y == m.y),
+        key=lambda mark: order.index(mark.series),
+    )
 
 
 def _of_marks(styles: Mapping[str, Style], marks: Iterable[Mark]) -> dict[str, Style]:
@@ -152,14 +168,18 @@ def _effect_styles(styles: Mapping[str, Style], effects: Iterable[Effect]) -> di
     found: dict[str, Style] = {}
     places: dict[str, list[str]] = {}
     order = list(styles)
-    for effect in sorted(effects, key=lambda effect: order.index(effect.arm) if effect.arm in styles else 0):
+    for effect in sorted(
+        effects, key=lambda effect: order.index(effect.arm) if effect.arm in styles else 0
+    ):
         series, seen = series_of(effect), places.setdefault(effect.arm, [])
         if series in found or effect.arm not in styles:
             continue
         seen.append(series)
         style, place = styles[effect.arm], len(seen) - 1
         marker = MARKERS[(MARKERS.index(style.marker) + place) % len(MARKERS)]
-        found[series] = replace(style, marker=marker, dashes=DASHES[place % len(DASHES)] if place else style.dashes)
+        found[series] = replace(
+            style, marker=marker, dashes=DASHES[place % len(DASHES)] if place else style.dashes
+        )
     return found
 
 

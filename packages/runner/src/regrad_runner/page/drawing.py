@@ -103,7 +103,9 @@ def _zoom(axes: Axes, drawing: Drawing) -> None:
         own = [mark for mark in drawing.marks if mark.series == series]
         end = own[-1].x or 0.0
         late = [mark for mark in own if (mark.x or 0.0) >= SHOWN_FROM * end]
-        shown += [value for mark in late for value in (mark.low, mark.y, mark.high) if value is not None]
+        shown += [
+            value for mark in late for value in (mark.low, mark.y, mark.high) if value is not None
+        ]
     low, high = min(shown), max(shown)
     if high > low:
         margin = 0.05 * (high - low)
@@ -133,13 +135,22 @@ def _rows(drawing: Drawing) -> Figure:
     return figure
 
 
-def _row(axes: Axes, drawing: Drawing, marks: list[Mark], style: Style, *, place: int, edge: float) -> None:
+def _row(
+    axes: Axes, drawing: Drawing, marks: list[Mark], style: Style, *, place: int, edge: float
+) -> None:
     runs = [mark for mark in marks if mark.seed is not None]
     for mark, height in zip(runs, _spread(place, len(runs)), strict=True):
         if mark.x is None:
             axes.plot(edge, height, "x", color=style.colour, markersize=5)
         else:
-            axes.plot(mark.x, height, style.marker, color=style.colour, alpha=0.75, **_face(style, size=3.8))
+            axes.plot(
+                mark.x,
+                height,
+                style.marker,
+                color=style.colour,
+                alpha=0.75,
+                **_face(style, size=3.8),
+            )
     for mark in marks:
         if mark.seed is None:
             _whole(axes, mark, style, place=place, edge=edge, bar=drawing.kind == "bars")
@@ -151,10 +162,20 @@ def _whole(axes: Axes, mark: Mark, style: Style, *, place: int, edge: float, bar
         axes.barh(place, mark.x, height=0.4, color=style.colour, alpha=0.22, linewidth=0, zorder=0)
     if mark.low is not None:
         end = edge if mark.high is None else mark.high
-        axes.plot([mark.low, end], [place, place], color=style.colour, linewidth=1.8, solid_capstyle="butt")
+        axes.plot(
+            [mark.low, end],
+            [place, place],
+            color=style.colour,
+            linewidth=1.8,
+            solid_capstyle="butt",
+        )
     if mark.x is not None:
         axes.plot(
-            [mark.x, mark.x], [place - 0.21, place + 0.21], color=style.colour, linewidth=3, solid_capstyle="butt"
+            [mark.x, mark.x],
+            [place - 0.21, place + 0.21],
+            color=style.colour,
+            linewidth=3,
+            solid_capstyle="butt",
         )
 
 
@@ -163,10 +184,20 @@ def _name(axes: Axes, series: str, words: str, place: int) -> None:
     along = axes.get_yaxis_transform()
     short = series if len(series) <= LONGEST else f"{series[: LONGEST - 1]}…"
     ground = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # lines end at a name
-    axes.text(0.0, place - 0.34, short, transform=along, ha="left", va="bottom", color=INK, bbox=ground)
+    axes.text(
+        0.0, place - 0.34, short, transform=along, ha="left", va="bottom", color=INK, bbox=ground
+    )
     if words:
         axes.text(
-            1.0, place - 0.34, words, transform=along, ha="right", va="bottom", color=QUIET, fontsize=SMALL, bbox=ground
+            1.0,
+            place - 0.34,
+            words,
+            transform=along,
+            ha="right",
+            va="bottom",
+            color=QUIET,
+            fontsize=SMALL,
+            bbox=ground,
         )
 
 

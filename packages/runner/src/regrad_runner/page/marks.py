@@ -81,7 +81,11 @@ class Drawing:
             own = [mark for mark in self.marks if mark.series == series and mark.seed is None]
             if own:
                 ends.append(f"{series} {_in_words(own[-1], is_row=self.kind != 'curves')}")
-        what = f"{self.y_label} against {self.x_label}, at the end" if self.kind == "curves" else self.x_label
+        what = (
+            f"{self.y_label} against {self.x_label}, at the end"
+            if self.kind == "curves"
+            else self.x_label
+        )
         return f"{self.title}. {what}: {'; '.join(ends)}."
 
 
@@ -105,16 +109,32 @@ def marks_of_bands(
     marks = []
     for series, band in found.items():
         places = {int(step): float(step) for step in band.steps} if x is None else x.get(series, {})
-        for step, low, middle, high in zip(band.steps, band.low, band.middle, band.high, strict=True):
+        for step, low, middle, high in zip(
+            band.steps, band.low, band.middle, band.high, strict=True
+        ):
             if int(step) in places:
-                numbers: dict[str, Any] = {"y": float(middle), "low": float(low), "high": float(high)}
-                marks.append(Mark(figure=figure, series=series, seeds=band.seeds, x=places[int(step)], **numbers))
+                numbers: dict[str, Any] = {
+                    "y": float(middle),
+                    "low": float(low),
+                    "high": float(high),
+                }
+                marks.append(
+                    Mark(
+                        figure=figure,
+                        series=series,
+                        seeds=band.seeds,
+                        x=places[int(step)],
+                        **numbers,
+                    )
+                )
     return marks
 
 
 def _in_words(mark: Mark, *, is_row: bool) -> str:
     value = mark.x if is_row else mark.y
     interval = (
-        f" ({mark.low:.4g} to {'beyond' if mark.high is None else f'{mark.high:.4g}'})" if mark.low is not None else ""
+        f" ({mark.low:.4g} to {'beyond' if mark.high is None else f'{mark.high:.4g}'})"
+        if mark.low is not None
+        else ""
     )
     return ("missed" if value is None else f"{value:.4g}") + interval

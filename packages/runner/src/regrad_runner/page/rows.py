@@ -28,11 +28,15 @@ def difference_rows(source: Source) -> list[Drawing]:
         if summary.difference is None:
             continue
         pairs = [
-            (run.seed, run.value - reference[run.seed]) for run in _runs(source, summary.arm) if run.seed in reference
+            (run.seed, run.value - reference[run.seed])
+            for run in _runs(source, summary.arm)
+            if run.seed in reference
         ]
         low, high = summary.interval or (None, None)
         marks += _dots("differences", summary.arm, pairs)
-        whole = Mark(figure="differences", series=summary.arm, seeds=len(pairs), x=summary.difference)
+        whole = Mark(
+            figure="differences", series=summary.arm, seeds=len(pairs), x=summary.difference
+        )
         marks.append(replace(whole, low=low, high=high))
         words[summary.arm] = summary.verdict
     drawing = Drawing(
@@ -62,8 +66,12 @@ def target_rows(source: Source) -> list[Drawing]:
         runs = _runs(source, summary.arm)
         if not runs:
             continue
-        marks += [_dot("steps-to-target", summary.arm, run.seed, run.steps_to_target) for run in runs]
-        steps = [math.inf if run.steps_to_target is None else float(run.steps_to_target) for run in runs]
+        marks += [
+            _dot("steps-to-target", summary.arm, run.seed, run.steps_to_target) for run in runs
+        ]
+        steps = [
+            math.inf if run.steps_to_target is None else float(run.steps_to_target) for run in runs
+        ]
         marks.append(_median_mark("steps-to-target", summary.arm, steps))
         words[summary.arm] = f"{summary.misses} of {len(runs)} missed" if summary.misses else ""
     drawing = Drawing(
@@ -120,19 +128,29 @@ def quality_rows(source: Source) -> list[Drawing]:
     ]
 
 
-def _quality(source: Source, field: str, title: str, probed: Mapping[str, Sequence[Quality]]) -> Drawing | None:
+def _quality(
+    source: Source, field: str, title: str, probed: Mapping[str, Sequence[Quality]]
+) -> Drawing | None:
     name, marks, styles = f"quality-{field.replace('_', '-')}", list[Mark](), dict[str, Style]()
     for arm, rows in probed.items():
         raw, corrected = _by_seed(rows, f"{field}_raw"), _by_seed(rows, f"{field}_corrected")
         changed = any(
-            not math.isclose(raw[seed], value, rel_tol=1e-3) for seed, value in corrected.items() if seed in raw
+            not math.isclose(raw[seed], value, rel_tol=1e-3)
+            for seed, value in corrected.items()
+            if seed in raw
         )
-        for word, values in (("raw", raw), ("corrected", corrected)) if changed else (("raw = corrected", raw),):
+        for word, values in (
+            (("raw", raw), ("corrected", corrected)) if changed else (("raw = corrected", raw),)
+        ):
             series = f"{arm}, {word}"
-            styles[series] = replace(source.styles[arm], control=word == "raw" or source.styles[arm].control)
+            styles[series] = replace(
+                source.styles[arm], control=word == "raw" or source.styles[arm].control
+            )
             marks += _dots(name, series, values.items())
             if values:
-                marks.append(Mark(figure=name, series=series, seeds=len(values), x=fmean(values.values())))
+                marks.append(
+                    Mark(figure=name, series=series, seeds=len(values), x=fmean(values.values()))
+                )
     if not marks:
         return None
     return Drawing(

@@ -65,7 +65,12 @@ def read_source(folder: ResultsFolder, measure: Measure, summaries: list[ArmSumm
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     receipts = {}
     for result in folder.results:
-        path = folder.path / "runs" / f"{Arm(result.arm).folder_name}-seed{result.seed}" / "receipt.json"
+        path = (
+            folder.path
+            / "runs"
+            / f"{Arm(result.arm).folder_name}-seed{result.seed}"
+            / "receipt.json"
+        )
         if result.arm not in receipts and (receipt := _read(path)):
             receipts[result.arm] = receipt
     return Source(

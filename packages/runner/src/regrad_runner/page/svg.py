@@ -14,7 +14,10 @@ from regrad_runner.styles import Style, colours
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 SALT = "regrad"  # of matplotlib's names of shapes: the same figure is the same file
 KEPT = {"fill", "stroke", "opacity", "font-size", "font-weight", "text-anchor", "clip-path"}
-APART = ("patch_1", "legend_1")  # the ground, behind which the page shows, and the legend, which the page has
+APART = (
+    "patch_1",
+    "legend_1",
+)  # the ground, behind which the page shows, and the legend, which the page has
 FONT = re.compile(r"(?:(bold)\s+)?([\d.]+)px")
 # About the origin, in a box of about 10 units.
 SHAPES = {
@@ -50,7 +53,10 @@ def as_part(text: str, *, name: str, title: str, alternative: str, height: float
     root = ET.fromstring(text)  # noqa: S314 - written by matplotlib just now
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style", "title") or child.get("id") in APART:
+            if (
+                child.tag.rpartition("}")[2] in ("metadata", "style", "title")
+                or child.get("id") in APART
+            ):
                 parent.remove(child)
     roles = {colour.lower(): f"var(--{role})" for role, colour in colours().items()}
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
@@ -60,7 +66,11 @@ def as_part(text: str, *, name: str, title: str, alternative: str, height: float
     root.set("viewBox", f"0 0 {root.get('viewBox', '').split()[2]} {height:.1f}")
     for unit in ("width", "height"):
         root.attrib.pop(unit, None)
-    root.attrib |= {"role": "img", "class": "figure", "aria-labelledby": f"{name}-title {name}-text"}
+    root.attrib |= {
+        "role": "img",
+        "class": "figure",
+        "aria-labelledby": f"{name}-title {name}-text",
+    }
     for place, (tag, words) in enumerate((("title", title), ("desc", alternative))):
         told = ET.Element(f"{{{SVG}}}{tag}", {"id": f"{name}-{'text' if place else 'title'}"})
         told.text = words

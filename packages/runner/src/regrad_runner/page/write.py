@@ -69,7 +69,10 @@ def write_page(folder: ResultsFolder, measure: Measure, summaries: list[ArmSumma
         "effects": curves.effect_curves(source),
         "quality": [*rows.quality_rows(source), *curves.quality_curve(source)],
     }
-    pictures = {name: [_picture(folder.path, drawing) for drawing in group] for name, group in groups.items()}
+    pictures = {
+        name: [_picture(folder.path, drawing) for drawing in group]
+        for name, group in groups.items()
+    }
     legends = {name: _legend(group) for name, group in groups.items()}
     text = _render(source, _sections(source, pictures, legends))
     write_whole(folder.path / FILE, text)
@@ -96,7 +99,9 @@ def _sections(source: Source, pictures: dict[str, Any], legends: dict[str, Any])
         ),
         section("target", "Steps to the target", "For information: no verdict rests on them."),
         section(
-            "overhead", "Overhead", "Time per step, evaluations and the first steps left out; no verdict rests on it."
+            "overhead",
+            "Overhead",
+            "Time per step, evaluations and the first steps left out; no verdict rests on it.",
         ),
         section(
             "effects",
@@ -124,19 +129,35 @@ def _picture(path: Path, drawing: Drawing) -> dict[str, Any]:
     figure = draw(drawing)
     text, height = as_file(figure, title=drawing.title), height_without_legend(figure)
     write_whole(path / "figures" / f"{drawing.name}.svg", text)
-    part = as_part(text, name=drawing.name, title=drawing.title, alternative=drawing.alternative, height=height)
+    part = as_part(
+        text, name=drawing.name, title=drawing.title, alternative=drawing.alternative, height=height
+    )
     # The text in it was escaped by the writer of XML; nothing else comes from outside.
-    return {"title": drawing.title, "caption": drawing.caption, "svg": Markup(part), "kind": drawing.kind}  # noqa: S704
+    return {
+        "title": drawing.title,
+        "caption": drawing.caption,
+        "svg": Markup(part),  # noqa: S704
+        "kind": drawing.kind,
+    }
 
 
 def _legend(drawings: Sequence[Drawing]) -> list[dict[str, Any]]:
-    styles = {series: style for d in drawings if d.kind == "curves" for series, style in d.styles.items()}
-    return [{"name": series, "control": style.control, **swatch(style)} for series, style in styles.items()]
+    styles = {
+        series: style for d in drawings if d.kind == "curves" for series, style in d.styles.items()
+    }
+    return [
+        {"name": series, "control": style.control, **swatch(style)}
+        for series, style in styles.items()
+    ]
 
 
 def _render(source: Source, sections: list[Section]) -> str:
     environment = Environment(
-        loader=LOADER, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=LOADER,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     style, script = (_own(environment, name) for name in ("report.css", "report.js"))
     tables = (

@@ -181,12 +181,19 @@ def load_workload(
     asked = {key: value for key, value in asked.items() if value}
     for key in asked.keys() - parameters_of(load).keys():
         raise ValueError(f"{key} must be left out for workload {name!r}, got {asked[key]!r}")
-    asked |= {"seed_of_split": seed_of_split, "data_dir": data_dir, "train_size": train_size, **options}
+    asked |= {
+        "seed_of_split": seed_of_split,
+        "data_dir": data_dir,
+        "train_size": train_size,
+        **options,
+    }
     entry = regrad.available(GROUP)[name]
     return _made(load, asked, f"workload {name!r} ({entry.distribution} {entry.version})")
 
 
-def make_model(workload: Workload, spec: str, *, width: int | None, norm: str | None, seed: int) -> nn.Module:
+def make_model(
+    workload: Workload, spec: str, *, width: int | None, norm: str | None, seed: int
+) -> nn.Module:
     """Return a workload's model by its name with options.
 
     Args:
@@ -201,7 +208,9 @@ def make_model(workload: Workload, spec: str, *, width: int | None, norm: str | 
     """
     name, options = read_spec(spec, "model")
     check_options(workload.build_model, options, what=f"model {name!r}", settings=OF_MODELS)
-    settings = {key: value for key, value in {"width": width, "norm": norm}.items() if value is not None}
+    settings = {
+        key: value for key, value in {"width": width, "norm": norm}.items() if value is not None
+    }
     return workload.build_model(name, seed=seed, **settings, **options)
 
 
@@ -211,10 +220,15 @@ def settings_of_model(workload: Workload, spec: str, given: Mapping[str, Any]) -
     Raises:
         ValueError: If one is given that no model of this workload takes.
     """
-    taken, usual = parameters_of(workload.build_model), workload.model_settings(read_spec(spec, "model")[0])
+    taken, usual = (
+        parameters_of(workload.build_model),
+        workload.model_settings(read_spec(spec, "model")[0]),
+    )
     for key, value in given.items():
         if value is not None and key not in taken:
-            raise ValueError(f"{key} must be left out for workload {workload.name!r}, got {value!r}")
+            raise ValueError(
+                f"{key} must be left out for workload {workload.name!r}, got {value!r}"
+            )
     return {key: usual.get(key) if value is None else value for key, value in given.items()}
 
 

@@ -37,7 +37,9 @@ class EncodedImage:
             ValueError: If it is missing, cannot be decoded, or is a thin strip.
         """
         if not self.content:
-            raise ValueError(f"image must hold the bytes of an image file, got none in {self.where}")
+            raise ValueError(
+                f"image must hold the bytes of an image file, got none in {self.where}"
+            )
         try:
             image = datasets.Image().decode_example({"bytes": self.content, "path": None})
         except Exception as problem:
@@ -47,7 +49,9 @@ class EncodedImage:
             ) from problem
         if max(image.size) > LONGEST * min(image.size):
             size = " × ".join(map(str, image.size))
-            raise ValueError(f"image must be at most {LONGEST} times as long as wide, got {size} in {self.where}")
+            raise ValueError(
+                f"image must be at most {LONGEST} times as long as wide, got {size} in {self.where}"
+            )
         return image
 
 
@@ -70,7 +74,9 @@ class ImageFile:
         try:
             return EncodedImage(where=f"'{self.path}'", content=self.path.read_bytes()).decoded()
         except OSError as problem:
-            raise ValueError(f"image must be a readable file, got '{self.path}': {problem.strerror}") from problem
+            raise ValueError(
+                f"image must be a readable file, got '{self.path}': {problem.strerror}"
+            ) from problem
 
 
 Encoded = EncodedImage | ImageFile
@@ -105,7 +111,9 @@ def common_format(encoded: Sequence[Encoded]) -> Format:
     """
     images = [file.decoded() for file in encoded]
     side = int(statistics.median(min(image.size) for image in images))
-    return Format(side=min(side, LARGEST_SIDE), grey=all(image.mode in GREY_MODES for image in images))
+    return Format(
+        side=min(side, LARGEST_SIDE), grey=all(image.mode in GREY_MODES for image in images)
+    )
 
 
 def decode_images(encoded: Sequence[Encoded], form: Format) -> Tensor:
@@ -140,7 +148,11 @@ def eight_bit_image(file: Encoded, *, grey: bool) -> Any:
 
 def _eight_bits(image: Any) -> Any:
     """Scale 65,536 levels of grey to 256; Pillow alone would cut off the upper ones."""
-    return image.convert("I").point(lambda level: level * (1 / 257) + 0.5) if image.mode.startswith("I") else image
+    return (
+        image.convert("I").point(lambda level: level * (1 / 257) + 0.5)
+        if image.mode.startswith("I")
+        else image
+    )
 
 
 def _fitted(image: Any, side: int) -> Any:

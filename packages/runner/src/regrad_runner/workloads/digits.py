@@ -14,10 +14,14 @@ from regrad_runner.workloads.split import keep_stratified, take_stratified
 
 TEST_SIZE = 360
 VALIDATION_SIZE = 360
-DEFAULTS = Defaults(epochs=20, batch_size=64, lr=0.05, momentum=0.9, model="resnet8", evaluations_per_epoch=4)
+DEFAULTS = Defaults(
+    epochs=20, batch_size=64, lr=0.05, momentum=0.9, model="resnet8", evaluations_per_epoch=4
+)
 
 
-def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> ImageWorkload:
+def load(
+    *, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None
+) -> ImageWorkload:
     """Return the 1,797 digits of 8×8 pixels and 17 levels of grey: 1,077 to train, 360 to validate, 360 to test.
 
     Every split holds each digit in the same proportion. Training images are shifted by up to one pixel, what moves
@@ -42,7 +46,9 @@ def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: in
     test, rest = take_stratified(labels, TEST_SIZE, seed=seed_of_split, what="test size")
     validation, train = (
         rest[part]
-        for part in take_stratified(labels[rest], VALIDATION_SIZE, seed=seed_of_split, what="validation size")
+        for part in take_stratified(
+            labels[rest], VALIDATION_SIZE, seed=seed_of_split, what="validation size"
+        )
     )
     train = train[keep_stratified(labels[train], train_size, seed=seed_of_split)]
     images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8)

@@ -37,7 +37,9 @@ class FileSet(LabelledImages):
         of torchvision's reference training, except that each image's draw is a function of (seed, epoch, index).
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, *, side: int, augment: bool, seed: int = 0) -> None:
+    def __init__(
+        self, paths: Sequence[Path], labels: Tensor, *, side: int, augment: bool, seed: int = 0
+    ) -> None:
         super().__init__(labels, channels=3, image_size=side, seed=seed)
         self.paths = list(paths)
         self.augment = augment

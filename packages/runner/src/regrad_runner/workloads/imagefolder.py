@@ -10,7 +10,13 @@ import torch
 from torchvision import datasets
 
 from regrad_runner.workloads import Defaults, Measure
-from regrad_runner.workloads.decode import LARGEST_SIDE, Format, ImageFile, common_format, decode_images
+from regrad_runner.workloads.decode import (
+    LARGEST_SIDE,
+    Format,
+    ImageFile,
+    common_format,
+    decode_images,
+)
 from regrad_runner.workloads.files import FileSet
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, LabelledImages, standardized
 from regrad_runner.workloads.samples import Batch
@@ -19,8 +25,12 @@ from regrad_runner.workloads.split import Indices, keep_stratified, validation_a
 LOOKED_AT = 100
 MOST_BYTES = 8 * 2**30
 LAYOUT = "a folder with train and val, or train and test, each with a folder of images per class"
-SMALL = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20")
-LARGE = Defaults(epochs=90, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4, model="resnet18")
+SMALL = Defaults(
+    epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
+)
+LARGE = Defaults(
+    epochs=90, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4, model="resnet18"
+)
 
 
 def load(
@@ -57,16 +67,27 @@ def load(
         raise ValueError(f"image_size must be at least 4, got {image_size!r}")
     folders = _folders(data_dir)
     train = _Split.read(folders["train"])
-    held = {name: _Split.read(folder, train.classes) for name, folder in folders.items() if name != "train"}
+    held = {
+        name: _Split.read(folder, train.classes)
+        for name, folder in folders.items()
+        if name != "train"
+    }
     test = held.get("test") or held["val"]
     if len(held) == 2:
-        validation, kept = held["val"], keep_stratified(train.labels, train_size, seed=seed_of_split)
+        validation, kept = (
+            held["val"],
+            keep_stratified(train.labels, train_size, seed=seed_of_split),
+        )
     else:
         validating, kept = validation_and_training(train.labels, train_size, seed=seed_of_split)
         validation = train.only(validating)
     splits = (train.only(kept), validation, test)
     lazy = (image_size or 0) > LARGEST_SIDE
-    sets = _on_disk(splits, image_size or 0) if lazy else _in_memory(splits, _format(train, image_size))
+    sets = (
+        _on_disk(splits, image_size or 0)
+        if lazy
+        else _in_memory(splits, _format(train, image_size))
+    )
     return ImageWorkload(
         name="imagefolder",
         measure=Measure(),
@@ -98,19 +119,29 @@ class _Split:
         try:
             found = datasets.ImageFolder(folder)
         except FileNotFoundError as problem:
-            raise ValueError(f"data_dir must be {LAYOUT}, got: {str(problem).splitlines()[0]}") from problem
+            raise ValueError(
+                f"data_dir must be {LAYOUT}, got: {str(problem).splitlines()[0]}"
+            ) from problem
         classes = classes or tuple(found.classes)
         if len(classes) < 2:
             raise ValueError(f"'{folder}' must have at least 2 classes, got {classes[0]!r} alone")
         unknown = [name for name in found.classes if name not in classes]
         if unknown:
-            raise ValueError(f"'{folder}' must have the classes of the training images, got {unknown[0]!r}")
+            raise ValueError(
+                f"'{folder}' must have the classes of the training images, got {unknown[0]!r}"
+            )
         labels = [classes.index(found.classes[label]) for label in found.targets]
-        return cls(tuple(Path(path) for path, _ in found.samples), np.array(labels, dtype=np.int64), classes)
+        return cls(
+            tuple(Path(path) for path, _ in found.samples),
+            np.array(labels, dtype=np.int64),
+            classes,
+        )
 
     def only(self, chosen: Indices) -> _Split:
         """Return the files at these positions."""
-        return replace(self, paths=tuple(self.paths[i] for i in chosen.tolist()), labels=self.labels[chosen])
+        return replace(
+            self, paths=tuple(self.paths[i] for i in chosen.tolist()), labels=self.labels[chosen]
+        )
 
     def files(self) -> list[ImageFile]:
         """Return what can be decoded."""
@@ -121,9 +152,17 @@ def _folders(data_dir: Path | None) -> dict[str, Path]:
     """Return the folders of the splits that are there: `train`, and `val` or `test` or both."""
     if data_dir is None:
         raise ValueError(f"data_dir must be {LAYOUT}, got None; name it with --data-dir")
-    there = {name: data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()}
+    there = {
+        name: data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()
+    }
     if "train" not in there or len(there) < 2:
-        got = f"only {', '.join(there)} in it" if there else "none of them in it" if data_dir.is_dir() else "no folder"
+        got = (
+            f"only {', '.join(there)} in it"
+            if there
+            else "none of them in it"
+            if data_dir.is_dir()
+            else "no folder"
+        )
         raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}': {got}")
     return there
 

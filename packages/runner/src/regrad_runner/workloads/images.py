@@ -95,7 +95,9 @@ class ImageSet(LabelledImages):
         seed: int = 0,
     ) -> None:
         if images.ndim != 4 or images.dtype != torch.uint8:
-            raise ValueError(f"images must be uint8 of shape [N, C, H, W], got {images.dtype} {list(images.shape)}")
+            raise ValueError(
+                f"images must be uint8 of shape [N, C, H, W], got {images.dtype} {list(images.shape)}"
+            )
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must have shape {[len(images)]}, got {list(labels.shape)}")
         super().__init__(labels, channels=images.shape[1], image_size=images.shape[2], seed=seed)
@@ -109,7 +111,9 @@ class ImageSet(LabelledImages):
         chosen = torch.as_tensor(indices)
         images = self.images[chosen]
         if self.augment is not None:
-            images = _augmented(images, self.augment, seed=self.seed, epoch=self.epoch, indices=chosen.numpy())
+            images = _augmented(
+                images, self.augment, seed=self.seed, epoch=self.epoch, indices=chosen.numpy()
+            )
         return (images.float() - self.mean) / self.std
 
 
@@ -135,7 +139,9 @@ def standardized(
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation [C] of uint8 images [N, C, H, W], from counts: no float copy is made."""
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    counts = torch.stack(
+        [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    ).double()
     shares = counts / counts.sum(1, keepdim=True)
     levels = torch.arange(256, dtype=torch.float64)
     mean = shares @ levels
@@ -149,7 +155,9 @@ def _augmented(
     count, channels, height, width = images.shape
     draws = [
         hashed_integers(high, seed=seed, epoch=epoch, indices=indices, draw=draw)
-        for draw, high in enumerate((2 * augment.shift + 1, 2 * augment.shift + 1, 2 if augment.flip else 1))
+        for draw, high in enumerate(
+            (2 * augment.shift + 1, 2 * augment.shift + 1, 2 if augment.flip else 1)
+        )
     ]
     down, right, mirrored = (draw[:, None] for draw in draws)
     column = torch.arange(width)
@@ -178,7 +186,9 @@ class ImageWorkload(Workload):
     test: LabelledImages
     classes: int
 
-    def build_model(self, name: str, *, width: int | None = None, norm: Norm = "batch", seed: int = 0) -> nn.Module:
+    def build_model(
+        self, name: str, *, width: int | None = None, norm: Norm = "batch", seed: int = 0
+    ) -> nn.Module:
         """Return a classifier of these images: see `regrad_runner.models.build_model`."""
         shape = {"channels": self.train.channels, "image_size": self.train.image_size}
         return build_model(name, classes=self.classes, width=width, norm=norm, seed=seed, **shape)

@@ -22,10 +22,14 @@ from regrad_runner.workloads.split import Indices, validation_and_training
 LOOKED_AT = 100
 ROWS_AT_ONCE = 1000
 LAYOUT = "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
-DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20")
+DEFAULTS = Defaults(
+    epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
+)
 
 
-def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None) -> ImageWorkload:
+def load(
+    *, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None
+) -> ImageWorkload:
     """Return the images of `train.parquet` and `test.parquet`, or of `train-*.parquet` and `test-*.parquet`.
 
     The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are
@@ -64,8 +68,14 @@ def load(*, seed_of_split: int = 0, data_dir: Path | None = None, train_size: in
     encoded = train_split.encoded(np.unique(np.concatenate([looked_at, train, validation])))
     form = common_format([encoded[row] for row in looked_at.tolist()])
     train_set, validation_set, test_set = standardized(
-        (decode_images([encoded[row] for row in train.tolist()], form), torch.from_numpy(labels[train])),
-        (decode_images([encoded[row] for row in validation.tolist()], form), torch.from_numpy(labels[validation])),
+        (
+            decode_images([encoded[row] for row in train.tolist()], form),
+            torch.from_numpy(labels[train]),
+        ),
+        (
+            decode_images([encoded[row] for row in validation.tolist()], form),
+            torch.from_numpy(labels[validation]),
+        ),
         (decode_images(list(test_split.encoded().values()), form), torch.from_numpy(test_labels)),
         augment=Augmentation(shift=form.side // 8, flip=True),
     )
@@ -93,7 +103,9 @@ class _Split:
         if data_dir is None:
             raise ValueError(f"data_dir must be {LAYOUT}, got None; name the folder")
         if not data_dir.is_dir():
-            raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}'; there is no such folder")
+            raise ValueError(
+                f"data_dir must be {LAYOUT}, got '{data_dir}'; there is no such folder"
+            )
         for folder in (data_dir, data_dir / "data"):
             for pattern in (f"{name}.parquet", f"{name}-*.parquet"):
                 if found := sorted(folder.glob(pattern)):
@@ -107,7 +119,9 @@ class _Split:
         if not sum(map(len, columns)):
             raise ValueError(f"the {self.name} split must hold images, got none")
         if any(column.null_count for column in columns):
-            raise ValueError(f"label must be given for every image, got none for some of the {self.name} split")
+            raise ValueError(
+                f"label must be given for every image, got none for some of the {self.name} split"
+            )
         labels = np.concatenate([column.to_numpy() for column in columns])
         if labels.dtype.kind not in "iub" and not all(isinstance(label, str) for label in labels):
             raise ValueError(
@@ -119,16 +133,25 @@ class _Split:
         """Return the image files in these rows, sorted without repetition, or in all; others are passed over."""
         found: dict[int, EncodedImage] = {}
         with self._column("image") as (feature, tables):
-            if not (isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)):
+            if not (
+                isinstance(feature, datasets.Image)
+                or (isinstance(feature, dict) and "bytes" in feature)
+            ):
                 raise ValueError(f"image must be a struct with bytes, got {feature}")
             start = 0
             for table in tables:
                 inside = np.arange(start, start + len(table))
                 if rows is not None:
-                    inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))]
-                for row, image in zip(inside.tolist(), table["image"].take(inside - start).to_pylist(), strict=True):
+                    inside = rows[
+                        np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))
+                    ]
+                for row, image in zip(
+                    inside.tolist(), table["image"].take(inside - start).to_pylist(), strict=True
+                ):
                     where = f"row {row} of the {self.name} split"
-                    found[row] = EncodedImage(where=where, content=image["bytes"] if image else None)
+                    found[row] = EncodedImage(
+                        where=where, content=image["bytes"] if image else None
+                    )
                 start += len(table)
         return found
 
@@ -143,25 +166,35 @@ class _Split:
                 features = self._open(folder).features
                 if column not in features:
                     raise ValueError(f"columns must be image and label, got {', '.join(features)}")
-                tables = self._open(folder, columns=[column]).with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
+                tables = (
+                    self._open(folder, columns=[column])
+                    .with_format("arrow")
+                    .iter(batch_size=ROWS_AT_ONCE)
+                )
                 # A reader that is left open can keep the interpreter from ending.
                 with contextlib.closing(tables):
                     yield features[column], tables
-        except Exception as problem:  # Arrow, Parquet's codecs and datasets each raise their own kinds
+        except (
+            Exception
+        ) as problem:  # Arrow, Parquet's codecs and datasets each raise their own kinds
             cause = (str(problem).splitlines() or [type(problem).__name__])[0]
             raise ValueError(f"{self.files[0]}: {cause}") from problem
         finally:
             datasets.utils.logging.set_verbosity(verbosity)
 
     def _open(self, folder: str, **options: Any) -> Any:
-        return datasets.Dataset.from_parquet(list(self.files), cache_dir=folder, streaming=True, **options)
+        return datasets.Dataset.from_parquet(
+            list(self.files), cache_dir=folder, streaming=True, **options
+        )
 
 
 def _numbered(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Indices]:
     """Return the sorted classes of the training images, at least two, and each label's position there."""
     classes, numbers = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
-        raise ValueError(f"label must have at least 2 classes in the train split, got {classes.tolist()[0]!r} alone")
+        raise ValueError(
+            f"label must have at least 2 classes in the train split, got {classes.tolist()[0]!r} alone"
+        )
     return classes, numbers.astype(np.int64)
 
 
@@ -170,5 +203,7 @@ def _looked_up(labels: npt.NDArray[Any], classes: npt.NDArray[Any]) -> Indices:
     number_of = {label: number for number, label in enumerate(classes.tolist())}
     unknown = [label for label in labels.tolist() if label not in number_of]
     if unknown:
-        raise ValueError(f"label must be one that the train split has, got {unknown[0]!r} in the test split")
+        raise ValueError(
+            f"label must be one that the train split has, got {unknown[0]!r} in the test split"
+        )
     return np.array([number_of[label] for label in labels.tolist()], dtype=np.int64)

@@ -18,7 +18,9 @@ from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import validation_and_training
 
 FOLDER = Path("data")
-DEFAULTS = Defaults(epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20")
+DEFAULTS = Defaults(
+    epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Published:
             self._fetch(root)
         pixels, labels = self._read(root, train=True)
         validation, train = (
-            torch.from_numpy(part) for part in validation_and_training(labels.numpy(), train_size, seed=seed_of_split)
+            torch.from_numpy(part)
+            for part in validation_and_training(labels.numpy(), train_size, seed=seed_of_split)
         )
         train_set, validation_set, test_set = standardized(
             (pixels[train], labels[train]),
@@ -128,4 +131,6 @@ class Published:
 
 cifar10 = Published("cifar10", "CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py")
 cifar100 = Published("cifar100", "CIFAR-100", datasets.CIFAR100, "cifar-100-python")
-fashion_mnist = Published("fashion-mnist", "Fashion-MNIST", datasets.FashionMNIST, "FashionMNIST/raw")
+fashion_mnist = Published(
+    "fashion-mnist", "Fashion-MNIST", datasets.FashionMNIST, "FashionMNIST/raw"
+)

@@ -62,7 +62,9 @@ class Samples(Dataset[Batch]):
         view.seed, view.epoch = seed, 0
         return view
 
-    def batches(self, size: int = 512, *, indices: Sequence[int] | None = None, workers: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, size: int = 512, *, indices: Sequence[int] | None = None, workers: int = 0
+    ) -> Iterator[Batch]:
         """Yield samples in order, at most `size` at a time: for evaluation.
 
         Args:
@@ -73,7 +75,13 @@ class Samples(Dataset[Batch]):
         chosen = list(range(len(self)) if indices is None else indices)
         parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         generator = torch.Generator()  # an iteration draws one number; without this, a global one
-        yield from DataLoader(self, batch_sampler=parts, collate_fn=_identity, num_workers=workers, generator=generator)
+        yield from DataLoader(
+            self,
+            batch_sampler=parts,
+            collate_fn=_identity,
+            num_workers=workers,
+            generator=generator,
+        )
 
 
 class TensorSamples(Samples):
@@ -94,7 +102,9 @@ class TensorSamples(Samples):
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         if len(inputs) != len(targets):
-            raise ValueError(f"targets must be as many as inputs ({len(inputs)}), got {len(targets)}")
+            raise ValueError(
+                f"targets must be as many as inputs ({len(inputs)}), got {len(targets)}"
+            )
         super().__init__()
         self.inputs, self.targets = inputs, targets
 
@@ -126,7 +136,9 @@ class EpochSampler(Sampler[int]):
         self.samples.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng((self.seed, self.epoch)).permutation(len(self.samples)).tolist()
+        yield from (
+            np.random.default_rng((self.seed, self.epoch)).permutation(len(self.samples)).tolist()
+        )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -185,7 +197,9 @@ def _identity(batch: Sample) -> Sample:
     return batch
 
 
-def hashed_integers(high: int, *, seed: int, epoch: int, indices: npt.NDArray[np.int64], draw: int) -> Tensor:
+def hashed_integers(
+    high: int, *, seed: int, epoch: int, indices: npt.NDArray[np.int64], draw: int
+) -> Tensor:
     """Return one integer in [0, high) per index, int64: a hash of (seed, epoch, draw, index).
 
     References:
@@ -197,4 +211,6 @@ def hashed_integers(high: int, *, seed: int, epoch: int, indices: npt.NDArray[np
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     bits ^= bits >> np.uint64(31)
     # The upper 32 bits as a fraction of 2^32: the bias is below high / 2^32.
-    return torch.from_numpy((((bits >> np.uint64(32)) * np.uint64(high)) >> np.uint64(32)).astype(np.int64))
+    return torch.from_numpy(
+        (((bits >> np.uint64(32)) * np.uint64(high)) >> np.uint64(32)).astype(np.int64)
+    )

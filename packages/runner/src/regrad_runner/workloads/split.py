@@ -10,7 +10,9 @@ Indices = npt.NDArray[np.int64]
 VALIDATION_SHARE = 0.1
 
 
-def take_stratified(labels: npt.NDArray[np.int64], size: int, *, seed: int, what: str) -> tuple[Indices, Indices]:
+def take_stratified(
+    labels: npt.NDArray[np.int64], size: int, *, seed: int, what: str
+) -> tuple[Indices, Indices]:
     """Divide samples at random into `size` and the rest, each class in the same proportion.
 
     Args:
@@ -27,11 +29,17 @@ def take_stratified(labels: npt.NDArray[np.int64], size: int, *, seed: int, what
     """
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
-        raise ValueError(f"every class must have at least 2 training images, got 1 of class {classes[counts.argmin()]}")
+        raise ValueError(
+            f"every class must have at least 2 training images, got 1 of class {classes[counts.argmin()]}"
+        )
     most = len(labels) - len(classes)
     if not len(classes) <= size <= most:
-        raise ValueError(f"{what} must be from {len(classes)} (the classes) to {most}, got {size!r}")
-    taken, rest = train_test_split(np.arange(len(labels)), train_size=size, stratify=labels, random_state=seed)
+        raise ValueError(
+            f"{what} must be from {len(classes)} (the classes) to {most}, got {size!r}"
+        )
+    taken, rest = train_test_split(
+        np.arange(len(labels)), train_size=size, stratify=labels, random_state=seed
+    )
     return np.sort(taken), np.sort(rest)
 
 

@@ -80,7 +80,9 @@ def load(
             f"data_dir must hold at least {least} bytes for windows of {context}, got {len(text)} in '{data_dir}'; "
             "give more text or a smaller context"
         )
-    validating, testing = (round(len(text) * share) for share in (1 - VALIDATION_SHARE - TEST_SHARE, 1 - TEST_SHARE))
+    validating, testing = (
+        round(len(text) * share) for share in (1 - VALIDATION_SHARE - TEST_SHARE, 1 - TEST_SHARE)
+    )
     train = text[: _kept(validating, context, train_size)]
     return TextWorkload(
         name="text",
@@ -107,7 +109,14 @@ class TextWorkload(Workload):
     context: int
 
     def build_model(
-        self, name: str, *, width: int = WIDTH, layers: int = 4, heads: int = 4, tied: bool = False, seed: int = 0
+        self,
+        name: str,
+        *,
+        width: int = WIDTH,
+        layers: int = 4,
+        heads: int = 4,
+        tied: bool = False,
+        seed: int = 0,
     ) -> nn.Module:
         """Return a transformer over bytes: see `regrad_runner.gpt.build_gpt`."""
         if name != MODEL:
@@ -164,7 +173,9 @@ class DrawnWindows(Windows):
     def starts(self, indices: list[int]) -> Tensor:
         """Return where windows begin, shape [B]."""
         places = len(self.text) - self.context
-        return hashed_integers(places, seed=self.seed, epoch=self.epoch, indices=np.asarray(indices), draw=0)
+        return hashed_integers(
+            places, seed=self.seed, epoch=self.epoch, indices=np.asarray(indices), draw=0
+        )
 
 
 class WindowsInOrder(Windows):
@@ -182,7 +193,9 @@ def _kept(size: int, context: int, train_size: int | None) -> int:
     """Return how many of `size` training bytes are kept."""
     most = (size - 1) // context
     if train_size is not None and not 1 <= train_size <= most:
-        raise ValueError(f"train_size must be from 1 to {most} (windows of {context} bytes), got {train_size!r}")
+        raise ValueError(
+            f"train_size must be from 1 to {most} (windows of {context} bytes), got {train_size!r}"
+        )
     return size if train_size is None else train_size * context + 1
 
 
@@ -190,7 +203,11 @@ def _read(place: Path | None) -> Tensor:
     """Return the bytes of a file, or of every text in a folder, uint8."""
     if place is None:
         raise ValueError(f"data_dir must be given for workload 'text': {WHAT}")
-    files = sorted(path for path in place.glob("*.txt") if path.is_file()) if place.is_dir() else [place]
+    files = (
+        sorted(path for path in place.glob("*.txt") if path.is_file())
+        if place.is_dir()
+        else [place]
+    )
     if not files:
         raise ValueError(f"data_dir must be {WHAT}, got '{place}' without one")
     text = b"".join(_read_file(file) for file in files)
@@ -208,5 +225,7 @@ def _read_file(file: Path) -> bytes:
         content.decode("utf-8")
     except UnicodeDecodeError as problem:
         where = f"byte {problem.start} (0x{content[problem.start]:02x}) of '{file}'"
-        raise ValueError(f"data_dir must hold UTF-8, got {where}: {problem.reason}; convert it first") from None
+        raise ValueError(
+            f"data_dir must hold UTF-8, got {where}: {problem.reason}; convert it first"
+        ) from None
     return content
