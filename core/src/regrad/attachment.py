@@ -1,27 +1,32 @@
 """Bind corrections to one model and its optimizer."""
 
 import contextlib
-import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrad import explain, hooks, order, refusals, registry
+from regrad import explain, module_hooks, order, other_optimizers, receipt, refusals, registry
 from regrad.correction import Correction
-from regrad.engine import Engine, SwitchingCriterion
-from regrad.errors import refuse_if
+from regrad.criterion import Switch, switching_criterion
+from regrad.engine import Engine
+from regrad.errors import RegradError
+from regrad.optimizer_state import StateInOptimizer
+from regrad.record import ForwardRecord
+from regrad.wrappers import (
+    innermost_module,
+    is_compiled,
+    optimizer_layers,
+    was_compiled_and_called,
+)
 
 Criterion = Callable[..., Tensor]
-CLIPPED = "gradients are read as the loop leaves them at step(): clipping in the loop comes first"
 
 
 def attach(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     optimizer: Optimizer,
     corrections: Sequence[str | Correction],
     criterion: Criterion | None = None,
@@ -30,8 +35,11 @@ def attach(
 
     Args:
         model: The module that the loop calls: plain, compiled, or prepared for DDP
-            or FSDP2. Gets hooks, which `Attachment.detach` removes.
-        optimizer: Its optimizer, or a wrapper that keeps it as `.optimizer`.
+            or FSDP2. Gets hooks, which `Attachment.detach` removes. Several, such as
+            encoder and decoder, as a list. Of a module that is not called itself, such
+            as a LightningModule, the parts that are called are found after the first step.
+        optimizer: Its optimizer, or a wrapper of it. Its `state_dict()` holds the
+            corrections' state from here on, under the key "regrad".
         corrections: Names with options for `regrad.create`, or `Correction`
             objects, in the order in which they shall act. May be empty.
         criterion: The loss function, where a correction corrects it: then call
@@ -56,30 +64,19 @@ def attach(
         ...     print(attachment)
         regrad attachment: no corrections
     """
-    if isinstance(corrections, str):
-        raise TypeError(f"corrections must be a list, got {corrections!r}; write [{corrections!r}]")
-    made = [
-        c
-        for item in corrections
-        for c in (registry.created(item) if isinstance(item, str) else (item,))
-    ]
-    for index, correction in enumerate(made):
-        if not isinstance(correction, Correction):
-            raise TypeError(f"corrections must be names or Correction objects, got {correction!r}")
-        correction.check_class()
-        rule = f"corrections must be different, got {correction.name!r} twice in {[*corrections]}"
-        refuse_if(correction.name in [c.name for c in made[:index]], rule)
-    inner = hooks.innermost_optimizer(optimizer)
-    refusals.check(model, inner, optimizer, made, criterion)
-    refusals.agree_across_ranks(made, inner.param_groups[0]["params"][0].device)
-    return Attachment(model, inner, made, criterion)
+    made = registry.create_all(corrections)
+    layers = optimizer_layers(optimizer)
+    given = model if isinstance(model, list | tuple) else [model]
+    refusals.check(given, layers, made, criterion)
+    refusals.agree_across_ranks(made, layers[-1].param_groups[0]["params"][0].device)
+    return Attachment(model, layers[-1], made, criterion, layers=layers)
 
 
 class Attachment(contextlib.AbstractContextManager["Attachment"]):
     """Corrections bound to one model and one optimizer. Made by `regrad.attach`.
 
     Attributes:
-        model: The innermost module.
+        model: The innermost module; of several, a `ModuleList` of them.
         optimizer: The innermost torch optimizer.
         corrections: In acting order.
         reasons: Why any correction was moved from the place it was given, and what
@@ -91,53 +88,83 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, given: Sequence[Correction], criterion: Any
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Optimizer,
+        given: Sequence[Correction],
+        criterion: Any,
+        *,
+        layers: Sequence[Any] = (),
     ) -> None:
-        self.model, self.optimizer, self._outer = hooks.innermost_module(model), optimizer, model
+        self._called = list(model) if isinstance(model, list | tuple) else [model]
+        roots = [innermost_module(module) for module in self._called]
+        self.model = roots[0] if isinstance(model, nn.Module) else nn.ModuleList(roots)
+        self.optimizer = optimizer
         self.corrections, self.reasons = order.resolve_order(given)
-        self._original = self._criterion = criterion
-        self._handles: list[Any] = []
-        self.engine = Engine(self.model, optimizer, self.corrections)
-        self.record: hooks.ForwardRecord | None = None
+        self._original = criterion
+        self._criterion = criterion
+        self._switch: Switch | None = None
+        self._handles: list[module_hooks.Handle] = []
+        self._in_optimizer = StateInOptimizer(self)
+        self.engine = Engine(
+            self.model, optimizer, self.corrections, roots=roots, layers=layers
+        )
+        self.record: ForwardRecord | None = None
         self.is_detached = False
         try:
             self._set_up()
+            self._register()
         except BaseException:
             self.detach()
             raise
-        self._register()
 
     def _set_up(self) -> None:
         """Let every correction build its state; what it draws leaves the global random numbers as they were."""
         for correction in self.corrections:
             correction.attachment = self
-        compiled = hasattr(self._outer, "_orig_mod") or self.model._compiled_call_impl is not None
-        if any(c.needs.record for c in self.corrections) and not compiled:
-            self.record = hooks.ForwardRecord(self.model)
+        reads_record = any(correction.needs.record for correction in self.corrections)
+        if reads_record and not any(is_compiled(m) for m in (*self._called, self.model)):
+            self.record = ForwardRecord(self.model)
             self._handles += self.record.handles
-        for _, call in self.engine.callers["setup"]:
-            with torch.random.fork_rng(devices=[]):
+        for correction, call in self.engine.callers["setup"]:
+            with torch.random.fork_rng(devices=[]), self.engine.named(correction, "setup"):
                 call(attachment=self)
         for owner, call in self.engine.callers["wrap_criterion"]:
-            self._criterion = SwitchingCriterion(
-                self.engine, owner, self._original, call(criterion=self._original)
-            )
+            with self.engine.named(owner, "wrap_criterion"):
+                corrected = call(criterion=self._original)
+            self._switch = Switch(self.engine, owner, self._original, corrected)
+            self._criterion = switching_criterion(self._switch)
 
     def _register(self) -> None:
-        """Put the hooks on model and optimizer."""
-        engine, model, optimizer = self.engine, self.model, self.optimizer
-        for module in {model: 0, self._outer: 0}:
-            hook = hooks.Hook(module, engine.before_forward)
-            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
-        self._handles += [
-            model.register_forward_hook(hooks.Hook(model, engine.after_forward)),
-            model.register_state_dict_post_hook(hooks.Hook(model, engine.on_state_dict)),  # type: ignore[no-untyped-call]
-            model.register_load_state_dict_pre_hook(hooks.Hook(model, engine.close_window)),  # type: ignore[no-untyped-call]
-            optimizer.register_load_state_dict_pre_hook(engine.close_window),
-            optimizer.register_step_pre_hook(engine.before_step),
-            optimizer.register_step_post_hook(engine.after_step),
-        ]
+        """Put the hooks on models and optimizer."""
+        roots = self.engine.roots
+        for module in dict.fromkeys((*roots, *self._called)):
+            self._hook(
+                module, module.register_forward_pre_hook, self.engine.before_forward, prepend=True
+            )
+        for root in roots:
+            self._hook(root, root.register_forward_hook, self.engine.after_forward)
+            self._hook(root, root.register_state_dict_post_hook, self.engine.on_state_dict)
+            self._hook(root, root.register_load_state_dict_pre_hook, self.engine.close_window)
+        optimizer = self.optimizer
+        self._handles += self._in_optimizer.register(optimizer)
+        self._handles.append(optimizer.register_step_pre_hook(self.engine.on_step_begin))
+        self._handles.append(optimizer.register_step_post_hook(self.engine.on_step_end))
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        if self.engine.callers["predict_weights"]:
+            other_optimizers.add(self.engine)
+        if not any(type(root).forward is not nn.Module.forward for root in roots):
+            self.engine.parts.watch(roots, self.engine.step().parameters)
         refusals.ATTACHED.add(optimizer)
+
+    def _hook(
+        self,
+        module: nn.Module,
+        register: Callable[..., module_hooks.Handle],
+        function: Callable[..., Any],
+        **options: Any,
+    ) -> None:
+        self._handles.append(module_hooks.add_hook(module, register, function, **options))
 
     def hook_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call `function(module, inputs, output)` after each forward of a submodule, until detach.
@@ -145,19 +172,25 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         Raises:
             RegradError: If the model was compiled and called already: the hook would never fire.
         """
-        traced = hooks.was_compiled_and_called(self._outer)
-        refuse_if(
-            traced, "submodule hooks must be set before the first compiled call; attach earlier"
-        )
-        self._handles.append(module.register_forward_hook(hooks.Hook(module, function)))
+        if any(was_compiled_and_called(called) for called in self._called):
+            raise RegradError(
+                "submodule hooks must be set before the first compiled call; attach earlier"
+            )
+        self._hook(module, module.register_forward_hook, function)
+
+    def _after_step(self, *_: Any) -> None:
+        self._in_optimizer.warn_if_missing()
 
     @property
     def criterion(self) -> Criterion:
-        """The criterion to call in the loop, corrected in training mode, the original otherwise."""
-        refuse_if(
-            self._criterion is None,
-            "attachment has no criterion; pass attach(…, criterion=criterion)",
-        )
+        """The criterion to call in the loop, corrected in training mode, the original otherwise.
+
+        An `nn.Module` where the original is one, so that a model can hold it as a submodule.
+        """
+        if self._criterion is None:
+            raise RegradError(
+                "attachment has no criterion; pass attach(…, criterion=criterion)"
+            )
         return self._criterion  # type: ignore[no-any-return]
 
     def detach(self) -> None:
@@ -165,12 +198,14 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         if self.is_detached:
             return
         self.engine.close_window()
+        self.engine.parts.remove()
+        other_optimizers.discard(self.engine)
         for handle in self._handles:
             handle.remove()
         for correction in self.corrections:
             correction.attachment = None
-        if self._criterion is not self._original:
-            self._criterion.corrected = None
+        if self._switch is not None:
+            self._switch.corrected = None
         refusals.ATTACHED.discard(self.optimizer)
         self.is_detached = True
 
@@ -184,14 +219,13 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             "steps_skipped": float(self.engine.skipped),
         }
         for name, stages in self.engine.meter.effects().items():
-            values |= {
-                f"{name}/{stage}/{key}": v
-                for stage, seen in stages.items()
-                for key, v in seen.items()
-            }
-        return values | {
-            f"{c.name}/{key}": float(v) for c in self.corrections for key, v in c.metrics().items()
-        }
+            for stage, measures in stages.items():
+                for measure, value in measures.items():
+                    values[f"{name}/{stage}/{measure}"] = value
+        for correction in self.corrections:
+            for key, value in correction.metrics().items():
+                values[f"{correction.name}/{key}"] = float(value)
+        return values
 
     def receipt(self) -> dict[str, Any]:
         """Return what really happened, as plain values that JSON can hold.
@@ -201,39 +235,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             parameters), "order", "notes", "parameters", "steps_applied",
             "steps_skipped", "effects", "seed" and "environment".
         """
-        step, engine, rows = self.engine.step(), self.engine, []
-        for c in self.corrections:
-            on_weights = {"gradient", "moment", "weights"} & set(c.needs.stages)
-            matched = [
-                n
-                for n, p in zip(step.names, step.parameters, strict=True)
-                if on_weights and c.selects(n, p)
-            ]
-            options = json.loads(json.dumps(vars(c.options), default=str))
-            row = {"name": c.name, **registry.origin(c), "options": options}
-            rows.append(row | {"stages": list(c.needs.stages), "matched": matched})
-        counts = {
-            "parameters": len(step.names),
-            "steps_applied": engine.applied,
-            "steps_skipped": engine.skipped,
-        }
-        machine = {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "regrad": version("regrad"),
-        }
-        machine["device"] = ", ".join(sorted({str(p.device) for p in step.parameters}))
-        seen = {
-            "effects": engine.meter.effects(),
-            "seed": torch.initial_seed(),
-            "environment": machine,
-        }
-        reads = engine.callers["correct_gradients"] or engine.callers["correct_moments"]
-        told = {
-            "order": [c.name for c in self.corrections],
-            "notes": [*self.reasons, *([CLIPPED] if reads else [])],
-        }
-        return {"corrections": rows, **told, **counts, **seen}
+        return receipt.receipt(self.engine, tuple(self.reasons))
 
     def explain(self, batch: Any) -> explain.Explanation:
         """Say what each correction would change on one batch, tried on copies; nothing is changed afterwards.
@@ -250,10 +252,12 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         return explain.explain(self, self._original, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the corrections' state by name, with effects and receipt. Plain values and tensors only."""
-        states = {c.name: c.state_dict() for c in self.corrections}
+        """Return the corrections' state by name, with effects and receipt. Plain values and tensors only.
+
+        The optimizer's own `state_dict()` holds it too, under the key "regrad".
+        """
         return {
-            "corrections": states,
+            "corrections": {c.name: c.state_dict() for c in self.corrections},
             "effects": dict(self.engine.meter.sums),
             "receipt": self.receipt(),
         }
@@ -267,40 +271,32 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
                 what goes by the same name.
 
         Raises:
+            ValueError: If it is not what `state_dict` returned.
             RegradError: If `strict` and anything differs; says what.
         """
-        found = "; ".join(_differences(state["receipt"], self.receipt()))
-        refuse_if(
-            strict and found,
-            f"state must come from the same corrections; {found}; or pass strict=False",
-        )
+        missing = [key for key in ("corrections", "effects", "receipt") if key not in state]
+        if missing:
+            raise ValueError(
+                "state must be what Attachment.state_dict() returned, "
+                f"got one without {', '.join(map(repr, missing))}"
+            )
+        found = "; ".join(receipt.differences(state["receipt"], self.receipt()))
+        if strict and found:
+            raise RegradError(
+                f"state must come from the same corrections; {found}; or pass strict=False"
+            )
         self.engine.close_window()
-        self.engine.applied, self.engine.skipped = (
-            int(state["receipt"][f"steps_{k}"]) for k in ("applied", "skipped")
-        )
+        self.engine.applied = int(state["receipt"]["steps_applied"])
+        self.engine.skipped = int(state["receipt"]["steps_skipped"])
         for correction in self.corrections:
             if correction.name in state["corrections"]:
-                correction.load_state_dict(state["corrections"][correction.name])
-                self.engine.meter.sums |= {
-                    k: s for k, s in state["effects"].items() if k[0] == correction.name
-                }
+                with self.engine.named(correction, "load_state_dict"):
+                    correction.load_state_dict(state["corrections"][correction.name])
+                effects = state["effects"].items()
+                own = {key: sums for key, sums in effects if key[0] == correction.name}
+                self.engine.meter.sums |= own
+        self._in_optimizer.is_there()
 
     def __str__(self) -> str:
         chain = " → ".join(map(repr, self.corrections)) or "no corrections"
         return "\n  ".join((f"regrad attachment: {chain}", *self.reasons))
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Return one line per correction that is missing, added, or has other options."""
-    old, new = (
-        {c["name"]: c["options"] for c in receipt["corrections"]} for receipt in (theirs, ours)
-    )
-    lines = [
-        f"{name!r} is {'missing' if name in old else 'new'} here"
-        for name in sorted(old.keys() ^ new.keys())
-    ]
-    pairs = [(name, key) for name in old if name in new for key in {**old[name], **new[name]}]
-    changed = [(name, key) for name, key in pairs if old[name].get(key) != new[name].get(key)]
-    return lines + [
-        f"{n}.{key} was {old[n].get(key)!r}, is {new[n].get(key)!r}" for n, key in changed
-    ]

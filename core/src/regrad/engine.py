@@ -1,46 +1,53 @@
 """Runs the corrections at their moments of the training step."""
 
-import copy
-import re
+import contextlib
+import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any
 
-import pluggy
 import torch
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
-from regrad import hooks, sharding, window
-from regrad.correction import HOOK_OF_STAGE, Correction
-from regrad.errors import RegradWarning, refuse_if
-from regrad.hookspecs import HOOKS, CorrectionSpec, Step
+from regrad import names, other_optimizers, sharding
+from regrad.correction import Correction
+from regrad.errors import RegradError, RegradWarning
+from regrad.hookspecs import Step
 from regrad.meter import Meter
+from regrad.parts import Parts
+from regrad.registration import HookRegistry
+from regrad.window import Window
+from regrad.wrappers import wrap_closure
 
-NO_FORWARD = "a step came without a training forward of the attached model: wrong model, or compiled before attach()?"
-
-
-class HookRegistry(pluggy.PluginManager):
-    """pluggy's registry, in which corrections implement hooks by name and observers only wrap them."""
-
-    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        """Return the options of one implementation; raise `RegradError` where its kind is not allowed."""
-        marked: Any = super().parse_hookimpl_opts(plugin, name)
-        placing = [
-            o for o in ("wrapper", "hookwrapper", "tryfirst", "trylast") if marked and marked[o]
-        ]
-        own = isinstance(plugin, Correction)
-        refuse_if(
-            own and placing,
-            f"{plugin!r} must not mark {name!r} with {placing}; declare before or after",
-        )
-        refuse_if(
-            marked and not own and "wrapper" not in placing,
-            f"{plugin!r} must mark {name!r} with wrapper=True",
-        )
-        return {} if own and marked is None and name in HOOKS else marked
+NO_FORWARD = (
+    "a step came without a training forward of the attached model: "
+    "wrong model, or compiled before attach()?"
+)
+NO_STEP = (
+    "{count} training forwards of the attached model came without a step of its optimizer "
+    "({optimizer}): is it another optimizer that trains, or one whose step has another name? "
+    "Call attach() with the optimizer whose step() updates the weights"
+)
+NO_CRITERION = (
+    "{name!r} corrects the criterion, but a step came without a call of attachment.criterion; "
+    "call that in the loop instead of the original"
+)
+OVERWRITTEN = (
+    "{count} of the weights that {names} moved for the forward pass were written before the step, "
+    "first {first!r}: they are kept as they are now. Another optimizer or a hand-written update "
+    "does that; detach() before training in another way. The prediction pauses until "
+    "{optimizer} steps again"
+)
+NOT_IN_CHARGE = (
+    "{other} has stepped weights of the attached {optimizer} twice in a row: the prediction of "
+    "{names} pauses until {optimizer} steps again; attach to the optimizer that trains, "
+    "or detach()"
+)
+FORWARDS_WITHOUT_STEP = 50
 
 
 class Engine:
@@ -50,58 +57,97 @@ class Engine:
         model: The innermost module.
         optimizer: The innermost optimizer.
         corrections: In acting order.
+        roots: The modules that the loop calls, without wrappers; by default the model.
+        layers: The optimizers around `optimizer`, which step it and are no others.
 
     Attributes:
         applied: Optimizer steps that really happened.
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
+        criterion_called: Whether the corrected criterion was ever called.
         seconds: Host time spent in each correction's hooks so far, by name.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: optim.Optimizer, corrections: Sequence[Correction]
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        corrections: Sequence[Correction],
+        *,
+        roots: Sequence[nn.Module] = (),
+        layers: Sequence[Any] = (),
     ) -> None:
-        self.model, self.optimizer, self.corrections = model, optimizer, corrections
-        self.window, self.meter = window.Window(), Meter()
-        self._names: dict[Tensor, str] = {}
-        self.applied = self.skipped = self.forwards = self._calls = 0
-        self._skipping = self._warned = self._graph_waits = False
+        self.model = model
+        self.optimizer = optimizer
+        self.corrections = corrections
+        self.roots = tuple(roots) or (model,)
+        self._layers = {id(layer) for layer in (*layers, optimizer)}
+        self.window = Window()
+        self.meter = Meter()
+        self.parts = Parts(self.before_forward, self.after_forward)
+        self.applied = 0
+        self.skipped = 0
+        self.forwards = 0
+        self.criterion_called = False
         self.seconds: dict[str, float] = defaultdict(float)
-        self.registry = HookRegistry("regrad")
-        self.registry.add_hookspecs(CorrectionSpec)
-        for correction in corrections:
-            self.registry.register(correction, correction.name)
-        self.registry.check_pending()
+        self.registry = HookRegistry(corrections)
         self.registry.register(self.meter, "regrad effect meter")
-        self.callers: dict[str, list[tuple[Correction, Callable[..., Any]]]] = {
-            hook: [] for hook in HOOKS
-        }
-        acting = {
-            c: {"setup", "after_step", *(HOOK_OF_STAGE[s] for s in c.needs.stages)}
-            for c in corrections
-        }
-        for c, hook in (
-            (c, hook)
-            for c in corrections
-            for hook in HOOKS
-            if hook in acting[c] and hasattr(c, hook)
-        ):
-            others = [
-                other for other in corrections if other is not c
-            ]  # a caller reaches one correction: design §3
-            self.callers[hook].append((c, self.registry.subset_hook_caller(hook, others)))
+        self.callers = self.registry.callers(corrections)
+        self.awaited_state = False
+
+        self._names: dict[Tensor, str] = {}
+        self._is_skipping = False
+        self._said: set[str] = set()
+        self._graph_waits = False
+        # The step under way: torch's frame around it, the closure calls, what writes came before.
+        self._step_frame: FrameType | None = None
+        self._nested_steps = 0
+        self._calls = 0
+        self._versions: list[int] = []
+        # What was done with the present gradients, in case the step raises and is tried again.
+        self._finished: set[tuple[str, str]] = set()
+        self._corrected: list[tuple[Tensor, int]] = []
+        # When to stay out of the way, and what to count for it.
+        self._is_paused = False
+        self._other_steps = 0
+        self._forwards_without_step = 0
+        self._most_forwards = 0
+        self._blind_steps = 0
+
+    # ---- what the corrections are given
 
     def step(self) -> Step:
         """Return the coming optimizer step as it stands now; parameters may have come since the last."""
         step = Step(self.optimizer, self.applied)
-        if any(p not in self._names for p in step.parameters):
-            self._names |= {
-                p: re.sub(hooks.WRAPPER, "", name) for name, p in self.model.named_parameters()
-            }
-        step.names = [
-            self._names.setdefault(p, f"unnamed.{i}") for i, p in enumerate(step.parameters)
-        ]
+        if any(parameter not in self._names for parameter in step.parameters):
+            self._name_parameters()
+        step.names = [self._names[parameter] for parameter in step.parameters]
         return step
+
+    def _name_parameters(self) -> None:
+        """Name the optimizer's parameters anew; state follows a parameter that is called otherwise now."""
+        before = self._names
+        self._names = names.parameter_names(self.model, self.optimizer)
+        renamed = {
+            before[parameter]: name
+            for parameter, name in self._names.items()
+            if parameter in before and before[parameter] != name
+        }
+        if not renamed:
+            return
+        for correction in self.corrections:
+            state = correction.state_dict()
+            if names.mentions(state, renamed):
+                correction.load_state_dict(names.with_new_names(state, renamed))
+
+    @contextlib.contextmanager
+    def named(self, correction: Correction, hook: str) -> Iterator[None]:
+        """Let an exception say in which correction and hook it came up."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in correction {correction.name!r}, hook {hook!r}")
+            raise
 
     @torch.no_grad()
     def run(self, hook: str, step: Step) -> Any:
@@ -109,70 +155,219 @@ class Engine:
         result = None
         for step.correction, call in self.callers[hook]:
             start = time.perf_counter()
-            result = call(step=step)
+            with self.named(step.correction, hook):
+                result = call(step=step)
             self.seconds[step.correction.name] += time.perf_counter() - start
         return result
 
     def is_sharded(self) -> bool:
         """Say whether any parameter is a shard now."""
         return any(
-            sharding.is_sharded(p) for group in self.optimizer.param_groups for p in group["params"]
+            sharding.is_sharded(parameter)
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
         )
+
+    def is_training(self) -> bool:
+        """Say whether the model is in training mode."""
+        return any(root.training for root in self.roots)
+
+    def owns(self, optimizer: Any) -> bool:
+        """Say whether an optimizer is the attached one or a wrapper of it."""
+        return id(optimizer) in self._layers
+
+    def _say_once(self, message: str, **values: Any) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message.format(**values), RegradWarning, stacklevel=3)
+
+    # ---- the forward passes
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
-            refuse_if(
-                self._graph_waits and self.window.moved,
-                "no evaluation between forward and backward under FSDP2",
-            )
+            if self._graph_waits and self.window.moved:
+                raise RegradError("no evaluation between forward and backward under FSDP2")
             self.close_window()
-        elif torch.is_grad_enabled():
-            self.forwards += 1
-            if self.callers["predict_weights"] and not self.window.is_open:
-                self._open_window(module)
+            return
+        if not torch.is_grad_enabled():
+            return
+        self.forwards += 1
+        if module in self.roots:
+            self._count_forward()
+        if self.callers["predict_weights"]:
+            self._predict(module)
+
+    def _count_forward(self) -> None:
+        """Warn once where the attached optimizer does not step."""
+        self._forwards_without_step += 1
+        limit = max(FORWARDS_WITHOUT_STEP, 2 * self._most_forwards)
+        if self._forwards_without_step == limit and self.corrections:
+            name = type(self.optimizer).__name__
+            self._say_once(NO_STEP, count=limit, optimizer=name)
+
+    def _predict(self, module: nn.Module) -> None:
+        """Move the weights, unless they are moved already or are somebody else's to train."""
+        if self.window.is_open:
+            if not self.window.rewritten():
+                return
+            self.close_window()
+        if not self._is_paused:
+            self._open_window(module)
 
     def _open_window(self, module: nn.Module) -> None:
-        first = next(iter(module._forward_pre_hooks.values()))
-        hidden = self.is_sharded() and getattr(first, "function", None) != self.before_forward
-        refuse_if(
-            hidden, "the prediction must run before FSDP2's own hook; attach after fully_shard()"
-        )
+        self._refuse_a_late_hook(module)
         self._refuse_nested("checkpoint parts of the model, or with use_reentrant=False")
+        self._refuse_an_inner_evaluation()
         step = self.step()
+        self._refuse_a_second_window(step)
         if self.window.open(step.parameters, self.run("predict_weights", step)):
             self._reshard()
 
+    def _refuse_a_late_hook(self, module: nn.Module) -> None:
+        """Raise where FSDP2 gathers the weights before they are moved."""
+        if not self.is_sharded():
+            return
+        hooks_in_order = module._forward_pre_hooks.values()
+        first = next(iter(hooks_in_order), None)
+        if getattr(first, "function", None) not in (self.before_forward, self.parts._enter):
+            raise RegradError(
+                "the prediction must run before FSDP2's own hook; attach after fully_shard()"
+            )
+
+    def _refuse_an_inner_evaluation(self) -> None:
+        """Raise where the optimizer evaluates the model inside its step, at weights of its own."""
+        if not self._is_inside_step(sys._getframe(1)) or self._versions == self._count_writes():
+            return
+        moving = self._names_of("predict_weights")
+        raise RegradError(
+            f"{type(self.optimizer).__name__} evaluates the model inside its step at weights of "
+            f"its own, where {moving} would move them again; use one of the two"
+        )
+
+    def _refuse_a_second_window(self, step: Step) -> None:
+        """Raise where parameters that were added later are moved by another attachment too."""
+        if len(other_optimizers.LOOKING_AHEAD) < 2:  # noqa: PLR2004
+            return
+        own = set(step.parameters)
+        for other in other_optimizers.LOOKING_AHEAD:
+            if other is not self and not own.isdisjoint(other.window.moved):
+                raise RegradError(
+                    f"{self._names_of('predict_weights')} and "
+                    f"{other._names_of('predict_weights')} of another attachment both move the "
+                    "same parameters; detach() one of them"
+                )
+
+    def _names_of(self, hook: str) -> str:
+        """Return the names of the corrections that implement a hook, quoted."""
+        return ", ".join(repr(correction.name) for correction, _ in self.callers[hook])
+
     def after_forward(self, _: nn.Module, inputs: Any, output: Any) -> None:
         """Under FSDP2, note that a graph waits for its backward: a restore before it would go unnoticed."""
-        for leaf in tree_leaves(output) if self.window.moved and self.is_sharded() else ():
+        if not (self.window.moved and self.is_sharded()):
+            return
+        for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 self._graph_waits = True
-                leaf.register_hook(lambda _: setattr(self, "_graph_waits", False))  # type: ignore[no-untyped-call]
+                leaf.register_hook(self._begin_backward)  # type: ignore[no-untyped-call]
+
+    def _begin_backward(self, _: Tensor) -> None:
+        self._graph_waits = False
 
     def _refuse_nested(self, why: str) -> None:
-        refuse_if(
-            torch._C._current_graph_task_id() != -1,
-            f"a step must not begin or end inside backward; {why}",
-        )
-        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-        refuse_if(
-            captured,
-            "a whole step must not be captured in a CUDA graph; capture forward and backward alone",
-        )
+        """Raise inside a backward pass, and inside the capture of a CUDA graph."""
+        if torch._C._current_graph_task_id() != -1:
+            raise RegradError(f"a step must not begin or end inside backward; {why}")
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise RegradError(
+                "a whole step must not be captured in a CUDA graph; "
+                "capture forward and backward alone"
+            )
+
+    # ---- the window
 
     def close_window(self, *_: Any) -> None:
-        """Restore the weights if they are moved."""
-        if self.window.close():
-            self._reshard()
+        """Restore the weights that are moved, but for those that somebody else wrote meanwhile."""
+        if not self.window.close():
+            return
+        self._reshard()
+        overwritten = self.window.overwritten
+        if overwritten:
+            self._is_paused = True
+            self._say_once(
+                OVERWRITTEN,
+                count=len(overwritten),
+                names=self._names_of("predict_weights"),
+                first=self._names.get(overwritten[0], "?"),
+                optimizer=type(self.optimizer).__name__,
+            )
 
     def _reshard(self) -> None:
         """Make FSDP2 gather the weights anew."""
-        if self.is_sharded():
-            from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - heavy, and only shards need it
+        if not self.is_sharded():
+            return
+        # Heavy to import, and only shards need it.
+        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
 
-            for module in (m for m in self.model.modules() if isinstance(m, FSDPModule)):
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def before_other_step(
+        self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Restore the weights before another optimizer steps them.
+
+        Returns:
+            (args, kwargs) of its step with the same done after its closure, or None.
+        """
+        own = {p for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+            return None
+        self.close_window()
+        self._other_steps += 1
+        if self._other_steps > 1 and not self._is_paused:
+            self._is_paused = True
+            self._say_once(
+                NOT_IN_CHARGE,
+                other=type(optimizer).__name__,
+                optimizer=type(self.optimizer).__name__,
+                names=self._names_of("predict_weights"),
+            )
+        return wrap_closure(args, kwargs, self.close_window)
+
+    # ---- the step
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def on_step_begin(
+        self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Begin a step, unless it is the `super().step()` of one that is under way."""
+        frame = sys._getframe(1)  # torch's wrapper around the method
+        if self._is_inside_step(frame):
+            self._nested_steps += 1
+            return None
+        self._step_frame = frame
+        self._nested_steps = 0
+        return self.before_step(optimizer, args, kwargs)
+
+    def _is_inside_step(self, frame: FrameType | None) -> bool:
+        """Say whether a step is under way; one that raised is not."""
+        while self._step_frame is not None and frame is not None:
+            if frame is self._step_frame:
+                return True
+            frame = frame.f_back
+        return False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def on_step_end(self, *_: Any) -> None:
+        """End the step that `on_step_begin` began."""
+        is_outermost = sys._getframe(1) is self._step_frame
+        if self._nested_steps and not is_outermost:
+            self._nested_steps -= 1
+            return
+        self._step_frame = None
+        self.after_step()
 
     def before_step(
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -180,116 +375,136 @@ class Engine:
         """Correct now, or, where a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
         self._calls = 0
-        wrapped = hooks.wrap_closure(args, kwargs, self.correct)
+        wrapped = wrap_closure(args, kwargs, self.correct)
         if wrapped is None:
             self.correct()
+        elif self.callers["predict_weights"]:
+            self._versions = self._count_writes()
         return wrapped
+
+    def _count_writes(self) -> list[int]:
+        """Return how often each parameter was written."""
+        groups = self.optimizer.param_groups
+        return [sharding.local(p)._version for group in groups for p in group["params"]]
 
     def correct(self) -> None:
         """Restore, check for a skip, unscale, then correct gradients and moments."""
         self.close_window()
+        if self.callers["predict_weights"]:
+            self._versions = self._count_writes()
         self._calls += 1
         unfit = [c.name for c in self.corrections if not c.needs.closures and self._calls > 1]
-        refuse_if(
-            unfit, f"{', '.join(unfit)} must see one closure call per step, got {self._calls}"
-        )
-        self._skipping = bool(getattr(self.optimizer, "found_inf", None))
-        if self._skipping or not self.corrections:
+        if unfit:
+            raise RegradError(
+                f"{', '.join(unfit)} must see one closure call per step, got {self._calls}"
+            )
+        self._is_skipping = bool(getattr(self.optimizer, "found_inf", None))
+        if self._is_skipping or not self.corrections:
             return
         step = self.step()
         self._check(step)
-        self._unscale()
-        self.run("correct_gradients", step)
-        self.run("correct_moments", step)
+        if not self._are_corrected(step):
+            self._finished.clear()
+        try:
+            self._correct(step)
+        finally:
+            gradients = [gradient for gradient in step.gradients if gradient is not None]
+            self._corrected = [(g, sharding.local(g)._version) for g in gradients]
+
+    def _are_corrected(self, step: Step) -> bool:
+        """Say whether the gradients are those that were corrected for a step that then raised."""
+        gradients = [gradient for gradient in step.gradients if gradient is not None]
+        if len(gradients) != len(self._corrected):
+            return False
+        return all(
+            gradient is seen and sharding.local(gradient)._version == version
+            for gradient, (seen, version) in zip(gradients, self._corrected, strict=True)
+        )
+
+    @torch.no_grad()
+    def _correct(self, step: Step) -> None:
+        """Do what is not done yet with these gradients."""
+        if ("unscale", "") not in self._finished:
+            self._unscale()
+            self._finished.add(("unscale", ""))
+        for hook in ("correct_gradients", "correct_moments"):
+            for step.correction, call in self.callers[hook]:
+                done = (hook, step.correction.name)
+                if done in self._finished:
+                    continue
+                start = time.perf_counter()
+                with self.named(step.correction, hook):
+                    call(step=step)
+                self.seconds[step.correction.name] += time.perf_counter() - start
+                self._finished.add(done)
 
     def _check(self, step: Step) -> None:
-        """Refuse sparse gradients without a rule; warn once where no training forward was seen."""
+        """Refuse sparse gradients without a rule; say once what seems to be missing."""
         unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
         sparse = [
-            n
-            for n, g in zip(step.names, step.gradients, strict=True)
-            if g is not None and g.is_sparse
+            name
+            for name, gradient in zip(step.names, step.gradients, strict=True)
+            if gradient is not None and gradient.is_sparse
         ]
-        refuse_if(
-            unfit and sparse, f"{unfit} must not see sparse gradients, got them for {sparse[:3]}"
-        )
-        if self.forwards == 0 and not self._warned:
-            self._warned = True
-            warnings.warn(NO_FORWARD, RegradWarning, stacklevel=2)
+        if unfit and sparse:
+            raise RegradError(
+                f"{unfit} must not see sparse gradients, got them for {sparse[:3]}"
+            )
+        if self.forwards == 0:
+            self._look_for_parts(step)
+        elif self.callers["wrap_criterion"] and not self.criterion_called:
+            owner, _ = self.callers["wrap_criterion"][0]
+            self._say_once(NO_CRITERION, name=owner.name)
+
+    def _look_for_parts(self, step: Step) -> None:
+        """Where no forward was seen, watch the model's parts; warn once where these are not called either."""
+        self._blind_steps += 1
+        if self._blind_steps > 1:
+            self._say_once(NO_FORWARD)
+        self.parts.watch(self.roots, step.parameters)
 
     @torch.no_grad()
     def _unscale(self) -> None:
         """Take over from a fused optimizer what it would do itself under a GradScaler, frozen parameters included."""
         scale: Any = getattr(self.optimizer, "grad_scale", None)
+        if scale is None:
+            return
         gradients = (
-            p.grad
+            parameter.grad
             for group in self.optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
+            for parameter in group["params"]
+            if parameter.grad is not None
         )
-        for gradient in sharding.locals_of(gradients) if scale is not None else ():
+        for gradient in sharding.locals_of(gradients):
             gradient.div_(scale.to(gradient.device))
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def after_step(self, *_: Any) -> None:
         """Let corrections learn from a step that really happened."""
+        self._finished.clear()
+        self._corrected = []
+        self._is_paused = False
+        self._other_steps = 0
+        self._most_forwards = max(self._most_forwards, self._forwards_without_step)
+        self._forwards_without_step = 0
         self.forwards = 0
-        if self._skipping:
-            self._skipping, self.skipped = False, self.skipped + 1
+        self.parts.end_step()
+        if self._is_skipping:
+            self._is_skipping = False
+            self.skipped += 1
             return
         self.run("after_step", self.step())
         self.applied += 1
         for correction in self.corrections:
             self.meter.warn_if_idle(correction, self.applied)
 
+    # ---- the checkpoint
+
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """Put copies of the true weights into a state_dict taken inside the window."""
         true = self.window.true_weights()
-        for name, parameter in module.named_parameters(remove_duplicate=False) if true else ():
+        if not true:
+            return
+        for name, parameter in module.named_parameters(remove_duplicate=False):
             if parameter in true and prefix + name in state:
                 state[prefix + name] = true[parameter]
-
-
-class SwitchingCriterion:
-    """Calls the corrected criterion while the attached model is in training mode, else the original.
-
-    Args:
-        engine: Says whether the model trains, and which steps are measured.
-        owner: The correction that made `corrected`.
-        original: The user's criterion.
-        corrected: What the correction made of it; None after detach.
-    """
-
-    def __init__(self, engine: Engine, owner: Correction, original: Any, corrected: Any) -> None:
-        self._engine, self._owner, self.original, self.corrected = (
-            engine,
-            owner,
-            original,
-            corrected,
-        )
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Return the loss, as the criterion does."""
-        if self.corrected is None or not self._engine.model.training:
-            return self.original(*arguments, **options)
-        watched = arguments and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if watched and self._engine.meter.due(self._owner, self._engine.applied):
-            self._measure(*arguments, **options)
-        return self.corrected(*arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.original if hasattr(self.original, name) else self.corrected, name)
-
-    def __reduce__(self) -> Any:  # a copy is the plain criterion
-        return copy.copy, (self.original,)
-
-    def _measure(self, logits: Tensor, *rest: Any, **options: Any) -> None:
-        """Compare the logit gradients of both criteria."""
-        leaves = [logits.detach().requires_grad_() for _ in range(2)]
-        with torch.random.fork_rng([logits.device] if logits.is_cuda else []):
-            pairs = zip((self.original, self.corrected), leaves, strict=True)
-            values = [criterion(leaf, *rest, **options).sum() for criterion, leaf in pairs]
-        gradients = torch.autograd.grad(values, leaves)
-        self._engine.meter.observe(
-            self._owner.name, "criterion", *({"logits": g} for g in gradients)
-        )

@@ -8,10 +8,14 @@ import torch
 from torch import distributed, nn
 from torch.optim import LBFGS, Optimizer
 
-from regrad import registry, sharding
-from regrad.correction import Correction
-from regrad.errors import refuse_if
+from torch.nn.parameter import UninitializedParameter
 
+from regrad import other_optimizers, registry, sharding
+from regrad.correction import Correction
+from regrad.errors import RegradError, refuse_if
+
+# Wrappers that pull the weights elsewhere after the wrapped optimizer's step.
+MOVES_AFTER_THE_STEP = ("lookahead", "optimizer.trac", "optimizer.magma")
 ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -40,66 +44,143 @@ def layout_of(model: nn.Module, optimizer: Optimizer) -> str:
 
 
 def check(
-    model: Any, optimizer: Optimizer, given: Any, corrections: Sequence[Correction], criterion: Any
+    models: Sequence[Any], layers: Sequence[Any], corrections: Sequence[Correction], criterion: Any
 ) -> None:
-    """Raise unless these corrections can be right on this model and optimizer.
+    """Raise unless these corrections can be right on these models and this optimizer.
 
     Args:
-        model: The module given to attach.
-        optimizer: The innermost optimizer.
-        given: The optimizer as given to attach.
+        models: The modules given to attach.
+        layers: The optimizer given to attach and those inside of it, outermost first.
         corrections: In acting order.
         criterion: The criterion given to attach.
 
     Raises:
-        TypeError: If the model is no module, or the criterion cannot be called.
+        TypeError: If a model is no module, or the criterion cannot be called.
         RegradError: For every refusal, with its reason.
     """
-    if not isinstance(model, nn.Module) and not _is_kind(model, "deepspeed"):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    optimizer = layers[-1]
+    _check_types(models, criterion)
+    _refuse_deepspeed((*models, *layers))
+    _refuse_lazy_modules(models)
+    _refuse_foreign_parameters(models, optimizer)
+    if optimizer in ATTACHED:
+        raise RegradError(
+            "optimizer is attached already; detach() the other attachment first"
+        )
+    layout = layout_of(models[0] if len(models) == 1 else nn.ModuleList(models), optimizer)
+    for correction in corrections:
+        if correction.attachment is not None:
+            raise RegradError(
+                f"{correction.name!r} is attached already; create another for a second attachment"
+            )
+        _refuse_layout(correction, layout)
+        _refuse_several_closure_calls(correction, optimizer)
+        _refuse_optimizers_that_move_weights(correction, layers)
+        _refuse_a_second_look_ahead(correction, optimizer)
+        if "criterion" in correction.needs.stages and criterion is None:
+            raise RegradError(
+                f"{correction.name!r} corrects the criterion; pass criterion=… to attach and "
+                "call attachment.criterion"
+            )
+
+
+def _check_types(models: Sequence[Any], criterion: Any) -> None:
+    if not models:
+        raise TypeError("model must be a torch.nn.Module or a list of some, got an empty list")
+    for model in models:
+        if not isinstance(model, nn.Module) and not _is_kind(model, "deepspeed"):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable, got {criterion!r}")
-    refuse_if(
-        any(_is_kind(part, "deepspeed") for part in (model, given)),
-        "DeepSpeed hides gradients; use DDP, FSDP2",
-    )
-    own, layout = set(model.parameters()), layout_of(model, optimizer)
-    trains = any(p in own for group in optimizer.param_groups for p in group["params"])
-    refuse_if(
-        not trains,
-        "optimizer must hold parameters of model, got none; pass the model that it trains",
-    )
-    refuse_if(
-        optimizer in ATTACHED, "optimizer is attached already; detach() the other attachment first"
-    )
-    refuse_if(
-        any(hasattr(p, "_in_backward_optimizers") for p in own),
-        "the optimizer must not step inside backward",
-    )
-    several, ahead = isinstance(optimizer, LBFGS), _is_kind(optimizer, "schedulefree")
-    for c in corrections:
-        name, needs, moves = repr(c.name), c.needs, "weights" in c.needs.stages
-        layouts = f"{', '.join(needs.layouts)}; {needs.conflicts.get(layout, 'of this one nothing is proved')}"
-        lost = "criterion" in needs.stages and criterion is None
-        refuse_if(
-            c.attachment is not None,
-            f"{name} is attached already; create another for a second attachment",
+
+
+def _refuse_deepspeed(parts: Sequence[Any]) -> None:
+    if any(_is_kind(part, "deepspeed") for part in parts):
+        raise RegradError("DeepSpeed hides gradients; use DDP, FSDP2")
+
+
+def _refuse_lazy_modules(models: Sequence[nn.Module]) -> None:
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                raise RegradError(
+                    f"parameter {name!r} has no shape yet (a lazy module); "
+                    "run one batch through the model before attach()"
+                )
+
+
+def _refuse_foreign_parameters(models: Sequence[nn.Module], optimizer: Optimizer) -> None:
+    own = {parameter for model in models for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(parameter in own for parameter in held):
+        raise RegradError(
+            "optimizer must hold parameters of model, got none; pass the model that it trains"
         )
-        refuse_if(
-            layout not in needs.layouts,
-            f"{name} is not exact on layout {layout!r}; it is on {layouts}",
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in own):
+        raise RegradError("the optimizer must not step inside backward")
+
+
+def _refuse_layout(correction: Correction, layout: str) -> None:
+    needs = correction.needs
+    if layout not in needs.layouts:
+        why = needs.conflicts.get(layout, "of this one nothing is proved")
+        raise RegradError(
+            f"{correction.name!r} is not exact on layout {layout!r}; "
+            f"it is on {', '.join(needs.layouts)}; {why}"
         )
-        refuse_if(
-            several and (moves or not needs.closures),
-            f"{name} must see one closure call; LBFGS makes several",
+
+
+def _refuse_several_closure_calls(correction: Correction, optimizer: Optimizer) -> None:
+    moves = "weights" in correction.needs.stages
+    if isinstance(optimizer, LBFGS) and (moves or not correction.needs.closures):
+        raise RegradError(
+            f"{correction.name!r} must see one closure call; LBFGS makes several"
         )
-        refuse_if(
-            moves and ahead,
-            f"{name} and a Schedule-Free optimizer both move the point of the gradient",
-        )
-        refuse_if(
-            lost,
-            f"{name} corrects the criterion; pass criterion=… to attach and call attachment.criterion",
+
+
+def _refuse_optimizers_that_move_weights(correction: Correction, layers: Sequence[Any]) -> None:
+    """Refuse a window, or flows added to hidden states, where a layer of the optimizer moves weights too."""
+    stages = set(correction.needs.stages)
+    for layer in layers:
+        name = type(layer).__name__
+        if _evaluates_elsewhere(layer) and stages & {"weights", "hidden"}:
+            raise RegradError(
+                f"{correction.name!r} must see one forward and backward per step, at the weights "
+                f"that it knows; {name} evaluates the model a second time at weights of its own"
+            )
+        if "weights" not in stages:
+            continue
+        if _is_kind(layer, "schedulefree"):
+            raise RegradError(
+                f"{correction.name!r} and a Schedule-Free optimizer both move the point of the "
+                "gradient"
+            )
+        moving = [kind for kind in MOVES_AFTER_THE_STEP if _is_kind(layer, kind)]
+        if moving:
+            raise RegradError(
+                f"{correction.name!r} predicts the coming step; {name} moves the weights once "
+                "more after it; use one of the two"
+            )
+
+
+def _evaluates_elsewhere(optimizer: Any) -> bool:
+    """Say whether an optimizer is of the family of SAM: it needs a gradient at perturbed weights."""
+    has_two_steps = hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step")
+    return has_two_steps or any(
+        lineage.__name__.lower().endswith("sam") for lineage in type(optimizer).__mro__
+    )
+
+
+def _refuse_a_second_look_ahead(correction: Correction, optimizer: Optimizer) -> None:
+    if "weights" not in correction.needs.stages:
+        return
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    other = other_optimizers.looks_ahead_on(held)
+    if other is not None:
+        raise RegradError(
+            f"{correction.name!r} would move parameters that another attachment "
+            f"(of {type(other.optimizer).__name__}) moves already; "
+            "call detach() on that one first"
         )
 
 

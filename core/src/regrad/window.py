@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regrad.errors import refuse_if
+from regrad.errors import RegradError
+from regrad.samples import Samples
 from regrad.sharding import local, locals_of
 
 
 class Window:
-    """Moves weights and restores them bit for bit.
+    """Moves weights and restores them bit for bit, but for those that somebody else wrote meanwhile.
 
     The true weights are copied into buffers that are kept from step to step:
     allocating them anew costs several times the copy.
@@ -19,11 +20,18 @@ class Window:
         is_open: Whether the weights of this step were already asked for; true also
             when nothing had to be moved.
         moved: The parameters that are moved now.
+        overwritten: Those that held other values than the window's at its last closing.
+        overwritten_on_device: How many more there were so far whose values only their device
+            knows; a scalar there, or None.
     """
 
     def __init__(self) -> None:
-        self.is_open, self.moved = False, list[Tensor]()
+        self.is_open = False
+        self.moved: list[Tensor] = []
+        self.overwritten: list[Tensor] = []
+        self.overwritten_on_device: Tensor | None = None
         self._buffers: dict[Tensor, Tensor] = {}
+        self._samples = Samples([])
 
     @torch.no_grad()
     def open(
@@ -42,38 +50,84 @@ class Window:
             RegradError: If the number of displacements is not the number of parameters.
         """
         displacements = displacements or [None] * len(parameters)
-        wanted, got = len(parameters), len(displacements)
-        refuse_if(wanted != got, f"predict_weights must return {wanted} displacements, got {got}")
-        moves = {
-            p: local(d) for p, d in zip(parameters, displacements, strict=True) if d is not None
-        }
-        self.is_open, self.moved = True, list(moves)
-        self._buffers = {p: self._buffer(p) for p in moves}
-        if moves:
-            torch._foreach_copy_(list(self._buffers.values()), locals_of(moves))
-            torch._foreach_add_(locals_of(moves), list(moves.values()))
-        return bool(moves)
+        if len(displacements) != len(parameters):
+            raise RegradError(
+                f"predict_weights must return {len(parameters)} displacements, "
+                f"got {len(displacements)}"
+            )
+        pairs = zip(parameters, displacements, strict=True)
+        moves = {parameter: local(move) for parameter, move in pairs if move is not None}
+        self.is_open = True
+        if not moves:
+            self._buffers = {}
+            return False
+        self._buffers = {parameter: self._buffer(parameter) for parameter in moves}
+        live = locals_of(moves)
+        torch._foreach_copy_(list(self._buffers.values()), live)
+        torch._foreach_add_(live, list(moves.values()))
+        self.moved = list(moves)
+        self._watch()
+        return True
+
+    def _watch(self) -> None:
+        """Note what was written, to know later whether it is still there."""
+        watched = self._samples.tensors
+        is_same = [id(tensor) for tensor in watched] == [id(parameter) for parameter in self.moved]
+        if is_same and self._samples.is_in_place():
+            self._samples.take()
+        else:
+            self._samples = Samples(self.moved)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
-        part, kept = local(parameter), self._buffers.get(parameter)
-        fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (
-            part.shape,
-            part.dtype,
-            part.device,
-        )
-        return kept if kept is not None and fits else torch.empty_like(part)
+        """Return a tensor for the true weights of a parameter, kept from step to step."""
+        part = local(parameter)
+        kept = self._buffers.get(parameter)
+        if kept is None:
+            return torch.empty_like(part)
+        is_alike = (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)
+        return kept if is_alike else torch.empty_like(part)
+
+    def rewritten(self) -> list[Tensor]:
+        """Return the moved parameters that somebody else wrote. Reads nothing on a device."""
+        return self._samples.rewritten() if self.moved else []
 
     @torch.no_grad()
     def close(self) -> bool:
-        """Restore every moved parameter; return whether there was any."""
-        moved, self.moved, self.is_open = self.moved, [], False
-        if moved:
-            torch._foreach_copy_(locals_of(moved), [self._buffers[p] for p in moved])
-        return bool(moved)
+        """Restore the moved parameters that nobody else wrote.
+
+        Returns:
+            Whether any parameter was moved.
+        """
+        if not self.moved:
+            self.is_open = False
+            return False
+        self.overwritten = self.rewritten()
+        flags = self._samples.flags()
+        newer = set(self.overwritten)
+        ours = [p for p in self.moved if p not in newer and p not in flags]
+        self.moved = []
+        self.is_open = False
+        torch._foreach_copy_(locals_of(ours), [self._buffers[p] for p in ours])
+        self._restore_on_device({p: flag for p, flag in flags.items() if p not in newer})
+        return True
+
+    def _restore_on_device(self, flags: dict[Tensor, Tensor]) -> None:
+        """Restore the parameters whose flag is not set, without waiting for the device."""
+        for parameter, is_newer in flags.items():
+            live = local(parameter)
+            torch.where(is_newer, live, self._buffers[parameter].to(live), out=live)
+        if flags:
+            count = torch.stack([flag.to(torch.float32) for flag in flags.values()]).sum()
+            before = self.overwritten_on_device
+            self.overwritten_on_device = count if before is None else before.to(count) + count
 
     def true_weights(self) -> dict[Tensor, Tensor]:
         """Return copies of the true weights by moved parameter: the buffers themselves are reused."""
-        copies = {p: p.detach().clone() for p in self.moved}
+        newer = set(self.rewritten())
+        flags = self._samples.flags() if self.moved else {}
+        copies = {p: p.detach().clone() for p in self.moved if p not in newer}
         for parameter, copy in copies.items():
-            local(copy).copy_(self._buffers[parameter])
+            part = local(copy)
+            true = self._buffers[parameter].to(part)
+            part.copy_(torch.where(flags[parameter], part, true) if parameter in flags else true)
         return copies

@@ -1,0 +1,145 @@
+"""The criterion that the loop calls: corrected while the model trains, the original otherwise."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from regrad.correction import Correction
+    from regrad.engine import Engine
+
+
+class Switch:
+    """Chooses between two criteria.
+
+    Args:
+        engine: Says whether the model trains, and which steps are measured.
+        owner: The correction that made `corrected`.
+        original: The user's criterion.
+        corrected: What the correction made of it; None after detach.
+    """
+
+    def __init__(self, engine: Engine, owner: Correction, original: Any, corrected: Any) -> None:
+        self._engine = engine
+        self._owner = owner
+        self.original = original
+        self.corrected = corrected
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss of the criterion that holds now."""
+        if self.corrected is None or not self._engine.is_training():
+            return self.original(*arguments, **options)
+        self._engine.criterion_called = True
+        is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if arguments and is_eager and self._engine.meter.due(self._owner, self._engine.applied):
+            self._measure(*arguments, **options)
+        with self._engine.named(self._owner, "wrap_criterion"):
+            return self.corrected(*arguments, **options)
+
+    def _measure(self, logits: Tensor, *rest: Any, **options: Any) -> None:
+        """Compare the logit gradients of both criteria."""
+        leaves = [logits.detach().requires_grad_() for _ in range(2)]
+        with torch.random.fork_rng([logits.device] if logits.is_cuda else []):
+            values = [
+                criterion(leaf, *rest, **options).sum()
+                for criterion, leaf in zip((self.original, self.corrected), leaves, strict=True)
+            ]
+        before, after = torch.autograd.grad(values, leaves)
+        self._engine.meter.observe(
+            self._owner.name, "criterion", {"logits": before}, {"logits": after}
+        )
+
+    def describe(self) -> str:
+        """Return the original in words, and what corrects it."""
+        if self.corrected is None:
+            return repr(self.original)
+        return f"{self.original!r}, corrected by {self._owner.name!r} while the model trains"
+
+
+class SwitchingCriterion:
+    """Stands for a criterion that is a function: calls what the switch chooses.
+
+    Args:
+        switch: Chooses between the original and the corrected criterion.
+    """
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss, as the criterion does."""
+        return self.switch(*arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "switch":  # not there yet, or no longer
+            raise AttributeError(name)
+        return _attribute(self.switch, name)
+
+    def __repr__(self) -> str:
+        return self.switch.describe()
+
+    def __reduce__(self) -> Any:  # a copy is the plain criterion
+        return copy.copy, (self.switch.original,)
+
+
+class SwitchingModule(nn.Module):
+    """Stands for a criterion that is a module, so that a model can hold it as one.
+
+    It has the original's parameters, buffers and submodules, by the same names: moving it,
+    saving its state or listing its parameters is doing so with the original. A copy or a pickle
+    of it is the original.
+
+    Args:
+        switch: Chooses between the original and the corrected criterion.
+    """
+
+    def __init__(self, switch: Switch) -> None:
+        super().__init__()
+        vars(self)["switch"] = switch
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            vars(self)[name] = vars(switch.original)[name]
+        self.training = switch.original.training
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Return the loss, as the criterion does."""
+        return vars(self)["switch"](*arguments, **options)
+
+    def train(self, mode: bool = True) -> SwitchingModule:  # noqa: FBT001, FBT002 - torch's signature
+        """Set the mode of the original too."""
+        vars(self)["switch"].original.train(mode)
+        return super().train(mode)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return _attribute(vars(self)["switch"], name)
+
+    def __repr__(self) -> str:
+        return str(vars(self)["switch"].describe())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(vars(self)["switch"].original, memo)
+
+    def __copy__(self) -> Any:
+        return copy.copy(vars(self)["switch"].original)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return vars(self)["switch"].original.__reduce_ex__(protocol)
+
+
+def _attribute(switch: Switch, name: str) -> Any:
+    """Return an attribute of the original, or else of the corrected criterion."""
+    owner = switch.original if hasattr(switch.original, name) else switch.corrected
+    return getattr(owner, name)
+
+
+def switching_criterion(switch: Switch) -> SwitchingCriterion | SwitchingModule:
+    """Return what stands for the switch's original: a module where it is one."""
+    if isinstance(switch.original, nn.Module):
+        return SwitchingModule(switch)
+    return SwitchingCriterion(switch)
