@@ -56,19 +56,7 @@ def attach(
         ...     print(attachment)
         regrad attachment: no corrections
     """
-    if isinstance(corrections, str):
-        raise TypeError(f"corrections must be a list, got {corrections!r}; write [{corrections!r}]")
-    made = [
-        c
-        for item in corrections
-        for c in (registry.created(item) if isinstance(item, str) else (item,))
-    ]
-    for index, correction in enumerate(made):
-        if not isinstance(correction, Correction):
-            raise TypeError(f"corrections must be names or Correction objects, got {correction!r}")
-        correction.check_class()
-        rule = f"corrections must be different, got {correction.name!r} twice in {[*corrections]}"
-        refuse_if(correction.name in [c.name for c in made[:index]], rule)
+    made = registry.create_all(corrections)
     inner = hooks.innermost_optimizer(optimizer)
     refusals.check(model, inner, optimizer, made, criterion)
     refusals.agree_across_ranks(made, inner.param_groups[0]["params"][0].device)
