@@ -108,6 +108,16 @@ def test_several_options_are_separated_by_commas():
         ("several=[12", ValueError, "options must look like .*, got 'sample:several=\\[12'"),
         ("several=[1)", ValueError, "options must look like .*, got 'sample:several=\\[1\\)'"),
         ("several=1]", (ValueError, TypeError), "several|options"),
+        ("several=[1,[2,3]]", ValueError, "options must look like"),
+        ("several=[1]2]", ValueError, "options must look like"),
+        ("several=[1,,2]", ValueError, "options must look like"),
+        ("several=[,]", ValueError, "options must look like"),
+        ("several=[", ValueError, "options must look like"),
+        ("text=", ValueError, "options must look like"),
+        ("real=1,", ValueError, "options must look like"),
+        (",real=1", ValueError, "options must look like"),
+        ("real=1e999", ValueError, "numbers must fit a float, got '1e999'"),
+        ("real=" + "9" * 5000, ValueError, "numbers must fit a float, got '99999"),
     ],
 )
 def test_what_cannot_be_read_or_is_not_allowed_says_so(text, error, message):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import regrad
-from regrad import Composition, Correction, PluginLoadError, RegradError
+from regrad import Composition, Correction, PluginLoadError, RegradError, registry
 from regrad.correction import API_VERSION
 
 SOURCE = """
@@ -367,3 +367,135 @@ def test_a_part_that_is_missing_is_named(install):
     install("regrad-pair", {"gain": "Gain", "pair": "pair"})
     with pytest.raises(ValueError, match="no correction named 'tilt'"):
         regrad.create("pair")
+
+
+def test_a_damaged_neighbour_leaves_the_others_and_the_receipt_alone(install, toys, tmp_path):
+    install("regrad-gain", {"gain": "Gain"}, version="3.1")
+    for name, file, content in (
+        ("regrad-half", "METADATA", b""),
+        ("regrad-bytes", "METADATA", b"Name: \xff\n"),
+        ("regrad-points", "entry_points.txt", b"[regrad]\nrubbish\n"),
+        ("../../..", "RECORD", b"../../../x,,\n"),
+    ):
+        folder = re.sub(r"\W", "_", name)
+        install(name, {folder: "Tilt"}, file=folder)
+        (tmp_path / "site" / f"{folder}-1.0.dist-info" / file).write_bytes(content)
+    model = toys.Net()
+    receipt = regrad.attach(model, toys.sgd(model), ["gain"]).receipt()
+    assert receipt["corrections"][0]["distribution"] == "regrad-gain"
+    assert regrad.available()["_" * 8].distribution == "../../.."
+    with pytest.raises(ValueError, match=r"has it, but it has no METADATA.*; reinstall it"):
+        regrad.load("regrad_half")
+
+
+@pytest.mark.parametrize("value", ["", "two words:X", "a-b:C", "!!!", ":", "a:b:c"])
+def test_an_entry_point_that_names_no_object_says_how_it_must_look(install, tmp_path, value):
+    install("regrad-gain", {"gain": "Gain"})
+    points = tmp_path / "site" / "regrad_gain-1.0.dist-info" / "entry_points.txt"
+    points.write_text(f"[regrad]\ngain = {value}\n")
+    importlib.invalidate_caches()
+    with pytest.raises(PluginLoadError, match=r"plugin 'gain' .*'module:attribute', got"):
+        regrad.load("gain")
+
+
+def test_errors_show_what_a_plugin_says_without_its_escape_codes(install):
+    source = r"raise RuntimeError('\x1b[31mred\u202e')"
+    install("regrad-\x1b[1m", {"gain": "Gain"}, file="odd", source=source, needs=["regrad<\x1b[2m"])
+    with pytest.raises(PluginLoadError) as caught:
+        regrad.load("gain")
+    assert str(caught.value).isprintable()
+    assert r"(regrad-\x1b[1m 1.0, for regrad<\x1b[2m)" in str(caught.value)
+    assert r"\x1b[31mred\u202e" in str(caught.value)
+    install("other-\x1b[1m", {"gain": "Gain"}, file="other")
+    with pytest.raises(PluginLoadError, match="is offered by") as caught:
+        regrad.load("gain")
+    assert str(caught.value).isprintable()
+
+
+def test_a_name_of_another_group_is_said_to_be_that(install, toys):
+    install("regrad-tom", {"tom": "function"}, group="regrad.optimizers")
+    install("regrad-data", {"digit": "function"}, group="regrad.workloads")
+    install("regrad-gain", {"gain": "Gain"})
+    model = toys.Net()
+    with pytest.raises(
+        ValueError, match=r"'tom' is an optimizer: train with it .*load\('tom', 'regrad.optimiz"
+    ):
+        regrad.attach(model, toys.sgd(model), ["tom"])
+    with pytest.raises(ValueError, match="'digit' is a workload: give it to --workload"):
+        regrad.create("digit")
+    with pytest.raises(
+        ValueError, match=r"no optimizer named 'gain'.*'gain' is a correction: give"
+    ):
+        regrad.load("gain", "regrad.optimizers")
+
+
+@pytest.mark.parametrize(
+    "text", ["gain, tilt", "gain,tilt", "gain+tilt", "gain tilt", " gain ; tilt", "gain+tilt,"]
+)
+def test_several_corrections_in_one_text_are_taken_apart_in_the_error(install, toys, text):
+    install("regrad-pair", {"gain": "Gain", "tilt": "Tilt"})
+    model = toys.Net()
+    for given, kind in ((text, TypeError), ([text], ValueError)):
+        with pytest.raises(kind, match=re.escape("write ['gain', 'tilt']")):
+            regrad.attach(model, toys.sgd(model), given)
+
+
+def test_options_stay_with_their_correction_when_a_text_is_taken_apart(install):
+    install("regrad-pair", {"gain": "Gain", "tilt": "Tilt"})
+    parts = registry.several_in("gain:amount=1e+2,power=3 , tilt:amount=[gain,tilt]+gain")
+    assert parts == ["gain:amount=1e+2,power=3", "tilt:amount=[gain,tilt]", "gain"]
+    for one in ("gain", "gain:amount=[gain,tilt]", "gains,tilts", "", "gain:power=2,amount=1"):
+        assert registry.several_in(one) == []
+    with pytest.raises(ValueError, match=re.escape("write ['gain:power=2', 'tilt']")):
+        regrad.create("gain:power=2,tilt")
+    with pytest.raises(ValueError, match=re.escape("write ['gain:power=2', 'tilt']")):
+        regrad.create("gain:power=2+tilt")
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        (None, "got None; write []"),
+        ("gain", "write ['gain']"),
+        ({"gain": {"amount": 0.5}}, "got a dict; write [regrad.create('gain', amount=0.5)]"),
+        ({"gain"}, "got a set, which has no order; write ['gain']"),
+        (3, "corrections must be a list, got 3"),
+        (b"gain", "corrections must be a list, got b'gain'"),
+        ([("gain", {"amount": 0.5})], "write [regrad.create('gain', amount=0.5)]"),
+        ([{"gain": {"gain.a": 1}}], "write [regrad.create('gain', **{'gain.a': 1})]"),
+        ([["gain", "tilt"]], "write ['gain', 'tilt']"),
+        ([None], "corrections must be names or Correction objects, got None"),
+        ([Composition(parts=("gain",))], "write the name that it is installed under"),
+    ],
+)
+def test_corrections_in_a_wrong_form_are_refused_with_the_right_one(toys, hooks_on, given, form):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    before = hooks_on(model, optimizer)
+    with pytest.raises(TypeError, match=re.escape(form)):
+        regrad.attach(model, optimizer, given)
+    assert hooks_on(model, optimizer) == before
+
+
+def test_a_class_an_object_and_an_optimizer_are_refused_with_the_right_form(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    for given in (toys.Scale, [toys.Scale]):
+        with pytest.raises(TypeError, match=r"got the class Scale; write \[Scale\(\)\]"):
+            regrad.attach(model, optimizer, given)
+    with pytest.raises(TypeError, match=r"must be a list, got Scale\(.*; write \[Scale\("):
+        regrad.attach(model, optimizer, toys.Scale())
+    for given in (optimizer, [optimizer], [type(optimizer)]):
+        with pytest.raises(TypeError, match=r"got the optimizer SGD; it is the argument before"):
+            regrad.attach(model, optimizer, given)
+
+
+def test_corrections_may_come_from_a_generator(toys):
+    model = toys.Net()
+    attachment = regrad.attach(model, toys.sgd(model), (c for c in [toys.Scale()]))
+    assert [c.name for c in attachment.corrections] == ["scale"]
+
+
+def test_a_spec_that_is_no_text_is_refused():
+    with pytest.raises(TypeError, match=r"spec must be a name such as 'agc:max_ratio=0.02', got 3"):
+        regrad.create(3)

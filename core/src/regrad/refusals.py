@@ -27,20 +27,24 @@ def _is_kind(instance: object, name: str) -> bool:
     )
 
 
-def layout_of(model: nn.Module, optimizer: Optimizer) -> str:
-    """Return how the weights lie: "plain", "ddp", "fsdp2", or "flat" (FSDP1, ZeroRedundancyOptimizer)."""
-    modules = list(model.modules())
-    if _is_kind(optimizer, "zeroredundancyoptimizer") or any(
-        _is_kind(m, "fullyshardeddataparallel") for m in modules
-    ):
+def layout_of(models: Sequence[nn.Module], layers: Sequence[Any]) -> str:
+    """Return how the weights lie: "plain", "ddp", "fsdp2", or "flat" (FSDP1, ZeroRedundancyOptimizer).
+
+    Args:
+        models: The modules given to attach.
+        layers: The optimizer given to attach and those inside of it.
+    """
+    modules = [module for model in models for module in model.modules()]
+    if any(_is_kind(layer, "zeroredundancyoptimizer") for layer in layers):
         return "flat"
-    if any(sharding.is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+    if any(_is_kind(module, "fullyshardeddataparallel") for module in modules):
+        return "flat"
+    groups = layers[-1].param_groups
+    if any(sharding.is_sharded(parameter) for group in groups for parameter in group["params"]):
         return "fsdp2"
-    return (
-        "ddp"
-        if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in modules)
-        else "plain"
-    )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+        return "ddp"
+    return "plain"
 
 
 def check(
@@ -67,7 +71,7 @@ def check(
         raise RegradError(
             "optimizer is attached already; detach() the other attachment first"
         )
-    layout = layout_of(models[0] if len(models) == 1 else nn.ModuleList(models), optimizer)
+    layout = layout_of(models, layers)
     for correction in corrections:
         if correction.attachment is not None:
             raise RegradError(

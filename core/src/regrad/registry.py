@@ -1,21 +1,35 @@
 """Find, load and create corrections from the entry points of installed distributions."""
 
 import contextlib
+import math
 import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
+from regrad import distributions
 from regrad.correction import API_VERSION, Correction, did_you_mean
-from regrad.errors import PluginLoadError, refuse_if
+from regrad.errors import PluginLoadError, RegradError
+from regrad.text import printable
 
 ALLOWED, DISABLED = "REGRAD_PLUGINS", "REGRAD_DISABLE"
+GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
+USES = {
+    "correction": "give it to regrad.attach, or to --corrections",
+    "optimizer": "train with it in place of yours: regrad.load({name!r}, 'regrad.optimizers'), "
+    "or --optimizer {name}",
+    "workload": "give it to --workload",
+}
+OPTIONS_RULE = "options must look like 'name:option=value,option=[value,value]'"
 
 
 @dataclass(frozen=True)
 class Entry:
     """What metadata says of one plugin, without importing it.
+
+    The fields are as somebody wrote them: show them through `regrad.text.printable`.
 
     Attributes:
         name: The name that loads it.
@@ -58,40 +72,45 @@ def available(group: str = "regrad") -> dict[str, Entry]:
         environment leaves out, is listed with `refused` set, and `load` refuses it.
         `REGRAD_DISABLE` lists names to leave out of every group, `REGRAD_PLUGINS` the
         only corrections to offer; commas or spaces separate names, an empty list is none.
+        A distribution whose metadata cannot be read offers nothing; `regrad plugins
+        doctor` names it.
     """
-    offers: dict[str, dict[str, Entry]] = {}
-    for point in metadata.entry_points(group=group):
-        about: Any = (
-            point.dist.metadata if point.dist else {}
-        )  # what a half-removed distribution left may lack all
-        name, version, summary = (
-            about.get(field) or "" for field in ("Name", "Version", "Summary")
-        )
-        if name:
-            entry = Entry(point.name, name, version, point.value, summary)
-            offers.setdefault(point.name, {}).setdefault(
-                re.sub(r"[-_.]+", "-", name).lower(), entry
-            )
-    return {name: _only([*offers[name].values()], group) for name in sorted(offers)}
+    claims: dict[str, list[Entry]] = {}
+    for found, point in distributions.offers(group):
+        entry = Entry(point.name, found.name, found.version, point.value, found.summary)
+        claims.setdefault(point.name, []).append(entry)
+    return {name: _single_entry(claims[name], group) for name in sorted(claims)}
 
 
-def _only(entries: list[Entry], group: str) -> Entry:
-    """Return the one entry; `refused` says who else claims its name, or which variable leaves it out."""
-    name, both = (
-        entries[0].name,
-        " and ".join(sorted(f"{e.distribution} {e.version}" for e in entries)),
-    )
-    one = entries[0] if len(entries) == 1 else Entry(name, both, "", "", "")
-    lists = (ALLOWED * (group == "regrad"), DISABLED)
-    allows, disables = (re.findall(r"[^\s,]+", os.environ.get(variable, "")) for variable in lists)
-    reasons = {
-        f"{name!r} is offered by {both}; uninstall all but one": len(entries) > 1,
-        f"{DISABLED} in the environment leaves out {name!r}; take it off that list": name
-        in disables,
-        f"{ALLOWED} in the environment leaves out {name!r}; put it on that list": allows
-        and name not in allows,
-    }
-    return replace(one, refused=next((reason for reason, holds in reasons.items() if holds), None))
+def _single_entry(entries: list[Entry], group: str) -> Entry:
+    """Return the entry to offer under a name, with the reason if it must not be loaded."""
+    entry = entries[0]
+    claimants = sorted({_source(entry) for entry in entries})
+    if len(claimants) > 1:
+        together = " and ".join(claimants)
+        reason = f"{entry.name!r} is offered by {together}; uninstall all but one"
+        return Entry(entry.name, together, "", "", "", refused=reason)
+    return replace(entry, refused=_excluded_by_environment(entry.name, group))
+
+
+def _source(entry: Entry) -> str:
+    """Return distribution and version, fit to be shown."""
+    return printable(f"{entry.distribution} {entry.version}".strip())
+
+
+def _excluded_by_environment(name: str, group: str) -> str | None:
+    """Return why the environment leaves a name out, or None."""
+    if name in _names_in(DISABLED):
+        return f"{DISABLED} in the environment leaves out {name!r}; take it off that list"
+    allowed = _names_in(ALLOWED)
+    if group == "regrad" and allowed and name not in allowed:
+        return f"{ALLOWED} in the environment leaves out {name!r}; put it on that list"
+    return None
+
+
+def _names_in(variable: str) -> list[str]:
+    """Return the names that a variable of the environment lists."""
+    return re.findall(r"[^\s,]+", os.environ.get(variable, ""))
 
 
 def load(name: str, group: str = "regrad") -> Any:
@@ -105,48 +124,104 @@ def load(name: str, group: str = "regrad") -> Any:
         The class, function or `Composition`.
 
     Raises:
-        ValueError: If nothing of that name is installed.
+        ValueError: If nothing of that name is installed; says where else the name is known.
         PluginLoadError: If it cannot be imported, does not fit this core, or two
             distributions claim the name. Other plugins are unaffected.
     """
     entries = available(group)
     if name not in entries:
-        kind = "correction" if group == "regrad" else group.partition(".")[2].rstrip("s")
-        known = ", ".join(entries) or "none"
-        raise ValueError(
-            f"no {kind} named {name!r}; installed: {known}{did_you_mean(name, entries)}"
-        )
+        raise ValueError(_unknown(name, group, entries))
     entry = entries[name]
-    refuse_if(entry.refused, str(entry.refused), PluginLoadError)
-    needs = (
-        r for r in metadata.requires(entry.distribution) or () if re.match(r"regrad(?![\w.-])", r)
-    )
-    plugin = f"plugin {name!r} ({', for '.join((f'{entry.distribution} {entry.version}', *needs))})"
+    if entry.refused:
+        raise PluginLoadError(entry.refused)
+    needs = _needed_cores(entry)
+    plugin = f"plugin {name!r} ({', for '.join((_source(entry), *needs))})"
+    if not re.fullmatch(r"[\w.]+(:[\w.]+)?(\s*\[.*\])?", entry.value):
+        rule = f"must have an entry point 'module:attribute', got {entry.value!r}"
+        raise PluginLoadError(f"{plugin} {rule}; install it anew")
     try:
         loaded = metadata.EntryPoint(name, entry.value, group).load()
     except (
         Exception,
         SystemExit,
     ) as cause:  # a plugin may fail in any way: it is named, and the cause chained
-        raise PluginLoadError(f"{plugin} could not be imported: {cause}") from cause
-    misfit = _misfit(loaded, name) if group == "regrad" else ""
-    refuse_if(misfit, f"{plugin} {misfit}", PluginLoadError)
+        said = printable(cause, keep="\n")
+        raise PluginLoadError(f"{plugin} could not be imported: {said}") from cause
+    if group == "regrad" and (misfit := _misfit(loaded, name)):
+        raise PluginLoadError(f"{plugin} {misfit}")
     return loaded
+
+
+def _needed_cores(entry: Entry) -> list[str]:
+    """Return the requirements on regrad itself of the distribution behind an entry."""
+    found = distributions.find(entry.distribution, entry.version)
+    requires = found.requires if found else []
+    return [printable(line) for line in requires if re.match(r"regrad(?![\w.-])", line)]
+
+
+def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
+    """Say that nothing has this name, and what the user may have meant."""
+    kind = _kind_of(group)
+    several = several_in(name) if group == "regrad" else []
+    if several:
+        return f"a name must be that of one correction, got {name!r}; write {several}"
+    installed = ", ".join(printable(known) for known in entries) or "none"
+    text = f"no {kind} named {name!r}; installed: {installed}"
+    for other, place in GROUPS.items():
+        if place != group and name in available(place):
+            article = "an" if other == "optimizer" else "a"
+            return f"{text}; {name!r} is {article} {other}: {USES[other].format(name=name)}"
+    for one in distributions.broken():
+        if re.search(rf"^\s*{re.escape(name)}\s*=", one.points, flags=re.MULTILINE):
+            return f"{text}; {printable(one.folder)} has it, but {printable(one.problem)}; reinstall it"
+    return text + did_you_mean(name, entries)
+
+
+def _kind_of(group: str) -> str:
+    """Return what the plugins of a group are called."""
+    for kind, place in GROUPS.items():
+        if place == group:
+            return kind
+    return "plugin"
+
+
+def several_in(text: str) -> list[str]:
+    """Return the corrections in one text that names several, such as "xgrad, agc:axis=auto"; else none.
+
+    Commas, spaces and plus signs separate, where the name of an installed correction follows.
+
+    Example:
+        >>> several_in("no-such-correction, neither")
+        []
+    """
+    known = sorted(available(), key=len, reverse=True)
+    if not known:
+        return []
+    name = rf"(?:{'|'.join(map(re.escape, known))})(?=\s*(?:[:+,;&|\s]|$))"
+    plain = re.sub(r"\[[^\]]*\]|\([^)]*\)", lambda found: "_" * len(found[0]), text)
+    if not re.match(rf"\s*{name}", plain):
+        return []
+    starts = [0, *(found.end() for found in re.finditer(rf"[+,;&|\s]\s*(?={name})", plain))]
+    ends = [*starts[1:], len(text)]
+    parts = [
+        text[start:end].strip().rstrip("+,;&|").strip()
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    parts = [part for part in parts if part]
+    return parts if len(parts) > 1 else []
 
 
 def _misfit(loaded: Any, name: str) -> str:
     """Say why `loaded` is no correction that fits this core; nothing where it is."""
-    single = isinstance(loaded, type) and issubclass(loaded, Correction)
-    if not single and not isinstance(loaded, Composition):
-        return f"must offer a Correction class or a Composition, got {loaded!r}"
+    is_class = isinstance(loaded, type) and issubclass(loaded, Correction)
+    if not is_class and not isinstance(loaded, Composition):
+        return f"must offer a Correction class or a Composition, got {printable(repr(loaded))}"
     if loaded.api_version != API_VERSION:
         mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
         return f"has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}"
-    return (
-        f"must offer a class whose name is {name!r}"
-        if single and getattr(loaded, "name", None) != name
-        else ""
-    )
+    if is_class and getattr(loaded, "name", None) != name:
+        return f"must offer a class whose name is {name!r}"
+    return ""
 
 
 def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
@@ -162,11 +237,17 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
     Raises:
         ValueError: If the name is not installed, `spec` cannot be read or an
             option is out of range.
-        TypeError: If an option is unknown or of the wrong type.
+        TypeError: If `spec` is no text, or an option is unknown or of the wrong type.
         PluginLoadError: If the plugin cannot be loaded.
     """
+    if not isinstance(spec, str):
+        raise TypeError(f"spec must be a name such as 'agc:max_ratio=0.02', got {spec!r}")
+    several = several_in(spec) if "+" in spec else []
+    if several:
+        raise ValueError(f"a name must be that of one correction, got {spec!r}; write {several}")
     name, _, text = spec.partition(":")
-    loaded, merged = load(name.strip()), {**_parse_options(text, spec), **options}
+    loaded = load(name.strip())
+    merged = {**_parse_options(text, spec), **options}
     if not isinstance(loaded, Composition):
         return loaded(**merged)  # type: ignore[no-any-return]
     routed: dict[str, dict[str, Any]] = {part: {} for part in loaded.parts}
@@ -182,44 +263,166 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
 
 def created(spec: str, **options: Any) -> tuple[Correction, ...]:
     """Return what `create` returns, always as a tuple."""
-    return made if isinstance(made := create(spec, **options), tuple) else (made,)
+    made = create(spec, **options)
+    return made if isinstance(made, tuple) else (made,)
+
+
+def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
+    """Turn what `attach` is given into corrections.
+
+    Args:
+        specs: Names with options as for `create`, or `Correction` objects, in the order
+            in which they shall act.
+
+    Returns:
+        The corrections, each with stages and hooks that agree, no name twice.
+
+    Raises:
+        TypeError: If `specs` is no list, or an item is neither; says the right form.
+        ValueError: If no correction of a name is installed or an option is out of range.
+        RegradError: If a name comes twice, or a class declares what it does not implement.
+    """
+    _check_list(specs)
+    given: list[Any] = list(specs)
+    made: list[Correction] = []
+    for item in given:
+        if isinstance(item, str):
+            made.extend(created(item))
+        elif isinstance(item, Correction):
+            made.append(item)
+        else:
+            rule = "corrections must be names or Correction objects"
+            raise TypeError(f"{rule}, got {_form_of(item)}")
+    names: set[str] = set()
+    for correction in made:
+        correction.check_class()
+        if correction.name in names:
+            raise RegradError(
+                f"corrections must be different, got {correction.name!r} twice in {given}"
+            )
+        names.add(correction.name)
+    return made
+
+
+def _check_list(specs: Any) -> None:
+    """Raise `TypeError` with the right form unless `specs` is a list or can be read as one."""
+    rule = "corrections must be a list"
+    if isinstance(specs, str):
+        raise TypeError(f"{rule}, got {specs!r}; write {several_in(specs) or [specs]}")
+    if specs is None:
+        raise TypeError(f"{rule}, got None; write [] for no correction")
+    if isinstance(specs, Correction):
+        raise TypeError(f"{rule}, got {specs!r}; write [{specs!r}]")
+    if isinstance(specs, Mapping):
+        calls = ", ".join(_call(name, options) for name, options in specs.items())
+        raise TypeError(f"{rule}, got a dict; write [{calls}]")
+    if isinstance(specs, set | frozenset):
+        ordered = ", ".join(sorted(map(repr, specs)))
+        raise TypeError(f"{rule}, got a set, which has no order; write [{ordered}]")
+    if isinstance(specs, type) or not isinstance(specs, Iterable) or isinstance(specs, bytes):
+        raise TypeError(f"{rule}, got {_form_of(specs)}")
+
+
+def _form_of(item: Any) -> str:
+    """Say what an item is that is no correction, and the right form of it."""
+    if isinstance(item, type) and issubclass(item, Correction):
+        return f"the class {item.__name__}; write [{item.__name__}()]"
+    kind = item if isinstance(item, type) else type(item)
+    if any(base.__module__ == "torch.optim.optimizer" for base in kind.__mro__):
+        return (
+            f"the optimizer {kind.__name__}; it is the argument before: attach(model, optimizer, …)"
+        )
+    if isinstance(item, Composition):
+        return f"{item!r}; write the name that it is installed under"
+    if isinstance(item, Mapping):
+        calls = ", ".join(_call(name, options) for name, options in item.items())
+        return f"{item!r}; write [{calls}]"
+    if isinstance(item, tuple | list):
+        return f"{item!r}; {_unpacked(item)}"
+    return repr(item)
+
+
+def _unpacked(items: tuple[Any, ...] | list[Any]) -> str:
+    """Return the right form of a list inside the list."""
+    if len(items) == 2 and isinstance(items[0], str) and isinstance(items[1], Mapping):
+        return f"write [{_call(*items)}]"
+    return f"write [{', '.join(map(repr, items))}]: one list, not a list of lists"
+
+
+def _call(name: Any, options: Any) -> str:
+    """Return the call that creates a correction with options."""
+    pairs = options.items() if isinstance(options, Mapping) else ()
+    if all(isinstance(key, str) and key.isidentifier() for key, _ in pairs):
+        words = "".join(f", {key}={value!r}" for key, value in pairs)
+    else:
+        words = f", **{options!r}"
+    return f"regrad.create({name!r}{words})"
 
 
 def _parse_options(text: str, spec: str) -> dict[str, Any]:
     """Read "a=1,b=[x,y]" into values; commas inside brackets do not separate."""
     options: dict[str, Any] = {}
-    for item in re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|[^,])+", text):
-        key, equals, value = item.partition("=")
-        closing = {"[": "]", "(": ")"}.get(value.strip()[:1], "")
-        if not (equals and key.strip() and value.strip().endswith(closing)):
-            raise ValueError(
-                f"options must look like 'name:option=value,option=[value,value]', got {spec!r}"
-            )
-        refuse_if(
-            key.strip() in options,
-            f"option {key.strip()!r} must be given once, got {spec!r}",
-            ValueError,
-        )
-        options[key.strip()] = _parse_value(value.strip())
+    if not text.strip():
+        return options
+    for item in _split_at_commas(text):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
+            several = several_in(spec)
+            mend = f"; write {several}" if several else ""
+            raise ValueError(f"{OPTIONS_RULE}, got {spec!r}{mend}")
+        if key in options:
+            raise ValueError(f"option {key!r} must be given once, got {spec!r}")
+        options[key] = _parse_value(value, spec)
     return options
 
 
-def _parse_value(text: str) -> Any:
+def _split_at_commas(text: str) -> list[str]:
+    """Split at the commas that stand outside of brackets."""
+    items = [""]
+    depth = 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and depth <= 0:
+            items.append("")
+        else:
+            items[-1] += letter
+    return items
+
+
+def _parse_value(text: str, spec: str) -> Any:
     """Read a number, true, false, none, a bracketed list, or else the text itself."""
-    if text[:1] in ("[", "("):
-        return tuple(_parse_value(item.strip()) for item in text[1:-1].split(",") if item.strip())
-    for kind in (int, float, {"true": True, "false": False, "none": None}.__getitem__):
-        with contextlib.suppress(ValueError, KeyError):
-            return kind(text.lower())
-    return text
+    closing = {"[": "]", "(": ")"}.get(text[:1])
+    if closing is None:
+        return _parse_word(text, spec)
+    inner = text[1:-1].strip()
+    if len(text) < 2 or text[-1] != closing or re.search(r"[\[\]()]", inner):
+        raise ValueError(f"{OPTIONS_RULE}, got {spec!r}")
+    items = [item.strip() for item in inner.removesuffix(",").split(",")] if inner else []
+    if not all(items):
+        raise ValueError(f"{OPTIONS_RULE}, got {spec!r}")
+    return tuple(_parse_word(item, spec) for item in items)
+
+
+def _parse_word(text: str, spec: str) -> Any:
+    """Read a number, true, false, none, or else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    with contextlib.suppress(ValueError):
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    if math.isinf(number) and "inf" not in text.lower():
+        raise ValueError(f"numbers must fit a float, got {text[:20]!r}… in {spec[:80]!r}")
+    return number
 
 
 def origin(correction: Correction) -> dict[str, str]:
     """Return distribution and version that a correction comes from; "local" where it is not installed."""
-    entry, package = available().get(correction.name), type(correction).__module__.partition(".")[0]
-    known = (
-        entry
-        if entry and entry.value.startswith((f"{package}.", f"{package}:"))
-        else Entry("", "local", "", "", "")
-    )
-    return {"distribution": known.distribution, "version": known.version}
+    entry = available().get(correction.name)
+    package = type(correction).__module__.partition(".")[0]
+    if entry and entry.value.startswith((f"{package}.", f"{package}:")):
+        return {"distribution": entry.distribution, "version": entry.version}
+    return {"distribution": "local", "version": ""}

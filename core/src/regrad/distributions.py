@@ -1,0 +1,162 @@
+"""What installed distributions say of themselves, by metadata alone. A broken one is set aside, and can be named."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+POINTS = "entry_points.txt"
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A distribution whose metadata can be read.
+
+    Attributes:
+        name: As its metadata have it: any text, if somebody damaged them.
+        version: Empty where they have none.
+        summary: One line; empty where they have none.
+        folder: Where its metadata lie.
+        source: What `importlib.metadata` found.
+    """
+
+    name: str
+    version: str
+    summary: str
+    folder: str
+    source: metadata.Distribution
+
+    @property
+    def normal_name(self) -> str:
+        """The name as every spelling of it is compared."""
+        return re.sub(r"[-_.]+", "-", self.name).lower()
+
+    @property
+    def requires(self) -> list[str]:
+        """The lines of its requirements; none where they cannot be read."""
+        try:
+            return list(self.source.requires or [])
+        except Exception:  # noqa: BLE001 - somebody else's file can be wrong in any way
+            return []
+
+    def read(self, file: str) -> str:
+        """Return the text of a file beside its metadata; empty where it cannot be read."""
+        return _text(self.source, file)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A distribution whose metadata are damaged.
+
+    Attributes:
+        name: What its folder calls it.
+        folder: Where its metadata lie, if that is known.
+        problem: What is wrong, in words.
+        points: The text of its entry points, as far as it can be read.
+    """
+
+    name: str
+    folder: str
+    problem: str
+    points: str = ""
+
+
+def every() -> Iterator[Installed | Broken]:
+    """Return what is installed, in the order in which Python finds it, broken ones among it."""
+    for source in metadata.distributions():
+        yield _read(source)
+
+
+def installed() -> Iterator[Installed]:
+    """Return the distributions that can be read; of several with one name the one that Python finds first."""
+    seen = set()
+    for one in every():
+        if isinstance(one, Installed) and one.normal_name not in seen:
+            seen.add(one.normal_name)
+            yield one
+
+
+def plugins() -> Iterator[Installed]:
+    """Return the distributions that offer anything to regrad; broken ones are passed over."""
+    seen = set()
+    for source in metadata.distributions():
+        if "regrad" not in _text(source, POINTS):
+            continue  # most distributions: their other metadata need not be read
+        one = _read(source)
+        if isinstance(one, Installed) and one.normal_name not in seen:
+            seen.add(one.normal_name)
+            yield one
+
+
+def offers(group: str) -> Iterator[tuple[Installed, metadata.EntryPoint]]:
+    """Return the entry points of a group with the distributions that offer them.
+
+    Args:
+        group: Such as "regrad.optimizers".
+    """
+    for one in plugins():
+        for point in one.source.entry_points:
+            if point.group == group:
+                yield one, point
+
+
+def find(name: str, version: str) -> Installed | None:
+    """Return the distribution of this name and version that offers anything to regrad, or None.
+
+    The name is compared and never looked up: metadata may call themselves "../../..".
+    """
+    for one in plugins():
+        if (one.name, one.version) == (name, version):
+            return one
+    return None
+
+
+def broken() -> list[Broken]:
+    """Return the distributions whose metadata are damaged."""
+    return [one for one in every() if isinstance(one, Broken)]
+
+
+def doubled() -> dict[str, list[Installed]]:
+    """Return distributions that are installed twice in one folder, by name: an upgrade ended halfway."""
+    groups: dict[tuple[str, str], list[Installed]] = {}
+    for one in every():
+        if isinstance(one, Installed):
+            place = str(one.source.locate_file(""))
+            groups.setdefault((place, one.normal_name), []).append(one)
+    several = {key: found for key, found in groups.items() if len({o.folder for o in found}) > 1}
+    return {name: found for (_, name), found in several.items()}
+
+
+def _read(source: metadata.Distribution) -> Installed | Broken:
+    """Read one distribution."""
+    folder = str(getattr(source, "_path", ""))  # public nowhere, and what somebody must remove
+    points = _text(source, POINTS)
+    called = re.split(r"[\\/]", folder)[-1] or "of an unknown place"
+
+    def damaged(problem: str) -> Broken:
+        return Broken(called, folder, problem, points)
+
+    try:
+        about: Any = source.metadata
+        name, version, summary = (
+            str(about.get(field) or "") for field in ("Name", "Version", "Summary")
+        )
+    except Exception as cause:  # noqa: BLE001 - somebody else's file can be wrong in any way
+        return damaged(f"its METADATA cannot be read ({type(cause).__name__}: {cause})")
+    if not name:
+        return damaged("it has no METADATA, or none with a name")
+    try:
+        list(source.entry_points)
+    except Exception as cause:  # noqa: BLE001 - somebody else's file can be wrong in any way
+        return damaged(f"its {POINTS} cannot be read ({type(cause).__name__}: {cause})")
+    return Installed(name, version, summary, folder, source)
+
+
+def _text(source: metadata.Distribution, file: str) -> str:
+    """Return the text of a file beside a distribution's metadata; empty where it cannot be read."""
+    try:
+        return source.read_text(file) or ""
+    except Exception:  # noqa: BLE001 - somebody else's file can be wrong in any way
+        return ""

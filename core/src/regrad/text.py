@@ -1,0 +1,29 @@
+"""Text that others wrote, made fit to be shown."""
+
+import unicodedata
+
+# Control, format (text direction, zero width), surrogate, private and unassigned characters, line and
+# paragraph separators: a terminal obeys them, hides them, or cannot write them.
+UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def printable(text: object, *, keep: str = "") -> str:
+    r"""Return text in which a terminal finds nothing to obey: what cannot be seen stands as its escape.
+
+    For what a third party wrote: metadata, names, the texts of exceptions and warnings.
+
+    Args:
+        text: The text, or an object that is shown by its `str`.
+        keep: Characters to leave as they are, such as "\n" in a paragraph.
+
+    Example:
+        >>> print(printable("plain, ηλθ, \x1b[31mred"))
+        plain, ηλθ, \x1b[31mred
+    """
+    return "".join(_shown(letter, keep) for letter in str(text))
+
+
+def _shown(letter: str, keep: str) -> str:
+    if letter in keep or unicodedata.category(letter) not in UNSEEN:
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
