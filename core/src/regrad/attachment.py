@@ -106,9 +106,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self._switch: Switch | None = None
         self._handles: list[module_hooks.Handle] = []
         self._in_optimizer = StateInOptimizer(self)
-        self.engine = Engine(
-            self.model, optimizer, self.corrections, roots=roots, layers=layers
-        )
+        self.engine = Engine(self.model, optimizer, self.corrections, roots=roots, layers=layers)
         self.record: ForwardRecord | None = None
         self.is_detached = False
         try:
@@ -188,9 +186,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         An `nn.Module` where the original is one, so that a model can hold it as a submodule.
         """
         if self._criterion is None:
-            raise RegradError(
-                "attachment has no criterion; pass attach(…, criterion=criterion)"
-            )
+            raise RegradError("attachment has no criterion; pass attach(…, criterion=criterion)")
         return self._criterion  # type: ignore[no-any-return]
 
     def detach(self) -> None:

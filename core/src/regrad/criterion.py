@@ -108,7 +108,7 @@ class SwitchingModule(nn.Module):
         """Return the loss, as the criterion does."""
         return vars(self)["switch"](*arguments, **options)
 
-    def train(self, mode: bool = True) -> SwitchingModule:  # noqa: FBT001, FBT002 - torch's signature
+    def train(self, mode: bool = True) -> SwitchingModule:
         """Set the mode of the original too."""
         vars(self)["switch"].original.train(mode)
         return super().train(mode)

@@ -247,7 +247,7 @@ class Engine:
 
     def _refuse_a_second_window(self, step: Step) -> None:
         """Raise where parameters that were added later are moved by another attachment too."""
-        if len(other_optimizers.LOOKING_AHEAD) < 2:  # noqa: PLR2004
+        if len(other_optimizers.LOOKING_AHEAD) < 2:
             return
         own = set(step.parameters)
         for other in other_optimizers.LOOKING_AHEAD:
@@ -447,9 +447,7 @@ class Engine:
             if gradient is not None and gradient.is_sparse
         ]
         if unfit and sparse:
-            raise RegradError(
-                f"{unfit} must not see sparse gradients, got them for {sparse[:3]}"
-            )
+            raise RegradError(f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
         if self.forwards == 0:
             self._look_for_parts(step)
         elif self.callers["wrap_criterion"] and not self.criterion_called:

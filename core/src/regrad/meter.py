@@ -21,34 +21,62 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Compare tensors pairwise without leaving the device.
 
     Args:
-        before: n dense tensors.
+        before: n dense tensors, any of which may be without elements.
         after: n tensors of the same shapes.
 
     Returns:
-        Shape [n, 5], float32: largest absolute difference; squared norms of the
-        difference, of before and of after; last, 1 where `after` is not finite.
+        Shape [n, 5], float64, which holds the squares of what float32 holds: largest absolute
+        difference; norms of the difference, of before and of after; last, 1 where `after` is
+        not finite.
     """
-    old, new = (
-        [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-        for tensors in (before, after)
-    )
+    old = [_at_least_float32(tensor) for tensor in before]
+    new = [_at_least_float32(tensor) for tensor in after]
     difference = torch._foreach_sub(new, old)
-    norms = [
-        torch._foreach_norm(difference, torch.inf),
-        *(torch._foreach_norm(t) for t in (difference, old, new)),
+    columns = [
+        torch._foreach_norm([_with_an_element(tensor) for tensor in difference], torch.inf),
+        *(torch._foreach_norm(tensors, 2, torch.float64) for tensors in (difference, old, new)),
     ]
-    largest, *rest = (
-        torch.stack([n.to(before[0].device, torch.float32) for n in column]) for column in norms
-    )
-    return torch.stack([largest, *(r.square() for r in rest), (~rest[2].isfinite()).float()], dim=1)
+    device = before[0].device
+    stacked = [
+        torch.stack([norm.to(device, torch.float64) for norm in column]) for column in columns
+    ]
+    is_infinite = ~stacked[3].isfinite()
+    return torch.stack([*stacked, is_infinite.double()], dim=1)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _with_an_element(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or one zero where it is empty: nothing has no largest element."""
+    return tensor if tensor.numel() else tensor.new_zeros(1)
 
 
 def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return relative change |b − a|/|a| and cosine of a and b from rows, shape [*, 5], of `compare`."""
     difference, before, after = rows[..., 1], rows[..., 2], rows[..., 3]
-    product = (before.sqrt() * after.sqrt()).clamp_min(1e-38)
-    angle = ((before + after - difference) / (2 * product)).clamp(-1, 1)
-    return (difference / before.clamp_min(1e-38)).sqrt(), angle
+    product = (before * after).clamp_min(1e-38)
+    squares = before.square() + after.square() - difference.square()
+    angle = (squares / (2 * product)).clamp(-1, 1)
+    return difference / before.clamp_min(1e-19), angle
+
+
+def _summary(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the `MEASURES` of one look, and which of them count, from rows of `compare`.
+
+    Rows that are not finite say nothing of change and angle; how many looks met some is a measure
+    of its own.
+    """
+    is_finite = rows[:, :4].isfinite().all(dim=1)
+    finite = torch.where(is_finite[:, None], rows, 0.0)
+    change, angle = change_and_cosine(finite.square().sum(dim=0).sqrt())
+    touched = (rows[:, 0] != 0).double()
+    any_finite = is_finite.any().double()
+    always = torch.ones_like(any_finite)
+    measures = [touched.mean(), change, angle, touched.amax(), rows[:, 4].amax()]
+    counts = [always, any_finite, any_finite, always, always]
+    return torch.stack(measures) * torch.stack(counts), torch.stack(counts)
 
 
 class Meter:
@@ -57,12 +85,12 @@ class Meter:
     Attributes:
         detail: Where to keep rows per tensor as well, or None: a list of
             (correction, stage, names, what `compare` returned).
-        sums: Summed measures and their number, by (correction, stage).
+        sums: Summed measures and how many looks each was summed over, by (correction, stage).
     """
 
     def __init__(self) -> None:
         self.detail: list[tuple[str, str, list[str], Tensor]] | None = None
-        self.sums: dict[tuple[str, str], tuple[Tensor, int]] = {}
+        self.sums: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def due(self, correction: Correction, index: int) -> bool:
         """Say whether optimizer step `index` of `correction` is measured."""
@@ -81,11 +109,9 @@ class Meter:
         if not names:
             return
         rows = compare([before[n] for n in names], [after[n] for n in names])
-        touched = (rows[:, 0] != 0).float()
-        change, angle = change_and_cosine(rows.sum(dim=0))
-        seen = torch.stack([touched.mean(), change, angle, touched.amax(), rows[:, 4].amax()])
-        total, count = self.sums.get((name, stage), (torch.zeros_like(seen), 0))
-        self.sums[name, stage] = (total.to(seen.device) + seen, count + 1)
+        measures, counts = _summary(rows)
+        total, looks = self.sums.get((name, stage), (measures * 0, counts * 0))
+        self.sums[name, stage] = (total.to(measures) + measures, looks.to(counts) + counts)
         if self.detail is not None:
             self.detail.append((name, stage, names, rows))
 
@@ -114,12 +140,17 @@ class Meter:
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return mean measures by correction and stage. Synchronises the device."""
+        """Return mean measures by correction and stage; none of what was never finite. Synchronises the device."""
         result: dict[str, dict[str, dict[str, float]]] = {}
-        for (name, stage), (total, count) in self.sums.items():
-            result.setdefault(name, {})[stage] = dict(
-                zip(MEASURES, (total / count).tolist(), strict=True)
-            )
+        for (name, stage), (total, looks) in self.sums.items():
+            seen = {
+                measure: value / count
+                for measure, value, count in zip(
+                    MEASURES, total.tolist(), looks.tolist(), strict=True
+                )
+                if count
+            }
+            result.setdefault(name, {})[stage] = seen
         return result
 
     def warn_if_idle(self, correction: Correction, index: int) -> None:
@@ -160,4 +191,4 @@ def _moments(step: Step, _: Any) -> Named:
         for n, p in zip(step.names, step.parameters, strict=True)
     )
     pairs = ((f"{n}: {key}", value, p) for n, p, state in states for key, value in state.items())
-    return {name: local(v) for name, v, p in pairs if getattr(v, "shape", ()) == p.shape != ()}
+    return {name: local(v) for name, v, p in pairs if isinstance(v, Tensor) and v.shape == p.shape}

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from regrad.engine import Engine
     from regrad.hookspecs import Step
 
-CLIPPED = (
-    "gradients are read as the loop leaves them at step(): clipping in the loop comes first"
-)
+CLIPPED = "gradients are read as the loop leaves them at step(): clipping in the loop comes first"
 ON_WEIGHTS = {"gradient", "moment", "weights"}
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.optim import LBFGS, Optimizer
-
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import LBFGS, Optimizer
 
 from regrad import other_optimizers, registry, sharding
 from regrad.correction import Correction
@@ -68,9 +67,7 @@ def check(
     _refuse_lazy_modules(models)
     _refuse_foreign_parameters(models, optimizer)
     if optimizer in ATTACHED:
-        raise RegradError(
-            "optimizer is attached already; detach() the other attachment first"
-        )
+        raise RegradError("optimizer is attached already; detach() the other attachment first")
     layout = layout_of(models, layers)
     for correction in corrections:
         if correction.attachment is not None:
@@ -137,9 +134,7 @@ def _refuse_layout(correction: Correction, layout: str) -> None:
 def _refuse_several_closure_calls(correction: Correction, optimizer: Optimizer) -> None:
     moves = "weights" in correction.needs.stages
     if isinstance(optimizer, LBFGS) and (moves or not correction.needs.closures):
-        raise RegradError(
-            f"{correction.name!r} must see one closure call; LBFGS makes several"
-        )
+        raise RegradError(f"{correction.name!r} must see one closure call; LBFGS makes several")
 
 
 def _refuse_optimizers_that_move_weights(correction: Correction, layers: Sequence[Any]) -> None:

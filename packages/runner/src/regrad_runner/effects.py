@@ -59,16 +59,18 @@ class EffectTrace:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._before: dict[tuple[str, str], tuple[Tensor, int]] = {}
+        self._before: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def look(self) -> list[Effect]:
         """Return what was seen since the last look; nothing for a stage that was not looked at. Synchronises."""
         run, now = self._run, dict(self._run.attachment.engine.meter.sums)
         seen = []
         for (correction, stage), (total, count) in now.items():
-            earlier, looks = self._before.get((correction, stage), (total * 0, 0))
-            if count > looks:
-                means = ((total.double() - earlier.double()) / (count - looks)).tolist()
+            earlier, looks = self._before.get((correction, stage), (total * 0, count * 0))
+            new_looks = count.to(earlier.device) - looks
+            if new_looks.max() > 0:
+                # A measure that was never finite in between is not a number.
+                means = ((total - earlier) / new_looks).tolist()
                 numbers: dict[str, Any] = dict(zip(MEASURES, means, strict=True))
                 where: dict[str, Any] = {
                     "arm": run.arm.name,

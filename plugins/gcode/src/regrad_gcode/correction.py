@@ -285,7 +285,7 @@ class GCODE(Correction):
                 before[name], after[name] = pair.witnessed
                 row, pair.witnessed = compare([before[name]], [after[name]])[0], None
                 pair.seen["cosine"] = change_and_cosine(row)[1]
-                pair.seen["norm_ratio"] = (row[3] / row[2].clamp_min(1e-38)).sqrt()
+                pair.seen["norm_ratio"] = row[3] / row[2].clamp_min(1e-19)
         self.attachment.engine.meter.observe(self.name, "hidden", before, after)
 
     def after_step(self, step: Step) -> None:
