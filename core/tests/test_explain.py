@@ -21,8 +21,12 @@ class Everything:
         self.optimizer = optimizer(self.model.parameters(), lr=0.01)
         loss = nn.CrossEntropyLoss() if criterion else None
         self.attachment = regrad.attach(self.model, self.optimizer, corrections, loss)
-        for seed in range(steps):
-            toys.train_step(self.model, self.optimizer, seed=seed)
+        self.train(range(steps))
+
+    def train(self, seeds):
+        options = {"criterion": self.attachment.criterion} if self.attachment._original else {}
+        for seed in seeds:
+            self.toys.train_step(self.model, self.optimizer, seed=seed, **options)
 
     def snapshot(self):
         return copy.deepcopy(

@@ -142,14 +142,28 @@ def test_a_lightning_like_loop_gives_the_numbers_of_the_plain_loop(toys, same_bi
     assert same_bits(toys.weights_of(module.net), toys.weights_of(plain))
 
 
-def test_a_module_whose_forward_is_never_called_is_warned_about_once(toys):
-    module = LightningModule(toys.Net())
+def test_a_module_whose_forward_is_never_called_is_served_through_its_parts_from_the_second_step(
+    toys, same_bits
+):
+    results = []
+    for root in (False, True):
+        module = LightningModule(toys.Net())
+        optimizer = toys.sgd(module)
+        shift = toys.Push(amount=0.1)  # does nothing in the first step
+        regrad.attach(module if root else module.net, optimizer, [shift])
+        lightning_loop(toys, module, optimizer, steps=4)
+        results.append(toys.weights_of(module))
+    assert same_bits(*results)
+
+
+def test_a_model_of_which_no_part_is_called_is_warned_about_once(toys):
+    module, other = LightningModule(toys.Net()), LightningModule(toys.Net())
     optimizer = toys.sgd(module)
     regrad.attach(module, optimizer, [toys.Shift()])
     with pytest.warns(
         RegradWarning, match="without a training forward of the attached model"
     ) as caught:
-        lightning_loop(toys, module, optimizer, steps=4)
+        lightning_loop(toys, other, optimizer, steps=4)
     assert len(caught) == 1
 
 

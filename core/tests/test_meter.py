@@ -291,10 +291,9 @@ def test_a_criterion_that_the_loop_never_calls_is_warned_about(toys):
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     regrad.attach(model, optimizer, [toys.Louder()], nn.CrossEntropyLoss())
-    with pytest.warns(RegradWarning, match="'louder' had no effect in 20[01] steps"):
-        for _ in range(202):
-            model().backward()
-            optimizer.step()
+    model().backward()
+    with pytest.warns(RegradWarning, match="'louder' .* without a call of attachment.criterion"):
+        optimizer.step()
 
 
 def test_the_warm_up_is_not_counted_as_idle(double_a):

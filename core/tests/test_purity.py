@@ -88,7 +88,7 @@ def test_hooks_that_others_set_survive_detach_in_their_order(toys, hooks_on, cha
     optimizer.register_step_pre_hook(lambda *_: calls.append("step"))
     hooks = hooks_on(model, optimizer)
     attachment = regrad.attach(model, optimizer, chain(), torch.nn.CrossEntropyLoss())
-    toys.train_step(model, optimizer)
+    toys.train_step(model, optimizer, criterion=attachment.criterion)
     attachment.detach()
     assert hooks_on(model, optimizer) == hooks
     assert calls == ["before", "step"]

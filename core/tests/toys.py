@@ -280,16 +280,20 @@ def batch(size: int = 8, *, seed: int = 0, dtype: torch.dtype = torch.float64):
     return inputs.to(dtype), torch.randint(0, 2, (size,), generator=generator)
 
 
-def loss_of(model: nn.Module, size: int = 8, *, seed: int = 0):
+def loss_of(
+    model: nn.Module, size: int = 8, *, seed: int = 0, criterion=nn.functional.cross_entropy
+):
     """Return the loss of one batch."""
     inputs, labels = batch(size, seed=seed, dtype=next(model.parameters()).dtype)
-    return nn.functional.cross_entropy(model(inputs), labels)
+    return criterion(model(inputs), labels)
 
 
-def train_step(model: nn.Module, optimizer, *, seed: int = 0) -> None:
+def train_step(
+    model: nn.Module, optimizer, *, seed: int = 0, criterion=nn.functional.cross_entropy
+) -> None:
     """Run one ordinary training step."""
     optimizer.zero_grad()
-    loss_of(model, seed=seed).backward()
+    loss_of(model, seed=seed, criterion=criterion).backward()
     optimizer.step()
 
 

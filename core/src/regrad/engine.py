@@ -97,6 +97,7 @@ class Engine:
 
         self._names: dict[Tensor, str] = {}
         self._is_skipping = False
+        self._is_ignored = False
         self._said: set[str] = set()
         self._graph_waits = False
         # The step under way: torch's frame around it, the closure calls, what writes came before.
@@ -112,7 +113,7 @@ class Engine:
         self._other_steps = 0
         self._forwards_without_step = 0
         self._most_forwards = 0
-        self._blind_steps = 0
+        self._saw_forward = False
 
     # ---- what the corrections are given
 
@@ -193,6 +194,7 @@ class Engine:
         if not torch.is_grad_enabled():
             return
         self.forwards += 1
+        self._saw_forward = True
         if module in self.roots:
             self._count_forward()
         if self.callers["predict_weights"]:
@@ -375,12 +377,20 @@ class Engine:
         """Correct now, or, where a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
         self._calls = 0
+        self._is_ignored = self.forwards == 0 and self._moves_nothing()
+        if self._is_ignored:
+            return None
         wrapped = wrap_closure(args, kwargs, self.correct)
         if wrapped is None:
             self.correct()
         elif self.callers["predict_weights"]:
             self._versions = self._count_writes()
         return wrapped
+
+    def _moves_nothing(self) -> bool:
+        """Say whether a step has rate zero, as the one by which torch's checkpointing makes state."""
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        return all(rate is not None and float(rate) == 0 for rate in rates)
 
     def _count_writes(self) -> list[int]:
         """Return how often each parameter was written."""
@@ -456,8 +466,7 @@ class Engine:
 
     def _look_for_parts(self, step: Step) -> None:
         """Where no forward was seen, watch the model's parts; warn once where these are not called either."""
-        self._blind_steps += 1
-        if self._blind_steps > 1:
+        if self._saw_forward or self.parts.is_watching:
             self._say_once(NO_FORWARD)
         self.parts.watch(self.roots, step.parameters)
 
@@ -479,6 +488,9 @@ class Engine:
 
     def after_step(self, *_: Any) -> None:
         """Let corrections learn from a step that really happened."""
+        if self._is_ignored:
+            self._is_ignored = False
+            return
         self._finished.clear()
         self._corrected = []
         self._is_paused = False

@@ -61,6 +61,7 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
     ):
         trial.load_state_dict(copy.deepcopy(attachment.state_dict()))
         trial.engine.meter.detail = []
+        trial.engine.criterion_called = True  # a model may compute its loss itself here
         _loss_of(model.train(), trial.criterion if criterion else None, batch).backward()  # type: ignore[no-untyped-call]
         trial.engine.correct()
         for name, stage, names, table in trial.engine.meter.detail:
