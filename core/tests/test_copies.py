@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import regrad
@@ -107,6 +108,72 @@ def test_an_average_updated_before_the_step_sees_the_predicted_weights_as_docume
     optimizer.step()
     average.update_parameters(model)
     assert same_bits(toys.weights_of(average.module), toys.weights_of(model))
+
+
+def hooks_of(model):
+    tables = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_hooks")
+    tables += ("_load_state_dict_pre_hooks",)
+    return [
+        hook for m in model.modules() for table in tables for hook in getattr(m, table).values()
+    ]
+
+
+@pytest.mark.parametrize("copy_of", [copied, averaged, saved_and_loaded])
+def test_a_copy_holds_no_hook_of_ours_and_those_of_others(toys, attached, copy_of):
+    model, *_ = attached
+    model.body.register_forward_hook(others_hook)
+    twin = copy_of(model)
+    assert hooks_of(twin) == [others_hook]
+    assert not any("__reduce_ex__" in vars(module) for module in twin.modules())
+
+
+def others_hook(module, inputs, output):
+    """A hook that is not ours, which pickle finds by name."""
+
+
+def test_copies_of_copies_over_many_attachments_hold_no_hook(toys):
+    model = toys.Net()
+    for _ in range(4):
+        optimizer = toys.sgd(model)
+        with regrad.attach(model, optimizer, [toys.Shift(), toys.Listen()]):
+            toys.train_step(model, optimizer)
+            best = copy.deepcopy(model)
+        assert hooks_of(model) == []
+        assert not any("__reduce_ex__" in vars(module) for module in model.modules())
+        model = best
+    assert hooks_of(model) == []
+
+
+def test_a_file_of_an_attached_model_names_nothing_of_regrad(toys):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2).double())
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [toys.Shift()], torch.nn.CrossEntropyLoss())
+    toys.train_step(model, optimizer)
+    file = io.BytesIO()
+    torch.save({"model": model, "criterion": attachment.criterion}, file)
+    assert b"regrad" not in file.getvalue()
+    file.seek(0)
+    allowed = [torch.nn.Sequential, torch.nn.Linear, torch.nn.CrossEntropyLoss, set]
+    with torch.serialization.safe_globals(allowed):
+        loaded = torch.load(file, weights_only=True)
+    inputs = toys.batch()[0]
+    assert torch.equal(loaded["model"](inputs), model.eval()(inputs))
+
+
+@pytest.mark.parametrize("of", ["copy", "detached"])
+def test_a_copy_and_a_detached_model_can_be_exported_and_scripted(toys, attached, of):
+    model, _, _, attachment = attached
+    if of == "copy":
+        model = copy.deepcopy(model)
+    else:
+        attachment.detach()
+    inputs = toys.batch()[0]
+    exported = torch.export.export(model, (inputs,)).module()
+    torch.testing.assert_close(exported(inputs), model(inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises against it
+        scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(inputs), model(inputs))
 
 
 def test_a_copy_can_be_attached_itself(toys, attached):

@@ -1,9 +1,11 @@
 """The criterion that the loop calls."""
 
+import copy
+
 import pytest
 import regrad
 import torch
-from regrad import RegradError
+from regrad import RegradError, RegradWarning
 from torch import nn
 
 
@@ -67,6 +69,77 @@ def test_attributes_are_those_of_the_users_criterion(louder):
     assert attachment.criterion.label_smoothing == 0.2
     with pytest.raises(AttributeError):
         _ = attachment.criterion.no_such_attribute
+
+
+class Task(nn.Module):
+    """Keeps model and loss as submodules, as timm's tasks and LightningModules do."""
+
+    def __init__(self, model, criterion):
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, inputs, labels):
+        return self.criterion(self.model(inputs), labels)
+
+
+def test_a_module_can_hold_the_criterion_as_it_held_the_original(toys, same_bits):
+    model = toys.Net()
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0], dtype=torch.float64))
+    task = Task(model, criterion)
+    keys = list(task.state_dict())
+    plain = task(*toys.batch())
+    attachment = regrad.attach(model, toys.sgd(task), [toys.Louder(factor=3.0)], criterion)
+    task.criterion = attachment.criterion
+    assert isinstance(task.criterion, nn.Module)
+    assert list(task.state_dict()) == keys
+    torch.testing.assert_close(task(*toys.batch()), 3 * plain, rtol=0, atol=1e-15)
+    task.eval()
+    assert not criterion.training
+    torch.testing.assert_close(task(*toys.batch()), plain, rtol=0, atol=0)
+    task.train()
+    assert criterion.training
+    task.float()
+    assert criterion.weight.dtype == torch.float32
+    twin = copy.deepcopy(task)
+    assert type(twin.criterion) is nn.CrossEntropyLoss
+    attachment.detach()
+    task.double()
+    torch.testing.assert_close(task(*toys.batch()), plain, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_set_on_the_criterion_is_set_on_the_original(louder):
+    _, criterion, attachment, *_ = louder
+    attachment.criterion.label_smoothing = 0.3
+    assert criterion.label_smoothing == 0.3
+
+
+def test_a_criterion_that_is_a_function_stays_one(toys):
+    model = toys.Net()
+    function = nn.functional.cross_entropy
+    attachment = regrad.attach(model, toys.sgd(model), [toys.Louder()], function)
+    assert not isinstance(attachment.criterion, nn.Module)
+    assert attachment.criterion.__name__ == "cross_entropy"
+    assert copy.deepcopy(attachment.criterion) is function
+
+
+def test_the_criterion_says_what_it_is(toys, louder):
+    _, _, attachment, *_ = louder
+    assert repr(attachment.criterion) == (
+        "CrossEntropyLoss(), corrected by 'louder' while the model trains"
+    )
+    attachment.detach()
+    assert repr(attachment.criterion) == "CrossEntropyLoss()"
+
+
+def test_a_criterion_that_the_loop_never_calls_is_warned_about_after_the_first_step(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    regrad.attach(model, optimizer, [toys.Louder()], nn.CrossEntropyLoss())
+    toys.loss_of(model).backward()
+    with pytest.warns(RegradWarning, match="'louder' .* call that in the loop"):
+        optimizer.step()
+    toys.train_step(model, optimizer)
 
 
 def test_without_an_owner_the_criterion_is_the_one_given(toys):

@@ -74,10 +74,21 @@ class SwitchingCriterion:
         """Return the loss, as the criterion does."""
         return self.switch(*arguments, **options)
 
+    @property
+    def original(self) -> Any:
+        """The user's criterion."""
+        return self.switch.original
+
     def __getattr__(self, name: str) -> Any:
         if name == "switch":  # not there yet, or no longer
             raise AttributeError(name)
         return _attribute(self.switch, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "switch":
+            super().__setattr__(name, value)
+        else:
+            setattr(self.switch.original, name, value)
 
     def __repr__(self) -> str:
         return self.switch.describe()
@@ -102,7 +113,12 @@ class SwitchingModule(nn.Module):
         vars(self)["switch"] = switch
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(self)[name] = vars(switch.original)[name]
-        self.training = switch.original.training
+        vars(self)["training"] = switch.original.training
+
+    @property
+    def original(self) -> Any:
+        """The user's criterion."""
+        return vars(self)["switch"].original
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Return the loss, as the criterion does."""
@@ -111,7 +127,15 @@ class SwitchingModule(nn.Module):
     def train(self, mode: bool = True) -> SwitchingModule:
         """Set the mode of the original too."""
         vars(self)["switch"].original.train(mode)
-        return super().train(mode)
+        vars(self)["training"] = mode
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        switch = vars(self).get("switch")
+        if switch is None:  # still being made
+            super().__setattr__(name, value)
+        else:
+            setattr(switch.original, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

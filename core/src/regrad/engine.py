@@ -345,7 +345,7 @@ class Engine:
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Begin a step, unless it is the `super().step()` of one that is under way."""
-        frame = sys._getframe(1)  # torch's wrapper around the method
+        frame = _caller(sys._getframe(1))
         if self._is_inside_step(frame):
             self._nested_steps += 1
             return None
@@ -364,7 +364,7 @@ class Engine:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_step_end(self, *_: Any) -> None:
         """End the step that `on_step_begin` began."""
-        is_outermost = sys._getframe(1) is self._step_frame
+        is_outermost = _caller(sys._getframe(1)) is self._step_frame
         if self._nested_steps and not is_outermost:
             self._nested_steps -= 1
             return
@@ -518,3 +518,10 @@ class Engine:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if parameter in true and prefix + name in state:
                 state[prefix + name] = true[parameter]
+
+
+def _caller(frame: FrameType | None) -> FrameType | None:
+    """Return torch's frame around `step`, above those by which the compiler is kept out."""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+        frame = frame.f_back
+    return frame

@@ -107,7 +107,8 @@ class Window:
         ours = [p for p in self.moved if p not in newer and p not in flags]
         self.moved = []
         self.is_open = False
-        torch._foreach_copy_(locals_of(ours), [self._buffers[p] for p in ours])
+        if ours:
+            torch._foreach_copy_(locals_of(ours), [self._buffers[p] for p in ours])
         self._restore_on_device({p: flag for p, flag in flags.items() if p not in newer})
         return True
 
