@@ -5,6 +5,7 @@ import functools
 import importlib
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,14 @@ def test_the_first_screen_of_the_readme_has_the_two_commands_and_the_picture():
 def test_a_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_holds_no_mark_that_a_fixed_width_font_would_misplace(page):
+    """A combining mark, such as a hat, stands beside its letter there, or is lost."""
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    code = [block.text for block in pages.blocks(page)] + spans
+    assert [text for text in code if any(map(unicodedata.combining, text))] == []
 
 
 def test_every_public_name_is_in_the_api_page():
