@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import operator
 import re
 import sys
 import unicodedata
@@ -111,6 +112,14 @@ def test_the_first_screen_of_the_readme_has_the_two_commands_and_the_picture():
 def test_a_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_page_reads_of_an_attachment_is_there(page, user):
+    attachment = user["regrad"].attach(user["model"], user["optimizer"], [], user["criterion"])
+    named = re.findall(r"\battachment((?:\.[a-z]\w*)+)", page.read_text(encoding="utf-8"))
+    for path in {*named}:
+        operator.attrgetter(path[1:])(attachment)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
