@@ -46,16 +46,21 @@ class Text(HTMLParser):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """The documentation, built as `nox -s docs` builds it."""
-    folder = tmp_path_factory.mktemp("built")
-    command = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(folder / "seen")]
-    done = subprocess.run(
-        [sys.executable, *command, str(ROOT / "docs"), str(folder / "html")],
+    folder = tmp_path_factory.mktemp("built") / "html"
+    done = build(ROOT / "docs", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def build(source: Path, target: Path) -> subprocess.CompletedProcess:
+    """Build pages as `nox -s docs` does."""
+    command = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", f"{target}-seen"]
+    return subprocess.run(
+        [sys.executable, *command, str(source), str(target)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return folder / "html"
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +115,22 @@ def test_a_page_opened_without_a_network_asks_for_nothing_and_draws_its_formulas
     assert fonts == [["Latin Modern Math", "loaded" if sizes else "unloaded"]]
     assert tab.evaluate("() => document.documentElement.scrollWidth") <= 360
     context.close()
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        (r":math:`\nosuch x`", "formula must be LaTeX that math-core knows"),
+        (".. math:: x\n   :label: first", "formulas cannot be numbered"),
+    ],
+)
+def test_a_formula_that_cannot_be_drawn_fails_the_build_with_its_place(tmp_path, page, said):
+    conf = "import sys\nsys.path.insert(0, {!r})\nextensions = ['formulas']\n"
+    (tmp_path / "conf.py").write_text(
+        conf.format(str(ROOT / "docs")) + "html_math_renderer = 'mathml'\n", encoding="utf-8"
+    )
+    (tmp_path / "index.rst").write_text(f"Title\n=====\n\n{page}\n", encoding="utf-8")
+    done = build(tmp_path, tmp_path / "html")
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "index.rst:4" in done.stderr
