@@ -242,6 +242,14 @@ def test_row_means_decay_as_the_optimizer_decays_a_weight_without_a_gradient(mom
     )
 
 
+def test_a_step_of_adam_has_a_mean_again_though_its_gradients_have_none():
+    model = make_model()
+    before = model[0].weight.detach().mean(1)
+    train(model, ["centralization"], make=lambda m: torch.optim.Adam(m.parameters(), lr=0.01))
+    assert model[0].weight.grad.mean(1).abs().max() < 1e-15
+    assert (model[0].weight.detach().mean(1) - before).abs().max() > 1e-3
+
+
 def test_without_decay_the_placements_are_the_same_to_the_bit():
     ends = [
         train(make_model(), [spec], make=lambda m: sgd(m, weight_decay=0.0))[0] for spec in SPECS
