@@ -69,7 +69,7 @@ def build_wheels(session: nox.Session, *members: str) -> list[str]:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test of every member and the doctests, with everything installed."""
-    sync(session, "test", "browser")
+    sync(session, "test", "browser", "docs")
     session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
 
 
@@ -167,6 +167,7 @@ def docs(session: nox.Session) -> None:
         "docs/_build/html",
         *session.posargs,
     )
+    session.run("python", "docs/loaded.py", "docs/_build/html")
 
 
 @nox.session

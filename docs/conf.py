@@ -1,6 +1,7 @@
 """Sphinx settings. `uv run nox -s docs` builds with warnings as errors."""
 
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from sphinx.application import Sphinx
 project = "regrad"
 author = "The regrad founders"
 project_copyright = "The regrad founders, MIT licence"
+sys.path.insert(0, str(Path(__file__).parent))  # where the extension for formulas lies
 release = version = metadata.version("regrad")
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
+    "formulas",
 ]
 exclude_patterns = ["_build", "examples/workload_plugin"]
 myst_enable_extensions = ["dollarmath", "deflist"]
@@ -28,6 +30,7 @@ autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_title = f"regrad {release}"

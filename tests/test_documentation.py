@@ -3,8 +3,10 @@
 import ast
 import functools
 import importlib
+import operator
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,22 @@ def test_the_first_screen_of_the_readme_has_the_two_commands_and_the_picture():
 def test_a_link_to_a_file_leads_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_page_reads_of_an_attachment_is_there(page, user):
+    attachment = user["regrad"].attach(user["model"], user["optimizer"], [], user["criterion"])
+    named = re.findall(r"\battachment((?:\.[a-z]\w*)+)", page.read_text(encoding="utf-8"))
+    for path in {*named}:
+        operator.attrgetter(path[1:])(attachment)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_code_holds_no_mark_that_a_fixed_width_font_would_misplace(page):
+    """A combining mark, such as a hat, stands beside its letter there, or is lost."""
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    code = [block.text for block in pages.blocks(page)] + spans
+    assert [text for text in code if any(map(unicodedata.combining, text))] == []
 
 
 def test_every_public_name_is_in_the_api_page():

@@ -195,3 +195,14 @@ def test_a_model_that_keeps_the_criterion_can_still_be_copied(toys):
     plain = torch.nn.functional.cross_entropy(logits, labels)
     torch.testing.assert_close(model.criterion(logits, labels), 3 * plain)
     torch.testing.assert_close(twin.criterion(logits, labels), plain)
+
+
+def test_a_model_saved_whole_after_detach_needs_no_regrad_to_be_read(toys):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with regrad.attach(model, optimizer, [toys.Shift()]):
+        model(torch.ones(3, 2)).sum().backward()
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert b"regrad" not in file.getvalue()

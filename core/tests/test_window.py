@@ -204,6 +204,20 @@ def test_state_dict_inside_the_window_keeps_a_prefix_and_one_copy_per_tied_group
     assert saved["net.first.weight"].data_ptr() != model.first.weight.data_ptr()
 
 
+def test_a_generator_trained_through_the_discriminator_meets_predicted_weights_as_documented(
+    toys, same_bits, shifted
+):
+    discriminator, optimizer, *_ = shifted
+    toys.loss_of(discriminator, seed=0).backward()
+    optimizer.step()
+    true = toys.weights_of(discriminator)
+    toys.loss_of(discriminator, seed=1)  # the generator's pass, in training mode
+    assert moved_by(toys, discriminator, true, 0.1)
+    discriminator.eval()
+    toys.loss_of(discriminator, seed=1)
+    assert same_bits(toys.weights_of(discriminator), true)
+
+
 def test_a_submodules_state_dict_inside_the_window_sees_moved_weights_as_documented(toys, shifted):
     model, *_ = shifted
     true = toys.weights_of(model)

@@ -167,6 +167,55 @@ def test_the_moment_is_the_one_worked_out_by_hand():
     assert state["exp_avg_sq"][0, 0].item() == pytest.approx(1.54, abs=1e-15)
 
 
+def authors_adamnorm(weight, small, steps, eps=1e-8):
+    """Return the weights after each step of the authors' AdamNorm, as their file computes them."""
+    weights, first, second, average = [], 0.0, 0.0, 0.0
+    for step in range(1, steps + 1):
+        g = small * gradient_at(weight, step)
+        average = 0.95 * average + 0.05 * g.norm()
+        s = g * average / g.norm() if average > g.norm() else g
+        first = 0.9 * first + 0.1 * s
+        second = 0.999 * second + 0.001 * g * g + eps
+        root = second.sqrt() / math.sqrt(1 - 0.999**step)
+        weight = weight - 0.01 / (1 - 0.9**step) * first / (root + eps)
+        weights.append(weight)
+    return weights
+
+
+def test_the_authors_adamnorm_has_epsilon_over_one_minus_beta_under_the_root(reference):
+    class Theirs(reference.Adam):
+        def unbiased_root(self):
+            return torch.sqrt(self.second / (1 - self.betas[1] ** self.steps) + self.eps / 0.001)
+
+        def direction(self, g, s):
+            self.update_moments(g, s)
+            return self.unbiased_first() / (self.unbiased_root() + self.eps)
+
+    small = 1e-3  # gradients below √(1e-8/.001) = 3e-3
+    steps = range(1, 25)
+    theirs = authors_adamnorm(start(), small, len(steps))
+    rule = Theirs(rule=reference.Rule(), rate=0.01)
+    weight = start()
+    for index, expected in zip(steps, theirs, strict=True):
+        weight = rule.step(weight, small * gradient_at(weight, index))
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(("eps", "apart"), [(1e-20, False), (1e-8, True)])
+def test_without_that_epsilon_ours_is_the_authors_adamnorm(eps, apart):
+    small, steps = 1e-3, range(1, 25)
+    theirs = authors_adamnorm(start(), small, len(steps), eps=eps)
+    model = Model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=eps)
+    with regrad.attach(model, optimizer, ["adanorm"]):
+        for index in steps:
+            optimizer.zero_grad()
+            model(index, small * gradient_at(model.weight.detach(), index)).backward()
+            optimizer.step()
+    difference = (model.weight.detach() - theirs[-1]).abs().max()
+    assert difference > 0.05 if apart else difference < 1e-9
+
+
 @pytest.mark.parametrize("target", ["moment", "gradient"])
 def test_no_memory_changes_no_bit(target):
     plain, corrected = Model(), Model()

@@ -217,6 +217,39 @@ def test_row_means_never_move_when_decay_is_centred_and_decay_otherwise(dtype, t
     )
 
 
+@pytest.mark.parametrize(("momentum", "expected"), [(0.0, 0.6058), (0.9, -0.0035)])
+def test_row_means_decay_as_the_optimizer_decays_a_weight_without_a_gradient(momentum, expected):
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        (torch.randn(4, 6, generator=generator).double(), torch.tensor([0, 1, 2, 1]))
+        for _ in range(100)
+    ]
+    model = make_model()
+    with torch.no_grad():
+        weight = model[0].weight
+        weight += 1 - weight.mean(1, keepdim=True)
+    make = lambda m: torch.optim.SGD(  # noqa: E731
+        m.parameters(), lr=0.05, weight_decay=0.1, momentum=momentum
+    )
+    train(model, ["centralization"], make=make, data=data)
+    mean, velocity = 1.0, 0.0
+    for _ in range(100):
+        velocity = momentum * velocity + 0.1 * mean
+        mean -= 0.05 * velocity
+    assert mean == pytest.approx(expected, abs=5e-5)
+    torch.testing.assert_close(
+        weight.detach().mean(1), torch.full((10,), mean, dtype=torch.float64), rtol=0, atol=1e-12
+    )
+
+
+def test_a_step_of_adam_has_a_mean_again_though_its_gradients_have_none():
+    model = make_model()
+    before = model[0].weight.detach().mean(1)
+    train(model, ["centralization"], make=lambda m: torch.optim.Adam(m.parameters(), lr=0.01))
+    assert model[0].weight.grad.mean(1).abs().max() < 1e-15
+    assert (model[0].weight.detach().mean(1) - before).abs().max() > 1e-3
+
+
 def test_without_decay_the_placements_are_the_same_to_the_bit():
     ends = [
         train(make_model(), [spec], make=lambda m: sgd(m, weight_decay=0.0))[0] for spec in SPECS

@@ -512,6 +512,14 @@ def test_an_unknown_solver_or_flow_is_refused():
         GCODE(flow="none")
 
 
+def test_a_model_without_stages_is_refused_at_its_first_training_forward_and_not_before():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(72, 3)).double()
+    with regrad.attach(model, sgd(model), ["gcode"]):
+        with pytest.raises(regrad.RegradError, match="'gcode' must find two stages or more"):
+            model(torch.ones(2, 2, 6, 6, dtype=torch.float64))
+        assert model[1].weight.grad is None
+
+
 def test_a_compiled_model_is_refused(make_network):
     model = make_network()
     with pytest.raises(

@@ -116,6 +116,26 @@ def test_decay_is_decoupled():
     assert not optimizer.state[weight]["trend"].any()
 
 
+def test_decay_added_to_the_gradient_is_the_authors_coupled_decay():
+    """Their file, one number: λθ is part of g, so it enters the trend and the second moment."""
+    decay, rate, one, two, three = 0.3, 0.1, 0.9, 0.99, 0.999
+    weight = torch.nn.Parameter(torch.full((1,), 2.0, dtype=torch.float64))
+    optimizer = Tom([weight], lr=rate)
+    theirs, level, trend, square, last = 2.0, 0.0, 0.0, 0.0, 0.0
+    for step in range(1, 21):
+        gradient = math.cos(step)
+        coupled = gradient + decay * theirs
+        level = one * (level + trend) + (1 - one) * coupled
+        trend = two * trend + (1 - two) * (coupled - last)
+        square = three * square + (1 - three) * coupled**2
+        last = coupled
+        theirs -= rate * (level + trend) / (math.sqrt(square / (1 - three**step)) + 1e-8)
+        weight.grad = gradient + decay * weight.detach()
+        optimizer.step()
+    assert weight.item() == pytest.approx(theirs, rel=1e-12)
+    assert optimizer.state[weight]["trend"].item() == pytest.approx(trend, rel=1e-12)
+
+
 def test_schedulers_groups_and_named_parameters_work():
     model = make_model()
     groups = [

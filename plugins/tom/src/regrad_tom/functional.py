@@ -68,7 +68,7 @@ def tom_(
         steps: t, this step included, one for each tensor, at least 1.
         betas: :math:`\beta_1, \beta_2, \beta_3`, each in [0, 1).
         eps: :math:`\epsilon`, in the units of the gradient.
-        weight_decay: :math:`\lambda`, decoupled. Not in the paper.
+        weight_decay: :math:`\lambda`, decoupled. The authors' file couples it.
         correct_bias: Divide :math:`m + r` by :math:`1-(\beta_1\beta_2)^t`.
         maximize: Climb instead of descend.
         foreach: One launch per operation for all tensors.
@@ -82,7 +82,7 @@ def tom_(
 
     References:
         Maiya, Sricharan, Pandey and K S, 2021, "TOM: Leveraging trend of the gradients
-        for faster convergence" (arXiv 2109.03820). Decay is ours.
+        for faster convergence" (arXiv 2109.03820). Decoupled decay is ours.
     """
     if isinstance(lr, Tensor):
         lr = lr.item() if lr.is_cpu else lr.reshape(())

@@ -40,8 +40,8 @@ class Tom(Optimizer):
         betas: :math:`\beta_1` (level), :math:`\beta_2` (trend), :math:`\beta_3` (second
             moment), each in [0, 1).
         eps: :math:`\epsilon`, in the units of the gradient. Positive.
-        weight_decay: :math:`\lambda`, decoupled as in AdamW, at least 0. A coupled decay
-            would enter the trend; the paper has none.
+        weight_decay: :math:`\lambda`, decoupled as in AdamW, at least 0. The authors'
+            file couples it: there it enters the trend too.
         correct_bias: Divide m + r by :math:`1-(\beta_1\beta_2)^t`, the authors' variant.
         maximize: Climb instead of descend.
         foreach: One launch per operation for all tensors; None: where they are on an
@@ -61,7 +61,7 @@ class Tom(Optimizer):
 
     References:
         Maiya, Sricharan, Pandey and K S, 2021, "TOM: Leveraging trend of the gradients
-        for faster convergence" (arXiv 2109.03820). Decay is ours.
+        for faster convergence" (arXiv 2109.03820). Decoupled decay is ours.
     """
 
     def __init__(
