@@ -261,3 +261,42 @@ def test_hooks_run_without_recording_a_graph(toys):
             assert not torch.is_grad_enabled()
 
     one_step(toys, [Checks()])
+
+
+@pytest.mark.parametrize(
+    "hook", ["setup", "wrap_criterion", "predict_weights", "correct_gradients", "after_step"]
+)
+def test_an_exception_says_in_which_correction_and_hook_it_came_up(toys, hook, hooks_on):
+    class Fails(regrad.Correction):
+        name = "fails"
+        needs = Needs(stages=("criterion", "weights", "gradient"))
+
+        def setup(self, attachment):
+            self.do("setup")
+
+        def wrap_criterion(self, criterion):
+            self.do("wrap_criterion")
+            return criterion
+
+        def predict_weights(self, step):
+            self.do("predict_weights")
+
+        def correct_gradients(self, step):
+            self.do("correct_gradients")
+
+        def after_step(self, step):
+            self.do("after_step")
+
+        def do(self, here):
+            if here == hook:
+                raise ZeroDivisionError
+
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    before = hooks_on(model, optimizer)
+    with pytest.raises(ZeroDivisionError) as caught:
+        attachment = regrad.attach(model, optimizer, [Fails()], torch.nn.CrossEntropyLoss())
+        toys.train_step(model, optimizer, criterion=attachment.criterion)
+    assert caught.value.__notes__ == [f"in correction 'fails', hook {hook!r}"]
+    if hook in ("setup", "wrap_criterion"):
+        assert hooks_on(model, optimizer) == before

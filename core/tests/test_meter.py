@@ -357,3 +357,61 @@ def test_a_hook_of_a_stage_in_which_an_instance_does_not_act_is_neither_called_n
     assert attachment.metrics()[f"either/{stage}/relative_change"] == pytest.approx(abs(factor - 1))
     assert attachment.engine.meter.effects()["either"].keys() == {stage}
     assert attachment.receipt()["corrections"][0]["stages"] == [stage]
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_is_counted_and_spoils_no_mean(toys, value):
+    steps = Steps([toys.Scale(factor=0.5)])
+    steps(2)
+    steps.optimizer.zero_grad()
+    steps.model().backward()
+    steps.model.a.grad[0] = value
+    steps.optimizer.step()
+    effect = steps.effect("scale", "gradient")
+    assert effect["relative_change"] == pytest.approx(0.5)
+    assert effect["cosine"] == pytest.approx(1.0)
+    assert effect["non_finite"] == pytest.approx(1 / 3)
+    assert effect["trigger_rate"] == 1
+
+
+def test_a_step_in_which_nothing_is_finite_leaves_the_means_of_the_others(toys):
+    steps = Steps([toys.Scale(factor=0.5)])
+    steps.model().backward()
+    for parameter in steps.model.parameters():
+        parameter.grad.fill_(torch.inf)
+    steps.optimizer.step()
+    assert set(steps.effect("scale", "gradient")) == {
+        *("share_touched", "trigger_rate", "non_finite")
+    }
+    steps(1)
+    assert steps.effect("scale", "gradient")["relative_change"] == pytest.approx(0.5)
+    assert all(math.isfinite(value) for value in steps.attachment.metrics().values())
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_whose_squares_leave_float32_are_measured(toys, size, dtype):
+    parameter = nn.Parameter(torch.ones(4, dtype=dtype))
+    model = nn.Module()
+    model.weight = parameter
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    attachment = regrad.attach(model, optimizer, [toys.Scale(factor=0.5)])
+    attachment.engine.forwards = 1  # no forward is under test here
+    parameter.grad = torch.full_like(parameter, size)
+    optimizer.step()
+    effect = attachment.receipt()["effects"]["scale"]["gradient"]
+    assert effect["relative_change"] == pytest.approx(0.5)
+    assert effect["non_finite"] == 0
+
+
+def test_moments_of_a_parameter_without_dimensions_are_measured(toys):
+    model = nn.Module()
+    model.gain = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    attachment = regrad.attach(model, optimizer, [toys.Boost(amount=0.5)])
+    for _ in range(2):
+        attachment.engine.forwards = 1  # no forward is under test here
+        model.gain.grad = torch.ones_like(model.gain)
+        optimizer.step()
+    effect = attachment.receipt()["effects"]["boost"]["moment"]
+    assert effect["trigger_rate"] > 0

@@ -46,7 +46,7 @@ def names_of(attachment):
 
 
 def test_parameters_outside_the_model_are_named_by_group_and_place_whenever_they_thaw(outside):
-    model, shift, scale, optimizer = outside
+    model, shift, _, optimizer = outside
     attachment = regrad.attach(model, optimizer, [Remember()])
     assert names_of(attachment)[:1] == ["unnamed.0.1"]
     shift.requires_grad_()
@@ -56,7 +56,7 @@ def test_parameters_outside_the_model_are_named_by_group_and_place_whenever_they
 
 
 def test_a_parameter_outside_the_model_has_the_same_name_after_a_resume(outside):
-    model, shift, scale, optimizer = outside
+    model, shift, _, optimizer = outside
     before = regrad.attach(model, optimizer, [Remember()])
     kept = names_of(before)
     before.detach()

@@ -266,7 +266,7 @@ def test_no_hook_on_all_optimizers_is_left_when_nothing_looks_ahead(toys):
 
 def test_writes_on_a_device_are_kept_without_asking_it(toys, same_bits, inside, monkeypatch):
     """The way of a GPU, walked on the CPU: flags decide there, and nothing is read by the host."""
-    model, optimizer, attachment, true = inside
+    model, _, attachment, true = inside
     for group in attachment.engine.window._samples._groups:
         monkeypatch.setattr(group, "is_on_host", False)
     by_data(model.body.weight)

@@ -174,7 +174,7 @@ def test_training_forwards_without_a_step_are_warned_about_once(toys):
     regrad.attach(model, optimizer, [toys.Scale()])
     for _ in range(49):
         toys.loss_of(model).backward()
-    with pytest.warns(RegradWarning, match="50 training forwards .* without a step") as said:
+    with pytest.warns(RegradWarning, match=r"50 training forwards .* without a step") as said:
         for _ in range(60):
             toys.loss_of(model).backward()
     assert len(said) == 1

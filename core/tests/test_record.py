@@ -1,5 +1,7 @@
 """The record of the first training forward."""
 
+import warnings
+
 import pytest
 import regrad
 import torch
@@ -139,3 +141,23 @@ def test_the_record_keeps_no_tensor_alive(toys, reading):
     toys.train_step(model, optimizer)
     gc.collect()
     assert [reference() for reference in alive] == [None]
+
+
+def test_nested_tensors_have_no_shape_in_the_record(toys, reading):
+    class Ragged(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = Ragged()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = regrad.attach(model, optimizer, [reading()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls nested tensors a prototype
+        ragged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+        model(ragged)
+    (call,) = attachment.record.calls
+    assert (call.name, call.inputs, call.makes_output) == ("layer", (), True)

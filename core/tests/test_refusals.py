@@ -111,3 +111,60 @@ def test_a_refusal_changes_nothing(toys, same_bits, hooks_on):
     assert same_bits((toys.weights_of(model), hooks_on(model, optimizer)), before)
     assert {correction.attachment for correction in corrections} == {None}
     regrad.attach(model, toys.sgd(model), corrections)
+
+
+def test_a_failed_attach_changes_nothing_whatever_raised(toys, hooks_on, monkeypatch):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    before = hooks_on(model, optimizer)
+    shift, scale = toys.Shift(), toys.Scale()
+    registering = (
+        *("register_step_pre_hook", "register_step_post_hook"),
+        *("register_load_state_dict_pre_hook", "register_state_dict_post_hook"),
+    )
+    for method in registering:
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer, method, None)
+            with pytest.raises(TypeError):
+                regrad.attach(model, optimizer, [shift, scale])
+        assert hooks_on(model, optimizer) == before
+        assert shift.attachment is None
+    regrad.attach(model, optimizer, [shift, scale])
+
+
+def test_an_optimizer_that_never_called_its_base_class_is_refused_or_unwrapped(toys, hooks_on):
+    class Skips(torch.optim.SGD):
+        """Has no hooks to register on."""
+
+        def __init__(self, optimizer):
+            self.param_groups = optimizer.param_groups
+
+    model = toys.Net()
+    before = hooks_on(model, toys.sgd(model))
+    with pytest.raises(RegradError, match=r"Skips .*super\(\).__init__"):
+        regrad.attach(model, Skips(toys.sgd(model)), [toys.Scale()])
+    assert hooks_on(model, toys.sgd(model)) == before
+
+
+def test_a_lazy_module_is_refused_with_what_to_do(toys):
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RegradError, match=r"'0.weight' has no shape yet .* run one batch"):
+        regrad.attach(model, optimizer, [toys.Scale()])
+    model(torch.ones(2, 3))
+    regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [toys.Scale()])
+
+
+@pytest.mark.parametrize("name", ["SAM", "ASAM", "GSAM", "WSAM", "LookSAM"])
+def test_an_optimizer_that_evaluates_at_weights_of_its_own_is_refused_with_a_window(toys, name):
+    sam = fake_class("some.optimizers", name, torch.optim.SGD)
+    model = toys.Net()
+    with pytest.raises(RegradError, match=f"'shift' must see one .* {name} evaluates the model"):
+        regrad.attach(model, sam(model.parameters(), lr=0.1), [toys.Shift()])
+    regrad.attach(model, sam(model.parameters(), lr=0.1), [toys.Scale()])
+
+
+def test_an_optimizer_of_which_only_the_name_looks_like_it_is_not_refused(toys):
+    sampling = fake_class("some.samplers", "SampledSGD", torch.optim.SGD)
+    model = toys.Net()
+    regrad.attach(model, sampling(model.parameters(), lr=0.1), [toys.Shift()])

@@ -145,7 +145,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             self._hook(root, root.register_state_dict_post_hook, self.engine.on_state_dict)
             self._hook(root, root.register_load_state_dict_pre_hook, self.engine.close_window)
         optimizer = self.optimizer
-        self._handles += self._in_optimizer.register(optimizer)
+        for handle in self._in_optimizer.register(optimizer):
+            self._handles.append(handle)
         self._handles.append(optimizer.register_step_pre_hook(self.engine.on_step_begin))
         self._handles.append(optimizer.register_step_post_hook(self.engine.on_step_end))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))

@@ -56,10 +56,12 @@ def _with_an_element(tensor: Tensor) -> Tensor:
 def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return relative change |b − a|/|a| and cosine of a and b from rows, shape [*, 5], of `compare`."""
     difference, before, after = rows[..., 1], rows[..., 2], rows[..., 3]
-    product = (before * after).clamp_min(1e-38)
     squares = before.square() + after.square() - difference.square()
-    angle = (squares / (2 * product)).clamp(-1, 1)
-    return difference / before.clamp_min(1e-19), angle
+    product = before * after
+    angle = torch.where(product > 0, squares / (2 * product), 0.0).clamp(-1, 1)
+    # Of nothing, any change is a large one.
+    change = difference / torch.where(before > 0, before, 1e-19)
+    return change, angle
 
 
 def _summary(rows: Tensor) -> tuple[Tensor, Tensor]:

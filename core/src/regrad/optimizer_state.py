@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,13 +45,11 @@ class StateInOptimizer:
         self._taken: Mapping[str, Any] | None = None
         self._is_missing = False
 
-    def register(self, optimizer: Optimizer) -> list[Any]:
-        """Put the hooks on the optimizer; return their handles."""
-        return [
-            optimizer.register_state_dict_post_hook(self._add),
-            optimizer.register_load_state_dict_pre_hook(self._take),
-            optimizer.register_load_state_dict_post_hook(self._give),
-        ]
+    def register(self, optimizer: Optimizer) -> Iterator[Any]:
+        """Put the hooks on the optimizer; yield the handle of each as soon as it is there."""
+        yield optimizer.register_state_dict_post_hook(self._add)
+        yield optimizer.register_load_state_dict_pre_hook(self._take)
+        yield optimizer.register_load_state_dict_post_hook(self._give)
 
     def _add(self, _: Optimizer, state: dict[str, Any]) -> None:
         """Add the corrections' state to the optimizer's."""

@@ -61,10 +61,8 @@ class ForwardRecord:
 
     def _finish(self, output: Any) -> None:
         """Turn what was seen into calls; the record is complete."""
-        if isinstance(output, Mapping):
-            logits = output.get("logits")
-        else:
-            logits = getattr(output, "logits", None)
+        is_mapping = isinstance(output, Mapping)
+        logits = output.get("logits") if is_mapping else getattr(output, "logits", None)
         final = {id(leaf) for leaf in tree_leaves(output if logits is None else logits)}
         self.calls = tuple(
             Call(name, inputs, _shapes(outputs), any(id(leaf) in final for leaf in outputs))

@@ -66,6 +66,7 @@ def check(
     _refuse_deepspeed((*models, *layers))
     _refuse_lazy_modules(models)
     _refuse_foreign_parameters(models, optimizer)
+    _refuse_optimizers_without_hooks(optimizer)
     if optimizer in ATTACHED:
         raise RegradError("optimizer is attached already; detach() the other attachment first")
     layout = layout_of(models, layers)
@@ -119,6 +120,16 @@ def _refuse_foreign_parameters(models: Sequence[nn.Module], optimizer: Optimizer
         )
     if any(hasattr(parameter, "_in_backward_optimizers") for parameter in own):
         raise RegradError("the optimizer must not step inside backward")
+
+
+def _refuse_optimizers_without_hooks(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that skipped the constructor in which torch makes room for hooks."""
+    if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+        name = type(optimizer).__name__
+        raise RegradError(
+            f"{name} cannot hold hooks, since it does not call super().__init__(); "
+            "attach to the optimizer that it wraps, or have it call that"
+        )
 
 
 def _refuse_layout(correction: Correction, layout: str) -> None:

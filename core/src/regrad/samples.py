@@ -130,7 +130,7 @@ class _Group:
 def _sample(part: Tensor) -> Tensor:
     """Return a view of at most `SAMPLES` elements of a tensor, shape [n]."""
     part = part.detach()
-    order = sorted(range(part.dim()), key=lambda dim: part.stride(dim), reverse=True)
+    order = sorted(range(part.dim()), key=part.stride, reverse=True)
     dense = part.permute(order)
     if not dense.is_contiguous():
         return part[(slice(1),) * (part.dim() - 1)].reshape(-1)[:SAMPLES]
