@@ -21,7 +21,7 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Compare tensors pairwise without leaving the device.
 
     Args:
-        before: n dense tensors.
+        before: n dense tensors, any of which may be without elements.
         after: n tensors of the same shapes.
 
     Returns:
@@ -34,13 +34,18 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     )
     difference = torch._foreach_sub(new, old)
     norms = [
-        torch._foreach_norm(difference, torch.inf),
+        torch._foreach_norm([_with_an_element(t) for t in difference], torch.inf),
         *(torch._foreach_norm(t) for t in (difference, old, new)),
     ]
     largest, *rest = (
         torch.stack([n.to(before[0].device, torch.float32) for n in column]) for column in norms
     )
     return torch.stack([largest, *(r.square() for r in rest), (~rest[2].isfinite()).float()], dim=1)
+
+
+def _with_an_element(tensor: Tensor) -> Tensor:
+    """Return `tensor`, or one zero where it is empty: nothing has no largest element."""
+    return tensor if tensor.numel() else tensor.new_zeros(1)
 
 
 def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
