@@ -139,6 +139,7 @@ class Engine:
             hidden, "the prediction must run before FSDP2's own hook; attach after fully_shard()"
         )
         self._refuse_nested("checkpoint parts of the model, or with use_reentrant=False")
+        sharding.reduce_states(self.optimizer)
         step = self.step()
         if self.window.open(step.parameters, self.run("predict_weights", step)):
             self._reshard()
@@ -198,6 +199,8 @@ class Engine:
             return
         step = self.step()
         self._check(step)
+        sharding.reduce_gradients(step.parameters)
+        sharding.reduce_states(self.optimizer)
         self._unscale()
         self.run("correct_gradients", step)
         self.run("correct_moments", step)
@@ -291,5 +294,5 @@ class SwitchingCriterion:
             values = [criterion(leaf, *rest, **options).sum() for criterion, leaf in pairs]
         gradients = torch.autograd.grad(values, leaves)
         self._engine.meter.observe(
-            self._owner.name, "criterion", *({"logits": g} for g in gradients)
+            self._owner.name, "criterion", *({"logits": sharding.local(g)} for g in gradients)
         )
