@@ -44,11 +44,18 @@ def innermost_module(model: nn.Module) -> nn.Module:
 def innermost_optimizer(optimizer: Any) -> optim.Optimizer:
     """Return the torch optimizer inside wrappers that keep it as `.optimizer`.
 
+    torch's `PostLocalSGDOptimizer`, which has no hooks of its own, keeps it as `.optim`.
+
     Raises:
         TypeError: If there is none.
     """
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    while True:
+        if hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        elif type(optimizer).__name__ == "PostLocalSGDOptimizer":
+            optimizer = optimizer.optim
+        else:
+            break
     if not isinstance(optimizer, optim.Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}"
