@@ -1,6 +1,7 @@
 """Bind corrections to one model and its optimizer."""
 
 import contextlib
+import functools
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrad import explain, hooks, order, refusals, registry
+from regrad import explain, hooks, order, ranks, refusals, registry
 from regrad.correction import Correction
 from regrad.engine import Engine, SwitchingCriterion
 from regrad.errors import refuse_if
@@ -71,8 +72,12 @@ def attach(
         refuse_if(correction.name in [c.name for c in made[:index]], rule)
     inner = hooks.innermost_optimizer(optimizer)
     refusals.check(model, inner, optimizer, made, criterion)
-    refusals.agree_across_ranks(made, inner.param_groups[0]["params"][0].device)
-    return Attachment(model, inner, made, criterion)
+    proved = ranks.agree_across_ranks(model, inner, made)
+    attachment = Attachment(model, inner, made, criterion)
+    attachment.engine.before_first_step = functools.partial(
+        ranks.check_first_step, model, inner, attachment.corrections, proved=proved
+    )
+    return attachment
 
 
 class Attachment(contextlib.AbstractContextManager["Attachment"]):

@@ -56,6 +56,7 @@ class Engine:
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         seconds: Host time spent in each correction's hooks so far, by name.
+        before_first_step: Called once, before anything of the first step; None afterwards.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Engine:
         self.applied = self.skipped = self.forwards = self._calls = 0
         self._skipping = self._warned = self._graph_waits = False
         self.seconds: dict[str, float] = defaultdict(float)
+        self.before_first_step: Callable[[], None] | None = None
         self.registry = HookRegistry("regrad")
         self.registry.add_hookspecs(CorrectionSpec)
         for correction in corrections:
@@ -180,6 +182,9 @@ class Engine:
     ) -> Any:
         """Correct now, or, where a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
+        if self.before_first_step is not None:
+            self.before_first_step()
+            self.before_first_step = None
         self._calls = 0
         wrapped = hooks.wrap_closure(args, kwargs, self.correct)
         if wrapped is None:

@@ -4,13 +4,12 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import distributed, nn
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from regrad import registry, sharding
+from regrad import sharding
 from regrad.correction import Correction
-from regrad.errors import refuse_if
+from regrad.errors import RegradError, refuse_if
 
 ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -63,12 +62,15 @@ def check(
         any(_is_kind(part, "deepspeed") for part in (model, given)),
         "DeepSpeed hides gradients; use DDP, FSDP2",
     )
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise RegradError("DeepSpeed's ZeRO stage 3 hides parameters and gradients; use DDP, FSDP2")
     own, layout = set(model.parameters()), layout_of(model, optimizer)
     trains = any(p in own for group in optimizer.param_groups for p in group["params"])
     refuse_if(
         not trains,
         "optimizer must hold parameters of model, got none; pass the model that it trains",
     )
+    _refuse_meta(model, optimizer)
     refuse_if(
         optimizer in ATTACHED, "optimizer is attached already; detach() the other attachment first"
     )
@@ -103,22 +105,14 @@ def check(
         )
 
 
-def agree_across_ranks(corrections: Sequence[Correction], device: torch.device) -> None:
-    """Raise on every rank unless all ranks attach the same corrections, versions and options."""
-    if distributed.is_available() and distributed.is_initialized():
-        text = (
-            str([f"{c!r} of {registry.origin(c)}" for c in corrections])
-            .encode()[: 1 << 14]
-            .ljust(1 << 14)
-        )
-        mine = torch.tensor(
-            [*text], dtype=torch.uint8, device=device
-        )  # all_gather_object would need numpy
-        table = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(table, mine)
-        everyone = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in table]
-        for rank, theirs in enumerate(everyone):
-            refuse_if(
-                theirs != everyone[0],
-                f"ranks must attach the same, got {everyone[0]} on 0, {theirs} on {rank}",
-            )
+def _refuse_meta(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse parameters that have a shape but no numbers yet."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.is_meta:
+                raise RegradError(
+                    "parameters must have numbers, got "
+                    f"{names.get(parameter, 'one outside the model')!r} on the meta device; "
+                    "materialise the model first: model.to_empty(device=…), then initialise or load it"
+                )
