@@ -1,8 +1,11 @@
 """Norms of shards: every function here runs on two processes, see `test_processes.py`."""
 
+import regrad
 import torch
-from regrad.sharding import row_norms, total_norm
+import toys
+from regrad.sharding import reduce_gradients, reduce_states, row_norms, total_norm
 from shared_cases import WORLD, raises
+from torch import nn
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -45,6 +48,45 @@ def case_norms_of_plain_and_sharded_tensors_together_are_exact(rank):
 
 def case_the_norm_of_a_pending_sum_is_refused(rank):
     mesh = init_device_mesh("cpu", (WORLD,))
-    pending = DTensor.from_local(torch.ones(2, 2), mesh, [Partial()])
-    raises(ValueError, ["pending sum"], lambda: row_norms(pending))
-    raises(ValueError, ["pending sum"], lambda: total_norm([pending]))
+    unreduced = pending(torch.ones(2, 2), mesh)
+    raises(ValueError, ["pending sum"], lambda: row_norms(unreduced))
+    raises(ValueError, ["pending sum"], lambda: total_norm([unreduced]))
+
+
+def pending(numbers, mesh):
+    """Return a tensor of which each of two ranks holds half, as a sum that is not taken yet."""
+    return DTensor.from_local(numbers / WORLD, mesh, [Partial()])
+
+
+def case_gradients_and_state_that_are_pending_sums_are_laid_out_as_the_parameter(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    numbers = torch.arange(6, dtype=torch.float64).reshape(3, 2)
+    for placement in (Replicate(), Shard(0), Shard(1)):
+        parameter = nn.Parameter(distribute_tensor(numbers.clone(), mesh, [placement]))
+        optimizer = toys.sgd(nn.ParameterList([parameter]))
+        parameter.grad = pending(numbers, mesh)
+        optimizer.step()
+        parameter.grad = pending(numbers, mesh)
+        reduce_gradients([parameter])
+        reduce_states(optimizer)
+        for tensor in (parameter.grad, optimizer.state[parameter]["momentum_buffer"]):
+            assert tensor.placements == parameter.placements
+            torch.testing.assert_close(tensor.full_tensor(), numbers, rtol=0, atol=0)
+        kept = parameter.grad
+        reduce_gradients([parameter])
+        assert parameter.grad is kept
+
+
+def case_the_optimizer_steps_with_the_corrected_sum(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = nn.Module()
+    model.weight = nn.Parameter(
+        distribute_tensor(torch.zeros(2, 2, dtype=torch.float64), mesh, [Replicate()])
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    attachment = regrad.attach(model, optimizer, [toys.UnitRows()])
+    attachment.engine.forwards = 1
+    model.weight.grad = pending(torch.tensor([[3.0, 4.0], [0.0, 2.0]]).double(), mesh)
+    optimizer.step()
+    wanted = torch.tensor([[3 / 5.001, 4 / 5.001], [0.0, 2 / 2.001]]).double()
+    torch.testing.assert_close(model.weight.full_tensor().detach(), -wanted, rtol=1e-6, atol=0)

@@ -8,6 +8,7 @@ import regrad
 import torch
 from regrad import RegradWarning
 from regrad.correction import Needs
+from regrad.meter import compare
 from torch import nn
 
 MEASURES = {"share_touched", "relative_change", "cosine", "trigger_rate", "non_finite"}
@@ -415,3 +416,30 @@ def test_moments_of_a_parameter_without_dimensions_are_measured(toys):
         optimizer.step()
     effect = attachment.receipt()["effects"]["boost"]["moment"]
     assert effect["trigger_rate"] > 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_tensors_without_elements_are_measured_as_unchanged(shape):
+    before = [torch.zeros(shape), torch.tensor([3.0, 4.0])]
+    after = [torch.zeros(shape), torch.tensor([3.0, 2.0])]
+    assert compare(before, after).tolist() == [
+        [0.0] * 5,
+        [2.0, 2.0, 5.0, pytest.approx(13.0**0.5), 0.0],
+    ]
+
+
+def test_a_parameter_without_elements_takes_part_in_every_stage_and_is_measured(toys):
+    model = toys.Net()
+    model.empty = nn.Parameter(torch.zeros(0, 4, dtype=torch.float64))
+    optimizer = toys.sgd(model)
+    corrections = [toys.Shift(), toys.Scale(factor=0.5), toys.Boost()]
+    attachment = regrad.attach(model, optimizer, corrections)
+    for seed in range(3):
+        optimizer.zero_grad()
+        (toys.loss_of(model, seed=seed) + model.empty.sum()).backward()
+        optimizer.step()
+    assert model.empty.grad.shape == (0, 4)
+    metrics = attachment.metrics()
+    assert metrics["steps_applied"] == 3
+    assert metrics["scale/gradient/relative_change"] == pytest.approx(0.5)
+    assert metrics["scale/gradient/non_finite"] == 0

@@ -164,7 +164,7 @@ def test_an_empty_list_of_modules_is_refused(toys):
     model = toys.Net()
     with pytest.raises(TypeError, match="got an empty list"):
         regrad.attach([], toys.sgd(model), [toys.Scale()])
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
         regrad.attach([model, "encoder"], toys.sgd(model), [toys.Scale()])
 
 

@@ -29,6 +29,80 @@ def test_an_optimizer_of_deepspeed_is_refused_with_the_reason(toys):
         regrad.attach(model, optimizer, [toys.Scale()])
 
 
+def test_parameters_that_deepspeed_has_cut_are_refused_with_the_reason(toys):
+    model = toys.Net()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    with pytest.raises(RegradError, match="DeepSpeed's ZeRO stage 3"):
+        regrad.attach(model, toys.sgd(model), [toys.Scale()])
+
+
+def test_an_optimizer_whose_parameters_are_replaced_after_attach_is_refused_at_the_first_step(
+    toys, same_bits
+):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [toys.Scale()])
+    toys.loss_of(model).backward()
+    # As DeepSpeed's ZeRO does: one flat parameter that is no longer the model's.
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    before = flat.detach().clone()
+    for _ in range(2):
+        with pytest.raises(RegradError, match=r"replaced after attach\(\), as deepspeed"):
+            optimizer.step()
+    assert same_bits(flat.detach(), before)
+    assert attachment.metrics()["steps_applied"] == 0
+
+
+def test_a_model_whose_head_alone_was_replaced_goes_on(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [toys.Scale()])
+    model.head = torch.nn.Linear(4, 2, dtype=torch.float64)
+    optimizer.add_param_group({"params": model.head.parameters()})
+    toys.train_step(model, optimizer)
+    assert attachment.metrics()["steps_applied"] == 1
+
+
+def test_a_model_that_is_frozen_at_its_first_step_is_not_taken_for_a_replaced_one(toys):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    regrad.attach(model, optimizer, [toys.Spy()])
+    toys.loss_of(model).backward()
+    model.requires_grad_(False)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("part", ["all", "head"])
+def test_parameters_on_the_meta_device_are_refused_with_what_to_do(toys, part):
+    model = toys.Net()
+    if part == "all":
+        model = model.to("meta")
+    else:
+        model.head = model.head.to("meta")
+    with pytest.raises(RegradError, match=r"on the meta device; .*to_empty.* then initialise"):
+        regrad.attach(model, toys.sgd(model), [toys.Scale()])
+
+
+def test_what_a_correction_may_declare_to_read_is_checked(toys):
+    class Misspelt(toys.Scale):
+        needs = Needs(stages=("gradient",), reads=("modell",))
+
+    model = toys.Net()
+    with pytest.raises(RegradError, match=r"declare reads of 'elements', .*, got 'modell'"):
+        regrad.attach(model, toys.sgd(model), [Misspelt()])
+
+
+def test_an_empty_first_group_is_no_obstacle(toys):
+    model = toys.Net()
+    optimizer = torch.optim.SGD([{"params": []}, {"params": model.parameters()}], lr=0.1)
+    attachment = regrad.attach(model, optimizer, [toys.Scale()])
+    toys.train_step(model, optimizer)
+    assert attachment.metrics()["steps_applied"] == 1
+
+
 def test_a_schedule_free_optimizer_is_refused_with_a_window_and_allowed_without(toys):
     optimizer_class = fake_class(
         "schedulefree.sgd_schedulefree", "SGDScheduleFree", torch.optim.SGD

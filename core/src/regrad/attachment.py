@@ -1,6 +1,7 @@
 """Bind corrections to one model and its optimizer."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrad import explain, module_hooks, order, other_optimizers, receipt, refusals, registry
+from regrad import (
+    explain,
+    module_hooks,
+    order,
+    other_optimizers,
+    ranks,
+    receipt,
+    refusals,
+    registry,
+)
 from regrad.correction import Correction
 from regrad.criterion import Switch, switching_criterion
 from regrad.engine import Engine
@@ -66,10 +76,20 @@ def attach(
     """
     made = registry.create_all(corrections)
     layers = optimizer_layers(optimizer)
-    given = model if isinstance(model, list | tuple) else [model]
+    given = [model] if isinstance(model, nn.Module) else _listed(model)
     refusals.check(given, layers, made, criterion)
-    refusals.agree_across_ranks(made, layers[-1].param_groups[0]["params"][0].device)
-    return Attachment(model, layers[-1], made, criterion, layers=layers)
+    whole: nn.Module = nn.ModuleList(given) if len(given) > 1 else given[0]
+    proved = ranks.agree_across_ranks(whole, layers[-1], made)
+    attachment = Attachment(model, layers[-1], made, criterion, layers=layers)
+    attachment.engine.before_first_step = functools.partial(
+        ranks.check_first_step, whole, layers[-1], attachment.corrections, proved=proved
+    )
+    return attachment
+
+
+def _listed(models: Any) -> list[Any]:
+    """Return several models as a list; what is none of them is refused by name later."""
+    return list(models) if isinstance(models, list | tuple) else [models]
 
 
 class Attachment(contextlib.AbstractContextManager["Attachment"]):
@@ -96,7 +116,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         *,
         layers: Sequence[Any] = (),
     ) -> None:
-        self._called = list(model) if isinstance(model, list | tuple) else [model]
+        self._called: list[nn.Module] = [model] if isinstance(model, nn.Module) else [*model]
         roots = [innermost_module(module) for module in self._called]
         self.model = roots[0] if isinstance(model, nn.Module) else nn.ModuleList(roots)
         self.optimizer = optimizer

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from regrad.errors import refuse_if
+from regrad.errors import RegradError, refuse_if
 from regrad.hookspecs import HOOKS
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 API_VERSION = 1
 
 Stage = Literal["hidden", "criterion", "weights", "gradient", "moment"]
+Reading = Literal["elements", "units", "tensor", "model", "moments", "micro", "criterion"]
 HOOK_OF_STAGE: dict[Stage, str] = dict(
     zip(typing.get_args(Stage), HOOKS, strict=False)
 )  # the last hook has no stage
@@ -40,7 +41,14 @@ class Needs:
         after: Names of corrections that this one acts after, in a stage they share.
         conflicts: Name of a correction or of a layout that it refuses to work with, to the reason.
         warmup_steps: Optimizer steps in which it changes nothing by design.
-        record: Whether it reads the record of the first training forward.
+        record: Whether it reads the record of the first training forward, which is
+            one of the whole model.
+        reads: What its rule reads beyond what it changes: single "elements", "units"
+            (one output's weights), a whole "tensor", the whole "model" (its norm, its
+            head), the optimizer's "moments", the "micro"-batches of a step, the
+            "criterion". Where ranks hold different parameters (pipeline stages,
+            experts), corrections that read the "model" or its record are refused;
+            `conflicts` may say under "parts" what to do there.
     """
 
     stages: tuple[Stage, ...]
@@ -53,6 +61,7 @@ class Needs:
     conflicts: Mapping[str, str] = field(default_factory=dict)
     warmup_steps: int = 0
     record: bool = False
+    reads: tuple[Reading, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +204,11 @@ class Correction:
         refuse_if(not known, f"{cls.__name__} must declare name (a string) and needs (a Needs)")
         mine, who = cls.needs.stages, f"correction {cls.name!r}"
         refuse_if(not mine, f"{who} implements no stage; stages: {', '.join(HOOK_OF_STAGE)}")
+        known_readings = typing.get_args(Reading)
+        unknown = [reading for reading in cls.needs.reads if reading not in known_readings]
+        if unknown:
+            allowed = ", ".join(map(repr, known_readings))
+            raise RegradError(f"{who} must declare reads of {allowed}, got {unknown[0]!r}")
         for stage, hook in HOOK_OF_STAGE.items():
             near = did_you_mean(hook, (name for name in dir(cls) if not name.startswith("_")))
             lacks, extra = (

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regrad.sharding import local
+
 if TYPE_CHECKING:
     from regrad.correction import Correction
     from regrad.engine import Engine
@@ -50,7 +52,7 @@ class Switch:
             ]
         before, after = torch.autograd.grad(values, leaves)
         self._engine.meter.observe(
-            self._owner.name, "criterion", {"logits": before}, {"logits": after}
+            self._owner.name, "criterion", {"logits": local(before)}, {"logits": local(after)}
         )
 
     def describe(self) -> str:

@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -66,6 +66,7 @@ class Engine:
         forwards: Training forwards since the last step.
         criterion_called: Whether the corrected criterion was ever called.
         seconds: Host time spent in each correction's hooks so far, by name.
+        before_first_step: Called once, before anything of the first step; None afterwards.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Engine:
         self.registry = HookRegistry(corrections)
         self.registry.register(self.meter, "regrad effect meter")
         self.callers = self.registry.callers(corrections)
-        self.awaited_state = False
+        self.before_first_step: Callable[[], None] | None = None
 
         self._names: dict[Tensor, str] = {}
         self._is_skipping = False
@@ -221,6 +222,7 @@ class Engine:
         self._refuse_a_late_hook(module)
         self._refuse_nested("checkpoint parts of the model, or with use_reentrant=False")
         self._refuse_an_inner_evaluation()
+        sharding.reduce_states(self.optimizer)
         step = self.step()
         self._refuse_a_second_window(step)
         if self.window.open(step.parameters, self.run("predict_weights", step)):
@@ -376,6 +378,9 @@ class Engine:
     ) -> Any:
         """Correct now, or, where a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
+        if self.before_first_step is not None:
+            self.before_first_step()
+            self.before_first_step = None
         self._calls = 0
         self._is_ignored = self.forwards == 0 and self._moves_nothing()
         if self._is_ignored:
@@ -413,6 +418,8 @@ class Engine:
             return
         step = self.step()
         self._check(step)
+        sharding.reduce_gradients(step.parameters)
+        sharding.reduce_states(self.optimizer)
         if not self._are_corrected(step):
             self._finished.clear()
         try:

@@ -4,14 +4,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from regrad import other_optimizers, registry, sharding
+from regrad import other_optimizers, sharding
 from regrad.correction import Correction
-from regrad.errors import RegradError, refuse_if
+from regrad.errors import RegradError
 
 # Wrappers that pull the weights elsewhere after the wrapped optimizer's step.
 MOVES_AFTER_THE_STEP = ("lookahead", "optimizer.trac", "optimizer.magma")
@@ -66,6 +65,7 @@ def check(
     _refuse_deepspeed((*models, *layers))
     _refuse_lazy_modules(models)
     _refuse_foreign_parameters(models, optimizer)
+    _refuse_meta(models, optimizer)
     _refuse_optimizers_without_hooks(optimizer)
     if optimizer in ATTACHED:
         raise RegradError("optimizer is attached already; detach() the other attachment first")
@@ -99,6 +99,9 @@ def _check_types(models: Sequence[Any], criterion: Any) -> None:
 def _refuse_deepspeed(parts: Sequence[Any]) -> None:
     if any(_is_kind(part, "deepspeed") for part in parts):
         raise RegradError("DeepSpeed hides gradients; use DDP, FSDP2")
+    modules = [part for part in parts if isinstance(part, nn.Module)]
+    if any(hasattr(parameter, "ds_id") for module in modules for parameter in module.parameters()):
+        raise RegradError("DeepSpeed's ZeRO stage 3 hides parameters and gradients; use DDP, FSDP2")
 
 
 def _refuse_lazy_modules(models: Sequence[nn.Module]) -> None:
@@ -194,22 +197,15 @@ def _refuse_a_second_look_ahead(correction: Correction, optimizer: Optimizer) ->
         )
 
 
-def agree_across_ranks(corrections: Sequence[Correction], device: torch.device) -> None:
-    """Raise on every rank unless all ranks attach the same corrections, versions and options."""
-    if distributed.is_available() and distributed.is_initialized():
-        text = (
-            str([f"{c!r} of {registry.origin(c)}" for c in corrections])
-            .encode()[: 1 << 14]
-            .ljust(1 << 14)
-        )
-        mine = torch.tensor(
-            [*text], dtype=torch.uint8, device=device
-        )  # all_gather_object would need numpy
-        table = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(table, mine)
-        everyone = [bytes(row.tolist()).decode(errors="replace").rstrip() for row in table]
-        for rank, theirs in enumerate(everyone):
-            refuse_if(
-                theirs != everyone[0],
-                f"ranks must attach the same, got {everyone[0]} on 0, {theirs} on {rank}",
-            )
+def _refuse_meta(models: Sequence[nn.Module], optimizer: Optimizer) -> None:
+    """Refuse parameters that have a shape but no numbers yet."""
+    names = {p: name for model in models for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.is_meta:
+                raise RegradError(
+                    "parameters must have numbers, got "
+                    f"{names.get(parameter, 'one outside the model')!r} on the meta device; "
+                    "materialise the model first: model.to_empty(device=…), then initialise or "
+                    "load it"
+                )

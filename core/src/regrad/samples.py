@@ -103,7 +103,7 @@ class _Group:
         if view.numel() != self._lengths[index]:
             return torch.full_like(self._views[index], torch.nan)
         # What was converted or moved elsewhere, as by model.to(), still has the values.
-        kept = self._kept.split(self._lengths)[index]
+        kept = torch.split(self._kept, self._lengths)[index]
         is_same = (kept.to(view.device, view.dtype) == view).to(kept.device)
         return torch.where(is_same, kept, view.to(kept.device, kept.dtype))
 
@@ -112,7 +112,7 @@ class _Group:
         differs = self._differs()
         if not differs.any():
             return []
-        parts = differs.split(self._lengths)
+        parts = torch.split(differs, self._lengths)
         pairs = zip(self._tensors, parts, strict=True)
         return [tensor for tensor, part in pairs if part.any()]
 

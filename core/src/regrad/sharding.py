@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.optim import Optimizer
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -49,9 +50,53 @@ def sum_over_shards(values: Tensor, tensor: Any, kept: int | None = None) -> Ten
             raise ValueError(
                 "tensor must not be a pending sum; reduce it before its norms are read"
             )
-        if placement.is_shard() and placement.dim != kept:
+        # A _StridedShard, as tensor parallelism makes of FSDP's dimension, is no Shard but has a dim.
+        dim = getattr(placement, "dim", None)
+        if dim is not None and dim != kept:
             distributed.all_reduce(values, group=tensor.device_mesh.get_group(mesh_dim))
     return values
+
+
+@torch.no_grad()
+def reduce_gradients(parameters: Iterable[Tensor]) -> None:
+    """Lay each `.grad` out as its parameter: under sequence parallelism it is a pending sum.
+
+    Collective where a layout differs: every process must call it for the same
+    parameters in the same order.
+
+    Args:
+        parameters: Plain (left alone) or DTensors. Their `.grad` is replaced where its
+            placements are not the parameter's.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None:
+            reduced = _laid_out_as(parameter, parameter.grad)
+            if reduced is not parameter.grad:
+                parameter.grad = reduced
+
+
+@torch.no_grad()
+def reduce_states(optimizer: Optimizer) -> None:
+    """Lay the optimizer's state out as its parameters: steps before attach leave pending sums in it.
+
+    Collective where a layout differs, as `reduce_gradients` is.
+
+    Args:
+        optimizer: Its state is changed where a tensor's placements are not its
+            parameter's.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = _laid_out_as(parameter, value)
+
+
+def _laid_out_as(parameter: Any, tensor: Any) -> Any:
+    """Return `tensor`, redistributed where both are DTensors whose placements differ."""
+    differs = (
+        is_sharded(parameter) and is_sharded(tensor) and tensor.placements != parameter.placements
+    )
+    return tensor.redistribute(placements=parameter.placements) if differs else tensor
 
 
 @torch.no_grad()

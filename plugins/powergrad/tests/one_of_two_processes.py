@@ -1,4 +1,7 @@
-"""Started twice by test_layouts.py: train on half of every batch, print how far the weights are from one process's.
+"""Started twice by test_layouts.py: print how far weights and gradients are from one process's.
+
+Under DDP and FSDP2 each process trains on half of every batch; of logits in parts it
+holds half of the classes.
 
 Arguments: rank, file for the rendezvous.
 """
@@ -10,9 +13,12 @@ from datetime import timedelta
 import regrad
 import torch
 from regrad_powergrad import PowerGradCrossEntropyLoss
+from regrad_powergrad.functional import power_grad_cross_entropy
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 
 def make():
@@ -40,6 +46,48 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
+def classes_in_parts(mesh):
+    """Return how far value and gradient of logits in parts are from those of the whole, for several arguments."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    target = torch.randint(7, (5,), generator=generator)
+    weight = torch.rand(7, generator=generator, dtype=torch.float64)
+    arguments = ({}, {"weight": weight}, {"reduction": "sum"}, {"ignore_index": int(target[0])})
+    far = []
+    for options in arguments:
+        whole = logits.clone().requires_grad_()
+        value = power_grad_cross_entropy(whole, target, alpha=0.3, **options)
+        value.backward()
+        parts = distribute_tensor(logits.clone(), mesh, [Shard(1)]).requires_grad_()
+        with loss_parallel():
+            seen = power_grad_cross_entropy(parts, target, alpha=0.3, **options)
+            seen.backward()
+        far += [seen.full_tensor() - value, parts.grad.full_tensor() - whole.grad]
+    return max(difference.detach().abs().max().item() for difference in far)
+
+
+def wrongly_accepted(mesh):
+    """Return how many arguments that are wrong for logits in parts raised no TypeError naming the logits."""
+    logits, target = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    parts = distribute_tensor(logits, mesh, [Shard(1)])
+    soft = torch.full((4, 6), 1 / 6, dtype=torch.float64)
+    wrong = (
+        lambda: power_grad_cross_entropy(parts, soft),
+        lambda: power_grad_cross_entropy(parts, target, label_smoothing=0.1),
+        lambda: power_grad_cross_entropy(parts, target),  # outside of loss_parallel
+        lambda: power_grad_cross_entropy(parts, distribute_tensor(soft, mesh, [Shard(1)])),
+    )
+    accepted = 0
+    for call in wrong:
+        try:
+            call()
+        except TypeError as error:
+            accepted += "logits must" not in str(error)
+        else:
+            accepted += 1
+    return accepted
+
+
 def main(rank, rendezvous):
     torch.set_num_threads(1)
     patience = timedelta(seconds=90)
@@ -60,6 +108,7 @@ def main(rank, rendezvous):
         pairs = zip(model.parameters(), alone.parameters(), strict=True)
         full = ((p.full_tensor() if layout == "fsdp2" else p, q) for p, q in pairs)
         sys.stdout.write(f"{layout} {max((p - q).abs().max().item() for p, q in full)}\n")
+    sys.stdout.write(f"parts {classes_in_parts(mesh)}\nrefusals {wrongly_accepted(mesh)}\n")
     distributed.barrier()
     distributed.destroy_process_group()
     sys.stdout.flush()

@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
 )
-def test_two_processes_train_as_one_under_ddp_and_fsdp2(tmp_path):
+def test_two_processes_train_as_one_and_logits_in_parts_are_exact_or_refused(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -30,6 +30,6 @@ def test_two_processes_train_as_one_under_ddp_and_fsdp2(tmp_path):
     assert [process.returncode for process in processes] == [0, 0]
     for output in outputs:
         differences = dict(line.split() for line in output.splitlines())
-        assert differences.keys() == {"ddp", "fsdp2"}
+        assert differences.keys() == {"ddp", "fsdp2", "parts", "refusals"}
         # float64: the mean of two half batches and of the whole round differently
         assert all(float(difference) < 1e-14 for difference in differences.values()), output

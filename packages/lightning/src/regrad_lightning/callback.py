@@ -9,8 +9,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from regrad import Attachment, Correction, attach, refusals
 from regrad.errors import refuse_if
-from regrad.hooks import innermost_optimizer
 from regrad.registry import created
+from regrad.wrappers import optimizer_layers
 from torch import nn
 from torch.optim import Optimizer
 
@@ -139,9 +139,8 @@ class RegradCallback(Callback):
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
         # The wrapper is what says how the weights lie; the target alone would look unwrapped.
         refusals.check(
-            trainer.strategy.model,
-            innermost_optimizer(optimizer),
-            optimizer,
+            [trainer.strategy.model],
+            optimizer_layers(optimizer),
             made,
             borrowed.original,
         )

@@ -1,4 +1,4 @@
-"""Start two processes for a suite and collect what each of them saw."""
+"""Start two processes or more for a suite and collect what each of them saw."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ HEAVY = [
 ]
 
 
-def launch(suite: type, patience: float = PATIENCE) -> list[dict[str, Any]]:
-    """Run `suite.cases()` on two gloo processes and return, per rank, result or error by case.
+def launch(
+    suite: type, patience: float = PATIENCE, *, processes: int = WORLD
+) -> list[dict[str, Any]]:
+    """Run `suite.cases()` on some gloo processes and return, per rank, result or error by case.
 
     The class is imported in each process from the file that holds it, so it must
     stand at the top level of one, and that file must be importable on its own.
@@ -34,6 +36,7 @@ def launch(suite: type, patience: float = PATIENCE) -> list[dict[str, Any]]:
     Args:
         suite: The class.
         patience: Seconds until processes that still run are ended.
+        processes: How many.
 
     Raises:
         AssertionError: If a process ends early.
@@ -41,29 +44,29 @@ def launch(suite: type, patience: float = PATIENCE) -> list[dict[str, Any]]:
     if not distributed.is_available():
         skip("this torch was built without torch.distributed")
     if "<locals>" in suite.__qualname__:
-        skip("two processes import the suite from its file; define the class at its top level")
+        skip("processes import the suite from its file; define the class at its top level")
     with tempfile.TemporaryDirectory() as name:
         folder, context = Path(name), _context()
         place = (inspect.getfile(suite), suite.__qualname__, folder)
-        processes: list[Any] = [
-            context.Process(target=work, args=(*place, rank))  # type: ignore[attr-defined]
-            for rank in range(WORLD)
+        started: list[Any] = [
+            context.Process(target=work, args=(*place, rank, processes))  # type: ignore[attr-defined]
+            for rank in range(processes)
         ]
-        for process in processes:
+        for process in started:
             process.start()
         deadline = time.monotonic() + patience
-        for process in processes:
+        for process in started:
             process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in processes]
-        for process in processes:
+        codes = [process.exitcode for process in started]
+        for process in started:
             process.kill()
             process.join()
         printed = [path.read_text(errors="replace") for path in sorted(folder.glob("*.txt"))]
         require(
-            codes == [0] * WORLD,
-            f"two processes ended with {codes} (None: too late):\n" + "\n".join(printed),
+            codes == [0] * processes,
+            f"{processes} processes ended with {codes} (None: too late):\n" + "\n".join(printed),
         )
-        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
 def _context() -> BaseContext:

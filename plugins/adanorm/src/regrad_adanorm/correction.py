@@ -68,7 +68,11 @@ class AdaNorm(Correction):
     """
 
     name = "adanorm"
-    needs = Needs(stages=("gradient", "moment"), layouts=("plain", "ddp", "fsdp2"))
+    needs = Needs(
+        stages=("gradient", "moment"),
+        layouts=("plain", "ddp", "fsdp2"),
+        reads=("tensor", "moments"),
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

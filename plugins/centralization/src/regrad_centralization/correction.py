@@ -71,6 +71,7 @@ class Centralization(Correction):
         closures=True,
         sparse=True,
         before=("gcw",),
+        reads=("units",),
     )
 
     @dataclass(frozen=True, kw_only=True)

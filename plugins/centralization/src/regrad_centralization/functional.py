@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from regrad.sharding import is_sharded, local, locals_of
-from torch import Tensor, distributed
+from regrad.sharding import is_sharded, local, locals_of, sum_over_shards
+from torch import Tensor
 
 
 class Unit(NamedTuple):
@@ -78,22 +78,14 @@ def unit_means(tensor: Any, unit: Unit) -> Tensor:
     if unit.groups == 1:
         dims = [d for d in range(tensor.dim()) if d != unit.axis]
         sums = local(tensor).sum(dims, keepdim=True, dtype=dtype)
-        return _over_shards(sums, tensor, unit.axis).div_(tensor.numel() / tensor.shape[unit.axis])
+        return sum_over_shards(sums, tensor, unit.axis).div_(
+            tensor.numel() / tensor.shape[unit.axis]
+        )
     parts = (tensor.full_tensor() if is_sharded(tensor) else tensor).unflatten(0, (unit.groups, -1))
     dims = [d for d in range(1, parts.dim()) if d != unit.axis + 1]
     means = parts.mean(dims, keepdim=True, dtype=dtype)
     spread = means.expand(-1, parts.shape[1], *means.shape[2:]).flatten(0, 1)
     return _part_of(spread, tensor) if is_sharded(tensor) else spread
-
-
-def _over_shards(sums: Tensor, tensor: Any, kept: int) -> Tensor:
-    """Add `sums` over the processes that hold other parts of the same units."""
-    for mesh_dim, placement in enumerate(tensor.placements if is_sharded(tensor) else ()):
-        if placement.is_partial():
-            raise ValueError("grad must not be a pending sum; reduce it before its means are read")
-        if placement.is_shard() and placement.dim != kept:
-            distributed.all_reduce(sums, group=tensor.device_mesh.get_group(mesh_dim))
-    return sums
 
 
 def _part_of(whole: Tensor, like: Any) -> Tensor:

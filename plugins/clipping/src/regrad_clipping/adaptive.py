@@ -48,7 +48,8 @@ class AGC(Correction):
     Raises:
         ValueError: If a number is not positive, `axis` cannot be read or fits no
             parameter, or `head` names no module with a weight.
-        RegradError: If the head is to be found and no forward pass shows it.
+        RegradError: If the head is to be found and no forward pass shows it, or ranks
+            hold different parts of the model.
 
     Example:
         >>> AGC(max_ratio=0.02, axis=("decoder.*.weight=1",))
@@ -61,7 +62,12 @@ class AGC(Correction):
     """
 
     name = "agc"
-    needs = with_changes(CLIPPING, record=True)
+    needs = with_changes(
+        CLIPPING,
+        record=True,
+        reads=("units", "model"),
+        conflicts={"parts": "pass head=None, which clips the classifier head too"},
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -83,6 +89,8 @@ class AGC(Correction):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        if self.options.head != "auto":
+            self.needs = with_changes(self.needs, record=False, reads=("units",))
         self._held: list[Holding] = []
         self._units: dict[str, Unit] = {}
         self._spared: frozenset[str] | None = None
@@ -167,7 +175,7 @@ class AGC(Correction):
 
     def metrics(self) -> dict[str, float]:
         """Return the share of units clipped in the last step, of those that this process holds."""
-        held = [f.flatten().cpu() for f in self._factors]
+        held = [f.flatten().cpu() for f in self._factors if f.numel()]
         return {"share_clipped": (torch.cat(held) < 1).double().mean().item()} if held else {}
 
     def selects(self, name: str, parameter: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from typing import Any
 
 from regrad import Correction
@@ -26,7 +27,9 @@ class ClipNorm(Correction):
     .. math:: G \leftarrow G \min(1, c / (\|G\| + 10^{-6}))
 
     as `torch.nn.utils.clip_grad_norm_` does, over every gradient of the optimizer,
-    where a GradScaler's scale is already gone. A NaN or infinite norm spreads to
+    where a GradScaler's scale is already gone. Of several optimizers each is clipped
+    by the norm of its own gradients. Pipeline stages and experts are refused: each rank
+    would clip by the norm of its own part. A NaN or infinite norm spreads to
     every gradient, as in torch.
 
     Args:
@@ -45,7 +48,11 @@ class ClipNorm(Correction):
     """
 
     name = "clip-norm"
-    needs = CLIPPING
+    needs = with_changes(
+        CLIPPING,
+        reads=("model",),
+        conflicts={"parts": "clip in the loop, by the norm over the gradients of all ranks"},
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -96,7 +103,7 @@ class ClipValue(Correction):
     """
 
     name = "clip-value"
-    needs = CLIPPING
+    needs = with_changes(CLIPPING, reads=("elements",))
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

@@ -71,7 +71,11 @@ class GCODE(Correction):
 
     name = "gcode"
     needs = Needs(
-        stages=("hidden",), layouts=("plain", "ddp"), record=True, conflicts={"fsdp2": UNCOUNTED}
+        stages=("hidden",),
+        layouts=("plain", "ddp"),
+        record=True,
+        conflicts={"fsdp2": UNCOUNTED},
+        reads=("model", "micro"),
     )
 
     @dataclasses.dataclass(frozen=True, kw_only=True)

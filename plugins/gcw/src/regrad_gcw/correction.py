@@ -75,6 +75,8 @@ class GCW(Correction):
         after=("centralization",),
         before=("clip-norm", "clip-value", "agc"),
         record=True,
+        reads=("tensor", "moments", "model"),
+        conflicts={"parts": "pass layers='all'; stages are read from the whole model's forward"},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -118,9 +120,9 @@ class GCW(Correction):
         super().__init__(**options)
         chosen = self.options
         shared: dict[str, Any] = {"exclusive": ()} if chosen.allow_double_lookahead else {}
-        self.needs = replace(
-            self.needs, warmup_steps=chosen.warmup_steps, record=chosen.layers == "stages", **shared
-        )
+        if chosen.layers != "stages":
+            shared |= {"record": False, "reads": ("tensor", "moments")}
+        self.needs = replace(self.needs, warmup_steps=chosen.warmup_steps, **shared)
         self._memories: dict[str, Memory] = {}
         self._stage_ends: set[Any] | None = None
 

@@ -65,7 +65,11 @@ class PowerGrad(Correction):
 
     name = "powergrad"
     needs = Needs(
-        stages=("criterion",), layouts=("plain", "ddp", "fsdp2"), closures=True, sparse=True
+        stages=("criterion",),
+        layouts=("plain", "ddp", "fsdp2"),
+        closures=True,
+        sparse=True,
+        reads=("criterion",),
     )
 
     @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from regrad.sharding import is_sharded
 from torch import Size, Tensor
 from torch.nn import functional as F
 
@@ -63,7 +64,9 @@ def power_grad_cross_entropy(
 
     Args:
         logits: z, shape [C], [N, C] or [N, C, d1, ...], floating point. Must not
-            be changed in place before the backward pass.
+            be changed in place before the backward pass. A DTensor under tensor
+            parallelism: cut along its classes, forward and backward belong into
+            `torch.distributed.tensor.parallel.loss_parallel()`.
         target: Class indices (int64 or uint8), shape [], [N] or [N, d1, ...], in
             [0, C) or `ignore_index`; or class probabilities q of the shape of
             `logits`. Has no gradient.
@@ -81,7 +84,8 @@ def power_grad_cross_entropy(
     Raises:
         ValueError: If `alpha`, `reduction` or `label_smoothing` is out of range,
             the shapes do not fit, or `target` or `weight` requires a gradient.
-        TypeError: If the dtype of `target` does not fit its shape.
+        TypeError: If the dtype of `target` does not fit its shape; if `logits` is a
+            DTensor, and its classes are in parts that the arguments need together.
         RuntimeError: If it is differentiated twice.
 
     Example:
@@ -110,7 +114,9 @@ def power_grad_cross_entropy(
     _check_tensors(logits, target, weight)
     rule = _Rule(alpha, ignore_index, reduction, label_smoothing)
     if torch.compiler.is_compiling():
-        return _traced(logits, target, weight, rule)
+        return _by_operations(logits, target, weight, rule)
+    if is_sharded(logits):
+        return _on_mesh(logits, target, weight, rule)
     flat_logits, flat_target = _flatten(logits, target)
     if torch.is_grad_enabled() and logits.requires_grad:
         value: Tensor = _PowerGrad.apply(flat_logits, flat_target, weight, rule)
@@ -357,8 +363,29 @@ class _GradientOf(torch.autograd.Function):
         return upstream.to(ctx.dtype), None
 
 
-def _traced(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
-    """Return the same for a compiler, which fuses whole operations and would unroll tiles."""
+def _on_mesh(logits: Any, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
+    """Return the same for a DTensor, whose classes torch's `loss_parallel` may leave in parts."""
+    class_dim = 0 if logits.dim() == 1 else 1
+    in_parts = any(getattr(p, "dim", None) == class_dim for p in logits.placements)
+    if in_parts and (target.is_floating_point() or rule.label_smoothing):
+        # Under loss_parallel torch's own gradient of class probabilities is silently wrong.
+        raise TypeError(
+            "logits must hold all classes where targets are class probabilities or smoothed, got "
+            f"placements {logits.placements}; pass logits.full_tensor(), or class indices"
+        )
+    try:
+        return _by_operations(logits, target, weight, rule)
+    except RuntimeError as error:
+        raise TypeError(
+            "logits must be a tensor, or a DTensor on which torch's own cross entropy takes these "
+            f"arguments, got placements {logits.placements}; put loss and backward into "
+            "torch.distributed.tensor.parallel.loss_parallel(), or pass logits.full_tensor() "
+            f"(torch says: {error})"
+        ) from error
+
+
+def _by_operations(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
+    """Return the same in whole operations: a compiler fuses them and would unroll tiles, a mesh reduces in them."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wide_weight = None if weight is None else weight.to(wide.dtype)
     surrogate = _plain(wide * rule.alpha, target, wide_weight, rule, rule.reduction) / rule.alpha

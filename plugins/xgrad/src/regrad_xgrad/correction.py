@@ -59,7 +59,12 @@ class XGrad(Correction):
     """
 
     name = "xgrad"
-    needs = Needs(stages=("weights",), exclusive=("look-ahead",), layouts=("plain", "ddp", "fsdp2"))
+    needs = Needs(
+        stages=("weights",),
+        exclusive=("look-ahead",),
+        layouts=("plain", "ddp", "fsdp2"),
+        reads=("elements", "moments"),
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

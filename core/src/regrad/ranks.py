@@ -1,0 +1,277 @@
+"""What the ranks of a process group must hold alike: compared at attach, and once more at the first step."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from regrad import registry, sharding
+from regrad.errors import RegradError
+from regrad.module_hooks import WRAPPER
+from regrad.wrappers import innermost_module
+
+if TYPE_CHECKING:
+    from regrad.correction import Correction
+
+SAMPLED = 8  # numbers read of each parameter, to see whether ranks hold the same weights
+SHOWN = 3  # parameters named in a refusal
+
+
+def reads_model(correction: Correction) -> bool:
+    """Say whether a correction reads what only the whole model shows: its norm, or its forward record."""
+    return "model" in correction.needs.reads or correction.needs.record
+
+
+def agree_across_ranks(
+    model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction]
+) -> bool:
+    """Raise on every rank unless all ranks can attach these corrections.
+
+    Collective where a process group exists: every rank must call it.
+
+    Args:
+        model: As given to attach.
+        optimizer: The innermost optimizer.
+        corrections: In acting order.
+
+    Returns:
+        Whether what was seen now is proof. It is none where ranks hold different
+        weights under the same names: parts of a model, or copies that data
+        parallelism has yet to make the same. Ask `check_first_step` then.
+
+    Raises:
+        RegradError: If the ranks attach different corrections, versions or options;
+            if they hold different parameters and a correction reads the whole model;
+            if the process group cannot reach the parameters, or not every rank answers.
+    """
+    wide = [c for c in corrections if reads_model(c)]
+    if not _are_several_ranks():
+        _refuse_stages(wide, [_stage_of(model)])
+        return True
+    mine = {
+        "corrections": str([f"{c!r} of {registry.origin(c)}" for c in corrections]),
+        "parameters": _described(model, optimizer),
+        "stage": _stage_of(model),
+        "weights": _samples(model) if wide else {},
+    }
+    everyone = [json.loads(text) for text in _gather(json.dumps(mine), _device(optimizer))]
+    for rank, theirs in enumerate(everyone):
+        if theirs["corrections"] != everyone[0]["corrections"]:
+            raise RegradError(
+                f"ranks must attach the same, got {everyone[0]['corrections']} on 0, "
+                f"{theirs['corrections']} on {rank}"
+            )
+    _refuse_stages(wide, [theirs["stage"] for theirs in everyone])
+    _refuse_parts(wide, [theirs["parameters"] for theirs in everyone])
+    return _are_copies([theirs["weights"] for theirs in everyone])
+
+
+def check_first_step(
+    model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction], *, proved: bool
+) -> None:
+    """Raise unless the optimizer still trains the model, and the ranks' weights are copies where they must be.
+
+    Called before the first step: data parallelism has made the ranks' weights the
+    same by then, and what replaces the optimizer's parameters has done so.
+
+    Args:
+        model: As given to attach.
+        optimizer: The innermost optimizer.
+        corrections: In acting order.
+        proved: What `agree_across_ranks` returned.
+
+    Raises:
+        RegradError: If none of the optimizer's parameters is the model's any more, or a
+            correction that reads the whole model sees a part of it.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    own = set(model.parameters())
+    if trained and own.isdisjoint(trained):
+        raise RegradError(
+            "optimizer must hold parameters of model, but they were replaced after attach(), as "
+            "deepspeed.initialize and fully_shard do; build the optimizer and attach after them "
+            "(DeepSpeed hides gradients; use DDP or FSDP2)"
+        )
+    wide = [c for c in corrections if reads_model(c)]
+    _refuse_stages(wide, [_stage_of(model)])
+    if proved or not wide or not _are_several_ranks():
+        return
+    everyone = [json.loads(t) for t in _gather(json.dumps(_samples(model)), _device(optimizer))]
+    if not _are_copies(everyone):
+        raise RegradError(
+            f"{_refused(wide)}, but the weights of the ranks differ: pipeline stages, experts, or "
+            "copies that were never made the same; broadcast the weights before the first step "
+            f"if they are copies, else {_way_out(wide)}"
+        )
+
+
+def _are_several_ranks() -> bool:
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
+
+
+def _device(optimizer: Optimizer) -> torch.device:
+    """Return where the optimizer's first parameter lies; refuse if the process group cannot reach it."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    device: torch.device = next(parameters).device
+    backends = distributed.get_backend_config()
+    reached = [entry.partition(":")[0] for entry in backends.split(",")]
+    if device.type not in reached:
+        raise RegradError(
+            f"parameters must lie where the process group can reach them, got {device.type} with "
+            f"the backends {backends}; move the model to its device before attach, or give "
+            f"init_process_group a backend for {device.type} too"
+        )
+    return device
+
+
+def _gather(text: str, device: torch.device) -> list[str]:
+    """Return the text of every rank, in their order. `all_gather_object` would need numpy."""
+    mine = torch.tensor([*text.encode()], dtype=torch.uint8, device=device)
+    size = torch.tensor([mine.numel()], device=device)
+    sizes = [torch.empty_like(size) for _ in range(distributed.get_world_size())]
+    try:
+        distributed.all_gather(sizes, size)
+        lengths = [int(length.item()) for length in sizes]
+        padded = torch.cat([mine, mine.new_zeros(max(lengths) - mine.numel())])
+        table = [torch.empty_like(padded) for _ in lengths]
+        distributed.all_gather(table, padded)
+    except RuntimeError as error:
+        raise RegradError(
+            "attach() must be called on every rank of the process group, in the same order; "
+            f"not all of them answered: {error}"
+        ) from error
+    rows = zip(table, lengths, strict=True)
+    return [bytes(row[:length].tolist()).decode() for row, length in rows]
+
+
+def _described(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return a digest of the names and shapes of all parameters, and the first ones in words."""
+    named = _named(model)
+    names = {parameter: name for name, parameter in named.items()}
+    held = [
+        names.get(parameter, f"outside the model, {[*parameter.shape]}")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    lines = [f"{name} {[*parameter.shape]}" for name, parameter in named.items()]
+    digest = hashlib.sha256("\n".join([*lines, "", *held]).encode()).hexdigest()
+    more = [f"… ({len(lines)} in all)"] if len(lines) > SHOWN else []
+    return {"digest": digest, "shown": ", ".join([*lines[:SHOWN], *more])}
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by their names, without those of wrappers."""
+    named = innermost_module(model).named_parameters()
+    return {re.sub(WRAPPER, "", name): parameter for name, parameter in named}
+
+
+def _samples(model: nn.Module) -> dict[str, str]:
+    """Return digests of some numbers of every parameter, by the place that this rank has in its mesh.
+
+    Ranks at one place hold copies of one another. A parameter that is no DTensor has
+    the same place, "everywhere", on all ranks.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for parameter in _named(model).values():
+        if type(parameter) is not nn.Parameter and not sharding.is_sharded(parameter):
+            continue  # a class of its own: quantised, or not there yet
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        place = "everywhere" if mesh is None else f"{mesh.get_coordinate()} of {[*mesh.shape]}"
+        found.setdefault(place, []).append(_some_numbers(parameter))
+    return {place: _digest(numbers) for place, numbers in found.items()}
+
+
+@torch.no_grad()
+def _some_numbers(parameter: Tensor) -> Tensor:
+    """Return up to `SAMPLED` numbers of the local part, evenly spaced, in float64."""
+    part = sharding.local(parameter.detach())
+    if part.is_complex():
+        part = torch.view_as_real(part)
+    flat = part.reshape(-1)
+    step = max(1, flat.numel() // SAMPLED)
+    return flat[::step][:SAMPLED].to(torch.float64)
+
+
+def _digest(numbers: Sequence[Tensor]) -> str:
+    """Return a hash of tensors that is the same only for the same bits."""
+    first, *others = numbers
+    values = torch.cat([first, *(tensor.to(first.device) for tensor in others)])
+    raw = values.cpu().view(torch.uint8)
+    return hashlib.sha256(bytes(raw.tolist())).hexdigest()
+
+
+def _are_copies(samples: Sequence[Mapping[str, str]]) -> bool:
+    """Say whether ranks at the same place sampled the same numbers."""
+    seen: dict[str, str] = {}
+    for of_rank in samples:
+        for place, digest in of_rank.items():
+            if seen.setdefault(place, digest) != digest:
+                return False
+    return True
+
+
+def _stage_of(model: nn.Module) -> str | None:
+    """Return which stage of torch's pipelines the model, or a part of it, is run as, if it is one of several."""
+    parts: set[nn.Module | Tensor] = {*model.modules(), *model.parameters()}
+    for stage in _pipeline_stages():
+        submodule = stage.submod
+        is_ours = not parts.isdisjoint([*submodule.modules(), *submodule.parameters()])
+        if stage.num_stages > 1 and is_ours:
+            return f"stage {stage.stage_index} of {stage.num_stages}"
+    return None
+
+
+def _pipeline_stages() -> Iterator[Any]:
+    """Yield the stages that torch.distributed.pipelining has made: a module does not know its stage."""
+    pipelining = sys.modules.get("torch.distributed.pipelining.stage")
+    kind = getattr(pipelining, "_PipelineStageBase", None)
+    if kind is None:
+        return
+    for candidate in gc.get_objects():
+        # `isinstance` would ask proxies for their `__class__`, which may import or warn.
+        if issubclass(type(candidate), kind):
+            yield candidate
+
+
+def _refuse_stages(wide: Sequence[Correction], stages: Sequence[str | None]) -> None:
+    """Refuse corrections that read the whole model where it is cut into pipeline stages."""
+    stage = next((stage for stage in stages if stage is not None), None)
+    if wide and stage is not None:
+        raise RegradError(
+            f"{_refused(wide)}, but torch.distributed.pipelining runs this one as {stage}; "
+            f"{_way_out(wide)}"
+        )
+
+
+def _refuse_parts(wide: Sequence[Correction], described: Sequence[Mapping[str, str]]) -> None:
+    """Refuse corrections that read the whole model where ranks hold different parameters."""
+    for rank, theirs in enumerate(described):
+        if wide and theirs["digest"] != described[0]["digest"]:
+            raise RegradError(
+                f"{_refused(wide)}, but ranks hold different parameters, as pipeline stages and "
+                f"experts do: {described[0]['shown']} on 0, {theirs['shown']} on {rank}; "
+                f"{_way_out(wide)}"
+            )
+
+
+def _refused(wide: Sequence[Correction]) -> str:
+    return f"{', '.join(repr(c.name) for c in wide)} must see the whole model"
+
+
+def _way_out(wide: Sequence[Correction]) -> str:
+    """Return what each correction says of models in parts."""
+    advice = (f"{c.name}: {c.needs.conflicts.get('parts', 'leave it out')}" for c in wide)
+    return "; ".join(advice)

@@ -1,0 +1,324 @@
+"""What the processes of `test_meshes.py` run: each correction on each layout against one process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import regrad
+import torch
+from regrad.sharding import total_norm
+from regrad_centralization.functional import Unit as Means
+from regrad_centralization.functional import subtract_, unit_means
+from regrad_clipping.functional import Unit, clip_units_
+from regrad_testing.layout_clauses import fsdp2, fsdp2_by_columns
+from regrad_testing.loops import whole
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+STEPS, ROWS, LENGTH, WIDTH, CLASSES = 5, 8, 4, 6, 3
+FACTORS = (1.0, 1.0, 0.1)  # on the loss, so that gradients grow and shrink
+LARGEST = 1e-12
+"""How far a float64 weight may end from one process: sums are taken in another order."""
+
+
+class Net(nn.Module):
+    """A block with a class token and a gate of one output.
+
+    Dimension 0 of the token, the gate and (on four processes) the head is smaller than
+    the number of processes, so some of them hold nothing of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.empty(1, WIDTH))
+        self.up = nn.Linear(WIDTH, 8)
+        self.down = nn.Linear(8, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.gather = nn.Identity()
+        self.gate = nn.Linear(WIDTH, 1)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits [N, C] of inputs [N, L, W]."""
+        hidden = self.gather(self.norm(self.down(torch.tanh(self.up(inputs + self.token)))))
+        pooled = (inputs + hidden).mean(dim=1)
+        logits: Tensor = self.head(pooled * torch.sigmoid(self.gate(pooled)))
+        return logits
+
+
+def filled(kind: type[nn.Module]) -> nn.Module:
+    """Return a model in float64 with the same weights on every process."""
+    generator = torch.Generator().manual_seed(0)
+    model = kind().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            numbers = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(numbers / 2)
+    return model
+
+
+def batch(index: int) -> tuple[Tensor, Tensor]:
+    """Return inputs [ROWS, L, W] and classes [ROWS]."""
+    generator = torch.Generator().manual_seed(100 + index)
+    inputs = torch.randn(ROWS, LENGTH, WIDTH, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(CLASSES, (ROWS,), generator=generator)
+
+
+Layout = Callable[[Any], tuple[int, int]]
+# How a model is laid out. Each returns which of how many equal parts of a batch the process sees.
+
+
+def by_rows(model: nn.Module) -> tuple[int, int]:
+    fsdp2(model)
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def by_columns(model: nn.Module) -> tuple[int, int]:
+    fsdp2_by_columns(model)
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+SEQUENCE_PLAN = {
+    "up": ColwiseParallel(),
+    "down": RowwiseParallel(output_layouts=Shard(1)),
+    "norm": SequenceParallel(),
+    "gather": PrepareModuleInput(
+        input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), use_local_output=True
+    ),
+}
+
+
+def tensor_parallel(model: nn.Module) -> tuple[int, int]:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    parallelize_module(model, mesh, PLAN)
+    return 0, 1
+
+
+def two_dimensional(model: nn.Module) -> tuple[int, int]:
+    """FSDP2 along one dimension of the mesh, tensor parallelism along the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], PLAN)
+    for part in (model.up, model.down, model.norm, model.gate, model.head):
+        fully_shard(part, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return mesh.get_local_rank("data"), 2
+
+
+def sequence_parallel(model: nn.Module) -> tuple[int, int]:
+    """Tensor parallelism whose norm sees parts of the sequence: its gradients are pending sums."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    parallelize_module(model, mesh, SEQUENCE_PLAN)
+    return 0, 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A correction on an optimizer."""
+
+    spec: str
+    make: Callable[..., torch.optim.Optimizer]
+
+
+momentum = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9)
+decayed = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=0.05)
+adamw = functools.partial(torch.optim.AdamW, lr=0.05)
+adam = functools.partial(torch.optim.Adam, lr=0.05, weight_decay=0.05)
+adagrad = functools.partial(torch.optim.Adagrad, lr=0.05)
+
+TRIALS = {
+    "clip-norm": Trial("clip-norm:max_norm=0.05", momentum),
+    "clip-value": Trial("clip-value:max_value=0.003", momentum),
+    "agc": Trial("agc:max_ratio=0.01", momentum),
+    "agc without head": Trial("agc:max_ratio=0.01,head=none", adamw),
+    "centralization": Trial("centralization", momentum),
+    "centralization decayed": Trial("centralization:placement=decayed", decayed),
+    "adanorm": Trial("adanorm:decay=0.5", momentum),
+    "adanorm decayed": Trial("adanorm:decay=0.5", adam),
+    "adanorm gradient": Trial("adanorm:decay=0.5,target=gradient", adamw),
+    "gcw": Trial("gcw:layers=all,warmup_steps=1,fit_every=2", momentum),
+    "gcw moment": Trial("gcw:layers=all,warmup_steps=1,fit_every=2,norm=keep", adamw),
+    "gcw attention": Trial(
+        "gcw:layers=all,warmup_steps=1,fit_every=2,predictor=attention,fit_target=hindsight",
+        momentum,
+    ),
+    "xgrad": Trial("xgrad", momentum),
+    "xgrad adamw": Trial("xgrad", adamw),
+    "xgrad displacement": Trial("xgrad", adagrad),
+    "powergrad": Trial("powergrad", momentum),
+}
+READ_STATE = ("xgrad", "xgrad adamw", "adanorm", "adanorm decayed", "gcw moment")
+
+
+def weights_after(
+    trial: Trial,
+    kind: type[nn.Module],
+    layout: Layout | None,
+    plain_steps: int = 0,
+) -> dict[str, Tensor]:
+    """Train, and return the whole weights.
+
+    Args:
+        trial: What to attach, and the optimizer.
+        kind: Of the model.
+        layout: None for one process.
+        plain_steps: Steps before attach.
+    """
+    model = filled(kind)
+    part, parts = layout(model) if layout else (0, 1)
+    optimizer = trial.make(model.parameters())
+    train(model, optimizer, F.cross_entropy, range(plain_steps), part, parts)
+    criterion = F.cross_entropy
+    with regrad.attach(model, optimizer, [trial.spec], criterion) as attachment:
+        train(model, optimizer, attachment.criterion, range(plain_steps, STEPS), part, parts)
+        metrics = attachment.metrics()
+    if layout is None and not any(
+        value for name, value in metrics.items() if name.endswith("trigger_rate")
+    ):
+        raise AssertionError(f"{trial.spec} changed nothing on one process")
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+@functools.cache
+def alone_after(name: str, kind: type[nn.Module], **how: Any) -> dict[str, Tensor]:
+    """Return the weights after the same training on one process."""
+    return weights_after(TRIALS[name], kind, None, **how)
+
+
+def train(model: Any, optimizer: Any, criterion: Any, steps: range, part: int, parts: int) -> None:
+    for index in steps:
+        inputs, classes = (t.chunk(parts)[part] for t in batch(index))
+        optimizer.zero_grad()
+        (criterion(model(inputs), classes) * FACTORS[index % len(FACTORS)]).backward()
+        optimizer.step()
+        model.eval()  # gathered shards must not hide what comes next
+        with torch.no_grad():
+            model(inputs)
+        model.train()
+
+
+def farthest(name: str, kind: type[nn.Module], layout: Layout, **how: Any) -> float:
+    """Return how far the weight that differs most ends from one process."""
+    alone = alone_after(name, kind, **how)
+    seen = weights_after(TRIALS[name], kind, layout, **how)
+    return max((seen[key] - alone[key]).abs().max().item() for key in alone)
+
+
+def all_trials(layout: Layout, _: int) -> dict[str, float]:
+    """Return how far each trial ends from one process; one process group serves them all."""
+    return {name: farthest(name, Net, layout) for name in TRIALS}
+
+
+def after_plain_steps(layout: Layout, _: int) -> dict[str, float]:
+    """Return the same where steps before attach have left pending sums in the optimizer's state."""
+    return {name: farthest(name, Net, layout, plain_steps=1) for name in READ_STATE}
+
+
+def vocabulary_parallel(_: int) -> dict[str, float]:
+    """Train powergrad on logits whose classes are in parts, in torch's own context for them."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+
+    def head_in_parts(model: Any) -> tuple[int, int]:
+        plan = {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
+        parallelize_module(model, mesh, plan)
+        return 0, 1
+
+    with loss_parallel():
+        return {"powergrad": farthest("powergrad", Net, head_in_parts)}
+
+
+def strided_units(_: int) -> dict[str, float]:
+    """Compare norms and means of every kind of unit of twice cut tensors with those of the whole."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    generator = torch.Generator().manual_seed(0)
+    seen: dict[str, float] = {}
+    for shape in ((6, 2, 3), (12,), (8, 4), (2, 4)):
+        for cut in range(len(shape)):
+            whole_one = torch.randn(shape, generator=generator, dtype=torch.float64)
+            holder = nn.Module()
+            in_parts = distribute_tensor(whole_one.clone(), mesh["tensor"], [Shard(cut)])
+            holder.weight = nn.Parameter(in_parts)
+            fully_shard(holder, mesh=mesh["data"])
+            part = holder.weight.detach()
+            key = f"{shape} along {cut}"
+            seen[f"{key}, norm"] = (total_norm([part]) - whole_one.norm()).abs().item()
+            for unit in units_of_rank(len(shape)):
+                clipped, wanted = part.clone(), whole_one.clone()
+                bounds = {"max_ratio": 0.1, "weight_floor": 1e-3}
+                clip_units_([clipped], [part * 0.1], [unit], **bounds)
+                clip_units_([wanted], [whole_one * 0.1], [unit], **bounds)
+                seen[f"{key}, {unit}"] = (whole(clipped) - wanted).abs().max().item()
+                if len(shape) > 1 and unit.axis is not None:
+                    centred, wanted = part.clone(), whole_one.clone()
+                    subtract_([centred], [unit_means(centred, Means(unit.axis, unit.groups))])
+                    subtract_([wanted], [unit_means(wanted, Means(unit.axis, unit.groups))])
+                    seen[f"{key}, means of {unit}"] = (whole(centred) - wanted).abs().max().item()
+    return seen
+
+
+def units_of_rank(rank: int) -> list[Unit]:
+    """Return units of every kind: along each dimension, in groups, and whole tensors."""
+    grouped = [Unit(axis, 2) for axis in (None, *range(1, rank))]
+    return [Unit(None), *map(Unit, range(rank)), *grouped]
+
+
+class ByRows:
+    """FSDP2 on two processes: dimension 0 is cut."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {"": functools.partial(all_trials, by_rows)}
+
+
+class ByColumns:
+    """FSDP2 on two processes: dimension 1 is cut where its size allows it."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {"": functools.partial(all_trials, by_columns)}
+
+
+class TensorParallel:
+    """Tensor parallelism alone, on two processes."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {"": functools.partial(all_trials, tensor_parallel), "classes": vocabulary_parallel}
+
+
+class SequenceParallelism:
+    """Tensor parallelism with parts of the sequence, on two processes."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {
+            "": functools.partial(all_trials, sequence_parallel),
+            "later": functools.partial(after_plain_steps, sequence_parallel),
+        }
+
+
+class TwoDimensional:
+    """FSDP2 with tensor parallelism inside, on four processes."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {"": functools.partial(all_trials, two_dimensional), "units": strided_units}
