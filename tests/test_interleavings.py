@@ -347,7 +347,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "attachment"):
-            self.attachment.detach()
+            self.quietly(self.attachment.detach)
 
     @invariant()
     def the_weights_are_those_of_the_loop_by_hand(self):
