@@ -18,6 +18,12 @@ from regrad_testing.loops import whole
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+)
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -274,6 +280,134 @@ def units_of_rank(rank: int) -> list[Unit]:
     """Return units of every kind: along each dimension, in groups, and whole tensors."""
     grouped = [Unit(axis, 2) for axis in (None, *range(1, rank))]
     return [Unit(None), *map(Unit, range(rank)), *grouped]
+
+
+# Pipelines: a rank holds some stages of the model, each with an optimizer of its own.
+
+LINKS = ((WIDTH, 8), (8, 6), (6, 8), (8, CLASSES))
+IN_PARTS = (
+    *("clip-value", "agc without head", "centralization", "adanorm", "adanorm decayed"),
+    *("gcw", "gcw moment", "xgrad", "xgrad adamw", "powergrad"),
+)
+REFUSED_IN_PARTS = ("clip-norm", "agc", "gcw", "gcode:stages=[0,1]")
+
+
+def links(first: int, last: int) -> nn.Sequential:
+    """Return layers `first` to `last` of the model, with the weights that they have in the whole."""
+    whole_model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in LINKS)
+    ).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in whole_model.parameters():
+            numbers = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(numbers / 2)
+    return whole_model[first:last]
+
+
+def gpipe(rank: int, criterion: Any) -> tuple[list[nn.Sequential], Any]:
+    part = links(2 * rank, 2 * rank + 2)
+    return [part], ScheduleGPipe(stage_of(part, rank, 2), n_microbatches=2, loss_fn=criterion)
+
+
+def one_forward_one_backward(rank: int, criterion: Any) -> tuple[list[nn.Sequential], Any]:
+    part = links(2 * rank, 2 * rank + 2)
+    return [part], Schedule1F1B(stage_of(part, rank, 2), n_microbatches=2, loss_fn=criterion)
+
+
+def interleaved(rank: int, criterion: Any) -> tuple[list[nn.Sequential], Any]:
+    parts = [links(index, index + 1) for index in (rank, rank + 2)]
+    stages = [stage_of(p, index, 4) for p, index in zip(parts, (rank, rank + 2), strict=True)]
+    return parts, ScheduleInterleaved1F1B(stages, n_microbatches=2, loss_fn=criterion)
+
+
+def stage_of(part: nn.Module, index: int, many: int) -> PipelineStage:
+    return PipelineStage(part, index, many, torch.device("cpu"))
+
+
+def train_in_parts(trial: Trial, make_parts: Callable[..., Any], rank: int) -> list[Tensor]:
+    """Train as `weights_after` does, in a pipeline; return the weights of this rank's stages."""
+    now: list[Any] = [None, 1.0]  # the criterion, known once it is attached to, and the factor
+    parts, schedule = make_parts(rank, lambda logits, classes: now[0](logits, classes) * now[1])
+    optimizers = [trial.make(part.parameters()) for part in parts]
+    attachments = [
+        regrad.attach(part, optimizer, [trial.spec], F.cross_entropy)
+        for part, optimizer in zip(parts, optimizers, strict=True)
+    ]
+    now[0] = attachments[-1].criterion
+    for index in range(STEPS):
+        inputs, classes = flat_batch(index)
+        now[1] = FACTORS[index % len(FACTORS)]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        schedule.step(*([inputs] if rank == 0 else []), **({"target": classes} if rank else {}))
+        for optimizer in optimizers:
+            optimizer.step()
+    return [p.detach() for part in parts for p in part.parameters()]
+
+
+def flat_batch(index: int) -> tuple[Tensor, Tensor]:
+    """Return inputs [ROWS, W] and classes [ROWS]."""
+    inputs, classes = batch(index)
+    return inputs.mean(dim=1), classes
+
+
+def train_whole(trial: Trial) -> dict[str, Tensor]:
+    """Return the weights after the same training on one process, by layer and name."""
+    model = links(0, len(LINKS))
+    optimizer = trial.make(model.parameters())
+    attachment = regrad.attach(model, optimizer, [trial.spec], F.cross_entropy)
+    for index in range(STEPS):
+        inputs, classes = flat_batch(index)
+        optimizer.zero_grad()
+        loss = attachment.criterion(model(inputs), classes)
+        (loss * FACTORS[index % len(FACTORS)]).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def in_pipelines(rank: int) -> dict[str, float]:
+    """Return how far each trial ends from one process, in every schedule."""
+    held = {gpipe: (2 * rank, 2 * rank + 1), interleaved: (rank, rank + 2)}
+    seen = {}
+    for name in IN_PARTS:
+        wanted = train_whole(TRIALS[name])
+        if name == "xgrad":  # the order of forwards and backwards can matter to nothing else
+            held[one_forward_one_backward] = held[gpipe]
+        for make_parts, layers in held.items():
+            weights = train_in_parts(TRIALS[name], make_parts, rank)
+            mine = [w for key, w in wanted.items() if int(key[0]) in layers]
+            pairs = zip(weights, mine, strict=True)
+            seen[f"{name}, {make_parts.__name__}"] = max(
+                (a - b).abs().max().item() for a, b in pairs
+            )
+    return seen
+
+
+def refused_in_pipelines(rank: int) -> dict[str, float]:
+    """Return 0 for each correction that is refused with its reason, infinity else."""
+    seen = {}
+    for make_parts in (gpipe, one_forward_one_backward, interleaved):
+        parts, schedule = make_parts(rank, F.cross_entropy)
+        for spec in REFUSED_IN_PARTS:
+            reason = ""
+            try:
+                regrad.attach(parts[0], momentum(parts[0].parameters()), [spec]).detach()
+            except regrad.RegradError as refusal:
+                reason = str(refusal)
+            told = "must see the whole model" in reason
+            seen[f"{spec}, {make_parts.__name__}"] = 0.0 if told else float("inf")
+        del schedule
+    return seen
+
+
+class Pipelines:
+    """Stages of a model on two processes."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {"": in_pipelines, "refused": refused_in_pipelines}
 
 
 class ByRows:

@@ -50,6 +50,12 @@ def test_what_only_some_layouts_have_is_exact_too(layouts, results):
         require_exact(layouts, results, case)
 
 
+def test_stages_of_a_pipeline_are_exact_where_a_correction_reads_no_more_and_refused_else(layouts):
+    results = launch(layouts.Pipelines)
+    for case in results[0]:
+        require_exact(layouts, results, case)
+
+
 def test_every_installed_correction_is_tried_or_refused_on_shards(layouts, members):
     offered = {
         name for m in members if m.is_plugin for name in m.project["entry-points"].get("regrad", {})

@@ -54,13 +54,14 @@ def agree_across_ranks(
             if the process group cannot reach the parameters, or not every rank answers.
     """
     wide = [c for c in corrections if reads_model(c)]
+    stage = _stage_of(model) if wide else None
     if not _are_several_ranks():
-        _refuse_stages(wide, [_stage_of(model)])
+        _refuse_stages(wide, [stage])
         return True
     mine = {
         "corrections": str([f"{c!r} of {registry.origin(c)}" for c in corrections]),
         "parameters": _described(model, optimizer),
-        "stage": _stage_of(model),
+        "stage": stage,
         "weights": _samples(model) if wide else {},
     }
     everyone = [json.loads(text) for text in _gather(json.dumps(mine), _device(optimizer))]
@@ -102,8 +103,10 @@ def check_first_step(
             "(DeepSpeed hides gradients; use DDP or FSDP2)"
         )
     wide = [c for c in corrections if reads_model(c)]
+    if not wide:
+        return
     _refuse_stages(wide, [_stage_of(model)])
-    if proved or not wide or not _are_several_ranks():
+    if proved or not _are_several_ranks():
         return
     everyone = [json.loads(t) for t in _gather(json.dumps(_samples(model)), _device(optimizer))]
     if not _are_copies(everyone):
@@ -240,10 +243,18 @@ def _pipeline_stages() -> Iterator[Any]:
     kind = getattr(pipelining, "_PipelineStageBase", None)
     if kind is None:
         return
+    kinds = {kind, *_subclasses(kind)}
     for candidate in gc.get_objects():
         # `isinstance` would ask proxies for their `__class__`, which may import or warn.
-        if issubclass(type(candidate), kind):
+        if type(candidate) in kinds:
             yield candidate
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    """Yield what inherits from a class, directly or not."""
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def _refuse_stages(wide: Sequence[Correction], stages: Sequence[str | None]) -> None:

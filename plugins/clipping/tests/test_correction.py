@@ -274,6 +274,24 @@ def test_a_bound_never_reached_is_a_warning_for_agc_only():
     )
 
 
+def test_clip_norm_notes_where_its_optimizer_holds_a_part_of_the_model():
+    model = make_model()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    attachment = regrad.attach(model, optimizer, ["clip-norm"])
+    assert "'clip-norm' reads the norm of 2 of 4 trainable parameters" in str(attachment)
+    attachment.detach()
+    model[0].requires_grad_(False)
+    assert str(regrad.attach(model, optimizer, ["clip-norm"])).count("\n") == 0
+
+
+def test_agc_reads_the_whole_model_only_to_find_the_head():
+    assert "model" in AGC().needs.reads
+    assert AGC().needs.record
+    for head in (None, "0"):
+        assert AGC(head=head).needs.reads == ("units",)
+        assert not AGC(head=head).needs.record
+
+
 def test_agc_must_beat_clipping_by_the_global_norm():
     model = make_model()
     assert AGC().control(torch.optim.SGD(model.parameters())).corrections == ("clip-norm",)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from typing import Any
 
-from regrad import Correction
+from regrad import Attachment, Correction
 from regrad.correction import Needs
 from regrad.hookspecs import Step
 from torch import Tensor
@@ -66,6 +66,19 @@ class ClipNorm(Correction):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._norm: Tensor | None = None
+
+    def setup(self, attachment: Attachment) -> None:
+        """Note where the optimizer holds a part of the model alone: its norm is all that is read."""
+        groups = attachment.optimizer.param_groups
+        held = {parameter for group in groups for parameter in group["params"]}
+        trained = [p for p in attachment.model.parameters() if p.requires_grad]
+        seen = [p for p in trained if p in held]
+        if len(seen) < len(trained):
+            note = (
+                f"'clip-norm' reads the norm of {len(seen)} of {len(trained)} trainable parameters: "
+                "those that its optimizer holds"
+            )
+            attachment.reasons = (*attachment.reasons, note)
 
     def correct_gradients(self, step: Step) -> None:
         """Clip the gradients of the step."""
