@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ def test_a_file_that_holds_no_settings_is_refused_in_one_line(tmp_path, text, me
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="config must be a readable file"):
         load_config(CompareConfig, file=tmp_path / "none.yaml", flags={})
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match=r"readable file, got '.*pipe.yaml': not a regular file"):
+        load_config(CompareConfig, file=tmp_path / "pipe.yaml", flags={})
 
 
 def test_what_is_left_open_comes_from_the_workload(digits):

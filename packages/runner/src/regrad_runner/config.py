@@ -22,7 +22,9 @@ from pydantic import (
 )
 
 from regrad_runner.optimizers import spec_of
+from regrad_runner.reading import read_regular
 from regrad_runner.workloads import Workload, settings_of_model
+from regrad_runner.yaml_text import read_yaml, write_yaml
 
 FIRST_TUNING_SEED = 1_000_000
 LAST_SEED = 2**32 - 1  # that NumPy takes
@@ -267,7 +269,7 @@ def shown(value: object) -> str:
 
 def write_config(config: RunConfig) -> str:
     """Return the settings as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
@@ -321,7 +323,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: If it cannot be read or is no mapping.
     """
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = read_yaml(read_regular(file).decode("utf-8"))
     except OSError as problem:
         raise ValueError(
             f"config must be a readable file, got '{file}': {problem.strerror}"
@@ -333,7 +335,10 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise ValueError(  # noqa: TRY004 - what the file says is wrong, not what a caller passed
             f"config must map settings to values, got {type(loaded).__name__} in '{file}'"
         )
-    return {str(name): value for name, value in loaded.items()}
+    for name in loaded:
+        if not isinstance(name, str):
+            raise ValueError(f"no setting named {shown(name)} in '{file}'")  # noqa: TRY004 - as above
+    return loaded
 
 
 def _learning_rates(values: tuple[float, ...]) -> tuple[float, ...]:
