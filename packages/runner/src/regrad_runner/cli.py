@@ -35,7 +35,7 @@ def _run(words: list[str]) -> int:
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.commands import app  # noqa: PLC0415
-    from regrad_runner.errors import BadInput  # noqa: PLC0415
+    from regrad_runner.errors import BadInput, in_one_line  # noqa: PLC0415
 
     # Typer has its own copy of click since some version: its usage error goes by no public name in every one.
     usage_error: Any = typer.BadParameter.__base__
@@ -47,7 +47,7 @@ def _run(words: list[str]) -> int:
     except (
         RegradError
     ) as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
-        return _complain(str(problem), code=FAILED)
+        return _complain(in_one_line(problem), code=FAILED)
     except usage_error as problem:
         return _complain(problem.format_message())
     except (typer.Abort, KeyboardInterrupt):
