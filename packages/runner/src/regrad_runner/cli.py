@@ -55,7 +55,9 @@ def _run(words: list[str]) -> int:
 
 
 def _complain(problem: str, code: int = BAD_INPUT) -> int:
-    if problem and os.environ.get("RANK", "0") == "0":
+    # A RANK that a launcher left behind makes nobody else speak.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if problem and (alone or os.environ.get("RANK", "0") == "0"):
         sys.stderr.write(f"regrad: {problem}\n")
     return code
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+from regrad_runner import environment
 from regrad_runner.arms import Arm, expand
 from regrad_runner.cells import Cell, cells_of
 from regrad_runner.config import CompareConfig
@@ -76,6 +77,7 @@ class Plan:
             f"{tuning}",
             f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
             *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
+            *environment.in_words(config),
         )
         return "\n".join(lines)
 

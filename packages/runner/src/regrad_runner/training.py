@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from regrad_runner.arms import Arm, create_all
 from regrad_runner.config import RunConfig
+from regrad_runner.environment import used
 from regrad_runner.launching import make_accelerator
 from regrad_runner.models import own_head
 from regrad_runner.nonfinite import Watch
@@ -327,10 +328,15 @@ class TrainingRun:
         return {**self.attachment.metrics(), "steps_not_finite": float(self.watch.skipped)}
 
     def receipt(self) -> dict[str, Any]:
-        """Return the attachment's receipt with what it cannot know: arm, seed, learning rate and a control's change."""
+        """Return the attachment's receipt with what it cannot know.
+
+        That is arm, seed, learning rate, a control's change, and what of the environment decided about numbers
+        beside the settings.
+        """
         control = asdict(self.arm.control) if self.arm.control else None
         run = {"arm": self.arm.name, "seed": self.seed, "lr": self.lr, "control": control}
         run["steps_not_finite"] = self.watch.skipped
+        run["environment"] = used()
         return {**self.attachment.receipt(), "run": {**run, "threads": torch.get_num_threads()}}
 
     def largest(self, number: int) -> int:
