@@ -187,12 +187,8 @@ class TrainingRun:
             seed=seed,
             workers=config.workers,
         )
-        scheduler = LambdaLR(
-            optimizer,
-            lambda step: schedule(
-                step, warmup_steps=config.warmup_steps or 0, total_steps=self.total_steps
-            ),
-        )
+        # Of a function the scheduler's state has nothing, of a method its attributes.
+        scheduler = LambdaLR(optimizer, lambda step: self.factor(step))  # noqa: PLW0108
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, loader, scheduler
         )
@@ -213,6 +209,12 @@ class TrainingRun:
     def evaluate_every(self) -> int:
         """Optimizer steps between evaluations."""
         return max(1, self.steps_per_epoch // int(self.config.evaluations_per_epoch or 1))
+
+    def factor(self, step: int) -> float:
+        """Return the factor on the learning rate of step `step`, from 0: see `schedule`."""
+        return schedule(
+            step, warmup_steps=self.config.warmup_steps or 0, total_steps=self.total_steps
+        )
 
     def train(self, *, on_point: Callable[[Point], None], on_step: Callable[[int], None]) -> None:
         """Train to the end, evaluating on the way.
