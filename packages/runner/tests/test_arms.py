@@ -6,7 +6,7 @@ import regrad
 import torch
 from regrad.correction import Control
 from regrad_runner import arms as module
-from regrad_runner.arms import Arm, expand, merged, must_beat, parts_of
+from regrad_runner.arms import Arm, created, expand, merged, must_beat, parts_of
 
 NESTEROV = Control(name="nesterov", optimizer={"nesterov": True})
 HEAD = Control(name="scaled-head", head_init=0.25, head_lr=0.25, body_lr=4.0)
@@ -196,3 +196,31 @@ def test_folder_names_hold_nothing_that_a_file_name_cannot():
     assert re.fullmatch(
         r"agc_max_ratio=0\.1\+x_y_z-[0-9a-f]{8}", Arm("agc:max_ratio=0.1+x y/z").folder_name
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "apart"),
+    [
+        ("xgrad,agc", ["xgrad", "agc"]),
+        ("xgrad, agc;gcw", ["xgrad", "agc", "gcw"]),
+        ("xgrad agc", ["xgrad", "agc"]),
+        ("xgrad:horizon=2,agc", ["xgrad:horizon=2", "agc"]),
+        (
+            "agc:max_ratio=0.1,axis=0,xgrad:horizon=2",
+            ["agc:max_ratio=0.1,axis=0", "xgrad:horizon=2"],
+        ),
+        ("xgrad,nothing,agc:axis=(0,1)", ["xgrad", "nothing", "agc:axis=(0,1)"]),
+    ],
+)
+def test_corrections_with_commas_between_them_are_all_in_the_suggestion(text, apart):
+    with pytest.raises(ValueError, match="corrections must be separated by spaces, got") as said:
+        created(text)
+    assert repr(text) in str(said.value)
+    assert f"use --corrections {' '.join(apart)}, or {'+'.join(apart)} for all" in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["xgrad", "agc:max_ratio=0.1,axis=0", "agc: max_ratio = 0.1", "a:b=[1,2]"]
+)
+def test_options_with_commas_between_them_are_of_one_correction(text):
+    assert len(module._separated(text)) == 1

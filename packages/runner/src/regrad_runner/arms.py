@@ -108,13 +108,40 @@ def created(text: str) -> tuple[Correction, ...]:
     """Return the corrections behind one string.
 
     Raises:
-        ValueError: If it cannot be read, or the correction or an option is unknown or unfit.
+        ValueError: If it cannot be read, names several, or the correction or an option is unknown or unfit.
     """
+    several = _separated(text)
+    if len(several) > 1:
+        raise ValueError(
+            f"corrections must be separated by spaces, got {text!r}; "
+            f"use --corrections {' '.join(several)}, or {'+'.join(several)} for all of them together"
+        )
     try:
         correction = regrad.create(text)
     except (TypeError, RecursionError) as problem:
         raise ValueError(str(problem)) from problem
     return correction if isinstance(correction, tuple) else (correction,)
+
+
+def _separated(text: str) -> list[str]:
+    """Return the corrections that a text with commas means: one begins wherever no option of the last one stands.
+
+    Example:
+        >>> _separated("xgrad:horizon=2,decay=[1,2],agc")
+        ['xgrad:horizon=2,decay=[1,2]', 'agc']
+    """
+    several: list[str] = []
+    for item in re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|[^,;])+", text):
+        name = item.partition("=")[0]
+        if several and "=" in item and ":" not in name:
+            several[-1] += f",{item}"
+            continue
+        names, colon, option = item.strip().partition(":")
+        words = names.split()
+        several += words[:-1]
+        if words:
+            several.append(f"{words[-1]}{colon}{option}")
+    return several
 
 
 def create_all(arm: Arm) -> list[Correction]:
