@@ -23,7 +23,11 @@ def with_controls(monkeypatch):
 
     def install(**controls):
         def create(text):
-            return SimpleNamespace(control=lambda optimizer: controls[text.partition(":")[0]])
+            name, _, options = text.partition(":")
+            fields = SimpleNamespace(**dict(item.split("=") for item in options.split(",") if item))
+            return SimpleNamespace(
+                name=name, options=fields, control=lambda optimizer: controls[name]
+            )
 
         monkeypatch.setattr(regrad, "create", create)
 
@@ -137,7 +141,7 @@ def test_the_same_arm_twice_is_refused(with_controls, optimizer):
 
 def test_no_arm_may_be_called_like_the_baseline(with_controls, optimizer):
     with_controls(none=None)
-    with pytest.raises(ValueError, match="corrections must be different, got 'none' twice"):
+    with pytest.raises(ValueError, match="must not name the baseline, got 'none'; it runs anyway"):
         expand(["none"], optimizer)
 
 
@@ -224,3 +228,21 @@ def test_corrections_with_commas_between_them_are_all_in_the_suggestion(text, ap
 )
 def test_options_with_commas_between_them_are_of_one_correction(text):
     assert len(module._separated(text)) == 1
+
+
+def test_one_correction_written_in_two_ways_is_one_arm(optimizer, monkeypatch):
+    class Options(SimpleNamespace):
+        pass
+
+    def create(text):
+        scale = float(text.partition("=")[2] or 1)
+        return SimpleNamespace(
+            name="a", options=Options(scale=scale), control=lambda optimizer: None
+        )
+
+    monkeypatch.setattr(regrad, "create", create)
+    with pytest.raises(ValueError, match=r"must be different, got 'a' and 'a:scale=1', which are"):
+        expand(["a", "a:scale=1"], optimizer)
+    with pytest.raises(ValueError, match=r"got 'a:scale=2' and 'a:scale=2\.0', which are the same"):
+        expand(["a:scale=2", "a:scale=3", "a:scale=2.0"], optimizer)
+    assert len(expand(["a", "a:scale=2", "a+a:scale=2", "a:scale=2+a"], optimizer)) == 5

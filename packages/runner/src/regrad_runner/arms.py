@@ -74,13 +74,25 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
     """
     arms = {BASELINE: Arm(BASELINE)}
     changes: dict[str, Control] = {}
+    stacks: dict[str, list[Correction]] = {}
     for text in corrections:
         parts = parts_of(text)
         name = "+".join(parts)
+        if name == BASELINE:
+            raise ValueError(
+                f"corrections must not name the baseline, got {name!r}; it runs anyway: leave it out"
+            )
         if name in arms:
             raise ValueError(f"corrections must be different, got {name!r} twice")
+        stack = [correction for part in parts for correction in created(part)]
+        for other, known in stacks.items():
+            if _recipes(known) == _recipes(stack):
+                raise ValueError(
+                    f"corrections must be different, got {other!r} and {name!r}, which are the same"
+                )
+        stacks[name] = stack
         arms[name] = Arm(name, corrections=parts)
-        change = merged([c.control(optimizer) for part in parts for c in created(part)])
+        change = merged([correction.control(optimizer) for correction in stack])
         if change is not None:
             changes[name] = change
     extra: dict[str, Arm] = {}
@@ -121,6 +133,11 @@ def created(text: str) -> tuple[Correction, ...]:
     except (TypeError, RecursionError) as problem:
         raise ValueError(str(problem)) from problem
     return correction if isinstance(correction, tuple) else (correction,)
+
+
+def _recipes(stack: Iterable[Correction]) -> list[tuple[str, dict[str, Any]]]:
+    """Return what makes corrections the same, however their options were written."""
+    return [(correction.name, vars(correction.options)) for correction in stack]
 
 
 def _separated(text: str) -> list[str]:

@@ -49,9 +49,20 @@ def _run(words: list[str]) -> int:
     ) as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
         return _complain(in_one_line(problem), code=FAILED)
     except usage_error as problem:
-        return _complain(problem.format_message())
+        return _complain(_with_value(problem, words))
     except (typer.Abort, KeyboardInterrupt):
         return STOPPED
+
+
+def _with_value(problem: Any, words: Sequence[str]) -> str:
+    """Return what the parser says, with the value that it refused: it names the flag alone."""
+    message = str(problem.format_message())
+    for flag in getattr(getattr(problem, "param", None), "opts", ()):
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            value = following if word == flag else word.removeprefix(f"{flag}=")
+            if (word == flag or value != word) and value not in message:
+                return f"{message.rstrip('.')}, got {value!r}"
+    return message
 
 
 def _complain(problem: str, code: int = BAD_INPUT) -> int:
