@@ -209,13 +209,82 @@ def test_an_order_that_was_changed_is_told(toys):
     assert any("'scale' acts after 'add'" in note for note in notes)
 
 
-@pytest.mark.parametrize("batch", [3, (1, 2, 3), torch.ones(2, 3), {"x": torch.ones(2, 3)}])
+@pytest.mark.parametrize("batch", [3, (1, 2, 3), torch.ones(2, 3), [torch.ones(2, 3)]])
 def test_a_batch_of_another_kind_is_refused_and_changes_nothing(toys, same_bits, batch):
     everything = Everything(toys, many(toys))
     before = everything.snapshot()
     with pytest.raises(TypeError, match=r"batch must be \(inputs, target\).*or a mapping"):
         everything.attachment.explain(batch)
     assert same_bits(everything.snapshot(), before)
+
+
+class Returning(nn.Module):
+    """A small model that returns what a function makes of its scores and their loss."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.layer, self.returned = nn.Linear(3, 2), returned
+
+    def forward(self, inputs, targets=None):
+        scores = self.layer(inputs)
+        loss = None if targets is None else nn.functional.cross_entropy(scores, targets)
+        return self.returned(scores, loss)
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor | None
+
+
+BATCH = {"inputs": torch.eye(3), "targets": torch.tensor([0, 1, 1])}
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda scores, loss: (scores, loss),  # nanoGPT's
+        lambda scores, loss: (loss, scores),
+        lambda scores, loss: [scores, loss, {"more": 1}, None],
+        lambda scores, loss: (scores, loss, loss.detach()),
+        lambda scores, loss: loss,
+        lambda scores, loss: {"loss": loss, "logits": scores},
+        lambda scores, loss: Output(loss),
+    ],
+)
+def test_a_mapping_goes_to_a_model_that_returns_its_loss_in_any_of_the_usual_ways(toys, returned):
+    torch.manual_seed(0)
+    model = Returning(returned)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    told = regrad.attach(model, optimizer, [toys.Scale()]).explain(BATCH)
+    assert {row["tensor"] for row in told.rows} == {"layer.weight", "layer.bias"}
+    assert all(
+        row["relative_change"] == pytest.approx(told.rows[0]["relative_change"])
+        for row in told.rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda scores, loss: scores, r"got a tensor \[3, 2\]"),
+        (lambda scores, loss: (scores,), r"got tuple of a tensor \[3, 2\]"),
+        (lambda scores, loss: (scores.sum(), loss), r"got tuple of a tensor \[\], a tensor \[\]"),
+        (lambda scores, loss: (scores, loss.detach()), r"got tuple of a tensor \[3, 2\], a tensor"),
+        (lambda scores, loss: (scores, None), r"got tuple of a tensor \[3, 2\], NoneType"),
+        (lambda scores, loss: {"logits": scores}, "got dict with logits"),
+        (lambda scores, loss: {"loss": None}, "got dict with loss"),
+        (lambda scores, loss: (), "got tuple of nothing"),
+        (lambda scores, loss: Output(None), "got Output"),
+        (lambda scores, loss: None, "got NoneType"),
+    ],
+)
+def test_a_model_whose_loss_cannot_be_told_is_refused_with_what_it_returned(toys, returned, said):
+    model = Returning(returned)
+    attachment = regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [toys.Scale()])
+    with pytest.raises(
+        TypeError, match=f"model must return its loss for a batch that is a mapping.*{said}"
+    ):
+        attachment.explain(BATCH)
 
 
 def test_a_pair_without_a_criterion_is_refused_with_what_to_pass(toys):

@@ -86,14 +86,46 @@ def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation
 
 
 def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:
-    """Return the loss of one batch, or raise `TypeError` where it cannot be known."""
-    loss: Any = None
+    """Return the loss of one batch, or raise `TypeError` where it cannot be known.
+
+    A pair goes through model and criterion. A mapping is what the model is called with: it
+    returns its loss under the name "loss", or as the only scalar that requires a gradient of
+    a tensor or tuple, as `(logits, loss)` is.
+    """
     if isinstance(batch, Mapping):
-        output = model(**batch)
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    elif isinstance(batch, tuple | list) and len(batch) == 2 and criterion is not None:
+        return _loss_in(model(**batch))
+    if isinstance(batch, tuple | list) and len(batch) == 2 and criterion is not None:
         loss = criterion(model(batch[0]), batch[1])
-    if not isinstance(loss, Tensor):
-        rule = "(inputs, target) with attach(…, criterion=…), or a mapping for a model that returns its loss"
-        raise TypeError(f"batch must be {rule}, got {type(batch).__name__}")
-    return loss
+        if isinstance(loss, Tensor):
+            return loss
+        raise TypeError(f"criterion must return a tensor, got {type(loss).__name__}")
+    rule = "(inputs, target) with attach(…, criterion=…), or a mapping for a model that returns its loss"
+    raise TypeError(f"batch must be {rule}, got {type(batch).__name__}")
+
+
+def _loss_in(output: Any) -> Tensor:
+    """Return the loss in what a model returned, or raise `TypeError` that says what that was."""
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(named, Tensor):
+        return named
+    parts = output if isinstance(output, tuple | list) else (output,)
+    scalars = [
+        part for part in parts if isinstance(part, Tensor) and not part.dim() and part.requires_grad
+    ]
+    if len(scalars) == 1:
+        return scalars[0]
+    raise TypeError(
+        "model must return its loss for a batch that is a mapping: under the name 'loss', or as the only "
+        f"scalar with a gradient in a tuple, got {_described(output)}"
+    )
+
+
+def _described(output: Any) -> str:
+    """Return types, names and shapes of what a model returned, in a few words."""
+    if isinstance(output, Tensor):
+        return f"a tensor {list(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"{type(output).__name__} with {', '.join(map(str, output)) or 'nothing'}"
+    if isinstance(output, tuple | list):
+        return f"{type(output).__name__} of {', '.join(map(_described, output)) or 'nothing'}"
+    return type(output).__name__

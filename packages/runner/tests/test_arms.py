@@ -6,7 +6,7 @@ import regrad
 import torch
 from regrad.correction import Control
 from regrad_runner import arms as module
-from regrad_runner.arms import Arm, expand, merged, must_beat, parts_of
+from regrad_runner.arms import Arm, created, expand, merged, must_beat, parts_of
 
 NESTEROV = Control(name="nesterov", optimizer={"nesterov": True})
 HEAD = Control(name="scaled-head", head_init=0.25, head_lr=0.25, body_lr=4.0)
@@ -23,7 +23,11 @@ def with_controls(monkeypatch):
 
     def install(**controls):
         def create(text):
-            return SimpleNamespace(control=lambda optimizer: controls[text.partition(":")[0]])
+            name, _, options = text.partition(":")
+            fields = SimpleNamespace(**dict(item.split("=") for item in options.split(",") if item))
+            return SimpleNamespace(
+                name=name, options=fields, control=lambda optimizer: controls[name]
+            )
 
         monkeypatch.setattr(regrad, "create", create)
 
@@ -137,7 +141,7 @@ def test_the_same_arm_twice_is_refused(with_controls, optimizer):
 
 def test_no_arm_may_be_called_like_the_baseline(with_controls, optimizer):
     with_controls(none=None)
-    with pytest.raises(ValueError, match="corrections must be different, got 'none' twice"):
+    with pytest.raises(ValueError, match="must not name the baseline, got 'none'; it runs anyway"):
         expand(["none"], optimizer)
 
 
@@ -196,3 +200,49 @@ def test_folder_names_hold_nothing_that_a_file_name_cannot():
     assert re.fullmatch(
         r"agc_max_ratio=0\.1\+x_y_z-[0-9a-f]{8}", Arm("agc:max_ratio=0.1+x y/z").folder_name
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "apart"),
+    [
+        ("xgrad,agc", ["xgrad", "agc"]),
+        ("xgrad, agc;gcw", ["xgrad", "agc", "gcw"]),
+        ("xgrad agc", ["xgrad", "agc"]),
+        ("xgrad:horizon=2,agc", ["xgrad:horizon=2", "agc"]),
+        (
+            "agc:max_ratio=0.1,axis=0,xgrad:horizon=2",
+            ["agc:max_ratio=0.1,axis=0", "xgrad:horizon=2"],
+        ),
+        ("xgrad,nothing,agc:axis=(0,1)", ["xgrad", "nothing", "agc:axis=(0,1)"]),
+    ],
+)
+def test_corrections_with_commas_between_them_are_all_in_the_suggestion(text, apart):
+    with pytest.raises(ValueError, match="corrections must be separated by spaces, got") as said:
+        created(text)
+    assert repr(text) in str(said.value)
+    assert f"use --corrections {' '.join(apart)}, or {'+'.join(apart)} for all" in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["xgrad", "agc:max_ratio=0.1,axis=0", "agc: max_ratio = 0.1", "a:b=[1,2]"]
+)
+def test_options_with_commas_between_them_are_of_one_correction(text):
+    assert len(module._separated(text)) == 1
+
+
+def test_one_correction_written_in_two_ways_is_one_arm(optimizer, monkeypatch):
+    class Options(SimpleNamespace):
+        pass
+
+    def create(text):
+        scale = float(text.partition("=")[2] or 1)
+        return SimpleNamespace(
+            name="a", options=Options(scale=scale), control=lambda optimizer: None
+        )
+
+    monkeypatch.setattr(regrad, "create", create)
+    with pytest.raises(ValueError, match=r"must be different, got 'a' and 'a:scale=1', which are"):
+        expand(["a", "a:scale=1"], optimizer)
+    with pytest.raises(ValueError, match=r"got 'a:scale=2' and 'a:scale=2\.0', which are the same"):
+        expand(["a:scale=2", "a:scale=3", "a:scale=2.0"], optimizer)
+    assert len(expand(["a", "a:scale=2", "a+a:scale=2", "a:scale=2+a"], optimizer)) == 5

@@ -501,3 +501,17 @@ def test_a_process_that_gets_a_sigterm_leaves_no_run_open_and_a_folder_to_go_on_
     assert statuses.pop("out") == "KILLED"
     assert set(statuses.values()) <= {"FINISHED", "KILLED"}
     assert len(ResultsFolder(here / "out").results) >= 1
+
+
+@pytest.mark.parametrize("words", [["--seed", "1e3"], ["--seed=1e3"]])
+def test_a_value_that_is_no_number_is_repeated_with_its_flag(capsys, words):
+    assert main(["train", *words, "--epochs", "2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("regrad: Invalid value for '--seed': ")
+    assert said.endswith(", got '1e3'\n")
+
+
+def test_a_flag_with_its_first_value_behind_an_equals_sign_takes_the_others_too():
+    words = "--corrections=xgrad agc --seeds 2 --correction=gcw"
+    repeated = "--corrections xgrad --corrections agc --seeds 2 --corrections gcw"
+    assert repeat_flag(words.split()) == repeated.split()

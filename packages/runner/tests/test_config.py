@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def test_one_learning_rate_may_be_written_alone(rate):
             r"batch_size must be a multiple of accumulate \(2\), got 7",
         ),
         ({"clip_norm": 0}, "clip_norm must be greater than 0, got 0"),
+        ({"optimizer": ""}, "optimizer must not be empty, got ''; leave it out for the default"),
+        ({"data_dir": "  "}, "data_dir must not be empty, got '  '"),
+        ({"corrections": ["xgrad", ""]}, "corrections must not be empty, got ''"),
+        ({"lr": [True, 0.1]}, "lr must not be yes or no, got True"),
+        ({"lr": [2**53 + 1]}, "lr must be at most 9007199254740992, got 9007199254740993"),
+        ({"lr": float("nan")}, "lr must be a finite number, got nan"),
+        ({"corrections": ["a\x1b[31m"]}, r"at most 1000 printable characters, got 'a.x1b.31m'"),
         ({"tracking_uri": "./mlruns"}, "tracking_uri must be an absolute address, got './mlruns'"),
     ],
 )
@@ -86,6 +94,12 @@ def test_a_missing_file_is_refused(tmp_path):
         load_config(CompareConfig, file=tmp_path / "none.yaml", flags={})
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match=r"readable file, got '.*pipe.yaml': not a regular file"):
+        load_config(CompareConfig, file=tmp_path / "pipe.yaml", flags={})
+
+
 def test_what_is_left_open_comes_from_the_workload(digits):
     config = load_config(CompareConfig, flags={"epochs": 3}).resolved(digits)
     assert config.epochs == 3
@@ -96,6 +110,15 @@ def test_what_is_left_open_comes_from_the_workload(digits):
 def test_another_optimizer_brings_its_own_learning_rate(digits):
     config = load_config(TrainConfig, flags={"optimizer": "adamw"}).resolved(digits)
     assert (config.optimizer, config.lr) == ("adamw", 1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_rate_that_no_step_can_be_made_with_is_refused_before_one_is(digits, optimizer):
+    for kind, rate in ((TrainConfig, 1e39), (CompareConfig, (0.1, 1e308))):
+        with pytest.raises(
+            ValueError, match=f"lr must .*'{optimizer}.*got 1e\\+3|lr must keep weights"
+        ):
+            load_config(kind, flags={"lr": rate, "optimizer": optimizer}).resolved(digits)
 
 
 def test_resolving_twice_changes_nothing(digits):

@@ -1,3 +1,6 @@
+import os
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -196,24 +199,71 @@ def test_workers_make_the_same_batches(large):
     assert [len(labels) for _, labels in together] == [8, 8, 4]
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path):
+@pytest.mark.parametrize("size", [72, 12])
+def test_a_file_that_is_no_image_is_found_before_anything_is_trained(tmp_path, size):
     write_folders(tmp_path, size=(80, 80))
-    bad = tmp_path / "val" / "bee" / "003.png"
-    bad.write_bytes(b"no image")
+    (tmp_path / "val" / "bee" / "003.png").write_bytes(b"no image")
+    with pytest.raises(
+        ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'; read"
+    ):
+        load_workload("imagefolder", data_dir=tmp_path, image_size=size)
+
+
+def test_the_head_of_so_many_large_images_is_read_beforehand(tmp_path, monkeypatch):
+    write_folders(tmp_path, size=(80, 80))
+    (tmp_path / "val" / "bee" / "003.png").write_bytes(b"no image")
+    monkeypatch.setattr(imagefolder, "OPENED", 2)
     large = load_workload("imagefolder", data_dir=tmp_path, image_size=72)
-    with pytest.raises(
-        ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'"
-    ):
+    with pytest.raises(ValueError, match=r"got another in '.*003.png'; read are"):
         large.test.__getitems__([13])
-    with pytest.raises(
-        ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'"
-    ):
-        load_workload("imagefolder", data_dir=tmp_path)
-    bad.unlink()
+    (tmp_path / "val" / "bee" / "003.png").unlink()
     with pytest.raises(
         ValueError, match=r"image must be a readable file, got '.*003.png': No such file"
     ):
         large.test.__getitems__([13])
+
+
+SMALL_RUN = [
+    "--workload",
+    "imagefolder",
+    "--image-size",
+    "66",
+    "--model",
+    "resnet8",
+    "--width",
+    "2",
+]
+SMALL_RUN += ["--batch-size", "5", "--tracker", "none", "--lr", "0.01", "--epochs", "1"]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_is_damaged_behind_its_head_is_one_line_that_names_it(
+    tmp_path, monkeypatch, capsys, workers
+):
+    write_folders(tmp_path / "images", size=(80, 80), count=6)
+    spoilt = tmp_path / "images" / "val" / "bee" / "003.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:9000])
+    monkeypatch.chdir(tmp_path)
+    words = ["train", *SMALL_RUN, "--data-dir", "images", "--workers", workers, "--out", "out"]
+    assert main(words) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("regrad:")]
+    assert line.startswith(
+        "regrad: image must be a JPEG, PNG or the like, got another in 'images/val/bee/003.png': "
+    )
+
+
+def test_in_a_comparison_a_damaged_image_is_named_by_the_run_that_failed(
+    tmp_path, monkeypatch, capsys
+):
+    write_folders(tmp_path / "images", size=(80, 80), count=6)
+    spoilt = tmp_path / "images" / "val" / "bee" / "003.png"
+    spoilt.write_bytes(spoilt.read_bytes()[:9000])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "baseline.yaml").write_text("corrections: []\nseeds: 1\nworkers: 1\n")
+    words = ["compare", "--config", "baseline.yaml", *SMALL_RUN, "--data-dir", "images"]
+    assert main([*words, "--out", "out"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "seed 0 failed: UnreadableImage: image must be a JPEG, PNG or the like, got" in said
 
 
 def test_workers_change_no_weight_of_a_run(tmp_path, monkeypatch):
@@ -265,7 +315,7 @@ def test_workers_change_no_weight_of_a_run(tmp_path, monkeypatch):
         (
             lambda root: (write_folders(root), (root / "train" / "cat").mkdir()),
             {},
-            "data_dir must be .*, got: Found no valid file for the classes cat",
+            "data_dir must be .*, got no image in '.*cat'; their names end in .jpg",
         ),
         (
             lambda root: write_folders(root, classes=("ant",)),
@@ -292,3 +342,135 @@ def test_unfit_folders_are_refused_in_one_line(tmp_path, spoil, options, message
     with pytest.raises(ValueError, match=message) as caught:
         load_workload("imagefolder", **{"data_dir": root, **options})
     assert "\n" not in str(caught.value)
+
+
+# what is none of the data, or would be read twice
+
+
+def add_images(folder, count=3, seed=5000):
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        picture(12, 12, seed=seed + index).save(folder / f"extra-{index}.png")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "train/.ipynb_checkpoints",
+        "train/ant/.ipynb_checkpoints",
+        "val/.hidden",
+        "train/__MACOSX",
+        "train/ant/@eaDir/000.png",
+    ],
+)
+def test_a_hidden_folder_is_no_class_and_its_images_are_no_data(tmp_path, place):
+    write_folders(tmp_path)
+    add_images(tmp_path / place)
+    workload = load_workload("imagefolder", data_dir=tmp_path)
+    assert workload.classes == 2
+    assert (len(workload.train), len(workload.validation), len(workload.test)) == (18, 2, 20)
+
+
+@pytest.mark.parametrize("name", ["._000.png", ".000.png.part", "notes.txt", "png"])
+def test_a_hidden_file_and_one_of_another_ending_are_no_data(tmp_path, name):
+    write_folders(tmp_path)
+    (tmp_path / "train" / "ant" / name).write_bytes(b"no image")
+    assert len(load_workload("imagefolder", data_dir=tmp_path).train) == 18
+
+
+def test_images_below_a_class_are_found_in_the_order_of_their_folders(tmp_path):
+    write_folders(tmp_path)
+    add_images(tmp_path / "val" / "ant" / "b" / "deeper", count=1, seed=7)
+    add_images(tmp_path / "val" / "ant" / "a", count=1, seed=8)
+    images = load_workload("imagefolder", data_dir=tmp_path).test.images
+    assert len(images) == 22
+    assert torch.equal(images[10], as_pixels(picture(12, 12, seed=8)))
+    assert torch.equal(images[11], as_pixels(picture(12, 12, seed=7)))
+    assert torch.equal(images[12], as_pixels(picture(12, 12, seed=1100)))
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("train/loop", "..", "hold each folder once, got one folder as '{0}' and '{0}/train/loop'"),
+        ("train/loop", ".", "one folder as '{0}/train' and '{0}/train/loop'"),
+        ("train/ant/loop", "..", "one folder as '{0}/train' and '{0}/train/ant/loop'"),
+        ("train/ant/loop", ".", "one folder as '{0}/train/ant' and '{0}/train/ant/loop'"),
+        ("train/cat", "ant", "one folder as '{0}/train/ant' and '{0}/train/cat'"),
+        ("train/held", "../val/ant", "one folder as '{0}/train/held' and '{0}/val/ant'"),
+        ("test", "train", "one folder as '{0}/train' and '{0}/test'"),
+        ("train/cat", "../../elsewhere", "hold no link that leads out of it, got '{0}/train/cat'"),
+        ("test", "../elsewhere", "hold no link that leads out of it, got '{0}/test' to"),
+        ("train/ant/x.png", "../../../elsewhere/extra-0.png", "no link that leads out of it, got"),
+        ("train/ant/x.png", "000.png", "each file once, got one file as '{0}/train/ant/000.png'"),
+        ("train/ant/x.png", "../bee/000.png", "each file once, got one file as '{0}/train/ant/x"),
+        ("train/ant/x.png", "../../val/ant/000.png", "each file once, got one file as"),
+        ("train/ant/x.png", "gone.png", "hold files that are there, got a broken link '{0}/train"),
+        ("train/ant/x.png", "x.png", "hold files that are there, got a broken link '{0}/train/ant"),
+    ],
+)
+def test_a_link_that_leaves_or_enters_again_is_refused(tmp_path, link, target, message):
+    root = write_folders(tmp_path / "images")
+    add_images(tmp_path / "elsewhere")
+    (root / link).symlink_to(target)
+    with pytest.raises(ValueError, match=re.escape(message.format(root))) as caught:
+        load_workload("imagefolder", data_dir=root)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_within_the_folder_to_what_is_read_nowhere_else_is_followed(tmp_path):
+    root = write_folders(tmp_path / "images")
+    add_images(root / "pool" / "cats", count=10)
+    (root / "train" / "cat").symlink_to("../pool/cats")
+    picture(12, 12, seed=9).save(root / "pool" / "one.png")
+    (root / "val" / "bee" / "one.png").symlink_to("../../pool/one.png")
+    workload = load_workload("imagefolder", data_dir=root)
+    assert workload.classes == 3
+    assert len(workload.train) + len(workload.validation) == 30
+    assert len(workload.test) == 21
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path):
+    write_folders(tmp_path / "images")
+    (tmp_path / "link").symlink_to("images")
+    assert len(load_workload("imagefolder", data_dir=tmp_path / "link").train) == 18
+
+
+@pytest.mark.parametrize("other", ["train/ant/again.png", "train/bee/again.png", "val/ant/x.png"])
+def test_a_hard_link_makes_no_second_image(tmp_path, other):
+    write_folders(tmp_path)
+    (tmp_path / other).hardlink_to(tmp_path / "train" / "ant" / "000.png")
+    with pytest.raises(ValueError, match="data_dir must hold each file once, got one file as"):
+        load_workload("imagefolder", data_dir=tmp_path)
+
+
+def test_a_file_that_is_linked_from_elsewhere_is_read_once_and_is_no_fault(tmp_path):
+    root = write_folders(tmp_path / "images")
+    (tmp_path / "copy.png").hardlink_to(root / "train" / "ant" / "000.png")
+    assert len(load_workload("imagefolder", data_dir=root).train) == 18
+
+
+@pytest.mark.parametrize("size", [12, 72])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, size):
+    write_folders(tmp_path)
+    os.mkfifo(tmp_path / "train" / "ant" / "pipe.png")
+    with pytest.raises(ValueError, match=r"hold regular files, got another kind in '.*pipe.png'"):
+        load_workload("imagefolder", data_dir=tmp_path, image_size=size)
+
+
+def test_a_pipe_of_another_name_is_no_data(tmp_path):
+    write_folders(tmp_path)
+    os.mkfifo(tmp_path / "train" / "pipe")
+    os.mkfifo(tmp_path / "train" / "ant" / "pipe")
+    assert len(load_workload("imagefolder", data_dir=tmp_path).train) == 18
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_folders(tmp_path)
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"must be readable, got '.*train': Permission denied"):
+        load_workload("imagefolder", data_dir=tmp_path)

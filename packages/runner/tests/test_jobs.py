@@ -135,5 +135,5 @@ def test_jobs_share_the_threads_unless_told(here):
 
 
 def test_jobs_must_be_some():
-    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="jobs must be from 1 to 1024, got 0"):
         make_plan(CompareConfig(), jobs=0)

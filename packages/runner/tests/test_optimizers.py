@@ -75,6 +75,8 @@ def test_an_optimizer_gets_its_options_and_a_controls_changes():
             "sgd:momentum=-1",
             "optimizer must be one that torch accepts, got 'sgd:momentum=-1': Invalid momentum",
         ),
+        ("sgd:momentum=nan", "momentum must be finite, got nan in optimizer 'sgd:momentum=nan'"),
+        ("sgd:momentum=-inf", "momentum must be finite, got -inf in optimizer"),
         ("sgd:momentum=fast", "optimizer must be one that torch accepts"),
     ],
 )

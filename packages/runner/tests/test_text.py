@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -415,3 +416,43 @@ def test_sizes_of_the_model_come_from_its_name_and_the_width_from_its_setting(wo
         (7, 12),
     )
     assert model.head.weight is model.tokens.weight
+
+
+def test_a_pipe_and_a_device_are_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for place, said in (
+        (tmp_path / "pipe.txt", r"got '.*pipe.txt': not a regular file"),
+        (tmp_path / "zero", r"got '.*zero': not a regular file"),
+        (tmp_path, r"data_dir must hold regular files, got another kind in '.*pipe.txt'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_workload("text", data_dir=place)
+
+
+def test_hidden_texts_of_a_folder_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    (tmp_path / "._a.txt").write_bytes(b"\xff")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "a.txt").write_bytes(b"\xff")
+    text = load_workload("text:context=7", data_dir=tmp_path)
+    assert bytes(text.train.text.tolist()) == TEXT[: round(0.8 * len(TEXT))]
+
+
+@pytest.mark.parametrize("how", ["symlink_to", "hardlink_to"])
+def test_a_text_that_stands_twice_in_a_folder_is_refused(tmp_path, how):
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    getattr(tmp_path / "b.txt", how)(tmp_path / "a.txt")
+    with pytest.raises(
+        ValueError, match=r"each file once, got one file as '.*a.txt' and '.*b.txt'"
+    ):
+        load_workload("text", data_dir=tmp_path)
+
+
+def test_a_link_out_of_a_folder_of_texts_is_refused_and_one_that_was_named_is_followed(
+    tmp_path, file
+):
+    (tmp_path / "a.txt").symlink_to(file)
+    with pytest.raises(ValueError, match=r"hold no link that leads out of it, got '.*a.txt' to"):
+        load_workload("text", data_dir=tmp_path)
+    assert len(load_workload("text", data_dir=tmp_path / "a.txt").train)

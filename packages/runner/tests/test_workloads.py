@@ -1,5 +1,6 @@
 import io
 import itertools
+import os
 import socket
 
 import datasets
@@ -10,6 +11,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageSet, standardized
 from regrad_runner.workloads.parquet import _Split
 from regrad_runner.workloads.samples import training_loader
@@ -555,7 +557,7 @@ def test_reading_uses_no_network_and_leaves_nothing_behind(tmp_path, monkeypatch
 def test_a_reader_is_closed_when_reading_is_interrupted(tmp_path):
     # One that is left open can keep the interpreter from ending.
     write_set(tmp_path)
-    split = _Split.find(tmp_path, "train")
+    split = _Split.find(DataFolder(tmp_path), "train")
     with pytest.raises(KeyboardInterrupt), split._column("image") as (_, tables):
         next(tables)
         raise KeyboardInterrupt
@@ -657,3 +659,40 @@ def test_more_images_than_there_are_cannot_be_kept(tmp_path):
         ValueError, match=r"train_size must be from 2 \(the classes\) to 34, got 50"
     ):
         load_workload("parquet", data_dir=tmp_path, train_size=50)
+
+
+# what is read once
+
+
+def test_a_pipe_among_parquet_files_is_not_waited_for(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / "test.parquet").unlink()
+    os.mkfifo(tmp_path / "test.parquet")
+    with pytest.raises(
+        ValueError, match=r"hold regular files, got another kind in '.*test.parquet'"
+    ):
+        load_workload("parquet", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("how", ["symlink_to", "hardlink_to"])
+def test_a_parquet_file_that_both_trains_and_tests_is_refused(tmp_path, how):
+    write_set(tmp_path)
+    (tmp_path / "test.parquet").unlink()
+    getattr(tmp_path / "test.parquet", how)(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"one file as '.*train.parquet' and '.*test.parquet'"):
+        load_workload("parquet", data_dir=tmp_path)
+
+
+def test_links_of_a_cache_are_followed(tmp_path):
+    for folder in ("blobs", "snapshot"):
+        (tmp_path / folder).mkdir()
+    write_set(tmp_path / "blobs")
+    for split in ("train", "test"):
+        (tmp_path / "snapshot" / f"{split}.parquet").symlink_to(f"../blobs/{split}.parquet")
+    assert len(load_workload("parquet", data_dir=tmp_path / "snapshot").test)
+
+
+def test_a_hidden_parquet_file_is_none_of_the_shards(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / ".train-1.parquet").write_bytes(b"half")
+    assert len(load_workload("parquet", data_dir=tmp_path).test)

@@ -74,13 +74,25 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
     """
     arms = {BASELINE: Arm(BASELINE)}
     changes: dict[str, Control] = {}
+    stacks: dict[str, list[Correction]] = {}
     for text in corrections:
         parts = parts_of(text)
         name = "+".join(parts)
+        if name == BASELINE:
+            raise ValueError(
+                f"corrections must not name the baseline, got {name!r}; it runs anyway: leave it out"
+            )
         if name in arms:
             raise ValueError(f"corrections must be different, got {name!r} twice")
+        stack = [correction for part in parts for correction in created(part)]
+        for other, known in stacks.items():
+            if _recipes(known) == _recipes(stack):
+                raise ValueError(
+                    f"corrections must be different, got {other!r} and {name!r}, which are the same"
+                )
+        stacks[name] = stack
         arms[name] = Arm(name, corrections=parts)
-        change = merged([c.control(optimizer) for part in parts for c in created(part)])
+        change = merged([correction.control(optimizer) for correction in stack])
         if change is not None:
             changes[name] = change
     extra: dict[str, Arm] = {}
@@ -108,13 +120,45 @@ def created(text: str) -> tuple[Correction, ...]:
     """Return the corrections behind one string.
 
     Raises:
-        ValueError: If it cannot be read, or the correction or an option is unknown or unfit.
+        ValueError: If it cannot be read, names several, or the correction or an option is unknown or unfit.
     """
+    several = _separated(text)
+    if len(several) > 1:
+        raise ValueError(
+            f"corrections must be separated by spaces, got {text!r}; "
+            f"use --corrections {' '.join(several)}, or {'+'.join(several)} for all of them together"
+        )
     try:
         correction = regrad.create(text)
     except (TypeError, RecursionError) as problem:
         raise ValueError(str(problem)) from problem
     return correction if isinstance(correction, tuple) else (correction,)
+
+
+def _recipes(stack: Iterable[Correction]) -> list[tuple[str, dict[str, Any]]]:
+    """Return what makes corrections the same, however their options were written."""
+    return [(correction.name, vars(correction.options)) for correction in stack]
+
+
+def _separated(text: str) -> list[str]:
+    """Return the corrections that a text with commas means: one begins wherever no option of the last one stands.
+
+    Example:
+        >>> _separated("xgrad:horizon=2,decay=[1,2],agc")
+        ['xgrad:horizon=2,decay=[1,2]', 'agc']
+    """
+    several: list[str] = []
+    for item in re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|[^,;])+", text):
+        name = item.partition("=")[0]
+        if several and "=" in item and ":" not in name:
+            several[-1] += f",{item}"
+            continue
+        names, colon, option = item.strip().partition(":")
+        words = names.split()
+        several += words[:-1]
+        if words:
+            several.append(f"{words[-1]}{colon}{option}")
+    return several
 
 
 def create_all(arm: Arm) -> list[Correction]:

@@ -11,6 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from regrad.errors import RegradError
 
+from regrad_runner.matching import (
+    MOVED,
+    check_optimizer,
+    check_settings,
+    check_tensors,
+    identity,
+    inventory,
+)
 from regrad_runner.states import (
     corrections_state,
     load_corrections,
@@ -68,11 +76,12 @@ def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
         path: A checkpoint's folder.
 
     Returns:
-        What is no longer exact, in words: nothing with as many processes as then.
+        What is no longer exact, in words: nothing with as many processes as then. And where the data were, if they
+        were moved.
 
     Raises:
-        RegradError: If the checkpoint is damaged, of another format or would run code, or if parameters or
-            corrections differ.
+        RegradError: If the checkpoint is damaged, of another format or would run code, if settings, parameters, the
+            optimizer's options or corrections differ, or if weights are not finite; says what, there and here.
     """
     return _take(run, _on_first(run.accelerator, lambda: read_checkpoint(path)))
 
@@ -110,6 +119,9 @@ def _content(run: TrainingRun) -> Content:
         ),
     }
     state = {
+        "identity": identity(run),
+        MOVED: run.config.data_dir,
+        "inventory": inventory(tensors),
         "step": run.position.step,
         "epoch": run.position.epoch,
         "batch": run.position.batch,
@@ -144,8 +156,10 @@ def _take(run: TrainingRun, content: Content) -> list[str]:
 
 
 def _take_all(run: TrainingRun, content: Content) -> list[str]:
-    """Put everything back; position and corrections first, because they may refuse."""
+    """Put everything back; what may refuse comes first."""
     tensors, state = content.tensors, content.state
+    lines = check_settings(run, state)
+    check_tensors(run, tensors, state)
     position = _position(run, state)
     fresh = run.scheduler.state_dict()
     scheduler = _alike(state["scheduler"], fresh, "scheduler")
@@ -156,6 +170,7 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
         raise RegradError(
             f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}"
         )
+    check_optimizer(run, tensors["optimizer"]["groups"], scheduler["last_epoch"])
     load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
     model = run.accelerator.unwrap_model(run.model)
     load_model(model, tensors["model"])
@@ -166,7 +181,7 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
     run.watch.load_state_dict(_alike(state["watch"], run.watch.state_dict(), "watch"))
     run.position = position
     run.begin_lap()
-    return _take_own(run, tensors["of_each_process"])
+    return [*lines, *_take_own(run, tensors["of_each_process"])]
 
 
 def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:

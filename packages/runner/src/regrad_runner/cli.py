@@ -35,7 +35,7 @@ def _run(words: list[str]) -> int:
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.commands import app  # noqa: PLC0415
-    from regrad_runner.errors import BadInput  # noqa: PLC0415
+    from regrad_runner.errors import BadInput, in_one_line  # noqa: PLC0415
 
     # Typer has its own copy of click since some version: its usage error goes by no public name in every one.
     usage_error: Any = typer.BadParameter.__base__
@@ -47,15 +47,28 @@ def _run(words: list[str]) -> int:
     except (
         RegradError
     ) as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
-        return _complain(str(problem), code=FAILED)
+        return _complain(in_one_line(problem), code=FAILED)
     except usage_error as problem:
-        return _complain(problem.format_message())
+        return _complain(_with_value(problem, words))
     except (typer.Abort, KeyboardInterrupt):
         return STOPPED
 
 
+def _with_value(problem: Any, words: Sequence[str]) -> str:
+    """Return what the parser says, with the value that it refused: it names the flag alone."""
+    message = str(problem.format_message())
+    for flag in getattr(getattr(problem, "param", None), "opts", ()):
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            value = following if word == flag else word.removeprefix(f"{flag}=")
+            if (word == flag or value != word) and value not in message:
+                return f"{message.rstrip('.')}, got {value!r}"
+    return message
+
+
 def _complain(problem: str, code: int = BAD_INPUT) -> int:
-    if problem and os.environ.get("RANK", "0") == "0":
+    # A RANK that a launcher left behind makes nobody else speak.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if problem and (alone or os.environ.get("RANK", "0") == "0"):
         sys.stderr.write(f"regrad: {problem}\n")
     return code
 

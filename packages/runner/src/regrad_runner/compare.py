@@ -17,6 +17,7 @@ from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell
 from regrad_runner.effects import FILE as EFFECTS
 from regrad_runner.effects import Effect, EffectTrace, keep_effects
+from regrad_runner.errors import in_one_line
 from regrad_runner.nonfinite import NonFiniteError, keeping_norms
 from regrad_runner.planning import Plan, agreed, make_plan, open_folder
 from regrad_runner.probing import FILE, Probe, Quality, keep_qualities
@@ -284,8 +285,7 @@ class Comparison:
             if self.plan.processes > 1:
                 raise
             problems.append(problem)
-            reason = str(problem).partition("\n")[0]
-            self.display.say(f"{name} failed: {type(problem).__name__}: {reason}")
+            self.display.say(f"{name} failed: {type(problem).__name__}: {in_one_line(problem)}")
             with (self.plan.path / "failures.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{name}\n{traceback.format_exc()}\n")
 

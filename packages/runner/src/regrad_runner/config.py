@@ -21,8 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from regrad_runner.optimizers import spec_of
+from regrad_runner.optimizers import check_rate, spec_of
+from regrad_runner.reading import read_regular
 from regrad_runner.workloads import Workload, settings_of_model
+from regrad_runner.yaml_text import read_yaml, write_yaml
 
 FIRST_TUNING_SEED = 1_000_000
 LAST_SEED = 2**32 - 1  # that NumPy takes
@@ -104,25 +106,15 @@ class RunConfig(BaseModel):
     @classmethod
     def _plain(cls, value: object, info: ValidationInfo) -> object:
         """Refuse what would tear a terminal, a table or a file of settings, and yes or no where a number belongs."""
-        texts = value if isinstance(value, list | tuple) else (value,)
-        unfit = [
-            text
-            for text in texts
-            if isinstance(text, str) and not (text.isprintable() and len(text) <= LONGEST_TEXT)
-        ]
-        if unfit:
-            raise ValueError(
-                f"{info.field_name} must be at most {LONGEST_TEXT} printable characters, got {shown(unfit[0])}"
-            )
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
-            raise ValueError(f"{info.field_name} must not be yes or no, got {value!r}")
-        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
-            raise ValueError(
-                f"{info.field_name} must be at most {LARGEST_NUMBER}, got {shown(value)}"
-            )
+        name = str(info.field_name)
+        takes_yes = cls.model_fields[name].annotation is bool
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, str):
+                _check_text(name, item)
+            if isinstance(item, bool) and not takes_yes:
+                raise ValueError(f"{name} must not be yes or no, got {item!r}")
+            if isinstance(item, int) and abs(item) > LARGEST_NUMBER:
+                raise ValueError(f"{name} must be at most {LARGEST_NUMBER}, got {shown(item)}")
         return value
 
     @field_validator("tracking_uri")
@@ -166,6 +158,8 @@ class RunConfig(BaseModel):
         values["optimizer"], lr = spec_of(self.optimizer, defaults)
         given = self.model_dump()
         values["lr"] = lr if given["lr"] is None else given["lr"]
+        for rate in values["lr"] if isinstance(values["lr"], tuple) else (values["lr"],):
+            check_rate(values["optimizer"], rate)
         if values["batch_size"] > len(workload.train):
             raise ValueError(
                 f"batch_size must be at most {len(workload.train)} (the training {workload.train.kind}), "
@@ -267,7 +261,7 @@ def shown(value: object) -> str:
 
 def write_config(config: RunConfig) -> str:
     """Return the settings as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
 
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
@@ -310,6 +304,16 @@ def continued(old: Config, new: Config) -> Config:
     return new.model_copy(update=more)
 
 
+def _check_text(name: str, text: str) -> None:
+    """Raise a `ValueError` where a text is empty, too long, or would tear a terminal."""
+    if not (text.isprintable() and len(text) <= LONGEST_TEXT):
+        raise ValueError(
+            f"{name} must be at most {LONGEST_TEXT} printable characters, got {shown(text)}"
+        )
+    if not text.strip():
+        raise ValueError(f"{name} must not be empty, got {text!r}; leave it out for the default")
+
+
 def _threads(pixels: int) -> int:
     return 1 if pixels < PIXELS_FOR_ONE_THREAD else torch.get_num_threads()
 
@@ -321,7 +325,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: If it cannot be read or is no mapping.
     """
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = read_yaml(read_regular(file).decode("utf-8"))
     except OSError as problem:
         raise ValueError(
             f"config must be a readable file, got '{file}': {problem.strerror}"
@@ -333,7 +337,10 @@ def read_settings(file: Path) -> dict[str, Any]:
         raise ValueError(  # noqa: TRY004 - what the file says is wrong, not what a caller passed
             f"config must map settings to values, got {type(loaded).__name__} in '{file}'"
         )
-    return {str(name): value for name, value in loaded.items()}
+    for name in loaded:
+        if not isinstance(name, str):
+            raise ValueError(f"no setting named {shown(name)} in '{file}'")  # noqa: TRY004 - as above
+    return loaded
 
 
 def _learning_rates(values: tuple[float, ...]) -> tuple[float, ...]:

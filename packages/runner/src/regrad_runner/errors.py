@@ -25,3 +25,14 @@ def checking_input() -> Iterator[None]:
         raise BadInput(
             line if whole else f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}"
         ) from problem
+
+
+def in_one_line(problem: BaseException) -> str:
+    """Return the first line of what an exception says; of one in a loader's process, what it said there.
+
+    torch puts the process's traceback in front of it, and the words themselves at the end.
+    """
+    lines = str(problem).splitlines() or [type(problem).__name__]
+    if not lines[0].startswith("Caught ") or "DataLoader worker" not in lines[0]:
+        return lines[0]
+    return lines[-1].partition(": ")[2] or lines[-1]

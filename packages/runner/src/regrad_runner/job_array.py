@@ -9,6 +9,7 @@ from pathlib import Path
 from regrad_runner.cells import Cell, in_ranges
 from regrad_runner.compare import TRACKED, Comparison, chosen_rates
 from regrad_runner.config import CompareConfig, first_difference, load_config
+from regrad_runner.environment import in_words
 from regrad_runner.planning import Plan, agreed, open_folder, plan_of
 from regrad_runner.preparation import try_on
 from regrad_runner.progress import Display
@@ -100,6 +101,8 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Outcome:
         display: Told how far it is.
     """
     plan, cell = cell_plan.plan, cell_plan.cell
+    for line in in_words(plan.config):
+        display.say(line)
     tracker, parent = Tracker(), read_about(plan.path).get(TRACKED, "")
     if plan.reports:
         # Nodes share a database's file badly: what is for it waits in the folder, and regrad sync delivers it.

@@ -9,26 +9,31 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType
 
 from regrad_runner.config import RunConfig
+from regrad_runner.environment import asked_to_shard, check_launcher, settings_win
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Return an Accelerator whose batches do not depend on the number of processes.
 
+    Settings win over what accelerate would read from the environment: see `regrad_runner.environment`.
+
     Raises:
-        ValueError: If the precision or the sharding needs hardware that is missing, or there are more or fewer
-            processes than asked.
+        ValueError: If a launcher asked for an engine that is not trained with, if the precision or the sharding needs
+            hardware that is missing, or if there are more or fewer processes than asked.
     """
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError(
             "mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'"
         )
     threads = torch.get_num_threads()
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else accelerate's CUDA build makes one process of torchrun's
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
+    check_launcher()
+    with settings_win():
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else accelerate's CUDA build makes one process of torchrun's
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.accumulate,
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+        )
     torch.set_num_threads(
         threads
     )  # accelerate chooses others where several processes are on one CPU
@@ -45,11 +50,6 @@ def check_task() -> None:
             f"srun must start one launcher per node, got {tasks} tasks that each would do the same; "
             f"use srun --ntasks-per-node 1 torchrun --nnodes M --nproc-per-node N -m regrad_runner …"
         )
-
-
-def asked_to_shard() -> bool:
-    """Say whether accelerate's launcher was asked for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _check_processes(config: RunConfig, started: int) -> None:

@@ -47,13 +47,24 @@ def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
     return spec, float(lr)
 
 
+def check_rate(spec: str, lr: float) -> None:
+    """Raise a `ValueError` where an optimizer cannot step with a learning rate that torch cannot hold."""
+    try:
+        parameter = _stepped(spec, lr=lr)
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ValueError(
+            f"lr must be one that {spec!r} can step with, got {lr!r}: {reason}"
+        ) from problem
+    if not parameter.isfinite().all():
+        raise ValueError(f"lr must keep weights finite, got {lr!r} with {spec!r}")
+
+
 def _try_step(spec: str, *, lr: float) -> None:
     """Step on a parameter of its own: torch looks at some options only there, in the middle of a run."""
-    parameter = nn.Parameter(torch.zeros(2, 2))
-    optimizer = build_optimizer(spec, [parameter], lr=lr)
-    parameter.grad = torch.ones(2, 2)
+    build_optimizer(spec, [nn.Parameter(torch.zeros(2, 2))], lr=lr)  # it says what is wrong itself
     try:
-        optimizer.step()
+        parameter = _stepped(spec, lr=lr)
     except Exception as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise ValueError(
@@ -61,6 +72,15 @@ def _try_step(spec: str, *, lr: float) -> None:
         ) from problem
     if not parameter.isfinite().all():
         raise ValueError(f"optimizer must have options that keep weights finite, got {spec!r}")
+
+
+def _stepped(spec: str, *, lr: float) -> nn.Parameter:
+    """Return a parameter after a step with gradients of one."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    optimizer = build_optimizer(spec, [parameter], lr=lr)
+    parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    return parameter
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

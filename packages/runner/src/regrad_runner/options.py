@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,10 +184,12 @@ def repeat_flag(words: Sequence[str]) -> list[str]:
     Example:
         >>> repeat_flag(["--corrections", "agc", "xgrad", "--seeds", "3"])
         ['--corrections', 'agc', '--corrections', 'xgrad', '--seeds', '3']
+        >>> repeat_flag(["--correction=agc", "xgrad"])
+        ['--corrections', 'agc', '--corrections', 'xgrad']
     """
     repeated: list[str] = []
     name, values = "", 0
-    for word in words:
+    for word in _apart(words):
         if word.startswith("-"):
             name, values = MANY.get(word, ""), 0
         elif name:
@@ -196,6 +198,16 @@ def repeat_flag(words: Sequence[str]) -> list[str]:
                 repeated.append(name)
         repeated.append(MANY.get(word, word))
     return repeated
+
+
+def _apart(words: Sequence[str]) -> Iterator[str]:
+    """Yield words, the flag and the first value of `--corrections=agc` one after the other."""
+    for word in words:
+        flag_name, equals, value = word.partition("=")
+        if equals and flag_name in MANY:
+            yield from (flag_name, value)
+        else:
+            yield word
 
 
 def settings_of(context: typer.Context) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 
+from regrad_runner import environment
 from regrad_runner.arms import Arm, expand
 from regrad_runner.cells import Cell, cells_of
-from regrad_runner.config import CompareConfig
+from regrad_runner.config import MOST_THREADS, CompareConfig
 from regrad_runner.launching import check_task, make_accelerator
 from regrad_runner.preparation import (
     default_folder,
@@ -76,6 +77,7 @@ class Plan:
             f"{tuning}",
             f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
             *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
+            *environment.in_words(config),
         )
         return "\n".join(lines)
 
@@ -105,8 +107,8 @@ def make_plan(
         ValueError: If anything is unknown, missing or does not fit.
         RegradError: If corrections cannot work together, or not on this model and optimizer.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if not 1 <= jobs <= MOST_THREADS:
+        raise ValueError(f"jobs must be from 1 to {MOST_THREADS}, got {jobs}")
     threads = config.threads
     workload, config = load_data(config)
     if threads is None and jobs > 1:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from regrad_runner.arms import ALL, Arm, create_all
 from regrad_runner.config import CompareConfig, Config, RunConfig
-from regrad_runner.launching import asked_to_shard
+from regrad_runner.environment import asked_to_shard
 from regrad_runner.optimizers import build_optimizer
 from regrad_runner.training import TrainingRun, as_inputs, build_training
 from regrad_runner.workloads import Workload, load_workload

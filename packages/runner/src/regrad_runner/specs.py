@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 import typing
 import warnings
@@ -87,7 +88,14 @@ def _check_type(function: Callable[..., Any], key: str, value: Any) -> None:
 
 
 def _value(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
+    words = {
+        "true": True,
+        "false": False,
+        "none": None,
+        "nan": math.nan,
+        "inf": math.inf,
+        "-inf": -math.inf,
+    }
     if text.lower() in words:
         return words[text.lower()]
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from regrad_runner.arms import BASELINE, Arm, parts_of
 from regrad_runner.checkpoint import load_latest, save_checkpoint
 from regrad_runner.config import TrainConfig
+from regrad_runner.environment import in_words
 from regrad_runner.errors import checking_input
 from regrad_runner.launching import check_task, make_accelerator
 from regrad_runner.nonfinite import keeping_norms
@@ -81,6 +82,8 @@ def train(plan: Plan, display: Display) -> Result:
         BadInput: If there are checkpoints and none can be gone on from; nothing is written.
     """
     config, tracker = plan.config, Tracker()
+    for line in in_words(config):
+        display.say(line)
     run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
     with closing(run):
         with checking_input():  # a checkpoint that is refused leaves the folder as it is

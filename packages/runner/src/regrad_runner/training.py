@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from regrad_runner.arms import Arm, create_all
 from regrad_runner.config import RunConfig
+from regrad_runner.environment import used
 from regrad_runner.launching import make_accelerator
 from regrad_runner.models import own_head
 from regrad_runner.nonfinite import Watch
@@ -186,12 +187,8 @@ class TrainingRun:
             seed=seed,
             workers=config.workers,
         )
-        scheduler = LambdaLR(
-            optimizer,
-            lambda step: schedule(
-                step, warmup_steps=config.warmup_steps or 0, total_steps=self.total_steps
-            ),
-        )
+        # Of a function the scheduler's state has nothing, of a method its attributes.
+        scheduler = LambdaLR(optimizer, lambda step: self.factor(step))  # noqa: PLW0108
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, loader, scheduler
         )
@@ -212,6 +209,12 @@ class TrainingRun:
     def evaluate_every(self) -> int:
         """Optimizer steps between evaluations."""
         return max(1, self.steps_per_epoch // int(self.config.evaluations_per_epoch or 1))
+
+    def factor(self, step: int) -> float:
+        """Return the factor on the learning rate of step `step`, from 0: see `schedule`."""
+        return schedule(
+            step, warmup_steps=self.config.warmup_steps or 0, total_steps=self.total_steps
+        )
 
     def train(self, *, on_point: Callable[[Point], None], on_step: Callable[[int], None]) -> None:
         """Train to the end, evaluating on the way.
@@ -327,10 +330,15 @@ class TrainingRun:
         return {**self.attachment.metrics(), "steps_not_finite": float(self.watch.skipped)}
 
     def receipt(self) -> dict[str, Any]:
-        """Return the attachment's receipt with what it cannot know: arm, seed, learning rate and a control's change."""
+        """Return the attachment's receipt with what it cannot know.
+
+        That is arm, seed, learning rate, a control's change, and what of the environment decided about numbers
+        beside the settings.
+        """
         control = asdict(self.arm.control) if self.arm.control else None
         run = {"arm": self.arm.name, "seed": self.seed, "lr": self.lr, "control": control}
         run["steps_not_finite"] = self.watch.skipped
+        run["environment"] = used()
         return {**self.attachment.receipt(), "run": {**run, "threads": torch.get_num_threads()}}
 
     def largest(self, number: int) -> int:

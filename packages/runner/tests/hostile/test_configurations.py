@@ -129,7 +129,8 @@ def test_a_tag_runs_nothing_and_imports_nothing(tmp_path, monkeypatch, value):
 def test_yes_is_no_number_and_seven_letters_are_no_list(tmp_path):
     file = tmp_path / "settings.yaml"
     for text, message in (
-        ("epochs: yes", "epochs must not be yes or no, got True"),
+        ("epochs: yes", "epochs must be a valid integer, got 'yes'"),
+        ("epochs: true", "epochs must not be yes or no, got True"),
         ("epochs: 0x" + "f" * 4000, "epochs must be at most 9007199254740992, got a very long int"),
         ("corrections: xgrad", "corrections must be a valid tuple, got 'xgrad'"),
         ("lr: .nan", "lr must be a finite number, got nan"),

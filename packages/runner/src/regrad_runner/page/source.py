@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from regrad_runner.arms import Arm
+from regrad_runner.config import read_settings
 from regrad_runner.effects import Effect, kept_effects
 from regrad_runner.probing import Quality, kept_qualities
 from regrad_runner.results import ResultsFolder, read_about
@@ -62,7 +61,7 @@ class Source:
 def read_source(folder: ResultsFolder, measure: Measure, summaries: list[ArmSummary]) -> Source:
     """Return everything that the folder of a comparison holds."""
     config = folder.path / "config.yaml"
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    settings = read_settings(config) if config.is_file() else {}
     receipts = {}
     for result in folder.results:
         path = (

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-import datasets
 import numpy as np
 import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from regrad.errors import RegradError
 from torch import Tensor
+
+from regrad_runner.reading import read_regular
 
 LARGEST_SIDE = 64
 LONGEST = 1000
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # Pillow's names
+# Pillow's own limit, a quarter of a GiB; a few kilobytes can claim billions.
+MOST_PIXELS = 89_478_485
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")  # Pillow's names
+LARGEST_LEVEL = 65_535
+# Pillow knows more, and for some of them starts programs, such as Ghostscript for EPS.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+class UnreadableImage(RegradError, ValueError):  # noqa: N818 - said of the image
+    """An image is missing, damaged or of a kind that is not read; its message names it in one line."""
 
 
 @dataclass(frozen=True)
@@ -24,35 +39,56 @@ class EncodedImage:
 
     Attributes:
         where: Where it was found, for errors.
-        content: JPEG, PNG or whatever else Pillow reads; None where there is none.
+        content: A file of one of `FORMATS`; None where there is none.
     """
 
     where: str
     content: bytes | None
 
-    def decoded(self) -> Any:
+    def decoded(self) -> Image.Image:
         """Return the image as a Pillow image, upright.
 
         Raises:
-            ValueError: If it is missing, cannot be decoded, or is a thin strip.
+            UnreadableImage: If it is missing, of another format, damaged, a thin strip, or without pixels or with
+                too many.
         """
         if not self.content:
-            raise ValueError(
+            raise UnreadableImage(
                 f"image must hold the bytes of an image file, got none in {self.where}"
             )
-        try:
-            image = datasets.Image().decode_example({"bytes": self.content, "path": None})
-        except Exception as problem:
-            cause = (str(problem).splitlines() or [type(problem).__name__])[0]
-            raise ValueError(
-                f"image must be a JPEG, PNG or the like, got another in {self.where}: {cause}"
-            ) from problem
-        if max(image.size) > LONGEST * min(image.size):
-            size = " × ".join(map(str, image.size))
-            raise ValueError(
-                f"image must be at most {LONGEST} times as long as wide, got {size} in {self.where}"
+        image = _opened(io.BytesIO(self.content), self.where)
+        with _named(self.where):
+            image.load()
+            turned = image.getexif().get(ExifTags.Base.Orientation) is not None
+            return ImageOps.exif_transpose(image) if turned else image
+
+    def in_eight_bits(self, *, grey: bool) -> Image.Image:
+        """Return the image in mode "L" or "RGB", upright and in its own size.
+
+        Raises:
+            UnreadableImage: As `decoded`, or if its levels have no black and white, as floating-point numbers.
+        """
+        image = self.decoded()
+        if image.mode == "F":
+            raise UnreadableImage(
+                f"image must have whole numbers as pixels, got floating-point ones in {self.where}; convert it first"
             )
-        return image
+        with _named(self.where):
+            if image.mode.startswith("I"):
+                image = self._scaled(image.convert("I"))
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # the colours are the same, and Pillow does not warn
+            return image.convert("L" if grey else "RGB")
+
+    def _scaled(self, image: Image.Image) -> Image.Image:
+        """Scale 65,536 levels of grey to 256; Pillow alone would cut off the upper ones."""
+        low, high = image.getextrema()
+        if low < 0 or high > LARGEST_LEVEL:  # type: ignore[operator]
+            raise UnreadableImage(
+                f"image must have levels from 0 to {LARGEST_LEVEL}, got {low} to {high} in {self.where}; "
+                "convert it first"
+            )
+        return image.point(lambda level: level * (1 / 257) + 0.5)
 
 
 @dataclass(frozen=True)
@@ -65,18 +101,34 @@ class ImageFile:
 
     path: Path
 
-    def decoded(self) -> Any:
-        """Return the image as a Pillow image, upright.
+    def read(self) -> EncodedImage:
+        """Return what the file holds.
 
         Raises:
-            ValueError: If it is missing or cannot be decoded.
+            UnreadableImage: If it cannot be read.
         """
         try:
-            return EncodedImage(where=f"'{self.path}'", content=self.path.read_bytes()).decoded()
+            return EncodedImage(where=f"'{self.path}'", content=read_regular(self.path))
         except OSError as problem:
-            raise ValueError(
-                f"image must be a readable file, got '{self.path}': {problem.strerror}"
-            ) from problem
+            raise self._unreadable(problem) from problem
+
+    def check(self) -> None:
+        """Read the head of the file alone.
+
+        Raises:
+            UnreadableImage: If it cannot be read, is of another format, a thin strip, or without pixels or with too
+                many. What is damaged behind its head is not found.
+        """
+        try:
+            with self.path.open("rb") as stream:
+                _opened(stream, f"'{self.path}'")
+        except OSError as problem:
+            raise self._unreadable(problem) from problem
+
+    def _unreadable(self, problem: OSError) -> UnreadableImage:
+        return UnreadableImage(
+            f"image must be a readable file, got '{self.path}': {problem.strerror}"
+        )
 
 
 Encoded = EncodedImage | ImageFile
@@ -109,7 +161,7 @@ def common_format(encoded: Sequence[Encoded]) -> Format:
     Raises:
         ValueError: If an image is missing or cannot be decoded.
     """
-    images = [file.decoded() for file in encoded]
+    images = [read(file).decoded() for file in encoded]
     side = int(statistics.median(min(image.size) for image in images))
     return Format(
         side=min(side, LARGEST_SIDE), grey=all(image.mode in GREY_MODES for image in images)
@@ -137,25 +189,71 @@ def decode_images(encoded: Sequence[Encoded], form: Format) -> Tensor:
     return images
 
 
-def eight_bit_image(file: Encoded, *, grey: bool) -> Any:
+def eight_bit_image(file: Encoded, *, grey: bool) -> Image.Image:
     """Return a file as a Pillow image of mode "L" or "RGB", in its own size.
 
     Raises:
-        ValueError: If it is missing or cannot be decoded.
+        UnreadableImage: If it is missing or cannot be decoded.
     """
-    return _eight_bits(file.decoded()).convert("L" if grey else "RGB")
+    return read(file).in_eight_bits(grey=grey)
 
 
-def _eight_bits(image: Any) -> Any:
-    """Scale 65,536 levels of grey to 256; Pillow alone would cut off the upper ones."""
-    return (
-        image.convert("I").point(lambda level: level * (1 / 257) + 0.5)
-        if image.mode.startswith("I")
-        else image
-    )
+def read(file: Encoded) -> EncodedImage:
+    """Return an image file with what it holds.
+
+    Raises:
+        UnreadableImage: If it cannot be read.
+    """
+    return file.read() if isinstance(file, ImageFile) else file
 
 
-def _fitted(image: Any, side: int) -> Any:
+def _opened(stream: IO[bytes], where: str) -> Image.Image:
+    """Return an image of which the head alone is read: format, size and mode."""
+    with _named(where), _any_size():
+        image = Image.open(stream, formats=_formats())
+    width, height = image.size
+    size = f"{width} × {height} in {where}"
+    if min(image.size) < 1 or width * height > MOST_PIXELS:
+        raise UnreadableImage(f"image must have 1 to {MOST_PIXELS:,} pixels, got {size}")
+    if max(image.size) > LONGEST * min(image.size):
+        raise UnreadableImage(f"image must be at most {LONGEST} times as long as wide, got {size}")
+    return image
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say in which file it was, whatever Pillow and its codecs raise in the block."""
+    rule = f"image must be a JPEG, PNG or the like, got another in {where}"
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as problem:
+        raise UnreadableImage(f"{rule}; read are {', '.join(_formats())}") from problem
+    except Exception as problem:
+        cause = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise UnreadableImage(f"{rule}: {cause}") from problem
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Let Pillow open the head of an image of any size, without a warning: `EncodedImage.opened` looks at it."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _fitted(image: Image.Image, side: int) -> Image.Image:
     """Resize a Pillow image, bicubic, to a shorter side of `side` pixels and cut out its middle square."""
     width, height = image.size
     if width == height == side:

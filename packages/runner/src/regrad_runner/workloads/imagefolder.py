@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.decode import (
@@ -18,11 +19,13 @@ from regrad_runner.workloads.decode import (
     decode_images,
 )
 from regrad_runner.workloads.files import FileSet
+from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, LabelledImages, standardized
 from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 
 LOOKED_AT = 100
+OPENED = 10_000  # of the files that stay on the disk: a second here, minutes for more of them on a network's
 MOST_BYTES = 8 * 2**30
 LAYOUT = "a folder with train and val, or train and test, each with a folder of images per class"
 SMALL = Defaults(
@@ -42,14 +45,17 @@ def load(
 ) -> ImageWorkload:
     """Return the images under `train` and `val` or `test`, one folder per class, as ImageNet is laid out.
 
-    Classes are the folders of `train`, numbered in sorted order. Of `val` and `test` the one that is there is the
-    test split, and a tenth of the training images, but at most `train_size`, validates, with the same share of each
-    class. With both of them `val` validates.
+    Classes are the folders of `train`, numbered in sorted order. Images are the files below them whose names end as
+    images do. What is hidden, such as `.ipynb_checkpoints`, is none of them. A link that leads out of `data_dir` is
+    refused, and so is a file or folder that is read twice, through a link, a hard link or otherwise. Of `val` and
+    `test` the one that is there is the test split, and a tenth of the training images, but at most `train_size`,
+    validates, with the same share of each class. With both of them `val` validates.
 
     Up to 64 pixels images are decoded once, into memory, and treated as those of workload `parquet`: the shorter side
     resized, the middle cut out, grey if the first 100 looked at are, shifted by up to an eighth and mirrored for
     training, standardised with the training pixels' moments. Larger ones are read from the disk batch by batch and
-    treated as is usual for ImageNet: see `regrad_runner.workloads.files.FileSet`.
+    treated as is usual for ImageNet: see `regrad_runner.workloads.files.FileSet`. Of these the head is read beforehand
+    of 10,000 in each split, so that what is no image is found before anything is trained.
 
     Args:
         seed_of_split: Fixes which images validate and which are kept, at least 0.
@@ -66,9 +72,10 @@ def load(
     if image_size is not None and image_size < 4:
         raise ValueError(f"image_size must be at least 4, got {image_size!r}")
     folders = _folders(data_dir)
-    train = _Split.read(folders["train"])
+    found = DataFolder(folders["train"].parent)
+    train = _Split.read(found, folders["train"])
     held = {
-        name: _Split.read(folder, train.classes)
+        name: _Split.read(found, folder, train.classes)
         for name, folder in folders.items()
         if name != "train"
     }
@@ -114,28 +121,30 @@ class _Split:
     classes: tuple[str, ...]
 
     @classmethod
-    def read(cls, folder: Path, classes: tuple[str, ...] = ()) -> _Split:
+    def read(cls, data: DataFolder, folder: Path, classes: tuple[str, ...] = ()) -> _Split:
         """Find the files; labels are the positions in `classes`, or in what is found where that is empty."""
-        try:
-            found = datasets.ImageFolder(folder)
-        except FileNotFoundError as problem:
-            raise ValueError(
-                f"data_dir must be {LAYOUT}, got: {str(problem).splitlines()[0]}"
-            ) from problem
-        classes = classes or tuple(found.classes)
+        folders = data.folders(folder)
+        if not folders:
+            raise ValueError(f"data_dir must be {LAYOUT}, got no folder in '{folder}'")
+        classes = classes or tuple(place.name for place in folders)
         if len(classes) < 2:
             raise ValueError(f"'{folder}' must have at least 2 classes, got {classes[0]!r} alone")
-        unknown = [name for name in found.classes if name not in classes]
-        if unknown:
-            raise ValueError(
-                f"'{folder}' must have the classes of the training images, got {unknown[0]!r}"
-            )
-        labels = [classes.index(found.classes[label]) for label in found.targets]
-        return cls(
-            tuple(Path(path) for path, _ in found.samples),
-            np.array(labels, dtype=np.int64),
-            classes,
-        )
+        paths: list[Path] = []
+        labels: list[int] = []
+        for place in folders:
+            if place.name not in classes:
+                raise ValueError(
+                    f"'{folder}' must have the classes of the training images, got {place.name!r}"
+                )
+            images = data.files(place, _is_image)
+            if not images:
+                endings = ", ".join(IMG_EXTENSIONS)
+                raise ValueError(
+                    f"data_dir must be {LAYOUT}, got no image in '{place}'; their names end in {endings}"
+                )
+            paths += images
+            labels += [classes.index(place.name)] * len(images)
+        return cls(tuple(paths), np.array(labels, dtype=np.int64), classes)
 
     def only(self, chosen: Indices) -> _Split:
         """Return the files at these positions."""
@@ -146,6 +155,10 @@ class _Split:
     def files(self) -> list[ImageFile]:
         """Return what can be decoded."""
         return [ImageFile(path) for path in self.paths]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def _folders(data_dir: Path | None) -> dict[str, Path]:
@@ -169,10 +182,14 @@ def _folders(data_dir: Path | None) -> dict[str, Path]:
 
 def _format(train: _Split, image_size: int | None) -> Format:
     """Return the format of images in memory, from files all over the training split."""
-    files = train.files()
-    places = np.unique(np.linspace(0, len(files) - 1, LOOKED_AT).astype(int))
-    form = common_format([files[place] for place in places.tolist()])
+    form = common_format(_spread(train.files(), LOOKED_AT))
     return form if image_size is None else replace(form, side=image_size)
+
+
+def _spread(files: Sequence[ImageFile], count: int) -> list[ImageFile]:
+    """Return so many of the files, from all over; all of them where they are no more."""
+    places = np.unique(np.linspace(0, len(files) - 1, count).astype(int))
+    return [files[place] for place in places.tolist()]
 
 
 def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[LabelledImages, ...]:
@@ -194,6 +211,9 @@ def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[Lab
 
 
 def _on_disk(splits: tuple[_Split, _Split, _Split], side: int) -> tuple[LabelledImages, ...]:
+    for split in splits:
+        for file in _spread(split.files(), OPENED):
+            file.check()
     return tuple(
         FileSet(split.paths, torch.from_numpy(split.labels), side=side, augment=position == 0)
         for position, split in enumerate(splits)

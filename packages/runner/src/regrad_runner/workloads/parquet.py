@@ -6,6 +6,8 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.decode import EncodedImage, common_format, decode_images
+from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.split import Indices, validation_and_training
 
@@ -32,10 +35,10 @@ def load(
 ) -> ImageWorkload:
     """Return the images of `train.parquet` and `test.parquet`, or of `train-*.parquet` and `test-*.parquet`.
 
-    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are
-    a JPEG, PNG or whatever else Pillow reads) and `label` (integers or strings; classes are numbered in sorted
-    order). A tenth of the training images, but at most `train_size`, is the validation split, with the same share of
-    each class.
+    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are a
+    file of one of `regrad_runner.workloads.decode.FORMATS`) and `label` (integers or strings; classes are numbered in
+    sorted order). A tenth of the training images, but at most `train_size`, is the validation split, with the same
+    share of each class.
 
     Images become square: the shorter side is resized to the median shorter side of the first 100 training images,
     but at most to 64 pixels, and the middle is cut out; images that fit already are left alone. They are grey if
@@ -44,7 +47,8 @@ def load(
     pixels per channel.
 
     Only the images in use are decoded, once, into memory. The files are read where they lie: nothing is copied to
-    a cache, and nothing is asked of the network.
+    a cache, and nothing is asked of the network. Links are followed wherever they lead, because Hugging Face's own
+    cache is made of them, but no file is read twice.
 
     Args:
         seed_of_split: Fixes which images validate and which are kept, at least 0.
@@ -59,7 +63,8 @@ def load(
         He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2, for the
         augmentation: theirs pads after subtracting the mean, this before, so that what moves in is black.
     """
-    train_split, test_split = _Split.find(data_dir, "train"), _Split.find(data_dir, "test")
+    data = _data_folder(data_dir)
+    train_split, test_split = _Split.find(data, "train"), _Split.find(data, "test")
     classes, labels = _numbered(train_split.labels())
     validation, train = validation_and_training(labels, train_size, seed=seed_of_split)
     test_labels = _looked_up(test_split.labels(), classes)
@@ -98,19 +103,16 @@ class _Split:
     files: tuple[str, ...]
 
     @classmethod
-    def find(cls, data_dir: Path | None, name: str) -> _Split:
+    def find(cls, data: DataFolder, name: str) -> _Split:
         """Find the files of a split, whole or in shards, in the folder or in its subfolder `data`."""
-        if data_dir is None:
-            raise ValueError(f"data_dir must be {LAYOUT}, got None; name the folder")
-        if not data_dir.is_dir():
-            raise ValueError(
-                f"data_dir must be {LAYOUT}, got '{data_dir}'; there is no such folder"
-            )
-        for folder in (data_dir, data_dir / "data"):
+        for folder in (data.root, data.root / "data"):
             for pattern in (f"{name}.parquet", f"{name}-*.parquet"):
-                if found := sorted(folder.glob(pattern)):
+                if not folder.is_dir():
+                    continue
+                found = data.files_in(folder, partial(fnmatch, pat=pattern))
+                if found:
                     return cls(name, tuple(map(str, found)))
-        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}' without {name} files")
+        raise ValueError(f"data_dir must be {LAYOUT}, got '{data.root}' without {name} files")
 
     def labels(self) -> npt.NDArray[Any]:
         """Return the column `label`, shape [N], at least one row."""
@@ -186,6 +188,14 @@ class _Split:
         return datasets.Dataset.from_parquet(
             list(self.files), cache_dir=folder, streaming=True, **options
         )
+
+
+def _data_folder(data_dir: Path | None) -> DataFolder:
+    if data_dir is None:
+        raise ValueError(f"data_dir must be {LAYOUT}, got None; name the folder")
+    if not data_dir.is_dir():
+        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}'; there is no such folder")
+    return DataFolder(data_dir, follows_links=True)
 
 
 def _numbered(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Indices]:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regrad_runner.gpt import build_gpt
+from regrad_runner.reading import read_regular
 from regrad_runner.workloads import Defaults, Measure, Workload
+from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
 
 VOCABULARY = 256
@@ -56,14 +58,16 @@ def load(
 
     Args:
         seed_of_split: Must be 0: the split is by position.
-        data_dir: A file in UTF-8, or a folder whose `*.txt` are put one behind the other in the order of their names.
+        data_dir: A file in UTF-8, or a folder whose `*.txt` are put one behind the other in the order of their names;
+            hidden ones are left out.
         train_size: Number of training windows that an epoch has; only as many bytes, the first, are kept. None for
             all.
         context: Bytes of a window, at least 1.
         target: Bits per byte on the validation split whose reaching is timed; None for none.
 
     Raises:
-        ValueError: If there is no such file, it is empty, too short, or not UTF-8, or a number is out of its range.
+        ValueError: If there is no such file, it is empty, too short, no regular file or not UTF-8, if one stands twice
+            in the folder or is a link that leads out of it, or if a number is out of its range.
     """
     if seed_of_split:
         raise ValueError(
@@ -203,11 +207,9 @@ def _read(place: Path | None) -> Tensor:
     """Return the bytes of a file, or of every text in a folder, uint8."""
     if place is None:
         raise ValueError(f"data_dir must be given for workload 'text': {WHAT}")
-    files = (
-        sorted(path for path in place.glob("*.txt") if path.is_file())
-        if place.is_dir()
-        else [place]
-    )
+    files = [place]
+    if place.is_dir():
+        files = DataFolder(place).files_in(place, lambda name: name.endswith(".txt"))
     if not files:
         raise ValueError(f"data_dir must be {WHAT}, got '{place}' without one")
     text = b"".join(_read_file(file) for file in files)
@@ -218,7 +220,7 @@ def _read(place: Path | None) -> Tensor:
 
 def _read_file(file: Path) -> bytes:
     try:
-        content = file.read_bytes()
+        content = read_regular(file)
     except OSError as problem:
         raise ValueError(f"data_dir must be {WHAT}, got '{file}': {problem.strerror}") from None
     try:

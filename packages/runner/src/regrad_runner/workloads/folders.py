@@ -1,0 +1,145 @@
+"""What of a folder is data: regular files, each of them once, nothing hidden, and no link that leads out of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+# What systems put into folders of images without a dot in front.
+OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"})
+Identity = tuple[int, int]  # device and inode
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a file or folder of this name is none of the data, such as `.ipynb_checkpoints`."""
+    return name.startswith(".") or name in OF_SYSTEMS
+
+
+class DataFolder:
+    """A folder of data whose files are looked for; it knows what it found before.
+
+    A link is followed where it leads to a file or folder inside of the folder that is read nowhere else. One that
+    leads out of it, or back into what is read already, is refused: the same images would be trained on twice, or
+    validate what they trained.
+
+    Args:
+        root: The folder. It may be a link itself.
+        follows_links: Whether a link may lead out of it, where names say which files are meant.
+
+    Attributes:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path, *, follows_links: bool = False) -> None:
+        self.root = root
+        self._real_root = Path(os.path.realpath(root))
+        self._follows_links = follows_links
+        self._folders: dict[Identity, str] = {}
+        self._files: dict[Identity, str] = {}
+        self._links: set[str] = set()
+        self._enter(str(root))
+
+    def folders(self, folder: Path) -> list[Path]:
+        """Return the folders in a folder, by name, and count it as read.
+
+        Raises:
+            ValueError: If it cannot be read, is a link that leads out, or was read before.
+        """
+        if folder.is_symlink():
+            self._refuse_leading_out(str(folder))
+        self._enter(str(folder))
+        return [Path(entry.path) for entry in _listed(folder) if stat.S_ISDIR(_mode(entry))]
+
+    def files(self, folder: Path, is_data: Callable[[str], bool]) -> list[Path]:
+        """Return the files in a folder and below it, folder by folder, by name.
+
+        Args:
+            folder: In the root, or the root itself.
+            is_data: Says of a name whether a file of that name is data.
+
+        Raises:
+            ValueError: If a folder cannot be read, or what is named as data is no regular file, stands twice, or is a
+                link that leads out or nowhere.
+        """
+        found: dict[str, list[Path]] = {}
+        waiting = [folder]
+        while waiting:
+            place = waiting.pop()
+            waiting += self.folders(place)
+            found[str(place)] = self.files_in(place, is_data)
+        return [path for place in sorted(found) for path in found[place]]
+
+    def files_in(self, folder: Path, is_data: Callable[[str], bool]) -> list[Path]:
+        """Return the files in a folder, not those below it; see `files`."""
+        named = [entry for entry in _listed(folder) if is_data(entry.name)]
+        kept = [entry for entry in named if not stat.S_ISDIR(_mode(entry))]
+        for entry in kept:
+            self._keep(entry)
+        return [Path(entry.path) for entry in kept]
+
+    def _keep(self, entry: os.DirEntry[str]) -> None:
+        """Note a file, or raise where it must not be read."""
+        mode = _mode(entry)
+        if not mode:
+            raise ValueError(
+                f"data_dir must hold files that are there, got a broken link '{entry.path}'"
+            )
+        if not stat.S_ISREG(mode):
+            raise ValueError(
+                f"data_dir must hold regular files, got another kind in '{entry.path}'"
+            )
+        if entry.is_symlink():
+            self._refuse_leading_out(entry.path)
+            self._links.add(entry.path)
+        status = entry.stat()
+        other = self._files.setdefault((status.st_dev, status.st_ino), entry.path)
+        # Some network file systems number their files anew: only where there can be two names are they one file.
+        if other != entry.path and (status.st_nlink > 1 or self._links & {entry.path, other}):
+            raise ValueError(
+                f"data_dir must hold each file once, got one file as '{other}' and '{entry.path}'; "
+                "remove one of the names"
+            )
+
+    def _enter(self, folder: str) -> None:
+        """Note a folder, or raise where it was read before."""
+        try:
+            status = Path(folder).stat()
+        except OSError as problem:
+            raise _unreadable(folder, problem) from None
+        other = self._folders.setdefault((status.st_dev, status.st_ino), folder)
+        if other != folder:
+            raise ValueError(
+                f"data_dir must hold each folder once, got one folder as '{other}' and '{folder}'; remove the link"
+            )
+
+    def _refuse_leading_out(self, link: str) -> None:
+        target = Path(os.path.realpath(link))
+        if not self._follows_links and not target.is_relative_to(self._real_root):
+            raise ValueError(
+                f"data_dir must hold no link that leads out of it, got '{link}' to '{target}'; "
+                "copy what it leads to, or hard-link the files"
+            )
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder and not hidden, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            seen = [entry for entry in entries if not is_hidden(entry.name)]
+    except OSError as problem:
+        raise _unreadable(str(folder), problem) from None
+    return sorted(seen, key=lambda entry: entry.name)
+
+
+def _mode(entry: os.DirEntry[str]) -> int:
+    """Return what kind of file an entry leads to; 0 where it leads nowhere."""
+    try:
+        return entry.stat().st_mode
+    except OSError:
+        return 0
+
+
+def _unreadable(folder: str, problem: OSError) -> ValueError:
+    return ValueError(f"data_dir must be readable, got '{folder}': {problem.strerror}")

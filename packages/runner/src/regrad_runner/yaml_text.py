@@ -1,0 +1,140 @@
+"""YAML 1.2 by its core schema: `no` is a text, `010` is ten, and no key stands twice.
+
+PyYAML speaks YAML 1.1, in which `no` is False, `010` is eight, `1:30` is ninety, and the last of two equal keys wins.
+Its scanner and parser serve both versions; what a plain word means is said here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import yaml
+from yaml.constructor import BaseConstructor, ConstructorError
+from yaml.nodes import MappingNode, ScalarNode
+
+TAG = "tag:yaml.org,2002:"
+NULL = re.compile(r"~|null|Null|NULL|")
+TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
+BOOLEAN = re.compile("|".join((*TRUE, *FALSE)))
+INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+FLOAT = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+# What a plain word is, by the first pattern that fits all of it, and the characters with which it can begin.
+PLAIN_WORDS = (
+    ("null", NULL, ["~", "n", "N", ""]),
+    ("bool", BOOLEAN, list("tTfF")),
+    ("int", INTEGER, list("-+0123456789")),
+    ("float", FLOAT, list("-+.0123456789")),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Return what a document says: nothing in it is run, and numbers and booleans are those of YAML 1.2.
+
+    Raises:
+        yaml.YAMLError: If it cannot be read, holds a key twice or a tag that the core schema does not know.
+        ValueError: If a number has more digits than Python reads.
+        RecursionError: If it is nested too deeply.
+
+    Example:
+        >>> read_yaml("{mixed_precision: no, epochs: 010, lr: 1e-3, when: 1:30}")
+        {'mixed_precision': 'no', 'epochs': 10, 'lr': 0.001, 'when': '1:30'}
+    """
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with fewer tags
+
+
+def write_yaml(value: Any) -> str:
+    """Return a document that `read_yaml` and readers of YAML 1.1 read as the same value.
+
+    Args:
+        value: Nested dictionaries and lists of texts, numbers, booleans and None.
+
+    Example:
+        >>> print(write_yaml({"norm": "no", "seed": "0o10", "lr": 1e-05}), end="")
+        norm: 'no'
+        seed: '0o10'
+        lr: 1.0e-05
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Knows the plain words and the tags of the core schema, and no others."""
+
+    # In place of those of YAML 1.1.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - an instance variable to PyYAML's stubs
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
+
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping, or raise where a key stands twice."""
+        if isinstance(node, MappingNode):
+            self._refuse_repeated_keys(node)
+        return BaseConstructor.construct_mapping(self, node, deep=deep)  # without merge keys
+
+    def _refuse_repeated_keys(self, mapping: MappingNode) -> None:
+        lines: dict[Any, int] = {}
+        for node, _ in mapping.value:
+            if not isinstance(node, ScalarNode):
+                continue
+            key = self.construct_object(node)
+            line = node.start_mark.line + 1
+            if key in lines:
+                raise ConstructorError(
+                    None, None, f"{key!r} must stand once, got it in lines {lines[key]} and {line}"
+                )
+            lines[key] = line
+
+    def null(self, node: ScalarNode) -> None:
+        """Read nothing."""
+        self._matched(node, NULL)
+
+    def boolean(self, node: ScalarNode) -> bool:
+        """Read true or false."""
+        return self._matched(node, BOOLEAN) in TRUE
+
+    def integer(self, node: ScalarNode) -> int:
+        """Read a whole number: decimal whatever zeros it begins with, octal after 0o, hexadecimal after 0x."""
+        text = self._matched(node, INTEGER)
+        bases = {"0o": 8, "0x": 16}
+        return int(text, bases.get(text[:2], 10))
+
+    def real(self, node: ScalarNode) -> float:
+        """Read a number with a point or an exponent."""
+        text = self._matched(node, FLOAT).lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+    def unknown(self, node: yaml.Node) -> None:
+        """Refuse a tag of which nothing is said above."""
+        raise ConstructorError(None, None, f"no tag {node.tag!r} is known", node.start_mark)
+
+    def _matched(self, node: ScalarNode, pattern: re.Pattern[str]) -> str:
+        """Return a node's text, which a tag may have promised to be something that it is not."""
+        text = str(self.construct_scalar(node))
+        if not pattern.fullmatch(text):
+            kind = node.tag.removeprefix(TAG)
+            raise ConstructorError(None, None, f"{text!r} is no {kind}", node.start_mark)
+        return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that YAML 1.1 or YAML 1.2 would read as something else."""
+
+
+for name, pattern, beginnings in PLAIN_WORDS:
+    whole = re.compile(rf"(?:{pattern.pattern})\Z")
+    _Loader.add_implicit_resolver(f"{TAG}{name}", whole, beginnings)
+    _Dumper.add_implicit_resolver(f"{TAG}{name}", whole, beginnings)
+for name, construct in (
+    ("null", _Loader.null),
+    ("bool", _Loader.boolean),
+    ("int", _Loader.integer),
+    ("float", _Loader.real),
+    ("str", _Loader.construct_yaml_str),
+    ("seq", _Loader.construct_yaml_seq),
+    ("map", _Loader.construct_yaml_map),
+):
+    _Loader.add_constructor(f"{TAG}{name}", construct)
+_Loader.add_constructor(None, _Loader.unknown)
