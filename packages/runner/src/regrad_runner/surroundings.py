@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +74,5 @@ def _devices() -> list[str]:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:
+    except Exception:  # noqa: BLE001 - not there, or damaged in any way: a number less in the report
         return None
