@@ -4,7 +4,6 @@ import contextlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 
 from regrad import explain, hooks, order, refusals, registry
 from regrad.correction import Correction
+from regrad.distributions import version
 from regrad.engine import Engine, SwitchingCriterion
 from regrad.errors import refuse_if
 

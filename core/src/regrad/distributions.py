@@ -121,6 +121,23 @@ def find(name: str, version: str) -> Installed | None:
     return None
 
 
+def version(name: str) -> str:
+    """Return the version of an installed distribution; empty where there is none that can be read.
+
+    Args:
+        name: Of a distribution that the caller knows, such as "torch".
+
+    Example:
+        >>> version("no-such-distribution")
+        ''
+    """
+    for source in discover(name=name):
+        one = _read(source)
+        if isinstance(one, Installed):
+            return one.version
+    return ""
+
+
 def broken() -> list[Broken]:
     """Return the distributions whose metadata are damaged."""
     return [one for one in every() if isinstance(one, Broken)]
