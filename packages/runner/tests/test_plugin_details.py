@@ -199,3 +199,16 @@ def test_a_distribution_of_an_odd_name_is_never_looked_up(monkeypatch, tmp_path)
     entry = Entry("digits", "../../..", "1.0", "regrad_runner.workloads.digits:load", "A thing")
     details = describe("workload", entry)
     assert (details["distribution"], details["links"], details["card"]) == ("../../..", {}, "")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("error", [KeyError, ValueError, RuntimeError])
+def test_a_plugin_that_fails_on_its_control_is_named_in_one_line(monkeypatch, capsys, error):
+    def fails(self, optimizer):
+        raise error("no\x1b[31m\nreason")
+
+    monkeypatch.setattr(Thing, "control", fails)
+    assert main(["plugins", "show", "thing"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("regrad: plugin 'thing' cannot say what it must beat: ")
+    assert said.removesuffix("\n").isprintable()

@@ -14,6 +14,7 @@ import regrad
 import torch
 from regrad.correction import Control, Correction, did_you_mean
 from regrad.distributions import find
+from regrad.errors import PluginLoadError
 from regrad.registry import GROUPS, Entry
 from regrad.text import printable
 from rich.table import Table
@@ -169,10 +170,15 @@ def _controls(name: str) -> dict[str, dict[str, Any] | None]:
         "sgd:momentum=0.9": torch.optim.SGD([weight], lr=0.1, momentum=0.9),
         "adamw": torch.optim.AdamW([weight]),
     }
-    made = created(name)
-    controls = {
-        text: merged([c.control(optimizer) for c in made]) for text, optimizer in optimizers.items()
-    }
+    try:
+        made = created(name)
+        controls = {
+            text: merged([c.control(optimizer) for c in made])
+            for text, optimizer in optimizers.items()
+        }
+    except Exception as cause:  # a plugin may fail in any way: it is named, and the cause chained
+        said = f"{type(cause).__name__}: {printable(cause)}"
+        raise PluginLoadError(f"plugin {name!r} cannot say what it must beat: {said}") from cause
     return {text: _changes(control) if control else None for text, control in controls.items()}
 
 
