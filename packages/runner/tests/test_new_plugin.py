@@ -377,6 +377,58 @@ def test_a_damaged_or_odd_neighbour_stops_nothing(tmp_path, monkeypatch):
             new_plugin("other", tmp_path / "out", like=like)
 
 
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """Return a function that installs a whole plugin of somebody, whose metadata may say anything."""
+
+    def install(name="foreign", code="class Thing: pass\n", pyproject="[project]\n"):
+        package = tmp_path / "site" / "foreign_package"
+        (package / "distribution" / "tests").mkdir(parents=True)
+        (package / "__init__.py").write_text(code)
+        for file in ("LICENSE", "README.md"):
+            (package / "distribution" / file).write_text("of somebody")
+        (package / "distribution" / "pyproject.toml").write_text(pyproject)
+        info = tmp_path / "site" / "foreign-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[regrad]\nforeign = foreign_package:Thing\n")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        importlib.invalidate_caches()
+
+    yield install
+    sys.modules.pop("foreign_package", None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "/../../victim/x"},
+        {"name": "../../.."},
+        {"name": "a/b"},
+        {"code": "class Thing(:\n"},
+        {"code": 'x = """\n'},
+        {"code": "import regrad\nThing = regrad.Composition(parts=())\n"},
+        {"code": "class Thing: pass\n"},
+        {"pyproject": "no TOML"},
+    ],
+)
+def test_a_foreign_plugin_that_cannot_be_copied_is_one_line_and_nothing_is_written(
+    foreign, tmp_path, capsys, changes
+):
+    def whole():
+        return {path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts}
+
+    foreign(**changes)
+    (tmp_path / "victim").mkdir()
+    before = whole()
+    out = str(tmp_path / "out")
+    assert main(["plugins", "new", "my-method", "--like", "foreign", "--out", out]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("regrad: ")
+    assert said.count("\n") == 1
+    assert whole() == before
+
+
 def test_a_wheel_of_the_shipped_plugin_carries_all_that_is_copied():
     """The files that a wheel carries are named in its pyproject: every one that `--like` asks for must be there."""
     path = ROOT / "plugins" / "centralization" / "pyproject.toml"

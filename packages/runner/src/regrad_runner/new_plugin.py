@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import tokenize
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -97,14 +98,14 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
             made = Path(aside, folder.name)
             write(made)
             made.rename(folder)
-    except OSError as problem:
+    except BaseException as problem:
         for place in missing:
             with suppress(OSError):
                 place.rmdir()
-        reason = problem.strerror or str(problem)
-        raise ValueError(
-            f"out must be a folder that can be written, got '{out}': {reason}"
-        ) from problem
+        if not isinstance(problem, OSError):
+            raise
+        rule = "out must be a folder that can be written"
+        raise ValueError(f"{rule}, got '{out}': {problem.strerror or problem}") from problem
 
 
 def _write(made: Path, name: str, source: Source | None) -> None:
@@ -142,7 +143,7 @@ def _values(name: str, source: Source | None) -> dict[str, str]:
         entry = source.entry
         origin = f"Started from the code of {entry.distribution} {entry.version}, whose licence is kept beside ours."
         project = tomllib.loads((source.rest / "pyproject.toml").read_text(encoding="utf-8"))
-        dependencies = project["project"]["dependencies"]
+        dependencies = project.get("project", {}).get("dependencies", NEEDS)
         options = _option_rows(entry.name)
     return {
         "name": name,
@@ -171,7 +172,10 @@ def _author() -> str:
 
 def _option_rows(name: str) -> str:
     """Return the rows of a card's table of options."""
-    fields = dataclasses.fields(regrad.load(name).Options)
+    loaded = regrad.load(name)
+    if isinstance(loaded, regrad.Composition):
+        raise TypeError(f"like must be one correction, got {name!r}, which is several together")
+    fields = dataclasses.fields(loaded.Options)
     rows = [f"| `{f.name}` | {BLANK} | {f.default} | {BLANK} |" for f in fields]
     return "\n".join(rows) or "| none | | | |"
 
@@ -193,6 +197,11 @@ def _source_of(like: str) -> Source:
             f"like must be alone in a distribution that is here with its tests, got {like!r}; "
             "leave it out for an example to edit"
         )
+    for _, path in _code_of(source):
+        try:
+            without_prose(path.read_text(encoding="utf-8"))
+        except (SyntaxError, tokenize.TokenError, ValueError, OSError) as problem:
+            raise ValueError(f"like must have code that can be read, got '{path}'") from problem
     return source
 
 
@@ -200,7 +209,9 @@ def _whole(entry: Entry) -> Source | None:
     """Return where a plugin's whole distribution lies, or None where it cannot be copied."""
     found = distributions.find(entry.distribution, entry.version)
     module, _, attribute = entry.value.partition(":")
-    if entry.refused or found is None or not module.isidentifier() or not attribute.isidentifier():
+    if entry.refused or found is None or not distributions.NAME.fullmatch(entry.distribution):
+        return None  # its name becomes that of a file
+    if not module.isidentifier() or not attribute.isidentifier():
         return None  # only a correction that is offered from the top of its package
     groups = [point.group.partition(".")[0] for point in found.source.entry_points]
     others = [line for line in found.requires if line.startswith("regrad-")]

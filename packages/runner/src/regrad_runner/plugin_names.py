@@ -26,6 +26,7 @@ DEVICES = {"con", "prn", "aux", "nul"} | {
 }
 # Distributions and plugins of ours, whether they are installed or not.
 OURS = {
+    "regrad",
     "core",
     "runner",
     "testing",
