@@ -1,6 +1,7 @@
 """Damaged neighbours, by fake distributions in a temporary folder."""
 
 import importlib
+import importlib.metadata
 import sys
 
 import pytest
@@ -105,6 +106,35 @@ def test_a_distribution_twice_in_one_folder_is_named_and_one_in_two_folders_is_u
     }
     assert doubled == {"fake": ["0.9", "1.0"]}
     assert len(offered()) == 2
+
+
+@pytest.mark.parametrize("how", ["distributions.hide_broken()", "import regrad.hidden"])
+def test_what_is_hidden_stops_no_library_and_is_still_named(add, python, tmp_path, how):
+    add("a_good-1.0", name="good")
+    add("b_junk-1.0", points="[others]\nrubbish\n", name="junk")
+    code = (
+        f"from regrad import distributions; {how}; import torch, importlib.metadata as m; "
+        "found = {d.metadata['Name'] for d in m.distributions()}; "
+        "print('good' in found, 'junk' in found, m.version('torch') == torch.__version__[:6], "
+        "[b.name for b in distributions.broken()], len(m.entry_points(group='regrad')) > 0)"
+    )
+    told = "True False True ['b_junk-1.0.dist-info'] True\n"
+    assert python(code, PYTHONPATH=str(tmp_path / "site")) == told
+
+
+def test_where_nothing_is_broken_nothing_is_hidden(monkeypatch):
+    monkeypatch.setattr(distributions, "broken", list)
+    before = importlib.metadata.Distribution.discover
+    distributions.hide_broken()
+    assert importlib.metadata.Distribution.discover == before
+
+
+def test_a_version_is_that_of_the_first_distribution_that_can_be_read(add):
+    add("fake-1.0", metadata=None)
+    add("fake-2.0", version="2.0")
+    assert distributions.version("fake") == "2.0"
+    assert distributions.version("FAKE") == "2.0"
+    assert distributions.version("no-such-distribution") == ""
 
 
 def test_what_is_broken_survives_the_backport_too(add, python, tmp_path):

@@ -421,6 +421,9 @@ def test_a_name_of_another_group_is_said_to_be_that(install, toys):
         ValueError, match=r"'tom' is an optimizer: train with it .*load\('tom', 'regrad.optimiz"
     ):
         regrad.attach(model, toys.sgd(model), ["tom"])
+    for name in ("adamw", "SGD"):
+        with pytest.raises(ValueError, match=rf"'{name}' is an optimizer of torch: train with it"):
+            regrad.attach(model, toys.sgd(model), [name])
     with pytest.raises(ValueError, match="'digit' is a workload: give it to --workload"):
         regrad.create("digit")
     with pytest.raises(

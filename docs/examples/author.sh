@@ -2,14 +2,14 @@
 # From an empty folder to a published-quality plugin: what `nox -s author` runs, and docs/authors.md shows.
 set -euo pipefail
 
-# A distribution of your own, made from the smallest shipped plugin. It works before you have edited anything.
+# A distribution of your own, with a small example. It works before you have edited anything.
 regrad plugins new my-method
 uv pip install --editable regrad-my-method
 regrad plugins show my-method
 regrad plugins check my-method
 
-# The rule, first as in the paper (float64, loops): take away half of the mean instead of all of it.
-sed -i.bak 's|flat\[i\] - mean|flat[i] - mean / 2|' regrad-my-method/tests/reference.py
+# The rule, first as its source states it (float64, loops): divide by the square of an element's size instead.
+sed -i.bak 's|g / (1 + abs(g) / bound)|g / (1 + (abs(g) / bound) ** 2)|' regrad-my-method/tests/reference.py
 if regrad plugins check my-method > before.txt; then
     echo "the check should have seen that the fast version is not the reference's" >&2
     exit 1
@@ -17,7 +17,7 @@ fi
 grep -E "reference +FAILED" before.txt
 
 # Then the fast version.
-sed -i.bak 's|list(means))|list(means), alpha=0.5)|' regrad-my-method/src/regrad_my_method/functional.py
+sed -i.bak 's|1 + gradient.abs() / bound|1 + (gradient.abs() / bound).square()|' regrad-my-method/src/regrad_my_method/functional.py
 regrad plugins check my-method
 
 # Does it help? On real data, with paired seeds; six seeds are the fewest for a verdict, two are for a look.

@@ -1,5 +1,8 @@
 """What installed distributions say of themselves, by metadata alone. A broken one is set aside, and can be named."""
 
+import contextlib
+import importlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +10,11 @@ from importlib import metadata
 from typing import Any
 
 POINTS = "entry_points.txt"
+NAMELESS = "it has no METADATA, or none with a name"
+# Kept from before `hide_broken`, so that what is hidden from others can be named here.
+discover = metadata.Distribution.discover
+# For the processes that a program starts: they import these before anything can be hidden.
+WITHOUT_POINTS = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
@@ -65,7 +73,7 @@ class Broken:
 
 def every() -> Iterator[Installed | Broken]:
     """Return what is installed, in the order in which Python finds it, broken ones among it."""
-    for source in metadata.distributions():
+    for source in discover():
         yield _read(source)
 
 
@@ -81,7 +89,7 @@ def installed() -> Iterator[Installed]:
 def plugins() -> Iterator[Installed]:
     """Return the distributions that offer anything to regrad; broken ones are passed over."""
     seen = set()
-    for source in metadata.distributions():
+    for source in discover():
         if "regrad" not in _text(source, POINTS):
             continue  # most distributions: their other metadata need not be read
         one = _read(source)
@@ -113,6 +121,23 @@ def find(name: str, version: str) -> Installed | None:
     return None
 
 
+def version(name: str) -> str:
+    """Return the version of an installed distribution; empty where there is none that can be read.
+
+    Args:
+        name: Of a distribution that the caller knows, such as "torch".
+
+    Example:
+        >>> version("no-such-distribution")
+        ''
+    """
+    for source in discover(name=name):
+        one = _read(source)
+        if isinstance(one, Installed):
+            return one.version
+    return ""
+
+
 def broken() -> list[Broken]:
     """Return the distributions whose metadata are damaged."""
     return [one for one in every() if isinstance(one, Broken)]
@@ -129,9 +154,46 @@ def doubled() -> dict[str, list[Installed]]:
     return {name: found for (_, name), found in several.items()}
 
 
+def hide_broken() -> None:
+    """Hide broken distributions from every library that this process imports after the call.
+
+    For programs, not for libraries: torch, pydantic, pytest and MLflow read the entry points of all
+    distributions when they are imported, and one that cannot be read stops them. `broken` still
+    returns what is hidden. Where nothing is broken, nothing is changed.
+    """
+    damaged = broken()
+    hidden = {one.folder for one in damaged}
+    if not hidden:
+        return
+    if any(POINTS in one.problem for one in damaged):
+        for variable, value in WITHOUT_POINTS.items():
+            os.environ.setdefault(variable, value)
+    _hide(metadata.Distribution, hidden)
+    with contextlib.suppress(ImportError):  # a second copy of the same, for libraries that use it
+        backport = importlib.import_module("importlib_metadata")
+        _hide(backport.Distribution, hidden)
+
+
+def _hide(kind: Any, hidden: set[str]) -> None:
+    """Let a class that finds distributions pass over those in some folders."""
+    found_by = kind.discover
+
+    def found(**where: Any) -> Iterator[metadata.Distribution]:
+        for source in found_by(**where):
+            if _folder(source) not in hidden:
+                yield source
+
+    kind.discover = staticmethod(found)
+
+
+def _folder(source: metadata.Distribution) -> str:
+    """Return where a distribution's metadata lie; importlib has no public name for it."""
+    return str(getattr(source, "_path", ""))
+
+
 def _read(source: metadata.Distribution) -> Installed | Broken:
     """Read one distribution."""
-    folder = str(getattr(source, "_path", ""))  # public nowhere, and what somebody must remove
+    folder = _folder(source)
     points = _text(source, POINTS)
     called = re.split(r"[\\/]", folder)[-1] or "of an unknown place"
 
@@ -144,9 +206,13 @@ def _read(source: metadata.Distribution) -> Installed | Broken:
             str(about.get(field) or "") for field in ("Name", "Version", "Summary")
         )
     except Exception as cause:  # noqa: BLE001 - somebody else's file can be wrong in any way
+        if (
+            type(cause).__name__ == "MetadataNotFound"
+        ):  # of the backport, which raises where Python does not
+            return damaged(NAMELESS)
         return damaged(f"its METADATA cannot be read ({type(cause).__name__}: {cause})")
     if not name:
-        return damaged("it has no METADATA, or none with a name")
+        return damaged(NAMELESS)
     try:
         list(source.entry_points)
     except Exception as cause:  # noqa: BLE001 - somebody else's file can be wrong in any way

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from regrad import registry
+from regrad.distributions import version
 
 if TYPE_CHECKING:
     from regrad.correction import Correction

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -171,10 +172,19 @@ def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
         if place != group and name in available(place):
             article = "an" if other == "optimizer" else "a"
             return f"{text}; {name!r} is {article} {other}: {USES[other].format(name=name)}"
+    if group == "regrad" and name.lower() in _optimizers_of_torch():
+        return f"{text}; {name!r} is an optimizer of torch: train with it in place of yours"
     for one in distributions.broken():
         if re.search(rf"^\s*{re.escape(name)}\s*=", one.points, flags=re.MULTILINE):
             return f"{text}; {printable(one.folder)} has it, but {printable(one.problem)}; reinstall it"
     return text + did_you_mean(name, entries)
+
+
+def _optimizers_of_torch() -> set[str]:
+    """Return the names of torch's optimizers in lower case; none while nobody has imported torch."""
+    torch = sys.modules.get("torch.optim")
+    names = getattr(torch, "__all__", ())
+    return {name.lower() for name in names if isinstance(getattr(torch, name), type)}
 
 
 def _kind_of(group: str) -> str:

@@ -20,7 +20,10 @@ def printable(text: object, *, keep: str = "") -> str:
         >>> print(printable("plain, ηλθ, \x1b[31mred"))
         plain, ηλθ, \x1b[31mred
     """
-    return "".join(_shown(letter, keep) for letter in str(text))
+    plain = str(text)
+    if plain.isprintable():
+        return plain
+    return "".join(_shown(letter, keep) for letter in plain)
 
 
 def _shown(letter: str, keep: str) -> str:

@@ -181,6 +181,21 @@ def test_an_empty_part_is_refused(text):
         parts_of(text)
 
 
+@pytest.mark.skipif(
+    not {"agc", "clip-norm"} <= regrad.available().keys(), reason="regrad-clipping is not installed"
+)
+@pytest.mark.parametrize(
+    "text", ["clip-norm,agc:axis=auto", "clip-norm, agc:axis=auto", "clip-norm agc:axis=auto"]
+)
+def test_several_corrections_in_one_word_are_all_in_the_suggestion(text, optimizer):
+    form = "write clip-norm agc:axis=auto or clip-norm+agc:axis=auto"
+    with pytest.raises(ValueError, match=re.escape(form)):
+        parts_of(text)
+    with pytest.raises(ValueError, match=re.escape(form)):
+        expand([text], optimizer)
+    assert parts_of("agc:axis=auto,head=clip-norm") == ("agc:axis=auto,head=clip-norm",)
+
+
 def test_an_unknown_correction_or_option_fails_early(optimizer):
     with pytest.raises(ValueError, match="no correction named 'no-such'"):
         expand(["no-such"], optimizer)

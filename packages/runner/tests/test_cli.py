@@ -12,7 +12,7 @@ import pytest
 import regrad
 import torch
 from regrad.errors import RegradWarning
-from regrad_runner.cli import main
+from regrad_runner.cli import format_warning, main
 from regrad_runner.config import CompareConfig, TrainConfig, write_config
 from regrad_runner.options import repeat_flag
 from regrad_runner.results import ResultsFolder
@@ -515,3 +515,28 @@ def test_a_flag_with_its_first_value_behind_an_equals_sign_takes_the_others_too(
     words = "--corrections=xgrad agc --seeds 2 --correction=gcw"
     repeated = "--corrections xgrad --corrections agc --seeds 2 --corrections gcw"
     assert repeat_flag(words.split()) == repeated.split()
+
+
+def test_errors_and_warnings_show_the_escape_codes_of_others(capsys):
+    assert main(["plugins", "show", "\x1b[31m\u202e"]) == 2
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()
+    for category in (RegradWarning, UserWarning):
+        text = format_warning("two\n\x1b[31mlines\u202e", category, "file\x1b.py", 3)
+        assert r"\x1b[31mlines\u202e" in text
+        assert text.replace("\n", "").isprintable()
+
+
+def test_a_plugin_whose_error_has_escape_codes_is_one_plain_line(tmp_path, monkeypatch, capsys):
+    info = tmp_path / "odd-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: odd\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[regrad]\nodd = odd_module_of_this_test:Odd\n")
+    source = r"raise RuntimeError('\x1b[31mred\n\u202e')"
+    (tmp_path / "odd_module_of_this_test.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for words in (["plugins", "show", "odd"], ["explain", "--corrections", "odd"]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert said.removesuffix("\n").isprintable()
+        assert r"\x1b[31mred" in said

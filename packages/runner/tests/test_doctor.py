@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -198,6 +199,69 @@ def test_a_plugin_for_a_newer_core_is_found_by_its_metadata(install, tmp_path, u
         found["distribution regrad-later"].mend
         == "pip install 'regrad<99,>=98', or another version of regrad-later"
     )
+
+
+def test_damaged_distributions_are_named_with_their_mend(install, tmp_path, unimported):
+    install("regrad-good", {"good": "Gain"})
+    (install("regrad-half", {"half": "Gain"}) / "METADATA").unlink()
+    (install("a-neighbour", {}, group="others") / "METADATA").write_bytes(b"Name: \xff\n")
+    (install("regrad-points", {}) / "entry_points.txt").write_text("[regrad]\nrubbish\n")
+    found = wrong(tmp_path)
+    assert set(found) == {
+        f"distribution {name}" for name in ("regrad_half", "a_neighbour", "regrad_points")
+    }
+    folder = tmp_path / "site" / "regrad_half-1.0.dist-info"
+    assert found["distribution regrad_half"].said == (
+        f"it has no METADATA, or none with a name: {folder}"
+    )
+    assert found["distribution regrad_half"].mend == (
+        f"remove {folder}, then pip install --force-reinstall regrad_half"
+    )
+    assert "UnicodeDecodeError" in found["distribution a_neighbour"].said
+    assert "entry_points.txt cannot be read" in found["distribution regrad_points"].said
+
+
+def test_metadata_that_can_be_read_and_say_nonsense_are_named(install, tmp_path, unimported):
+    info = install("odd", {"odd": "Gain"}, needs=["regrad", "!!! no requirement", "x; y == 'z'"])
+    text = (info / "METADATA").read_text()
+    (info / "METADATA").write_text(text.replace("Name: odd", "Name: ../../.."))
+    info = install("regrad-gain", {"gain": "Gain"})
+    text = (info / "METADATA").read_text()
+    (info / "METADATA").write_text(text.replace("Version: 1.0", "Version: \x1b[1mone; rm -r x"))
+    info = install("regrad-twice", {"twice": "Gain"})
+    shutil.copytree(info, info.with_name("regrad_twice-2.0.dist-info"))
+    (info / "RECORD").write_bytes(b"\xff")
+    findings = [finding for finding in examine(tmp_path) if not finding.ok]
+    said = {finding.said.partition(":")[0] for finding in findings}
+    assert said >= {
+        "its METADATA call it so, which is no name",
+        "needs '!!! no requirement', which is no requirement",
+        "its METADATA give it the version '\\x1b[1mone; rm -r x'",
+        "is there twice, as 1.0 and 1.0",
+    }
+    (odd,) = (finding for finding in findings if "call it so" in finding.said)
+    assert odd.mend == f"remove {tmp_path}/site/odd-1.0.dist-info, then install what it belongs to"
+
+
+def test_what_the_doctor_prints_is_obeyed_by_no_terminal_and_safe_to_paste(
+    install, tmp_path, unimported, capsys
+):
+    install("regrad-\x1b[1mgain; rm x", {"\x1b[31mgain": "Gain"})
+    unimported["regrad/\x1b[31mgain"] = {"seconds": 0.1, "problem": "\u202eno", "found": None}
+    assert show_findings(examine(tmp_path)) == 1
+    printed = capsys.readouterr().out
+    assert all(letter.isprintable() or letter == "\n" for letter in printed)
+    (finding,) = (f for f in examine(tmp_path) if "REGRAD_DISABLE" in f.mend)
+    assert finding.mend.startswith("pip install --upgrade 'regrad-\x1b[1mgain; rm x'")
+    assert show_findings([finding], as_json=True) == 1
+    assert capsys.readouterr().out.isascii()
+
+
+def test_the_process_that_imports_survives_what_ends_torch(install):
+    (install("a-neighbour", {}, group="others") / "entry_points.txt").write_text("[x]\nrubbish\n")
+    install("a-good", {"gain": "Gain"})
+    seen = imports(["regrad/gain"])
+    assert {line["problem"] for line in seen.values()} == {""}
 
 
 def test_a_name_that_the_environment_leaves_out_is_said(install, tmp_path, unimported, monkeypatch):

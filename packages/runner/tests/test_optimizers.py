@@ -1,4 +1,5 @@
 import pytest
+import regrad
 import torch
 from regrad_runner.optimizers import build_optimizer, optimizer_class, spec_of
 from regrad_runner.specs import read_spec
@@ -70,6 +71,13 @@ def test_an_optimizer_gets_its_options_and_a_controls_changes():
     [
         ("sdg", "no optimizer named 'sdg'; there are: .*adamw.*sgd"),
         ("lbfgs", "no optimizer named 'lbfgs'"),
+        pytest.param(
+            "xgrad",
+            "no optimizer named 'xgrad'; .*; 'xgrad' is a correction: give it to --corrections",
+            marks=pytest.mark.skipif(
+                "xgrad" not in regrad.available(), reason="needs regrad-xgrad"
+            ),
+        ),
         ("sgd:betas=1", "optimizer 'sgd' has no option 'betas'; allowed: momentum"),
         (
             "sgd:momentum=-1",

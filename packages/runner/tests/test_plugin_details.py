@@ -1,5 +1,5 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.message import Message
 
 import pytest
@@ -78,7 +78,7 @@ def installed(monkeypatch):
     )
     monkeypatch.setattr(regrad, "load", lambda name, group="regrad": loaded[name], raising=False)
     monkeypatch.setattr("regrad.registry.load", lambda name, group="regrad": loaded[name])
-    monkeypatch.setattr(plugin_details.metadata, "metadata", lambda name: about)
+    monkeypatch.setattr(plugin_details, "_metadata_of", lambda entry: about)
     return entries
 
 
@@ -175,3 +175,40 @@ def test_a_plugin_is_json_for_programs(capsys):
         "regrad_runner.workloads.digits:load",
     )
     assert details["options"][0]["name"] == "seed_of_split"
+
+
+@pytest.mark.usefixtures("installed")
+def test_escape_codes_of_a_plugin_are_shown_and_not_obeyed(installed, capsys):
+    odd = "a \x1b[31mred\x07 \u202e thing"
+    installed["thing"] = replace(installed["thing"], distribution=odd, version=odd, summary=odd)
+    assert main(["plugins", "show", "thing"]) == 0
+    shown = capsys.readouterr().out
+    assert r"a \x1b[31mred\x07 \u202e thing" in shown
+    assert set(shown) - {"\n"} == {letter for letter in shown if letter.isprintable()}
+    assert main(["plugins", "show", "thing", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.isascii()
+    assert json.loads(shown)[0]["summary"] == odd
+    installed[odd] = installed["thing"]
+    assert main(["plugins", "show", "nothing"]) == 2
+    assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+def test_a_distribution_of_an_odd_name_is_never_looked_up(monkeypatch, tmp_path):
+    """What is called "../../.." is not read from there, and what is gone meanwhile has no card."""
+    entry = Entry("digits", "../../..", "1.0", "regrad_runner.workloads.digits:load", "A thing")
+    details = describe("workload", entry)
+    assert (details["distribution"], details["links"], details["card"]) == ("../../..", {}, "")
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("error", [KeyError, ValueError, RuntimeError])
+def test_a_plugin_that_fails_on_its_control_is_named_in_one_line(monkeypatch, capsys, error):
+    def fails(self, optimizer):
+        raise error("no\x1b[31m\nreason")
+
+    monkeypatch.setattr(Thing, "control", fails)
+    assert main(["plugins", "show", "thing"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("regrad: plugin 'thing' cannot say what it must beat: ")
+    assert said.removesuffix("\n").isprintable()

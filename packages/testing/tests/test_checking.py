@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import regrad
+import regrad.registry
 from regrad_testing import CorrectionSuite, OptimizerSuite, checking
 from regrad_testing.__main__ import main
 
@@ -94,8 +95,8 @@ def test_what_is_not_there_is_one_line_and_exit_code_2(capsys):
 @pytest.mark.parametrize("editable", [True, False])
 def test_an_editable_install_leads_to_the_suite_in_its_source_tree(editable, tmp_path, monkeypatch):
     told = json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": editable}})
-    found = SimpleNamespace(read_text=lambda name: told)
-    monkeypatch.setattr(checking.metadata, "distribution", lambda name: found)
+    found = SimpleNamespace(read=lambda name: told)
+    monkeypatch.setattr(checking.distributions, "find", lambda name, version: found)
     entry = regrad.registry.Entry("mine", "regrad-mine", "1.5", "mine:Halve", "")
     assert checking.own_suite(entry) is None
     (tmp_path / "tests").mkdir()
@@ -103,6 +104,19 @@ def test_an_editable_install_leads_to_the_suite_in_its_source_tree(editable, tmp
     assert checking.own_suite(entry) == (
         tmp_path / "tests" / "test_conformance.py" if editable else None
     )
+
+
+@pytest.mark.parametrize("told", ["", "[]", '{"dir_info": []}', "no JSON", '{"dir_info": {}}'])
+def test_an_origin_that_is_damaged_leads_nowhere(told, monkeypatch):
+    found = SimpleNamespace(read=lambda name: told)
+    monkeypatch.setattr(checking.distributions, "find", lambda name, version: found)
+    entry = regrad.registry.Entry("mine", "regrad-mine", "1.5", "mine:Halve", "")
+    assert checking.own_suite(entry) is None
+
+
+def test_a_distribution_of_an_odd_name_is_never_looked_up():
+    entry = regrad.registry.Entry("mine", "../../..", "1.5", "mine:Halve", "")
+    assert checking.own_suite(entry) is None
 
 
 def test_a_suite_belongs_to_what_it_names_or_makes():

@@ -11,6 +11,7 @@ from typing import Any
 
 import regrad
 from regrad.correction import Control, Correction
+from regrad.registry import several_in
 from torch.optim import Optimizer
 
 LONGEST_FOLDER_NAME = 100
@@ -108,12 +109,24 @@ def parts_of(text: str) -> tuple[str, ...]:
     """Split "a+b:option=1" at each plus that does not belong to a number.
 
     Raises:
-        ValueError: If a part is empty.
+        ValueError: If a part is empty, or names several corrections.
     """
     parts = tuple(part.strip() for part in re.split(r"(?<![0-9.][eE])\+", text))
     if not all(parts):
         raise ValueError(f"corrections must name one correction on each side of '+', got {text!r}")
+    for part in parts:
+        _check_alone(part)
     return parts
+
+
+def _check_alone(part: str) -> None:
+    """Raise a `ValueError` if one part of a stack names several corrections, as "xgrad,agc" does."""
+    several = several_in(part) if re.search(r"[,;&|\s]", part) else []
+    if several:
+        apart, stacked = " ".join(several), "+".join(several)
+        raise ValueError(
+            f"corrections must be apart, or stacked by '+', got {part!r}; write {apart} or {stacked}"
+        )
 
 
 def created(text: str) -> tuple[Correction, ...]:

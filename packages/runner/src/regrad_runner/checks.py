@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from regrad.text import printable
 from rich.markup import escape
 from rich.table import Table
 
+from regrad_runner.terminal import Terminal
+
 KIT = "regrad_testing"
+START = (  # pytest and torch end with the first distribution that they cannot read
+    "from regrad.distributions import hide_broken; hide_broken(); import sys; "
+    f"from {KIT}.__main__ import main; sys.exit(main(*sys.argv[1:]))"
+)
 MISSING = "regrad-testing must be installed to check a plugin; pip install 'regrad-runner[check]'"
 SHOWN = {"proved": "proved", "skipped": "skipped because", "failed": "FAILED"}
 STYLES = {"proved": "", "skipped": "dim", "failed": "bold red"}
@@ -33,7 +39,7 @@ def run_check(spec: str, suite: Path | None) -> dict[str, Any]:
         raise ValueError(MISSING)
     if suite is not None and not suite.is_file():
         raise ValueError(f"suite must be a file, got '{suite}'")
-    command = [sys.executable, "-m", KIT, spec, *([str(suite)] if suite else [])]
+    command = [sys.executable, "-c", START, spec, *([str(suite)] if suite else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own module
     if done.returncode not in (0, 1) or not done.stdout.startswith("{"):
         raise ValueError(
@@ -49,7 +55,7 @@ def show_check(report: dict[str, Any], *, as_json: bool) -> int:
         report: As `run_check` returned it.
         as_json: For programs; else a table for people, with the details of failures behind it.
     """
-    rows, console = report["clauses"], Console(soft_wrap=as_json)
+    rows, console = report["clauses"], Terminal(soft_wrap=as_json)
     failed = [row for row in rows if row["outcome"] == "failed"]
     if as_json:
         console.out(json.dumps(report, indent=2), highlight=False)
@@ -62,7 +68,8 @@ def show_check(report: dict[str, Any], *, as_json: bool) -> int:
         what = row["reason"] or row["proves"]
         cells = (row["clause"], SHOWN[row["outcome"]], what)
         shown = cells if len(suites) == 1 else (row["suite"], *cells)
-        table.add_row(*map(escape, shown), style=STYLES[row["outcome"]])
+        plain = (escape(printable(cell, keep="\n")) for cell in shown)
+        table.add_row(*plain, style=STYLES[row["outcome"]])
     console.print(table)
     for row in failed:
         console.print(

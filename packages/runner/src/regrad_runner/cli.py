@@ -8,9 +8,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from regrad.distributions import hide_broken
 from regrad.errors import RegradError, RegradWarning
+from regrad.text import printable
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+KEPT = "\n\t"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    hide_broken()  # before anything is imported that reads every distribution's metadata
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.commands import app  # noqa: PLC0415
@@ -69,7 +73,7 @@ def _complain(problem: str, code: int = BAD_INPUT) -> int:
     # A RANK that a launcher left behind makes nobody else speak.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if problem and (alone or os.environ.get("RANK", "0") == "0"):
-        sys.stderr.write(f"regrad: {problem}\n")
+        sys.stderr.write(f"regrad: {printable(problem, keep=KEPT)}\n")
     return code
 
 
@@ -77,6 +81,7 @@ def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
     """Write our own warnings for people, and others as Python does."""
+    text = printable(message, keep=KEPT)
     if issubclass(category, RegradWarning):
-        return f"warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+        return f"warning: {text}\n"
+    return f"{printable(filename)}:{lineno}: {category.__name__}: {text}\n"

@@ -330,6 +330,6 @@ def _settings(
 
 def _console() -> Console:
     """Return where progress goes: not where results go, which may be piped to a program."""
-    from rich.console import Console  # noqa: PLC0415
+    from regrad_runner.terminal import Terminal  # noqa: PLC0415
 
-    return Console(stderr=True)
+    return Terminal(stderr=True)

@@ -50,7 +50,8 @@ def plugins(incomplete: str) -> list[str]:
 
 
 def _installed(group: str) -> list[str]:
-    return [name for name, entry in regrad.available(group).items() if entry.refused is None]
+    entries = regrad.available(group)
+    return [name for name, entry in entries.items() if entry.refused is None and name.isprintable()]
 
 
 def _starting(incomplete: str, names: Iterable[str]) -> list[str]:

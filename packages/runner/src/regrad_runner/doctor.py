@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sqlite3
 import subprocess
@@ -11,20 +12,23 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import regrad
 from packaging.requirements import Requirement
-from regrad.registry import Entry
-from rich.console import Console
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+from regrad import distributions
+from regrad.distributions import Installed
+from regrad.registry import GROUPS, Entry
+from regrad.text import printable
 from rich.markup import escape
 from rich.table import Table
 
 from regrad_runner.delivery import HOST_TAG
 from regrad_runner.doctor_imports import DEVICE, LIBRARIES
-from regrad_runner.plugins import GROUPS
+from regrad_runner.terminal import Terminal
 
 SLOW = 5.0  # seconds to import one plugin, torch not counted, the faster of two times
 PATIENCE = 300.0  # seconds for one process that imports plugins
@@ -63,12 +67,55 @@ def examine(folder: Path, *, gpu: bool = False) -> list[Finding]:
         for group in GROUPS.values()
         for e in regrad.available(group).values()
     }
-    findings = [*_offers(entries), *_requirements(entries), *_modules(entries)]
+    versions = {one.normal_name: one.version for one in distributions.installed()}
+    findings = [*_damaged(), *_offers(entries), *_requirements(entries, versions)]
+    findings += _modules(entries)
     wanted = [name for name, entry in entries.items() if not entry.refused]
     seen = imports(wanted)
-    findings += [_library_builds(seen.pop(LIBRARIES)), _device(seen.pop(DEVICE), gpu=gpu)]
+    findings.append(_library_builds(seen.pop(LIBRARIES), versions))
+    findings.append(_device(seen.pop(DEVICE), gpu=gpu))
     findings += [_imported(entries[name], line) for name, line in seen.items()]
     return [*findings, *_databases(folder), _stale_store(folder)]
+
+
+def _damaged() -> Iterator[Finding]:
+    """Say which distributions, of whomever, have damaged metadata."""
+    for one in distributions.broken():
+        name = re.split(r"-\d|\.dist-info$|\.egg-info$", one.name)[0].lstrip("~")
+        said = f"{one.problem}: {one.folder}"
+        yield Finding(f"distribution {name}", ok=False, said=said, mend=_anew(name, one.folder))
+    for name, several in distributions.doubled().items():
+        versions = " and ".join(sorted(one.version for one in several))
+        said = f"is there twice, as {versions}: an upgrade has not come to its end"
+        folders = " ".join(shlex.quote(one.folder) for one in several)
+        mend = f"remove {folders}, then pip install --force-reinstall {shlex.quote(name)}"
+        yield Finding(f"distribution {name}", ok=False, said=said, mend=mend)
+    for whole in distributions.installed():
+        if not distributions.NAME.fullmatch(whole.name):
+            said = f"its METADATA call it so, which is no name: {whole.folder}"
+            mend = _anew(whole.name, whole.folder)
+            yield Finding(f"distribution {whole.name!r}", ok=False, said=said, mend=mend)
+    for plugin in distributions.plugins():
+        if not _is_version(plugin.version):
+            said = f"its METADATA give it the version {plugin.version!r}: {plugin.folder}"
+            mend = _anew(plugin.name, plugin.folder)
+            yield Finding(f"distribution {plugin.name}", ok=False, said=said, mend=mend)
+
+
+def _anew(name: str, folder: str) -> str:
+    """Say how to install a distribution anew whose metadata no installer can read."""
+    remove = f"remove {shlex.quote(folder)}"
+    if not distributions.NAME.fullmatch(name):
+        return f"{remove}, then install what it belongs to"
+    return f"{remove}, then pip install --force-reinstall {name}"
+
+
+def _is_version(text: str) -> bool:
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True
 
 
 def _offers(entries: Mapping[str, Entry]) -> Iterator[Finding]:
@@ -79,55 +126,65 @@ def _offers(entries: Mapping[str, Entry]) -> Iterator[Finding]:
             yield Finding(f"plugin {entry.name}", ok=False, said=reason, mend=mend)
 
 
-def _requirements(entries: Mapping[str, Entry]) -> Iterator[Finding]:
+def _requirements(entries: Mapping[str, Entry], versions: Mapping[str, str]) -> Iterator[Finding]:
     """Compare what the plugins' distributions need with what is installed."""
-    distributions = sorted({entry.distribution for entry in entries.values() if not entry.refused})
-    unmet = [
-        (name, r)
-        for name in distributions
-        for r in metadata.requires(name) or []
-        if _is_unmet(Requirement(r))
-    ]
-    for name, text in unmet:
-        needed = Requirement(text)
-        said = f"needs {needed.name}{needed.specifier}, but {_version(needed.name) or 'none'} is installed"
-        command = f"pip install {shlex.quote(f'{needed.name}{needed.specifier}')}, or another version of {name}"
-        yield Finding(f"distribution {name}", ok=False, said=said, mend=command)
+    owners = {(e.distribution, e.version) for e in entries.values() if not e.refused}
+    wrong = False
+    for name, version in sorted(owners):
+        found = distributions.find(name, version)
+        for line in found.requires if found else []:
+            finding = _requirement(name, line, versions)
+            if finding is not None:
+                wrong = True
+                yield finding
+    if not wrong:
+        yield Finding("requirements", ok=True, said=f"those of {len(owners)} distributions are met")
+
+
+def _requirement(name: str, line: str, versions: Mapping[str, str]) -> Finding | None:
+    """Judge one requirement of a distribution; None where it is met."""
+    check = f"distribution {name}"
+    try:
+        needed = Requirement(line)
+        unmet = _is_unmet(needed, versions)
+    except ValueError:  # of every kind that the library has for what it cannot read
+        said, mend = f"needs {line!r}, which is no requirement", f"ask the author of {name}"
+        return Finding(check, ok=False, said=said, mend=mend)
     if not unmet:
-        yield Finding(
-            "requirements", ok=True, said=f"those of {len(distributions)} distributions are met"
-        )
+        return None
+    there = versions.get(canonicalize_name(needed.name)) or "none"
+    wanted = f"{needed.name}{needed.specifier}"
+    said = f"needs {wanted}, but {there} is installed"
+    mend = f"pip install {shlex.quote(wanted)}, or another version of {name}"
+    return Finding(check, ok=False, said=said, mend=mend)
 
 
-def _is_unmet(needed: Requirement) -> bool:
+def _is_unmet(needed: Requirement, versions: Mapping[str, str]) -> bool:
     if needed.marker and not needed.marker.evaluate({"extra": ""}):
         return False
-    version = _version(needed.name)
+    version = versions.get(canonicalize_name(needed.name))
     return version is None or not needed.specifier.contains(version, prereleases=True)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _modules(entries: Mapping[str, Entry]) -> Iterator[Finding]:
     """Say which plugins' modules several distributions install over each other."""
-    owners = metadata.packages_distributions()
-    for module in sorted(
-        {entry.value.partition(":")[0].partition(".")[0] for entry in entries.values()} - {""}
-    ):
-        several = sorted(set(owners.get(module, [])))
-        if len(several) > 1:
-            said = f"{' and '.join(several)} both install it"
-            yield Finding(
-                f"module {module}",
-                ok=False,
-                said=said,
-                mend="uninstall both, then install the one you want",
-            )
+    places = (entry.value.partition(":")[0] for entry in entries.values())
+    owners: dict[str, set[str]] = {place.partition(".")[0]: set() for place in places if place}
+    for one in distributions.installed():
+        for module in owners.keys() & _top_modules(one):
+            owners[module].add(one.name)
+    for module, names in sorted(owners.items()):
+        if len(names) > 1:
+            said = f"{' and '.join(sorted(names))} both install it"
+            mend = "uninstall both, then install the one you want"
+            yield Finding(f"module {module}", ok=False, said=said, mend=mend)
+
+
+def _top_modules(one: Installed) -> set[str]:
+    """Return the names of what a distribution's list of files puts on Python's path."""
+    files = one.read("RECORD").splitlines()
+    tops = {line.partition(",")[0].partition("/")[0] for line in files}
+    return {top.removesuffix(".py") for top in tops}
 
 
 def imports(wanted: list[str]) -> dict[str, dict[str, Any]]:
@@ -182,9 +239,10 @@ def _run(wanted: list[str]) -> tuple[list[dict[str, Any]], str]:
     return [json.loads(line) for line in lines], ending
 
 
-def _library_builds(line: Mapping[str, Any]) -> Finding:
+def _library_builds(line: Mapping[str, Any], installed: Mapping[str, str]) -> Finding:
     """Judge whether torch and torchvision belong together."""
-    versions = f"torch {_version('torch')} and torchvision {_version('torchvision')}"
+    there = (f"{name} {installed.get(name)}" for name in ("torch", "torchvision"))
+    versions = " and ".join(there)
     mend = "install both in one command: uv pip install --reinstall torch torchvision"
     if line["problem"]:
         return Finding(
@@ -224,7 +282,8 @@ def _imported(entry: Entry, line: Mapping[str, Any]) -> Finding:
     """Judge the import of one plugin."""
     check, source = f"plugin {entry.name}", f"{entry.distribution} {entry.version}"
     if line["problem"]:
-        mend = f"pip install --upgrade {entry.distribution}, or leave it out: REGRAD_DISABLE={entry.name}"
+        upgrade = f"pip install --upgrade {shlex.quote(entry.distribution)}"
+        mend = f"{upgrade}, or leave it out: REGRAD_DISABLE={shlex.quote(entry.name)}"
         return Finding(check, ok=False, said=f"{source}: {line['problem']}", mend=mend)
     said = f"{source}: imports in {line['seconds']:.1f} s"
     if line["seconds"] > SLOW:
@@ -233,7 +292,7 @@ def _imported(entry: Entry, line: Mapping[str, Any]) -> Finding:
             check,
             ok=False,
             said=said,
-            mend=f"see why: {Path(sys.executable).name} -X importtime -c 'import {module}'",
+            mend=f"see why: {Path(sys.executable).name} -X importtime -c {shlex.quote(f'import {module}')}",
         )
     return Finding(check, ok=True, said=said)
 
@@ -287,21 +346,25 @@ def show_findings(findings: list[Finding], *, as_json: bool = False) -> int:
         findings: As `examine` returned them.
         as_json: For programs; else a table for people, what is wrong at its end with the mend.
     """
-    console, wrong = Console(soft_wrap=as_json), [finding for finding in findings if not finding.ok]
+    console = Terminal(soft_wrap=as_json)
+    wrong = [finding for finding in findings if not finding.ok]
     if as_json:
-        console.out(
-            json.dumps([asdict(finding) for finding in findings], indent=2), highlight=False
-        )
+        rows = [asdict(finding) for finding in findings]
+        console.out(json.dumps(rows, indent=2), highlight=False)
         return int(bool(wrong))
     table = Table(box=None, pad_edge=False, show_header=False)
-    for finding in [finding for finding in findings if finding.ok]:
-        table.add_row("ok", escape(finding.check), escape(finding.said))
+    for finding in findings:
+        if finding.ok:
+            table.add_row("ok", *map(_cell, (finding.check, finding.said)))
     console.print(table)
     for finding in wrong:
-        console.print(
-            f"\n[bold red]wrong[/]  {escape(finding.check)}: {escape(finding.said)}",
-            highlight=False,
-        )
-        console.print(f"       mend: {finding.mend}", markup=False, highlight=False)
+        said = f"{_cell(finding.check)}: {_cell(finding.said)}"
+        console.print(f"\n[bold red]wrong[/]  {said}", highlight=False)
+        console.print(f"       mend: {_cell(finding.mend)}", highlight=False)
     console.print(f"\n{len(wrong)} of {len(findings)} looks found something wrong", highlight=False)
     return int(bool(wrong))
+
+
+def _cell(text: str) -> str:
+    """Return text that is shown as it is: no markup, nothing that a terminal obeys."""
+    return escape(printable(text))

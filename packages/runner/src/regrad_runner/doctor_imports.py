@@ -13,11 +13,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from regrad.distributions import hide_broken
+
 LIBRARIES, DEVICE = "libraries", "device"
 
 
 def main(wanted: list[str]) -> None:
     """Import torch and torchvision, look for a device, then import each plugin that was asked for."""
+    hide_broken()  # torch would end with the first of them; the doctor names them on its own
     report(LIBRARIES, _libraries)
     report(DEVICE, _device)
     for name in wanted:

@@ -9,6 +9,7 @@ from typing import Any
 
 import regrad
 import torch
+from regrad.text import printable
 from torch import nn
 from torch.optim import Optimizer
 
@@ -100,9 +101,10 @@ def optimizer_class(name: str) -> type[Optimizer]:
     if name in plugins:
         loaded: type[Optimizer] = regrad.load(name, GROUP)
         return loaded
-    raise ValueError(
-        f"no optimizer named {name!r}; there are: {', '.join(sorted([*known, *plugins]))}"
-    )
+    there = ", ".join(map(printable, sorted([*known, *plugins])))
+    is_correction = name in regrad.available()
+    mend = f"; {name!r} is a correction: give it to --corrections" if is_correction else ""
+    raise ValueError(f"no optimizer named {name!r}; there are: {there}{mend}")
 
 
 def build_optimizer(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from regrad.text import printable
 
 from regrad_runner import options as o
 from regrad_runner.completion import plugins as offered
 from regrad_runner.errors import checking_input
 
-LIKE = "The plugin to copy; the smallest by default."
+LIKE = "Start from this one's code; an example by default."
 AS_LISTED = "As plugins list has it."
 CHECKED = "A correction or optimizer, with options if you like."
 
@@ -64,11 +65,13 @@ def check_plugin(
     json: o.JsonAlone = False,
 ) -> int:
     """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
-    from rich.console import Console  # noqa: PLC0415
+    from rich.markup import escape  # noqa: PLC0415
 
     from regrad_runner.checks import run_check, show_check  # noqa: PLC0415
+    from regrad_runner.terminal import Terminal  # noqa: PLC0415
 
-    with checking_input(), Console(stderr=True).status(f"checking {name}: about half a minute"):
+    doing = f"checking {escape(name)}: about half a minute"
+    with checking_input(), Terminal(stderr=True).status(doing):
         report = run_check(name, suite)
     return show_check(report, as_json=json)
 
@@ -76,7 +79,9 @@ def check_plugin(
 @plugins.command(
     "new",
     cls=o.Plain,
-    epilog=o.examples("regrad plugins new my-method", "regrad plugins new my-method --like agc"),
+    epilog=o.examples(
+        "regrad plugins new my-method", "regrad plugins new my-method --like adanorm"
+    ),
 )
 def new_plugin(
     name: Annotated[
@@ -90,17 +95,18 @@ def new_plugin(
     ] = Path(),
     like: Annotated[str | None, typer.Option(metavar="NAME", help=LIKE)] = None,
 ) -> int:
-    """Write a distribution with a correction of your own, made from a shipped one: it passes the kit as it is."""
+    """Write a distribution with a correction of your own: an example that passes the kit as it is."""
     with checking_input():
         from regrad_runner.new_plugin import new_plugin as make  # noqa: PLC0415
 
-        folder, source = make(name, out, like)
-    place = shlex.quote(str(folder))
+        folder = make(name, out, like)
+    place = shlex.quote(printable(folder))
     sys.stdout.write(
-        f"{folder} holds {source!r} under the name {name!r}. Next:\n"
+        f"{printable(folder)} holds a correction {name!r} that works. Next:\n"
         f"  pip install --editable {place}\n"
         f"  regrad plugins check {name}\n"
         "  write the rule: first tests/reference.py, then the package in src, its tests and its card\n"
+        "  grep -rn 'fill in' for what is yours to say: the source, the card, your name\n"
         f"  pytest {place}\n"
         f"  regrad compare --corrections {name}\n"
     )
@@ -119,11 +125,10 @@ def doctor(
     json: o.JsonAlone = False,
 ) -> int:
     """Find what is wrong with what is installed, and say how to mend it; exit code 1 if anything is."""
-    from rich.console import Console  # noqa: PLC0415
-
     from regrad_runner.doctor import examine, show_findings  # noqa: PLC0415
+    from regrad_runner.terminal import Terminal  # noqa: PLC0415
 
-    with checking_input(), Console(stderr=True).status("importing every plugin"):
+    with checking_input(), Terminal(stderr=True).status("importing every plugin"):
         if not folder.is_dir():
             raise ValueError(f"folder must be a folder, got '{folder}'")
         findings = examine(folder, gpu=gpu)

@@ -7,19 +7,21 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from importlib import metadata
+from email.message import Message
 from typing import Any
 
 import regrad
 import torch
 from regrad.correction import Control, Correction, did_you_mean
-from regrad.registry import Entry
-from rich.console import Console
+from regrad.distributions import find
+from regrad.errors import PluginLoadError
+from regrad.registry import GROUPS, Entry
+from regrad.text import printable
 from rich.table import Table
 from rich.text import Text
 
 from regrad_runner.arms import created, merged
-from regrad_runner.plugins import GROUPS
+from regrad_runner.terminal import KEPT, Terminal
 
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
@@ -52,10 +54,9 @@ def show_plugin(name: str, *, as_json: bool = False) -> None:
     ]
     if not found:
         names = sorted({name for entries in installed.values() for name in entries})
-        raise ValueError(
-            f"no plugin named {name!r}; installed: {', '.join(names)}{did_you_mean(name, names)}"
-        )
-    console = Console(soft_wrap=as_json)
+        known = ", ".join(map(printable, names))
+        raise ValueError(f"no plugin named {name!r}; installed: {known}{did_you_mean(name, names)}")
+    console = Terminal(soft_wrap=as_json)
     if as_json:
         console.out(json.dumps(found, indent=2, default=str), highlight=False)
         return
@@ -94,11 +95,17 @@ def describe(kind: str, entry: Entry) -> dict[str, Any]:
         }
     else:
         details["options"] = _arguments_of(loaded)
-    about: Any = metadata.metadata(entry.distribution)
+    about: Any = _metadata_of(entry)
     urls = (line.partition(", ") for line in about.get_all("Project-URL") or [])
     details["links"] = {label: address for label, _, address in urls}
     details["card"] = "" if kind == "workload" else _first_section(about.get("Description") or "")
     return details
+
+
+def _metadata_of(entry: Entry) -> Any:
+    """Return the metadata of the distribution behind an entry; empty ones where it is gone meanwhile."""
+    found = find(entry.distribution, entry.version)
+    return found.source.metadata if found else Message()
 
 
 def _composition(loaded: regrad.Composition) -> dict[str, Any]:
@@ -163,10 +170,15 @@ def _controls(name: str) -> dict[str, dict[str, Any] | None]:
         "sgd:momentum=0.9": torch.optim.SGD([weight], lr=0.1, momentum=0.9),
         "adamw": torch.optim.AdamW([weight]),
     }
-    made = created(name)
-    controls = {
-        text: merged([c.control(optimizer) for c in made]) for text, optimizer in optimizers.items()
-    }
+    try:
+        made = created(name)
+        controls = {
+            text: merged([c.control(optimizer) for c in made])
+            for text, optimizer in optimizers.items()
+        }
+    except Exception as cause:  # a plugin may fail in any way: it is named, and the cause chained
+        said = f"{type(cause).__name__}: {printable(cause)}"
+        raise PluginLoadError(f"plugin {name!r} cannot say what it must beat: {said}") from cause
     return {text: _changes(control) if control else None for text, control in controls.items()}
 
 
@@ -218,11 +230,11 @@ def _first_section(readme: str) -> str:
     return section[1].strip() if section else ""
 
 
-def _print(console: Console, details: Mapping[str, Any]) -> None:
+def _print(console: Terminal, details: Mapping[str, Any]) -> None:
     source = f"{details['distribution']} {details['version']}, {details['value']}"
     console.print(
-        Text(f"{details['name']}: {details['kind']}", style="bold"),
-        Text(f"from {source}"),
+        Text(printable(f"{details['name']}: {details['kind']}"), style="bold"),
+        Text(printable(f"from {source}")),
         sep="\n",
     )
     about_itself = (
@@ -230,11 +242,11 @@ def _print(console: Console, details: Mapping[str, Any]) -> None:
     )  # one distribution offers many, and speaks of other things
     for text in (details["summary"] * about_itself, details["description"], details["card"]):
         if text:
-            console.print("", Text(text), sep="\n")
+            console.print("", Text(printable(text, keep=KEPT)), sep="\n")
     if details["options"]:
         console.print("", _table(details["options"]), "", sep="\n")
     for name, value in _facts(details).items():
-        console.print(Text(f"{name}: {value}"))
+        console.print(Text(printable(f"{name}: {value}")))
     console.print()
 
 
@@ -244,7 +256,7 @@ def _table(options: list[dict[str, Any]]) -> Table:
         table.add_column(name, overflow="fold", ratio=1 if name == "meaning" else None)
     for option in options:
         cells = (option["name"], str(option["default"]), option["type"], option["meaning"])
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 

@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict
 
 import regrad
-from rich.console import Console
+from regrad.registry import GROUPS
+from regrad.text import printable
 from rich.table import Table
 from rich.text import Text
 
-GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
+from regrad_runner.terminal import Terminal
 
 
 def show_plugins(*, as_json: bool = False) -> None:
@@ -24,7 +25,7 @@ def show_plugins(*, as_json: bool = False) -> None:
         for kind, group in GROUPS.items()
         for entry in regrad.available(group).values()
     ]
-    console = Console(soft_wrap=as_json)
+    console = Terminal(soft_wrap=as_json)
     if as_json:
         console.out(
             json.dumps([{"kind": kind, **asdict(entry)} for kind, entry in entries], indent=2),
@@ -36,13 +37,9 @@ def show_plugins(*, as_json: bool = False) -> None:
         table.add_column(name, overflow="fold")
     for kind, entry in entries:
         source = f"{entry.distribution} {entry.version}".strip()
-        cells = (
-            kind,
-            entry.name,
-            source,
-            f"refused: {entry.refused}" if entry.refused else entry.summary,
-        )
-        table.add_row(*map(Text, cells))
+        about = f"refused: {entry.refused}" if entry.refused else entry.summary
+        cells = (kind, entry.name, source, about)
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
     if not any(kind == "correction" for kind, _ in entries):
         console.print("no correction is installed; for example: pip install regrad-xgrad")

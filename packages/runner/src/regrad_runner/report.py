@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from regrad_runner.cells import in_ranges
 from regrad_runner.config import read_settings
 from regrad_runner.effects import FILE as EFFECTS
@@ -22,6 +20,7 @@ from regrad_runner.results import CELLS, Result, ResultsFolder, read_about
 from regrad_runner.rows import write_rows
 from regrad_runner.statistics import ArmSummary, summarize
 from regrad_runner.table import print_comparison, to_json
+from regrad_runner.terminal import Terminal
 from regrad_runner.training import name_on_validation
 from regrad_runner.workloads import Measure
 
@@ -73,7 +72,7 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
         ValueError: If the folder holds no comparison, or no run.
     """
     measure, left_out = _about(path)["measure"], _about(path).get("left_out", {})
-    folder, console = ResultsFolder(path), Console()
+    folder, console = ResultsFolder(path), Terminal()
     summaries = summarize_results(folder.results, measure)
     qualities = kept_qualities(folder)
     if as_json:
@@ -140,7 +139,7 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
         raise ValueError(
             f"folder must hold a run that ended, got '{path}'; regrad train --resume --out goes on"
         )
-    result, console = folder.results[-1], Console()
+    result, console = folder.results[-1], Terminal()
     if as_json:
         console.out(
             json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2),
@@ -175,7 +174,7 @@ def show_explanation(
         if as_json
         else as_text(explanation, every_tensor=every_tensor)
     )
-    Console(soft_wrap=True).out(text, highlight=False)
+    Terminal(soft_wrap=True).out(text, highlight=False)
 
 
 def open_ui(path: Path) -> str | None:
@@ -227,7 +226,7 @@ def _effects_in_words(receipt: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _print_rates(console: Console, folder: ResultsFolder) -> None:
+def _print_rates(console: Terminal, folder: ResultsFolder) -> None:
     """Say which learning rate each arm chose, where there was a choice."""
     if folder.trials:
         chosen = {result.arm: result.lr for result in folder.results}
@@ -237,7 +236,7 @@ def _print_rates(console: Console, folder: ResultsFolder) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=wrap)
 
 
-def _print_places(console: Console, path: Path) -> None:
+def _print_places(console: Terminal, path: Path) -> None:
     page = path / "report.html"
     if page.is_file():
         line = f"\nfigures and everything else to look at: {page}"

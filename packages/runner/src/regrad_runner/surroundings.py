@@ -6,11 +6,11 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from regrad.distributions import version
 
 LIBRARIES = ("regrad", "regrad-runner", "torch", "torchvision", "accelerate", "numpy")
 
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": _memory(),
         "devices": _devices(),
         "python": platform.python_version(),
-        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "versions": {name: found for name in LIBRARIES if (found := version(name))},
     }
 
 
@@ -69,10 +69,3 @@ def _devices() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

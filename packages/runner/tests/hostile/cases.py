@@ -3,20 +3,26 @@
 import functools
 import os
 from contextlib import redirect_stderr, redirect_stdout
-from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from regrad import distributions
 from regrad_runner.cli import main
 from regrad_runner.errors import BadInput, checking_input
 
 TIMES, COUNTS = "REGRAD_HOSTILE_TIMES", "REGRAD_HOSTILE_COUNTS"
-INSTALLED = functools.cache(
-    metadata.entry_points
-)  # read anew by every case they would take most of the time
+offers = distributions.offers
+
+
+@functools.cache
+def offered(group):
+    """Return what is installed: read anew by every case it would take most of the time."""
+    return list(offers(group))
+
+
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
@@ -43,7 +49,7 @@ def hostile(number, *strategies, **named):
         @given(*strategies, **named)
         @functools.wraps(test)
         def counted(*args, **kwargs):
-            with mock.patch.object(metadata, "entry_points", INSTALLED):
+            with mock.patch.object(distributions, "offers", offered):
                 test(*args, **kwargs)
             if COUNTS in os.environ:
                 with Path(os.environ[COUNTS]).open("a", encoding="utf-8") as file:

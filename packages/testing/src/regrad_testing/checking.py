@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -18,6 +17,7 @@ from urllib.request import url2pathname
 
 import pytest
 import regrad
+from regrad import distributions
 from regrad.registry import Entry
 
 from regrad_testing.corrections import CorrectionSuite
@@ -78,11 +78,15 @@ def check(spec: str, suite: Path | None = None) -> dict[str, Any]:
 
 def own_suite(entry: Entry) -> Path | None:
     """Return the file with suites in the source tree of an editable install, or None."""
-    direct = metadata.distribution(entry.distribution).read_text("direct_url.json")
-    told = json.loads(direct or "{}")
-    if not told.get("dir_info", {}).get("editable"):
+    found = distributions.find(entry.distribution, entry.version)
+    try:
+        told = json.loads(found.read("direct_url.json") if found else "{}")
+        editable, url = told.get("dir_info", {}).get("editable"), str(told.get("url"))
+    except (ValueError, AttributeError):  # no JSON, or of another form: it names no source tree
         return None
-    file = Path(url2pathname(urlparse(told["url"]).path)) / SUITES
+    if not editable:
+        return None
+    file = Path(url2pathname(urlparse(url).path)) / SUITES
     return file if file.is_file() else None
 
 
