@@ -30,11 +30,20 @@ SIZES = (
     (r"\w*intermediate_size|\w*ffn_dim|d_ff|ffn_hidden_size|n_inner|dim_ff", WIDTH),
     (r"(num|n)(_\w+)?_experts|num_local_experts", 4),
     (r"num_experts_per_tok|top_k_experts|moe_topk", 2),
+    (r"n_group|topk_group", 1),
+    (r"rotary_dim|attention_window|coordinate_size", 4),
+    (r"shape_size", 8),
     (r"(pad|bos|eos|sep|cls|mask|decoder_start)_token_id", END),
     (r"max_position_embeddings|n_positions|max_seq_len\w*|\w*max_\w*positions?\w*", WORDS),
 )
 LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type")
-AXIAL = {"axial_pos_embds_dim": (8, 24), "axial_pos_shape": (2, 4)}  # Reformer's positions
+NEEDED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "vocab_size")
+OTHERS = {
+    "axial_pos_embds_dim": (8, 24),  # Reformer
+    "axial_pos_shape": (2, 4),
+    "attention_types": [[["global", "local"], 1]],  # GPT-Neo
+    "default_language": "en_XX",  # X-MOD
+}
 
 
 def class_names(task):
@@ -51,12 +60,12 @@ def small_config(kind):
     for name, value in values.items():
         size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
         is_number = isinstance(value, int) and not isinstance(value, bool)
-        may_be_missing = value is None and name.endswith("token_id")
-        if (size is not None and (is_number or may_be_missing)) or name == "head_dim":
+        is_missing = value is None and (name.endswith("token_id") or name in NEEDED)
+        if size is not None and (is_number or is_missing):
             small[name] = size
         if name in LAYER_KINDS and isinstance(value, list):
             small[name] = [value[0], next((v for v in value if v != value[0]), value[0])]
-    small.update({name: value for name, value in AXIAL.items() if name in values})
+    small.update({name: value for name, value in OTHERS.items() if name in values})
     for name in getattr(kind, "sub_configs", {}):
         inner = getattr(default, name, None)
         if isinstance(inner, PreTrainedConfig):

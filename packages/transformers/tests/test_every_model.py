@@ -60,6 +60,15 @@ def check(model, batch, arguments):
     assert neutral_loss == pytest.approx(loss, rel=1e-6)
     for key, gradient in gradients.items():
         torch.testing.assert_close(neutral_gradients[key], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("task", "name"), SOME)
+def test_at_the_neutral_setting_loss_and_gradients_are_those_of_the_model_itself(
+    task, name, arguments
+):
+    model, batch = small.small_model(name).train(), small.small_batch(task)
+    loss, gradients = loss_and_gradients(model, batch)
+    check(model, batch, arguments)
     flat_loss, flat_gradients = corrected(model, batch, arguments, 0.25)
     assert flat_loss == pytest.approx(loss, rel=1e-6)
     assert any(
@@ -68,20 +77,16 @@ def check(model, batch, arguments):
     )
 
 
-@pytest.mark.parametrize(("task", "name"), SOME)
-def test_at_the_neutral_setting_loss_and_gradients_are_those_of_the_model_itself(
-    task, name, arguments
-):
-    check(small.small_model(name).train(), small.small_batch(task), arguments)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("task", "name"), EVERY)
 def test_so_it_is_for_every_class_of_the_installed_transformers(task, name, arguments):
     try:
         model, batch = small.small_model(name).train(), small.small_batch(task)
-        loss_and_gradients(model, batch)
+        loss_and_gradients(model, batch)  # some choose their attention in the first forward
+        once, twice = (loss_and_gradients(model, batch)[0] for _ in range(2))
     except Exception as problem:
         pytest.skip(f"{name} cannot be made small and run: {problem!r}"[:300])
+    if once != twice:
+        pytest.skip(f"{name} draws from random numbers that nobody can seed")
     check(model, batch, arguments)
