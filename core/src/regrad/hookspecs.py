@@ -97,10 +97,11 @@ def learning_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float
         >>> learning_rate(optimizer, optimizer.param_groups[0])
         0.1
     """
-    rate = group.get("lr")
+    rate: Any = group.get("lr")
     is_tensor = hasattr(rate, "numel") and rate.numel() == 1
-    if is_tensor or (isinstance(rate, numbers.Real) and not isinstance(rate, bool)):
-        return rate  # type: ignore[return-value]
+    is_number = isinstance(rate, numbers.Real) and rate is not True and rate is not False
+    if is_tensor or is_number:
+        return rate  # type: ignore[no-any-return]
     raise RegradError(
         f"lr must be a number in every parameter group of {type(optimizer).__name__}, got {rate!r}; "
         "give it one when you make the optimizer, and turn off rates that it computes itself, such "
