@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from regrad import RegradError
 from regrad_testing import load_beside
 from regrad_transformers import RegradCallback
+from regrad_transformers.loss import own_target, shifts_labels
 from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 small = load_beside(__file__, "small_models")
@@ -90,3 +92,23 @@ def test_so_it_is_for_every_class_of_the_installed_transformers(task, name, argu
     if once != twice:
         pytest.skip(f"{name} draws from random numbers that nobody can seed")
     check(model, batch, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("task", "name"), [each for each in EVERY if each[0] in ("causal", "masked", "seq2seq")]
+)
+def test_every_language_model_says_whether_it_shifts_as_its_own_loss_does(task, name):
+    try:
+        model, batch = small.small_model(name).train(), small.small_batch(task)
+        model(**batch)
+    except Exception as problem:
+        pytest.skip(f"{name} cannot be made small and run: {problem!r}"[:300])
+    labels = batch.pop("labels")
+    try:
+        target = own_target(model, (), batch, labels)
+    except RegradError as refusal:
+        assert "loss must be cross entropy of every label" in str(refusal)  # noqa: PT017
+        return
+    assert shifts_labels(model) is target.shift

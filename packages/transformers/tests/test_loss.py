@@ -129,6 +129,35 @@ def test_a_compiled_model_has_its_loss_corrected_beside_it_or_is_refused(
     assert (distance(ours, plain), told) == (0, plain_told)
 
 
+def test_compute_loss_is_the_models_own_without_a_correction_of_the_criterion_too(
+    make_trainer, weights, distance, cases
+):
+    make, ends = cases.unnamed_language_model, []
+    for where in (INSIDE, BESIDE):
+        trained_weights, _, callback = trained(make_trainer, weights, ["agc"], where, model=make())
+        ends.append(trained_weights)
+        assert callback._inputs is None
+    assert distance(*ends) == 0
+
+
+def test_an_evaluation_before_training_has_the_models_own_loss(make_trainer, cases):
+    callback = RegradCallback(["powergrad"])
+    for make in (cases.unnamed_language_model, cases.aligned):
+        settings = {"model": make(), "eval_on_start": True, "eval_strategy": "epoch"}
+        beside = make_trainer(
+            [callback], more={"compute_loss_func": callback.compute_loss}, **settings
+        )
+        plain = make_trainer(model=make())
+        assert beside.evaluate()["eval_loss"] == pytest.approx(
+            plain.evaluate()["eval_loss"], rel=1e-6
+        )
+        beside.train()
+        plain.model.load_state_dict(beside.model.state_dict())
+        assert beside.evaluate()["eval_loss"] == pytest.approx(
+            plain.evaluate()["eval_loss"], rel=1e-6
+        )
+
+
 class Shrinking(LlamaForCausalLM):
     """A model whose own loss has a part beside cross entropy."""
 

@@ -101,6 +101,7 @@ class RegradCallback(TrainerCallback):
         self._micro_batches = 1
         self._inside: CrossEntropyInside | None = None
         self._target: loss.Target | None = None
+        self._shifts: bool | None = None
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._input_handle: Any = None
         needed = [c.name for c in self._made() if "criterion" in c.needs.stages]
@@ -175,9 +176,10 @@ class RegradCallback(TrainerCallback):
         elif inputs is not None and isinstance(labels, Tensor):
             target = loss.own_target(self._model, *inputs, labels)
         if target is None:
+            if self._shifts is None:
+                self._shifts = loss.shifts_labels(self._model)
             has_positions = isinstance(labels, Tensor) and labels.dim() > 1
-            shift = has_positions and loss.shifts_labels(self._model)
-            target = loss.Target(shift, counts=True)
+            target = loss.Target(self._shifts and has_positions, counts=True)
         if inputs is None:  # an evaluation
             return target
         if items is not None and self._micro_batches > 1 and not target.counts:
@@ -236,7 +238,7 @@ class RegradCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Note the model and its settings, so that evaluation without training is right too."""
         self._model = None if model is None else innermost_module(model)
-        self._target = self._inputs = None
+        self._target = self._inputs = self._shifts = None
         self._smoothing = float(args.label_smoothing_factor)
         self._micro_batches = args.gradient_accumulation_steps
 
@@ -259,8 +261,7 @@ class RegradCallback(TrainerCallback):
             raise RegradError(
                 f"{found}; RegradCallback(…, restore=False) begins corrections anew"
             ) from problem
-        if self._needed:
-            self._watch(self.attachment)
+        self._watch(self.attachment)
         self._was_called, self._run, self._saved = False, uuid.uuid4().hex, -1
         # The Trainer writes this with its state: by it a resumed training knows which file is its own.
         state.stateful_callbacks[KEY] = {
@@ -269,9 +270,10 @@ class RegradCallback(TrainerCallback):
         }
 
     def _watch(self, attachment: regrad.Attachment) -> None:
-        """Correct the loss inside the model; `compute_loss`, if it is called, ends that."""
+        """Correct the loss inside the model, and keep what `compute_loss` needs if it is called instead."""
         model = attachment.model
-        self._inside = None if self._has_own_criterion else CrossEntropyInside(attachment)
+        acts_inside = self._needed and not self._has_own_criterion
+        self._inside = CrossEntropyInside(attachment) if acts_inside else None
         self._input_handle = model.register_forward_pre_hook(
             Hook(model, self._keep_inputs), with_kwargs=True
         )
@@ -290,6 +292,7 @@ class RegradCallback(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse where there is no cross entropy to correct: before anything was learnt."""
+        self._inputs = None  # a batch is large
         if not self._needed or self._was_called or (self._inside and self._inside.calls):
             return
         self.detach()
