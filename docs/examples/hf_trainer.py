@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: one callback, and the criterion through `compute_loss_func`.
+"""Hugging Face Trainer: one callback; the criterion is corrected inside of the model.
 
     python docs/examples/hf_trainer.py
 
@@ -34,13 +34,7 @@ with tempfile.TemporaryDirectory() as folder:
         save_steps=12,
     )
     callback = RegradCallback(["xgrad", "powergrad", "agc"])
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=rows,
-        callbacks=[callback],
-        compute_loss_func=callback.compute_loss,
-    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
     trainer.train()
 
 print(callback.attachment)

@@ -15,10 +15,13 @@ In time order of one optimizer step::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+
+from regrad.errors import RegradError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn, optim
@@ -63,8 +66,47 @@ class Step:
         return self._groups[parameter]
 
     def lr_of(self, parameter: nn.Parameter) -> float | Tensor:
-        """Return the learning rate that the coming update of `parameter` will use."""
-        return self._groups[parameter]["lr"]  # type: ignore[no-any-return]
+        """Return the learning rate that the coming update of `parameter` will use.
+
+        Raises:
+            RegradError: If its group has none, as `learning_rate` says.
+        """
+        return learning_rate(self.optimizer, self._groups[parameter])
+
+
+def learning_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | Tensor:
+    """Return the learning rate of one of an optimizer's parameter groups.
+
+    A correction that reads rates calls this in `setup`, so that it is refused before
+    training begins.
+
+    Args:
+        optimizer: The innermost torch optimizer.
+        group: One of its `param_groups`.
+
+    Returns:
+        A number, or a tensor of one element where the optimizer keeps it so.
+
+    Raises:
+        RegradError: If the group has no rate, or one that is not a number: the
+            optimizer computes its steps from something else then.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> learning_rate(optimizer, optimizer.param_groups[0])
+        0.1
+    """
+    rate: Any = group.get("lr")
+    is_tensor = hasattr(rate, "numel") and rate.numel() == 1
+    is_number = isinstance(rate, numbers.Real) and rate is not True and rate is not False
+    if is_tensor or is_number:
+        return rate  # type: ignore[no-any-return]
+    raise RegradError(
+        f"lr must be a number in every parameter group of {type(optimizer).__name__}, got {rate!r}; "
+        "give it one when you make the optimizer, and turn off rates that it computes itself, such "
+        "as relative_step"
+    )
 
 
 class CorrectionSpec:

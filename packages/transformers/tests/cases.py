@@ -4,8 +4,12 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
     set_seed,
 )
 
@@ -33,6 +37,20 @@ SETTINGS = {
 def language_model():
     set_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def unnamed_language_model():
+    """A model for which transformers has no loss type, and which shifts labels all the same."""
+    set_seed(0)
+    sizes = {"n_embd": 16, "n_positions": 16, "n_layer": 1, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, bos_token_id=1, eos_token_id=1, **sizes))
+
+
+def aligned():
+    """A causal model without a loss type whose loss compares each position with its own label."""
+    set_seed(0)
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "d_head": 8}
+    return XLNetLMHeadModel(XLNetConfig(vocab_size=WORDS, **sizes))
 
 
 def classifier():

@@ -32,11 +32,9 @@ def train(folder, resume=None):
         "ddp_backend": "gloo",
     }
     arguments = TrainingArguments(str(folder), **cases.SETTINGS, **more)
-    kept = {
-        "train_dataset": cases.sentences(),
-        "callbacks": [callback],
-        "compute_loss_func": callback.compute_loss,
-    }
+    kept = {"train_dataset": cases.sentences(), "callbacks": [callback]}
+    if resume is None:  # the loss beside the model; where training goes on, inside of it
+        kept["compute_loss_func"] = callback.compute_loss
     trainer = Trainer(cases.language_model(), arguments, **kept)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

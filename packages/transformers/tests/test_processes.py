@@ -27,7 +27,7 @@ def test_two_processes_train_like_one_resume_to_the_same_bits_and_refuse_checkpo
     make_trainer, tmp_path
 ):
     callback = RegradCallback(CORRECTIONS)
-    trainer = make_trainer([callback], more={"compute_loss_func": callback.compute_loss})
+    trainer = make_trainer([callback])
     trainer.train()
     torch.save(trainer.model.state_dict(), tmp_path / "alone.pt")
 

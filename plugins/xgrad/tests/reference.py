@@ -176,6 +176,27 @@ class AdaBelief:
         return self.first / (1 - self.betas[0] ** self.steps) / (root + self.eps)
 
 
+def train_from_displacement(weight, gradient_at, optimizer, rates, horizon, decay, has_gradient):
+    """Return the same where the last displacement stands for s·η·D: for any optimizer, of which nothing is read.
+
+    A step without a gradient (`has_gradient` False) leaves the weight alone: it has no decay, and
+    the next step nothing to predict from.
+    """
+    weights, points = [], []
+    last, last_rate = torch.zeros_like(weight), 1.0
+    for rate, made in zip(rates, has_gradient, strict=True):
+        point = weight + horizon * (rate / last_rate) * last
+        before = weight
+        last = torch.zeros_like(weight)
+        if made:
+            weight = optimizer.step(before, gradient_at(point), rate)
+            last = (weight - before) + rate * decay * before
+        last_rate = rate
+        points.append(point)
+        weights.append(weight)
+    return weights, points
+
+
 def train(weight, gradient_at, optimizer, rates, horizon):
     """Return the weights after each step, and the points at which gradients were taken."""
     weights, points = [], []

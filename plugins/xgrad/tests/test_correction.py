@@ -38,15 +38,17 @@ class Quadratic(torch.nn.Module):
         return 0.5 * self.weight @ self.matrix @ self.weight - self.offset @ self.weight
 
 
-def run(model, optimizer, rates=RATES, **options):
-    """Train with weight prediction; return the weights after each step."""
+def run(model, optimizer, rates=RATES, made=None, **options):
+    """Train with weight prediction; return the weights after each step, without a gradient where `made` is False."""
     weights = []
     with regrad.attach(model, optimizer, [XGrad(**options)]):
-        for rate in rates:
+        for rate, has_gradient in zip(rates, made or [True] * len(rates), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-            model().backward()
+            loss = model()
+            if has_gradient:
+                loss.backward()
             optimizer.step()
             weights.append(model.weight.detach().clone())
     return weights
@@ -237,6 +239,93 @@ def test_displacement_form_is_the_state_form_under_a_changing_rate(known, foreig
     got = run(two, foreign(two.parameters(), lr=0.1, **options), rates, decoupled_decay=decay)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+MADE = [True, True, False, True, False, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("horizon", [1.0, 2.0])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_displacement_form_with_steps_without_a_gradient_is_the_reference(
+    decay, horizon, reference
+):
+    model = Quadratic()
+    start = model.weight.detach().clone()
+    rates = [rate or 0.04 for rate in RATES]
+    optimizer = ForeignAdamW(model.parameters(), lr=0.1, weight_decay=decay)
+    weights = run(model, optimizer, rates, made=MADE, horizon=horizon, decoupled_decay=decay)
+    plain = reference.Adam(decoupled=True, decay=decay)
+    expected, points = reference.train_from_displacement(
+        start, model.gradient_at, plain, rates, horizon, decay, MADE
+    )
+    for got, want in zip(model.points + weights, points + expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+
+
+class Halves(torch.nn.Module):
+    """Two matrices, of which a forward uses one or both; keeps the points of the second."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.used, self.idle = (
+            torch.nn.Parameter(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+            for _ in range(2)
+        )
+        self.points = []
+
+    def forward(self, both):
+        self.points.append(self.idle.detach().clone())
+        loss = self.used.square().sum()
+        return loss + self.idle.square().sum() if both else loss
+
+
+DECAYING = {
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
+    "muon": lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.1),
+    "foreign": lambda p: ForeignAdamW(p, lr=0.1, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("make", DECAYING.values(), ids=DECAYING)
+def test_where_no_step_was_made_the_displacement_form_moves_nothing(make):
+    model = Halves()
+    optimizer = make(model.parameters())
+    options = {"decoupled_decay": 0.1, "allow_double_lookahead": True}
+    before = []
+    with regrad.attach(model, optimizer, [XGrad(**options)]):
+        for both in (True, True, False, False):
+            before.append(model.idle.detach().clone())
+            optimizer.zero_grad()
+            model(both).backward()
+            optimizer.step()
+    moved = [not torch.equal(*pair) for pair in zip(model.points, before, strict=True)]
+    # the third forward is predicted from the second step; the fourth from one that was not made
+    assert moved == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    "rate", [None, "fast", lambda step: 0.1, torch.ones(2)], ids=["none", "text", "rule", "two"]
+)
+def test_an_optimizer_without_a_rate_is_refused_at_attach_and_when_a_group_comes_later(rate):
+    model = Quadratic()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    rule = "lr must be a number in every parameter group of Adagrad, got .*; give it one"
+    optimizer.param_groups[0]["lr"] = rate
+    with pytest.raises(regrad.RegradError, match=rule):
+        regrad.attach(model, optimizer, ["xgrad"])
+    del optimizer.param_groups[0]["lr"]
+    with pytest.raises(regrad.RegradError, match=rule):
+        regrad.attach(model, optimizer, ["xgrad"])
+    optimizer.param_groups[0]["lr"] = 0.1
+    with regrad.attach(model, optimizer, ["xgrad"]):
+        model().backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = rate
+        with pytest.raises(regrad.RegradError, match=rule):
+            model()
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"ams_bound": True}], ids=str)

@@ -9,6 +9,8 @@ from typing import Any
 
 import regrad
 from regrad.errors import RegradError, refuse_if
+from regrad.hooks import Hook, innermost_module
+from regrad.inside import CrossEntropyInside
 from regrad.registry import created
 from regrad.sharding import is_sharded
 from torch import Tensor
@@ -22,16 +24,28 @@ SHARDS = (
     "checkpoints must not be of shards, whose corrections this callback cannot save; pass save_strategy='no' or "
     "save_only_model=True"
 )
-UNWIRED = (
-    "{} corrects the criterion, and the Trainer does not call it; pass Trainer(…, callbacks=[callback], "
-    "compute_loss_func=callback.compute_loss), or call callback.criterion in a compute_loss_func of your own"
+NO_CROSS_ENTROPY = (
+    "{} corrects cross entropy, and the first training batch had none that it could reach: where the "
+    "model is compiled, or returns no loss, pass Trainer(…, callbacks=[callback], "
+    "compute_loss_func=callback.compute_loss); where the loss is another (regression, several labels "
+    "per row, a fused one), leave {} out, or call callback.criterion in a compute_loss_func of your own"
+)
+NEEDS_WIRE = (
+    "{} corrects cross entropy, and the Trainer computes {} beside the model; pass Trainer(…, "
+    "callbacks=[callback], compute_loss_func=callback.compute_loss), or callback.add_to(trainer)"
+)
+ONE_MICRO_BATCH = (
+    "compute_loss must know how many micro-batches the Trainer divides the loss of {} by, and it does "
+    f"not; {loss.INSIDE}"
 )
 
 
 class RegradCallback(TrainerCallback):
     """Attach corrections when a `transformers.Trainer` begins to train, and detach them when it ends.
 
-    Their state is in every checkpoint (`regrad.pt`, with the receipt for people in
+    A correction of the criterion acts on every cross entropy that the model computes
+    in its own training forward, so the loss stays the model's own in all else. Their
+    state is in every checkpoint (`regrad.pt`, with the receipt for people in
     `regrad.json`) and is restored by `train(resume_from_checkpoint=…)`; what each
     really changed is in the Trainer's logs, under "regrad/". Corrections act on
     gradients that are accumulated, averaged over processes and clipped by
@@ -39,9 +53,9 @@ class RegradCallback(TrainerCallback):
 
     Args:
         corrections: As for `regrad.attach`.
-        criterion: The cross entropy to correct, with the arguments of
-            `torch.nn.functional.cross_entropy`, which is taken where none is given:
-            for example a `functools.partial` of it that weights classes.
+        criterion: A cross entropy for `compute_loss` to take in place of the model's
+            own, with the arguments of `torch.nn.functional.cross_entropy`: for
+            example a `functools.partial` of it that weights classes.
         restore: Whether a resumed training must go on with the state of its
             corrections; False begins them anew.
         resume_from_checkpoint: The checkpoint that `train` is given, where its
@@ -75,15 +89,21 @@ class RegradCallback(TrainerCallback):
         for item in corrections:
             if not isinstance(item, str | regrad.Correction):
                 raise TypeError(f"corrections must be names or Correction objects, got {item!r}")
-        self.corrections, self._plain, self._restore = (
-            [*corrections],
-            criterion or F.cross_entropy,
-            restore,
-        )
+        self.corrections = [*corrections]
+        self._has_own_criterion = criterion is not None
+        self._plain: Callable[..., Tensor] = criterion or F.cross_entropy
+        self._restore = restore
         self._resumed_from = resume_from_checkpoint
         self.attachment: regrad.Attachment | None = None
         self._run, self._saved, self._was_called = "", -1, False
-        self._shift, self._smoothing = False, 0.0
+        self._model: Any = None
+        self._smoothing = 0.0
+        self._micro_batches = 1
+        self._inside: CrossEntropyInside | None = None
+        self._target: loss.Target | None = None
+        self._shifts: bool | None = None
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._input_handle: Any = None
         needed = [c.name for c in self._made() if "criterion" in c.needs.stages]
         self._needed = ", ".join(map(repr, needed))
 
@@ -112,15 +132,15 @@ class RegradCallback(TrainerCallback):
     def compute_loss(
         self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the cross entropy that the model would compute itself; give it to the Trainer as `compute_loss_func`.
+        """Return the cross entropy that the Trainer would use without this; give it as `compute_loss_func`.
 
-        Position i predicts label i + 1 where the model's own loss shifts labels
-        (causal language models), its own label otherwise; -100 does not count; the
-        Trainer's `label_smoothing_factor` is honoured.
+        For what is computed beside the model: `label_smoothing_factor`, or a
+        `criterion` of your own. The model's target is learnt from the first training
+        batch, where the model is asked for its own loss once more.
 
         Args:
             outputs: Of the model, with logits of shape [N, ..., C].
-            labels: Class indices, shape [N, ...].
+            labels: Class indices, shape [N, ...]; -100 does not count.
             num_items_in_batch: Labels that count in the whole optimizer step; None
                 takes the mean.
 
@@ -129,33 +149,98 @@ class RegradCallback(TrainerCallback):
 
         Raises:
             RegradError: If the labels are no class indices of every position, if the
-                model has a loss beside cross entropy, or under `nn.DataParallel`.
+                model's own loss is anything but their cross entropy, or under
+                `nn.DataParallel`.
         """
-        smoothing, shift = self._smoothing, self._shift
-        given = (outputs, labels, num_items_in_batch)
-        return loss.cross_entropy(self.criterion, *given, shift=shift, label_smoothing=smoothing)
+        target = self._target
+        if target is None:
+            target = self._learn_target(labels, num_items_in_batch)
+        return loss.cross_entropy(
+            self.criterion,
+            outputs,
+            labels,
+            num_items_in_batch if target.counts else None,
+            shift=target.shift,
+            label_smoothing=self._smoothing,
+        )
+
+    def _learn_target(self, labels: Any, items: Tensor | int | None) -> loss.Target:
+        """Return what the Trainer would compare the logits with; kept once a training batch has told."""
+        if self._inside is not None:  # the loss is computed here
+            self._inside.remove()
+            self._inside = None
+        inputs, self._inputs = self._inputs, None
+        target: loss.Target | None = None
+        if self._smoothing:
+            target = loss.smoothed_target(self._model)
+        elif inputs is not None and isinstance(labels, Tensor):
+            target = loss.own_target(self._model, *inputs, labels)
+        if target is None:
+            if self._shifts is None:
+                self._shifts = loss.shifts_labels(self._model)
+            has_positions = isinstance(labels, Tensor) and labels.dim() > 1
+            target = loss.Target(self._shifts and has_positions, counts=True)
+        if inputs is None:  # an evaluation
+            return target
+        if items is not None and self._micro_batches > 1 and not target.counts:
+            kind = type(self._model).__name__
+            refuse_if(not loss.accepts_loss_kwargs(self._model), ONE_MICRO_BATCH.format(kind))
+        self._target = target
+        return target
+
+    def _keep_inputs(self, module: Any, arguments: Any, inputs: Any) -> None:
+        """Keep what the first training forward is given, until the target is known."""
+        if module.training:
+            self._inputs = (arguments, inputs)
+            self._input_handle.remove()
 
     def add_to(self, trainer: Any) -> None:
-        """Add this callback to a Trainer that exists, wire its criterion, and let reporters see the metrics.
+        """Add this callback to a Trainer that exists, and let reporters see the metrics.
 
-        Reporters (`report_to`) come before the callbacks that a Trainer is given. A
-        `compute_loss_func` that the Trainer has already stays: it must call
-        `criterion`.
+        Reporters (`report_to`) come before the callbacks that a Trainer is given. The
+        Trainer's label smoothing is corrected too, and a `criterion` of this callback
+        becomes its `compute_loss_func`. One that the Trainer has already stays: it must
+        call `criterion`.
         """
         trainer.callback_handler.callbacks.insert(0, _Metrics(self))
         trainer.add_callback(self)
         if self._needed and trainer.compute_loss_func is None:
-            trainer.compute_loss_func = self.compute_loss
+            if self._has_own_criterion:
+                trainer.compute_loss_func = self.compute_loss
+            elif trainer.label_smoother is not None:
+                trainer.label_smoother = self._smoothed_loss
         self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+    def _smoothed_loss(
+        self,
+        outputs: Any,
+        labels: Any,
+        shift_labels: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Stand in for the Trainer's `LabelSmoother`."""
+        return loss.cross_entropy(
+            self.criterion,
+            outputs,
+            labels,
+            num_items_in_batch,
+            shift=shift_labels,
+            label_smoothing=self._smoothing,
+        )
 
     def detach(self) -> None:
         """Restore the weights and remove every hook: what the end of training does, for use after an exception."""
+        if self._input_handle is not None:
+            self._input_handle.remove()
         if self.attachment is not None:
             self.attachment.detach()
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Learn what loss the model has, so that evaluation without training is right too."""
-        self._shift, self._smoothing = loss.shifts_labels(model), float(args.label_smoothing_factor)
+        """Note the model and its settings, so that evaluation without training is right too."""
+        self._model = None if model is None else innermost_module(model)
+        self._target = self._inputs = self._shifts = None
+        self._smoothing = float(args.label_smoothing_factor)
+        self._micro_batches = args.gradient_accumulation_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Attach, and restore the corrections' state where training goes on."""
@@ -176,12 +261,22 @@ class RegradCallback(TrainerCallback):
             raise RegradError(
                 f"{found}; RegradCallback(…, restore=False) begins corrections anew"
             ) from problem
+        self._watch(self.attachment)
         self._was_called, self._run, self._saved = False, uuid.uuid4().hex, -1
         # The Trainer writes this with its state: by it a resumed training knows which file is its own.
         state.stateful_callbacks[KEY] = {
             "run": self._run,
             "folder": str(Path(args.output_dir).resolve()),
         }
+
+    def _watch(self, attachment: regrad.Attachment) -> None:
+        """Correct the loss inside the model, and keep what `compute_loss` needs if it is called instead."""
+        model = attachment.model
+        acts_inside = self._needed and not self._has_own_criterion
+        self._inside = CrossEntropyInside(attachment) if acts_inside else None
+        self._input_handle = model.register_forward_pre_hook(
+            Hook(model, self._keep_inputs), with_kwargs=True
+        )
 
     def _state_of(self, args: Any, state: Any) -> dict[str, Any]:
         """Return what the checkpoint that training goes on from holds of its corrections."""
@@ -196,10 +291,15 @@ class RegradCallback(TrainerCallback):
         return storage.read_state(folders, told["run"], state.global_step)["attachment"]  # type: ignore[no-any-return]
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse where a criterion correction is never called: before anything was learnt."""
-        if self._needed and not self._was_called:
-            self.detach()
-        refuse_if(self._needed and not self._was_called, UNWIRED.format(self._needed))
+        """Refuse where there is no cross entropy to correct: before anything was learnt."""
+        self._inputs = None  # a batch is large
+        if not self._needed or self._was_called or (self._inside and self._inside.calls):
+            return
+        self.detach()
+        if self._smoothing or self._has_own_criterion:
+            what = "label_smoothing_factor" if self._smoothing else "a criterion of your own"
+            raise RegradError(NEEDS_WIRE.format(self._needed, what))
+        raise RegradError(NO_CROSS_ENTROPY.format(self._needed, self._needed))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse as `on_substep_end`, and save beside a checkpoint that was made on a signal."""

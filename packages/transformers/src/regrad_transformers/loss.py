@@ -1,25 +1,164 @@
-"""The cross entropy that a Trainer's model computes inside, with a criterion that can be corrected."""
+"""The loss of a Trainer's model, computed outside of it with a criterion that can be corrected."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
+import torch
 from regrad.errors import RegradError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_utils import unwrap_peft_model
 
 IGNORED = -100
-OWN_LOSS = "write a compute_loss_func of your own that calls callback.criterion"
+INSIDE = "leave compute_loss_func out, then the correction acts inside of the model"
+OWN_LOSS = (
+    f"{INSIDE}, or write a compute_loss_func of your own that calls callback.criterion for the part "
+    "that is cross entropy"
+)
+QUESTION, ANSWER = (2, 3, 3, 2, 3), (0, 0, 0, 0, 0)
+"""Tokens and labels on which a model is asked for its own loss: every model has these classes."""
+
+
+class Target(NamedTuple):
+    """What a loss compares the logits with.
+
+    Attributes:
+        shift: Whether position i is compared with label i + 1, not with its own label.
+        counts: Whether the sum is divided by the labels of the whole optimizer step,
+            where the Trainer counts them, not by those of the micro-batch.
+    """
+
+    shift: bool
+    counts: bool
 
 
 def shifts_labels(model: Any) -> bool:
-    """Say whether the model's own loss compares each position with the next label, as the Trainer decides it too."""
-    aligned = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return (
-        LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") is ForCausalLMLoss and not aligned
-    )
+    """Say whether the model's own loss compares each position with the next label.
+
+    Neither class nor configuration tells: `GPT2LMHeadModel` shifts, `XLNetLMHeadModel`
+    does not, and both have no loss type. So the model is asked for its loss on five
+    tokens. One that does not take these (it wants images, or a class per row) is taken
+    to have the loss that transformers names for it.
+
+    Args:
+        model: A model of transformers. Its weights, buffers and modes, and the random
+            numbers, stay as they are.
+    """
+    if isinstance(model, nn.Module):
+        weight = next(model.parameters(), torch.zeros(()))
+        tokens, labels = (torch.tensor([row], device=weight.device) for row in (QUESTION, ANSWER))
+        try:
+            target = own_target(model, (), {"input_ids": tokens}, labels)
+        except (RegradError, TypeError, ValueError, RuntimeError, LookupError, AttributeError):
+            target = None
+        if target is not None:
+            return target.shift
+    named = getattr(model, "loss_function", None) is ForCausalLMLoss
+    return named and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def accepts_loss_kwargs(model: nn.Module) -> bool:
+    """Say whether the Trainer gives this model the number of labels of an optimizer step."""
+    inner = _without_adapters(model)
+    declared = getattr(inner, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return bool(declared)
+    parameters = inspect.signature(inner.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def smoothed_target(model: nn.Module) -> Target:
+    """Return the target that the Trainer itself takes where it smooths labels, which it decides by class."""
+    name = type(_without_adapters(model)).__name__
+    shift = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return Target(shift, counts=accepts_loss_kwargs(model))
+
+
+@torch.no_grad()
+def own_target(
+    model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any], labels: Tensor
+) -> Target | None:
+    """Return the target of the model's own loss on one batch, found by comparing with each that is possible.
+
+    Args:
+        model: The innermost module. Its weights, buffers and modes, and the random
+            numbers, stay as they are.
+        arguments: Of its forward.
+        inputs: Keyword arguments of its forward, with `num_items_in_batch` where the
+            Trainer gives it.
+        labels: Shape [N, ...].
+
+    Returns:
+        The target, or None where the model cannot say: its forward takes no labels,
+        or every target gives the same loss.
+
+    Raises:
+        RegradError: If the model's own loss is none of them.
+    """
+    if "labels" not in inspect.signature(_without_adapters(model).forward).parameters:
+        return None
+    items = None
+    if inputs.get("num_items_in_batch") is not None:
+        # one more than there are: else a model that takes the mean could look like one that counts
+        items = inputs["num_items_in_batch"] + 1
+        inputs = {**inputs, "num_items_in_batch": items}
+    with _nothing_changed(model):
+        outputs = model(*arguments, **{**inputs, "labels": labels})
+    own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+    if not isinstance(outputs, dict):
+        outputs = outputs[1:]
+    counts = (False,) if items is None else (False, True)
+    found = {}
+    for target in itertools.starmap(Target, itertools.product((False, True), counts)):
+        count = items if target.counts else None
+        found[target] = cross_entropy(
+            F.cross_entropy, outputs, labels, count, shift=target.shift, label_smoothing=0.0
+        )
+    far = {target: (loss - own).abs().item() for target, loss in found.items()}
+    nearest = min(far, key=lambda target: far[target])
+    # a model in half precision may sum its loss there; untrained ones have all losses near log C
+    tolerance = 1e-5 if _logits_of(outputs).dtype in (torch.float32, torch.float64) else 1e-2
+    if not far[nearest] <= tolerance * own.abs().item():
+        tried = ", ".join(f"{loss:.6g}" for loss in found.values())
+        raise RegradError(
+            f"loss must be cross entropy of every label, got {own:.6g} from the model itself and "
+            f"{tried} from its logits; {OWN_LOSS}"
+        )
+    if any(far[other] == far[nearest] for other in far if other.shift != nearest.shift):
+        return None
+    return nearest
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """Return the model of transformers inside a PEFT model, as the Trainer looks for it."""
+    inner: nn.Module = unwrap_peft_model(model)  # type: ignore[no-untyped-call]
+    return inner
+
+
+@contextmanager
+def _nothing_changed(model: nn.Module) -> Iterator[None]:
+    """Put buffers and random numbers back at the end."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        with torch.random.fork_rng(sorted(devices, key=str)):
+            yield
+    finally:
+        for buffer, value in kept:
+            if not torch.equal(buffer, value):  # a write would spoil what waits for its backward
+                buffer.copy_(value)
+
+
+def _logits_of(outputs: Any) -> Tensor:
+    logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    return logits
 
 
 def cross_entropy(
@@ -53,7 +192,7 @@ def cross_entropy(
         RegradError: If the labels are no class indices of every position, if the
             model has a loss beside cross entropy, or if there is one n per GPU.
     """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    logits = _logits_of(outputs)
     if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
         got = "none" if labels is None else f"{list(labels.shape)} of {labels.dtype}"
         raise RegradError(
@@ -68,16 +207,13 @@ def cross_entropy(
     if shift:
         labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     loss = criterion(
-        logits.float().reshape(
-            -1, logits.shape[-1]
-        ),  # as the models do: in half precision the sum would lose digits
+        # float32 as in the models: in half precision the sum would lose digits
+        logits.float().reshape(-1, logits.shape[-1]),
         labels.to(logits.device).reshape(-1),
         ignore_index=IGNORED,
         reduction="mean" if items is None else "sum",
         label_smoothing=label_smoothing,
     )
-    return (
-        loss
-        if items is None
-        else loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
-    )
+    if items is None:
+        return loss
+    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)

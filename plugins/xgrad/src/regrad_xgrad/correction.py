@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from regrad import Attachment, Correction, RegradError, RegradWarning
 from regrad.correction import Control, Needs
-from regrad.hookspecs import Step
+from regrad.hookspecs import Step, learning_rate
 from regrad.sharding import local
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -31,7 +31,7 @@ class XGrad(Correction):
     pytorch_optimizer's AdaBelief; for every other optimizer the last displacement
     takes its place,
     :math:`s\,\eta_t D = -s\,(\eta_t/\eta_{t-1})(\theta_t - \theta_{t-1})`,
-    after decoupled decay has been taken out of it. The first step predicts nothing.
+    after decoupled decay has been taken out of it where a step was made. The first step predicts nothing.
 
     Args:
         horizon: s, how many updates ahead. Real, at least 0.
@@ -43,7 +43,8 @@ class XGrad(Correction):
 
     Raises:
         ValueError: If `horizon` or `decoupled_decay` is negative or not finite.
-        RegradError: At attach, on an optimizer that already looks ahead.
+        RegradError: At attach, on an optimizer that already looks ahead, or whose
+            groups have no learning rate that is a number.
 
     Example:
         >>> import regrad, torch
@@ -92,8 +93,10 @@ class XGrad(Correction):
         self._last_rates: dict[str, Scalar] = {}
 
     def setup(self, attachment: Attachment) -> None:
-        """Refuse an optimizer that already looks ahead; warn where decay is unknown."""
+        """Refuse an optimizer without a rate, or that looks ahead; warn where decay is unknown."""
         optimizer = attachment.optimizer
+        for group in optimizer.param_groups:
+            learning_rate(optimizer, group)
         if looks_ahead(optimizer) and not self.options.allow_double_lookahead:
             raise RegradError(
                 f"'xgrad' on {type(optimizer).__name__} with a Nesterov step would look ahead twice; "
@@ -179,9 +182,10 @@ class XGrad(Correction):
             if decay is None:
                 decay = decoupled_decay(step.optimizer, step.group_of(parameter)) or 0.0
             if decay:
+                # only where a step was made: a parameter without a gradient was not decayed either
+                decayed = torch.where(last == 0, 0, self._before[name])
                 last.addcmul_(
-                    self._before[name],
-                    torch.as_tensor(rate * decay, dtype=last.dtype, device=last.device),
+                    decayed, torch.as_tensor(rate * decay, dtype=last.dtype, device=last.device)
                 )
             self._last_rates[name] = rate.clone() if isinstance(rate, Tensor) else rate
         self._noted.clear()

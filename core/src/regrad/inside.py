@@ -1,0 +1,175 @@
+"""The corrected cross entropy inside a model that computes its own loss."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction
+from torch.nn import functional as F
+
+from regrad.attachment import Attachment
+
+PLAIN_CROSS_ENTROPY, PLAIN_NLL_LOSS = F.cross_entropy, F.nll_loss
+NORMALISED = 1e-2
+"""How far from 0 the logarithm of summed probabilities may be: bfloat16 rounds a probability to 4e-3."""
+
+
+class CrossEntropyInside:
+    """Correct every cross entropy that a model computes in its own training forward.
+
+    A call of `torch.nn.functional.cross_entropy` that comes from the attached model's
+    forward, in training mode, goes to the attachment's criterion.
+    `nn.CrossEntropyLoss`, the losses of transformers and nanoGPT look the function up
+    by that name at every call. So target, reduction and what else the model adds to
+    its loss are the model's own, and nothing about them has to be known.
+    `torch.nn.functional.nll_loss` of log-probabilities is the same loss, and goes there
+    too. Every other call has the plain function; so has a compiled model, and a part of
+    a model that activation checkpointing runs again in backward: see `calls`.
+
+    Args:
+        attachment: Made with `criterion=torch.nn.functional.cross_entropy`. Its
+            `detach` ends this too.
+
+    Attributes:
+        calls: Cross entropies that were corrected so far.
+
+    Example:
+        >>> import regrad, torch
+        >>> from torch import nn
+        >>> class Classifier(nn.Linear):
+        ...     def forward(self, inputs, labels):
+        ...         return nn.functional.cross_entropy(super().forward(inputs), labels)
+        >>> model = Classifier(2, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with regrad.attach(model, optimizer, [], nn.functional.cross_entropy) as attachment:
+        ...     inside = CrossEntropyInside(attachment)
+        ...     loss = model(torch.ones(1, 2), torch.tensor([0]))
+        >>> inside.calls
+        1
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.calls = 0
+        self.model = attachment.model
+        self.criterion = attachment.criterion
+        self._takes_log_probabilities: bool | None = None
+        attachment._handles.append(self)
+        _LIVE.add(self)
+        F.cross_entropy, F.nll_loss = _cross_entropy, _nll_loss
+
+    def remove(self) -> None:
+        """Leave the model's loss alone from here on."""
+        _LIVE.discard(self)
+        if not _LIVE:
+            F.cross_entropy, F.nll_loss = PLAIN_CROSS_ENTROPY, PLAIN_NLL_LOSS
+
+    def takes_log_probabilities(self, values: Tensor) -> bool:
+        """Say whether the model gives `nll_loss` what it is made for, by the first that it gave.
+
+        Later ones are not looked at: that would wait for the device at every step.
+        """
+        if self._takes_log_probabilities is None:
+            total = torch.logsumexp(values.detach().float(), dim=min(1, values.dim() - 1))
+            self._takes_log_probabilities = bool((total.abs() < NORMALISED).all())
+        return self._takes_log_probabilities
+
+
+_LIVE: weakref.WeakSet[CrossEntropyInside] = weakref.WeakSet()
+
+
+def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
+    input: Tensor,  # noqa: A002 - the names in torch.nn.functional
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Stand in for `torch.nn.functional.cross_entropy`."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    caller = _caller()
+    if caller is None:
+        # not PLAIN_CROSS_ENTROPY: by its name it would be this one when a compiled graph runs
+        kind = _reduction.get_enum(reduction)
+        return torch._C._nn.cross_entropy_loss(
+            input,
+            target,
+            weight,
+            kind,  # type: ignore[arg-type]  # torch passes it so, and says str
+            ignore_index,
+            label_smoothing,
+        )
+    caller.calls += 1
+    return caller.criterion(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
+    input: Tensor,  # noqa: A002 - the names in torch.nn.functional
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    """Stand in for `torch.nn.functional.nll_loss`."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    caller = _caller()
+    if caller is None or not caller.takes_log_probabilities(input):
+        kind = _reduction.get_enum(reduction)
+        return torch._C._nn.nll_loss_nd(input, target, weight, kind, ignore_index)  # type: ignore[arg-type]
+    caller.calls += 1
+    return caller.criterion(
+        input,
+        target,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=0.0,
+    )
+
+
+STAND_INS = (_cross_entropy.__code__, _nll_loss.__code__)
+
+
+def _caller() -> CrossEntropyInside | None:
+    """Return who corrects the call of a stand-in, by the innermost attached model whose forward it comes from.
+
+    None for the criterion's own call of the function, and for a trace: a compiler would
+    keep what it traced after detach.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    live = {inside.model: inside for inside in _LIVE}
+    for frame in _frames_from(sys._getframe(2)):
+        if frame.f_code in STAND_INS:
+            return None
+        if frame.f_code is nn.Module._call_impl.__code__:
+            module = frame.f_locals["self"]
+            if module in live:
+                return live[module] if module.training else None
+    return None
+
+
+def _frames_from(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
