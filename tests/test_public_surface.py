@@ -106,7 +106,7 @@ SIGNATURES = {
         *("*correct_bias=False", "*maximize=False", "*foreach=None"),
     ],
     "regrad_transformers:RegradCallback": [
-        *("corrections", "*criterion=None", "*restore=True", "*resume_from_checkpoint=None")
+        *("corrections", "*criterion=None", "*restore=True")
     ],
     "regrad_xgrad:AdaM3": [
         *("params", "lr=0.001", "betas=(0.9, 0.999)", "eps=1e-16", "weight_decay=0.0"),

@@ -207,6 +207,12 @@ class Engine:
     # ---- the forward passes
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
+        """Prepare for the forward of a module, and count it if it is a training forward of a root."""
+        if module in self.roots and module.training and torch.is_grad_enabled():
+            self._count_forward()
+        self.prepare_forward(module)
+
+    def prepare_forward(self, module: nn.Module) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
             if self._graph_waits and self.window.moved:
@@ -219,8 +225,6 @@ class Engine:
             self.before_use()
         self.forwards += 1
         self._saw_forward = True
-        if module in self.roots:
-            self._count_forward()
         if self.callers["predict_weights"]:
             self._predict(module)
 

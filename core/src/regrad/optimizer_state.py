@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from regrad.correction import Correction
 from regrad.errors import RegradError, RegradWarning
 from regrad.receipt import differences
 from regrad.sharding import local
@@ -105,8 +104,7 @@ class StateInOptimizer:
             return
         own = self._attachment.state_dict()
         state[KEY] = own
-        keeps_state = any(_keeps_state(c) for c in self._attachment.corrections)
-        if keeps_state and state["param_groups"]:
+        if state["param_groups"]:
             true = self._attachment.engine.window.true_weights()
             mark = mark_of(optimizer.state) or mark_of_weights(_parameters(optimizer, true))
             state["param_groups"][0][self._group_key()] = _packed({"own": own, "mark": mark})
@@ -268,6 +266,11 @@ class StateInOptimizer:
             warnings.warn(WITHOUT.format(names=names), RegradWarning, stacklevel=2)
 
 
+def carries(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Say whether an optimizer's groups hold packed copies, as after a load before attach."""
+    return any(_is_ours(key) for group in groups for key in group)
+
+
 def take_out(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Remove the packed copies from an optimizer's groups, so that the corrections start anew.
 
@@ -306,11 +309,6 @@ def form_problem(own: Any) -> str | None:
 def _is_ours(key: Any) -> bool:
     """Say whether a key of a group is one of a packed copy."""
     return isinstance(key, str) and key.split(".")[0] == KEY
-
-
-def _keeps_state(correction: Correction) -> bool:
-    """Say whether a correction has state at all."""
-    return type(correction).state_dict is not Correction.state_dict
 
 
 def _has_values(state: Any) -> bool:
