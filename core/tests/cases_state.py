@@ -1,6 +1,7 @@
 """The state in the optimizer's state_dict, on two processes; see `test_processes.py`."""
 
 import copy
+import itertools
 import tempfile
 import warnings
 
@@ -128,25 +129,47 @@ def case_the_optimizer_alone_resumes_under_fsdp2(rank):
             resumes(rank, "fsdp2", route, kind)
 
 
-def case_a_whole_state_of_shards_starts_the_corrections_anew_on_every_process(rank):
+def whole_state(run):
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    for kind in ("momentum", "adam"):
-        for broadcast in (True, False):
-            first = made("fsdp2", kind)
-            steps(first, rank, 0, STOP)
-            states = [copy.deepcopy(get_state_dict(*first[:2], options=options))]
-            if not broadcast:  # what the first process saved, every process reads
-                distributed.broadcast_object_list(states)
-            again = made("fsdp2", kind, seed=7)
-            loading = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
-            set_model_state_dict(again[0], states[0][0], options=loading)
-            set_optimizer_state_dict(*again[:2], states[0][1], options=loading)
-            assert again[2].metrics()["steps_applied"] == 0
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                steps(again, rank, STOP, STEPS)
-            said = [str(warning.message) for warning in caught]
-            assert sum("loaded without the state of 'mix'" in text for text in said) == 1, said
+    return copy.deepcopy(get_state_dict(*run[:2], options=options))
+
+
+def load_whole(run, states, *, broadcast):
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
+    set_model_state_dict(run[0], states[0], options=options)
+    set_optimizer_state_dict(*run[:2], states[1], options=options)
+
+
+def case_a_whole_state_starts_the_corrections_anew_on_every_process(rank):
+    for layout, kind, broadcast in itertools.product(
+        ("fsdp2", "ddp"), ("momentum", "adam"), (True, False)
+    ):
+        first = made(layout, kind)
+        steps(first, rank, 0, STOP)
+        states = [whole_state(first)]
+        if not broadcast:  # what the first process saved, every process reads
+            distributed.broadcast_object_list(states)
+        again = made(layout, kind, seed=7)
+        load_whole(again, states[0], broadcast=broadcast)
+        assert again[2].metrics()["steps_applied"] == 0
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steps(again, rank, STOP, STEPS)
+        said = [str(warning.message) for warning in caught]
+        assert sum("loaded without the state of 'mix'" in text for text in said) == 1, said
+
+
+def case_a_whole_state_loads_where_nothing_is_attached(rank):
+    for broadcast in (True, False):
+        first = made("fsdp2", "adam")
+        steps(first, rank, 0, STOP)
+        states = [whole_state(first)]
+        if not broadcast:
+            distributed.broadcast_object_list(states)
+        bare = made("fsdp2", "adam", seed=7)
+        bare[2].detach()
+        load_whole(bare, states[0], broadcast=broadcast)
+        steps(bare, rank, STOP, STEPS)
 
 
 def case_a_state_that_one_process_refuses_changes_none(rank):

@@ -6,8 +6,10 @@ import copy
 import io
 import math
 import pickle
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -104,7 +106,7 @@ class StateInOptimizer:
             return
         own = self._attachment.state_dict()
         state[KEY] = own
-        if state["param_groups"]:
+        if state["param_groups"] and not _is_for_whole_state():
             true = self._attachment.engine.window.true_weights()
             mark = mark_of(optimizer.state) or mark_of_weights(_parameters(optimizer, true))
             state["param_groups"][0][self._group_key()] = _packed({"own": own, "mark": mark})
@@ -264,6 +266,24 @@ class StateInOptimizer:
         if losing:
             names = ", ".join(map(repr, losing))
             warnings.warn(WITHOUT.format(names=names), RegradWarning, stacklevel=2)
+
+
+def _is_for_whole_state() -> bool:
+    """Say whether torch's checkpointing asks for a state that any process of any layout can load.
+
+    There a key that only some processes have, or that only the one with the file knows, is an
+    error of torch's own `broadcast_from_rank0`, with regrad and without it.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            is_to_load = frame.f_code.co_name == "_load_optim_state_dict"
+            if is_to_load or getattr(frame.f_locals.get("info"), "full_state_dict", False):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def carries(groups: Iterable[Mapping[str, Any]]) -> bool:
