@@ -105,9 +105,7 @@ SIGNATURES = {
         *("params", "lr=0.001", "betas=(0.9, 0.99, 0.999)", "eps=1e-08", "weight_decay=0.0"),
         *("*correct_bias=False", "*maximize=False", "*foreach=None"),
     ],
-    "regrad_transformers:RegradCallback": [
-        *("corrections", "*criterion=None", "*restore=True", "*resume_from_checkpoint=None")
-    ],
+    "regrad_transformers:RegradCallback": [*("corrections", "*criterion=None", "*restore=True")],
     "regrad_xgrad:AdaM3": [
         *("params", "lr=0.001", "betas=(0.9, 0.999)", "eps=1e-16", "weight_decay=0.0"),
         *("*maximize=False", "*foreach=None"),

@@ -23,7 +23,7 @@ from regrad.correction import Correction
 from regrad.criterion import Switch, switching_criterion
 from regrad.engine import Engine
 from regrad.errors import RegradError
-from regrad.optimizer_state import StateInOptimizer
+from regrad.optimizer_state import StateInOptimizer, form_problem
 from regrad.record import ForwardRecord
 from regrad.wrappers import (
     innermost_module,
@@ -174,6 +174,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             other_optimizers.add(self.engine)
         if not any(type(root).forward is not nn.Module.forward for root in roots):
             self.engine.parts.watch(roots, self.engine.step().parameters)
+        self._in_optimizer.take_carried(optimizer)
         refusals.ATTACHED.add(optimizer)
 
     def _hook(
@@ -291,12 +292,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             ValueError: If it is not what `state_dict` returned.
             RegradError: If `strict` and anything differs; says what.
         """
-        missing = [key for key in ("corrections", "effects", "receipt") if key not in state]
-        if missing:
-            raise ValueError(
-                "state must be what Attachment.state_dict() returned, "
-                f"got one without {', '.join(map(repr, missing))}"
-            )
+        problem = form_problem(state)
+        if problem:
+            raise ValueError(f"state must be what Attachment.state_dict() returned, got {problem}")
         found = "; ".join(receipt.differences(state["receipt"], self.receipt()))
         if strict and found:
             raise RegradError(
@@ -307,12 +305,22 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self.engine.skipped = int(state["receipt"]["steps_skipped"])
         for correction in self.corrections:
             if correction.name in state["corrections"]:
-                with self.engine.named(correction, "load_state_dict"):
-                    correction.load_state_dict(state["corrections"][correction.name])
+                self._load_correction(correction, state["corrections"][correction.name])
                 effects = state["effects"].items()
                 own = {key: sums for key, sums in effects if key[0] == correction.name}
                 self.engine.meter.sums |= own
         self._in_optimizer.is_there()
+
+    def _load_correction(self, correction: Correction, state: Any) -> None:
+        """Give a correction its state; say in words where it cannot take it."""
+        try:
+            with self.engine.named(correction, "load_state_dict"):
+                correction.load_state_dict(state)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise RegradError(
+                f"state of correction {correction.name!r} must be what its state_dict() returned, "
+                f"got another: {type(error).__name__}: {error}"
+            ) from error
 
     def __str__(self) -> str:
         chain = " → ".join(map(repr, self.corrections)) or "no corrections"

@@ -50,6 +50,27 @@ NOT_IN_CHARGE = (
 FORWARDS_WITHOUT_STEP = 50
 
 
+def _caller_of_hook() -> FrameType | None:
+    """Return the frame that called a hook of ours: torch's wrapper around `step`, not the compiler's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+        frame = frame.f_back
+    return frame
+
+
+def _is_zero_on_host(rate: Any) -> bool:
+    """Say whether a rate is zero, without waiting for a device that holds it."""
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and float(rate) == 0
+    return rate is not None and float(rate) == 0
+
+
+def _is_sparse_or_pending(gradient: Tensor) -> bool:
+    """Say whether a gradient has a layout, sparse or a sum still pending, that no made-up one has."""
+    pending = (placement.is_partial() for placement in getattr(gradient, "placements", ()))
+    return gradient.is_sparse or any(pending)
+
+
 class Engine:
     """Calls each correction alone, in order, and keeps the window, the meter and the counts.
 
@@ -67,6 +88,7 @@ class Engine:
         criterion_called: Whether the corrected criterion was ever called.
         seconds: Host time spent in each correction's hooks so far, by name.
         before_first_step: Called once, before anything of the first step; None afterwards.
+        before_use: What to call at the next training forward or step, or None.
     """
 
     def __init__(
@@ -95,6 +117,7 @@ class Engine:
         self.registry.register(self.meter, "regrad effect meter")
         self.callers = self.registry.callers(corrections)
         self.before_first_step: Callable[[], None] | None = None
+        self.before_use: Callable[[], None] | None = None
 
         self._names: dict[Tensor, str] = {}
         self._is_skipping = False
@@ -186,6 +209,12 @@ class Engine:
     # ---- the forward passes
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
+        """Prepare for the forward of a module, and count it if it is a training forward of a root."""
+        if module in self.roots and module.training and torch.is_grad_enabled():
+            self._count_forward()
+        self.prepare_forward(module)
+
+    def prepare_forward(self, module: nn.Module) -> None:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
             if self._graph_waits and self.window.moved:
@@ -194,10 +223,10 @@ class Engine:
             return
         if not torch.is_grad_enabled():
             return
+        if self.before_use is not None:
+            self.before_use()
         self.forwards += 1
         self._saw_forward = True
-        if module in self.roots:
-            self._count_forward()
         if self.callers["predict_weights"]:
             self._predict(module)
 
@@ -347,7 +376,7 @@ class Engine:
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Begin a step, unless it is the `super().step()` of one that is under way."""
-        frame = _caller(sys._getframe(1))
+        frame = _caller_of_hook()
         if self._is_inside_step(frame):
             self._nested_steps += 1
             return None
@@ -366,7 +395,7 @@ class Engine:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_step_end(self, *_: Any) -> None:
         """End the step that `on_step_begin` began."""
-        is_outermost = _caller(sys._getframe(1)) is self._step_frame
+        is_outermost = _caller_of_hook() is self._step_frame
         if self._nested_steps and not is_outermost:
             self._nested_steps -= 1
             return
@@ -382,20 +411,31 @@ class Engine:
             self.before_first_step()
             self.before_first_step = None
         self._calls = 0
-        self._is_ignored = self.forwards == 0 and self._moves_nothing()
-        if self._is_ignored:
-            return None
         wrapped = wrap_closure(args, kwargs, self.correct)
+        self._is_ignored = wrapped is None and self._only_makes_state()
+        if self._is_ignored:
+            self.close_window()
+            return None
+        if self.before_use is not None:
+            self.before_use()
         if wrapped is None:
             self.correct()
         elif self.callers["predict_weights"]:
             self._versions = self._count_writes()
         return wrapped
 
-    def _moves_nothing(self) -> bool:
-        """Say whether a step has rate zero, as the one by which torch's checkpointing makes state."""
+    def _only_makes_state(self) -> bool:
+        """Say whether a step has rate zero and gradients of zero: torch's checkpointing makes state by one.
+
+        A first step of a warm-up from rate zero has gradients, and counts.
+        """
         rates = [group.get("lr") for group in self.optimizer.param_groups]
-        return all(rate is not None and float(rate) == 0 for rate in rates)
+        if not all(_is_zero_on_host(rate) for rate in rates):
+            return False
+        gradients = [g for g in Step(self.optimizer, self.applied).gradients if g is not None]
+        if not gradients or any(_is_sparse_or_pending(gradient) for gradient in gradients):
+            return False
+        return float(sharding.total_norm(gradients)) == 0
 
     def _count_writes(self) -> list[int]:
         """Return how often each parameter was written."""
@@ -441,9 +481,8 @@ class Engine:
     @torch.no_grad()
     def _correct(self, step: Step) -> None:
         """Do what is not done yet with these gradients."""
-        if ("unscale", "") not in self._finished:
-            self._unscale()
-            self._finished.add(("unscale", ""))
+        self._unscale(is_done=("unscale", "") in self._finished)
+        self._finished.add(("unscale", ""))
         for hook in ("correct_gradients", "correct_moments"):
             for step.correction, call in self.callers[hook]:
                 done = (hook, step.correction.name)
@@ -478,10 +517,17 @@ class Engine:
         self.parts.watch(self.roots, step.parameters)
 
     @torch.no_grad()
-    def _unscale(self) -> None:
-        """Take over from a fused optimizer what it would do itself under a GradScaler, frozen parameters included."""
+    def _unscale(self, *, is_done: bool) -> None:
+        """Take over from a fused optimizer what it would do itself under a GradScaler, frozen parameters included.
+
+        Args:
+            is_done: Whether these gradients were unscaled for a step that then raised.
+        """
         scale: Any = getattr(self.optimizer, "grad_scale", None)
         if scale is None:
+            return
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        if is_done:
             return
         gradients = (
             parameter.grad
@@ -491,7 +537,6 @@ class Engine:
         )
         for gradient in sharding.locals_of(gradients):
             gradient.div_(scale.to(gradient.device))
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def after_step(self, *_: Any) -> None:
         """Let corrections learn from a step that really happened."""
@@ -525,10 +570,3 @@ class Engine:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if parameter in true and prefix + name in state:
                 state[prefix + name] = true[parameter]
-
-
-def _caller(frame: FrameType | None) -> FrameType | None:
-    """Return torch's frame around `step`, above those by which the compiler is kept out."""
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
-        frame = frame.f_back
-    return frame

@@ -177,6 +177,28 @@ class TestLendsItsState(Halved):
     caught_by = "resume"
 
 
+class ReadsWeightsWhenLoaded(Halve):
+    """Saves its memory relative to the weights: right only where these are loaded before it."""
+
+    def _weights(self):
+        step = self.attachment.engine.step()
+        pairs = zip(step.names, step.parameters, strict=True)
+        return {name: local(parameter.detach()).sign() for name, parameter in pairs}
+
+    def state_dict(self):
+        weights = self._weights()
+        return {name: sign * weights[name] for name, sign in self.last.items()}
+
+    def load_state_dict(self, state):
+        weights = self._weights()
+        self.last = {name: sign * weights[name] for name, sign in state.items()}
+
+
+class TestReadsWeightsWhenLoaded(Halved):
+    correction = ReadsWeightsWhenLoaded
+    caught_by = "resume alone"
+
+
 class OwnHooks(Halve):
     """Sets hooks of its own, and takes them away at detach."""
 

@@ -18,31 +18,44 @@ def test_a_resumed_training_ends_with_the_same_bits(make_trainer, tmp_path, weig
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert distance(weights(resumed.model), weights(whole.model)) == 0
     assert callback.attachment.metrics()["steps_applied"] == 4
-    assert (tmp_path / "out" / "checkpoint-2" / "regrad.json").is_file()
+    held = sorted(path.name for path in (tmp_path / "out" / "checkpoint-2").glob("regrad*"))
+    assert held == ["regrad.json"]  # for people; the state is in optimizer.pt, once
 
     anew = make_trainer([RegradCallback(STATEFUL, restore=False)], **SAVING)
     anew.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert distance(weights(anew.model), weights(whole.model)) > 1e-5  # their state matters
 
 
-def test_a_checkpoint_that_was_moved_is_resumed_from_where_the_callback_is_told(
+def test_a_checkpoint_that_was_moved_is_resumed_like_any_other(
     make_trainer, tmp_path, weights, distance
 ):
     whole = make_trainer([RegradCallback(STATEFUL)], **SAVING)
     whole.train()
     shutil.move(tmp_path / "out" / "checkpoint-2", tmp_path / "moved")
-    shutil.copytree(
-        tmp_path / "out" / "checkpoint-4", tmp_path / "out" / "checkpoint-2"
-    )  # of another step
-    place = str(tmp_path / "moved")
-    with pytest.raises(
-        RegradError,
-        match=r"got none of step 2 of its run in .*checkpoint-2.*give RegradCallback the resume_from",
-    ):
-        make_trainer([RegradCallback(STATEFUL)], **SAVING).train(resume_from_checkpoint=place)
-    resumed = make_trainer([RegradCallback(STATEFUL, resume_from_checkpoint=place)], **SAVING)
-    resumed.train(resume_from_checkpoint=place)
+    resumed = make_trainer([RegradCallback(STATEFUL)], **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "moved"))
     assert distance(weights(resumed.model), weights(whole.model)) == 0
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_a_training_with_another_optimizer_is_resumed_too(
+    make_trainer, tmp_path, weights, distance, optim
+):
+    corrections = ["xgrad", "agc"]
+    whole = make_trainer([RegradCallback(corrections)], **SAVING, optim=optim)
+    whole.train()
+    callback = RegradCallback(corrections)
+    resumed = make_trainer([callback], **SAVING, optim=optim)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert distance(weights(resumed.model), weights(whole.model)) == 0
+    assert callback.attachment.metrics()["steps_applied"] == 4
+
+
+def test_a_checkpoint_with_the_state_is_resumed_without_the_callback(make_trainer, tmp_path):
+    make_trainer([RegradCallback(STATEFUL)], **SAVING).train()
+    bare = make_trainer(**SAVING)
+    bare.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert bare.state.global_step == 4
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_nothing_attached(
@@ -58,11 +71,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_no
         try:
             trainer.train(resume_from_checkpoint=place)
         finally:
-            assert callback.attachment.is_detached
+            assert callback.attachment is None or callback.attachment.is_detached
             assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
     with pytest.raises(
-        RegradError, match=r"xgrad.horizon was 1.0, is 0.5; RegradCallback\(…, restore=False\)"
+        RegradError, match=r"xgrad.horizon was 1.0, is 0.5; .*RegradCallback\(…, restore=False\)"
     ):
         resume(with_state, ["xgrad:horizon=0.5"])
     with pytest.raises(
@@ -70,25 +83,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_no
     ):
         resume(bare, ["xgrad"])
     resume(bare, ["xgrad"], restore=False)
-    file = tmp_path / "out" / "checkpoint-2" / "regrad.pt"
-    file.write_bytes(file.read_bytes()[:400])
-    with pytest.raises(
-        RegradError,
-        match=r"must be tensors and plain values, got another or half a file in .*regrad.pt",
-    ):
+    file = tmp_path / "out" / "checkpoint-2" / "optimizer.pt"
+    held = torch.load(file, weights_only=True)
+    group = held["param_groups"][0]
+    group["regrad"] = group["regrad"][:400]
+    torch.save(held, file)
+    with pytest.raises(RegradError, match=r"got a damaged packed copy; .*restore=False"):
         resume(with_state, ["xgrad"])
-    file.unlink()
-    with pytest.raises(RegradError, match=r"got none of step 2 of its run in .*, restore=False"):
-        resume(with_state, ["xgrad"])
-
-
-def test_a_state_file_that_would_run_code_is_not_loaded(make_trainer, tmp_path):
-    make_trainer([RegradCallback(["xgrad"])], **SAVING).train()
-    torch.save({"attachment": shutil.rmtree}, tmp_path / "out" / "checkpoint-2" / "regrad.pt")
-    with pytest.raises(RegradError, match="must be tensors and plain values"):
-        make_trainer([RegradCallback(["xgrad"])], **SAVING).train(
-            resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2")
-        )
 
 
 def test_only_a_receipt_is_written_where_only_the_model_is_saved(make_trainer, tmp_path):

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from regrad import Attachment, Correction, attach, refusals
-from regrad.errors import refuse_if
+from regrad import Attachment, Correction, attach, optimizer_state, refusals
+from regrad.errors import RegradError, refuse_if
 from regrad.registry import created
 from regrad.wrappers import optimizer_layers
 from torch import nn
@@ -23,7 +23,8 @@ class RegradCallback(Callback):
 
     Attached from the start of a fit to its end, also where it ends in an exception.
     Validation and checkpoints see the true weights. The corrections' state is in
-    every checkpoint, and comes back with `fit(ckpt_path=…)`. Their metrics go to the
+    every checkpoint, within that of the optimizer, and comes back with
+    `fit(ckpt_path=…)`. Their metrics go to the
     trainer's loggers under "regrad/" every `log_every_n_steps`; the receipt is left
     beside the logs as "regrad-receipt.json".
 
@@ -97,22 +98,30 @@ class RegradCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse to go on with a fit whose checkpoint knows nothing of corrections."""
-        unknown = self.state_key not in checkpoint["callbacks"] and trainer.state.fn == "fit"
-        rule = f"the checkpoint must hold the state of {self.corrections}, it has none"
-        refuse_if(
-            unknown and self.strict,
-            f"{rule}; pass strict=False to RegradCallback to start them anew",
-        )
+        """Keep the state in a checkpoint's optimizer; refuse to go on with a fit where there is none."""
+        if trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]:
+            return
+        saved = checkpoint.get("optimizer_states", [])[self.optimizer or 0 :]
+        self._loaded = saved[0].get(optimizer_state.KEY) if saved else None
+        if self._loaded is None and self.strict:
+            raise RegradError(
+                f"the checkpoint must hold the state of {self.corrections}, it has none; "
+                "pass strict=False to RegradCallback to start them anew"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state: Lightning restores callbacks before there are optimizers."""
         self._loaded = state_dict["attachment"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the corrections' state; of the last fit where none is under way, None before the first."""
+        """Return the corrections' state where no optimizer's state holds it whole, else nothing.
+
+        That is, of shards, and of the last fit where none is under way; None before the first.
+        """
         live = self._live()
-        return {"attachment": self._kept if live is None else shards.state_of(live)}
+        if live is None:
+            return {"attachment": self._kept}
+        return {"attachment": shards.state_of(live)} if live.engine.is_sharded() else {}
 
     def _live(self) -> Attachment | None:
         return None if self.attachment is None or self.attachment.is_detached else self.attachment
@@ -138,12 +147,9 @@ class RegradCallback(Callback):
         refuse_if(outside, rule)
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
         # The wrapper is what says how the weights lie; the target alone would look unwrapped.
-        refusals.check(
-            [trainer.strategy.model],
-            optimizer_layers(optimizer),
-            made,
-            borrowed.original,
-        )
+        layers = optimizer_layers(optimizer)
+        refusals.check([trainer.strategy.model], layers, made, borrowed.original)
+        optimizer_state.take_out(layers[-1].param_groups)  # the same as in self._loaded
         self.attachment = attach(target, optimizer, made, borrowed.original)
         borrowed.replace(self.attachment)
         self._borrowed, self._kept = borrowed, None
@@ -187,7 +193,7 @@ class RegradCallback(Callback):
     ) -> None:
         """Open the window: `training_step` need not call the module that is attached."""
         if (live := self._live()) is not None:
-            live.engine.before_forward(live.model)
+            live.engine.prepare_forward(live.model)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -219,7 +225,8 @@ class RegradCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the receipt and detach."""
-        self._kept = self.state_dict()["attachment"]
+        if (live := self._live()) is not None:
+            self._kept = shards.state_of(live)
         self._end(trainer)
 
     def on_exception(

@@ -44,8 +44,15 @@ class BorrowedCriterion:
 
     def replace(self, attachment: Attachment) -> None:
         """Let calls of the loss module reach the corrected criterion."""
-        if self._held is not None:
-            self._held.forward = attachment.criterion
+        if self._held is None:
+            return
+        corrected = attachment.criterion
+
+        def forward(*arguments: Any, **options: Any) -> Any:
+            return corrected(*arguments, **options)
+
+        # A module as attribute would become a submodule, and stand in every checkpoint.
+        self._held.forward = forward
 
     def give_back(self) -> None:
         """Let the loss module's forward be its own again."""

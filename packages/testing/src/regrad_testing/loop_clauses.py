@@ -274,6 +274,36 @@ class LoopClauses(Settings):
             resumed.weights_after = first.weights_after[:STOP]
             self.require_as_corrected(name, resumed.run(range(STOP, self.problem.steps)), "resumed")
 
+    @clause("resume alone")
+    def test_the_optimizer_alone_resumes_the_training_bit_for_bit(self) -> None:
+        """Model and optimizer, and nothing else, go on to the same bits, in any order of loading and attaching."""
+        for name in self.trains_on():
+            first = self.train(name).run(range(STOP))
+            parts = (first.optimizer.state_dict(), first.model.state_dict())
+            optimizer, model = (through_a_file(part) for part in parts)
+            wanted = copy.deepcopy(first.correction_state())
+            first.run(range(STOP, self.problem.steps))
+            self.require_as_corrected(name, first, "with an optimizer's state_dict taken")
+            saved = {"model": model, "optimizer": optimizer}
+            for order in (("model", "optimizer"), ("optimizer", "model")):
+                resumed = self.train(name)
+                for part in order:
+                    getattr(resumed, part).load_state_dict(copy.deepcopy(saved[part]))
+                self._go_on(name, resumed, f"loaded {' before '.join(order)}", wanted, first)
+            resumed = Training(self.problem, self.optimizers[name], None)
+            for part, state in saved.items():
+                getattr(resumed, part).load_state_dict(copy.deepcopy(state))
+            resumed.attach(self.make())
+            self._go_on(name, resumed, "loaded before attach", wanted, first)
+
+    def _go_on(self, name: str, resumed: Training, what: str, wanted: Any, first: Training) -> None:
+        """Fail unless a resumed training has the wanted state, and ends as the uninterrupted one."""
+        same = same_bits(resumed.correction_state(), wanted)
+        require(same, f"on {name}, {what}, the correction's state is not the saved one")
+        resumed.weights_after = first.weights_after[:STOP]
+        rest = resumed.run(range(STOP, self.problem.steps))
+        self.require_as_corrected(name, rest, f"resumed with {what}")
+
     @clause("closures")
     def test_closures_give_the_plain_loop_and_several_calls_are_borne_or_refused(self) -> None:
         """A closure inside `step` gives the plain loop; several calls give it too where declared, else are refused."""

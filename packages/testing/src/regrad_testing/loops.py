@@ -61,12 +61,16 @@ class Training:
         self.criterion: Any = type(problem).criterion
         self.attachment: Any = None
         if corrections is not None:
-            self.attachment = regrad.attach(self.outer, self.optimizer, corrections, self.criterion)
-            self.criterion = self.attachment.criterion
+            self.attach(corrections)
         self.scaler = torch.amp.GradScaler(
             "cpu", init_scale=scale or 1.0, enabled=scale is not None
         )
         self.weights_after: list[dict[str, Tensor]] = []
+
+    def attach(self, corrections: Sequence[Correction]) -> None:
+        """Attach corrections to a training that has none."""
+        self.attachment = regrad.attach(self.outer, self.optimizer, corrections, self.criterion)
+        self.criterion = self.attachment.criterion
 
     def run(self, indices: Iterable[int] | None = None, **how: Any) -> Training:
         """Take the steps `indices` (all of the problem's by default) and return self."""

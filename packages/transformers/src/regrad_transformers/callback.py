@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import regrad
+from regrad import optimizer_state
 from regrad.errors import RegradError, refuse_if
-from regrad.hooks import Hook, innermost_module
 from regrad.inside import CrossEntropyInside
+from regrad.module_hooks import add_hook
 from regrad.registry import created
 from regrad.sharding import is_sharded
+from regrad.wrappers import innermost_module, innermost_optimizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from regrad_transformers import loss, storage
 
-PREFIX, KEY = "regrad/", "regrad"
+PREFIX = "regrad/"
+ANEW = "RegradCallback(…, restore=False) begins corrections anew"
+WITHOUT = f"checkpoint must be of a training with corrections, got one without; {ANEW}"
 SHARDS = (
     "checkpoints must not be of shards, whose corrections this callback cannot save; pass save_strategy='no' or "
     "save_only_model=True"
@@ -45,9 +48,10 @@ class RegradCallback(TrainerCallback):
 
     A correction of the criterion acts on every cross entropy that the model computes
     in its own training forward, so the loss stays the model's own in all else. Their
-    state is in every checkpoint (`regrad.pt`, with the receipt for people in
-    `regrad.json`) and is restored by `train(resume_from_checkpoint=…)`; what each
-    really changed is in the Trainer's logs, under "regrad/". Corrections act on
+    state is in every checkpoint, within the optimizer's (`optimizer.pt`), and is
+    restored by `train(resume_from_checkpoint=…)`; the receipt is beside it for people
+    (`regrad.json`). What each really changed is in the Trainer's logs, under "regrad/".
+    Corrections act on
     gradients that are accumulated, averaged over processes and clipped by
     `max_grad_norm`. Every `train()` begins them anew unless it resumes.
 
@@ -58,8 +62,6 @@ class RegradCallback(TrainerCallback):
             example a `functools.partial` of it that weights classes.
         restore: Whether a resumed training must go on with the state of its
             corrections; False begins them anew.
-        resume_from_checkpoint: The checkpoint that `train` is given, where its
-            folder is not the one it was written to.
 
     Attributes:
         attachment: The `regrad.Attachment` of the last training, None before.
@@ -80,7 +82,6 @@ class RegradCallback(TrainerCallback):
         *,
         criterion: Callable[..., Tensor] | None = None,
         restore: bool = True,
-        resume_from_checkpoint: str | Path | None = None,
     ) -> None:
         if isinstance(corrections, str):
             raise TypeError(
@@ -93,9 +94,8 @@ class RegradCallback(TrainerCallback):
         self._has_own_criterion = criterion is not None
         self._plain: Callable[..., Tensor] = criterion or F.cross_entropy
         self._restore = restore
-        self._resumed_from = resume_from_checkpoint
         self.attachment: regrad.Attachment | None = None
-        self._run, self._saved, self._was_called = "", -1, False
+        self._was_called = False
         self._model: Any = None
         self._smoothing = 0.0
         self._micro_batches = 1
@@ -249,46 +249,31 @@ class RegradCallback(TrainerCallback):
         self.on_init_end(args, state, control, model=model)
         resumable = args.save_strategy != "no" and not args.save_only_model
         refuse_if(resumable and any(is_sharded(p) for p in model.parameters()), SHARDS)
-        self.attachment = regrad.attach(
-            model, optimizer, self._made(), self._plain if self._needed else None
-        )
+        groups = innermost_optimizer(optimizer).param_groups
+        if not self._restore:
+            optimizer_state.take_out(groups)
+        is_carried = optimizer_state.carries(groups)
+        if state.global_step and self._restore and not is_carried:
+            raise RegradError(WITHOUT)
         try:
-            if state.global_step and self._restore:
-                self.attachment.load_state_dict(self._state_of(args, state))
+            self.attachment = regrad.attach(
+                model, optimizer, self._made(), self._plain if self._needed else None
+            )
         except RegradError as problem:
-            self.detach()
-            found = str(problem).removesuffix("; or pass strict=False")  # which is not ours to pass
-            raise RegradError(
-                f"{found}; RegradCallback(…, restore=False) begins corrections anew"
-            ) from problem
+            if not is_carried:
+                raise
+            raise RegradError(f"{problem}; {ANEW}") from problem
         self._watch(self.attachment)
-        self._was_called, self._run, self._saved = False, uuid.uuid4().hex, -1
-        # The Trainer writes this with its state: by it a resumed training knows which file is its own.
-        state.stateful_callbacks[KEY] = {
-            "run": self._run,
-            "folder": str(Path(args.output_dir).resolve()),
-        }
+        self._was_called = False
 
     def _watch(self, attachment: regrad.Attachment) -> None:
         """Correct the loss inside the model, and keep what `compute_loss` needs if it is called instead."""
         model = attachment.model
         acts_inside = self._needed and not self._has_own_criterion
         self._inside = CrossEntropyInside(attachment) if acts_inside else None
-        self._input_handle = model.register_forward_pre_hook(
-            Hook(model, self._keep_inputs), with_kwargs=True
+        self._input_handle = add_hook(
+            model, model.register_forward_pre_hook, self._keep_inputs, with_kwargs=True
         )
-
-    def _state_of(self, args: Any, state: Any) -> dict[str, Any]:
-        """Return what the checkpoint that training goes on from holds of its corrections."""
-        told, name = state.stateful_callbacks.get(KEY), f"checkpoint-{state.global_step}"
-        refuse_if(
-            told is None, "checkpoint must be of a training with corrections, got one without"
-        )
-        given = [
-            Path(place) for place in (self._resumed_from, args.resume_from_checkpoint) if place
-        ]
-        folders = [*given, Path(args.output_dir) / name, Path(told["folder"]) / name]
-        return storage.read_state(folders, told["run"], state.global_step)["attachment"]  # type: ignore[no-any-return]
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Refuse where there is no cross entropy to correct: before anything was learnt."""
@@ -301,34 +286,14 @@ class RegradCallback(TrainerCallback):
             raise RegradError(NEEDS_WIRE.format(self._needed, what))
         raise RegradError(NO_CROSS_ENTROPY.format(self._needed, self._needed))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse as `on_substep_end`, and save beside a checkpoint that was made on a signal."""
-        self.on_substep_end(args, state, control)
-        self._save_unannounced(args, state, control)
-
-    def _save_unannounced(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save beside a checkpoint that nobody is told of: `enable_jit_checkpoint` ends training with one."""
-        if (
-            args.enable_jit_checkpoint
-            and control.should_training_stop
-            and self._saved != state.global_step
-        ):
-            self.on_save(args, state, control)
-
-    on_step_begin = on_step_end = on_epoch_end = _save_unannounced
+    on_pre_optimizer_step = on_substep_end
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the corrections' state into the checkpoint; trials of a search, which nothing resumes, have none."""
+        """Write the receipt into the checkpoint; the state is in the optimizer's own file."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         is_ours = args.should_save and not state.is_hyper_param_search and folder.is_dir()
-        if self.attachment is None or not is_ours:
-            return
-        self._saved, kept = state.global_step, self.attachment.state_dict()
-        if not args.save_only_model:
-            storage.write_state(
-                folder, {"run": self._run, "step": state.global_step, "attachment": kept}
-            )
-        storage.write_receipt(folder, kept["receipt"])
+        if self.attachment is not None and is_ours:
+            storage.write_receipt(folder, self.attachment.receipt())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Add what each correction changed to a log of training, for the history and the callbacks after this."""
