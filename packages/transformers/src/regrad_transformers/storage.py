@@ -6,7 +6,9 @@ import io
 import json
 import os
 import pickle
+import secrets
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,26 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write aside, force it to the disk, and rename: a kill leaves the file that was there, or none."""
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Write aside, force it to the disk, and rename: a kill leaves the file that was there, or none.
+
+    The name aside cannot be foreseen, and is never opened through a link.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    flags = (
+        os.O_WRONLY
+        | os.O_CREAT
+        | os.O_EXCL
+        | getattr(os, "O_NOFOLLOW", 0)
+        | getattr(os, "O_BINARY", 0)
+    )
+    file = os.fdopen(os.open(aside, flags, 0o666), "wb")
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
