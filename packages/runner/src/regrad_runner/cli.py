@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -11,6 +12,17 @@ from typing import Any
 from regrad.errors import RegradError, RegradWarning
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+# What a disk answers that is full, read-only or broken: no traceback tells more.
+OF_THE_DISK = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +47,7 @@ def _run(words: list[str]) -> int:
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.commands import app  # noqa: PLC0415
-    from regrad_runner.errors import BadInput  # noqa: PLC0415
+    from regrad_runner.errors import BadInput, in_words  # noqa: PLC0415
 
     # Typer has its own copy of click since some version: its usage error goes by no public name in every one.
     usage_error: Any = typer.BadParameter.__base__
@@ -44,10 +56,13 @@ def _run(words: list[str]) -> int:
         return int(app(words or ["--help"], prog_name="regrad", standalone_mode=False) or 0)
     except BadInput as problem:
         return _complain(str(problem))
-    except (
-        RegradError
-    ) as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
+    except RegradError as problem:
+        # Such as a full disk: it says what to do, and a tracked run has the traceback.
         return _complain(str(problem), code=FAILED)
+    except OSError as problem:
+        if problem.errno not in OF_THE_DISK:
+            raise
+        return _complain(in_words(problem), code=FAILED)
     except usage_error as problem:
         return _complain(problem.format_message())
     except (typer.Abort, KeyboardInterrupt):
@@ -56,7 +71,9 @@ def _run(words: list[str]) -> int:
 
 def _complain(problem: str, code: int = BAD_INPUT) -> int:
     if problem and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"regrad: {problem}\n")
+        from regrad_runner.addresses import without_secrets  # noqa: PLC0415
+
+        sys.stderr.write(f"regrad: {without_secrets(problem)}\n")
     return code
 
 
@@ -64,6 +81,9 @@ def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
     """Write our own warnings for people, and others as Python does."""
+    from regrad_runner.addresses import without_secrets  # noqa: PLC0415
+
+    told = without_secrets(str(message))
     if issubclass(category, RegradWarning):
-        return f"warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+        return f"warning: {told}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {told}\n"
