@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from regrad_runner.arms import Arm
+from regrad_runner.delivery import Delivery
 from regrad_runner.effects import Effect, keep_effects
 from regrad_runner.probing import Quality, keep_qualities
 from regrad_runner.results import Result, ResultsFolder, Trial
@@ -24,6 +25,14 @@ SEEDS, STEPS = 6, range(10, 81, 10)
 def without_page(monkeypatch):
     """Leave out the page of a comparison, which has tests of its own and takes seconds to draw."""
     monkeypatch.setattr("regrad_runner.page.write.write_page", lambda *arguments: [])
+
+
+@pytest.fixture(scope="session")
+def schema(tmp_path_factory):
+    """Return a database of MLflow to copy: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("schema")
+    Delivery(folder, None).connect()
+    return folder / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

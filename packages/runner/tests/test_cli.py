@@ -364,7 +364,7 @@ def test_a_second_ctrl_c_leaves_at_once_without_saving_or_waiting(here, monkeypa
 
 def test_sync_says_what_waits_and_where_nothing_does(here, baseline, capsys):
     (here / "out").mkdir()
-    (here / "out" / "config.yaml").touch()
+    (here / "out" / "config.yaml").write_text("tracker: mlflow\n")
     assert main(["sync", "out"]) == 0
     assert capsys.readouterr().out == "nothing waits in out\n"
 
@@ -468,9 +468,18 @@ def test_a_disk_that_fills_while_saving_is_one_clear_line_and_the_run_goes_on_wh
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
-def test_what_a_kill_left_of_the_settings_bars_no_new_start(here, capsys):
+def test_a_folder_that_holds_a_hidden_file_or_a_link_is_not_empty_and_one_with_a_lock_is(
+    here, capsys
+):
     (here / "out").mkdir()
-    (here / "out" / ".config.yaml.part").write_text("half")
+    (here / "victim").write_text("mine")
+    for name in (".config.yaml.part", ".hidden"):
+        (here / "out" / name).symlink_to(here / "victim")
+        assert main(["train", *SMALL, "--epochs", "1", "--out", "out"]) == 2
+        assert f"which holds '{name}'; choose another folder" in capsys.readouterr().err
+        (here / "out" / name).unlink()
+    assert (here / "victim").read_text() == "mine"
+    (here / "out" / ".regrad.lock").touch()  # which a kill leaves
     assert main(["train", "--resume", "--out", "out"]) == 2
     assert capsys.readouterr().err.endswith(
         "without config.yaml; start it again without --resume\n"

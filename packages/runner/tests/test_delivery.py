@@ -1,4 +1,5 @@
 import json
+import shutil
 import threading
 
 import pytest
@@ -14,10 +15,11 @@ class Crash(BaseException):
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
+def database(tmp_path_factory, schema):
     """A folder with a database: a fresh schema takes seconds."""
     folder = tmp_path_factory.mktemp("database")
-    (folder / "config.yaml").touch()
+    shutil.copyfile(schema, folder / "mlflow.db")
+    (folder / "config.yaml").write_text("tracker: mlflow\n")
     Delivery(folder, None).connect()
     return folder
 
@@ -266,7 +268,7 @@ def test_a_process_that_is_under_way_is_left_alone_by_sync(database, delivery, n
 
 
 def test_without_a_server_sync_says_what_waits_and_why(tmp_path):
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("tracking_uri: http://127.0.0.1:9\n")
     spool = new_spool(tmp_path / "unsent")
     spool.append(
         {

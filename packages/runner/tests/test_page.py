@@ -106,6 +106,7 @@ def old(make_comparison, tmp_path_factory):
             ",".join(f'"{line[k].replace(chr(34), chr(34) * 2)}"' for k in kept) for line in lines
         )
         (made.path / name).write_text(text + "\n")
+    (made.path / ".checksums.json").unlink()
     return ResultsFolder(made.path)
 
 

@@ -103,7 +103,10 @@ def test_a_file_or_a_folder_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="out must be a folder, got the file"):
         check_folder(tmp_path / "notes.txt", CompareConfig(), resume=False)
-    with pytest.raises(ValueError, match=r"out must be a new or empty folder, got .*'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"out must be a new or empty folder, got .*, which holds 'notes\.txt'; choose",
+    ):
         check_folder(tmp_path, CompareConfig(), resume=False)
 
 

@@ -14,8 +14,26 @@ def unsent(tmp_path):
     return tmp_path / "unsent"
 
 
+def numbered(number):
+    """A record of a known form, to be known again."""
+    return {"op": "metrics", "run": "r", "values": [["loss", 0.5, 1, number]]}
+
+
+def line(number):
+    """How a record stands in its file."""
+    return json.dumps(numbered(number)) + "\n"
+
+
 def numbers(spool):
-    return [record["number"] for _, record in spool.read()]
+    return [record["values"][0][3] for _, record in spool.read()]
+
+
+def started(run, time=1, **more):
+    return {"op": "start", "run": run, "time": time, "experiment": "digits", **more}
+
+
+def finished(run, time=1):
+    return {"op": "finish", "run": run, "time": time, "status": "FINISHED"}
 
 
 def left_behind(unsent, *records):
@@ -30,30 +48,28 @@ def left_behind(unsent, *records):
 def test_records_come_back_in_order_until_they_are_noted_as_sent(unsent):
     spool = new_spool(unsent)
     for number in range(5):
-        spool.append({"number": number})
+        spool.append(numbered(number))
     assert (numbers(spool), spool.waiting) == ([0, 1, 2, 3, 4], 5)
     spool.note_sent([line for line, _ in spool.read()[:2]])
     assert (numbers(spool), spool.waiting) == ([2, 3, 4], 3)
-    assert json.loads((spool.path / "sent.json").read_text())["offset"] == 2 * len(
-        '{"number": 0}\n'
-    )
+    assert json.loads((spool.path / "sent.json").read_text())["offset"] == 2 * len(line(0))
 
 
 def test_many_records_are_read_a_part_at_a_time(unsent, monkeypatch):
     monkeypatch.setattr(module, "READ_AT_ONCE", 2)
     spool = new_spool(unsent)
     for number in range(5):
-        spool.append({"number": number})
+        spool.append(numbered(number))
     seen = []
     while records := spool.read():
-        seen.append([record["number"] for _, record in records])
+        seen.append([record["values"][0][3] for _, record in records])
         spool.note_sent([line for line, _ in records])
     assert seen == [[0, 1], [2, 3], [4]]
 
 
 def test_a_spool_that_is_delivered_leaves_nothing(unsent):
     spool = new_spool(unsent)
-    spool.append({"op": "start", "run": "a"})
+    spool.append(started("a"))
     spool.note_sent([line for line, _ in spool.read()])
     spool.leave()
     assert not unsent.exists()
@@ -61,7 +77,7 @@ def test_a_spool_that_is_delivered_leaves_nothing(unsent):
 
 def test_a_spool_belongs_to_one_until_its_process_is_gone(unsent):
     spool = new_spool(unsent)
-    spool.append({"op": "start", "run": "a", "address": "http://there:1"})
+    spool.append(started("a", address="http://there:1"))
     assert spools(unsent) == [spool.path]
     assert spool.address() == "http://there:1"
     assert take_spool(spool.path) is None
@@ -72,7 +88,7 @@ def test_a_spool_belongs_to_one_until_its_process_is_gone(unsent):
 
 
 def test_a_spool_that_another_one_delivered_meanwhile_is_not_taken(unsent):
-    path = left_behind(unsent, {"op": "start", "run": "a"})
+    path = left_behind(unsent, started("a"))
     first = take_spool(path)
     first.take_up()
     first.note_sent([line for line, _ in first.read()])
@@ -83,11 +99,11 @@ def test_a_spool_that_another_one_delivered_meanwhile_is_not_taken(unsent):
 def test_runs_that_a_killed_process_left_open_end_as_killed_at_its_last_time(unsent):
     path = left_behind(
         unsent,
-        {"op": "start", "run": "parent", "time": 10},
-        {"op": "start", "run": "done", "time": 11},
-        {"op": "start", "run": "child", "time": 12},
-        {"op": "finish", "run": "done", "time": 13},
-        {"op": "metrics", "run": "child", "time": 20},
+        started("parent", 10),
+        started("done", 11),
+        started("child", 12),
+        finished("done", 13),
+        {"op": "metrics", "run": "child", "time": 20, "values": []},
     )
     spool = take_spool(path)
     assert spool.take_up() == 2
@@ -108,7 +124,7 @@ from pathlib import Path
 from regrad_runner.spool import new_spool
 spool = new_spool(Path({str(unsent)!r}))
 for number in range(100):
-    spool.append({{"op": "metrics", "number": number}})
+    spool.append({{"op": "metrics", "run": "r", "values": [["loss", 0.5, 1, number]]}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
@@ -118,12 +134,12 @@ os.kill(os.getpid(), signal.SIGKILL)
     spool = take_spool(path)
     spool.take_up()
     assert numbers(spool) == list(range(100))
-    spool.append({"number": 100})
+    spool.append(numbered(100))
     assert numbers(spool) == list(range(101))
 
 
 def test_a_damaged_line_and_a_damaged_note_lose_nothing_else(unsent):
-    path = left_behind(unsent, {"op": "start", "run": "a"}, {"op": "metrics", "run": "a"})
+    path = left_behind(unsent, started("a"), {"op": "metrics", "run": "a", "values": []})
     lines = (path / "records.jsonl").read_bytes().splitlines(keepends=True)
     (path / "records.jsonl").write_bytes(lines[0] + b"\x00\xff\n" + lines[1])
     (path / "sent.json").write_text("")
@@ -140,11 +156,12 @@ def test_a_damaged_line_and_a_damaged_note_lose_nothing_else(unsent):
 def test_a_file_is_copied_and_forgotten(unsent, tmp_path):
     (tmp_path / "receipt.json").write_text("{}")
     spool = new_spool(unsent)
-    copy = spool.file(spool.keep_file(tmp_path / "receipt.json"))
+    name = spool.keep_file(tmp_path / "receipt.json")
+    copy = spool.file(name)
     assert copy.read_text() == "{}"
     assert copy != tmp_path / "receipt.json"
-    spool.forget_file(copy)
-    spool.forget_file(tmp_path / "receipt.json")
+    spool.forget_file(name)
+    spool.forget_file(str(tmp_path / "receipt.json"))
     assert not copy.parent.exists()
     assert (tmp_path / "receipt.json").exists()
 
@@ -167,24 +184,24 @@ def full_disk(monkeypatch):
 
 def test_on_a_full_disk_records_wait_in_memory_and_half_a_line_is_taken_back(unsent, full_disk):
     spool = new_spool(unsent)
-    spool.append({"number": 0})
+    spool.append(numbered(0))
     full_disk(True)
     for number in (1, 2):
-        spool.append({"number": number})
+        spool.append(numbered(number))
     assert spool.problem.errno == errno.ENOSPC
-    assert (spool.path / "records.jsonl").read_text() == '{"number": 0}\n'
+    assert (spool.path / "records.jsonl").read_text() == line(0)
     assert numbers(spool) == [0]
     spool.note_sent([line for line, _ in spool.read()])
     assert numbers(spool) == [1, 2]
     full_disk(False)
-    spool.append({"number": 3})
+    spool.append(numbered(3))
     assert spool.problem is None
     assert numbers(spool) == [1, 2, 3]
 
 
 def test_a_record_whose_writing_a_signal_broke_off_comes_once(unsent, monkeypatch):
     spool, write = new_spool(unsent), os.write
-    spool.append({"number": 0})
+    spool.append(numbered(0))
 
     def broken_off(file, data):
         write(file, data[:5])
@@ -193,9 +210,9 @@ def test_a_record_whose_writing_a_signal_broke_off_comes_once(unsent, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", broken_off)
         with pytest.raises(KeyboardInterrupt):
-            spool.append({"number": 1})
+            spool.append(numbered(1))
     assert numbers(spool) == [0]
-    spool.append({"number": 2})
+    spool.append(numbered(2))
     assert (numbers(spool), spool.waiting) == ([0, 1, 2], 3)
 
 
@@ -203,11 +220,11 @@ def test_what_was_sent_from_memory_is_neither_written_nor_sent_again(unsent, ful
     spool = new_spool(unsent)
     full_disk(True)
     for number in range(3):
-        spool.append({"number": number})
+        spool.append(numbered(number))
     read = spool.read()
     spool.note_sent([read[0][0]])
     full_disk(False)
-    spool.append({"number": 3})  # which writes 1 and 2 too, after they were read
+    spool.append(numbered(3))  # which writes 1 and 2 too, after they were read
     spool.note_sent([read[1][0]])
     assert (numbers(spool), spool.waiting) == ([2, 3], 2)
 

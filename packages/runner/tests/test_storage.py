@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -193,7 +194,10 @@ def test_a_checkpoint_has_its_name_only_once_all_its_files_are_on_the_disk(tmp_p
 
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("without /proc nobody says which file a number is")
-    monkeypatch.setattr(storage.os, "fsync", watch)
+    monkeypatch.setattr(os, "fsync", watch)
     write(tmp_path, 1)
-    names = ["tensors.pt", "state.json", "receipt.json", "checksums.json", ".step-00000001.part"]
-    assert forced == [*((name, 0) for name in names), (tmp_path.name, 1)]
+    *files, aside, holder = forced
+    names = ["tensors.pt", "state.json", "receipt.json", "checksums.json"]
+    assert files == [(name, 0) for name in names]
+    assert re.fullmatch(r"\.step-00000001\.[0-9a-f]{16}\.part", aside[0])
+    assert (aside[1], holder) == (0, (tmp_path.name, 1))

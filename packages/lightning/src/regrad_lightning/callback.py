@@ -2,6 +2,7 @@
 
 import json
 import posixpath
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -258,8 +259,11 @@ class RegradCallback(Callback):
             )
             files = get_filesystem(self._folder)
             files.makedirs(self._folder, exist_ok=True)
-            with files.open(posixpath.join(self._folder, name), "w") as file:
+            # Renamed, so that a link of that name is replaced and not followed; "x": not through one either.
+            aside = posixpath.join(self._folder, f".{name}.{secrets.token_hex(8)}.part")
+            with files.open(aside, "x") as file:
                 json.dump(receipt, file, indent=2)
+            files.mv(aside, posixpath.join(self._folder, name))
 
 
 def _outside(optimizer: Optimizer, module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -14,6 +15,17 @@ from regrad.text import printable
 
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
 KEPT = "\n\t"
+# What a disk answers that is full, read-only or broken: no traceback tells more.
+OF_THE_DISK = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +51,7 @@ def _run(words: list[str]) -> int:
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.commands import app  # noqa: PLC0415
-    from regrad_runner.errors import BadInput, in_one_line  # noqa: PLC0415
+    from regrad_runner.errors import BadInput, in_one_line, in_words  # noqa: PLC0415
 
     # Typer has its own copy of click since some version: its usage error goes by no public name in every one.
     usage_error: Any = typer.BadParameter.__base__
@@ -48,10 +60,13 @@ def _run(words: list[str]) -> int:
         return int(app(words or ["--help"], prog_name="regrad", standalone_mode=False) or 0)
     except BadInput as problem:
         return _complain(str(problem))
-    except (
-        RegradError
-    ) as problem:  # such as a full disk: it says what to do, and a tracked run has the traceback
+    except RegradError as problem:
+        # Such as a full disk: it says what to do, and a tracked run has the traceback.
         return _complain(in_one_line(problem), code=FAILED)
+    except OSError as problem:
+        if problem.errno not in OF_THE_DISK:
+            raise
+        return _complain(in_words(problem), code=FAILED)
     except usage_error as problem:
         return _complain(_with_value(problem, words))
     except (typer.Abort, KeyboardInterrupt):
@@ -73,7 +88,9 @@ def _complain(problem: str, code: int = BAD_INPUT) -> int:
     # A RANK that a launcher left behind makes nobody else speak.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if problem and (alone or os.environ.get("RANK", "0") == "0"):
-        sys.stderr.write(f"regrad: {printable(problem, keep=KEPT)}\n")
+        from regrad_runner.addresses import without_secrets  # noqa: PLC0415
+
+        sys.stderr.write(f"regrad: {printable(without_secrets(problem), keep=KEPT)}\n")
     return code
 
 
@@ -81,7 +98,9 @@ def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
     """Write our own warnings for people, and others as Python does."""
-    text = printable(message, keep=KEPT)
+    from regrad_runner.addresses import without_secrets  # noqa: PLC0415
+
+    text = printable(without_secrets(str(message)), keep=KEPT)
     if issubclass(category, RegradWarning):
         return f"warning: {text}\n"
     return f"{printable(filename)}:{lineno}: {category.__name__}: {text}\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from regrad_runner.config import CompareConfig, Config
     from regrad_runner.planning import Plan
+    from regrad_runner.train import Plan as TrainPlan
 
 CHECKING = "checking settings, data and corrections"
 
@@ -91,18 +94,25 @@ def compare(
     """
     console = _console()
     with checking_input(), console.status(CHECKING):
-        from regrad_runner.compare import compare as run  # noqa: PLC0415
         from regrad_runner.config import CompareConfig  # noqa: PLC0415
         from regrad_runner.planning import make_plan  # noqa: PLC0415
 
         o.at_most_one({"--jobs": jobs is not None, "--cell": cell is not None, "--cells": cells})
+        o.check_out(out)
         settings = _settings(CompareConfig, ctx, config, out, resume=resume or cell is not None)
         if cell is None:
             plan = make_plan(settings, out=out, resume=resume, jobs=1 if jobs is None else jobs)
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())
-    if cells:
-        return _prepare_cells(plan, as_json=json)
+    with _writing(plan, resume=resume):
+        if cells:
+            return _prepare_cells(plan, as_json=json)
+        return _compare(console, plan, jobs=jobs, as_json=json)
+
+
+def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -> int:
+    """Run a comparison and show it."""
+    from regrad_runner.compare import compare as run  # noqa: PLC0415
     from regrad_runner.preparation import leave_processes  # noqa: PLC0415
     from regrad_runner.progress import Display  # noqa: PLC0415
     from regrad_runner.report import show_comparison  # noqa: PLC0415
@@ -120,7 +130,7 @@ def compare(
         folder = run(plan, display)
     leave_processes()
     if plan.reports:
-        show_comparison(folder.path, as_json=json)
+        show_comparison(folder.path, as_json=as_json)
     return int(any(result.status == "failed" for result in folder.results))
 
 
@@ -128,6 +138,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     """Run one cell of a job array."""
     with checking_input(), console.status(CHECKING):
         from regrad_runner.job_array import make_cell_plan, run_cell  # noqa: PLC0415
+        from regrad_runner.locks import running_cell  # noqa: PLC0415
 
         cell_plan = make_cell_plan(settings, number, out)
     from regrad_runner.compare import in_words  # noqa: PLC0415
@@ -141,6 +152,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
         display.say(f"{name}: it ended before")
         return 0
     with (
+        _held(running_cell(plan.path, cell_plan.cell.file_name), wanted=plan.reports),
         going_on(console, f"regrad compare --out {out} --cell {number}", quiet=not plan.reports),
         display,
     ):
@@ -217,6 +229,8 @@ def train(
     with checking_input(), console.status(CHECKING):
         from regrad_runner.config import TrainConfig  # noqa: PLC0415
         from regrad_runner.train import make_plan  # noqa: PLC0415
+
+        o.check_out(out)
         from regrad_runner.train import train as run  # noqa: PLC0415
 
         plan = make_plan(
@@ -229,6 +243,7 @@ def train(
 
     display = Display(console, runs=1, quiet=not plan.reports)
     with (
+        _writing(plan, resume=resume),
         going_on(console, f"regrad train --resume --out {plan.path}", quiet=not plan.reports),
         display,
     ):
@@ -259,15 +274,18 @@ def sync(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)
     ],
+    tracking_uri: Annotated[
+        str | None, o.flag("Deliver what was logged for this server too.", None, metavar="URI")
+    ] = None,
 ) -> int:
     """Deliver what tracking could not send while the server was down; runs that were killed are marked so."""
     with checking_input():
         from regrad_runner.sync import sync as run  # noqa: PLC0415
 
-        done = run(folder)
-    for line in done.in_words(folder):
-        typer.echo(line)
-    return int(done.waiting > 0)
+        done = run(folder, tracking_uri)
+        for line in done.in_words(folder):
+            typer.echo(line)
+    return int(not done.is_complete)
 
 
 @app.command(
@@ -326,6 +344,44 @@ def _settings(
             what = f"out must be the folder of an earlier run to resume it, got '{out}' without config.yaml"
             raise ValueError(f"{what}{start}")
     return load_config(kind, file=file, flags=o.settings_of(ctx))
+
+
+@contextmanager
+def _writing(plan: Plan | TrainPlan, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a plan, which may have changed since it was checked."""
+    from regrad_runner.locks import writing  # noqa: PLC0415
+    from regrad_runner.report import check_whole  # noqa: PLC0415
+    from regrad_runner.results import check_unchanged  # noqa: PLC0415
+
+    def check() -> None:
+        check_unchanged(plan.path, plan.config, resume=resume)
+        if resume:
+            check_whole(plan.path)
+
+    with _held(writing(plan.path), wanted=plan.reports, check=check):
+        yield
+
+
+@contextmanager
+def _held(
+    lock: AbstractContextManager[None],
+    *,
+    wanted: bool,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[None]:
+    """Hold a lock while the block runs: who cannot have it gets one line, before anything is written.
+
+    Args:
+        lock: From `regrad_runner.locks`.
+        wanted: Whether this is the process that writes.
+        check: Called with the lock held, may raise what `checking_input` turns into a line.
+    """
+    with ExitStack() as held:
+        if wanted:
+            with checking_input():
+                held.enter_context(lock)
+                check()
+        yield
 
 
 def _console() -> Console:

@@ -13,18 +13,20 @@ from functools import partial
 from statistics import fmean
 from typing import Protocol
 
+from regrad_runner.addresses import without_secrets
 from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell
 from regrad_runner.effects import FILE as EFFECTS
 from regrad_runner.effects import Effect, EffectTrace, keep_effects
-from regrad_runner.errors import in_one_line
+from regrad_runner.errors import DiskError, in_one_line
+from regrad_runner.files import append, write_whole
 from regrad_runner.nonfinite import NonFiniteError, keeping_norms
 from regrad_runner.planning import Plan, agreed, make_plan, open_folder
 from regrad_runner.probing import FILE, Probe, Quality, keep_qualities
 from regrad_runner.progress import Display
 from regrad_runner.report import draw, merge
 from regrad_runner.results import Outcome, Result, ResultsFolder, Trial, finished_result, read_about
-from regrad_runner.rows import write_whole
+from regrad_runner.rows import checked
 from regrad_runner.stopping import tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, name_on_validation
@@ -102,8 +104,8 @@ def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
     if outcome.trial is not None:
         folder.add_trial(outcome.trial)
     if outcome.result is not None:
-        keep_qualities(folder, [Quality(**row) for row in outcome.tables.get(FILE, ())])
-        keep_effects(folder, [Effect(**row) for row in outcome.tables.get(EFFECTS, ())])
+        keep_qualities(folder, [checked(Quality, row) for row in outcome.tables.get(FILE, ())])
+        keep_effects(folder, [checked(Effect, row) for row in outcome.tables.get(EFFECTS, ())])
         folder.add(outcome.result, outcome.points)
 
 
@@ -281,13 +283,16 @@ class Comparison:
         problems: list[Exception] = []
         try:
             yield problems
+        except DiskError:  # not the run's own failure, and those that follow would meet it too
+            raise
         except Exception as problem:
             if self.plan.processes > 1:
                 raise
             problems.append(problem)
-            self.display.say(f"{name} failed: {type(problem).__name__}: {in_one_line(problem)}")
-            with (self.plan.path / "failures.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{name}\n{traceback.format_exc()}\n")
+            reason = in_one_line(problem)
+            self.display.say(without_secrets(f"{name} failed: {type(problem).__name__}: {reason}"))
+            told = without_secrets(f"{name}\n{traceback.format_exc()}\n")
+            append(self.plan.path / "failures.txt", told)
 
 
 def failed_result(arm: Arm, cell: Cell, *, lr: float) -> Result:

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from regrad_runner.addresses import check_address
 from regrad_runner.optimizers import check_rate, spec_of
 from regrad_runner.reading import read_regular
 from regrad_runner.workloads import Workload, settings_of_model
@@ -120,14 +121,7 @@ class RunConfig(BaseModel):
     @field_validator("tracking_uri")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
-        # The default of MLflow and a relative file depend on the working directory, a plain folder it refuses.
-        if value is not None and not re.match(
-            r"https?://|sqlite:////|(postgresql|mysql|mssql)\S*://", value
-        ):
-            raise ValueError(
-                f"tracking_uri must be an absolute address, got {value!r}; give http://host:port or sqlite:////folder/file.db"
-            )
-        return value
+        return value if value is None else check_address(value)
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
@@ -221,6 +215,8 @@ class TrainConfig(RunConfig):
 Config = TypeVar("Config", bound=RunConfig)
 # What PyYAML's own readers of numbers, dates and deep nesting raise beside its YAMLError.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+# The first and the last line of settings that regrad wrote: without its last line a file was cut.
+WRITTEN, LAST_LINE = "# Written by regrad. The last line is three dots.", "..."
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlevel = 3
@@ -260,8 +256,8 @@ def shown(value: object) -> str:
 
 
 def write_config(config: RunConfig) -> str:
-    """Return the settings as YAML that `load_config` reads back."""
-    return write_yaml(config.model_dump(mode="json"))
+    """Return the settings as YAML that `load_config` reads back, or refuses where a part of it is missing."""
+    return f"{WRITTEN}\n{write_yaml(config.model_dump(mode='json'))}{LAST_LINE}\n"
 
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
@@ -325,10 +321,12 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: If it cannot be read or is no mapping.
     """
     try:
-        loaded = read_yaml(read_regular(file).decode("utf-8"))
+        text = read_regular(file).decode("utf-8")
+        _check_is_whole(text)
+        loaded = read_yaml(text)
     except OSError as problem:
         raise ValueError(
-            f"config must be a readable file, got '{file}': {problem.strerror}"
+            f"config must be a readable file, got '{file}': {problem.strerror or 'something else'}"
         ) from None
     except (yaml.YAMLError, *UNREADABLE) as problem:
         why = " ".join(str(problem).split()) or type(problem).__name__
@@ -341,6 +339,13 @@ def read_settings(file: Path) -> dict[str, Any]:
         if not isinstance(name, str):
             raise ValueError(f"no setting named {shown(name)} in '{file}'")  # noqa: TRY004 - as above
     return loaded
+
+
+def _check_is_whole(text: str) -> None:
+    """Raise a `ValueError` for a part of what `write_config` wrote: fewer settings would read as others."""
+    first, last = text.partition("\n")[0].strip(), text.rstrip().rpartition("\n")[2]
+    if first == WRITTEN and last != LAST_LINE:
+        raise ValueError(f"its last line is not {LAST_LINE!r}: a part of it is missing")
 
 
 def _learning_rates(values: tuple[float, ...]) -> tuple[float, ...]:

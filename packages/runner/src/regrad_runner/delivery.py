@@ -15,9 +15,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from filelock import FileLock
 
+from regrad_runner.addresses import shown_address, without_secrets
+from regrad_runner.database import check_is_file, is_half_made, prepare, put_aside
 from regrad_runner.spool import Record, Spool
 
 # Limit of MLflow's API.
@@ -30,7 +34,9 @@ TAG = "regrad.run"
 HOST_TAG = "regrad.host"
 
 # What the server will answer the next time too. Everything else, such as no answer, may pass.
-FINAL = frozenset({"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"})
+GONE = "RESOURCE_DOES_NOT_EXIST"
+FINAL = frozenset({"INVALID_PARAMETER_VALUE", GONE, "INVALID_STATE"})
+DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
 
 # Set before MLflow is imported and only where the user has not: no telemetry, no links printed, and one attempt per
 # request, given up after seconds. Trying again is ours, because a request that got no answer may have made a run.
@@ -49,6 +55,11 @@ class Delivery:
     Args:
         folder: The output folder.
         address: The server's or database's; None for the database in the folder.
+
+    Attributes:
+        uri: The address.
+        shown: The address as it may be shown.
+        notes: What is to be told, such as that a damaged database was put aside.
     """
 
     def __init__(self, folder: Path, address: str | None) -> None:
@@ -59,8 +70,11 @@ class Delivery:
         # A failure reaches the user as one warning of ours; lines of others would tear a live display.
         for name in ("mlflow", "alembic", "urllib3"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        self.uri = address or f"sqlite:///{(folder / 'mlflow.db').as_posix()}"
-        self._artifact_location = None if address else (folder / "artifacts").as_uri()
+        self.uri = address or f"sqlite:///{(folder / DATABASE).as_posix()}"
+        self.shown = shown_address(self.uri)
+        self.notes: list[str] = []
+        self._artifact_location = None if address else (folder / ARTIFACTS).as_uri()
+        self._own = address is None
         self._folder = folder
         self._experiments: dict[str, str] = {}
         self._client: Any = None
@@ -71,13 +85,20 @@ class Delivery:
         Raises:
             Exception: What MLflow or its connection raises. What was delivered until then is noted.
         """
-        before = spool.waiting
+        before = spool.delivered
+        again = False
         while records := spool.read():
-            while records:
-                count = _together(records)
-                self._send_or_refuse(spool, records[:count])
-                del records[:count]
-        return before - spool.waiting
+            try:
+                while records:
+                    count = _together(records)
+                    self._send_or_refuse(spool, records[:count])
+                    del records[:count]
+            except _MadeAnew:
+                if again:
+                    raise
+                again = True
+                spool.send_again()
+        return spool.delivered - before
 
     def _send_or_refuse(self, spool: Spool, records: Sequence[tuple[bytes, Record]]) -> None:
         """Deliver records that go together; what is refused for good is put aside, alone."""
@@ -86,16 +107,41 @@ class Delivery:
         try:
             self._deliver(spool, [record for _, record in records])
         except (MlflowException, _Refused) as problem:
-            if isinstance(problem, MlflowException) and problem.error_code not in FINAL:
-                raise
+            if isinstance(problem, MlflowException):
+                if problem.error_code not in FINAL:
+                    raise
+                self._check_is_there(spool, records[0][1])
             if len(records) > 1:
                 for one in records:
                     self._send_or_refuse(spool, [one])
                 return
-            spool.refuse(records[0][0], str(problem))
+            spool.refuse(records[0][0], without_secrets(str(problem)))
         spool.note_sent([line for line, _ in records])
         if records[0][1]["op"] == "artifact":
-            spool.forget_file(spool.file(records[0][1]["path"]))
+            spool.forget_file(records[0][1]["path"])
+
+    def _check_is_there(self, spool: Spool, record: Record) -> None:
+        """Raise where nothing is wrong with a record that was refused: it can be delivered later.
+
+        Raises:
+            Withdrawn: If the experiment was deleted, from which it can be restored.
+            _MadeAnew: If the folder's database was made anew, and does not know the run.
+        """
+        from mlflow.exceptions import MlflowException  # noqa: PLC0415
+
+        if record["op"] == "start":
+            self._experiments.pop(record["experiment"], None)
+            self._experiment(record["experiment"])
+            return
+        experiment, run = spool.sent.runs.get(record.get("run", ""), ("", ""))
+        if not run:
+            return
+        try:
+            self._client.get_run(run)
+            _check_active(self._client.get_experiment(experiment))
+        except MlflowException as problem:
+            if problem.error_code == GONE and self._own:
+                raise _MadeAnew from problem
 
     def _deliver(self, spool: Spool, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric, Param  # noqa: PLC0415
@@ -117,10 +163,12 @@ class Delivery:
                 )
             case "artifact":
                 path = spool.file(record["path"])
-                if not path.is_file():
-                    raise _Refused(f"there is no file {str(path)!r} any more")
+                if path is None:
+                    raise _Refused(f"there is no file {record['path']!r} among the copies")
+                self._check_place(run, path.name)
                 client.log_artifact(run, str(path))
             case "text":
+                self._check_place(run, record["name"])
                 client.log_text(run, record["text"], record["name"])
             case "finish":
                 if "error" in record:
@@ -133,11 +181,11 @@ class Delivery:
         experiment = self._experiment(record["experiment"])
         known = self._runs(experiment, record["run"])
         tags = {TAG: record["run"], HOST_TAG: record.get("host", "")}
-        parent = self._known_run(spool, experiment, record["parent"])
+        parent = self._known_run(spool, experiment, record.get("parent", ""))
         if parent:
             tags["mlflow.parentRunId"] = parent
         if not known:
-            made = self._client.create_run(experiment, record["time"], tags, record["name"])
+            made = self._client.create_run(experiment, record["time"], tags, record.get("name", ""))
             known = [str(made.info.run_id)]
         spool.sent.runs[record["run"]] = [experiment, known[0]]
 
@@ -164,14 +212,43 @@ class Delivery:
 
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
-                self._client = MlflowClient(self.uri)
+                if self._file is not None:
+                    told = prepare(self._file, own=self._own)
+                    self.notes += [told] if told else []
+                try:
+                    self._client = MlflowClient(self.uri)
+                except Exception as problem:
+                    if not (self._own and self._file and is_half_made(problem)):
+                        raise
+                    self._client = self._anew(self._file, problem)
         return self._client
+
+    def _anew(self, file: Path, problem: Exception) -> Any:
+        """Put a schema aside whose making was broken off, and return the client of a new one."""
+        from mlflow.tracking import MlflowClient  # noqa: PLC0415
+
+        self.notes.append(put_aside(file, str(problem).partition("\n")[0]))
+        prepare(file, own=True)
+        # Under the same name MLflow would go on with its connection to the old file.
+        return MlflowClient(f"sqlite:///{file.parent.as_posix()}/./{file.name}")
+
+    def _check_place(self, run: str, name: str) -> None:
+        """Raise `_Refused` where the folder's database would have a file written anywhere but into its artifacts."""
+        if not self._own:
+            return  # a server keeps its files itself
+        place = Path(url2pathname(urlparse(self._client.get_run(run).info.artifact_uri).path))
+        own = self._folder / ARTIFACTS
+        if place.resolve() != place or own not in place.parents or (place / name).is_symlink():
+            raise _Refused(
+                f"its run keeps files in '{place}', which is not in '{own}' or is a link"
+            )
 
     def _experiment(self, name: str) -> str:
         """Return the identity of an experiment, made if need be: by one process, where several start at once."""
         if name not in self._experiments:
             with self._lock():
                 known = self._client.get_experiment_by_name(name)
+                _check_active(known)
                 made = (
                     known.experiment_id
                     if known
@@ -182,12 +259,16 @@ class Delivery:
 
     def _lock(self) -> AbstractContextManager[Any]:
         """Return what keeps other processes from a SQLite file; a server looks after itself."""
+        if self._file is None:
+            return nullcontext()
+        check_is_file(self._file, own=self._own)
+        return FileLock(f"{self._file}.lock", timeout=SECONDS_FOR_THE_SCHEMA)
+
+    @property
+    def _file(self) -> Path | None:
+        """The SQLite file; None for another kind of database or server."""
         scheme, _, path = self.uri.partition(":///")
-        return (
-            FileLock(f"{path}.lock", timeout=SECONDS_FOR_THE_SCHEMA)
-            if scheme == "sqlite"
-            else nullcontext()
-        )
+        return Path(path.partition("?")[0]) if scheme == "sqlite" else None
 
 
 class Sender:
@@ -304,6 +385,24 @@ def _together(records: Sequence[tuple[bytes, Record]]) -> int:
         if record["op"] != "metrics":
             break
     return count
+
+
+def _check_active(experiment: Any) -> None:
+    """Raise `Withdrawn` for an experiment that was deleted, which MLflow keeps and can restore."""
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        number = experiment.experiment_id
+        raise Withdrawn(
+            f"experiment {experiment.name!r} was deleted; restore it, such as by 'mlflow experiments restore "
+            f"--experiment-id {number}', or delete it for good by 'mlflow gc'"
+        )
+
+
+class Withdrawn(Exception):  # noqa: N818 - it is said of the experiment
+    """The experiment was deleted: records wait until it is restored."""
+
+
+class _MadeAnew(Exception):  # noqa: N818 - it is said of the database
+    """The folder's database does not know a run that was delivered to it."""
 
 
 class _Refused(Exception):  # noqa: N818 - it is said of the record

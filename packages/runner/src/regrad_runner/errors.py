@@ -7,7 +7,13 @@ from contextlib import contextmanager
 
 from regrad.errors import RegradError
 
+from regrad_runner.addresses import without_secrets
+
 LONGEST_LINE, SHOWN_FIRST, SHOWN_LAST = 2000, 1500, 400
+
+
+class DiskError(RegradError):
+    """The disk does not take a file, or what lies in a folder is not what may be written to: one line, no traceback."""
 
 
 class BadInput(Exception):  # noqa: N818 - it says what is wrong, and with whom
@@ -19,8 +25,8 @@ def checking_input() -> Iterator[None]:
     """Turn what the block raises about its arguments into `BadInput`: for everything before the first step."""
     try:
         yield
-    except (ValueError, TypeError, RegradError) as problem:
-        line = " ".join(str(problem).split())
+    except (ValueError, TypeError, RegradError, OSError) as problem:
+        line = " ".join(without_secrets(in_words(problem)).split())
         whole = len(line) <= LONGEST_LINE
         raise BadInput(
             line if whole else f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}"
@@ -36,3 +42,12 @@ def in_one_line(problem: BaseException) -> str:
     if not lines[0].startswith("Caught ") or "DataLoader worker" not in lines[0]:
         return lines[0]
     return lines[-1].partition(": ")[2] or lines[-1]
+
+
+def in_words(problem: Exception) -> str:
+    """Return what an error says: of an `OSError` the file and the reason, without its number."""
+    if not isinstance(problem, OSError) or problem.strerror is None:
+        return str(problem) or type(problem).__name__
+    if problem.filename is None:
+        return problem.strerror
+    return f"'{problem.filename}' cannot be used: {problem.strerror}; choose another file or folder"

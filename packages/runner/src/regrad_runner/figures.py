@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 
 from regrad_runner.bands import Band
 from regrad_runner.bands import bands as band_by_series
+from regrad_runner.files import make_folder, write_whole
 from regrad_runner.statistics import ArmSummary, RunRow
 from regrad_runner.styles import GRID, QUIET, Style, arm_styles
 from regrad_runner.workloads import Measure
@@ -69,7 +71,7 @@ def write_figures(
     Returns:
         The files written; a figure without anything to show is left out.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     styles = arm_styles(summaries)
     found = band_by_series((row.arm, row.step, row.value) for row in curves)
     bands = {summary.arm: found[summary.arm] for summary in summaries if summary.arm in found}
@@ -240,5 +242,7 @@ def _tidy(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=DPI, format="png")
+    write_whole(path, picture.getvalue())
     return path

@@ -24,10 +24,10 @@ from regrad_runner.cells import Cell
 from regrad_runner.cli import format_warning
 from regrad_runner.compare import Comparison, failed_result
 from regrad_runner.config import CompareConfig, load_config
+from regrad_runner.locks import CELLS
 from regrad_runner.planning import Plan, plan_of
 from regrad_runner.progress import Display
 from regrad_runner.results import (
-    CELLS,
     Outcome,
     ResultsFolder,
     Trial,

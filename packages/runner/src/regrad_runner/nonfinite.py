@@ -16,6 +16,7 @@ from regrad.errors import RegradError, RegradWarning
 from regrad.sharding import is_sharded, local
 from torch import Tensor, nn
 
+from regrad_runner.files import write_whole
 from regrad_runner.tracking import Run
 
 STEPS_KEPT = 50
@@ -156,6 +157,6 @@ def keeping_norms(folder: Callable[[], Path], shown: Run, *, writes: bool) -> It
     except NonFiniteError as problem:
         if writes:
             path = folder() / "nonfinite.csv"
-            path.write_text(problem.table, encoding="utf-8")
+            write_whole(path, problem.table)
             shown.artifact(path)
         raise

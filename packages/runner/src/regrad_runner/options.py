@@ -23,6 +23,7 @@ NOT_SETTINGS = {
     "cell",
     "cells",
 }
+LONGEST_SHOWN = 100
 MANY = {"--corrections": "--corrections", "--correction": "--corrections"}
 
 
@@ -223,6 +224,22 @@ def settings_of(context: typer.Context) -> dict[str, Any]:
     if isinstance(flags.get("lr"), str):
         flags["lr"] = flags["lr"].split(",")
     return flags
+
+
+def check_out(out: Path | None) -> None:
+    """Raise a `ValueError` for a folder's name that no file system takes, before anything is loaded."""
+    if out is None:
+        return
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as problem:
+        why = getattr(problem, "strerror", None) or str(problem)
+        name = str(out) if len(str(out)) <= LONGEST_SHOWN else f"{str(out)[:LONGEST_SHOWN]}…"
+        raise ValueError(
+            f"out must be a folder, got {name!r}: {why}; choose another name"
+        ) from None
 
 
 def at_most_one(given: Mapping[str, bool]) -> None:

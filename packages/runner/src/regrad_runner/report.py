@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from regrad_runner.addresses import shown_address
 from regrad_runner.cells import in_ranges
 from regrad_runner.config import read_settings
 from regrad_runner.effects import FILE as EFFECTS
@@ -15,8 +17,10 @@ from regrad_runner.effects import Effect
 from regrad_runner.explain import Explanation
 from regrad_runner.explanation import as_json as explanation_as_json
 from regrad_runner.explanation import as_text
+from regrad_runner.locks import CELLS, drawing
 from regrad_runner.probing import FILE, Quality, kept_qualities, mean_qualities, print_qualities
-from regrad_runner.results import CELLS, Result, ResultsFolder, read_about
+from regrad_runner.receipts import read_receipt
+from regrad_runner.results import Result, ResultsFolder, read_about
 from regrad_runner.rows import write_rows
 from regrad_runner.statistics import ArmSummary, summarize
 from regrad_runner.table import print_comparison, to_json
@@ -33,13 +37,30 @@ def show(path: Path, *, as_json: bool = False) -> None:
         as_json: Print JSON instead of text.
 
     Raises:
-        ValueError: If it is no such folder, or holds no finished run.
+        ValueError: If it is no such folder, holds no finished run or something damaged, or a command writes it.
+        DiskError: If the figures cannot be written.
     """
     if _about(path)["kind"] != "comparison":
         show_run(path, as_json=as_json)
         return
-    draw(merge(ResultsFolder(path)), _about(path)["measure"])
+    with drawing(path):
+        draw(merge(ResultsFolder(path)), _about(path)["measure"])
     show_comparison(path, as_json=as_json)
+
+
+def check_whole(path: Path) -> None:
+    """Raise a `ValueError` where a table or a receipt that a comparison or run goes on with is damaged.
+
+    Args:
+        path: What `compare` or `train` wrote.
+    """
+    folder = ResultsFolder(path)
+    folder.kept(FILE, Quality)
+    folder.kept(EFFECTS, Effect)
+    for result in folder.results:
+        receipt = folder.receipt_file(result.arm, result.seed)
+        if os.path.lexists(receipt):
+            read_receipt(receipt)
 
 
 def merge(folder: ResultsFolder) -> ResultsFolder:
@@ -185,7 +206,7 @@ def open_ui(path: Path) -> str | None:
         return None
     if settings.get("tracker") != "mlflow":
         return None
-    uri = str(settings.get("tracking_uri") or "")
+    uri = shown_address(str(settings.get("tracking_uri") or ""))
     if uri and not uri.startswith("sqlite"):
         return f"open {uri}"
     database = f"sqlite:///{(path / 'mlflow.db').as_posix()}"
@@ -207,21 +228,11 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _effects(path: Path) -> dict[str, str]:
     """Return one line per correction and stage of a run's receipt."""
-    try:
-        receipt = json.loads((path / "receipt.json").read_text(encoding="utf-8"))
-        return _effects_in_words(receipt)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
-        where = path / "receipt.json"
-        raise ValueError(
-            f"'{where}' must be the receipt of the run, got another: {problem}"
-        ) from problem
-
-
-def _effects_in_words(receipt: dict[str, Any]) -> dict[str, str]:
+    receipt = read_receipt(path / "receipt.json")
     return {
         f"{name} on {stage}": f"{100 * seen['share_touched']:.0f} % of tensors, relative change "
         f"{seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
-        for name, stages in receipt["effects"].items()
+        for name, stages in receipt.get("effects", {}).items()
         for stage, seen in stages.items()
     }
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
 
 from regrad_runner.arms import Arm
 from regrad_runner.cells import Cell, cells_of
@@ -18,13 +21,15 @@ from regrad_runner.config import (
     RunConfig,
     continued,
     load_config,
+    read_settings,
+    validated,
     write_config,
 )
-from regrad_runner.rows import PART, read_rows, write_rows, write_whole
+from regrad_runner.files import check_own_folder, make_folder, read_bytes, write_whole
+from regrad_runner.locks import CELLS, is_lock
+from regrad_runner.rows import checked, read_rows, write_rows
 from regrad_runner.statistics import RunRow
 from regrad_runner.training import Point, TrainingRun, steps_to_target
-
-CELLS = "cells"
 
 
 class OfARun(Protocol):
@@ -131,6 +136,13 @@ class Outcome:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Tables:
+    """Rows of a cell by the file of their table, as they are read back."""
+
+    rows: dict[str, list[dict[str, Any]]]
+
+
 def finished_result(run: TrainingRun, result: Result, *, started: float) -> Result:
     """Return the result of a run at its end. Reads the test samples, which nothing else does.
 
@@ -200,9 +212,11 @@ class ResultsFolder:
 
     def run_folder(self, arm: Arm, seed: int) -> Path:
         """Return the folder of one run, made if need be."""
-        folder = self.path / "runs" / f"{arm.folder_name}-seed{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return make_folder(self.path, "runs", f"{arm.folder_name}-seed{seed}")
+
+    def receipt_file(self, arm: str, seed: int) -> Path:
+        """Return where the receipt of a run of a comparison is, if it has one."""
+        return self.path / "runs" / f"{Arm(arm).folder_name}-seed{seed}" / "receipt.json"
 
     def add(self, result: Result, points: Sequence[Point] = ()) -> None:
         """Keep a run; one that failed before is replaced. The row comes last: it says that the rest is there."""
@@ -220,7 +234,7 @@ class ResultsFolder:
             *rows,
             *(
                 row
-                for row in (kind(**left) for left in self.tables.get(name, ()))
+                for row in (checked(kind, left) for left in self.tables.get(name, ()))
                 if row not in rows
             ),
         ]
@@ -301,11 +315,16 @@ class ResultsFolder:
 
 def _cells_in(path: Path) -> list[Cell]:
     """Return the cells of a comparison's folder; nothing where it does not say what they are."""
-    arms, settings = read_about(path).get("arms", {}), path / "config.yaml"
-    if not arms or not settings.is_file():
+    arms, file = read_about(path).get("arms", {}), path / "config.yaml"
+    if not arms or not os.path.lexists(file):
         return []
+    settings = read_settings(file)
+    if "seeds" not in settings:
+        raise ValueError(
+            f"config must be the settings of a comparison, got none of its seeds in '{file}'"
+        )
     try:
-        return cells_of(arms, load_config(CompareConfig, file=settings, flags={}))
+        return cells_of(arms, validated(CompareConfig, settings))
     except ValueError:  # of another version: what ran can be shown all the same
         return []
 
@@ -317,9 +336,8 @@ def cell_file(folder: Path, cell: Cell) -> Path:
 
 def write_outcome(folder: Path, cell: Cell, outcome: Outcome) -> None:
     """Leave what came out of a cell in a file of its own: processes that run others at the same time do not meet."""
-    path = cell_file(folder, cell)
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, json.dumps(asdict(outcome)))
+    make_folder(folder, CELLS)
+    write_whole(cell_file(folder, cell), json.dumps(asdict(outcome)))
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:
@@ -328,6 +346,7 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     Raises:
         ValueError: If a file holds something else.
     """
+    check_own_folder(folder / CELLS)
     return [read_outcome(path) for path in sorted((folder / CELLS).glob("*.json"))]
 
 
@@ -338,15 +357,14 @@ def read_outcome(path: Path) -> Outcome:
         ValueError: If the file holds something else.
     """
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        result, trial = kept["result"], kept["trial"]
+        kept = json.loads(read_bytes(path))
         return Outcome(
-            result=Result(**result) if result else None,
-            trial=Trial(**trial) if trial else None,
-            points=[Point(**point) for point in kept["points"]],
-            tables=kept["tables"],
+            result=checked(Result, kept["result"]) if kept["result"] else None,
+            trial=checked(Trial, kept["trial"]) if kept["trial"] else None,
+            points=[checked(Point, point) for point in kept["points"]],
+            tables=checked(Tables, {"rows": kept["tables"]}).rows,
         )
-    except (KeyError, TypeError, ValueError) as problem:
+    except (KeyError, TypeError, ValueError, OSError, RecursionError) as problem:
         raise ValueError(
             f"'{path}' must hold what came out of a cell: {problem}; remove it and run that cell again"
         ) from problem
@@ -367,22 +385,64 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
     Raises:
         ValueError: If these settings may not write to the folder.
     """
+    with _unfit_as_error(path):
+        return _checked_folder(path, config, resume=resume)
+
+
+@contextmanager
+def _unfit_as_error(path: Path) -> Iterator[None]:
+    """Turn an `OSError` about a folder, such as one of its name's length, into a `ValueError`."""
+    try:
+        yield
+    except OSError as problem:
+        raise ValueError(
+            f"out must be a folder that can be used, got '{path}': {problem.strerror}; choose another folder"
+        ) from problem
+
+
+def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
     saved = path / "config.yaml"
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"out must be a folder, got '{path}', a link that leads nowhere")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out must be a folder, got the file '{path}'")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"out must be in a folder that can be written, got '{path}'")
     if not resume:
-        if path.is_dir() and not all(is_left_over(found) for found in path.iterdir()):
-            more = "; --resume continues it" if saved.is_file() else ""
-            raise ValueError(f"out must be a new or empty folder, got '{path}'{more}")
+        found = (
+            sorted(found.name for found in path.iterdir() if not is_lock(found))
+            if path.is_dir()
+            else []
+        )
+        if saved.is_file():
+            raise ValueError(
+                f"out must be a new or empty folder, got '{path}'; --resume continues it"
+            )
+        if found:
+            raise ValueError(
+                f"out must be a new or empty folder, got '{path}', which holds {found[0]!r}; choose another folder"
+            )
         return config
     if not saved.is_file():
         raise ValueError(
             f"out must be the folder of an earlier run to resume it, got '{path}' without config.yaml"
         )
     return continued(load_config(type(config), file=saved, flags={}), config)
+
+
+def check_unchanged(path: Path, config: Config, *, resume: bool) -> None:
+    """Raise a `ValueError` if a folder is no longer as it was when `check_folder` looked at it.
+
+    Args:
+        path: The folder, which nobody else writes now.
+        config: What `check_folder` returned.
+        resume: As there.
+    """
+    if check_folder(path, config, resume=resume) != config:
+        raise ValueError(
+            f"out must stay as it is, got '{path}', which another command changed; start again"
+        )
 
 
 def check_arms(path: Path, arms: Iterable[Arm]) -> None:
@@ -396,23 +456,45 @@ def check_arms(path: Path, arms: Iterable[Arm]) -> None:
             )
 
 
+class About(BaseModel):
+    """What `about.json` says, as far as it is used; the types are checked, what is not known here is kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    kind: str | None = None
+    workload: str | None = None
+    measure: Any = None
+    samples: str | None = None
+    left_out: dict[str, str] = {}
+    arms: dict[str, dict[str, Any]] = {}
+    tracked: str = ""
+    processes: int = 1
+    machines: list[dict[str, Any]] = []
+
+
 def read_about(path: Path) -> dict[str, Any]:
-    """Return what a folder says about itself; nothing where it says nothing."""
-    try:
-        about: dict[str, Any] = json.loads((path / "about.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    """Return what a folder says about itself; nothing where it says nothing.
+
+    Raises:
+        ValueError: If its `about.json` is damaged.
+    """
+    file = path / "about.json"
+    if not os.path.lexists(file):
         return {}
-    return about if isinstance(about, dict) else {}
+    try:
+        about: dict[str, Any] = json.loads(read_bytes(file))
+        About.model_validate(about)
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ValueError(
+            f"'{file}' must be as compare or train wrote it, got something else: {type(problem).__name__}; "
+            "take it from a copy of the folder"
+        ) from None
+    return about
 
 
 def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> ResultsFolder:
     """Make the folder, with the settings and what else a report needs, and return what it holds."""
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     write_whole(path / "config.yaml", write_config(config))
     write_whole(path / "about.json", json.dumps(about, indent=2) + "\n")
     return ResultsFolder(path)
-
-
-def is_left_over(path: Path) -> bool:
-    """Say whether a file is what a kill left of `write_whole`."""
-    return path.name.startswith(".") and path.name.endswith(PART)

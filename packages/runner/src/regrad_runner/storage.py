@@ -6,14 +6,22 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from regrad.errors import RegradError
+
+from regrad_runner.errors import DiskError
+from regrad_runner.files import (
+    check_own_folder,
+    folder_aside,
+    remove_folder,
+    remove_left_over,
+    whole_file,
+)
 
 FORMAT = 3
 PREFIX, DAMAGED = "step-", "damaged-"
@@ -56,22 +64,17 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
         RegradError: If the disk does not take it; what was there before is as it was.
     """
     path = folder / f"{PREFIX}{step:08d}"
-    aside = _aside(path)
+    check_own_folder(folder)
     try:
-        _fill(aside, content)
-        if path.exists():
-            _remove(path)
-        aside.rename(path)
-        _force_names(folder)
+        with folder_aside(path) as aside:
+            _fill(aside, content)
     except OSError as problem:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RegradError(
+        raise DiskError(
             f"checkpoint must be written, got {problem}; those before it are whole: make room and --resume"
         ) from problem
     for old in checkpoints(folder)[:-keep]:
-        _remove(old)
-    for left in folder.glob(f".{PREFIX}*"):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
+        remove_folder(old)
+    remove_left_over(folder, PREFIX)
     return path
 
 
@@ -164,26 +167,18 @@ def checksum(path: Path) -> str:
 
 def _fill(folder: Path, content: Content) -> None:
     """Write the files, and last the checksums: of what the disk took, not of what was meant."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    _write(folder / TENSORS, lambda file: torch.save(dict(content.tensors), file))
+    with whole_file(folder / TENSORS) as file:
+        torch.save(dict(content.tensors), file)
     _write_json(folder / "state.json", {"format": FORMAT, **content.state})
     _write_json(folder / "receipt.json", content.receipt)
     _write_json(
         folder / CHECKSUMS, {file.name: checksum(file) for file in sorted(folder.iterdir())}
     )
-    _force_names(folder)
-
-
-def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    with path.open("wb") as file:
-        fill(file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    with whole_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -193,33 +188,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read
 
 
-def _force_names(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    if (
-        os.name == "posix"
-    ):  # elsewhere a folder cannot be opened, and renaming is on the disk when it returns
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
-def _remove(path: Path) -> None:
-    """Take a checkpoint away in one go: a kill must not leave half of it under its name."""
-    gone = path.with_name(f".{path.name}.old")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
 def _set_aside(path: Path, fault: str, *, instead: Path) -> str:
     """Rename a damaged checkpoint and say so."""
     kept = path.with_name(DAMAGED + path.name)
-    shutil.rmtree(kept, ignore_errors=True)
+    if os.path.lexists(kept):
+        remove_folder(kept)
     path.rename(kept)
     return f"checkpoint {path.name} is damaged: {fault}; it is now '{kept}', and {instead.name} is used instead"

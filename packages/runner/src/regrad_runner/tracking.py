@@ -30,6 +30,7 @@ from typing import Any, Literal, Self
 
 from regrad.errors import RegradError, RegradWarning
 
+from regrad_runner.addresses import check_address, without_secrets
 from regrad_runner.delivery import METRICS_PER_CALL, Delivery, Sender
 from regrad_runner.spool import Record, Spool, new_spool, spools, take_spool
 
@@ -96,13 +97,13 @@ class Run:
         """Attach a file to the run; once this returns, the file may change or go.
 
         Args:
-            path: The file. Where there is none: a warning, and nothing is attached.
+            path: The file. Where there is none, or a link: a warning, and nothing is attached.
 
         Raises:
             RegradError: If the run is finished.
         """
         self._check_open()
-        if path.is_file():
+        if path.is_file() and not path.is_symlink():
             self._tracker.send({"op": "artifact", "run": self.id, "path": str(path)})
         else:
             warnings.warn(
@@ -144,7 +145,8 @@ class Run:
             self.finish()
         else:
             status: Status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            self.finish(status, error="".join(traceback.format_exception(error)))
+            told = "".join(traceback.format_exception(error))
+            self.finish(status, error=without_secrets(told))
 
     def _check_open(self) -> None:
         if self._finished:
@@ -280,7 +282,8 @@ class MlflowTracker(SpoolTracker):
     def __init__(self, *, folder: Path, uri: str | None = None) -> None:
         delivery = Delivery(folder.resolve(), uri)
         super().__init__(folder=folder, uri=uri)
-        self.uri = delivery.uri
+        self.uri = delivery.shown
+        self._delivery = delivery
         self._sender = Sender(delivery, self._spool, abandoned=self._abandoned)
         atexit.register(self.close)
 
@@ -314,6 +317,7 @@ class MlflowTracker(SpoolTracker):
         atexit.unregister(self.close)
         if self._sender.close(seconds, in_vain=SECONDS_IN_VAIN):
             self._spool.leave()
+        self._warn_of_notes()
         left = self._spool.waiting
         if not self._warn_of_losses() and left:
             what = f"{left} tracking records wait in {self._folder / UNSENT}"
@@ -337,12 +341,18 @@ class MlflowTracker(SpoolTracker):
         outage = self._sender.outage
         if outage is not None and "outage" not in self._warned:
             self._warned.add("outage")
-            reason = str(outage).partition("\n")[0] or type(outage).__name__
+            first = str(outage).partition("\n")[0] or type(outage).__name__
+            reason = without_secrets(first)
             what = f"tracking at {self.uri} failed: {reason}; training goes on, what is not delivered is kept in"
             warnings.warn(
                 f"{what} {self._folder / UNSENT} and sent again", RegradWarning, stacklevel=5
             )
+        self._warn_of_notes()
         super()._warn()
+
+    def _warn_of_notes(self) -> None:
+        while self._delivery.notes:
+            warnings.warn(self._delivery.notes.pop(0), RegradWarning, stacklevel=6)
 
 
 def open_tracker(
@@ -357,19 +367,15 @@ def open_tracker(
         sends: Whether records are sent from this process; otherwise `regrad sync` does that later.
 
     Raises:
-        ValueError: If `kind` is unknown or `uri` is not absolute.
+        ValueError: If `kind` is unknown, or `uri` is not absolute or holds a password.
+        DiskError: If `unsent` in the folder is a link or a file.
     """
     if kind == "none":
         return Tracker()
     if kind != "mlflow":
         raise ValueError(f"tracker must be 'mlflow' or 'none', got {kind!r}")
-    relative_file = (
-        uri is not None and uri.startswith("sqlite:") and not uri.startswith("sqlite:////")
-    )
-    if uri is not None and (relative_file or not re.match(r"(?!file)[a-z][\w+.-]*://", uri)):
-        raise ValueError(
-            f"tracking uri must be an absolute address, got {uri!r}; give http(s)://host:port or sqlite:////folder/file.db"
-        )
+    if uri is not None:
+        check_address(uri, "tracking uri")
     return MlflowTracker(folder=folder, uri=uri) if sends else SpoolTracker(folder=folder, uri=uri)
 
 

@@ -13,12 +13,12 @@ from regrad_runner.checkpoint import load_latest, save_checkpoint
 from regrad_runner.config import TrainConfig
 from regrad_runner.environment import in_words
 from regrad_runner.errors import checking_input
+from regrad_runner.files import write_whole
 from regrad_runner.launching import check_task, make_accelerator
 from regrad_runner.nonfinite import keeping_norms
 from regrad_runner.preparation import default_folder, load_data, try_on
 from regrad_runner.progress import Display
 from regrad_runner.results import Result, ResultsFolder, check_folder, finished_result, start_folder
-from regrad_runner.rows import write_whole
 from regrad_runner.stopping import asked_to_stop, stop, stops_after_steps, tracked
 from regrad_runner.tracking import Run, Tracker, open_tracker
 from regrad_runner.training import Point, TrainingRun, name_on_validation

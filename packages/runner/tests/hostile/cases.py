@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from regrad import distributions
 from regrad_runner.cli import main
+from regrad_runner.config import read_settings
 from regrad_runner.errors import BadInput, checking_input
 
 TIMES, COUNTS = "REGRAD_HOSTILE_TIMES", "REGRAD_HOSTILE_COUNTS"
@@ -67,6 +68,11 @@ def outcome(action):
             return action(), None
     except BadInput as problem:
         return None, str(problem)
+
+
+def settings_in(file):
+    """Return what a file of settings says."""
+    return read_settings(file)
 
 
 def is_clear(message):

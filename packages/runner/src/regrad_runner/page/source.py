@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from regrad_runner.arms import Arm
 from regrad_runner.config import read_settings
 from regrad_runner.effects import Effect, kept_effects
 from regrad_runner.probing import Quality, kept_qualities
+from regrad_runner.receipts import read_receipt
 from regrad_runner.results import ResultsFolder, read_about
 from regrad_runner.statistics import ArmSummary
 from regrad_runner.styles import Style, arm_styles
@@ -61,17 +60,12 @@ class Source:
 def read_source(folder: ResultsFolder, measure: Measure, summaries: list[ArmSummary]) -> Source:
     """Return everything that the folder of a comparison holds."""
     config = folder.path / "config.yaml"
-    settings = read_settings(config) if config.is_file() else {}
+    settings = read_settings(config) if os.path.lexists(config) else {}
     receipts = {}
     for result in folder.results:
-        path = (
-            folder.path
-            / "runs"
-            / f"{Arm(result.arm).folder_name}-seed{result.seed}"
-            / "receipt.json"
-        )
-        if result.arm not in receipts and (receipt := _read(path)):
-            receipts[result.arm] = receipt
+        path = folder.receipt_file(result.arm, result.seed)
+        if result.arm not in receipts and os.path.lexists(path):
+            receipts[result.arm] = read_receipt(path)
     return Source(
         folder=folder,
         measure=measure,
@@ -82,12 +76,3 @@ def read_source(folder: ResultsFolder, measure: Measure, summaries: list[ArmSumm
         settings=settings,
         receipts=receipts,
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return a receipt; nothing where there is none that can be read."""
-    try:
-        receipt: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return receipt

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from regrad_runner.files import make_folder, write_whole
 from regrad_runner.page import content, curves, rows
 from regrad_runner.page.drawing import draw, height_without_legend
 from regrad_runner.page.marks import Drawing, write_marks
@@ -20,7 +21,6 @@ from regrad_runner.page.repeat import command_to_repeat
 from regrad_runner.page.source import Source, read_source
 from regrad_runner.page.svg import as_file, as_part, swatch
 from regrad_runner.results import ResultsFolder
-from regrad_runner.rows import write_whole
 from regrad_runner.statistics import ArmSummary
 from regrad_runner.workloads import Measure
 
@@ -125,7 +125,7 @@ def _sections(source: Source, pictures: dict[str, Any], legends: dict[str, Any])
 
 def _picture(path: Path, drawing: Drawing) -> dict[str, Any]:
     """Write a figure as a file that stands alone and return it as a part of the page."""
-    (path / "figures").mkdir(exist_ok=True)
+    make_folder(path, "figures")
     figure = draw(drawing)
     text, height = as_file(figure, title=drawing.title), height_without_legend(figure)
     write_whole(path / "figures" / f"{drawing.name}.svg", text)

@@ -1,0 +1,217 @@
+"""Files that are there whole or not at all. Every file of an output folder is written, and removed, by this module.
+
+A file is written aside under a name that cannot be foreseen, made anew and never through a link, forced to the disk
+and renamed. So a kill leaves the old file or the new one, and what lies in a folder cannot lead a writer out of it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from regrad_runner.errors import DiskError
+
+PART, OLD = ".part", ".old"
+# What Windows lacks is not needed there: it makes links for administrators only.
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+BINARY = getattr(os, "O_BINARY", 0)
+OPEN_TO_ALL, OWN = 0o666, 0o600
+
+
+@contextmanager
+def disk_errors(
+    path: Path, *, next_step: str = "make room or choose another folder"
+) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `DiskError` that names the file and what to do.
+
+    Args:
+        path: What is written.
+        next_step: What helps.
+    """
+    try:
+        yield
+    except OSError as problem:
+        why = problem.strerror or str(problem) or type(problem).__name__
+        raise DiskError(f"'{path}' must be written, got {why!r}; {next_step}") from problem
+
+
+def write_whole(path: Path, content: str | bytes, *, mode: int = OPEN_TO_ALL) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never a half.
+
+    Args:
+        path: The file. A link of that name is replaced, and what it leads to stays as it is.
+        content: Text is written as UTF-8.
+        mode: Who may read it, as far as the process allows.
+
+    Raises:
+        DiskError: If the disk does not take it; the old file is as it was.
+    """
+    with file_aside(path, mode=mode) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def file_aside(path: Path, *, mode: int = OPEN_TO_ALL) -> Iterator[IO[bytes]]:
+    """Give a file to write, which gets its name at the end of the block; see `write_whole`."""
+    with disk_errors(path):
+        aside = unforeseeable(path, PART)
+        file = new_file(aside, mode=mode)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+
+
+def unforeseeable(path: Path, ending: str) -> Path:
+    """Return a hidden name beside a path, which nobody can have prepared; the path's own may be as long as may be."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{ending}")
+
+
+def new_file(path: Path, *, mode: int = OPEN_TO_ALL) -> IO[bytes]:
+    """Open a file for writing that does not exist, not even as a link.
+
+    Raises:
+        OSError: If there is something of that name, or it cannot be made.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK | BINARY
+    return os.fdopen(os.open(path, flags, mode), "wb")
+
+
+def append(path: Path, text: str, *, mode: int = OPEN_TO_ALL) -> None:
+    """Add text at the end of a file, which is made if there is none.
+
+    Args:
+        path: The file.
+        text: To add.
+        mode: Who may read a file that is made, as far as the process allows.
+
+    Raises:
+        DiskError: If the disk does not take it, or there is a link of that name.
+    """
+    with disk_errors(path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK | NO_WAIT | BINARY
+        with os.fdopen(os.open(path, flags, mode), "ab") as file:
+            file.write(text.encode())
+
+
+def make_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
+    """Make a folder below an output folder, and return it.
+
+    Args:
+        root: The output folder; made if it does not exist, and may be a link.
+        *names: Of the folders below it, each in the one before; none of them may be a link.
+        mode: Who may look into those that are made, as far as the process allows.
+
+    Raises:
+        DiskError: If the disk does not take it, or there is a file or link of that name.
+    """
+    folder = root
+    with disk_errors(root, next_step="choose another folder"):
+        root.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        folder = folder / name
+        check_own_folder(folder)
+        with disk_errors(folder):
+            folder.mkdir(mode=mode, exist_ok=True)
+    return folder
+
+
+def check_own_folder(folder: Path) -> None:
+    """Raise a `DiskError` where something else than a folder has its name: nothing is written through a link."""
+    if folder.is_symlink():
+        raise DiskError(f"'{folder}' must be a folder, got a link; move the link away")
+    if folder.exists() and not folder.is_dir():
+        raise DiskError(f"'{folder}' must be a folder, got a file; move the file away")
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Give a folder to fill, which gets its name at the end of the block; one that has the name is removed then.
+
+    Args:
+        path: The folder; what it lies in is made if need be.
+
+    Raises:
+        OSError: If the disk does not take it; what was there is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = unforeseeable(path, PART)
+    aside.mkdir()
+    try:
+        yield aside
+        force_names(aside)
+        if os.path.lexists(path):
+            remove_folder(path)
+        aside.rename(path)
+        force_names(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Give a new file of a folder that is written aside itself, and force it to the disk at the end of the block."""
+    with new_file(path) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_folder(path: Path) -> None:
+    """Take a folder away in one go: a kill must not leave half of it under its name. Of a link the link goes."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    gone = unforeseeable(path, OLD)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_left_over(folder: Path, prefix: str) -> None:
+    """Remove what a kill left in a folder: hidden names that begin with a prefix and end as names written aside do.
+
+    Args:
+        folder: That only one process writes.
+        prefix: Of the names that the files and folders were to get.
+    """
+    for ending in (PART, OLD):
+        for left in folder.glob(f".{prefix}*{ending}"):
+            with suppress(OSError):
+                remove_folder(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds.
+
+    Raises:
+        OSError: If there is no file of that name, or something else, such as a pipe that would be waited for.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        raise OSError(f"'{path}' is no file")
+    return path.read_bytes()
+
+
+def force_names(folder: Path) -> None:
+    """Force the names in a folder to the disk."""
+    if (
+        os.name != "posix"
+    ):  # there a folder cannot be opened, and a renaming is on the disk when it returns
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

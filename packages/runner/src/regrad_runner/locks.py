@@ -1,0 +1,133 @@
+"""Who may write a folder: one command at a time, or any number of a job array's cells, each alone.
+
+The system lets go of a lock when its process ends, however it ends, so that a kill bars nobody.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from regrad_runner.errors import DiskError
+from regrad_runner.files import check_own_folder, disk_errors, make_folder
+
+LOCK, ENDING = ".regrad.lock", ".lock"
+CELLS = "cells"
+# A cell that begins holds the folder for a moment only.
+SECONDS_FOR_A_CELL_TO_BEGIN = 2.0
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold a folder while it is written; it is made if need be, and removed again if nothing was written.
+
+    Args:
+        folder: An output folder.
+
+    Raises:
+        ValueError: If another command writes it.
+        DiskError: If it cannot be made or locked.
+    """
+    was_there = folder.is_dir()
+    make_folder(folder)
+    try:
+        with _folder_held(folder):
+            _check_no_cell_runs(folder)
+            yield
+    finally:
+        if not was_there:
+            _remove_if_empty(folder)
+
+
+@contextmanager
+def drawing(folder: Path) -> Iterator[None]:
+    """Hold a folder while its tables and figures are written anew; its cells may run meanwhile.
+
+    Raises:
+        ValueError: If another command writes it.
+        DiskError: If it cannot be locked.
+    """
+    with _folder_held(folder):
+        yield
+
+
+@contextmanager
+def running_cell(folder: Path, file_name: str) -> Iterator[None]:
+    """Hold one cell of a folder, beside which others may run.
+
+    Args:
+        folder: Of the comparison.
+        file_name: Of the file in which the cell leaves what came out of it.
+
+    Raises:
+        ValueError: If another process runs this cell, or a command writes the folder.
+        DiskError: If it cannot be locked.
+    """
+    with ExitStack() as stack:
+        with _folder_held(folder):
+            path = make_folder(folder, CELLS) / f".{file_name}{ENDING}"
+            stack.enter_context(_held(path, f"this cell of '{folder}'"))
+        try:
+            yield
+        finally:
+            # Nobody can come to hold the file in between: that takes the folder.
+            with suppress(ValueError, DiskError), _folder_held(folder):
+                stack.close()
+                with suppress(OSError):
+                    path.unlink()
+
+
+def is_lock(path: Path) -> bool:
+    """Say whether a file is the lock of its folder, which stays when a process is killed: an empty file, no link."""
+    if path.name != LOCK:
+        return False
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+
+
+@contextmanager
+def _folder_held(folder: Path) -> Iterator[None]:
+    seconds = SECONDS_FOR_A_CELL_TO_BEGIN if (folder / CELLS).is_dir() else 0.0
+    with _held(folder / LOCK, f"'{folder}'", seconds=seconds):
+        yield
+
+
+@contextmanager
+def _held(path: Path, what: str, *, seconds: float = 0.0) -> Iterator[None]:
+    """Hold a lock file."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise DiskError(f"'{path}' must be a lock file, got a link or a folder; move it away")
+    lock = FileLock(path, timeout=seconds, thread_local=False)
+    with disk_errors(path, next_step="choose another folder"):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{what} must be written by one command at a time, and another one writes it; wait for its end"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_no_cell_runs(folder: Path) -> None:
+    """Raise a `ValueError` if a process runs a cell of the folder, which is held."""
+    check_own_folder(folder / CELLS)
+    for path in sorted((folder / CELLS).glob(f".*{ENDING}")):
+        with _held(path, f"'{folder}'"):
+            pass
+        with suppress(OSError):  # nobody holds it, and nobody can begin while the folder is held
+            path.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which there is nothing but its lock."""
+    with suppress(OSError):
+        if [found.name for found in folder.iterdir()] == [LOCK] and is_lock(folder / LOCK):
+            (folder / LOCK).unlink()
+            folder.rmdir()

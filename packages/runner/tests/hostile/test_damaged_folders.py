@@ -1,0 +1,274 @@
+"""Every command on every kind of damage: a right result, or one line and exit code 2."""
+
+import functools
+import json
+import os
+import shutil
+
+import pytest
+from regrad_runner import commands, planning, train
+from regrad_runner import compare as comparing
+from regrad_runner.config import CompareConfig
+from regrad_runner.effects import Effect
+from regrad_runner.page.source import read_source
+from regrad_runner.probing import Quality
+from regrad_runner.results import CurvePoint, Result, Trial, start_folder
+from regrad_runner.rows import read_rows
+from regrad_runner.workloads import load_workload
+from regrad_testing.files import load_beside
+
+cases = load_beside(__file__, "cases")
+SMALL = [
+    "--train-size",
+    "64",
+    "--batch-size",
+    "32",
+    "--epochs",
+    "1",
+    "--width",
+    "4",
+    "--threads",
+    "1",
+    "--tracker",
+    "none",
+]
+
+
+def in_half(content):
+    return content[: len(content) // 2]
+
+
+def without_last_line(content):
+    return b"".join(content.splitlines(keepends=True)[:-1])
+
+
+def with_zeros(content):
+    return content[:10] + bytes(8) + content[18:]
+
+
+def in_utf_16(content):
+    return content.decode().encode("utf-16")
+
+
+CONTENTS = {
+    "cut in half": in_half,
+    "without its last line": without_last_line,
+    "without its end": lambda content: content[: len(content) * 9 // 10],
+    "emptied": lambda content: b"",
+    "with NUL bytes": with_zeros,
+    "only NUL bytes": lambda content: bytes(len(content)),
+    "in UTF-16": in_utf_16,
+    "in no encoding": lambda content: b"\xff\xfe" + content,
+    "a list": lambda content: b"[]\n",
+    "an empty object": lambda content: b"{}\n",
+    "a number": lambda content: b"7\n",
+    "null": lambda content: b"null\n",
+    "nested too deep": lambda content: b"[" * 5000,
+}
+
+
+def folder_instead(path):
+    path.unlink()
+    path.mkdir()
+
+
+def link_to_nothing(path):
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def link_to_itself(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def link_to_a_folder(path):
+    path.unlink()
+    path.symlink_to("..")
+
+
+def pipe_instead(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+KINDS = [folder_instead, link_to_nothing, link_to_itself, link_to_a_folder]
+KINDS += [pipe_instead] if hasattr(os, "mkfifo") else []
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder of a comparison that ended, with everything that one can hold."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    words = ["compare", "--corrections", "agc", "--no-controls", "--seeds", "1"]
+    words += [
+        "--lr",
+        "0.02,0.05",
+        "--tuning-seeds",
+        "1",
+        "--probe-every",
+        "1",
+        "--probe-size",
+        "32",
+    ]
+    assert cases.command(*words, *SMALL, "--out", str(out))[0] == 0
+    cell = {"result": None, "trial": None, "points": [], "tables": {}}
+    (out / "cells").mkdir()
+    (out / "cells" / "agc-seed7.json").write_text(json.dumps(cell))
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run that ended."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    assert cases.command("train", *SMALL, "--out", str(out))[0] == 0
+    return out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let nothing be drawn and nothing be trained: what a command reads first decides here."""
+
+    def accept(*arguments):
+        raise cases.Accepted
+
+    workload = digits()
+    for module in (planning, train):
+        monkeypatch.setattr(
+            module, "load_data", lambda config: (workload, config.resolved(workload))
+        )
+        monkeypatch.setattr(module, "try_on", lambda *a, **b: None)
+    monkeypatch.setattr("regrad_runner.figures.write_figures", lambda *a, **b: [])
+    monkeypatch.setattr("regrad_runner.page.write.write_page", lambda *a: [read_source(*a)][1:])
+    monkeypatch.setattr(comparing, "compare", accept)
+    monkeypatch.setattr(train, "train", accept)
+    return commands
+
+
+COMPARED = [
+    "config.yaml",
+    "about.json",
+    "results.csv",
+    "curves.csv",
+    "tuning.csv",
+    "effects.csv",
+    "gradient_quality.csv",
+    ".checksums.json",
+    "cells/agc-seed7.json",
+    "runs/agc-seed0/receipt.json",
+]
+TRAINED = [
+    "config.yaml",
+    "about.json",
+    "results.csv",
+    "curves.csv",
+    "receipt.json",
+    ".checksums.json",
+]
+OF_COMPARED = [["report", "out"], ["compare", "--resume", "--out", "out"], ["sync", "out"]]
+OF_TRAINED = [["report", "out"], ["train", "--resume", "--out", "out"], ["sync", "out"]]
+
+
+@functools.cache
+def digits():
+    return load_workload("digits", train_size=64)
+
+
+def check(words):
+    """Run a command in a damaged folder: it says one line and ends with exit code 2, or its result is right."""
+    code, out, err = cases.command(*words)
+    assert code in (None, 0, 2), (words, out, err)
+    if code == 2:
+        assert out == ""
+        lines = err.strip().splitlines()
+        assert len(lines) == 1, err
+        assert lines[0].startswith("regrad: ")
+        assert cases.is_clear(lines[0])
+    return code, out
+
+
+def told(out):
+    """What a report says of a folder that is whole."""
+    return check(["report", out.name])[1]
+
+
+def copy_of(folder, tmp_path, monkeypatch):
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    shutil.copytree(folder, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoints"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("damage", CONTENTS)
+def test_a_damaged_file_of_a_comparison_is_one_line_or_a_right_result(
+    compared, tmp_path, monkeypatch, quick, capsys, damage, name
+):
+    out = copy_of(compared, tmp_path, monkeypatch)
+    whole = told(out)
+    (out / name).write_bytes(CONTENTS[damage]((out / name).read_bytes()))
+    for words in OF_COMPARED:
+        code, said = check(words)
+        assert words[0] != "report" or code == 2 or said == whole
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("damage", CONTENTS)
+def test_a_damaged_file_of_a_run_is_one_line_or_a_right_result(
+    trained, tmp_path, monkeypatch, quick, damage, name
+):
+    out = copy_of(trained, tmp_path, monkeypatch)
+    whole = told(out)
+    (out / name).write_bytes(CONTENTS[damage]((out / name).read_bytes()))
+    for words in OF_TRAINED:
+        code, said = check(words)
+        assert words[0] != "report" or code == 2 or said == whole
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", sorted({*COMPARED, *TRAINED}))
+def test_another_thing_in_the_place_of_a_file_is_one_line_or_a_right_result(
+    compared, trained, tmp_path, monkeypatch, quick, kind, name
+):
+    for folder, names, commands_ in (
+        (compared, COMPARED, OF_COMPARED),
+        (trained, TRAINED, OF_TRAINED),
+    ):
+        if name in names:
+            out = copy_of(folder, tmp_path, monkeypatch)
+            kind(out / name)
+            for words in commands_:
+                check(words)
+
+
+TABLES = {
+    "results.csv": Result,
+    "curves.csv": CurvePoint,
+    "tuning.csv": Trial,
+    "effects.csv": Effect,
+    "gradient_quality.csv": Quality,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_is_cut_anywhere_is_refused(compared, tmp_path, monkeypatch, name):
+    out = copy_of(compared, tmp_path, monkeypatch)
+    content = (out / name).read_bytes()
+    assert read_rows(out / name, TABLES[name])
+    for length in range(len(content)):
+        (out / name).write_bytes(content[:length])
+        with pytest.raises(ValueError, match="must be as it was written, got another or a part"):
+            read_rows(out / name, TABLES[name])
+
+
+def test_settings_that_are_cut_anywhere_are_refused_or_whole(tmp_path):
+    config = CompareConfig(seeds=12, lr=(0.25, 0.5), probe_size=1234)
+    start_folder(tmp_path, config, {})
+    file = tmp_path / "config.yaml"
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        read, refused = cases.outcome(lambda: CompareConfig(**cases.settings_in(file)))
+        assert read == config if refused is None else cases.is_clear(refused)
+        assert length < len(content) - 1 or refused is None
