@@ -66,7 +66,7 @@ def test_a_schema_that_mlflow_cannot_go_on_with_is_put_aside(out):
         database.commit()
     delivery = Delivery(out, None)
     assert delivery.connect().search_experiments()
-    assert "duplicate column name" in delivery.notes[0]
+    assert any(words in delivery.notes[0] for words in module.HALF_MADE), delivery.notes
     assert (out / "mlflow.db.damaged-1").is_file()
 
 
