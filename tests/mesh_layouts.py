@@ -15,6 +15,8 @@ from regrad_centralization.functional import subtract_, unit_means
 from regrad_clipping.functional import Unit, clip_units_
 from regrad_testing.layout_clauses import fsdp2, fsdp2_by_columns
 from regrad_testing.loops import whole
+from regrad_tom import Tom
+from regrad_xgrad import AdaM3
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -134,9 +136,9 @@ def sequence_parallel(model: nn.Module) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A correction on an optimizer."""
+    """A correction on an optimizer, or the optimizer alone."""
 
-    spec: str
+    spec: str | None
     make: Callable[..., torch.optim.Optimizer]
 
 
@@ -166,6 +168,8 @@ TRIALS = {
     "xgrad adamw": Trial("xgrad", adamw),
     "xgrad displacement": Trial("xgrad", adagrad),
     "powergrad": Trial("powergrad", momentum),
+    "adam3": Trial(None, functools.partial(AdaM3, lr=0.01)),
+    "tom": Trial(None, functools.partial(Tom, lr=0.01)),
 }
 READ_STATE = ("xgrad", "xgrad adamw", "adanorm", "adanorm decayed", "gcw moment")
 
@@ -189,11 +193,14 @@ def weights_after(
     optimizer = trial.make(model.parameters())
     train(model, optimizer, F.cross_entropy, range(plain_steps), part, parts)
     criterion = F.cross_entropy
-    with regrad.attach(model, optimizer, [trial.spec], criterion) as attachment:
+    specs = [] if trial.spec is None else [trial.spec]
+    with regrad.attach(model, optimizer, specs, criterion) as attachment:
         train(model, optimizer, attachment.criterion, range(plain_steps, STEPS), part, parts)
         metrics = attachment.metrics()
-    if layout is None and not any(
-        value for name, value in metrics.items() if name.endswith("trigger_rate")
+    if (
+        specs
+        and layout is None
+        and not any(value for name, value in metrics.items() if name.endswith("trigger_rate"))
     ):
         raise AssertionError(f"{trial.spec} changed nothing on one process")
     return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from regrad import registry, sharding
@@ -126,18 +127,19 @@ def _are_several_ranks() -> bool:
 
 
 def _device(optimizer: Optimizer) -> torch.device:
-    """Return where the optimizer's first parameter lies; refuse if the process group cannot reach it."""
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    device: torch.device = next(parameters).device
+    """Return the first place of parameters that the process group can reach; refuse where there is none."""
+    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
     backends = distributed.get_backend_config()
     reached = [entry.partition(":")[0] for entry in backends.split(",")]
-    if device.type not in reached:
-        raise RegradError(
-            f"parameters must lie where the process group can reach them, got {device.type} with "
-            f"the backends {backends}; move the model to its device before attach, or give "
-            f"init_process_group a backend for {device.type} too"
-        )
-    return device
+    for parameter in parameters:
+        if parameter.device.type in reached:
+            return parameter.device
+    kind = parameters[0].device.type
+    raise RegradError(
+        f"parameters must lie where the process group can reach them, got {kind} with the "
+        f"backends {backends}; move the model to its device before attach, or give "
+        f"init_process_group a backend for {kind} too"
+    )
 
 
 def _gather(text: str, device: torch.device) -> list[str]:
@@ -165,14 +167,19 @@ def _described(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     named = _named(model)
     names = {parameter: name for name, parameter in named.items()}
     held = [
-        names.get(parameter, f"outside the model, {[*parameter.shape]}")
+        names.get(parameter, f"outside the model, {_shape(parameter)}")
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]
-    lines = [f"{name} {[*parameter.shape]}" for name, parameter in named.items()]
+    lines = [f"{name} {_shape(parameter)}" for name, parameter in named.items()]
     digest = hashlib.sha256("\n".join([*lines, "", *held]).encode()).hexdigest()
     more = [f"… ({len(lines)} in all)"] if len(lines) > SHOWN else []
     return {"digest": digest, "shown": ", ".join([*lines[:SHOWN], *more])}
+
+
+def _shape(parameter: Tensor) -> str:
+    """Return the shape of the whole parameter, in words where a lazy module has not made it yet."""
+    return "of a lazy module" if is_lazy(parameter) else str([*parameter.shape])
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -86,6 +86,8 @@ def reduce_states(optimizer: Optimizer) -> None:
             parameter's.
     """
     for parameter, state in optimizer.state.items():
+        if not is_sharded(parameter):
+            continue
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[key] = _laid_out_as(parameter, value)

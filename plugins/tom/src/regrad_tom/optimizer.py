@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
-from regrad.sharding import locals_of
+from regrad.sharding import locals_of, reduce_gradients
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -133,6 +133,7 @@ class Tom(Optimizer):
                 "gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam"
             )
         for group in self.param_groups:
+            reduce_gradients(group["params"])
             alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:

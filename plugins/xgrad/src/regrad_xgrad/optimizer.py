@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from regrad.sharding import locals_of
+from regrad.sharding import locals_of, reduce_gradients
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -111,6 +111,7 @@ class AdaM3(Optimizer):
                 "gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam"
             )
         for group in self.param_groups:
+            reduce_gradients(group["params"])
             for parameters in _together(group):
                 self._step_of(parameters, group)
         return loss
