@@ -45,7 +45,9 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    """Return a tensor in float32 at least, a complex one as pairs of real numbers."""
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return torch.view_as_real(wide.resolve_conj()) if wide.is_complex() else wide
 
 
 def _with_an_element(tensor: Tensor) -> Tensor:

@@ -351,3 +351,33 @@ def test_agc_follows_the_reference_for_any_ratio(seed, max_ratio, reference):
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+class Complex(nn.Module):
+    """One complex parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([3 + 4j, 0.5j], dtype=torch.complex64))
+
+    def forward(self):
+        return (self.weight.conj() * self.weight).real.sum()
+
+
+def test_clipping_by_value_refuses_complex_parameters_at_attach():
+    model = Complex()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(regrad.RegradError, match="'clip-value' has no rule for complex"):
+        regrad.attach(model, optimizer, ["clip-value"])
+
+
+def test_clipping_by_norm_takes_complex_parameters_and_is_measured():
+    model = Complex()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = regrad.attach(model, optimizer, ["clip-norm:max_norm=1.0"])
+    model().backward()
+    before = model.weight.grad.clone()
+    optimizer.step()
+    assert model.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
+    effect = attachment.receipt()["effects"]["clip-norm"]["gradient"]
+    assert effect["relative_change"] == pytest.approx(1 - 1 / before.norm().item(), rel=1e-5)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from typing import Any
 
-from regrad import Attachment, Correction
+from regrad import Attachment, Correction, RegradError
 from regrad.correction import Needs
 from regrad.hookspecs import Step
 from torch import Tensor
@@ -109,6 +109,7 @@ class ClipValue(Correction):
 
     Raises:
         ValueError: If `max_value` is not positive.
+        RegradError: At attach, if a parameter is complex.
 
     Example:
         >>> ClipValue(max_value=0.5)
@@ -126,6 +127,15 @@ class ClipValue(Correction):
 
         def __post_init__(self) -> None:
             check_positive("max_value", self.max_value)
+
+    def setup(self, attachment: Attachment) -> None:
+        """Refuse complex parameters: their numbers have no order."""
+        for group in attachment.optimizer.param_groups:
+            if any(parameter.is_complex() for parameter in group["params"]):
+                raise RegradError(
+                    "'clip-value' has no rule for complex parameters; "
+                    "train them with a separate optimizer, or use clip-norm"
+                )
 
     def correct_gradients(self, step: Step) -> None:
         """Clamp the gradients of the step."""
