@@ -173,6 +173,18 @@ def test_a_methods_page_names_tests_that_exist(plugin):
         assert name in functions_of(path), f"{path}::{name}"
 
 
+def test_every_fault_names_a_test_that_exists():
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| (?!seen|---)", line)]
+    assert len(rows) > 100
+    for row in rows:
+        (named,) = re.findall(r"\| `([\w/]+\.py)::(\w+)` \|$", row)
+        path, name = named
+        assert re.search(rf"^\s*(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), (
+            row
+        )
+
+
 def test_every_trap_names_tests_that_exist():
     text = (ROOT / "docs" / "traps.md").read_text(encoding="utf-8")
     traps = re.split(r"^\*\*", text, flags=re.MULTILINE)[1:]
