@@ -1,4 +1,4 @@
-"""What Accelerate's save_state keeps of the corrections when the attachment is registered, as docs/start.md says."""
+"""What Accelerate's save_state keeps of the corrections, the attachment registered or not, as docs/start.md says."""
 
 import pytest
 import regrad
@@ -16,7 +16,7 @@ def accelerate():
     module.state.AcceleratorState._reset_state(True)
 
 
-def prepare(accelerate, corrections):
+def prepare(accelerate, corrections, *, registered):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
@@ -24,7 +24,8 @@ def prepare(accelerate, corrections):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     model, optimizer = accelerator.prepare(model, optimizer)
     attachment = regrad.attach(model, optimizer, corrections)
-    accelerator.register_for_checkpointing(attachment)
+    if registered:
+        accelerator.register_for_checkpointing(attachment)
     return accelerator, model, optimizer, attachment
 
 
@@ -39,19 +40,24 @@ def train(accelerator, model, optimizer, steps):
         optimizer.step()
 
 
+@pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize(
     "corrections", [["adanorm"], ["gcw:layers=all,warmup_steps=1,fit_every=2"], ["xgrad", "agc"]]
 )
-def test_a_registered_attachment_makes_a_resume_from_accelerates_state_exact(
-    accelerate, tmp_path, corrections
+def test_a_resume_from_accelerates_state_is_exact_with_a_registered_attachment_and_without(
+    accelerate, tmp_path, corrections, registered
 ):
-    accelerator, model, optimizer, attachment = prepare(accelerate, corrections)
+    accelerator, model, optimizer, attachment = prepare(
+        accelerate, corrections, registered=registered
+    )
     with attachment:
         train(accelerator, model, optimizer, range(SAVED_AFTER))
         accelerator.save_state(str(tmp_path))
         train(accelerator, model, optimizer, range(SAVED_AFTER, STEPS))
     expected = [parameter.detach().clone() for parameter in model.parameters()]
-    accelerator, model, optimizer, attachment = prepare(accelerate, corrections)
+    accelerator, model, optimizer, attachment = prepare(
+        accelerate, corrections, registered=registered
+    )
     with attachment:
         accelerator.load_state(str(tmp_path))
         train(accelerator, model, optimizer, range(SAVED_AFTER, STEPS))
