@@ -171,10 +171,11 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
             f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}"
         )
     check_optimizer(run, tensors["optimizer"]["groups"], scheduler["last_epoch"])
-    load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
     model = run.accelerator.unwrap_model(run.model)
     load_model(model, tensors["model"])
     load_optimizer(model, run.optimizer.optimizer, tensors["optimizer"])
+    # After the optimizer, whose state comes without that of the corrections here.
+    load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
     run.scheduler.load_state_dict(scheduler)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
