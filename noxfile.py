@@ -17,6 +17,8 @@ MEMBERS = [
 PLUGINS = [Path(member).name for member in MEMBERS if member.startswith("plugins/")]
 # One computing thread per process: the tests' tensors are small, and threads that wait for each other cost more.
 TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Whole files go to one process each: many of them make something that all of their tests use.
+ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 KIT = "packages/testing"
 NOT_FOR_A_PLUGIN = {"accelerate", "mlflow", "torchvision"}
 
@@ -70,7 +72,7 @@ def build_wheels(session: nox.Session, *members: str) -> list[str]:
 def tests(session: nox.Session) -> None:
     """Run every test of every member and the doctests, with everything installed."""
     sync(session, "test", "browser", "docs")
-    session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
+    session.run("pytest", *ON_ALL_CORES, *session.posargs, env=TEST_ENVIRONMENT)
 
 
 @nox.session

@@ -435,7 +435,9 @@ class Engine:
         gradients = [g for g in Step(self.optimizer, self.applied).gradients if g is not None]
         if not gradients or any(_is_sparse_or_pending(gradient) for gradient in gradients):
             return False
-        return float(sharding.total_norm(gradients)) == 0
+        # Asked of all shards together, so that all processes answer the same.
+        differing = [(gradient != 0).to(torch.float32) for gradient in gradients]
+        return float(sharding.total_norm(differing)) == 0
 
     def _count_writes(self) -> list[int]:
         """Return how often each parameter was written."""

@@ -95,7 +95,8 @@ class LayoutClauses(SuiteBase):
                 index
             )  # which leaves shards gathered, and must not hide what comes next
         far, where = difference(training.weights(), cls.corrected(name).weights())
-        states = [training.correction_state(), training.optimizer.state_dict()]
+        # What the optimizer carries besides is measured on each rank's own rows.
+        states = [training.correction_state(), training.optimizer.state_dict()["state"]]
         state = digest(states) if parallel is ddp else None  # the ranks hold different shards
         return {"far": far, "where": where, "state": state, "weights": digest(training.weights())}
 
