@@ -25,7 +25,7 @@ WITHOUT = [
     "http://127.0.0.1:5000",
     "https://host/mlflow/",
     "sqlite:////folder/file.db",
-    "sqlite:////home/me@work/runs.db",
+    "sqlite:////data/me@work/runs.db",
     "postgresql://me@host/runs",
     "mysql+pymysql://host/runs",
 ]

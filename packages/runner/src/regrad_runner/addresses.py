@@ -77,7 +77,7 @@ def holds_secret(address: str) -> bool:
     Example:
         >>> holds_secret("https://me:word@host"), holds_secret("http://host?token=word")
         (True, True)
-        >>> holds_secret("postgresql://me@host/runs"), holds_secret("sqlite:////home/me@work/runs.db")
+        >>> holds_secret("postgresql://me@host/runs"), holds_secret("sqlite:////data/me@work/runs.db")
         (False, False)
     """
     scheme, _, rest = address.partition(":")
