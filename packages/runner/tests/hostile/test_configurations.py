@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import strategies as st
-from regrad_runner.config import CompareConfig, TrainConfig, load_config, write_config
+from regrad_runner.settings.config import CompareConfig, TrainConfig, load_config, write_config
 from regrad_runner.workloads import load_workload
 from regrad_testing.files import load_beside
 

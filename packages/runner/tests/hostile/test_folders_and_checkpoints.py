@@ -8,12 +8,18 @@ from contextlib import closing
 import pytest
 import torch
 from hypothesis import strategies as st
-from regrad_runner import train
-from regrad_runner.arms import Arm
-from regrad_runner.checkpoint import load_latest, save_checkpoint
-from regrad_runner.config import TrainConfig
-from regrad_runner.storage import Content, checkpoints, checksum, read_latest, write_checkpoint
-from regrad_runner.training import TrainingRun
+from regrad_runner import training_command as train
+from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
+from regrad_runner.checkpoints.folder import (
+    Content,
+    checkpoints,
+    checksum,
+    read_latest,
+    write_checkpoint,
+)
+from regrad_runner.settings.arms import Arm
+from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads import load_workload
 from regrad_testing.files import load_beside
 

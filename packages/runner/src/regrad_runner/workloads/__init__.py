@@ -11,7 +11,7 @@ import regrad
 from regrad import PluginLoadError
 from torch import Tensor, nn
 
-from regrad_runner.specs import check_options, parameters_of, read_spec
+from regrad_runner.settings.specs import check_options, parameters_of, read_spec
 from regrad_runner.workloads.samples import Samples
 
 GROUP = "regrad.workloads"

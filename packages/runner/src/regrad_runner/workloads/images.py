@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from regrad_runner.models import Norm, build_model, is_own
+from regrad_runner.models.building import Norm, build_model, is_own
 from regrad_runner.workloads import Workload
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
 
@@ -189,7 +189,7 @@ class ImageWorkload(Workload):
     def build_model(
         self, name: str, *, width: int | None = None, norm: Norm = "batch", seed: int = 0
     ) -> nn.Module:
-        """Return a classifier of these images: see `regrad_runner.models.build_model`."""
+        """Return a classifier of these images: see `regrad_runner.models.building.build_model`."""
         shape = {"channels": self.train.channels, "image_size": self.train.image_size}
         return build_model(name, classes=self.classes, width=width, norm=norm, seed=seed, **shape)
 
