@@ -19,7 +19,7 @@ from regrad_runner.reporting.report import summarize_results
 from regrad_runner.reporting.table import print_comparison, sentence
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.statistics.verdicts import ArmSummary
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 from rich.console import Console
 
 DOCS = Path(__file__).parent

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from regrad_runner.diagnostics.effects import Effect, keep_effects
 from regrad_runner.diagnostics.gradient_quality import Quality, keep_qualities
-from regrad_runner.results.folder import Result, ResultsFolder, Trial
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.points import Point
 from regrad_runner.settings.arms import Arm
 from regrad_runner.tracking.delivery import Delivery
-from regrad_runner.training.run import Point
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 
 SCRIPT, IMAGE = "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'
 LONG = "xgrad:horizon=2.5,decoupled_decay=0.001+powergrad:alpha=0.125 & more $x_1$"

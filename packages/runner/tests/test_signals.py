@@ -8,7 +8,7 @@ from contextlib import closing
 import pytest
 from regrad_runner import signals as stopping
 from regrad_runner.checkpoints.folder import checkpoints, read_checkpoint
-from regrad_runner.tracking.mlflow_ import Terminated
+from regrad_runner.signals import Terminated
 
 SMALL = [
     "--train-size",

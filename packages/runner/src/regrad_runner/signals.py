@@ -9,16 +9,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from traceback import clear_frames
 from types import FrameType
-from typing import TYPE_CHECKING
-
-from regrad_runner.tracking.mlflow_ import LeftAtOnce, Run, Terminated
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 STOPPING = b"\nstopping after this step; once more leaves at once\n"
 
@@ -77,21 +70,6 @@ def signals_wait() -> Iterator[None]:
 
 
 @contextmanager
-def tracked(start: Callable[[], Run]) -> Iterator[Run]:
-    """Begin a run and end it with the block: finished, failed or killed, also where a signal comes in between.
-
-    Args:
-        start: Begins the run. A signal waits until it is known, and again while it is finished.
-    """
-    with ExitStack() as stack:
-        with signals_wait():
-            run = stack.enter_context(start())
-        yield run
-        with signals_wait():
-            run.finish()
-
-
-@contextmanager
 def stops_after_steps(agree: Callable[[int], int] = int) -> Iterator[None]:
     """Let the first signal in the block act where `stop` is called for it, and the second one at once.
 
@@ -124,28 +102,6 @@ def stopped_together() -> bool:
     return _signals.together
 
 
-@contextmanager
-def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on."""
-    try:
-        with stoppable():
-            yield
-    except (KeyboardInterrupt, SystemExit) as end:
-        if not quiet:
-            console.print(
-                f"stopped; this goes on from here: {again}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-        if stopped_together():
-            from regrad_runner.training.preparation import leave_processes  # noqa: PLC0415 - it imports torch
-
-            clear_frames(end.__traceback__)  # they hold the model
-            leave_processes()
-        raise
-
-
 def _on_signal(number: int, frame: FrameType | None) -> None:
     del frame
     if _signals.wait:
@@ -161,3 +117,14 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 def _raise(number: int) -> None:
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+class Terminated(SystemExit):
+    """The process was asked to end (SIGTERM); raise it in the signal handler and open runs become KILLED."""
+
+    def __init__(self, code: int = 143) -> None:
+        super().__init__(code)
+
+
+class LeftAtOnce(KeyboardInterrupt):
+    """Ctrl-C was pressed again: nothing is waited for any more."""

@@ -12,23 +12,20 @@ from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.errors import checking_input
 from regrad_runner.files import write_whole
 from regrad_runner.reporting.progress import Display
-from regrad_runner.results.folder import (
-    Result,
-    ResultsFolder,
-    check_folder,
-    finished_result,
-    start_folder,
-)
+from regrad_runner.results.folder import ResultsFolder, check_folder, start_folder
+from regrad_runner.results.outcomes import Result
+from regrad_runner.results.points import Point
 from regrad_runner.settings.arms import BASELINE, Arm, parts_of
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.settings.environment import in_words
-from regrad_runner.signals import asked_to_stop, stop, stops_after_steps, tracked
-from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker
+from regrad_runner.signals import asked_to_stop, stop, stops_after_steps
+from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker, tracked
 from regrad_runner.training.nonfinite import keeping_norms
+from regrad_runner.training.outcome import finished_result
 from regrad_runner.training.preparation import default_folder, load_data, try_on
 from regrad_runner.training.processes import check_task, make_accelerator
-from regrad_runner.training.run import Point, TrainingRun, name_on_validation
-from regrad_runner.workloads import Workload
+from regrad_runner.training.run import TrainingRun
+from regrad_runner.workloads.workload import Workload, name_on_validation
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training import run as training
-from regrad_runner.training.preparation import leave_processes
+from regrad_runner.training.processes import leave_processes
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload, make_model
+from regrad_runner.workloads.loading import load_workload, make_model
 
 STOP = 7  # of twelve steps, three per epoch
 
@@ -34,7 +35,7 @@ def setting():
         },
         **{"accumulate": 2, "clip_norm": 1.0},
     )
-    return workload, config.resolved(workload)
+    return workload, resolved(config, workload)
 
 
 def in_float64(*args, **kwargs):

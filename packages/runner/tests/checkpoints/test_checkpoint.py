@@ -17,8 +17,9 @@ from regrad_runner.checkpoints.folder import checkpoints
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training import run as training
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
@@ -42,7 +43,7 @@ def config(digits):
             "evaluations_per_epoch": 2,
             "warmup_steps": 4,
         }
-        return TrainConfig(**{**small, **values}).resolved(digits)
+        return resolved(TrainConfig(**{**small, **values}), digits)
 
     return make
 

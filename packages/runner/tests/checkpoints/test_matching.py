@@ -12,8 +12,9 @@ from regrad_runner.checkpoints.matching import inventory
 from regrad_runner.cli.main import main
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 
 FILES = ("receipt.json", "state.json", "tensors.pt")
 
@@ -25,7 +26,7 @@ def digits():
 
 def make(workload, *, seed=7, lr=0.05, **settings):
     values = {"batch_size": 25, "epochs": 2, "width": 4, "threads": 1, "optimizer": "adamw"}
-    config = TrainConfig(**{**values, **settings}).resolved(workload)
+    config = resolved(TrainConfig(**{**values, **settings}), workload)
     return TrainingRun(config, workload, Arm("none"), seed=seed, lr=lr)
 
 

@@ -14,11 +14,14 @@ import torch
 from regrad.errors import RegradWarning
 from regrad_runner.checkpoints.folder import checkpoints
 from regrad_runner.cli.flags import repeat_flag
-from regrad_runner.cli.main import format_warning, main
+from regrad_runner.cli.main import main
+from regrad_runner.errors import format_warning
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.settings.config import CompareConfig, TrainConfig, write_config
+from regrad_runner.settings.config import CompareConfig, TrainConfig
+from regrad_runner.settings.loading import write_config
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 
 DEAD_SERVER = "http://127.0.0.1:9"
 SHAPE = ["--train-size", "100", "--batch-size", "25", "--width", "4"]
@@ -130,7 +133,7 @@ def test_a_bad_correction_is_one_clear_line(here, capsys, corrections, message):
 
 def test_a_folder_of_another_configuration_is_refused_and_left_alone(here, capsys):
     (here / "out").mkdir()
-    config = CompareConfig(epochs=3).resolved(load_workload("digits"))
+    config = resolved(CompareConfig(epochs=3), load_workload("digits"))
     (here / "out" / "config.yaml").write_text(write_config(config))
     assert main(["compare", "--resume", "--out", "out", "--epochs", "4"]) == 2
     assert "got epochs 3 there and 4 here; choose another folder" in capsys.readouterr().err

@@ -17,9 +17,11 @@ from regrad_runner.reporting.report import show_comparison
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import FIRST_TUNING_SEED, CompareConfig, TrainConfig
-from regrad_runner.statistics.verdicts import RunRow, summarize
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.verdicts import summarize
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 from rich.console import Console
 
 pytestmark = pytest.mark.usefixtures("without_page")
@@ -408,7 +410,7 @@ def test_corrections_show_their_effect(plan, capsys):
 
 def test_two_sets_of_baseline_runs_with_different_seeds_are_no_evidence():
     digits = load_workload("digits", train_size=300)
-    config = TrainConfig(epochs=3, width=8, threads=1, evaluations_per_epoch=2).resolved(digits)
+    config = resolved(TrainConfig(epochs=3, width=8, threads=1, evaluations_per_epoch=2), digits)
 
     def row(arm, pair, seed):
         with closing(TrainingRun(config, digits, Arm("none"), seed=seed, lr=0.05)) as run:

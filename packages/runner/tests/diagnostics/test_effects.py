@@ -6,12 +6,14 @@ import pytest
 import torch
 from regrad.correction import Correction, Needs
 from regrad_runner.diagnostics.effects import Effect, EffectTrace, keep_effects, kept_effects
-from regrad_runner.results.folder import Result, ResultsFolder
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Result
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.training import run as training
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 
 SMALL = {
     "epochs": 2,
@@ -50,7 +52,7 @@ def run(monkeypatch):
 
     def make(*corrections):
         arm = Arm("+".join(corrections) or "none", corrections=corrections)
-        return closing(TrainingRun(config.resolved(workload), workload, arm, seed=3, lr=0.05))
+        return closing(TrainingRun(resolved(config, workload), workload, arm, seed=3, lr=0.05))
 
     return make
 

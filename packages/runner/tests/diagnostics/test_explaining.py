@@ -9,8 +9,9 @@ from regrad_runner.diagnostics.explaining import effects_of, explain, relations
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training import run as training
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "gcw", "agc", "centralization", "adanorm"} <= regrad.available().keys(),
@@ -69,7 +70,7 @@ def own(monkeypatch):
 def run():
     config = TrainConfig(**VALUES)
     digits = load_workload("digits", train_size=100)
-    with closing(TrainingRun(config.resolved(digits), digits, Arm("own"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(resolved(config, digits), digits, Arm("own"), seed=0, lr=0.05)) as run:
         yield run
 
 
@@ -130,7 +131,7 @@ def test_the_effects_change_nothing_of_the_run(own, monkeypatch):
     results = []
     for asking in (False, True):
         with closing(
-            TrainingRun(config.resolved(digits), digits, Arm("own"), seed=0, lr=0.05)
+            TrainingRun(resolved(config, digits), digits, Arm("own"), seed=0, lr=0.05)
         ) as run:
             for _ in run.steps():
                 if asking:

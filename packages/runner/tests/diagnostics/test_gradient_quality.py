@@ -26,8 +26,9 @@ from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.training import run as training
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import load_workload, make_model
+from regrad_runner.workloads.loading import load_workload, make_model
 from rich.console import Console
 from torch import nn
 
@@ -120,7 +121,7 @@ def config(digits):
             "evaluations_per_epoch": 2,
             "norm": "group",
         }
-        return CompareConfig(**{**small, **values}).resolved(digits)
+        return resolved(CompareConfig(**{**small, **values}), digits)
 
     return make
 
@@ -424,7 +425,7 @@ from regrad_runner.workloads import load_workload, make_model
 training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
 digits = load_workload("digits", train_size=100)
 values = {"batch_size": 20, "epochs": 1, "width": 4, "threads": 1, "evaluations_per_epoch": 2, "norm": "group"}
-config = CompareConfig(**values, accumulate=2, processes=2).resolved(digits)
+config = resolved(CompareConfig(**values, accumulate=2, processes=2), digits)
 run = training.TrainingRun(config, digits, Arm("none"), seed=0, lr=0.05)
 probe, found = Probe(run, every=2, size=60), []
 run.train(on_point=lambda point: None, on_step=lambda step: found.append(probe.finish_step()))

@@ -13,10 +13,12 @@ from regrad_runner.comparing import plan as planning
 from regrad_runner.diagnostics.effects import Effect
 from regrad_runner.diagnostics.gradient_quality import Quality
 from regrad_runner.reporting.page.source import read_source
-from regrad_runner.results.folder import CurvePoint, Result, Trial, start_folder
+from regrad_runner.results.folder import start_folder
+from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.tables import read_rows
 from regrad_runner.settings.config import CompareConfig
-from regrad_runner.workloads import load_workload
+from regrad_runner.training.resolving import resolved
+from regrad_runner.workloads.loading import load_workload
 from regrad_testing.files import load_beside
 
 cases = load_beside(__file__, "cases")
@@ -138,7 +140,7 @@ def quick(monkeypatch):
     workload = digits()
     for module in (planning, train):
         monkeypatch.setattr(
-            module, "load_data", lambda config: (workload, config.resolved(workload))
+            module, "load_data", lambda config: (workload, resolved(config, workload))
         )
         monkeypatch.setattr(module, "try_on", lambda *a, **b: None)
     monkeypatch.setattr("regrad_runner.reporting.figures.write_figures", lambda *a, **b: [])

@@ -1,6 +1,8 @@
 import pytest
 import torch
-from regrad_runner.models.building import MODELS, ResidualBlock, Scale, build_model, head_of
+from regrad_runner.models.building import MODELS, build_model
+from regrad_runner.models.heads import head_of
+from regrad_runner.models.residual import ResidualBlock, Scale
 from torch import nn
 
 

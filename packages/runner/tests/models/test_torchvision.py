@@ -2,12 +2,14 @@ import contextlib
 
 import pytest
 import torch
-from regrad_runner.models.building import MODELS, build_model, head_of
+from regrad_runner.models.building import MODELS, build_model
+from regrad_runner.models.heads import head_of
 from regrad_runner.models.torchvision import build_classifier, classifier_names
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training.run import build_training
-from regrad_runner.workloads import load_workload
+from regrad_runner.training.building import build_training
+from regrad_runner.training.resolving import resolved
+from regrad_runner.workloads.loading import load_workload
 from torch import nn
 from torchvision import models
 
@@ -176,7 +178,7 @@ def test_a_control_scales_the_head_of_a_classifier():
     from regrad.correction import Control
 
     workload = load_workload("digits", train_size=100)
-    config = TrainConfig(model="resnet18").resolved(workload)
+    config = resolved(TrainConfig(model="resnet18"), workload)
     control = Control(name="scaled-head", head_init=0.25, head_lr=0.25, body_lr=4.0)
     plain, _ = build_training(config, workload, Arm("none"), seed=0, lr=0.1)
     scaled, optimizer = build_training(

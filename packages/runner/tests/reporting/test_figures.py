@@ -6,8 +6,9 @@ import pytest
 from matplotlib.image import imread
 from regrad_runner.reporting import figures
 from regrad_runner.reporting.figures import write_figures
-from regrad_runner.statistics.verdicts import RunRow, summarize
-from regrad_runner.workloads import Measure
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.verdicts import summarize
+from regrad_runner.workloads.workload import Measure
 
 ARMS = ("none", "xgrad", "agc:axis=[0,1]$", "nesterov")
 SEEDS = 7

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 from regrad_runner.reporting.table import comparison_table, print_comparison, sentence, to_json
-from regrad_runner.statistics.verdicts import RunRow, summarize
-from regrad_runner.workloads import Measure
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.verdicts import summarize
+from regrad_runner.workloads.workload import Measure
 from rich.console import Console
 
 MEASURE = Measure(target=0.96)

@@ -1,9 +1,7 @@
 import pytest
 from regrad.correction import Control
 from regrad_runner.results.folder import (
-    Result,
     ResultsFolder,
-    Trial,
     check_arms,
     check_folder,
     read_rows,
@@ -11,9 +9,10 @@ from regrad_runner.results.folder import (
     write_rows,
     write_whole,
 )
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.points import Point
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig, TrainConfig
-from regrad_runner.training.run import Point
 
 POINT = Point(step=4, epoch=0.25, loss=1.5, value=0.3, lr=0.05)
 

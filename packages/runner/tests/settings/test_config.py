@@ -3,15 +3,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from regrad_runner.settings.config import (
-    CompareConfig,
-    RunConfig,
-    TrainConfig,
-    first_difference,
-    load_config,
-    write_config,
-)
-from regrad_runner.workloads import load_workload
+from regrad_runner.settings.config import CompareConfig, RunConfig, TrainConfig
+from regrad_runner.settings.continuing import first_difference
+from regrad_runner.settings.loading import load_config, write_config
+from regrad_runner.training.resolving import resolved
+from regrad_runner.workloads.loading import load_workload
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +97,14 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_what_is_left_open_comes_from_the_workload(digits):
-    config = load_config(CompareConfig, flags={"epochs": 3}).resolved(digits)
+    config = resolved(load_config(CompareConfig, flags={"epochs": 3}), digits)
     assert config.epochs == 3
     assert (config.batch_size, config.model, config.lr) == (64, "resnet8", (0.05,))
     assert config.optimizer == "sgd:momentum=0.9,weight_decay=0.0"
 
 
 def test_another_optimizer_brings_its_own_learning_rate(digits):
-    config = load_config(TrainConfig, flags={"optimizer": "adamw"}).resolved(digits)
+    config = resolved(load_config(TrainConfig, flags={"optimizer": "adamw"}), digits)
     assert (config.optimizer, config.lr) == ("adamw", 1e-3)
 
 
@@ -118,33 +114,34 @@ def test_a_rate_that_no_step_can_be_made_with_is_refused_before_one_is(digits, o
         with pytest.raises(
             ValueError, match=f"lr must .*'{optimizer}.*got 1e\\+3|lr must keep weights"
         ):
-            load_config(kind, flags={"lr": rate, "optimizer": optimizer}).resolved(digits)
+            resolved(load_config(kind, flags={"lr": rate, "optimizer": optimizer}), digits)
 
 
 def test_resolving_twice_changes_nothing(digits):
     for kind in (CompareConfig, TrainConfig):
-        once = load_config(kind, flags={}).resolved(digits)
-        assert once.resolved(digits) == once
+        once = resolved(load_config(kind, flags={}), digits)
+        assert resolved(once, digits) == once
 
 
 def test_a_batch_larger_than_the_training_images_is_refused(digits):
     with pytest.raises(
         ValueError, match=r"batch_size must be at most 1077 \(the training images\), got 2000"
     ):
-        load_config(TrainConfig, flags={"batch_size": 2000}).resolved(digits)
+        resolved(load_config(TrainConfig, flags={"batch_size": 2000}), digits)
 
 
 @pytest.mark.parametrize("kind", [CompareConfig, TrainConfig])
 def test_written_settings_read_back_as_they_were(tmp_path, digits, kind):
-    config = load_config(
-        kind, flags={"clip_norm": 1e-4, "corrections": ["agc:max_ratio=0.1", "xgrad"]}
-    ).resolved(digits)
+    config = resolved(
+        load_config(kind, flags={"clip_norm": 1e-4, "corrections": ["agc:max_ratio=0.1", "xgrad"]}),
+        digits,
+    )
     again = load_config(kind, file=settings(tmp_path, write_config(config)), flags={})
     assert again == config
 
 
 def test_written_settings_are_plain_yaml(digits):
-    assert yaml.safe_load(write_config(CompareConfig().resolved(digits)))["lr"] == [0.05]
+    assert yaml.safe_load(write_config(resolved(CompareConfig(), digits)))["lr"] == [0.05]
 
 
 def test_the_first_difference_that_matters_is_named():
@@ -161,9 +158,9 @@ def test_every_setting_is_documented():
 
 def test_a_workload_of_few_images_has_a_batch_that_fits_and_one_that_is_asked_for_is_kept():
     few = load_workload("digits", train_size=20)
-    assert load_config(TrainConfig, flags={}).resolved(few).batch_size == len(few.train) == 20
-    assert load_config(TrainConfig, flags={"batch_size": 5}).resolved(few).batch_size == 5
+    assert resolved(load_config(TrainConfig, flags={}), few).batch_size == len(few.train) == 20
+    assert resolved(load_config(TrainConfig, flags={"batch_size": 5}), few).batch_size == 5
     with pytest.raises(
         ValueError, match=r"batch_size must be at most 20 \(the training images\), got 21"
     ):
-        load_config(TrainConfig, flags={"batch_size": 21}).resolved(few)
+        resolved(load_config(TrainConfig, flags={"batch_size": 21}), few)

@@ -5,13 +5,9 @@ import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
-from regrad_runner.settings.config import (
-    LONGEST_TEXT,
-    CompareConfig,
-    TrainConfig,
-    load_config,
-    write_config,
-)
+from regrad_runner.settings.checking import LONGEST_TEXT
+from regrad_runner.settings.config import CompareConfig, TrainConfig
+from regrad_runner.settings.loading import load_config, write_config
 from regrad_runner.settings.yaml_text import read_yaml, write_yaml
 
 ODD = [

@@ -5,15 +5,11 @@ import numpy as np
 import pytest
 import torch
 from regrad_runner.models.building import build_model
-from regrad_runner.statistics.verdicts import (
-    RunRow,
-    holm,
-    median_interval,
-    paired_difference,
-    sign_flip_p,
-    summarize,
-)
-from regrad_runner.workloads import load_workload
+from regrad_runner.statistics.intervals import median_interval
+from regrad_runner.statistics.paired import holm, paired_difference, sign_flip_p
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.verdicts import summarize
+from regrad_runner.workloads.loading import load_workload
 from regrad_runner.workloads.samples import training_loader
 from scipy import stats
 

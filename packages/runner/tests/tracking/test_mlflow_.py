@@ -13,8 +13,9 @@ import numpy
 import pytest
 import torch
 from regrad.errors import RegradError, RegradWarning
+from regrad_runner.signals import Terminated
 from regrad_runner.tracking.delivery import METRICS_PER_CALL
-from regrad_runner.tracking.mlflow_ import MlflowTracker, Terminated, Tracker, open_tracker
+from regrad_runner.tracking.mlflow_ import MlflowTracker, Tracker, open_tracker
 from regrad_runner.tracking.spool import spools
 
 DEAD_SERVER = "http://127.0.0.1:9"

@@ -14,8 +14,9 @@ from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.nonfinite import SKIPS_IN_A_ROW, STEPS_KEPT, NonFiniteError, Watch
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun, nonfinite
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 
 SHAPE = [
     "--train-size",
@@ -113,8 +114,8 @@ def test_a_skipped_step_changes_no_weight_no_state_and_no_rate(monkeypatch, corr
         pytest.skip("regrad-xgrad is not installed")
     spoil(monkeypatch, {3})
     workload = load_workload("digits", train_size=100)
-    config = TrainConfig(batch_size=25, epochs=1, width=4, norm="group", threads=1).resolved(
-        workload
+    config = resolved(
+        TrainConfig(batch_size=25, epochs=1, width=4, norm="group", threads=1), workload
     )
     seen = []
     arm = Arm("arm", corrections)

@@ -3,7 +3,7 @@ import regrad
 import torch
 from regrad_runner.settings.specs import read_spec
 from regrad_runner.training.optimizers import build_optimizer, optimizer_class, spec_of
-from regrad_runner.workloads import Defaults
+from regrad_runner.workloads.workload import Defaults
 
 DEFAULTS = Defaults(
     epochs=1, batch_size=1, lr=0.05, momentum=0.9, weight_decay=5e-4, model="resnet8"

@@ -12,10 +12,10 @@ import torch
 from regrad_runner.checkpoints.folder import checkpoints
 from regrad_runner.cli.main import main
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.points import steps_to_target
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.processes import check_task, make_accelerator
-from regrad_runner.training.run import steps_to_target
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 
 SHAPE = [
     "--train-size",

@@ -11,12 +11,17 @@ import regrad
 import torch
 from accelerate.state import AcceleratorState
 from regrad.correction import Control, Correction, Needs
-from regrad_runner.models.building import head_of
+from regrad_runner.models.heads import head_of
+from regrad_runner.results.points import Point, steps_to_target
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training import run as training
-from regrad_runner.training.run import Point, TrainingRun, build_training, schedule, steps_to_target
-from regrad_runner.workloads import Measure, load_workload, make_model
+from regrad_runner.training.building import build_training
+from regrad_runner.training.resolving import resolved
+from regrad_runner.training.run import TrainingRun
+from regrad_runner.training.schedule import schedule
+from regrad_runner.workloads.loading import load_workload, make_model
+from regrad_runner.workloads.workload import Measure
 
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
@@ -45,7 +50,7 @@ def config(digits):
             "threads": 1,
             "evaluations_per_epoch": 1,
         }
-        return TrainConfig(**{**small, **values}).resolved(digits)
+        return resolved(TrainConfig(**{**small, **values}), digits)
 
     return make
 
@@ -260,10 +265,10 @@ from regrad_runner.workloads import load_workload, make_model
 
 training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
 digits = load_workload("digits", train_size=100)
-config = TrainConfig(
+config = resolved(TrainConfig(
     batch_size=32, epochs=2, width=4, norm="group", threads=1, evaluations_per_epoch=1,
     accumulate=2, clip_norm=1.0, processes=2,
-).resolved(digits)
+), digits)
 results = {}
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from regrad_runner.cli.main import main
-from regrad_runner.workloads import imagefolder, load_workload
+from regrad_runner.workloads import imagefolder
 from regrad_runner.workloads.files import MEAN, STD, FileSet
+from regrad_runner.workloads.loading import load_workload
 from regrad_runner.workloads.samples import training_loader
 from torchvision.transforms import v2
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from regrad_runner.cli.main import main
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 from regrad_runner.workloads.published import cifar10, cifar100, fashion_mnist
 from torchvision import datasets
 

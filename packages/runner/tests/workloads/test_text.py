@@ -9,13 +9,16 @@ import regrad
 import torch
 from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.cli.main import main
-from regrad_runner.comparing.compare import chosen_rates
-from regrad_runner.results.folder import ResultsFolder, Trial
+from regrad_runner.comparing.rates import chosen_rates
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Trial
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
-from regrad_runner.workloads import Measure, load_workload, make_model
+from regrad_runner.workloads.loading import load_workload, make_model
 from regrad_runner.workloads.text import DrawnWindows
+from regrad_runner.workloads.workload import Measure
 from torch.nn import functional as F
 
 needs_plugins = pytest.mark.skipif(
@@ -143,7 +146,7 @@ def test_bits_are_worked_out_by_hand(workload):
 
 @pytest.fixture(scope="module")
 def config(workload):
-    return TrainConfig(**SMALL, evaluations_per_epoch=2).resolved(workload)
+    return resolved(TrainConfig(**SMALL, evaluations_per_epoch=2), workload)
 
 
 def part_of(run, samples, rank, processes, monkeypatch):
@@ -270,7 +273,7 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_a_run_resumes_exactly_with_a_tied_head_too(tmp_path, workload, tied):
     settings = {**SMALL, "model": f"gpt:layers=1,heads=2,tied={tied}", "optimizer": "adamw"}
-    config = TrainConfig(**settings).resolved(workload)
+    config = resolved(TrainConfig(**settings), workload)
     arm = Arm("xgrad+agc", ("xgrad", "agc"))
     with closing(TrainingRun(config, workload, arm, seed=0, lr=0.01)) as run:
         paths = [save_checkpoint(run, tmp_path) for step in run.steps() if step == 9]

@@ -10,7 +10,8 @@ from regrad import PluginLoadError
 from regrad_runner.cli.main import main
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.workloads import GROUP, load_workload
+from regrad_runner.training.resolving import resolved
+from regrad_runner.workloads.loading import GROUP, load_workload
 from regrad_runner.workloads.samples import TensorSamples
 
 EXAMPLE = Path(__file__).parents[4] / "docs" / "examples" / "workload_plugin"
@@ -142,7 +143,7 @@ def test_the_squared_error_is_a_mean_over_samples():
     errors, counts = workload.score(outputs, targets)
     assert (errors.tolist(), counts.tolist()) == ([4.0, 0.0], [1.0, 1.0])
     assert isinstance(workload.train, TensorSamples)
-    assert TrainConfig().resolved(workload).optimizer == "adam:weight_decay=0.0"
+    assert resolved(TrainConfig(), workload).optimizer == "adam:weight_decay=0.0"
 
 
 @pytest.mark.usefixtures("example")

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
-from regrad_runner.workloads import load_workload
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageSet, standardized
+from regrad_runner.workloads.loading import load_workload
 from regrad_runner.workloads.parquet import _Split
 from regrad_runner.workloads.samples import training_loader
 from regrad_runner.workloads.split import keep_stratified, take_stratified

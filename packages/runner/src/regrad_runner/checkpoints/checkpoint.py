@@ -30,7 +30,9 @@ from regrad_runner.checkpoints.states import (
     random_state,
     set_random_state,
 )
-from regrad_runner.training.run import Point, Position, TrainingRun
+from regrad_runner.results.points import Point
+from regrad_runner.training.position import Position
+from regrad_runner.training.run import TrainingRun
 
 KEPT = 2
 LONGEST_REASON = 200

@@ -12,7 +12,8 @@ from regrad.errors import RegradError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from regrad_runner.settings.config import WITHOUT_EFFECT_ON_RESULTS, shown
+from regrad_runner.settings.checking import shown
+from regrad_runner.settings.continuing import WITHOUT_EFFECT_ON_RESULTS
 
 if TYPE_CHECKING:
     from regrad_runner.training.run import TrainingRun

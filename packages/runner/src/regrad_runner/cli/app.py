@@ -115,8 +115,8 @@ def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -
     from regrad_runner.comparing.compare import compare as run  # noqa: PLC0415
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.reporting.report import show_comparison  # noqa: PLC0415
-    from regrad_runner.signals import going_on  # noqa: PLC0415
-    from regrad_runner.training.preparation import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
+    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
 
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
@@ -143,8 +143,8 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
         cell_plan = make_cell_plan(settings, number, out)
     from regrad_runner.comparing.compare import in_words  # noqa: PLC0415
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
-    from regrad_runner.signals import going_on  # noqa: PLC0415
-    from regrad_runner.training.preparation import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
+    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
 
     plan, name = cell_plan.plan, f"cell {number}: {cell_plan.cell.name}"
     display = Display(console, runs=1, quiet=not plan.reports)
@@ -238,8 +238,8 @@ def train(
         )
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.reporting.report import show_run  # noqa: PLC0415
-    from regrad_runner.signals import going_on  # noqa: PLC0415
-    from regrad_runner.training.preparation import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
+    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
 
     display = Display(console, runs=1, quiet=not plan.reports)
     with (
@@ -333,7 +333,7 @@ def _settings(
     kind: type[Config], ctx: typer.Context, file: Path | None, out: Path | None, *, resume: bool
 ) -> Config:
     """Read the settings: from the file and the flags, and of a run to resume from its folder."""
-    from regrad_runner.settings.config import load_config  # noqa: PLC0415
+    from regrad_runner.settings.loading import load_config  # noqa: PLC0415
 
     if resume and out is None:
         raise ValueError("out must be given with --resume: the folder to continue")

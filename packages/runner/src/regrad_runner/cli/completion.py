@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from importlib.util import find_spec
-from pathlib import Path
 
 import regrad
 
+from regrad_runner.plugins.sources import names_in_source, torch_optimizers
+
 OWN_MODELS = ("resnet8", "resnet20", "resnet32", "resnet56", "gpt")
-NOT_OFFERED = {"lbfgs", "sparseadam", "muon"}
 
 
 def corrections(incomplete: str) -> list[str]:
@@ -27,9 +25,7 @@ def corrections(incomplete: str) -> list[str]:
 
 def optimizers(incomplete: str) -> list[str]:
     """Return names of optimizers: torch's and those of plugins."""
-    classes = _found("torch", "optim/*.py", r"^class (\w+)\((?:Optimizer|Adam)\):")
-    own = sorted({name.lower() for name in classes} - NOT_OFFERED)
-    return _starting(incomplete, [*own, *_installed("regrad.optimizers")])
+    return _starting(incomplete, [*torch_optimizers(), *_installed("regrad.optimizers")])
 
 
 def workloads(incomplete: str) -> list[str]:
@@ -39,7 +35,9 @@ def workloads(incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Return names of models: those for small images, the one for text, and torchvision's classifiers."""
-    builders = _found("torchvision", "models/*.py", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(")
+    builders = names_in_source(
+        "torchvision", "models/*.py", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\("
+    )
     return _starting(incomplete, [*OWN_MODELS, *sorted(builders)])
 
 
@@ -56,11 +54,3 @@ def _installed(group: str) -> list[str]:
 
 def _starting(incomplete: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
-
-
-def _found(package: str, files: str, pattern: str) -> set[str]:
-    """Return what a pattern finds in a package's files, without importing it: that would take seconds."""
-    spec = find_spec(package)
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    texts = (path.read_text(encoding="utf-8") for path in folder.glob(files)) if folder else ()
-    return {name for text in texts for name in re.findall(pattern, text, flags=re.MULTILINE)}

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from regrad.distributions import hide_broken
-from regrad.errors import RegradError, RegradWarning
+from regrad.errors import RegradError
 from regrad.text import printable
 
+from regrad_runner.errors import KEPT, format_warning
+
 FAILED, BAD_INPUT, STOPPED = 1, 2, 130
-KEPT = "\n\t"
 # What a disk answers that is full, read-only or broken: no traceback tells more.
 OF_THE_DISK = {
     errno.EACCES,
@@ -92,15 +93,3 @@ def _complain(problem: str, code: int = BAD_INPUT) -> int:
 
         sys.stderr.write(f"regrad: {printable(without_secrets(problem), keep=KEPT)}\n")
     return code
-
-
-def format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
-) -> str:
-    """Write our own warnings for people, and others as Python does."""
-    from regrad_runner.addresses import without_secrets  # noqa: PLC0415
-
-    text = printable(without_secrets(str(message)), keep=KEPT)
-    if issubclass(category, RegradWarning):
-        return f"warning: {text}\n"
-    return f"{printable(filename)}:{lineno}: {category.__name__}: {text}\n"

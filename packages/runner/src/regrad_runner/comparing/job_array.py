@@ -6,13 +6,19 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from regrad_runner.comparing.compare import TRACKED, Comparison, chosen_rates
+from regrad_runner.comparing.compare import TRACKED
 from regrad_runner.comparing.plan import Plan, agreed, open_folder, plan_of
+from regrad_runner.comparing.rates import chosen_rates
+from regrad_runner.comparing.running import Comparison
 from regrad_runner.reporting.progress import Display
+from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import Cell, in_ranges
-from regrad_runner.results.folder import Outcome, ResultsFolder, read_about, write_outcome
-from regrad_runner.settings.config import CompareConfig, first_difference, load_config
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Outcome, write_outcome
+from regrad_runner.settings.config import CompareConfig
+from regrad_runner.settings.continuing import first_difference
 from regrad_runner.settings.environment import in_words
+from regrad_runner.settings.loading import load_config
 from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker
 from regrad_runner.training.preparation import try_on
 

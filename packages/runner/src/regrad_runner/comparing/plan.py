@@ -10,14 +10,9 @@ from typing import TypeVar
 from accelerate.utils import broadcast_object_list
 
 from regrad_runner.diagnostics.gradient_quality import check_probing
+from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import Cell, cells_of
-from regrad_runner.results.folder import (
-    ResultsFolder,
-    check_arms,
-    check_folder,
-    read_about,
-    start_folder,
-)
+from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
 from regrad_runner.results.machine import surroundings
 from regrad_runner.settings import environment
 from regrad_runner.settings.arms import Arm, expand
@@ -30,7 +25,7 @@ from regrad_runner.training.preparation import (
     try_on,
 )
 from regrad_runner.training.processes import check_task, make_accelerator
-from regrad_runner.workloads import Workload
+from regrad_runner.workloads.workload import Workload
 
 T = TypeVar("T")
 

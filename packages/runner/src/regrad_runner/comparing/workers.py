@@ -20,21 +20,16 @@ from typing import Self
 import torch
 from regrad.errors import RegradError
 
-from regrad_runner.cli.main import format_warning
-from regrad_runner.comparing.compare import Comparison, failed_result
 from regrad_runner.comparing.plan import Plan, plan_of
+from regrad_runner.comparing.running import Comparison, failed_result
+from regrad_runner.errors import format_warning
 from regrad_runner.reporting.progress import Display
 from regrad_runner.results.cells import Cell
-from regrad_runner.results.folder import (
-    Outcome,
-    ResultsFolder,
-    Trial,
-    cell_file,
-    read_outcome,
-    write_outcome,
-)
+from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.locks import CELLS
-from regrad_runner.settings.config import CompareConfig, load_config
+from regrad_runner.results.outcomes import Outcome, Trial, cell_file, read_outcome, write_outcome
+from regrad_runner.settings.config import CompareConfig
+from regrad_runner.settings.loading import load_config
 from regrad_runner.signals import stoppable
 from regrad_runner.tracking.mlflow_ import SECONDS_AT_THE_END, Run, open_tracker
 

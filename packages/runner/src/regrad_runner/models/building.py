@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import typing
-from typing import Literal
 
-import torch
 from regrad.correction import did_you_mean
-from torch import Tensor, nn
+from torch import nn
 
-Norm = Literal["batch", "group", "none"]
+from regrad_runner.models.residual import (
+    BLOCKS_PER_STAGE,
+    Norm,
+    group_norm,
+    is_own,
+    residual_network,
+)
 
-BLOCKS_PER_STAGE = {f"resnet{6 * blocks + 2}": blocks for blocks in (1, 3, 5, 9)}
 MODELS = tuple(BLOCKS_PER_STAGE)
-GROUPS = 8
 
 
 def build_model(
@@ -90,7 +91,7 @@ def build_model(
         "seed": seed,
     }
     if is_own(name):
-        return _residual_network(name, width=16 if width is None else width, norm=norm, **shape)
+        return residual_network(name, width=16 if width is None else width, norm=norm, **shape)
     from regrad_runner.models import torchvision as classifiers  # noqa: PLC0415 - torchvision takes a second to load
 
     if name not in (known := classifiers.classifier_names()):
@@ -105,179 +106,3 @@ def build_model(
     return classifiers.build_classifier(
         name, **shape, group_norm=group_norm if norm == "group" else None, bare=norm == "none"
     )
-
-
-def is_own(name: str) -> bool:
-    """Say whether a name is that of a CIFAR residual network, whose width can be chosen."""
-    return name in BLOCKS_PER_STAGE
-
-
-def _residual_network(
-    name: str, *, width: int, norm: Norm, classes: int, channels: int, image_size: int, seed: int
-) -> nn.Module:
-    for what, value, least in (
-        ("channels", channels, 1),
-        ("image_size", image_size, 4),
-        ("width", width, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{what} must be at least {least}, got {value!r}")
-    # Modules draw their default weights when they are made; the fork puts the global state back.
-    with torch.random.fork_rng(devices=[]):
-        model = ResidualNetwork(
-            BLOCKS_PER_STAGE[name], classes=classes, channels=channels, width=width, norm=norm
-        )
-    _initialize(model, torch.Generator().manual_seed(seed))
-    return model
-
-
-def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
-    """Return the output layer: the last `torch.nn.Linear` that the model registered.
-
-    Where there is none it is the last convolution, as in SqueezeNet. Seen to hold for every classifier of torchvision.
-
-    Args:
-        model: Any module with such an output layer, bare or wrapped (DDP).
-
-    Returns:
-        The layer itself, not a copy.
-
-    Raises:
-        ValueError: If the model has neither.
-
-    Example:
-        >>> head_of(build_model("resnet8", classes=10))
-        Linear(in_features=64, out_features=10, bias=True)
-    """
-    for kind in (nn.Linear, nn.Conv2d):
-        layers = [module for module in model.modules() if isinstance(module, kind)]
-        if layers:
-            return layers[-1]
-    raise ValueError(
-        f"model must have a linear output layer, got {type(model).__name__} without one"
-    )
-
-
-def own_head(model: nn.Module, *, whose: str) -> list[nn.Parameter]:
-    """Return the parameters of the output layer, to be changed without the rest of the model.
-
-    Args:
-        model: As for `head_of`.
-        whose: What is to change them, as an error calls it.
-
-    Raises:
-        ValueError: If the model has no such layer, or another layer holds its weights too.
-    """
-    head = list(head_of(model).parameters())
-    names = [
-        (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(parameter is own for own in head)
-    ]
-    if len(names) > len(head):
-        shared = " and ".join(
-            name for name, parameter in names if sum(parameter is p for _, p in names) > 1
-        )
-        raise ValueError(
-            f"head must have weights of its own for {whose}, got one tensor as {shared}; "
-            "untie them, or leave controls out (--no-controls)"
-        )
-    return head
-
-
-class ResidualNetwork(nn.Module):
-    """The network that `build_model` returns; `fc` is its output layer."""
-
-    def __init__(self, blocks: int, *, classes: int, channels: int, width: int, norm: Norm) -> None:
-        super().__init__()
-        widths = [width * 2**stage for stage in range(3)]
-        self.conv = _conv3x3(channels, width, bias=norm == "none")
-        self.norm = _norm(norm, width)
-        self.stages = nn.Sequential()
-        previous = width
-        for index, current in enumerate(widths):
-            stage = nn.Sequential()
-            for block in range(blocks):
-                stride = 2 if index > 0 and block == 0 else 1
-                stage.append(
-                    ResidualBlock(previous, current, stride=stride, norm=norm, depth=3 * blocks)
-                )
-                previous = current
-            self.stages.append(stage)
-        self.fc = nn.Linear(previous, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits [B, classes] of images [B, C, H, W]."""
-        features = self.stages(torch.relu(self.norm(self.conv(images))))
-        return self.fc(features.mean(dim=(2, 3)))  # type: ignore[no-any-return]
-
-
-class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions beside an identity shortcut, one of `depth` such blocks in a row."""
-
-    def __init__(
-        self, channels_in: int, channels_out: int, *, stride: int, norm: Norm, depth: int = 1
-    ) -> None:
-        super().__init__()
-        bias = norm == "none"
-        self.conv1 = _conv3x3(channels_in, channels_out, stride=stride, bias=bias)
-        self.norm1 = _norm(norm, channels_out)
-        self.conv2 = _conv3x3(channels_out, channels_out, bias=bias)
-        self.norm2 = Scale(1 / math.sqrt(depth)) if norm == "none" else _norm(norm, channels_out)
-        self.stride = stride
-        self.new_channels = channels_out - channels_in
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, channels_out, ⌈H / stride⌉, ⌈W / stride⌉] of features [B, channels_in, H, W]."""
-        residual = torch.relu(self.norm1(self.conv1(images)))
-        residual = self.norm2(self.conv2(residual))
-        return torch.relu(residual + self.shortcut(images))
-
-    def shortcut(self, images: Tensor) -> Tensor:
-        """Return every `stride`-th pixel, with zeros as the channels that the input does not have (option A)."""
-        if self.stride > 1:
-            images = images[:, :, :: self.stride, :: self.stride]
-        if self.new_channels:
-            images = nn.functional.pad(images, (0, 0, 0, 0, 0, self.new_channels))
-        return images
-
-
-class Scale(nn.Module):
-    """One learned factor, where a residual branch without normalisation ends."""
-
-    def __init__(self, start: float) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(start))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return features of any shape times the factor."""
-        return features * self.factor
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a group normalisation of the most groups, at most 8, that divide the channels alike."""
-    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
-
-
-def _conv3x3(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
-
-
-def _norm(norm: Norm, channels: int) -> nn.Module:
-    if norm == "none":
-        return nn.Identity()
-    return nn.BatchNorm2d(channels) if norm == "batch" else group_norm(channels)
-
-
-@torch.no_grad()
-def _initialize(model: nn.Module, generator: torch.Generator) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, ResidualBlock) and isinstance(module.norm2, Scale):
-            module.conv2.weight.mul_(
-                math.sqrt(0.5)
-            )  # no rectifier follows that would halve the second moment

@@ -15,7 +15,7 @@ from regrad import distributions
 from regrad.registry import GROUPS
 from regrad.text import printable
 
-from regrad_runner.cli.completion import NOT_OFFERED, optimizers
+from regrad_runner.plugins.sources import NOT_OFFERED, torch_optimizers
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST = 50
@@ -102,7 +102,7 @@ def _owner(name: str) -> str:
             return f"the installed distribution {distribution} has"
     if name in OURS:
         return "is a part of regrad"
-    if name in {*optimizers(""), *NOT_OFFERED}:
+    if name in {*torch_optimizers(), *regrad.available("regrad.optimizers"), *NOT_OFFERED}:
         return "is an optimizer of torch"
     if find_spec(package_of(name)) is not None:
         return f"the installed package {package_of(name)} has"

@@ -17,8 +17,9 @@ from regrad_runner.files import make_folder, write_whole
 from regrad_runner.reporting.styles import GRID, QUIET, Style, arm_styles
 from regrad_runner.statistics.bands import Band
 from regrad_runner.statistics.bands import bands as band_by_series
-from regrad_runner.statistics.verdicts import ArmSummary, RunRow
-from regrad_runner.workloads import Measure
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.verdicts import ArmSummary
+from regrad_runner.workloads.workload import Measure
 
 DPI = 160
 SHOWN_FROM = 0.25

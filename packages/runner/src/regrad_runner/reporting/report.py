@@ -23,16 +23,17 @@ from regrad_runner.diagnostics.gradient_quality import (
 from regrad_runner.reporting.explanation import as_json as explanation_as_json
 from regrad_runner.reporting.explanation import as_text
 from regrad_runner.reporting.table import print_comparison, to_json
+from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import in_ranges
-from regrad_runner.results.folder import Result, ResultsFolder, read_about
+from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.locks import CELLS, drawing
+from regrad_runner.results.outcomes import Result
 from regrad_runner.results.receipts import read_receipt
 from regrad_runner.results.tables import write_rows
-from regrad_runner.settings.config import read_settings
+from regrad_runner.settings.loading import read_settings
 from regrad_runner.statistics.verdicts import ArmSummary, summarize
 from regrad_runner.terminal import Terminal
-from regrad_runner.training.run import name_on_validation
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure, name_on_validation
 
 
 def show(path: Path, *, as_json: bool = False) -> None:

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regrad_runner.statistics.verdicts import FEWEST_SEEDS, ArmSummary, PairedDifference
-from regrad_runner.workloads import Measure
+from regrad_runner.statistics.paired import PairedDifference
+from regrad_runner.statistics.verdicts import FEWEST_SEEDS, ArmSummary
+from regrad_runner.workloads.workload import Measure
 
 WIDEST = 1000
 WIDTH = 100

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
-from regrad_runner.files import check_own_folder, make_folder, read_bytes, write_whole
+from regrad_runner.files import make_folder, write_whole
+from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import Cell, cells_of
-from regrad_runner.results.locks import CELLS, is_lock
+from regrad_runner.results.locks import is_lock
+from regrad_runner.results.outcomes import CurvePoint, Outcome, Result, Trial, read_outcomes
+from regrad_runner.results.points import Point
 from regrad_runner.results.tables import checked, read_rows, write_rows
 from regrad_runner.settings.arms import Arm
-from regrad_runner.settings.config import (
-    CompareConfig,
-    Config,
-    RunConfig,
-    continued,
-    load_config,
-    read_settings,
-    validated,
-    write_config,
-)
-from regrad_runner.statistics.verdicts import RunRow
-from regrad_runner.training.run import Point, TrainingRun, steps_to_target
+from regrad_runner.settings.checking import validated
+from regrad_runner.settings.config import CompareConfig, Config, RunConfig
+from regrad_runner.settings.continuing import continued
+from regrad_runner.settings.loading import load_config, read_settings, write_config
 
 
 class OfARun(Protocol):
@@ -45,124 +37,6 @@ class OfARun(Protocol):
 
 
 RunPart = TypeVar("RunPart", bound=OfARun)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One run of a comparison, as `results.csv` keeps it.
-
-    Attributes:
-        arm: Name of the arm.
-        seed: Its seed.
-        status: Whether it ended, or diverged: its numbers were not finite, which is an outcome; or failed otherwise.
-        value: The primary measure on the test split; None where it did not end.
-        validation: The measure on the validation split at the end.
-        steps: Optimizer steps.
-        steps_to_target: Those after which the target was reached; None if it never was.
-        step_seconds: Median time of a training step.
-        seconds: Time of the whole run, evaluations included.
-        touched: Whether a correction changed any tensor.
-        lr: Learning rate.
-        must_beat: Name of the control arm; None where there is none.
-        control: Whether the arm is a control and no correction of its own; None in folders that do not say.
-    """
-
-    arm: str
-    seed: int
-    status: Literal["finished", "diverged", "failed"] = "finished"
-    value: float | None = None
-    validation: float | None = None
-    steps: int = 0
-    steps_to_target: int | None = None
-    step_seconds: float = 0.0
-    seconds: float = 0.0
-    touched: bool = False
-    lr: float = 0.0
-    must_beat: str | None = None
-    control: bool | None = None
-
-    def as_run_row(self) -> RunRow:
-        """Return what the statistics need."""
-        return RunRow(
-            arm=self.arm,
-            seed=self.seed,
-            value=float("nan") if self.value is None else self.value,
-            steps_to_target=self.steps_to_target,
-            step_seconds=self.step_seconds,
-            touched=self.touched,
-            status=self.status,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint(Point):
-    """One evaluation of one run, as `curves.csv` keeps it."""
-
-    arm: str
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One run of the choice of a learning rate, as `tuning.csv` keeps it.
-
-    Attributes:
-        arm: Name of the arm.
-        lr: Learning rate tried.
-        seed: A seed that is not compared on.
-        validation: The measure on the validation split at the end.
-    """
-
-    arm: str
-    lr: float
-    seed: int
-    validation: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came out of one cell.
-
-    Attributes:
-        result: Of a run.
-        trial: Of a run of the choice of a learning rate.
-        points: Evaluations of a run that ended.
-        tables: Its rows in other tables, as plain values, by the table's file.
-    """
-
-    result: Result | None = None
-    trial: Trial | None = None
-    points: Sequence[Point] = ()
-    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Rows of a cell by the file of their table, as they are read back."""
-
-    rows: dict[str, list[dict[str, Any]]]
-
-
-def finished_result(run: TrainingRun, result: Result, *, started: float) -> Result:
-    """Return the result of a run at its end. Reads the test samples, which nothing else does.
-
-    Args:
-        run: At its end.
-        result: Of a run that has not ended: arm, seed, learning rate.
-        started: When it began, by `time.perf_counter`.
-    """
-    measure = run.workload.measure
-    return replace(
-        result,
-        status="finished",
-        value=run.value_on(run.workload.test),
-        validation=run.position.points[-1].value,
-        steps=run.position.step,
-        steps_to_target=steps_to_target(run.position.points, measure),
-        step_seconds=run.step_seconds(),
-        seconds=time.perf_counter() - started,
-        touched=run.touched(),
-    )
 
 
 class ResultsFolder:
@@ -329,47 +203,6 @@ def _cells_in(path: Path) -> list[Cell]:
         return []
 
 
-def cell_file(folder: Path, cell: Cell) -> Path:
-    """Return where a cell's process leaves what came out of it."""
-    return folder / CELLS / cell.file_name
-
-
-def write_outcome(folder: Path, cell: Cell, outcome: Outcome) -> None:
-    """Leave what came out of a cell in a file of its own: processes that run others at the same time do not meet."""
-    make_folder(folder, CELLS)
-    write_whole(cell_file(folder, cell), json.dumps(asdict(outcome)))
-
-
-def read_outcomes(folder: Path) -> list[Outcome]:
-    """Read what cells left.
-
-    Raises:
-        ValueError: If a file holds something else.
-    """
-    check_own_folder(folder / CELLS)
-    return [read_outcome(path) for path in sorted((folder / CELLS).glob("*.json"))]
-
-
-def read_outcome(path: Path) -> Outcome:
-    """Read what a cell left.
-
-    Raises:
-        ValueError: If the file holds something else.
-    """
-    try:
-        kept = json.loads(read_bytes(path))
-        return Outcome(
-            result=checked(Result, kept["result"]) if kept["result"] else None,
-            trial=checked(Trial, kept["trial"]) if kept["trial"] else None,
-            points=[checked(Point, point) for point in kept["points"]],
-            tables=checked(Tables, {"rows": kept["tables"]}).rows,
-        )
-    except (KeyError, TypeError, ValueError, OSError, RecursionError) as problem:
-        raise ValueError(
-            f"'{path}' must hold what came out of a cell: {problem}; remove it and run that cell again"
-        ) from problem
-
-
 def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
     """Return the settings with which the folder may be written.
 
@@ -454,42 +287,6 @@ def check_arms(path: Path, arms: Iterable[Arm]) -> None:
             raise ValueError(
                 f"out must hold the same arms, got another {arm.name!r} in '{path}'; choose another folder"
             )
-
-
-class About(BaseModel):
-    """What `about.json` says, as far as it is used; the types are checked, what is not known here is kept."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    kind: str | None = None
-    workload: str | None = None
-    measure: Any = None
-    samples: str | None = None
-    left_out: dict[str, str] = {}
-    arms: dict[str, dict[str, Any]] = {}
-    tracked: str = ""
-    processes: int = 1
-    machines: list[dict[str, Any]] = []
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """Return what a folder says about itself; nothing where it says nothing.
-
-    Raises:
-        ValueError: If its `about.json` is damaged.
-    """
-    file = path / "about.json"
-    if not os.path.lexists(file):
-        return {}
-    try:
-        about: dict[str, Any] = json.loads(read_bytes(file))
-        About.model_validate(about)
-    except (OSError, ValueError, RecursionError) as problem:
-        raise ValueError(
-            f"'{file}' must be as compare or train wrote it, got something else: {type(problem).__name__}; "
-            "take it from a copy of the folder"
-        ) from None
-    return about
 
 
 def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> ResultsFolder:

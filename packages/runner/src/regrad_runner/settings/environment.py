@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from regrad_runner.settings.config import RunConfig, shown
+from regrad_runner.settings.checking import shown
+from regrad_runner.settings.config import RunConfig
 
 PREFIX = "ACCELERATE_"
 FSDP, ONLY_CPUS = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU"

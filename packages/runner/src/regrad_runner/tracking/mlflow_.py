@@ -15,6 +15,14 @@ keeps what is not delivered, `regrad_runner.tracking.delivery` sends it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from regrad_runner.signals import LeftAtOnce
+
+if TYPE_CHECKING:
+    pass
 import atexit
 import platform
 import posixpath
@@ -23,7 +31,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -31,11 +39,11 @@ from typing import Any, Literal, Self
 from regrad.errors import RegradError, RegradWarning
 
 from regrad_runner.addresses import check_address, without_secrets
+from regrad_runner.signals import signals_wait
 from regrad_runner.tracking.delivery import METRICS_PER_CALL, Delivery, Sender
 from regrad_runner.tracking.spool import Record, Spool, new_spool, spools, take_spool
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-
 # Limits of MLflow's API: settings per call, characters per value, characters allowed in a name.
 PARAMS_PER_CALL = 100
 PARAM_LENGTH, TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
@@ -43,17 +51,6 @@ NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 # How long the end of a process waits for MLflow, and how long if MLflow fails to answer.
 SECONDS_AT_THE_END, SECONDS_IN_VAIN = 60.0, 10.0
 UNSENT = "unsent"
-
-
-class Terminated(SystemExit):
-    """The process was asked to end (SIGTERM); raise it in the signal handler and open runs become KILLED."""
-
-    def __init__(self, code: int = 143) -> None:
-        super().__init__(code)
-
-
-class LeftAtOnce(KeyboardInterrupt):
-    """Ctrl-C was pressed again: nothing is waited for any more."""
 
 
 class Run:
@@ -407,3 +404,18 @@ def _printable(text: str) -> str:
 def _parts(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
     """Cut a sequence into lists of at most `size`."""
     return (list(values[start : start + size]) for start in range(0, len(values), size))
+
+
+@contextmanager
+def tracked(start: Callable[[], Run]) -> Iterator[Run]:
+    """Begin a run and end it with the block: finished, failed or killed, also where a signal comes in between.
+
+    Args:
+        start: Begins the run. A signal waits until it is known, and again while it is finished.
+    """
+    with ExitStack() as stack:
+        with signals_wait():
+            run = stack.enter_context(start())
+        yield run
+        with signals_wait():
+            run.finish()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from regrad_runner.addresses import check_address, shown_address, without_secrets
 from regrad_runner.files import check_own_folder
-from regrad_runner.settings.config import read_settings
+from regrad_runner.settings.loading import read_settings
 from regrad_runner.tracking.delivery import Delivery
 from regrad_runner.tracking.mlflow_ import UNSENT
 from regrad_runner.tracking.spool import Spool, spools, take_spool

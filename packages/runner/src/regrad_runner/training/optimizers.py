@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrad_runner.settings.specs import read_spec
-from regrad_runner.workloads import Defaults
+from regrad_runner.workloads.workload import Defaults
 
 GROUP = "regrad.optimizers"
 # They need a closure, sparse gradients or only matrices: not what the loop here offers.

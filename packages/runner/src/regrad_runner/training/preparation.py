@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from contextlib import closing
 from datetime import datetime
@@ -18,9 +17,12 @@ from torch.optim import Optimizer
 from regrad_runner.settings.arms import ALL, Arm, create_all
 from regrad_runner.settings.config import CompareConfig, Config, RunConfig
 from regrad_runner.settings.environment import asked_to_shard
+from regrad_runner.training.building import as_inputs, build_training
 from regrad_runner.training.optimizers import build_optimizer
-from regrad_runner.training.run import TrainingRun, as_inputs, build_training
-from regrad_runner.workloads import Workload, load_workload
+from regrad_runner.training.resolving import resolved
+from regrad_runner.training.run import TrainingRun
+from regrad_runner.workloads.loading import load_workload
+from regrad_runner.workloads.workload import Workload
 
 
 def load_data(config: Config) -> tuple[Workload, Config]:
@@ -37,7 +39,7 @@ def load_data(config: Config) -> tuple[Workload, Config]:
         download=config.download,
         image_size=config.image_size,
     )
-    config = config.resolved(workload)
+    config = resolved(config, workload)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     return workload, config
 
@@ -118,18 +120,6 @@ def every_correction(
         *(text for text in config.corrections[place:] if text != ALL),
     )
     return config.model_copy(update={"corrections": names}), left_out
-
-
-def leave_processes() -> None:
-    """End the process group, if there is one. Call it on every process, after the last run was let go.
-
-    Left to the end of the interpreter, threads of the group or of a model that is still wrapped abort the process
-    ("terminate called without an active exception"; seen in one of five launches on gloo).
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # hooks and models refer to each other
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def default_folder(kind: str, workload: str) -> Path:

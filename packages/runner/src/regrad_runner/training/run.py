@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -13,139 +12,22 @@ import regrad
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from regrad_runner.models.building import own_head
+from regrad_runner.results.points import Point
 from regrad_runner.settings.arms import Arm, create_all
 from regrad_runner.settings.config import RunConfig
 from regrad_runner.settings.environment import used
+from regrad_runner.training.building import as_inputs, build_training
 from regrad_runner.training.nonfinite import Watch
-from regrad_runner.training.optimizers import build_optimizer
+from regrad_runner.training.position import Position
 from regrad_runner.training.processes import make_accelerator
-from regrad_runner.workloads import Measure, Workload, make_model
+from regrad_runner.training.schedule import schedule
 from regrad_runner.workloads.samples import Samples, training_loader
+from regrad_runner.workloads.workload import Workload
 
 # The effect meter looks at each of these first steps: they are slower in the arms that have a correction.
 METERED_STEPS = 20
-
-
-@dataclass(frozen=True)
-class Point:
-    """One evaluation.
-
-    Attributes:
-        step: Optimizer steps done.
-        epoch: Passes over the training samples done.
-        loss: Mean training loss since the last evaluation.
-        value: The measure on the validation samples.
-        lr: Learning rate of the coming step.
-        seconds: Time spent in training steps so far, fetching their batches included, evaluations and probes not;
-            None where it was not kept. Two evaluations are equal whatever their times.
-    """
-
-    step: int
-    epoch: float
-    loss: float
-    value: float
-    lr: float
-    seconds: float | None = field(default=None, compare=False)
-
-    def as_metrics(self, measure: Measure) -> dict[str, float]:
-        """Return the numbers by the names of curves."""
-        return {"training loss": self.loss, name_on_validation(measure): self.value, "lr": self.lr}
-
-
-@dataclass
-class Position:
-    """How far a run is; with weights and states, what a checkpoint holds.
-
-    Attributes:
-        step: Optimizer steps done.
-        epoch: The epoch under way, from 0.
-        batch: Micro-batches of that epoch done.
-        seconds: Time spent in training steps up to the last evaluation or checkpoint that was loaded.
-        points: The evaluations so far.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    points: list[Point] = field(default_factory=list)
-
-
-def name_on_validation(measure: Measure) -> str:
-    """Return what the measure is called on the validation samples.
-
-    Example:
-        >>> name_on_validation(Measure(name="test accuracy", target=None))
-        'validation accuracy'
-    """
-    return f"validation {measure.name.removeprefix('test ')}"
-
-
-def build_training(
-    config: RunConfig, workload: Workload, arm: Arm, *, seed: int, lr: float
-) -> tuple[nn.Module, Optimizer]:
-    """Return the model and the optimizer of an arm, the change of its control made.
-
-    Args:
-        config: Resolved settings.
-        workload: What is trained.
-        arm: Whose control is applied.
-        seed: Fixes the initial weights.
-        lr: Learning rate before a control changes it.
-
-    Raises:
-        ValueError: If model or optimizer cannot be made.
-    """
-    model = make_model(workload, str(config.model), width=config.width, norm=config.norm, seed=seed)
-    control = arm.control
-    if control is None:
-        return model, build_optimizer(str(config.optimizer), model.parameters(), lr=lr)
-    rescales = (control.head_init, control.head_lr, control.body_lr) != (1, 1, 1)
-    head = own_head(model, whose=f"control {control.name!r}") if rescales else []
-    with torch.no_grad():
-        for parameter in head:
-            parameter.mul_(control.head_init)
-    groups: Any = model.parameters()
-    if control.head_lr != control.body_lr or control.body_lr != 1:
-        body = [p for p in model.parameters() if all(p is not h for h in head)]
-        groups = [
-            {"params": body, "lr": lr * control.body_lr},
-            {"params": head, "lr": lr * control.head_lr},
-        ]
-    return model, build_optimizer(str(config.optimizer), groups, lr=lr, changes=control.optimizer)
-
-
-def as_inputs(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return inputs in the number format of the weights; whole numbers, such as bytes of a text, as they are."""
-    return inputs.to(dtype) if inputs.is_floating_point() else inputs
-
-
-def schedule(step: int, *, warmup_steps: int, total_steps: int) -> float:
-    """Return the factor on the learning rate of step `step`, from 0: a line up to 1, then a cosine down to 0.
-
-    Example:
-        >>> [round(schedule(step, warmup_steps=2, total_steps=6), 3) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    share = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def steps_to_target(points: Sequence[Point], measure: Measure) -> int | None:
-    """Return the step at which the running median of three evaluations reached the target; None if it never did."""
-    if measure.target is None:
-        return None
-    sign = 1 if measure.higher_is_better else -1
-    for three in zip(points, points[1:], points[2:], strict=False):
-        if sign * (median(point.value for point in three) - measure.target) >= 0:
-            return three[-1].step
-    return None
 
 
 class TrainingRun:

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from regrad_runner.models.building import Norm, build_model, is_own
-from regrad_runner.workloads import Workload
+from regrad_runner.models.building import build_model
+from regrad_runner.models.residual import Norm, is_own
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
+from regrad_runner.workloads.workload import Workload
 
 WIDTH = 16  # channels of the first stage of a CIFAR network, as in the paper
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from regrad_runner.models.gpt import build_gpt
 from regrad_runner.reading import read_regular
-from regrad_runner.workloads import Defaults, Measure, Workload
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
+from regrad_runner.workloads.workload import Defaults, Measure, Workload
 
 VOCABULARY = 256
 MODEL = "gpt"

@@ -23,10 +23,12 @@ from regrad_runner.reporting.page.repeat import command_to_repeat
 from regrad_runner.reporting.page.source import read_source
 from regrad_runner.reporting.page.write import write_page
 from regrad_runner.reporting.report import show, summarize_results
-from regrad_runner.results.folder import Result, ResultsFolder, read_about
+from regrad_runner.results.about import read_about
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Result
 from regrad_runner.results.tables import read_rows
 from regrad_runner.settings.config import CompareConfig
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 
 SECTIONS = [
     "verdicts",

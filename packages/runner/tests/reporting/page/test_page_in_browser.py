@@ -3,7 +3,7 @@ import shutil
 import pytest
 from regrad_runner.reporting.page.write import write_page
 from regrad_runner.reporting.report import summarize_results
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: uv sync --group browser"

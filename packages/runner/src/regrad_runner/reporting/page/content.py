@@ -16,7 +16,7 @@ from regrad_runner.reporting.page.repeat import LEFT_OUT
 from regrad_runner.reporting.page.source import Source
 from regrad_runner.reporting.table import probability, sentence, short_number
 from regrad_runner.statistics.verdicts import ArmSummary
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 
 NOTHING, MINUS = "–", "−"
 SHORT = 24  # characters that stay on one line

@@ -10,9 +10,9 @@ from regrad_runner.diagnostics.effects import Effect
 from regrad_runner.reporting.page.marks import Drawing, Mark, marks_of_bands
 from regrad_runner.reporting.page.source import Source
 from regrad_runner.reporting.styles import DASHES, MARKERS, Style
-from regrad_runner.results.folder import CurvePoint
+from regrad_runner.results.outcomes import CurvePoint
 from regrad_runner.statistics.bands import bands
-from regrad_runner.training.run import name_on_validation
+from regrad_runner.workloads.workload import name_on_validation
 
 LATE = "Vertical axes fit the second half of training; what came before may leave them."
 WHEN = "A point stands at the median time at which its evaluation came."

@@ -11,8 +11,9 @@ from regrad_runner.diagnostics.gradient_quality import Quality
 from regrad_runner.reporting.page.marks import Drawing, Mark
 from regrad_runner.reporting.page.source import Source
 from regrad_runner.reporting.styles import Style
-from regrad_runner.statistics.verdicts import RunRow, median_interval
-from regrad_runner.training.run import name_on_validation
+from regrad_runner.statistics.intervals import median_interval
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.workloads.workload import name_on_validation
 
 MEDIAN = (
     "Dot: a run; bar: median; line: interval of at least 95 % for the median, from the order of the runs, "

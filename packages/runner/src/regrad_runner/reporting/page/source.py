@@ -10,11 +10,12 @@ from typing import Any
 from regrad_runner.diagnostics.effects import Effect, kept_effects
 from regrad_runner.diagnostics.gradient_quality import Quality, kept_qualities
 from regrad_runner.reporting.styles import Style, arm_styles
-from regrad_runner.results.folder import ResultsFolder, read_about
+from regrad_runner.results.about import read_about
+from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.receipts import read_receipt
-from regrad_runner.settings.config import read_settings
+from regrad_runner.settings.loading import read_settings
 from regrad_runner.statistics.verdicts import ArmSummary
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from regrad_runner.reporting.page.source import Source, read_source
 from regrad_runner.reporting.page.svg import as_file, as_part, swatch
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.statistics.verdicts import ArmSummary
-from regrad_runner.workloads import Measure
+from regrad_runner.workloads.workload import Measure
 
 FILE = "report.html"
 LOADER = PackageLoader("regrad_runner.reporting.page")
