@@ -1,9 +1,17 @@
 """What a correction is told of a step."""
 
+import typing
+
 import pytest
 import torch
 from regrad import RegradError
-from regrad.hookspecs import Step, learning_rate
+from regrad.correction import HOOK_OF_STAGE, Stage
+from regrad.hookspecs import HOOKS, Step, learning_rate
+
+
+def test_every_stage_has_a_hook_in_time_order_and_one_hook_has_no_stage():
+    assert (*HOOK_OF_STAGE.values(), "after_step") == HOOKS
+    assert tuple(HOOK_OF_STAGE) == typing.get_args(Stage)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0, torch.tensor(0.1), torch.tensor([0.1])], ids=str)

@@ -267,7 +267,18 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             RegradError: Under FSDP2, whose modules cannot be copied.
         """
         self.engine.close_window()
-        return explain.explain(self, self._original, batch)
+        return explain.explain(
+            self,
+            batch,
+            attach_copy=self._attach_copy,
+            has_criterion=self._original is not None,
+        )
+
+    def _attach_copy(
+        self, model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction]
+    ) -> "Attachment":
+        """Attach new corrections to a copy of model and optimizer, with the same criterion."""
+        return type(self)(model, optimizer, corrections, self._original)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the corrections' state by name, with effects and receipt. Plain values and tensors only.

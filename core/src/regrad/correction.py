@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from regrad.errors import RegradError, refuse_if
-from regrad.hookspecs import HOOKS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +18,14 @@ API_VERSION = 1
 
 Stage = Literal["hidden", "criterion", "weights", "gradient", "moment"]
 Reading = Literal["elements", "units", "tensor", "model", "moments", "micro", "criterion"]
-HOOK_OF_STAGE: dict[Stage, str] = dict(
-    zip(typing.get_args(Stage), HOOKS, strict=False)
-)  # the last hook has no stage
+HOOK_OF_STAGE: dict[Stage, str] = {
+    "hidden": "setup",
+    "criterion": "wrap_criterion",
+    "weights": "predict_weights",
+    "gradient": "correct_gradients",
+    "moment": "correct_moments",
+}
+"""The hook of each stage, in time order. The hook `after_step` has no stage."""
 
 
 @dataclass(frozen=True, kw_only=True)

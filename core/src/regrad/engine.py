@@ -272,7 +272,7 @@ class Engine:
         """Raise where the optimizer evaluates the model inside its step, at weights of its own."""
         if not self._is_inside_step(sys._getframe(1)) or self._versions == self._count_writes():
             return
-        moving = self._names_of("predict_weights")
+        moving = self.names_of("predict_weights")
         raise RegradError(
             f"{type(self.optimizer).__name__} evaluates the model inside its step at weights of "
             f"its own, where {moving} would move them again; use one of the two"
@@ -280,18 +280,14 @@ class Engine:
 
     def _refuse_a_second_window(self, step: Step) -> None:
         """Raise where parameters that were added later are moved by another attachment too."""
-        if len(other_optimizers.LOOKING_AHEAD) < 2:
-            return
-        own = set(step.parameters)
-        for other in other_optimizers.LOOKING_AHEAD:
-            if other is not self and not own.isdisjoint(other.window.moved):
-                raise RegradError(
-                    f"{self._names_of('predict_weights')} and "
-                    f"{other._names_of('predict_weights')} of another attachment both move the "
-                    "same parameters; detach() one of them"
-                )
+        other = other_optimizers.moved_by_another(self, step.parameters)
+        if other is not None:
+            raise RegradError(
+                f"{self.names_of('predict_weights')} and {other.names_of('predict_weights')} of "
+                "another attachment both move the same parameters; detach() one of them"
+            )
 
-    def _names_of(self, hook: str) -> str:
+    def names_of(self, hook: str) -> str:
         """Return the names of the corrections that implement a hook, quoted."""
         return ", ".join(repr(correction.name) for correction, _ in self.callers[hook])
 
@@ -330,7 +326,7 @@ class Engine:
             self._say_once(
                 OVERWRITTEN,
                 count=len(overwritten),
-                names=self._names_of("predict_weights"),
+                names=self.names_of("predict_weights"),
                 first=self._names.get(overwritten[0], "?"),
                 optimizer=type(self.optimizer).__name__,
             )
@@ -365,7 +361,7 @@ class Engine:
                 NOT_IN_CHARGE,
                 other=type(optimizer).__name__,
                 optimizer=type(self.optimizer).__name__,
-                names=self._names_of("predict_weights"),
+                names=self.names_of("predict_weights"),
             )
         return wrap_closure(args, kwargs, self.close_window)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
@@ -26,8 +26,8 @@ from regrad.errors import RegradError
 if TYPE_CHECKING:
     from torch import Tensor, nn, optim
 
-    from regrad.attachment import Attachment
     from regrad.correction import Correction
+    from regrad.record import ForwardRecord
 
 hookspec = pluggy.HookspecMarker("regrad")
 hookimpl = pluggy.HookimplMarker("regrad")
@@ -138,10 +138,36 @@ def learning_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float
     )
 
 
-class CorrectionSpec:
-    """The hooks. A correction implements those of its stages; each may take fewer arguments than named here."""
+class AttachmentInSetup(Protocol):
+    """What `setup` is given: the `regrad.Attachment` that is being made.
 
-    def setup(self, attachment: Attachment) -> None:
+    Attributes:
+        model: The innermost module; of several, a `ModuleList` of them.
+        optimizer: The innermost torch optimizer.
+        corrections: In acting order.
+        reasons: Sentences for the receipt. A correction that says what it chose, and why,
+            puts a longer tuple in its place.
+        record: The record of the first training forward, where a correction needs it
+            and the model is not compiled; else None.
+    """
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    corrections: tuple[Correction, ...]
+    reasons: tuple[str, ...]
+    record: ForwardRecord | None
+
+    def hook_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Call `function(module, inputs, output)` after each forward of a submodule, until detach."""
+
+
+class CorrectionSpec:
+    """The hooks of a correction, which implements those of its stages.
+
+    Each may take fewer arguments than are named here.
+    """
+
+    def setup(self, attachment: AttachmentInSetup) -> None:
         """Build state, or refuse by raising.
 
         Called once, at attach, after every argument was validated and before any
@@ -189,5 +215,6 @@ class CorrectionSpec:
 
 
 HOOKS = tuple(name for name in vars(CorrectionSpec) if not name.startswith("_"))
-for _hook in HOOKS:  # a caller reaches one correction only, so its result is the result
+for _hook in HOOKS:
+    # A caller reaches one correction only, so its result is the result.
     hookspec(vars(CorrectionSpec)[_hook], firstresult=True)

@@ -10,18 +10,17 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from regrad.correction import Correction
+from regrad.engine import Engine
 from regrad.errors import RegradError, RegradWarning
 from regrad.receipt import differences
 from regrad.sharding import local
-
-if TYPE_CHECKING:
-    from regrad.attachment import Attachment
 
 KEY = "regrad"
 PARTS = ("corrections", "effects", "receipt")
@@ -68,6 +67,23 @@ class Mark(TypedDict):
     values: list[float]
 
 
+class Attached(Protocol):
+    """What this file needs of an attachment, see `regrad.Attachment`."""
+
+    optimizer: Optimizer
+    corrections: tuple[Correction, ...]
+    engine: Engine
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what really happened."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the corrections' state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+
 class StateInOptimizer:
     """Adds the corrections' state to what the optimizer saves, and takes it back when that is loaded.
 
@@ -81,7 +97,7 @@ class StateInOptimizer:
         attachment: Whose corrections' state it is.
     """
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Attached) -> None:
         self._attachment = attachment
         self._taken: Mapping[str, Any] | None = None
         self._is_missing = False
