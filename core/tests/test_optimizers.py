@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from regrad.optimizers import FIRST_MOMENTS, first_moment_key, looks_ahead, nesterov_control
+from regrad.optimizers import (
+    FIRST_MOMENTS,
+    first_moment_key,
+    looks_ahead,
+    nesterov_control,
+    parameters_of,
+)
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 
 
@@ -13,6 +19,14 @@ def stepped(kind, **options):
     parameter.grad = torch.tensor([2.0])
     optimizer.step()
     return optimizer, parameter
+
+
+def test_the_parameters_of_all_groups_come_in_order_with_the_frozen_ones():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    parameters[1].requires_grad_(False)
+    groups = [{"params": parameters[:2]}, {"params": []}, {"params": parameters[2:]}]
+    found = parameters_of(SGD(groups, lr=0.1))
+    assert all(one is other for one, other in zip(found, parameters, strict=True))
 
 
 @pytest.mark.parametrize("kind", FIRST_MOMENTS, ids=lambda kind: kind.__name__)

@@ -1,8 +1,8 @@
-"""What corrections ask of torch's optimizers: do they look ahead, and where is their first moment?"""
+"""What is asked of torch's optimizers: their parameters, their first moment, do they look ahead?"""
 
 from __future__ import annotations
 
-from torch import optim
+from torch import nn, optim
 
 from regrad.correction import Control
 
@@ -18,6 +18,20 @@ FIRST_MOMENTS: dict[type[optim.Optimizer], str] = {
 
 Ask for the exact class: other libraries, and subclasses, use the same keys for other things.
 """
+
+
+def parameters_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:
+    """Return every parameter of an optimizer in the order of its groups, frozen ones included.
+
+    Example:
+        >>> import torch
+        >>> [p.numel() for p in parameters_of(torch.optim.SGD(torch.nn.Linear(2, 1).parameters()))]
+        [2, 1]
+    """
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters.extend(group["params"])
+    return parameters
 
 
 def first_moment_key(optimizer: optim.Optimizer) -> str | None:
