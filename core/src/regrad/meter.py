@@ -12,7 +12,9 @@ from regrad.errors import RegradWarning
 from regrad.hookspecs import Step, hookimpl
 from regrad.sharding import local
 
-FIRST_STEPS, EVERY, PATIENCE = 20, 50, 200
+FIRST_STEPS = 20
+EVERY = 50
+PATIENCE = 200
 MEASURES = ("share_touched", "relative_change", "cosine", "trigger_rate", "non_finite")
 Named = dict[str, Tensor]
 
@@ -56,8 +58,15 @@ def _with_an_element(tensor: Tensor) -> Tensor:
 
 
 def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return relative change |b − a|/|a| and cosine of a and b from rows, shape [*, 5], of `compare`."""
-    difference, before, after = rows[..., 1], rows[..., 2], rows[..., 3]
+    """Return relative change |b − a|/|a| and cosine of a and b.
+
+    Args:
+        rows: Shape [*, 5], as `compare` returns them.
+
+    Returns:
+        Two tensors of shape [*].
+    """
+    _, difference, before, after, _ = rows.unbind(dim=-1)
     squares = before.square() + after.square() - difference.square()
     product = before * after
     angle = torch.where(product > 0, squares / (2 * product), 0.0).clamp(-1, 1)
@@ -108,11 +117,11 @@ class Meter:
 
     @torch.no_grad()
     def observe(self, name: str, stage: str, before: Named, after: Named) -> None:
-        """Count one measurement of the correction `name` in `stage`, on the tensors that are in both."""
-        names = [n for n in after if n in before]
+        """Count one measurement of a correction in a stage, on the tensors that are in both."""
+        names = [tensor for tensor in after if tensor in before]
         if not names:
             return
-        rows = compare([before[n] for n in names], [after[n] for n in names])
+        rows = compare([before[tensor] for tensor in names], [after[tensor] for tensor in names])
         measures, counts = _summary(rows)
         total, looks = self.sums.get((name, stage), (measures * 0, counts * 0))
         self.sums[name, stage] = (total.to(measures) + measures, looks.to(counts) + counts)
@@ -149,27 +158,31 @@ class Meter:
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return mean measures by correction and stage; none of what was never finite. Synchronises the device."""
+        """Return mean measures by correction and stage; none of what was never finite.
+
+        Waits for the device.
+        """
         result: dict[str, dict[str, dict[str, float]]] = {}
         for (name, stage), (total, looks) in self.sums.items():
-            seen = {
-                measure: value / count
-                for measure, value, count in zip(
-                    MEASURES, total.tolist(), looks.tolist(), strict=True
-                )
-                if count
-            }
-            result.setdefault(name, {})[stage] = seen
+            means: dict[str, float] = {}
+            sums = zip(MEASURES, total.tolist(), looks.tolist(), strict=True)
+            for measure, value, count in sums:
+                if count:
+                    means[measure] = value / count
+            result.setdefault(name, {})[stage] = means
         return result
 
     def warn_if_idle(self, correction: Correction, index: int) -> None:
         """Warn once, `PATIENCE` steps after the warm-up, if nothing was ever changed."""
-        if index != correction.needs.warmup_steps + PATIENCE or correction.needs.stages == (
-            "hidden",
-        ):
+        if index != correction.needs.warmup_steps + PATIENCE:
             return
-        seen = [stage["trigger_rate"] for stage in self.effects().get(correction.name, {}).values()]
-        if not any(seen) and (reason := correction.idle_reason()) is not None:
+        if correction.needs.stages == ("hidden",):
+            return
+        stages = self.effects().get(correction.name, {})
+        if any(measures["trigger_rate"] for measures in stages.values()):
+            return
+        reason = correction.idle_reason()
+        if reason is not None:
             warnings.warn(
                 f"{correction.name!r} had no effect in {index} steps: {reason}",
                 RegradWarning,
