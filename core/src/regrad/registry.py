@@ -1,5 +1,6 @@
 """Find, load and create corrections from the entry points of installed distributions."""
 
+import itertools
 import os
 import re
 import sys
@@ -14,7 +15,8 @@ from regrad.errors import PluginLoadError, RegradError
 from regrad.specs import read_spec
 from regrad.text import printable
 
-ALLOWED, DISABLED = "REGRAD_PLUGINS", "REGRAD_DISABLE"
+ALLOWED = "REGRAD_PLUGINS"
+DISABLED = "REGRAD_DISABLE"
 GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
 USES = {
     "correction": "give it to regrad.attach, or to --corrections",
@@ -133,22 +135,33 @@ def load(name: str, group: str = "regrad") -> Any:
     entry = entries[name]
     if entry.refused:
         raise PluginLoadError(entry.refused)
-    needs = _needed_cores(entry)
-    plugin = f"plugin {name!r} ({', for '.join((_source(entry), *needs))})"
+    loaded = _import(entry, group)
+    misfit = _misfit(loaded, name) if group == "regrad" else ""
+    if misfit:
+        raise PluginLoadError(f"{_in_words(entry)} {misfit}")
+    return loaded
+
+
+def _import(entry: Entry, group: str) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        PluginLoadError: If it names nothing, or cannot be imported.
+    """
     if not re.fullmatch(r"[\w.]+(:[\w.]+)?(\s*\[.*\])?", entry.value):
         rule = f"must have an entry point 'module:attribute', got {entry.value!r}"
-        raise PluginLoadError(f"{plugin} {rule}; install it anew")
+        raise PluginLoadError(f"{_in_words(entry)} {rule}; install it anew")
     try:
-        loaded = metadata.EntryPoint(name, entry.value, group).load()
-    except (
-        Exception,
-        SystemExit,
-    ) as cause:  # a plugin may fail in any way: it is named, and the cause chained
+        return metadata.EntryPoint(entry.name, entry.value, group).load()
+    # A plugin may fail in any way: it is named, and the cause chained.
+    except (Exception, SystemExit) as cause:
         said = printable(cause, keep="\n")
-        raise PluginLoadError(f"{plugin} could not be imported: {said}") from cause
-    if group == "regrad" and (misfit := _misfit(loaded, name)):
-        raise PluginLoadError(f"{plugin} {misfit}")
-    return loaded
+        raise PluginLoadError(f"{_in_words(entry)} could not be imported: {said}") from cause
+
+
+def _in_words(entry: Entry) -> str:
+    """Return the name of a plugin, where it comes from, and the versions of regrad it needs."""
+    return f"plugin {entry.name!r} ({', for '.join((_source(entry), *_needed_cores(entry)))})"
 
 
 def _needed_cores(entry: Entry) -> list[str]:
@@ -166,20 +179,29 @@ def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
         return f"a name must be that of one correction, got {name!r}; write {several}"
     installed = ", ".join(printable(known) for known in entries) or "none"
     text = f"no {kind} named {name!r}; installed: {installed}"
-    for other, place in GROUPS.items():
-        if place != group and name in available(place):
-            article = "an" if other == "optimizer" else "a"
-            return f"{text}; {name!r} is {article} {other}: {USES[other].format(name=name)}"
-    if group == "regrad" and name.lower() in _optimizers_of_torch():
-        return f"{text}; {name!r} is an optimizer of torch: train with it in place of yours"
-    for one in distributions.broken():
-        if re.search(rf"^\s*{re.escape(name)}\s*=", one.points, flags=re.MULTILINE):
-            return f"{text}; {printable(one.folder)} has it, but {printable(one.problem)}; reinstall it"
+    elsewhere = _known_elsewhere(name, group)
+    if elsewhere:
+        return f"{text}; {elsewhere}"
     return text + did_you_mean(name, entries)
 
 
+def _known_elsewhere(name: str, group: str) -> str:
+    """Say what has a name that is not in a group; nothing where nothing has it."""
+    for kind, place in GROUPS.items():
+        if place != group and name in available(place):
+            article = "an" if kind == "optimizer" else "a"
+            return f"{name!r} is {article} {kind}: {USES[kind].format(name=name)}"
+    if group == "regrad" and name.lower() in _optimizers_of_torch():
+        return f"{name!r} is an optimizer of torch: train with it in place of yours"
+    for one in distributions.broken():
+        if re.search(rf"^\s*{re.escape(name)}\s*=", one.points, flags=re.MULTILINE):
+            folder = printable(one.folder)
+            return f"{folder} has it, but {printable(one.problem)}; reinstall it"
+    return ""
+
+
 def _optimizers_of_torch() -> set[str]:
-    """Return the names of torch's optimizers in lower case; none while nobody has imported torch."""
+    """Return the names of torch's optimizers in lower case; none before torch is imported."""
     torch = sys.modules.get("torch.optim")
     names = getattr(torch, "__all__", ())
     return {name.lower() for name in names if isinstance(getattr(torch, name), type)}
@@ -194,28 +216,30 @@ def _kind_of(group: str) -> str:
 
 
 def several_in(text: str) -> list[str]:
-    """Return the corrections in one text that names several, such as "xgrad, agc:axis=auto"; else none.
+    """Return the corrections in a text that names several, such as "xgrad, agc:axis=auto".
 
     Commas, spaces and plus signs separate, where the name of an installed correction follows.
+
+    Returns:
+        A text per correction; none where the text does not name several.
 
     Example:
         >>> several_in("no-such-correction, neither")
         []
     """
+    # The longest first: one name may begin another.
     known = sorted(available(), key=len, reverse=True)
     if not known:
         return []
     name = rf"(?:{'|'.join(map(re.escape, known))})(?=\s*(?:[:+,;&|\s]|$))"
-    plain = re.sub(r"\[[^\]]*\]|\([^)]*\)", lambda found: "_" * len(found[0]), text)
-    if not re.match(rf"\s*{name}", plain):
+    # Lists may hold names and commas too: they are covered, in their length.
+    covered = re.sub(r"\[[^\]]*\]|\([^)]*\)", lambda found: "_" * len(found[0]), text)
+    if not re.match(rf"\s*{name}", covered):
         return []
-    starts = [0, *(found.end() for found in re.finditer(rf"[+,;&|\s]\s*(?={name})", plain))]
-    ends = [*starts[1:], len(text)]
-    parts = [
-        text[start:end].strip().rstrip("+,;&|").strip()
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    parts = [part for part in parts if part]
+    cuts = [found.end() for found in re.finditer(rf"[+,;&|\s]\s*(?={name})", covered)]
+    pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+    stripped = [piece.strip().rstrip("+,;&|").strip() for piece in pieces]
+    parts = [part for part in stripped if part]
     return parts if len(parts) > 1 else []
 
 
@@ -225,7 +249,8 @@ def _misfit(loaded: Any, name: str) -> str:
     if not is_class and not isinstance(loaded, Composition):
         return f"must offer a Correction class or a Composition, got {printable(repr(loaded))}"
     if loaded.api_version != API_VERSION:
-        mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
+        is_newer = loaded.api_version > API_VERSION
+        mend = "regrad" if is_newer else "version of the plugin"
         return f"has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}"
     if is_class and getattr(loaded, "name", None) != name:
         return f"must offer a class whose name is {name!r}"
@@ -402,16 +427,20 @@ def _unpacked(items: tuple[Any, ...] | list[Any]) -> str:
 
 def _call(name: Any, options: Any) -> str:
     """Return the call that creates a correction with options."""
-    pairs = options.items() if isinstance(options, Mapping) else ()
-    if all(isinstance(key, str) and key.isidentifier() for key, _ in pairs):
-        words = "".join(f", {key}={value!r}" for key, value in pairs)
-    else:
-        words = f", **{options!r}"
-    return f"regrad.create({name!r}{words})"
+    if not isinstance(options, Mapping):
+        return f"regrad.create({name!r})"
+    if all(isinstance(key, str) and key.isidentifier() for key in options):
+        words = "".join(f", {key}={value!r}" for key, value in options.items())
+        return f"regrad.create({name!r}{words})"
+    return f"regrad.create({name!r}, **{options!r})"
 
 
 def origin(correction: Correction) -> dict[str, str]:
-    """Return distribution and version that a correction comes from; "local" where it is not installed."""
+    """Return the distribution and version that a correction comes from.
+
+    Returns:
+        "distribution" and "version"; "local" and "" for one that no distribution installed.
+    """
     entry = available().get(correction.name)
     package = type(correction).__module__.partition(".")[0]
     if entry and entry.value.startswith((f"{package}.", f"{package}:")):

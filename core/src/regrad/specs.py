@@ -1,4 +1,4 @@
-"""Names with options, such as "agc:max_ratio=0.02,axis=auto", read into a name and Python values."""
+"""Names with options, such as "agc:max_ratio=0.02,axis=auto", read into Python values."""
 
 import math
 import re
