@@ -95,6 +95,23 @@ def test_no_modules_of_a_member_import_each_other_in_a_circle(member, request):
     assert circle == [], f"{member.folder}: {' is imported by '.join(circle)}"
 
 
+def test_the_rooms_of_the_core_are_listed_and_import_only_what_is_listed_below_them(members, root):
+    (core,) = [m for m in members if m.folder == "core"]
+    text = (root / "CONTRIBUTING.md").read_text()
+    section = text.partition("### The rooms of the core")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    lines = {
+        f"regrad.{name}": number
+        for number, row in enumerate(rows)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    graph = imports_between(core)
+    assert lines.keys() == graph.keys() - {"regrad"}
+    for module, imports in graph.items():
+        upwards = [other for other in imports if lines[other] < lines[module]]
+        assert upwards == [], f"{module} imports what stands above it"
+
+
 def test_everything_imported_is_declared_by_the_member_itself(
     member, members, imports, normal_name
 ):
