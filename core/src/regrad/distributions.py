@@ -147,7 +147,7 @@ def broken() -> list[Broken]:
 
 
 def doubled() -> dict[str, list[Installed]]:
-    """Return distributions that are installed twice in one folder, by name: an upgrade ended halfway."""
+    """Return distributions that are twice in one folder, by name: an upgrade ended halfway."""
     groups: dict[tuple[str, str], list[Installed]] = {}
     for one in every():
         if isinstance(one, Installed):

@@ -131,8 +131,9 @@ def learning_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float
     is_number = isinstance(rate, numbers.Real) and rate is not True and rate is not False
     if is_tensor or is_number:
         return rate  # type: ignore[no-any-return]
+    kind = type(optimizer).__name__
     raise RegradError(
-        f"lr must be a number in every parameter group of {type(optimizer).__name__}, got {rate!r}; "
+        f"lr must be a number in every parameter group of {kind}, got {rate!r}; "
         "give it one when you make the optimizer, and turn off rates that it computes itself, such "
         "as relative_step"
     )
@@ -158,7 +159,7 @@ class AttachmentInSetup(Protocol):
     record: ForwardRecord | None
 
     def hook_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        """Call `function(module, inputs, output)` after each forward of a submodule, until detach."""
+        """Call `function(module, inputs, output)` after each forward of a module, until detach."""
 
 
 class CorrectionSpec:

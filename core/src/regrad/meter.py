@@ -1,7 +1,7 @@
 """The effect meter: what each correction really changed."""
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,9 +146,9 @@ class Meter:
     def _around(
         self, step: Step, stage: str, read: Callable[[Step, Any], Named]
     ) -> Generator[None, Any, Any]:
-        """Let the correction run; measure what `read` returns before and after it, where that is due.
+        """Let the correction run; where a measurement is due, compare what `read` returns.
 
-        `read` is called with None before, and afterwards with what the correction returned.
+        It is called with None before, and afterwards with what the correction returned.
         """
         if not self.due(step.correction, step.index):
             return (yield)
@@ -171,6 +171,12 @@ class Meter:
                     means[measure] = value / count
             result.setdefault(name, {})[stage] = means
         return result
+
+    def load_sums(self, name: str, saved: Mapping[tuple[str, str], Any]) -> None:
+        """Take back the `sums` of one correction from those of another meter."""
+        for key, sums in saved.items():
+            if key[0] == name:
+                self.sums[key] = sums
 
     def warn_if_idle(self, correction: Correction, index: int) -> None:
         """Warn once, `PATIENCE` steps after the warm-up, if nothing was ever changed."""

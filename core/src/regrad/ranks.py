@@ -259,7 +259,7 @@ def _stage_of(model: nn.Module) -> str | None:
 
 
 def _pipeline_stages() -> Iterator[Any]:
-    """Yield the stages that torch.distributed.pipelining has made: a module does not know its stage."""
+    """Yield the stages of torch.distributed.pipelining: a module does not know which it is in."""
     pipelining = sys.modules.get("torch.distributed.pipelining.stage")
     kind = getattr(pipelining, "_PipelineStageBase", None)
     if kind is None:

@@ -263,7 +263,7 @@ def _is_kind(instance: object, name: str) -> bool:
 
 
 def _evaluates_elsewhere(optimizer: Any) -> bool:
-    """Say whether an optimizer is of the family of SAM: it needs a gradient at perturbed weights."""
+    """Say whether an optimizer, as those like SAM, needs a gradient at perturbed weights."""
     if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         return True
     return any(kind.__name__.lower().endswith("sam") for kind in type(optimizer).__mro__)
