@@ -12,21 +12,13 @@ import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Needs
 from regrad.hookspecs import Step
+from regrad.optimizers import FIRST_MOMENTS, first_moment_key
 from regrad.sharding import is_sharded
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrad_adanorm.functional import add_scaled_, average_and_excess, norms_of
 
-# By class, exactly: other libraries, and subclasses, use the same keys for other things.
-FIRST_MOMENTS: dict[type[Optimizer], str] = {
-    optim.Adam: "exp_avg",
-    optim.AdamW: "exp_avg",
-    optim.NAdam: "exp_avg",
-    optim.RAdam: "exp_avg",
-    optim.Adamax: "exp_avg",
-    optim.SGD: "momentum_buffer",
-}
 Member = tuple[str, nn.Parameter, Tensor]
 """(name, parameter, gradient)."""
 
@@ -101,7 +93,7 @@ class AdaNorm(Correction):
             )
         if self.options.target == "gradient":
             return
-        if type(optimizer) not in FIRST_MOMENTS:
+        if first_moment_key(optimizer) is None:
             known = ", ".join(kind.__name__ for kind in FIRST_MOMENTS)
             raise RegradError(
                 f"'adanorm' must know where {type(optimizer).__name__} keeps its first moment, as it does for torch's "
@@ -133,7 +125,8 @@ class AdaNorm(Correction):
         self, members: Sequence[Member], optimizer: Optimizer, group: Mapping[str, Any]
     ) -> None:
         """Correct the first moments of parameters of one group, device and dtype."""
-        key, share = FIRST_MOMENTS[type(optimizer)], _share_of_new(group)
+        key = FIRST_MOMENTS[type(optimizer)]
+        share = _share_of_new(group)
         sign = -1.0 if group["maximize"] else 1.0
         decay = 0.0 if group.get("decoupled_weight_decay") else sign * group["weight_decay"]
         excess = self._advance(members, self._norms(members, decay))

@@ -9,15 +9,14 @@ from regrad import Attachment, Correction
 from regrad.correction import Control, Needs
 from regrad.errors import refuse_if
 from regrad.hookspecs import Step
+from regrad.optimizers import first_moment_key, looks_ahead, nesterov_control
 from regrad.sharding import local
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
 from regrad_gcw.functional import HIGHEST, LOWEST, offset
 from regrad_gcw.selection import convolutions_of, matches, stage_ends
 from regrad_gcw.slots import DECAYS, Memory, fit
-
-WITH_FIRST_MOMENT = (Adam, AdamW, RAdam, Adamax)
 
 
 class GCW(Correction):
@@ -129,9 +128,7 @@ class GCW(Correction):
     def setup(self, attachment: Attachment) -> None:
         """Refuse an optimizer that already looks ahead, and layers that are not there."""
         groups, layers = attachment.optimizer.param_groups, self.options.layers
-        ahead = isinstance(attachment.optimizer, NAdam) or any(
-            group.get("nesterov") for group in groups
-        )
+        ahead = looks_ahead(attachment.optimizer)
         kind, mend = (
             type(attachment.optimizer).__name__,
             "use nesterov=False, or allow_double_lookahead=True",
@@ -222,8 +219,10 @@ class GCW(Correction):
             yield parameter, memory
 
     def _in_moment(self, step: Step, group: Mapping[str, Any]) -> bool:
-        known = type(step.optimizer) in WITH_FIRST_MOMENT and self.options.target == "moment"
-        return known and float(group["betas"][0]) > 0
+        """Say whether the offset goes into a first moment, through which alone the gradient is read."""
+        if self.options.target != "moment" or looks_ahead(step.optimizer):
+            return False
+        return first_moment_key(step.optimizer) == "exp_avg" and float(group["betas"][0]) > 0
 
     def _prior(self, group: Mapping[str, Any]) -> list[float]:
         """Return the coefficients before learning: the momentum on the last gradient."""
@@ -252,11 +251,7 @@ class GCW(Correction):
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which the prior is, on SGD with momentum."""
-        groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(
-            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
-        )
-        return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
+        return nesterov_control(optimizer)
 
     def metrics(self) -> dict[str, float]:
         """Return the learned coefficients, means over the tensors, and the shares that the gate lets through."""

@@ -13,12 +13,13 @@ import torch
 from regrad import Attachment, Correction, RegradError, RegradWarning
 from regrad.correction import Control, Needs
 from regrad.hookspecs import Step, learning_rate
+from regrad.optimizers import looks_ahead, nesterov_control
 from regrad.sharding import local
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from regrad_xgrad.functional import Scalar
-from regrad_xgrad.state_forms import decoupled_decay, looks_ahead, state_form
+from regrad_xgrad.state_forms import decoupled_decay, state_form
 
 
 class XGrad(Correction):
@@ -204,11 +205,7 @@ class XGrad(Correction):
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which this is up to the horizon, on SGD with momentum."""
-        groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(
-            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
-        )
-        return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
+        return nesterov_control(optimizer)
 
     def idle_reason(self) -> str:
         """Say why no weight may have moved."""
