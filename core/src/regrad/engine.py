@@ -499,11 +499,7 @@ class Engine:
     def _check(self, step: Step) -> None:
         """Refuse sparse gradients without a rule; say once what seems to be missing."""
         unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
-        sparse = [
-            name
-            for name, gradient in zip(step.names, step.gradients, strict=True)
-            if gradient is not None and gradient.is_sparse
-        ]
+        sparse = [name for name, gradient in step.named_gradients() if gradient.is_sparse]
         if unfit and sparse:
             raise RegradError(f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
         if self.forwards == 0:

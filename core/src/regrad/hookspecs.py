@@ -16,7 +16,7 @@ In time order of one optimizer step::
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -47,19 +47,48 @@ class Step:
     correction: Correction
 
     def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
-        self.optimizer, self.index = optimizer, index
-        pairs = (
-            (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
-        )
-        self._groups: dict[nn.Parameter, dict[str, Any]] = {
-            p: group for p, group in pairs if p.requires_grad
-        }
-        self.parameters, self.names = [*self._groups], list[str]()
+        self.optimizer = optimizer
+        self.index = index
+        self._groups: dict[nn.Parameter, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._groups[parameter] = group
+        self.parameters = list(self._groups)
+        self.names: list[str] = []
 
     @property
     def gradients(self) -> list[Tensor | None]:
         """`.grad` of each of `parameters`; None where there is none."""
         return [parameter.grad for parameter in self.parameters]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over `parameters` with their names, those without a gradient included.
+
+        Example:
+            >>> import torch
+            >>> step = Step(torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1), 0)
+            >>> step.names = ["weight", "bias"]
+            >>> [(name, parameter.numel()) for name, parameter in step.named_parameters()]
+            [('weight', 2), ('bias', 1)]
+        """
+        return zip(self.names, self.parameters, strict=True)
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the gradients that are there, with the names of their parameters.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> step = Step(torch.optim.SGD(model.parameters(), lr=0.1), 0)
+            >>> step.names = ["weight", "bias"]
+            >>> model.bias.grad = torch.ones(1)
+            >>> list(step.named_gradients())
+            [('bias', tensor([1.]))]
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """Return the optimizer's parameter group of `parameter`."""

@@ -137,10 +137,15 @@ class Meter:
     def _around(
         self, step: Step, stage: str, read: Callable[[Step, Any], Named]
     ) -> Generator[None, Any, Any]:
-        due = self.due(step.correction, step.index)
-        before = {name: tensor.clone() for name, tensor in read(step, None).items()} if due else {}
+        """Let the correction run; measure what `read` returns before and after it, where that is due.
+
+        `read` is called with None before, and afterwards with what the correction returned.
+        """
+        if not self.due(step.correction, step.index):
+            return (yield)
+        before = {name: tensor.clone() for name, tensor in read(step, None).items()}
         result = yield
-        self.observe(step.correction.name, stage, before, read(step, result or ()) if due else {})
+        self.observe(step.correction.name, stage, before, read(step, result or ()))
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -172,27 +177,29 @@ class Meter:
             )
 
 
-def _weights(step: Step, moves: Any) -> Named:
-    weights = ((n, local(p.detach())) for n, p in zip(step.names, step.parameters, strict=True))
+def _weights(step: Step, moves: Sequence[Tensor | None] | None) -> Named:
+    """Return the weights, or, of those that are moved, where they are moved to."""
+    weights = {name: local(parameter.detach()) for name, parameter in step.named_parameters()}
     if moves is None:
-        return dict(weights)
-    return {
-        n: w + local(d) for (n, w), d in zip(weights, moves, strict=False) if d is not None
-    }  # the window checks
+        return weights
+    predicted: Named = {}
+    # The window refuses a wrong number of moves, and says so better.
+    for name, move in zip(step.names, moves, strict=False):
+        if move is not None:
+            predicted[name] = weights[name] + local(move)
+    return predicted
 
 
-def _gradients(step: Step, _: Any) -> Named:
-    return {
-        n: local(g)
-        for n, g in zip(step.names, step.gradients, strict=True)
-        if g is not None and not g.is_sparse
-    }
+def _gradients(step: Step, _: object) -> Named:
+    """Return the dense gradients."""
+    return {name: local(grad) for name, grad in step.named_gradients() if not grad.is_sparse}
 
 
-def _moments(step: Step, _: Any) -> Named:
-    states = (
-        (n, p, step.optimizer.state.get(p, {}))
-        for n, p in zip(step.names, step.parameters, strict=True)
-    )
-    pairs = ((f"{n}: {key}", value, p) for n, p, state in states for key, value in state.items())
-    return {name: local(v) for name, v, p in pairs if isinstance(v, Tensor) and v.shape == p.shape}
+def _moments(step: Step, _: object) -> Named:
+    """Return the tensors of the optimizer's state that have their parameter's shape."""
+    moments: Named = {}
+    for name, parameter in step.named_parameters():
+        for key, value in step.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[f"{name}: {key}"] = local(value)
+    return moments

@@ -1,7 +1,5 @@
 """Find, load and create corrections from the entry points of installed distributions."""
 
-import contextlib
-import math
 import os
 import re
 import sys
@@ -13,6 +11,7 @@ from typing import Any
 from regrad import distributions
 from regrad.correction import API_VERSION, Correction, did_you_mean
 from regrad.errors import PluginLoadError, RegradError
+from regrad.specs import read_spec
 from regrad.text import printable
 
 ALLOWED, DISABLED = "REGRAD_PLUGINS", "REGRAD_DISABLE"
@@ -23,7 +22,6 @@ USES = {
     "or --optimizer {name}",
     "workload": "give it to --workload",
 }
-OPTIONS_RULE = "options must look like 'name:option=value,option=[value,value]'"
 
 
 @dataclass(frozen=True)
@@ -252,23 +250,50 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec must be a name such as 'agc:max_ratio=0.02', got {spec!r}")
+    name, written = _read_one(spec)
+    loaded = load(name)
+    merged = {**written, **options}
+    if isinstance(loaded, Composition):
+        return _create_parts(name, loaded, merged)
+    return loaded(**merged)  # type: ignore[no-any-return]
+
+
+def _read_one(spec: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options in a text; say how to take it apart if it names several."""
     several = several_in(spec) if "+" in spec else []
     if several:
-        raise ValueError(f"a name must be that of one correction, got {spec!r}; write {several}")
-    name, _, text = spec.partition(":")
-    loaded = load(name.strip())
-    merged = {**_parse_options(text, spec), **options}
-    if not isinstance(loaded, Composition):
-        return loaded(**merged)  # type: ignore[no-any-return]
-    routed: dict[str, dict[str, Any]] = {part: {} for part in loaded.parts}
-    for key, value in merged.items():
-        part, dot, option = key.partition(".")
-        if not dot or part not in routed:
+        raise ValueError(_alone(spec, several))
+    try:
+        return read_spec(spec)
+    except ValueError as error:
+        several = several_in(spec)
+        if several:
+            raise ValueError(_alone(spec, several)) from error
+        raise
+
+
+def _alone(spec: str, several: list[str]) -> str:
+    """Say that a text names several corrections."""
+    return f"a name must be that of one correction, got {spec!r}; write {several}"
+
+
+def _create_parts(
+    name: str, composition: Composition, options: Mapping[str, Any]
+) -> tuple[Correction, ...]:
+    """Create the corrections of a composition, each with the options that start with its name."""
+    of_part: dict[str, dict[str, Any]] = {part: {} for part in composition.parts}
+    for key, value in options.items():
+        part, _, option = key.partition(".")
+        if not option or part not in of_part:
+            allowed = ", ".join(of_part)
             raise TypeError(
-                f"options of {name!r} must start with one of {', '.join(routed)} and a dot, got {key!r}"
+                f"options of {name!r} must start with one of {allowed} and a dot, got {key!r}"
             )
-        routed[part][option] = value
-    return tuple(c for part, values in routed.items() for c in created(part, **values))
+        of_part[part][option] = value
+    made: list[Correction] = []
+    for part, own in of_part.items():
+        made.extend(created(part, **own))
+    return tuple(made)
 
 
 def created(spec: str, **options: Any) -> tuple[Correction, ...]:
@@ -290,19 +315,16 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     Raises:
         TypeError: If `specs` is no list, or an item is neither; says the right form.
         ValueError: If no correction of a name is installed or an option is out of range.
+        PluginLoadError: If a plugin cannot be loaded.
         RegradError: If a name comes twice, or a class declares what it does not implement.
     """
-    _check_list(specs)
-    given: list[Any] = list(specs)
+    given = as_list(specs)
     made: list[Correction] = []
     for item in given:
         if isinstance(item, str):
             made.extend(created(item))
-        elif isinstance(item, Correction):
-            made.append(item)
         else:
-            rule = "corrections must be names or Correction objects"
-            raise TypeError(f"{rule}, got {_form_of(item)}")
+            made.append(item)
     names: set[str] = set()
     for correction in made:
         correction.check_class()
@@ -314,7 +336,26 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     return made
 
 
-def _check_list(specs: Any) -> None:
+def as_list(specs: Iterable[str | Correction]) -> list[str | Correction]:
+    """Return what `create_all` would create from as a list, to be created later or again.
+
+    Args:
+        specs: As for `create_all`.
+
+    Raises:
+        TypeError: If `specs` is no list, or an item is neither a name nor a `Correction`;
+            says the right form.
+    """
+    _refuse_no_list(specs)
+    items: list[Any] = list(specs)
+    for item in items:
+        if not isinstance(item, str | Correction):
+            rule = "corrections must be names or Correction objects"
+            raise TypeError(f"{rule}, got {_form_of(item)}")
+    return items
+
+
+def _refuse_no_list(specs: Any) -> None:
     """Raise `TypeError` with the right form unless `specs` is a list or can be read as one."""
     rule = "corrections must be a list"
     if isinstance(specs, str):
@@ -367,66 +408,6 @@ def _call(name: Any, options: Any) -> str:
     else:
         words = f", **{options!r}"
     return f"regrad.create({name!r}{words})"
-
-
-def _parse_options(text: str, spec: str) -> dict[str, Any]:
-    """Read "a=1,b=[x,y]" into values; commas inside brackets do not separate."""
-    options: dict[str, Any] = {}
-    if not text.strip():
-        return options
-    for item in _split_at_commas(text):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key or not value:
-            several = several_in(spec)
-            mend = f"; write {several}" if several else ""
-            raise ValueError(f"{OPTIONS_RULE}, got {spec!r}{mend}")
-        if key in options:
-            raise ValueError(f"option {key!r} must be given once, got {spec!r}")
-        options[key] = _parse_value(value, spec)
-    return options
-
-
-def _split_at_commas(text: str) -> list[str]:
-    """Split at the commas that stand outside of brackets."""
-    items = [""]
-    depth = 0
-    for letter in text:
-        depth += (letter in "[(") - (letter in "])")
-        if letter == "," and depth <= 0:
-            items.append("")
-        else:
-            items[-1] += letter
-    return items
-
-
-def _parse_value(text: str, spec: str) -> Any:
-    """Read a number, true, false, none, a bracketed list, or else the text itself."""
-    closing = {"[": "]", "(": ")"}.get(text[:1])
-    if closing is None:
-        return _parse_word(text, spec)
-    inner = text[1:-1].strip()
-    if len(text) < 2 or text[-1] != closing or re.search(r"[\[\]()]", inner):
-        raise ValueError(f"{OPTIONS_RULE}, got {spec!r}")
-    items = [item.strip() for item in inner.removesuffix(",").split(",")] if inner else []
-    if not all(items):
-        raise ValueError(f"{OPTIONS_RULE}, got {spec!r}")
-    return tuple(_parse_word(item, spec) for item in items)
-
-
-def _parse_word(text: str, spec: str) -> Any:
-    """Read a number, true, false, none, or else the text itself."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    with contextlib.suppress(ValueError):
-        return int(text)
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    if math.isinf(number) and "inf" not in text.lower():
-        raise ValueError(f"numbers must fit a float, got {text[:20]!r}… in {spec[:80]!r}")
-    return number
 
 
 def origin(correction: Correction) -> dict[str, str]:

@@ -12,22 +12,13 @@ import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Needs
 from regrad.hookspecs import Step
+from regrad.optimizers import FIRST_MOMENTS, first_moment_key
 from regrad.sharding import is_sharded
 from regrad.signatures import takes
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrad_adanorm.functional import add_scaled_, average_and_excess, norms_of
-
-# By class, exactly: other libraries, and subclasses, use the same keys for other things.
-FIRST_MOMENTS: dict[type[Optimizer], str] = {
-    optim.Adam: "exp_avg",
-    optim.AdamW: "exp_avg",
-    optim.NAdam: "exp_avg",
-    optim.RAdam: "exp_avg",
-    optim.Adamax: "exp_avg",
-    optim.SGD: "momentum_buffer",
-}
 
 
 class Member(NamedTuple):
@@ -112,7 +103,7 @@ class AdaNorm(Correction):
                 )
         if self.options.target == "gradient":
             return
-        if type(optimizer) not in FIRST_MOMENTS:
+        if first_moment_key(optimizer) is None:
             known = ", ".join(kind.__name__ for kind in FIRST_MOMENTS)
             raise RegradError(
                 f"'adanorm' must know where {type(optimizer).__name__} keeps its first moment, "
@@ -250,7 +241,7 @@ def _share_of_new(group: Mapping[str, Any]) -> float:
 
 def _alike(step: Step, parameters: Sequence[nn.Parameter]) -> list[list[Member]]:
     """Group the parameters that have a gradient by device, dtype and whether they are shards."""
-    names = dict(zip(step.parameters, step.names, strict=True))
+    names = {parameter: name for name, parameter in step.named_parameters()}
     found: dict[Any, list[Member]] = defaultdict(list)
     for parameter in parameters:
         gradient = parameter.grad

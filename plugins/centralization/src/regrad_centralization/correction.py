@@ -115,7 +115,7 @@ class Centralization(Correction):
             self._units |= units_of(self.attachment.model, conv_only=self.options.conv_only)
         waiting: list[Tensor] = []
         waiting_means: list[Tensor] = []
-        for name, parameter in zip(step.names, step.parameters, strict=True):
+        for name, parameter in step.named_parameters():
             unit = self._units.get(name)
             gradient = parameter.grad
             if unit is None or gradient is None or gradient.is_sparse:

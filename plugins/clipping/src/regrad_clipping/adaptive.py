@@ -202,7 +202,7 @@ class AGC(Correction):
         grads: list[Tensor] = []
         weights: list[Tensor] = []
         units: list[Unit] = []
-        for name, parameter in zip(step.names, step.parameters, strict=True):
+        for name, parameter in step.named_parameters():
             if parameter.grad is None or name in spared:
                 continue
             grads.append(parameter.grad)

@@ -8,16 +8,15 @@ import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
 from regrad.hookspecs import Step
+from regrad.optimizers import first_moment_key, looks_ahead, nesterov_control
 from regrad.sharding import local
 from regrad.signatures import takes
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
 from regrad_gcw.functional import HIGHEST, LOWEST, offset
 from regrad_gcw.selection import convolutions_of, matches, stage_ends
 from regrad_gcw.slots import DECAYS, Memory, fit
-
-WITH_FIRST_MOMENT = (Adam, AdamW, RAdam, Adamax)
 
 
 class GCW(Correction):
@@ -125,14 +124,12 @@ class GCW(Correction):
     def setup(self, attachment: Attachment) -> None:
         """Refuse an optimizer that already looks ahead, and layers that are not there."""
         optimizer = attachment.optimizer
-        groups = optimizer.param_groups
-        ahead = isinstance(optimizer, NAdam) or any(group.get("nesterov") for group in groups)
-        if ahead and not self.options.allow_double_lookahead:
+        if looks_ahead(optimizer) and not self.options.allow_double_lookahead:
             raise RegradError(
                 f"'gcw' on {type(optimizer).__name__} with a Nesterov step would look ahead twice; "
                 "use nesterov=False, or allow_double_lookahead=True"
             )
-        for group in groups:
+        for group in optimizer.param_groups:
             if any(parameter.is_complex() for parameter in group["params"]):
                 raise RegradError(
                     "'gcw' has no rule for complex parameters; train them with a separate optimizer"
@@ -212,15 +209,20 @@ class GCW(Correction):
             moment: True for the tensors whose first moment is corrected, False for those
                 whose gradient is.
         """
-        for name, parameter in zip(step.names, step.parameters, strict=True):
+        for name, parameter in step.named_parameters():
             if not self.selects(name, parameter) or parameter.grad is None:
                 continue
             if self._corrects_moment_of(parameter, step) == moment:
                 yield parameter, self._advance(name, parameter, parameter.grad, step)
 
     def _corrects_moment_of(self, parameter: nn.Parameter, step: Step) -> bool:
-        """Say whether a parameter's first moment is corrected, not its gradient."""
-        if self.options.target != "moment" or type(step.optimizer) not in WITH_FIRST_MOMENT:
+        """Say whether a parameter's first moment is corrected, not its gradient.
+
+        That is where the gradient is read through the first moment alone.
+        """
+        if self.options.target != "moment" or looks_ahead(step.optimizer):
+            return False
+        if first_moment_key(step.optimizer) != "exp_avg":
             return False
         return float(step.group_of(parameter)["betas"][0]) > 0
 
@@ -270,7 +272,7 @@ class GCW(Correction):
         if (step.index - options.warmup_steps) % options.fit_every != 0:
             return
         due = []
-        for name, parameter in zip(step.names, step.parameters, strict=True):
+        for name, parameter in step.named_parameters():
             memory = self._memories.get(name)
             if memory is not None and memory.rows:  # none has rows before the warm-up is over
                 due.append(memory.of_(parameter))
@@ -279,11 +281,7 @@ class GCW(Correction):
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which the prior is, on SGD with momentum."""
-        groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(
-            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
-        )
-        return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
+        return nesterov_control(optimizer)
 
     def metrics(self) -> dict[str, float]:
         """Return the learned coefficients and the shares that the gate lets through, on average."""

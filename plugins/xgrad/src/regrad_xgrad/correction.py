@@ -13,13 +13,14 @@ import torch
 from regrad import Attachment, Correction, RegradError, RegradWarning
 from regrad.correction import Control, Needs
 from regrad.hookspecs import Step, learning_rate
+from regrad.optimizers import looks_ahead, nesterov_control
 from regrad.sharding import local
 from regrad.signatures import takes
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from regrad_xgrad.functional import Scalar
-from regrad_xgrad.state_forms import decoupled_decay, looks_ahead, state_form
+from regrad_xgrad.state_forms import decoupled_decay, state_form
 
 
 class XGrad(Correction):
@@ -125,7 +126,7 @@ class XGrad(Correction):
         """Return the displacement of each parameter of one group that has a direction, by name."""
         members = {
             name: parameter
-            for name, parameter in zip(step.names, step.parameters, strict=True)
+            for name, parameter in step.named_parameters()
             if step.group_of(parameter) is group
         }
         form = state_form(step.optimizer, group)
@@ -165,7 +166,7 @@ class XGrad(Correction):
 
     def after_step(self, step: Step) -> None:
         """Keep what the step did, where the displacement form needs it."""
-        for name, parameter in zip(step.names, step.parameters, strict=True):
+        for name, parameter in step.named_parameters():
             if name in self._noted:
                 self._keep_step(name, parameter, step)
             else:
@@ -205,11 +206,7 @@ class XGrad(Correction):
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which this is up to the horizon, on SGD with momentum."""
-        groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(
-            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
-        )
-        return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
+        return nesterov_control(optimizer)
 
     def idle_reason(self) -> str:
         """Say why no weight may have moved."""

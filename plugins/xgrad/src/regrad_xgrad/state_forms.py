@@ -9,7 +9,7 @@ from typing import Any
 
 from regrad.sharding import local, locals_of
 from torch import Tensor
-from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer, RMSprop
+from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, Optimizer, RMSprop
 
 from regrad_xgrad.functional import Scalar, adam_displacement_, momentum_displacement_
 from regrad_xgrad.optimizer import AdaM3
@@ -106,10 +106,3 @@ def decoupled_decay(optimizer: Optimizer, group: Group) -> float | None:
     if group.get("decoupled_weight_decay", isinstance(optimizer, DECOUPLED)):
         return float(group["weight_decay"])
     return 0.0
-
-
-def looks_ahead(optimizer: Optimizer) -> bool:
-    """Say whether the optimizer itself already takes a Nesterov step."""
-    return isinstance(optimizer, NAdam) or any(
-        group.get("nesterov") for group in optimizer.param_groups
-    )
