@@ -181,7 +181,8 @@ def _flatten(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     if not is_soft:
         target = target.long()
     if logits.dim() == 1:
-        return logits.unsqueeze(0), target.unsqueeze(0) if is_soft else target.reshape(1)
+        target = target.unsqueeze(0) if is_soft else target.reshape(1)
+        return logits.unsqueeze(0), target
     if logits.dim() == 2:
         return logits, target
     return logits.flatten(2), target.flatten(2 if is_soft else 1)
@@ -195,7 +196,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(logits: Tensor) -> list[_Tile]:
-    """Cut [N, C] or [N, C, S] into tiles."""
+    """Cut [N, C] or [N, C, S] into tiles: of several items, or of places in one item."""
     budget = CPU_TILE if logits.device.type == "cpu" else DEVICE_TILE
     if logits.numel() <= budget:
         return [_Tile((), ())]
@@ -208,6 +209,7 @@ def _tiles(logits: Tensor) -> list[_Tile]:
 
 
 def _cuts(length: int, step: int) -> list[slice]:
+    """Cut a dimension into slices of `step`."""
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
