@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from regrad.errors import RegradError, refuse_if
+from regrad.signatures import ClassSignature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +112,13 @@ def _fits(value: object, annotation: Any) -> bool:
     return isinstance(value, annotation)
 
 
+def _spoken(annotation: Any) -> str:
+    """Return a type as it is written in source."""
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return str(annotation).removeprefix("typing.")
+
+
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """Return '; did you mean ...?' where a known name is near, else nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
@@ -156,20 +164,17 @@ class Correction:
     needs: Needs
     api_version: ClassVar[int] = API_VERSION
     Options: ClassVar[type[Any]] = Options
+    __signature__: ClassVar[Any] = ClassSignature()
 
     def __init__(self, **options: Any) -> None:
-        hints = typing.get_type_hints(self.Options)
-        for key, value in options.items():
-            unknown = f"{self.name} has no option {key!r}; allowed: {', '.join(hints) or 'none'}"
-            refuse_if(key not in hints, unknown + did_you_mean(key, hints), TypeError)
-            wanted = (
-                hints[key].__name__
-                if isinstance(hints[key], type)
-                else str(hints[key]).removeprefix("typing.")
-            )
-            refuse_if(
-                not _fits(value, hints[key]), f"{key} must be {wanted}, got {value!r}", TypeError
-            )
+        allowed = typing.get_type_hints(self.Options)
+        for name, value in options.items():
+            if name not in allowed:
+                names = ", ".join(allowed) or "none"
+                near = did_you_mean(name, allowed)
+                raise TypeError(f"{self.name} has no option {name!r}; allowed: {names}{near}")
+            if not _fits(value, allowed[name]):
+                raise TypeError(f"{name} must be {_spoken(allowed[name])}, got {value!r}")
         self.options = self.Options(**options)
         self.attachment: Any = None
 
