@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from regrad.errors import RegradError, refuse_if
+from regrad.errors import RegradError
 from regrad.signatures import ClassSignature
 
 if TYPE_CHECKING:
