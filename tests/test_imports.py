@@ -81,12 +81,7 @@ def imports_between(member) -> dict[str, set[str]]:
     return graph
 
 
-NOT_CLEAN_YET = {"packages/runner"}
-
-
-def test_no_modules_of_a_member_import_each_other_in_a_circle(member, request):
-    if member.folder in NOT_CLEAN_YET:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="its rooms are being sorted"))
+def test_no_modules_of_a_member_import_each_other_in_a_circle(member):
     circle = []
     try:
         graphlib.TopologicalSorter(imports_between(member)).prepare()
