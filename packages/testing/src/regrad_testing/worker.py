@@ -109,10 +109,7 @@ def work(task: Task, rank: int) -> None:
     """Run the cases of a task as one rank, write the results to FOLDER/RANK.json, and leave the process."""
     _print_to(task.folder / f"{rank}.txt")
     torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # As torchrun says it; Lightning and Accelerate read it there.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(task.processes)}
+    _say_who_this_is(rank, task.processes)
     results = {}
     for number, (name, case) in enumerate(task.cases().items()):
         store = FileStore(str(task.folder / f"rendezvous {number}"), task.processes)
@@ -121,6 +118,17 @@ def work(task: Task, rank: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gloo's threads may outlive the group and abort the interpreter's own exit
+
+
+def _say_who_this_is(rank: int, world: int) -> None:
+    """Set the variables that torchrun sets, where Lightning and Accelerate read them."""
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ[name] = str(rank)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[name] = str(world)
 
 
 def run_case(case: Case, store: Any, rank: int, world: int) -> Any:
