@@ -16,7 +16,7 @@ import torch
 from corrections_table import cards
 from regrad.order import resolve_order
 from regrad.registry import created
-from regrad_runner.models import build_model
+from regrad_runner.models.building import build_model
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 

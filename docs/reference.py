@@ -16,9 +16,9 @@ from typing import Any
 import regrad
 import typer
 from regrad_bench.command import app as bench
-from regrad_runner.commands import app as runner
-from regrad_runner.models import MODELS
-from regrad_runner.workloads import OF_DATA, OF_MODELS
+from regrad_runner.cli.app import app as runner
+from regrad_runner.models.building import MODELS
+from regrad_runner.workloads.loading import OF_DATA, OF_MODELS
 from regrad_runner.workloads.text import MODEL, TextWorkload
 from typer.main import get_command
 

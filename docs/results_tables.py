@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from regrad_runner.report import summarize_results
-from regrad_runner.results import ResultsFolder
-from regrad_runner.statistics import ArmSummary
-from regrad_runner.table import print_comparison, sentence
-from regrad_runner.workloads import Measure
+from regrad_runner.reporting.report import summarize_results
+from regrad_runner.reporting.table import print_comparison, sentence
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.statistics.verdicts import ArmSummary
+from regrad_runner.workloads.workload import Measure
 from rich.console import Console
 
 DOCS = Path(__file__).parent

@@ -52,7 +52,7 @@ def test_one_training_step_shows_every_hook_in_time_order():
 
 
 def test_every_command_and_option_is_in_the_page_of_the_command_and_in_the_reference():
-    from regrad_runner.commands import app
+    from regrad_runner.cli.app import app
 
     for words, options in commands(app).items():
         reference = (
@@ -118,7 +118,7 @@ def test_every_option_of_a_correction_or_optimizer_is_in_its_card_and_in_the_ref
 
 
 def test_every_model_is_in_the_documentation():
-    from regrad_runner.models import MODELS
+    from regrad_runner.models.building import MODELS
 
     assert [name for name in MODELS if f"`{name}`" not in page("docs/reference.md")] == []
 

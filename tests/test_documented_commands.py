@@ -207,8 +207,8 @@ class Commands:
 @pytest.fixture
 def regrad_commands(monkeypatch):
     """The command `regrad`, really parsed; instead of what it would do its settings are checked."""
-    from regrad_runner import cli
-    from regrad_runner.commands import app
+    from regrad_runner.cli.app import app
+    from regrad_runner.cli.main import main as cli
     from typer.main import get_command
 
     whole = get_command(app)
@@ -218,7 +218,7 @@ def regrad_commands(monkeypatch):
         waiting += getattr(command, "commands", {}).values()
         if not hasattr(command, "commands"):
             command.callback = functools.partial(check_settings, command.name)
-    monkeypatch.setattr("regrad_runner.commands.app", whole.main)
+    monkeypatch.setattr("regrad_runner.cli.app.app", whole.main)
 
     def parse(words: list[str]) -> None:
         with (
@@ -233,8 +233,10 @@ def regrad_commands(monkeypatch):
 def check_settings(command: str, /, **values: Any) -> int:
     """Check what a command was given as the command itself does, short of loading data and training."""
     import regrad
-    from regrad_runner import completion, config, optimizers
-    from regrad_runner.options import settings_of
+    from regrad_runner.cli import completion
+    from regrad_runner.cli.flags import settings_of
+    from regrad_runner.settings import config
+    from regrad_runner.training import optimizers
 
     if "corrections" not in values:
         names = [values["name"]] if command in {"show", "check"} else []
@@ -294,7 +296,7 @@ def quick() -> dict[str, str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("line", "place"), quick().items())
 def test_a_quick_command_on_a_page_runs(line, place, tmp_path, monkeypatch, capsys):
-    from regrad_runner.cli import main
+    from regrad_runner.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)[1:]) == 0, f"{place}: {capsys.readouterr().err}"

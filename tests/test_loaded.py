@@ -94,10 +94,10 @@ def test_the_command_ends_with_an_error_where_something_is_loaded(tmp_path):
 
 
 def test_a_report_loads_nothing_from_a_network(tmp_path):
-    from regrad_runner.page.write import write_page
-    from regrad_runner.report import summarize_results
-    from regrad_runner.results import ResultsFolder
-    from regrad_runner.workloads import Measure
+    from regrad_runner.reporting.page.write import write_page
+    from regrad_runner.reporting.report import summarize_results
+    from regrad_runner.results.folder import ResultsFolder
+    from regrad_runner.workloads.workload import Measure
 
     kept = shutil.copytree(DOCS / "results" / "cifar10-sgd-no-norm", tmp_path / "comparison")
     folder, measure = ResultsFolder(kept), Measure()

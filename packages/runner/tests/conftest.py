@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from regrad_runner.arms import Arm
-from regrad_runner.delivery import Delivery
-from regrad_runner.effects import Effect, keep_effects
-from regrad_runner.probing import Quality, keep_qualities
-from regrad_runner.results import Result, ResultsFolder, Trial
-from regrad_runner.training import Point
-from regrad_runner.workloads import Measure
+from regrad_runner.diagnostics.effects import Effect, keep_effects
+from regrad_runner.diagnostics.gradient_quality import Quality, keep_qualities
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.points import Point
+from regrad_runner.settings.arms import Arm
+from regrad_runner.tracking.delivery import Delivery
+from regrad_runner.workloads.workload import Measure
 
 SCRIPT, IMAGE = "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'
 LONG = "xgrad:horizon=2.5,decoupled_decay=0.001+powergrad:alpha=0.125 & more $x_1$"
@@ -24,7 +25,7 @@ SEEDS, STEPS = 6, range(10, 81, 10)
 @pytest.fixture
 def without_page(monkeypatch):
     """Leave out the page of a comparison, which has tests of its own and takes seconds to draw."""
-    monkeypatch.setattr("regrad_runner.page.write.write_page", lambda *arguments: [])
+    monkeypatch.setattr("regrad_runner.reporting.page.write.write_page", lambda *arguments: [])
 
 
 @pytest.fixture(scope="session")

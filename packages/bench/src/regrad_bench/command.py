@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from regrad_runner.cli.flags import Plain, examples
 from regrad_runner.errors import BadInput, checking_input
-from regrad_runner.options import Plain, examples
 
 DEVICES = {"all": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",)}
 

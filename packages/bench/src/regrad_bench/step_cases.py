@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import regrad
 import torch
-from regrad_runner.models import build_model
+from regrad_runner.models.building import build_model
 from torch import nn
 from torch.nn import functional as F
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from regrad_runner.cli import main
+from regrad_runner.cli.main import main
 
 sys.exit(main())

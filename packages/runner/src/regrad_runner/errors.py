@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from regrad.errors import RegradError
+from regrad.errors import RegradError, RegradWarning
+from regrad.text import printable
 
 from regrad_runner.addresses import without_secrets
 
+KEPT = "\n\t"
 LONGEST_LINE, SHOWN_FIRST, SHOWN_LAST = 2000, 1500, 400
 
 
@@ -51,3 +54,15 @@ def in_words(problem: Exception) -> str:
     if problem.filename is None:
         return problem.strerror
     return f"'{problem.filename}' cannot be used: {problem.strerror}; choose another file or folder"
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    """Write our own warnings for people, and others as Python does."""
+    from regrad_runner.addresses import without_secrets  # noqa: PLC0415
+
+    text = printable(without_secrets(str(message)), keep=KEPT)
+    if issubclass(category, RegradWarning):
+        return f"warning: {text}\n"
+    return f"{printable(filename)}:{lineno}: {category.__name__}: {text}\n"

@@ -25,11 +25,11 @@ from statistics import median
 
 import regrad
 import sklearn.datasets  # noqa: F401 - what the workload imports late
-from regrad_runner import checkpoint
-from regrad_runner import train as module
-from regrad_runner.config import TrainConfig
-from regrad_runner.progress import Display
-from regrad_runner.training import TrainingRun
+from regrad_runner import training_command as module
+from regrad_runner.checkpoints import checkpoint
+from regrad_runner.reporting.progress import Display
+from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.run import TrainingRun
 from rich.console import Console
 
 SETTINGS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import regrad
 import torch
-from regrad_runner.results import ResultsFolder
-from regrad_runner.storage import checkpoints, read_checkpoint
+from regrad_runner.checkpoints.folder import checkpoints, read_checkpoint
+from regrad_runner.results.folder import ResultsFolder
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {

@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 from hypothesis import HealthCheck, given, settings
 from regrad import distributions
-from regrad_runner.cli import main
-from regrad_runner.config import read_settings
+from regrad_runner.cli.main import main
 from regrad_runner.errors import BadInput, checking_input
+from regrad_runner.settings.loading import read_settings
 
 TIMES, COUNTS = "REGRAD_HOSTILE_TIMES", "REGRAD_HOSTILE_COUNTS"
 offers = distributions.offers

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import strategies as st
-from regrad_runner.config import CompareConfig, TrainConfig, load_config, write_config
-from regrad_runner.workloads import load_workload
+from regrad_runner.settings.config import CompareConfig, TrainConfig
+from regrad_runner.settings.loading import load_config, write_config
+from regrad_runner.training.resolving import resolved
+from regrad_runner.workloads.loading import load_workload
 from regrad_testing.files import load_beside
 
 cases = load_beside(__file__, "cases")
@@ -99,7 +101,7 @@ def test_any_file_is_settings_that_can_be_written_and_read_again_or_a_clear_erro
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         config, refused = cases.outcome(
-            lambda: load_config(kind, file=file, flags={}).resolved(digits)
+            lambda: resolved(load_config(kind, file=file, flags={}), digits)
         )
         if config is None:
             assert cases.is_clear(refused)

@@ -6,15 +6,19 @@ import os
 import shutil
 
 import pytest
-from regrad_runner import commands, planning, train
-from regrad_runner import compare as comparing
-from regrad_runner.config import CompareConfig
-from regrad_runner.effects import Effect
-from regrad_runner.page.source import read_source
-from regrad_runner.probing import Quality
-from regrad_runner.results import CurvePoint, Result, Trial, start_folder
-from regrad_runner.rows import read_rows
-from regrad_runner.workloads import load_workload
+from regrad_runner import training_command as train
+from regrad_runner.cli import app as commands
+from regrad_runner.comparing import compare as comparing
+from regrad_runner.comparing import plan as planning
+from regrad_runner.diagnostics.effects import Effect
+from regrad_runner.diagnostics.gradient_quality import Quality
+from regrad_runner.reporting.page.source import read_source
+from regrad_runner.results.folder import start_folder
+from regrad_runner.results.outcomes import CurvePoint, Result, Trial
+from regrad_runner.results.tables import read_rows
+from regrad_runner.settings.config import CompareConfig
+from regrad_runner.training.resolving import resolved
+from regrad_runner.workloads.loading import load_workload
 from regrad_testing.files import load_beside
 
 cases = load_beside(__file__, "cases")
@@ -136,11 +140,13 @@ def quick(monkeypatch):
     workload = digits()
     for module in (planning, train):
         monkeypatch.setattr(
-            module, "load_data", lambda config: (workload, config.resolved(workload))
+            module, "load_data", lambda config: (workload, resolved(config, workload))
         )
         monkeypatch.setattr(module, "try_on", lambda *a, **b: None)
-    monkeypatch.setattr("regrad_runner.figures.write_figures", lambda *a, **b: [])
-    monkeypatch.setattr("regrad_runner.page.write.write_page", lambda *a: [read_source(*a)][1:])
+    monkeypatch.setattr("regrad_runner.reporting.figures.write_figures", lambda *a, **b: [])
+    monkeypatch.setattr(
+        "regrad_runner.reporting.page.write.write_page", lambda *a: [read_source(*a)][1:]
+    )
     monkeypatch.setattr(comparing, "compare", accept)
     monkeypatch.setattr(train, "train", accept)
     return commands

@@ -8,13 +8,20 @@ from contextlib import closing
 import pytest
 import torch
 from hypothesis import strategies as st
-from regrad_runner import train
-from regrad_runner.arms import Arm
-from regrad_runner.checkpoint import load_latest, save_checkpoint
-from regrad_runner.config import TrainConfig
-from regrad_runner.storage import Content, checkpoints, checksum, read_latest, write_checkpoint
-from regrad_runner.training import TrainingRun
-from regrad_runner.workloads import load_workload
+from regrad_runner import training_command as train
+from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
+from regrad_runner.checkpoints.folder import (
+    Content,
+    checkpoints,
+    checksum,
+    read_latest,
+    write_checkpoint,
+)
+from regrad_runner.settings.arms import Arm
+from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.resolving import resolved
+from regrad_runner.training.run import TrainingRun
+from regrad_runner.workloads.loading import load_workload
 from regrad_testing.files import load_beside
 
 cases = load_beside(__file__, "cases")
@@ -200,8 +207,8 @@ def test_any_altered_checkpoint_is_found_passed_over_or_refused_and_nothing_it_h
 def trained(tmp_path_factory):
     """A run's configuration and workload, and a folder with two of its checkpoints."""
     folder, workload = tmp_path_factory.mktemp("trained"), load_workload("digits", train_size=100)
-    config = TrainConfig(batch_size=25, epochs=1, width=4, threads=1, tracker="none").resolved(
-        workload
+    config = resolved(
+        TrainConfig(batch_size=25, epochs=1, width=4, threads=1, tracker="none"), workload
     )
     with closing(TrainingRun(config, workload, Arm("none"), seed=0, lr=0.05)) as run:
         for step in run.steps():

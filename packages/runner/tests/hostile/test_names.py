@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
-from regrad_runner.arms import Arm
-from regrad_runner.figures import write_figures
-from regrad_runner.progress import Display
-from regrad_runner.results import CurvePoint, Result
-from regrad_runner.rows import COMPUTED, read_rows, write_rows
-from regrad_runner.statistics import RunRow, summarize
-from regrad_runner.table import print_comparison
-from regrad_runner.tracking import MlflowTracker
-from regrad_runner.workloads import Measure
+from regrad_runner.reporting.figures import write_figures
+from regrad_runner.reporting.progress import Display
+from regrad_runner.reporting.table import print_comparison
+from regrad_runner.results.outcomes import CurvePoint, Result
+from regrad_runner.results.tables import COMPUTED, read_rows, write_rows
+from regrad_runner.settings.arms import Arm
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.verdicts import summarize
+from regrad_runner.tracking.mlflow_ import MlflowTracker
+from regrad_runner.workloads.workload import Measure
 from regrad_testing.files import load_beside
 from rich.console import Console
 

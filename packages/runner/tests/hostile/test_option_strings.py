@@ -5,10 +5,11 @@ import pytest
 import regrad
 import torch
 from hypothesis import strategies as st
-from regrad_runner import compare, train
-from regrad_runner.arms import expand
-from regrad_runner.optimizers import build_optimizer, spec_of
-from regrad_runner.specs import read_spec
+from regrad_runner import training_command as train
+from regrad_runner.comparing import compare
+from regrad_runner.settings.arms import expand
+from regrad_runner.settings.specs import read_spec
+from regrad_runner.training.optimizers import build_optimizer, spec_of
 from regrad_runner.workloads.digits import DEFAULTS
 from regrad_testing.files import load_beside
 

@@ -135,7 +135,7 @@ def test_a_password_of_the_environment_is_in_no_file_and_not_on_the_screen(tmp_p
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
-    monkeypatch.setattr("regrad_runner.tracking.SECONDS_IN_VAIN", 0.5)
+    monkeypatch.setattr("regrad_runner.tracking.mlflow_.SECONDS_IN_VAIN", 0.5)
     words = ["--tracking-uri", "http://127.0.0.1:9", "--out", str(tmp_path / "out")]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
-from regrad_runner.workloads import load_workload
+from regrad_runner.workloads.loading import load_workload
 from regrad_testing.files import load_beside
 
 cases = load_beside(__file__, "cases")

@@ -7,8 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from regrad_runner.workloads import Defaults, Measure, Workload
 from regrad_runner.workloads.samples import TensorSamples
+from regrad_runner.workloads.workload import Defaults, Measure, Workload
 from torch import Tensor, nn
 
 OLDEST, COUNTS = (

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.split import keep_stratified, take_stratified
+from regrad_runner.workloads.workload import Defaults, Measure
 
 TEST_SIZE = 360
 VALIDATION_SIZE = 360

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.decode import (
     LARGEST_SIDE,
     Format,
@@ -23,6 +22,7 @@ from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, LabelledImages, standardized
 from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
+from regrad_runner.workloads.workload import Defaults, Measure
 
 LOOKED_AT = 100
 OPENED = 10_000  # of the files that stay on the disk: a second here, minutes for more of them on a network's

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from regrad_runner.models import Norm, build_model, is_own
-from regrad_runner.workloads import Workload
+from regrad_runner.models.building import build_model
+from regrad_runner.models.residual import Norm, is_own
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
+from regrad_runner.workloads.workload import Workload
 
 WIDTH = 16  # channels of the first stage of a CIFAR network, as in the paper
 
@@ -189,7 +190,7 @@ class ImageWorkload(Workload):
     def build_model(
         self, name: str, *, width: int | None = None, norm: Norm = "batch", seed: int = 0
     ) -> nn.Module:
-        """Return a classifier of these images: see `regrad_runner.models.build_model`."""
+        """Return a classifier of these images: see `regrad_runner.models.building.build_model`."""
         shape = {"channels": self.train.channels, "image_size": self.train.image_size}
         return build_model(name, classes=self.classes, width=width, norm=norm, seed=seed, **shape)
 

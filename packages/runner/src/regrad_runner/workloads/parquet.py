@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.decode import EncodedImage, common_format, decode_images
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.split import Indices, validation_and_training
+from regrad_runner.workloads.workload import Defaults, Measure
 
 LOOKED_AT = 100
 ROWS_AT_ONCE = 1000

@@ -12,10 +12,10 @@ import torch
 from filelock import FileLock
 from torchvision import datasets
 
-from regrad_runner.workloads import Defaults, Measure
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import validation_and_training
+from regrad_runner.workloads.workload import Defaults, Measure
 
 FOLDER = Path("data")
 DEFAULTS = Defaults(

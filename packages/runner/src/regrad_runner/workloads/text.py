@@ -14,11 +14,11 @@ from regrad.correction import did_you_mean
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regrad_runner.gpt import build_gpt
+from regrad_runner.models.gpt import build_gpt
 from regrad_runner.reading import read_regular
-from regrad_runner.workloads import Defaults, Measure, Workload
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
+from regrad_runner.workloads.workload import Defaults, Measure, Workload
 
 VOCABULARY = 256
 MODEL = "gpt"
@@ -122,7 +122,7 @@ class TextWorkload(Workload):
         tied: bool = False,
         seed: int = 0,
     ) -> nn.Module:
-        """Return a transformer over bytes: see `regrad_runner.gpt.build_gpt`."""
+        """Return a transformer over bytes: see `regrad_runner.models.gpt.build_gpt`."""
         if name != MODEL:
             raise ValueError(
                 f"no model named {name!r} for workload 'text'; there is {MODEL}{did_you_mean(name, [MODEL])}"

@@ -1,0 +1,1 @@
+"""Checkpoints that continue a run exactly."""

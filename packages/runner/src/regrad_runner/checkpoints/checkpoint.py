@@ -1,0 +1,257 @@
+"""Checkpoints that continue a run exactly: everything by name, whole or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from regrad.errors import RegradError
+
+from regrad_runner.checkpoints.folder import Content, read_checkpoint, read_latest, write_checkpoint
+from regrad_runner.checkpoints.matching import (
+    MOVED,
+    check_optimizer,
+    check_settings,
+    check_tensors,
+    identity,
+    inventory,
+)
+from regrad_runner.checkpoints.states import (
+    corrections_state,
+    load_corrections,
+    load_model,
+    load_optimizer,
+    model_state,
+    optimizer_state,
+    random_state,
+    set_random_state,
+)
+from regrad_runner.results.points import Point
+from regrad_runner.training.position import Position
+from regrad_runner.training.run import TrainingRun
+
+KEPT = 2
+LONGEST_REASON = 200
+LARGEST_NUMBER = 2**53  # up to which every whole number is a float
+Value = TypeVar("Value")
+
+
+def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = KEPT) -> Path:
+    """Write where a run is, so that it can be continued exactly.
+
+    The checkpoint is written under another name, forced to the disk and renamed: a kill leaves it whole or absent.
+    Call it on every process; the first one writes.
+
+    Args:
+        run: After an optimizer step.
+        folder: Holds the run's checkpoints; made if it does not exist.
+        keep: How many of the last checkpoints stay, at least 1.
+
+    Returns:
+        The checkpoint's folder: `tensors.pt`, which `torch.load(weights_only=True)` reads, `state.json`,
+        `receipt.json`, and `checksums.json` of these three.
+
+    Raises:
+        RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold, or if the disk
+            does not take it.
+    """
+    done = run.position.batch % run.config.accumulate
+    if done:
+        raise RegradError(
+            f"checkpoint must be saved after an optimizer step, got micro-batch {done} of {run.config.accumulate}"
+        )
+    content = _content(run)
+    return _on_first(
+        run.accelerator, lambda: write_checkpoint(folder, run.position.step, content, keep=keep)
+    )
+
+
+def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
+    """Put a run where it was when `path` was written. Call it on every process; the first one reads.
+
+    Args:
+        run: Freshly made, of the same configuration; the number of processes may be another.
+        path: A checkpoint's folder.
+
+    Returns:
+        What is no longer exact, in words: nothing with as many processes as then. And where the data were, if they
+        were moved.
+
+    Raises:
+        RegradError: If the checkpoint is damaged, of another format or would run code, if settings, parameters, the
+            optimizer's options or corrections differ, or if weights are not finite; says what, there and here.
+    """
+    return _take(run, _on_first(run.accelerator, lambda: read_checkpoint(path)))
+
+
+def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]:
+    """Put a run where the latest whole checkpoint was written, or leave it at its start.
+
+    Args:
+        run: As for `load_checkpoint`.
+        folder: Holds the run's checkpoints, or does not exist.
+
+    Returns:
+        The checkpoint, and what is to be told: damaged ones that were passed over, what is no longer exact.
+
+    Raises:
+        RegradError: If there are checkpoints and none of them is whole, or as for `load_checkpoint`.
+    """
+    found = _on_first(run.accelerator, lambda: read_latest(folder))
+    if found is None:
+        return None, []
+    path, content, lines = found
+    return path, [*lines, *_take(run, content)]
+
+
+def _content(run: TrainingRun) -> Content:
+    """Collect everything; what is sharded is whole on the first process alone."""
+    model, scaler = run.accelerator.unwrap_model(run.model), run.accelerator.scaler
+    corrections = corrections_state(run.attachment)
+    tensors = {
+        "model": model_state(model),
+        "optimizer": optimizer_state(model, run.optimizer.optimizer),
+        "corrections": {key: value for key, value in corrections.items() if key != "receipt"},
+        "of_each_process": gather_object(
+            [{"random": random_state(), "loss_sum": run.loss_sum.item()}]
+        ),
+    }
+    state = {
+        "identity": identity(run),
+        MOVED: run.config.data_dir,
+        "inventory": inventory(tensors),
+        "step": run.position.step,
+        "epoch": run.position.epoch,
+        "batch": run.position.batch,
+        "seconds": run.seconds,
+        "points": [asdict(point) for point in run.position.points],
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "watch": run.watch.state_dict(),
+        "processes": run.accelerator.num_processes,
+    }
+    return Content(tensors, state, run.receipt())
+
+
+def _take(run: TrainingRun, content: Content) -> list[str]:
+    """Put everything back, or raise `RegradError`."""
+    try:
+        return _take_all(run, content)
+    except RegradError:
+        raise
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as problem:
+        why = " ".join(str(problem).split())[:LONGEST_REASON]
+        raise RegradError(
+            f"checkpoint must hold what this run needs, got {type(problem).__name__}: {why}"
+        ) from problem
+
+
+def _take_all(run: TrainingRun, content: Content) -> list[str]:
+    """Put everything back; what may refuse comes first."""
+    tensors, state = content.tensors, content.state
+    lines = check_settings(run, state)
+    check_tensors(run, tensors, state)
+    position = _position(run, state)
+    fresh = run.scheduler.state_dict()
+    scheduler = _alike(state["scheduler"], fresh, "scheduler")
+    if (
+        scheduler["base_lrs"] != fresh["base_lrs"]
+        or not 0 <= scheduler["last_epoch"] <= position.step
+    ):
+        raise RegradError(
+            f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}"
+        )
+    check_optimizer(run, tensors["optimizer"]["groups"], scheduler["last_epoch"])
+    model = run.accelerator.unwrap_model(run.model)
+    load_model(model, tensors["model"])
+    load_optimizer(model, run.optimizer.optimizer, tensors["optimizer"])
+    # After the optimizer, whose state comes without that of the corrections here.
+    load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
+    run.scheduler.load_state_dict(scheduler)
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.watch.load_state_dict(_alike(state["watch"], run.watch.state_dict(), "watch"))
+    run.position = position
+    run.begin_lap()
+    return [*lines, *_take_own(run, tensors["of_each_process"])]
+
+
+def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:
+    """Return how far the run was, or raise `RegradError` where a run of this configuration cannot be."""
+    step, epoch, batch = (state[name] for name in ("step", "epoch", "batch"))
+    per_step = run.config.accumulate
+    if not all(type(number) is int and number >= 0 for number in (step, epoch, batch)) or not (
+        step * per_step == epoch * run.steps_per_epoch * per_step + batch
+        and step <= run.total_steps
+    ):
+        place = f"step {step!r}, epoch {epoch!r}, batch {batch!r}"
+        raise RegradError(
+            f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps"
+        )
+    like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0, seconds=0.0))
+    points = [Point(**_alike(point, like, "points")) for point in state["points"]]
+    return Position(
+        step, epoch, batch, seconds=_alike(state["seconds"], 0.0, "seconds"), points=points
+    )
+
+
+def _alike(value: Any, like: Any, what: str) -> Any:
+    """Return a value of JSON, or raise `RegradError` unless it has the shape and the types of another."""
+    if isinstance(like, dict):
+        same = isinstance(value, dict) and value.keys() == like.keys()
+        pairs = [(value[key], like[key]) for key in like] if same else []
+    elif isinstance(like, list):
+        same = isinstance(value, list) and len(value) == len(like)
+        pairs = list(zip(value, like, strict=True)) if same else []
+    else:
+        number = isinstance(like, float) and type(value) is int
+        fits = type(value) is not int or abs(value) < LARGEST_NUMBER
+        same, pairs = fits and (number or type(value) is type(like)), []
+    if not same:
+        raise RegradError(
+            f"checkpoint must hold the {what} of this run, got {str(value)[:LONGEST_REASON]}"
+        )
+    for one, other in pairs:
+        _alike(one, other, what)
+    return value
+
+
+def _take_own(run: TrainingRun, then: Sequence[Any]) -> list[str]:
+    """Put back what each process has for itself; with another number of processes, what comes closest."""
+    now, index = run.accelerator.num_processes, run.accelerator.process_index
+    set_random_state(then[index % len(then)]["random"])
+    if len(then) == now:
+        run.loss_sum.fill_(then[index]["loss_sum"])
+        return []
+    run.loss_sum.fill_(sum(own["loss_sum"] for own in then) / len(then))
+    return [
+        f"the checkpoint is of {len(then)} processes and goes on with {now}: the same images in the same order, but "
+        "sums in another order (the last digits differ), statistics of batch normalisation over other parts of a "
+        "batch, and other random numbers where a model or correction draws them"
+    ]
+
+
+def _on_first(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
+    """Do something on the first process and return on every process what came out, or raise there what went wrong."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = action()
+        except RegradError as problem:
+            outcome[1] = problem
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Value = outcome[0]
+    return result

@@ -1,0 +1,1 @@
+"""The command line: flags, one file per command, and what a shell completes."""

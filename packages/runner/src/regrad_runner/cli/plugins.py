@@ -1,0 +1,135 @@
+"""The commands `regrad plugins …`. What is heavy is imported when it is used."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from regrad.text import printable
+
+from regrad_runner.cli import flags as o
+from regrad_runner.cli.completion import plugins as offered
+from regrad_runner.errors import checking_input
+
+LIKE = "Start from this one's code; an example by default."
+AS_LISTED = "As plugins list has it."
+CHECKED = "A correction or optimizer, with options if you like."
+
+plugins = typer.Typer(
+    help="List, show, check and make plugins.",
+    epilog=o.examples("regrad plugins list", "regrad plugins show xgrad"),
+    cls=o.PlainGroup,
+    no_args_is_help=True,
+)
+
+
+@plugins.command(
+    "list", cls=o.Plain, epilog=o.examples("regrad plugins list", "regrad plugins list --json")
+)
+def list_plugins(json: o.JsonAlone = False) -> int:
+    """List corrections, optimizers and workloads that are installed."""
+    from regrad_runner.plugins.listing import show_plugins  # noqa: PLC0415
+
+    show_plugins(as_json=json)
+    return 0
+
+
+@plugins.command("show", cls=o.Plain, epilog=o.examples("regrad plugins show xgrad"))
+def show_plugin(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help=AS_LISTED, show_default=False, autocompletion=offered),
+    ],
+    json: o.JsonAlone = False,
+) -> int:
+    """Show what a plugin does, its options, where it acts and what it must beat."""
+    with checking_input():
+        from regrad_runner.plugins.details import show_plugin as show  # noqa: PLC0415
+
+        show(name, as_json=json)
+    return 0
+
+
+@plugins.command("check", cls=o.Plain, epilog=o.examples("regrad plugins check agc:max_ratio=0.02"))
+def check_plugin(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help=CHECKED, show_default=False, autocompletion=offered),
+    ],
+    suite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")
+    ] = None,
+    json: o.JsonAlone = False,
+) -> int:
+    """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
+    from rich.markup import escape  # noqa: PLC0415
+
+    from regrad_runner.plugins.check import run_check, show_check  # noqa: PLC0415
+    from regrad_runner.terminal import Terminal  # noqa: PLC0415
+
+    doing = f"checking {escape(name)}: about half a minute"
+    with checking_input(), Terminal(stderr=True).status(doing):
+        report = run_check(name, suite)
+    return show_check(report, as_json=json)
+
+
+@plugins.command(
+    "new",
+    cls=o.Plain,
+    epilog=o.examples(
+        "regrad plugins new my-method", "regrad plugins new my-method --like adanorm"
+    ),
+)
+def new_plugin(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Of your method.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Where its folder is made; here by default.", show_default=False
+        ),
+    ] = Path(),
+    like: Annotated[str | None, typer.Option(metavar="NAME", help=LIKE)] = None,
+) -> int:
+    """Write a distribution with a correction of your own: an example that passes the kit as it is."""
+    with checking_input():
+        from regrad_runner.plugins.new import new_plugin as make  # noqa: PLC0415
+
+        folder = make(name, out, like)
+    place = shlex.quote(printable(folder))
+    sys.stdout.write(
+        f"{printable(folder)} holds a correction {name!r} that works. Next:\n"
+        f"  pip install --editable {place}\n"
+        f"  regrad plugins check {name}\n"
+        "  write the rule: first tests/reference.py, then the package in src, its tests and its card\n"
+        "  grep -rn 'fill in' for what is yours to say: the source, the card, your name\n"
+        f"  pytest {place}\n"
+        f"  regrad compare --corrections {name}\n"
+    )
+    return 0
+
+
+@plugins.command("doctor", cls=o.Plain, epilog=o.examples("regrad plugins doctor"))
+def doctor(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Where runs are written; here by default.", show_default=False
+        ),
+    ] = Path(),
+    gpu: Annotated[bool, typer.Option("--gpu", help="Expect a GPU.")] = False,
+    json: o.JsonAlone = False,
+) -> int:
+    """Find what is wrong with what is installed, and say how to mend it; exit code 1 if anything is."""
+    from regrad_runner.plugins.doctor import examine, show_findings  # noqa: PLC0415
+    from regrad_runner.terminal import Terminal  # noqa: PLC0415
+
+    with checking_input(), Terminal(stderr=True).status("importing every plugin"):
+        if not folder.is_dir():
+            raise ValueError(f"folder must be a folder, got '{folder}'")
+        findings = examine(folder, gpu=gpu)
+    return show_findings(findings, as_json=json)

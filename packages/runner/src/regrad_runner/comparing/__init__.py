@@ -1,0 +1,1 @@
+"""The comparison: its plan, its cells, and what runs them."""

@@ -1,0 +1,189 @@
+"""What a comparison will do: checked before anything is written, and the folder that it is written to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate.utils import broadcast_object_list
+
+from regrad_runner.diagnostics.gradient_quality import check_probing
+from regrad_runner.results.about import read_about
+from regrad_runner.results.cells import Cell, cells_of
+from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
+from regrad_runner.results.machine import surroundings
+from regrad_runner.settings import environment
+from regrad_runner.settings.arms import Arm, expand
+from regrad_runner.settings.config import MOST_THREADS, CompareConfig
+from regrad_runner.training.preparation import (
+    default_folder,
+    every_correction,
+    example_optimizer,
+    load_data,
+    try_on,
+)
+from regrad_runner.training.processes import check_task, make_accelerator
+from regrad_runner.workloads.workload import Workload
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison that was checked and can start.
+
+    Attributes:
+        config: Resolved settings.
+        workload: What is trained.
+        arms: What is compared.
+        path: Folder to write.
+        reports: Whether this is the process that writes and prints.
+        processes: How many there are.
+        left_out: Installed corrections that cannot work here, with the reason, where all were asked for.
+        jobs: How many runs are under way at once, each in a process of its own.
+    """
+
+    config: CompareConfig
+    workload: Workload
+    arms: tuple[Arm, ...]
+    path: Path
+    reports: bool
+    processes: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    jobs: int = 1
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Runs in all, first those of the choice of learning rates."""
+        return cells_of([arm.name for arm in self.arms], self.config)
+
+    @property
+    def runs(self) -> int:
+        """How many these are."""
+        return len(self.cells)
+
+    def arm(self, name: str) -> Arm:
+        """Return the arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def in_words(self) -> str:
+        """Say what will be done."""
+        config, train = self.config, self.workload.train
+        trials = sum(cell.lr is not None for cell in self.cells)
+        tuning = f" after {trials} runs to choose learning rates" if trials else ""
+        lines = (
+            f"{self.workload.name}, {len(train):,} training {train.kind}: {len(self.arms)} arms × {config.seeds} seeds"
+            f"{tuning}",
+            f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
+            *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
+            *environment.in_words(config),
+        )
+        return "\n".join(lines)
+
+    @property
+    def experiment(self) -> str:
+        """Name of the group of tracked runs."""
+        return f"regrad {self.workload.name}"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from."""
+        return self.config.lr or ()
+
+
+def make_plan(
+    config: CompareConfig, *, out: Path | None = None, resume: bool = False, jobs: int = 1
+) -> Plan:
+    """Check everything that can be checked before the first step. Writes nothing.
+
+    Args:
+        config: Settings; what is None is filled in from the workload.
+        out: Folder to write; None for a new one in the current folder.
+        resume: Whether to continue the comparison that is in `out`.
+        jobs: How many runs shall be under way at once, each in a process of its own; they share the CPU's threads.
+
+    Raises:
+        ValueError: If anything is unknown, missing or does not fit.
+        RegradError: If corrections cannot work together, or not on this model and optimizer.
+    """
+    if not 1 <= jobs <= MOST_THREADS:
+        raise ValueError(f"jobs must be from 1 to {MOST_THREADS}, got {jobs}")
+    threads = config.threads
+    workload, config = load_data(config)
+    if threads is None and jobs > 1:
+        config = config.model_copy(update={"threads": max(1, (config.threads or 1) // jobs)})
+    check_task()
+    accelerator = make_accelerator(config)
+    if jobs > 1 and accelerator.num_processes > 1:
+        raise ValueError(
+            f"jobs must be 1 on several processes, got {jobs} on {accelerator.num_processes}"
+        )
+    check_probing(config, processes=accelerator.num_processes, samples=len(workload.train))
+    path = out or default_folder("", workload.name)
+    lr = (config.lr or (0.0,))[0]
+    config, left_out = every_correction(config, workload, lr=lr)
+    if accelerator.is_main_process:
+        config = check_folder(path, config, resume=resume)
+    config = agreed(config)
+    arms = expand(config.corrections, example_optimizer(config, lr=lr), controls=config.controls)
+    if accelerator.is_main_process and resume:
+        check_arms(path, arms)
+        left_out = read_about(path).get("left_out", {}) | left_out
+        left_out = {name: why for name, why in left_out.items() if name not in config.corrections}
+    for arm in arms:
+        try_on(arm, config, workload, lr=lr)
+    first, processes = accelerator.is_main_process, accelerator.num_processes
+    return Plan(config, workload, tuple(arms), path, first, processes, left_out, jobs)
+
+
+def plan_of(path: Path, config: CompareConfig) -> Plan:
+    """Return the plan of a folder that was checked when it was started.
+
+    Args:
+        path: The folder.
+        config: Its settings.
+
+    Raises:
+        ValueError: If the data are not there, or the arms are others than they were.
+    """
+    workload, config = load_data(config)
+    accelerator = make_accelerator(config)
+    optimizer = example_optimizer(config, lr=(config.lr or (0.0,))[0])
+    arms = expand(config.corrections, optimizer, controls=config.controls)
+    check_arms(path, arms)
+    return Plan(
+        config, workload, tuple(arms), path, accelerator.is_main_process, accelerator.num_processes
+    )
+
+
+def open_folder(plan: Plan, **more: str) -> ResultsFolder:
+    """Make a plan's folder, or take up what is in it.
+
+    Args:
+        plan: Checked.
+        **more: What the folder shall say about itself besides.
+    """
+    about = {
+        "kind": "comparison",
+        "workload": plan.workload.name,
+        "measure": asdict(plan.workload.measure),
+    }
+    about |= {
+        "samples": plan.workload.train.kind,
+        "left_out": dict(plan.left_out),
+        "arms": {arm.name: arm.recipe for arm in plan.arms},
+        **more,
+    }
+    about |= surroundings(processes=plan.processes, earlier=read_about(plan.path))
+    folder = start_folder(plan.path, plan.config, about)
+    folder.name_anew(plan.arms)
+    return folder
+
+
+def agreed(value: T) -> T:
+    """Return the first process's value."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,311 @@
+"""What corrections would change on one batch of a workload, why, and what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import regrad
+import torch
+from regrad import RegradError
+from regrad.correction import Correction
+from regrad.meter import Meter
+from regrad.order import resolve_order
+from regrad.registry import created, origin
+from torch import Tensor
+
+from regrad_runner.diagnostics.memory import bytes_held
+from regrad_runner.settings.arms import Arm, parts_of
+from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.preparation import load_data
+from regrad_runner.training.run import TrainingRun
+
+TIMED_STEPS, WARM_UP = 10, 2
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one correction takes.
+
+    Attributes:
+        seconds: Host time in its hooks per step, without the effect meter.
+        share_of_step: That time over the time of a plain step.
+        state_bytes: Tensors that it holds from step to step.
+        window_bytes: The kept copy of the weights that it moves.
+    """
+
+    seconds: float
+    share_of_step: float
+    state_bytes: int
+    window_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explained:
+    """One correction on one batch.
+
+    Attributes:
+        name: Its name.
+        version: Distribution and version that it comes from.
+        settings: It with its options, as Python writes it.
+        stages: Where it acts.
+        rows: One per stage and tensor that it could change: "stage", "tensor", "shape", "relative_change" (norm of
+            the change over the norm before), "cosine" (before with after), "why".
+        cost: What it takes; None where it was not measured.
+        refuses: Installed corrections that it cannot work with, each with the reason.
+        ordered: Installed corrections with which the order is declared, each with the declaration.
+        notes: What it chose, and why it may have nothing to do.
+    """
+
+    name: str
+    version: str
+    settings: str
+    stages: tuple[str, ...]
+    rows: list[Row]
+    cost: Cost | None
+    refuses: dict[str, str]
+    ordered: dict[str, str]
+    notes: list[str]
+
+    @property
+    def changed(self) -> list[Row]:
+        """The rows of the tensors that it changes."""
+        return [row for row in self.rows if row["relative_change"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """An arm on one batch.
+
+    Attributes:
+        corrections: In acting order.
+        plain_step_seconds: Median time of a step without them, on the same batch.
+        step_seconds: Median time of a step with all of them, without the effect meter.
+        notes: What concerns all of them.
+    """
+
+    corrections: list[Explained]
+    plain_step_seconds: float
+    step_seconds: float
+    notes: list[str]
+
+
+def explain(config: TrainConfig, *, after_steps: int = 1) -> Explanation:
+    """Train some steps, then say what each correction changes on the next batch, why, and at what cost.
+
+    Args:
+        config: Settings, the corrections among them.
+        after_steps: Optimizer steps to train first: a correction that reads the optimizer's state needs one.
+
+    Raises:
+        ValueError: If anything is unknown, missing or does not fit, or the run has fewer steps.
+        RegradError: If the corrections cannot work together, or not on this model and optimizer.
+    """
+    workload, config = load_data(config)
+    parts = tuple(part for text in config.corrections for part in parts_of(text))
+    with closing(
+        TrainingRun(
+            config, workload, Arm("+".join(parts), parts), seed=config.seed, lr=config.lr or 0.0
+        )
+    ) as run:
+        if not 0 <= after_steps < run.total_steps:
+            raise ValueError(
+                f"after_steps must be from 0 to {run.total_steps - 1}, got {after_steps}"
+            )
+        for _ in islice(run.steps(), after_steps):
+            pass
+        effects, notes = effects_of(run)
+        return _with_costs(run, effects, notes)
+
+
+def effects_of(run: TrainingRun) -> tuple[list[Explained], list[str]]:
+    """Return what each correction changes on the next batch, and notes on all of them; the run stays as it is.
+
+    Args:
+        run: With corrections attached, before its last step.
+    """
+    attachment, told = run.attachment, run.attachment.explain(run.next_batch())
+    by_name = {
+        c.name: [row for row in told.rows if row["correction"] == c.name]
+        for c in attachment.corrections
+    }
+    notes = {
+        c.name: [note for note in told.notes if repr(c.name) in note]
+        for c in attachment.corrections
+    }
+    explained = [
+        _explained(run, correction, by_name[correction.name], notes[correction.name])
+        for correction in attachment.corrections
+    ]
+    return explained, [
+        note for note in told.notes if not any(note in own for own in notes.values())
+    ]
+
+
+def _explained(
+    run: TrainingRun, correction: Correction, rows: Sequence[Row], notes: list[str]
+) -> Explained:
+    parameters = dict(run.attachment.model.named_parameters())
+    refuses, ordered = relations(correction, beside=[c.name for c in run.attachment.corrections])
+    about, began = (
+        origin(correction),
+        run.attachment.engine.applied >= correction.needs.warmup_steps,
+    )
+    idle = (
+        correction.idle_reason()
+        if began and not any(row["relative_change"] for row in rows)
+        else None
+    )
+    return Explained(
+        name=correction.name,
+        version=f"{about['distribution']} {about['version']}".rstrip(),
+        settings=repr(correction),
+        stages=correction.needs.stages,
+        rows=list(_rows(run, correction, rows, parameters, notes)),
+        cost=None,
+        refuses=refuses,
+        ordered=ordered,
+        notes=notes + ([f"nothing may have changed because {idle}"] if idle and rows else []),
+    )
+
+
+def _rows(
+    run: TrainingRun,
+    correction: Correction,
+    rows: Sequence[Row],
+    parameters: Mapping[str, Tensor],
+    notes: Sequence[str],
+) -> Iterator[Row]:
+    """Yield the core's rows with shape and reason. A stage in which nothing changed is left out if another did."""
+    acting = {row["stage"] for row in rows if row["relative_change"]}
+    for row in rows:
+        if acting and row["stage"] not in acting:
+            continue
+        parameter = parameters.get(row["tensor"].partition(": ")[0])  # of a moment: "name: key"
+        shape = None if parameter is None else list(parameter.shape)
+        kept = {key: row[key] for key in ("stage", "tensor", "relative_change", "cosine")}
+        yield kept | {"shape": shape, "why": _why(run, correction, row, parameter, notes)}
+
+
+def _why(
+    run: TrainingRun,
+    correction: Correction,
+    row: Row,
+    parameter: Tensor | None,
+    notes: Sequence[str],
+) -> str:
+    """Say why a tensor is changed or is not."""
+    name, warmup = row["tensor"].partition(": ")[0], correction.needs.warmup_steps
+    if row["relative_change"]:
+        return "changed"
+    note = next((note for note in notes if name in note.replace(",", " ").split()), None)
+    if note is not None:
+        return note
+    if parameter is not None and not correction.selects(name, parameter):
+        return "unchanged: not one of its tensors"
+    if run.attachment.engine.applied < warmup:
+        return f"unchanged: it begins after {warmup} steps"
+    return "unchanged: nothing to correct at this step"
+
+
+def relations(
+    correction: Correction, *, beside: Sequence[str] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return with which installed corrections this one refuses to work, and with which it declares an order.
+
+    Args:
+        correction: With its options.
+        beside: Names that are not asked about: what is attached with it already.
+
+    Returns:
+        Reasons of refusals, and declarations, by the other's name. Plugins that cannot be loaded are left out.
+    """
+    refuses, ordered = dict[str, str](), dict[str, str]()
+    for name in regrad.available():
+        if name in beside:
+            continue
+        try:
+            others = created(name)
+        except (
+            RegradError,
+            ValueError,
+            TypeError,
+        ):  # it cannot be attached as it is, so there is nothing to say of it
+            continue
+        if any(other.name == correction.name for other in others):
+            refuses[name] = f"it contains {correction.name!r}"
+            continue
+        try:
+            moves = [
+                *resolve_order([correction, *others])[1],
+                *resolve_order([*others, correction])[1],
+            ]
+        except RegradError as refusal:
+            refuses[name] = str(refusal).partition(" cannot work together: ")[2] or str(refusal)
+            continue
+        about = [move for move in moves if repr(correction.name) in move]
+        if about:
+            ordered[name] = "; ".join(dict.fromkeys(about))
+    return refuses, ordered
+
+
+class _Silent(Meter):
+    """A meter that never looks: measuring is not part of a correction's cost."""
+
+    def due(self, correction: Correction, index: int) -> bool:
+        """Return False."""
+        return False
+
+    def warn_if_idle(self, correction: Correction, index: int) -> None:
+        """Say nothing."""
+
+
+def _with_costs(run: TrainingRun, explained: Sequence[Explained], notes: list[str]) -> Explanation:
+    """Measure time and memory on the next batch, over and over: first with the corrections, then without."""
+    engine, batch = run.attachment.engine, run.next_batch()
+    engine.registry.unregister(engine.meter)
+    engine.meter = _Silent()
+    for _ in range(WARM_UP):
+        _timed_step(run, batch)
+    before = dict(engine.seconds)
+    corrected = median(_timed_step(run, batch) for _ in range(TIMED_STEPS))
+    hooks = {
+        name: (seconds - before.get(name, 0.0)) / TIMED_STEPS
+        for name, seconds in engine.seconds.items()
+    }
+    held = {c.name: bytes_held(c, besides=run.attachment) for c in run.attachment.corrections}
+    window = bytes_held(engine.window, besides=run.attachment)
+    run.close()
+    for _ in range(WARM_UP):
+        _timed_step(run, batch)
+    plain = median(_timed_step(run, batch) for _ in range(TIMED_STEPS))
+    costs = {
+        one.name: Cost(
+            seconds=hooks.get(one.name, 0.0),
+            share_of_step=hooks.get(one.name, 0.0) / plain,
+            state_bytes=held[one.name],
+            window_bytes=window if "weights" in one.stages else 0,
+        )
+        for one in explained
+    }
+    with_costs = [Explained(**{**vars(one), "cost": costs[one.name]}) for one in explained]
+    return Explanation(
+        corrections=with_costs, plain_step_seconds=plain, step_seconds=corrected, notes=notes
+    )
+
+
+def _timed_step(run: TrainingRun, batch: tuple[Tensor, Tensor]) -> float:
+    """Train one step and return its time."""
+    started = time.perf_counter()
+    run.accelerator.backward(run.attachment.criterion(run.model(batch[0]), batch[1]))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.accelerator.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - started

@@ -1,0 +1,1 @@
+"""Models by name, initialised without touching the global random state."""

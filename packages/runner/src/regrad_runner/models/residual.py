@@ -1,0 +1,136 @@
+"""Residual networks for small images."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Norm = Literal["batch", "group", "none"]
+BLOCKS_PER_STAGE = {f"resnet{6 * blocks + 2}": blocks for blocks in (1, 3, 5, 9)}
+GROUPS = 8
+
+
+def is_own(name: str) -> bool:
+    """Say whether a name is that of a CIFAR residual network, whose width can be chosen."""
+    return name in BLOCKS_PER_STAGE
+
+
+def residual_network(
+    name: str, *, width: int, norm: Norm, classes: int, channels: int, image_size: int, seed: int
+) -> nn.Module:
+    """Return a residual network; `regrad_runner.models.building.build_model` says what it takes."""
+    for what, value, least in (
+        ("channels", channels, 1),
+        ("image_size", image_size, 4),
+        ("width", width, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{what} must be at least {least}, got {value!r}")
+    # Modules draw their default weights when they are made; the fork puts the global state back.
+    with torch.random.fork_rng(devices=[]):
+        model = ResidualNetwork(
+            BLOCKS_PER_STAGE[name], classes=classes, channels=channels, width=width, norm=norm
+        )
+    _initialize(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+class ResidualNetwork(nn.Module):
+    """The network that `build_model` returns; `fc` is its output layer."""
+
+    def __init__(self, blocks: int, *, classes: int, channels: int, width: int, norm: Norm) -> None:
+        super().__init__()
+        widths = [width * 2**stage for stage in range(3)]
+        self.conv = _conv3x3(channels, width, bias=norm == "none")
+        self.norm = _norm(norm, width)
+        self.stages = nn.Sequential()
+        previous = width
+        for index, current in enumerate(widths):
+            stage = nn.Sequential()
+            for block in range(blocks):
+                stride = 2 if index > 0 and block == 0 else 1
+                stage.append(
+                    ResidualBlock(previous, current, stride=stride, norm=norm, depth=3 * blocks)
+                )
+                previous = current
+            self.stages.append(stage)
+        self.fc = nn.Linear(previous, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits [B, classes] of images [B, C, H, W]."""
+        features = self.stages(torch.relu(self.norm(self.conv(images))))
+        return self.fc(features.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions beside an identity shortcut, one of `depth` such blocks in a row."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, stride: int, norm: Norm, depth: int = 1
+    ) -> None:
+        super().__init__()
+        bias = norm == "none"
+        self.conv1 = _conv3x3(channels_in, channels_out, stride=stride, bias=bias)
+        self.norm1 = _norm(norm, channels_out)
+        self.conv2 = _conv3x3(channels_out, channels_out, bias=bias)
+        self.norm2 = Scale(1 / math.sqrt(depth)) if norm == "none" else _norm(norm, channels_out)
+        self.stride = stride
+        self.new_channels = channels_out - channels_in
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features [B, channels_out, ⌈H / stride⌉, ⌈W / stride⌉] of features [B, channels_in, H, W]."""
+        residual = torch.relu(self.norm1(self.conv1(images)))
+        residual = self.norm2(self.conv2(residual))
+        return torch.relu(residual + self.shortcut(images))
+
+    def shortcut(self, images: Tensor) -> Tensor:
+        """Return every `stride`-th pixel, with zeros as the channels that the input does not have (option A)."""
+        if self.stride > 1:
+            images = images[:, :, :: self.stride, :: self.stride]
+        if self.new_channels:
+            images = nn.functional.pad(images, (0, 0, 0, 0, 0, self.new_channels))
+        return images
+
+
+class Scale(nn.Module):
+    """One learned factor, where a residual branch without normalisation ends."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(start))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features of any shape times the factor."""
+        return features * self.factor
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Return a group normalisation of the most groups, at most 8, that divide the channels alike."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+
+
+def _conv3x3(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=bias)
+
+
+def _norm(norm: Norm, channels: int) -> nn.Module:
+    if norm == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels) if norm == "batch" else group_norm(channels)
+
+
+@torch.no_grad()
+def _initialize(model: nn.Module, generator: torch.Generator) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, ResidualBlock) and isinstance(module.norm2, Scale):
+            module.conv2.weight.mul_(
+                math.sqrt(0.5)
+            )  # no rectifier follows that would halve the second moment

@@ -1,0 +1,1 @@
+"""Installed plugins: listed, shown, checked, made."""

@@ -1,0 +1,144 @@
+"""Which names a new plugin may have: those that break nothing, here and elsewhere."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import keyword
+import re
+import tokenize
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+import regrad
+from regrad import distributions
+from regrad.registry import GROUPS
+from regrad.text import printable
+
+from regrad_runner.plugins.sources import NOT_OFFERED, torch_optimizers
+
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+LONGEST = 50
+WORDS = {"none", "all", "true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
+LAYOUTS = {"plain", "ddp", "fsdp2"}
+DEVICES = {"con", "prn", "aux", "nul"} | {
+    f"{port}{n}" for port in ("com", "lpt") for n in range(10)
+}
+# Distributions and plugins of ours, whether they are installed or not.
+OURS = {
+    "regrad",
+    "core",
+    "runner",
+    "testing",
+    "transformers",
+    "lightning",
+    "bench",
+    "deepspeed",
+    "accelerate",
+}
+OURS |= {
+    "adanorm",
+    "centralization",
+    "clipping",
+    "gcgd",
+    "gcode",
+    "gcw",
+    "powergrad",
+    "tom",
+    "xgrad",
+}
+OURS |= {"agc", "clip-norm", "clip-value", "adam3", "cifar10", "cifar100", "digits", "text"}
+OURS |= {"fashion-mnist", "imagefolder", "parquet"}
+
+
+def package_of(name: str) -> str:
+    """Return the name of a plugin's package.
+
+    Example:
+        >>> package_of("my-method"), class_of("my-method")
+        ('regrad_my_method', 'MyMethod')
+    """
+    return f"regrad_{name.replace('-', '_')}"
+
+
+def class_of(name: str) -> str:
+    """Return the name of a plugin's class."""
+    return "".join(word.title() for word in name.split("-"))
+
+
+def check_name(name: str, sources: Iterable[str]) -> None:
+    """Raise a `ValueError` unless a new plugin may have this name.
+
+    Args:
+        name: Of the correction.
+        sources: The Python files that its class's name will stand in.
+    """
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"name must be lower-case words with hyphens between them, such as 'my-method', got {name!r}"
+        )
+    if len(name) > LONGEST:
+        raise ValueError(f"name must have at most {LONGEST} characters, got {name!r}")
+    taken = _owner(name)
+    if taken:
+        raise ValueError(f"name must be a new one, got {name!r}, which {taken}")
+    misread = _misread_by(name, sources)
+    if misread:
+        raise ValueError(f"name must be no word with a meaning, got {name!r}, {misread}")
+
+
+def _owner(name: str) -> str:
+    """Say who has this name already; nothing where it is free."""
+    for kind, group in GROUPS.items():
+        entry = regrad.available(group).get(name)
+        if entry is not None:
+            return (
+                f"{printable(entry.distribution)} offers as {'an' * (kind[0] == 'o') or 'a'} {kind}"
+            )
+    distribution = f"regrad-{name}"
+    for one in distributions.every():
+        folder_name = re.split(r"-\d|\.dist-info$|\.egg-info$", one.name)[0]
+        if re.sub(r"[-_.]+", "-", folder_name).lower() == distribution:
+            return f"the installed distribution {distribution} has"
+    if name in OURS:
+        return "is a part of regrad"
+    if name in {*torch_optimizers(), *regrad.available("regrad.optimizers"), *NOT_OFFERED}:
+        return "is an optimizer of torch"
+    if find_spec(package_of(name)) is not None:
+        return f"the installed package {package_of(name)} has"
+    return ""
+
+
+def _misread_by(name: str, sources: Iterable[str]) -> str:
+    """Say what would read the name as something else; nothing where it is a plain name."""
+    kind = class_of(name)
+    if name in WORDS | LAYOUTS:
+        return "which settings read as a word of their own"
+    if name in DEVICES:
+        return "which is a device on Windows"
+    if name.startswith("regrad-"):
+        return "whose distribution would be called regrad twice"
+    if kind in identifiers(sources):
+        return f"whose class {kind} is another in its own files"
+    return _misread_by_python(name.replace("-", "_"), kind)
+
+
+def _misread_by_python(spoken: str, kind: str) -> str:
+    """Say what Python or pytest would read a name or its class as; nothing where it is a plain name."""
+    if spoken in {word.lower() for word in (*keyword.kwlist, *keyword.softkwlist)}:
+        return "which is a keyword of Python"
+    for word in (spoken, kind):
+        if word in dir(builtins):
+            return f"which Python has as {word}"
+    if kind.startswith("Test"):
+        return f"whose class {kind} pytest would take for tests"
+    return ""
+
+
+def identifiers(sources: Iterable[str]) -> set[str]:
+    """Return the names that stand in the code of Python files."""
+    found: set[str] = set()
+    for text in sources:
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        found |= {token.string for token in tokens if token.type == tokenize.NAME}
+    return found

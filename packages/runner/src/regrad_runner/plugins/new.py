@@ -1,0 +1,285 @@
+"""`regrad plugins new`: a distribution of one's own that works before anything is edited."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import tokenize
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import regrad
+from regrad import distributions
+from regrad.correction import did_you_mean
+from regrad.registry import Entry
+
+from regrad_runner.plugins.copied_code import renamed, without_prose
+from regrad_runner.plugins.names import check_name, class_of, package_of
+
+SKELETON = Path(__file__).with_name("skeleton")
+BLANK = "(fill in)"
+CARRIED = "distribution"  # where a plugin's wheel carries what is outside its package
+COPIED = ("pyproject.toml", "LICENSE", "README.md", "tests")
+NEEDS = ["regrad>=0.1,<0.2", "torch>=2.12"]
+EXAMPLE = "| `bound` | what no element of a gradient exceeds | 1.0 | positive |"
+
+
+class Source(NamedTuple):
+    """A plugin whose whole distribution is here.
+
+    Attributes:
+        entry: What its metadata say.
+        package: Folder of its package.
+        rest: Folder with `pyproject.toml`, the card and the tests.
+    """
+
+    entry: Entry
+    package: Path
+    rest: Path
+
+
+def new_plugin(name: str, out: Path, like: str | None = None) -> Path:
+    """Write a distribution that offers a correction of a new name.
+
+    It holds a small example with a reference, tests and a card, in words of its own and
+    with blanks for the author's, so that it installs and passes the conformance kit
+    before anything is edited. Nothing is cited.
+
+    Args:
+        name: Of the correction: lower-case words, with hyphens between them.
+        out: Folder in which the distribution's folder "regrad-NAME" is made.
+        like: An installed correction whose code to start from instead of the example. What
+            its author says of it in docstrings, comments and its card is left out.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the name is taken or cannot be one, the folder is there or cannot be
+            written, or `like` cannot be copied. Nothing is written then.
+    """
+    source = _source_of(like) if like is not None else None
+    check_name(name, _python_of(source))
+    folder = out / f"regrad-{name}"
+    if os.path.lexists(folder):
+        raise ValueError(
+            f"out must not have a folder {folder.name!r} yet, got '{out}'; move that folder away"
+        )
+    if os.path.lexists(out) and not out.is_dir():
+        raise ValueError(f"out must be a folder, got '{out}', which is none")
+    _write_whole(folder, lambda made: _write(made, name, source))
+    return folder
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let a function write a folder, whole or not at all.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
+    out = folder.parent
+    missing = [place for place in (out, *out.parents) if not os.path.exists(place)]  # noqa: PTH110 - no error for a name that is too long
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".new-plugin-") as aside:
+            made = Path(aside, folder.name)
+            write(made)
+            made.rename(folder)
+    except BaseException as problem:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
+        if not isinstance(problem, OSError):
+            raise
+        rule = "out must be a folder that can be written"
+        raise ValueError(f"{rule}, got '{out}': {problem.strerror or problem}") from problem
+
+
+def _write(made: Path, name: str, source: Source | None) -> None:
+    """Write the files of a distribution."""
+    values = _values(name, source)
+    for file, text in _templates():
+        is_code = file.parts[0] in ("package", "tests")
+        if source is None or not is_code:
+            _write_file(made, file, Template(text).substitute(values), name)
+    if source is not None:
+        _copy_code(made, name, source)
+
+
+def _templates() -> Iterator[tuple[Path, str]]:
+    """Return the skeleton's files, where they go, and their texts."""
+    for path in sorted(SKELETON.rglob("*.txt")):
+        yield path.relative_to(SKELETON).with_suffix(""), path.read_text(encoding="utf-8")
+
+
+def _write_file(made: Path, file: Path, text: str, name: str) -> None:
+    """Write one file; those of the package lie in `src`."""
+    if file.parts[0] == "package":
+        file = Path("src", package_of(name), *file.parts[1:])
+    target = made / file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+
+
+def _values(name: str, source: Source | None) -> dict[str, str]:
+    """Return what stands in the skeleton's blanks."""
+    author = _author()
+    origin = "The example that `regrad plugins new` writes: replace it by your rule."
+    dependencies, options = NEEDS, EXAMPLE
+    if source is not None:
+        entry = source.entry
+        origin = f"Started from the code of {entry.distribution} {entry.version}, whose licence is kept beside ours."
+        project = tomllib.loads((source.rest / "pyproject.toml").read_text(encoding="utf-8"))
+        dependencies = project.get("project", {}).get("dependencies", NEEDS)
+        options = _option_rows(entry.name)
+    return {
+        "name": name,
+        "package": package_of(name),
+        "kind": class_of(name),
+        "author": author or f"{BLANK[:-1]} your name)",
+        "quoted_author": json.dumps(author or BLANK, ensure_ascii=False),
+        "year": str(datetime.now(UTC).year),
+        "dependencies": json.dumps(dependencies, ensure_ascii=False),
+        "options": options,
+        "origin": origin,
+    }
+
+
+def _author() -> str:
+    """Return the name that git knows the user by; empty where it knows none."""
+    git = shutil.which("git")
+    if git is None:
+        return ""
+    command = [git, "config", "user.name"]
+    done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - a fixed command
+    text = done.stdout.decode("utf-8", errors="ignore")
+    visible = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(visible.split())
+
+
+def _option_rows(name: str) -> str:
+    """Return the rows of a card's table of options."""
+    loaded = regrad.load(name)
+    if isinstance(loaded, regrad.Composition):
+        raise TypeError(f"like must be one correction, got {name!r}, which is several together")
+    fields = dataclasses.fields(loaded.Options)
+    rows = [f"| `{f.name}` | {BLANK} | {f.default} | {BLANK} |" for f in fields]
+    return "\n".join(rows) or "| none | | | |"
+
+
+def _source_of(like: str) -> Source:
+    """Return the plugin to start from.
+
+    Raises:
+        ValueError: If there is none of this name, or it cannot be copied.
+    """
+    entries = regrad.available()
+    if like not in entries:
+        raise ValueError(
+            f"like must be an installed correction, got {like!r}{did_you_mean(like, entries)}"
+        )
+    source = _whole(entries[like])
+    if source is None:
+        raise ValueError(
+            f"like must be alone in a distribution that is here with its tests, got {like!r}; "
+            "leave it out for an example to edit"
+        )
+    for _, path in _code_of(source):
+        try:
+            without_prose(path.read_text(encoding="utf-8"))
+        except (SyntaxError, tokenize.TokenError, ValueError, OSError) as problem:
+            raise ValueError(f"like must have code that can be read, got '{path}'") from problem
+    return source
+
+
+def _whole(entry: Entry) -> Source | None:
+    """Return where a plugin's whole distribution lies, or None where it cannot be copied."""
+    found = distributions.find(entry.distribution, entry.version)
+    module, _, attribute = entry.value.partition(":")
+    if entry.refused or found is None or not distributions.NAME.fullmatch(entry.distribution):
+        return None  # its name becomes that of a file
+    if not module.isidentifier() or not attribute.isidentifier():
+        return None  # only a correction that is offered from the top of its package
+    groups = [point.group.partition(".")[0] for point in found.source.entry_points]
+    others = [line for line in found.requires if line.startswith("regrad-")]
+    if groups.count("regrad") > 1 or others:
+        return None
+    package = _folder_of(module)
+    if package is None:
+        return None
+    rest = _editable(found) or package / CARRIED
+    return Source(entry, package, rest) if all((rest / f).exists() for f in COPIED) else None
+
+
+def _folder_of(module: str) -> Path | None:
+    """Return the folder of an installed package, without importing it."""
+    try:
+        spec = find_spec(module)
+    except ValueError:  # it was put among the imported ones by hand
+        return None
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _editable(found: distributions.Installed) -> Path | None:
+    """Return the source folder of a distribution that is installed from one, as it is edited."""
+    try:
+        told: dict[str, Any] = json.loads(found.read("direct_url.json") or "{}")
+        editable, url = told.get("dir_info", {}).get("editable"), str(told.get("url"))
+    except (ValueError, AttributeError):  # no JSON, or of another form
+        return None
+    return Path(url2pathname(urlparse(url).path)) if editable else None
+
+
+def _python_of(source: Source | None) -> list[str]:
+    """Return the Python files that are written, the author's names still to come."""
+    if source is not None:
+        return [path.read_text(encoding="utf-8") for _, path in _code_of(source)]
+    values = _values("a-name-that-nobody-has", None)
+    return [
+        Template(text).substitute(values) for file, text in _templates() if file.suffix == ".py"
+    ]
+
+
+def _code_of(source: Source) -> Iterator[tuple[Path, Path]]:
+    """Return the Python files of a plugin: where each goes, and where it is."""
+    for part, folder in (("package", source.package), ("tests", source.rest / "tests")):
+        for path in sorted(folder.rglob("*.py")):
+            place = path.relative_to(folder)
+            if CARRIED not in place.parts and not any(p.startswith(".") for p in place.parts):
+                yield Path(part, place), path
+
+
+def _copy_code(made: Path, name: str, source: Source) -> None:
+    """Write a plugin's code under other names and without its prose, and its licence under its own."""
+    old_name, old_distribution = source.entry.name, source.entry.distribution
+    old_package, _, old_kind = source.entry.value.partition(":")
+    names = {old_package: package_of(name), old_kind: class_of(name)}
+    words = _renames(old_name, name) | {
+        rf"\b{re.escape(old)}\b": new
+        for old, new in ({old_distribution: f"regrad-{name}"} | names).items()
+    }
+    for file, path in _code_of(source):
+        code = without_prose(path.read_text(encoding="utf-8"))
+        _write_file(made, file, renamed(code, names, words), name)
+    _write_file(made, Path("package", "py.typed"), "", name)
+    licence = (source.rest / "LICENSE").read_text(encoding="utf-8")
+    _write_file(made, Path(f"LICENSE.{old_distribution}"), licence, name)
+
+
+def _renames(old: str, new: str) -> dict[str, str]:
+    """Return what to write for a correction's name in the strings of code."""
+    plain, under = re.escape(old), new.replace("-", "_")
+    return {rf"(?<=_){plain}\b|\b{plain}(?=_)": under, rf"\b{plain}\b": new}

@@ -1,0 +1,1 @@
+"""The folder that a comparison or a run writes."""

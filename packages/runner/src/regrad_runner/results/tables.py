@@ -1,0 +1,108 @@
+"""Rows of dataclasses in CSV that no spreadsheet computes, read back whole or refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from regrad_runner.files import read_bytes, write_whole
+from regrad_runner.results.seals import check_seal, sealed
+
+Row = TypeVar("Row")
+COMPUTED = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
+    """Write dataclass rows as CSV; None is an empty cell. The folder keeps its checksum.
+
+    Raises:
+        DiskError: If the disk does not take it; the old file is as it was.
+    """
+    names = sorted((f.name for f in fields(kind)), key=lambda name: name not in ("arm", "seed"))
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+    content = text.getvalue().encode()
+    with sealed(path, content):
+        write_whole(path, content)
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """Read back what `write_rows` wrote; nothing where there is no file.
+
+    Raises:
+        ValueError: If the file does not hold such rows, or not all of them.
+    """
+    if not os.path.lexists(path):
+        return []
+    try:
+        content = read_bytes(path)
+    except OSError as problem:
+        raise ValueError(f"'{path}' must be a file that can be read, got {problem}") from None
+    check_seal(path, content)
+    hints = get_type_hints(kind)
+    try:
+        text = content.decode()
+        if not text.endswith("\n") or "\0" in text:
+            raise ValueError("the last line has no end, or there are bytes that are no text")
+        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return [_row(kind, header, cells, hints) for cells in lines]
+    except (KeyError, TypeError, ValueError, csv.Error) as problem:
+        raise ValueError(
+            f"'{path}' must hold the columns {', '.join(hints)}: {problem}"
+        ) from problem
+
+
+def checked(kind: type[Row], values: Any) -> Row:
+    """Return a dataclass made of plain values.
+
+    Raises:
+        ValueError: If a value is missing, unknown or of another type; in one line.
+    """
+    try:
+        # As JSON, which has a dictionary where Python has a dataclass.
+        made = TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+    except ValidationError as problems:
+        problem = problems.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "value"
+        raise ValueError(f"{where}: {problem['msg']}") from None
+    return made
+
+
+def _row(kind: type[Row], header: Sequence[str], cells: Sequence[str], hints: Any) -> Row:
+    """Return the row that a line stands for."""
+    if len(cells) != len(header):
+        raise ValueError(f"a line must have {len(header)} cells, got {len(cells)}")
+    return kind(
+        **{name: _read_cell(cell, hints[name]) for name, cell in zip(header, cells, strict=True)}
+    )
+
+
+def _cell(value: Any) -> Any:
+    """Return what stands in a cell: a text that a spreadsheet would compute, or that is one of these, is quoted."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in COMPUTED else value
+
+
+def _read_cell(text: str, hint: Any) -> Any:
+    """Turn a cell into the type that the row's annotation names."""
+    kinds = get_args(hint) or (hint,)
+    if type(None) in kinds and not text:
+        return None
+    if bool in kinds:
+        return {"True": True, "False": False}[text]
+    kind = next((kind for kind in (int, float) if kind in kinds), None)
+    if kind is not None:
+        return kind(text)
+    plain = text.removeprefix("'")
+    if kinds != (str,) and str not in kinds and plain not in kinds:  # of a Literal
+        raise ValueError(f"a cell must be one of {', '.join(map(str, kinds))}, got {plain!r}")
+    return plain

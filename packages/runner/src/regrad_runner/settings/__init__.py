@@ -1,0 +1,1 @@
+"""Settings of a comparison or a run: read, checked, continued."""

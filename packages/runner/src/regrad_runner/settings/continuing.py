@@ -1,0 +1,60 @@
+"""Settings that continue a folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regrad_runner.settings.config import CompareConfig, Config, RunConfig
+
+WITHOUT_EFFECT_ON_RESULTS = frozenset(
+    {
+        "download",
+        "workers",
+        "tracker",
+        "tracking_uri",
+        "threads",
+        "processes",
+        "checkpoint_every",
+        "keep_checkpoints",
+    }
+)
+
+
+def first_difference(old: RunConfig, new: RunConfig) -> str | None:
+    """Name the first setting in which two configurations would give different results, with both values."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    for name, value in after.items():
+        if name not in WITHOUT_EFFECT_ON_RESULTS and before.get(name) != value:
+            return f"{name} {before.get(name)!r} there and {value!r} here"
+    return None
+
+
+def continued(old: Config, new: Config) -> Config:
+    """Return settings that continue a folder: as `old`, with more corrections or seeds if `new` has them.
+
+    Args:
+        old: The folder's settings.
+        new: What is asked for now.
+
+    Returns:
+        `new`, its corrections in the order of `old` and those that it adds after them, so that arms and controls
+        that were there keep their names.
+
+    Raises:
+        ValueError: If `new` leaves out a correction or a seed, or differs in anything else that has an effect.
+    """
+    more: dict[str, Any] = {}
+    if isinstance(old, CompareConfig) and isinstance(new, CompareConfig):
+        added = tuple(text for text in new.corrections if text not in old.corrections)
+        if set(old.corrections) <= set(new.corrections):
+            more["corrections"] = (*old.corrections, *added)
+        if new.seeds > old.seeds:
+            more["seeds"] = new.seeds
+    difference = first_difference(
+        old, new.model_copy(update={name: getattr(old, name) for name in more})
+    )
+    if difference:
+        raise ValueError(
+            f"out must hold the same configuration, got {difference}; choose another folder"
+        )
+    return new.model_copy(update=more)

@@ -1,0 +1,130 @@
+"""Ctrl-C and SIGTERM: they end what is under way as killed, and never leave a tracked run open.
+
+Where a checkpoint can be saved, the first one acts after the step under way and the second one at once. Several
+processes hear a signal at different steps, or one alone hears it: after each step they agree, and stop together.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+STOPPING = b"\nstopping after this step; once more leaves at once\n"
+
+
+@dataclass
+class _Signals:
+    """What is to be done with signals.
+
+    Attributes:
+        wait: Whether they act later.
+        after_step: Whether the first one acts after the step under way.
+        came: The one that waits.
+        agree: Gives what the processes make of the one that came to this one, 0 for none.
+        together: Whether every process was ended by `stop`.
+    """
+
+    wait: bool = False
+    after_step: bool = False
+    came: int | None = None
+    agree: Callable[[int], int] = int
+    together: bool = False
+
+    def stop_waiting(self) -> int | None:
+        """Let signals act at once, and return the one that waited."""
+        came, self.came, self.wait = self.came, None, False
+        return came
+
+
+_signals = _Signals()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait. Main thread only."""
+    _signals.together = False
+    before = {
+        number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Let a signal that comes during the block act at its end."""
+    _signals.wait = True
+    try:
+        yield
+    finally:
+        came = _signals.stop_waiting()
+    if came is not None:
+        _raise(came)
+
+
+@contextmanager
+def stops_after_steps(agree: Callable[[int], int] = int) -> Iterator[None]:
+    """Let the first signal in the block act where `stop` is called for it, and the second one at once.
+
+    Args:
+        agree: Called on every process with the number of the signal that came to it, 0 for none; returns the one
+            that all act on.
+    """
+    _signals.after_step, _signals.agree, _signals.together = True, agree, False
+    try:
+        yield
+        stop(asked_to_stop())
+    finally:
+        _signals.after_step, _signals.came, _signals.agree = False, None, int
+
+
+def asked_to_stop() -> int:
+    """Return the signal to stop for, 0 for none. Call it on every process, after the same steps."""
+    return _signals.agree(_signals.came or 0)
+
+
+def stop(number: int) -> None:
+    """Raise what a signal means, on every process; nothing where it is 0."""
+    if number:
+        _signals.together = True
+        _raise(number)
+
+
+def stopped_together() -> bool:
+    """Say whether every process ends for a signal, so that they can still do something together."""
+    return _signals.together
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    del frame
+    if _signals.wait:
+        _signals.came = number
+    elif _signals.after_step and _signals.came is None:
+        _signals.came = number
+        os.write(2, STOPPING)  # the streams of Python may be in the middle of a line of ours
+    elif _signals.after_step and number == signal.SIGINT:
+        raise LeftAtOnce
+    else:
+        _raise(number)
+
+
+def _raise(number: int) -> None:
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+class Terminated(SystemExit):
+    """The process was asked to end (SIGTERM); raise it in the signal handler and open runs become KILLED."""
+
+    def __init__(self, code: int = 143) -> None:
+        super().__init__(code)
+
+
+class LeftAtOnce(KeyboardInterrupt):
+    """Ctrl-C was pressed again: nothing is waited for any more."""

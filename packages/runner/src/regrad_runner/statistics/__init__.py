@@ -1,0 +1,1 @@
+"""From the runs of a comparison to one honest verdict per arm."""

@@ -1,0 +1,1 @@
+"""Tracking servers: what is shown there, and where."""

@@ -1,0 +1,34 @@
+"""What Ctrl-C and SIGTERM end, and how to go on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import clear_frames
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+from regrad_runner.signals import stoppable, stopped_together
+
+
+@contextmanager
+def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on."""
+    try:
+        with stoppable():
+            yield
+    except (KeyboardInterrupt, SystemExit) as end:
+        if not quiet:
+            console.print(
+                f"stopped; this goes on from here: {again}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        if stopped_together():
+            from regrad_runner.training.processes import leave_processes  # noqa: PLC0415 - it imports torch
+
+            clear_frames(end.__traceback__)  # they hold the model
+            leave_processes()
+        raise

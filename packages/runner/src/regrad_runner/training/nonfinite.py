@@ -1,0 +1,162 @@
+"""Steps whose loss or gradients are not finite: skipped, counted, and after several in a row the end of the run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from regrad.errors import RegradError, RegradWarning
+from regrad.sharding import is_sharded, local
+from torch import Tensor, nn
+
+from regrad_runner.files import write_whole
+from regrad_runner.tracking.mlflow_ import Run
+
+STEPS_KEPT = 50
+SKIPS_IN_A_ROW = 10
+
+
+class NonFiniteError(RegradError):
+    """Too many steps in a row were not finite.
+
+    Attributes:
+        table: CSV of the last steps: step, loss, and the norm of each tensor's gradient by its name.
+    """
+
+    def __init__(self, message: str, table: str) -> None:
+        super().__init__(message)
+        self.table = table
+
+
+class Watch:
+    """Look at loss and gradients of every step, before they are clipped or corrected.
+
+    The norms stay on the device: one number per step is waited for.
+
+    Args:
+        parameters: Trained parameters by name.
+        accelerator: Of the run. Its processes skip a step together.
+
+    Attributes:
+        skipped: Steps that were not finite so far.
+    """
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], accelerator: Accelerator
+    ) -> None:
+        self.skipped = 0
+        self._named = [
+            (name, parameter) for name, parameter in parameters if parameter.requires_grad
+        ]
+        self._accelerator = accelerator
+        self._in_a_row = 0
+        self._steps: deque[int] = deque(maxlen=STEPS_KEPT)
+        self._ring = torch.zeros(STEPS_KEPT, 1 + len(self._named), device=accelerator.device)
+        self._next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counts that a resumed run goes on with; the norms before it are not among them."""
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take back what `state_dict` returned."""
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+
+    @torch.no_grad()
+    def is_finite(self, step: int, loss: Tensor) -> bool:
+        """Keep the norms of a step and say whether it may be taken.
+
+        Args:
+            step: Its number, from 1.
+            loss: Of its last micro-batch, one element.
+
+        Raises:
+            NonFiniteError: If it is the last of too many in a row that may not.
+        """
+        row = self._ring[self._next]
+        row[0] = loss.detach()
+        row[1:] = self._norms()
+        self._next = (self._next + 1) % STEPS_KEPT
+        self._steps.append(step)
+        unfit = (~row.isfinite().all()).float()
+        if self._accelerator.num_processes > 1:
+            unfit = self._accelerator.reduce(unfit, "sum")
+        if not unfit.item():
+            self._in_a_row = 0
+            return True
+        self._count(step)
+        return False
+
+    def _norms(self) -> Tensor:
+        gradients = [
+            parameter.grad if parameter.grad is None else local(parameter.grad)
+            for _, parameter in self._named
+        ]
+        there = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        norms = torch.zeros(len(gradients), device=self._ring.device)
+        found = torch._foreach_norm([g.float() for g in gradients if g is not None])
+        norms[there] = torch.stack(list(found)) if there else norms[there]
+        return norms
+
+    def _count(self, step: int) -> None:
+        self.skipped += 1
+        self._in_a_row += 1
+        if self.skipped == 1:
+            what = f"loss or gradients of step {step} are not finite; it is skipped"
+            warnings.warn(
+                f"{what}, and {SKIPS_IN_A_ROW} in a row end the run", RegradWarning, stacklevel=4
+            )
+        if self._in_a_row >= SKIPS_IN_A_ROW:
+            what = f"loss or gradients were not finite in {SKIPS_IN_A_ROW} steps in a row, the last is step {step}"
+            raise NonFiniteError(
+                f"{what}; lower lr, clip the gradients, or look at nonfinite.csv", self.table()
+            )
+
+    def table(self) -> str:
+        """Return the kept steps as CSV, oldest first: step, loss, and each gradient's norm by its tensor's name.
+
+        Call it on every process.
+        """
+        text = io.StringIO(newline="")
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["step", "loss", *(name for name, _ in self._named)])
+        kept = self._of_whole_tensors(
+            torch.roll(self._ring, -self._next, 0)[-len(self._steps) :]
+        ).tolist()
+        rows.writerows([step, *row] for step, row in zip(self._steps, kept, strict=True))
+        return text.getvalue()
+
+    def _of_whole_tensors(self, rows: Tensor) -> Tensor:
+        """Return norms of tensors where the processes kept those of their shards."""
+        sharded = torch.tensor(
+            [False, *(is_sharded(p) for _, p in self._named)], device=rows.device
+        )
+        if not sharded.any():
+            return rows
+        return torch.where(sharded, self._accelerator.reduce(rows.square(), "sum").sqrt(), rows)
+
+
+@contextmanager
+def keeping_norms(folder: Callable[[], Path], shown: Run, *, writes: bool) -> Iterator[None]:
+    """Write the last steps' norms of a run that ends by `NonFiniteError`.
+
+    Args:
+        folder: Gives where to write `nonfinite.csv`.
+        shown: Tracked run that gets it too.
+        writes: Whether this is the process that writes.
+    """
+    try:
+        yield
+    except NonFiniteError as problem:
+        if writes:
+            path = folder() / "nonfinite.csv"
+            write_whole(path, problem.table)
+            shown.artifact(path)
+        raise

@@ -1,0 +1,145 @@
+"""Optimizers by name: torch's own, and those of plugins."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import regrad
+import torch
+from regrad.text import printable
+from torch import nn
+from torch.optim import Optimizer
+
+from regrad_runner.settings.specs import read_spec
+from regrad_runner.workloads.workload import Defaults
+
+GROUP = "regrad.optimizers"
+# They need a closure, sparse gradients or only matrices: not what the loop here offers.
+UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
+
+
+def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
+    """Return the optimizer's complete spec and the learning rate that suits it.
+
+    The workload's momentum, weight decay and learning rate belong to its own optimizer; any other one starts from
+    its class's defaults.
+
+    Raises:
+        ValueError: If the optimizer is unknown or `text` cannot be read.
+    """
+    name, options = read_spec(text or defaults.optimizer)
+    kind = optimizer_class(name)
+    lr = inspect.signature(kind).parameters["lr"].default
+    if name == defaults.optimizer:
+        own = {"momentum": defaults.momentum, "weight_decay": defaults.weight_decay}
+        options = {
+            **{key: own[key] for key in own if key in inspect.signature(kind).parameters},
+            **options,
+        }
+        lr = defaults.lr
+    if "lr" in options:
+        raise ValueError(f"optimizer must not set lr, got {text!r}; use the setting lr")
+    written = ",".join(f"{key}={value}" for key, value in options.items())
+    spec = f"{name}:{written}" if written else name
+    _try_step(spec, lr=float(lr))
+    return spec, float(lr)
+
+
+def check_rate(spec: str, lr: float) -> None:
+    """Raise a `ValueError` where an optimizer cannot step with a learning rate that torch cannot hold."""
+    try:
+        parameter = _stepped(spec, lr=lr)
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ValueError(
+            f"lr must be one that {spec!r} can step with, got {lr!r}: {reason}"
+        ) from problem
+    if not parameter.isfinite().all():
+        raise ValueError(f"lr must keep weights finite, got {lr!r} with {spec!r}")
+
+
+def _try_step(spec: str, *, lr: float) -> None:
+    """Step on a parameter of its own: torch looks at some options only there, in the middle of a run."""
+    build_optimizer(spec, [nn.Parameter(torch.zeros(2, 2))], lr=lr)  # it says what is wrong itself
+    try:
+        parameter = _stepped(spec, lr=lr)
+    except Exception as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ValueError(
+            f"optimizer must be one that can step, got {spec!r}: {reason}"
+        ) from problem
+    if not parameter.isfinite().all():
+        raise ValueError(f"optimizer must have options that keep weights finite, got {spec!r}")
+
+
+def _stepped(spec: str, *, lr: float) -> nn.Parameter:
+    """Return a parameter after a step with gradients of one."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    optimizer = build_optimizer(spec, [parameter], lr=lr)
+    parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    return parameter
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """Return the optimizer's class.
+
+    Raises:
+        ValueError: If neither torch nor a plugin has it.
+    """
+    known = {
+        key.lower(): value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and key not in UNFIT
+    }
+    if name in known:
+        return known[name]
+    plugins = regrad.available(GROUP)
+    if name in plugins:
+        loaded: type[Optimizer] = regrad.load(name, GROUP)
+        return loaded
+    there = ", ".join(map(printable, sorted([*known, *plugins])))
+    is_correction = name in regrad.available()
+    mend = f"; {name!r} is a correction: give it to --corrections" if is_correction else ""
+    raise ValueError(f"no optimizer named {name!r}; there are: {there}{mend}")
+
+
+def build_optimizer(
+    spec: str, parameters: Iterable[Any], *, lr: float, changes: Mapping[str, Any] | None = None
+) -> Optimizer:
+    """Create an optimizer.
+
+    Args:
+        spec: Name with options, such as "sgd:momentum=0.9".
+        parameters: Parameters or parameter groups.
+        lr: Learning rate of the groups that set none.
+        changes: Options that win over those in `spec`: what a control changes.
+
+    Raises:
+        ValueError: If the name or an option is unknown, or a value is out of its range.
+    """
+    name, options = read_spec(spec)
+    kind = optimizer_class(name)
+    options.update(changes or {})
+    allowed = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr")]
+    for key in options:
+        if key not in allowed:
+            raise ValueError(
+                f"optimizer {name!r} has no option {key!r}; allowed: {', '.join(allowed)}"
+            )
+    for key, value in options.items():
+        if any(isinstance(number, float) and not math.isfinite(number) for number in _flat(value)):
+            raise ValueError(f"{key} must be finite, got {value!r} in optimizer {spec!r}")
+    try:
+        return kind(parameters, lr=lr, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise ValueError(
+            f"optimizer must be one that torch accepts, got {spec!r}: {problem}"
+        ) from problem
+
+
+def _flat(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)

@@ -1,0 +1,127 @@
+"""What every command checks and sets before its first step. Nothing here writes a file."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import closing
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+
+import regrad
+import torch
+from regrad import RegradError
+from torch import nn
+from torch.optim import Optimizer
+
+from regrad_runner.settings.arms import ALL, Arm, create_all
+from regrad_runner.settings.config import CompareConfig, Config, RunConfig
+from regrad_runner.settings.environment import asked_to_shard
+from regrad_runner.training.building import as_inputs, build_training
+from regrad_runner.training.optimizers import build_optimizer
+from regrad_runner.training.resolving import resolved
+from regrad_runner.training.run import TrainingRun
+from regrad_runner.workloads.loading import load_workload
+from regrad_runner.workloads.workload import Workload
+
+
+def load_data(config: Config) -> tuple[Workload, Config]:
+    """Load the workload and return it with the settings that it completes; set the number of CPU threads.
+
+    Raises:
+        ValueError: If the workload, its data or a setting is unknown or unfit.
+    """
+    data_dir = Path(config.data_dir).expanduser() if config.data_dir else None
+    workload = load_workload(
+        config.workload,
+        data_dir=data_dir,
+        train_size=config.train_size,
+        download=config.download,
+        image_size=config.image_size,
+    )
+    config = resolved(config, workload)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    return workload, config
+
+
+def example_optimizer(config: RunConfig, *, lr: float) -> Optimizer:
+    """Return an optimizer like those of the runs, with a parameter of its own: corrections name their controls by it.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    return build_optimizer(str(config.optimizer), [nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> None:
+    """Attach an arm's corrections to a model like those of the runs, show it two samples, and detach them.
+
+    Raises:
+        ValueError: If model, optimizer or a correction cannot be made, or samples, model and loss do not fit.
+        RegradError: If the corrections cannot work here.
+    """
+    if asked_to_shard():  # corrections that need whole weights refuse shards
+        TrainingRun(config, workload, arm, seed=0, lr=lr).close()
+        return
+    model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
+    with (
+        torch.random.fork_rng(devices=[]),
+        regrad.attach(
+            model, optimizer, create_all(arm), criterion=workload.criterion()
+        ) as attachment,
+    ):
+        inputs, targets = workload.train.with_seed(0).__getitems__(
+            list(range(min(2, len(workload.train))))
+        )
+        try:
+            attachment.criterion(model(as_inputs(inputs, next(model.parameters()).dtype)), targets)
+        except RegradError:  # of a correction that looks at the first forward pass
+            raise
+        except RuntimeError as problem:
+            reason = " ".join(str(problem).split())
+            raise ValueError(
+                f"model must fit the samples of workload {workload.name!r}, got: {reason}"
+            ) from problem
+
+
+def every_correction(
+    config: CompareConfig, workload: Workload, *, lr: float
+) -> tuple[CompareConfig, dict[str, str]]:
+    """Put every installed correction in the place of "all" among the corrections.
+
+    Each is tried on a model and an optimizer like those of the runs, for two steps.
+
+    Args:
+        config: Resolved settings.
+        workload: What is trained.
+        lr: Learning rate of the trial.
+
+    Returns:
+        The settings without "all", and the names of those that cannot work here with the reason.
+    """
+    if ALL not in config.corrections:
+        return config, {}
+    left_out: dict[str, str] = {}
+    fit = []
+    for name in regrad.available():
+        if name in config.corrections:
+            continue
+        try:
+            with closing(TrainingRun(config, workload, Arm(name, (name,)), seed=0, lr=lr)) as run:
+                deque(islice(run.steps(), 2), maxlen=0)
+        except (ValueError, TypeError, RuntimeError) as problem:
+            left_out[name] = " ".join(str(problem).split())
+        else:
+            fit.append(name)
+    place = config.corrections.index(ALL)
+    names = (
+        *config.corrections[:place],
+        *fit,
+        *(text for text in config.corrections[place:] if text != ALL),
+    )
+    return config.model_copy(update={"corrections": names}), left_out
+
+
+def default_folder(kind: str, workload: str) -> Path:
+    """Return a folder name under the current folder that says what, on what, and when."""
+    return Path(f"regrad-{kind}{workload}-{datetime.now():%Y%m%d-%H%M%S}")

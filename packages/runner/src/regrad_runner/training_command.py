@@ -1,0 +1,162 @@
+"""One run with checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
+from regrad_runner.errors import checking_input
+from regrad_runner.files import write_whole
+from regrad_runner.reporting.progress import Display
+from regrad_runner.results.folder import ResultsFolder, check_folder, start_folder
+from regrad_runner.results.outcomes import Result
+from regrad_runner.results.points import Point
+from regrad_runner.settings.arms import BASELINE, Arm, parts_of
+from regrad_runner.settings.config import TrainConfig
+from regrad_runner.settings.environment import in_words
+from regrad_runner.signals import asked_to_stop, stop, stops_after_steps
+from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker, tracked
+from regrad_runner.training.nonfinite import keeping_norms
+from regrad_runner.training.outcome import finished_result
+from regrad_runner.training.preparation import default_folder, load_data, try_on
+from regrad_runner.training.processes import check_task, make_accelerator
+from regrad_runner.training.run import TrainingRun
+from regrad_runner.workloads.workload import Workload, name_on_validation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was checked and can start.
+
+    Attributes:
+        config: Resolved settings.
+        workload: What is trained.
+        arm: The corrections.
+        path: Folder to write.
+        reports: Whether this is the process that writes and prints.
+    """
+
+    config: TrainConfig
+    workload: Workload
+    arm: Arm
+    path: Path
+    reports: bool
+
+
+def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = False) -> Plan:
+    """Check everything that can be checked before the first step. Writes nothing.
+
+    Args:
+        config: Settings; what is None is filled in from the workload.
+        out: Folder to write; None for a new one in the current folder.
+        resume: Whether to continue the run that is in `out`.
+
+    Raises:
+        ValueError: If anything is unknown, missing or does not fit.
+        RegradError: If the corrections cannot work together, or not on this model and optimizer.
+    """
+    workload, config = load_data(config)
+    check_task()
+    accelerator = make_accelerator(config)
+    path = out or default_folder("train-", workload.name)
+    if accelerator.is_main_process:
+        check_folder(path, config, resume=resume)
+    parts = tuple(part for text in config.corrections for part in parts_of(text))
+    arm = Arm("+".join(parts) or BASELINE, corrections=parts)
+    try_on(arm, config, workload, lr=config.lr or 0.0)
+    return Plan(config, workload, arm, path, accelerator.is_main_process)
+
+
+def train(plan: Plan, display: Display) -> Result:
+    """Run to the end, from the latest checkpoint in the folder if there is one.
+
+    Args:
+        plan: From `make_plan`.
+        display: Told how far it is.
+
+    Returns:
+        What came out; the folder holds it too, with curve, receipt and checkpoints.
+
+    Raises:
+        BadInput: If there are checkpoints and none can be gone on from; nothing is written.
+    """
+    config, tracker = plan.config, Tracker()
+    for line in in_words(config):
+        display.say(line)
+    run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
+    with closing(run):
+        with checking_input():  # a checkpoint that is refused leaves the folder as it is
+            loaded = load_latest(run, plan.path / "checkpoints")
+        if plan.reports:
+            about = {
+                "kind": "run",
+                "workload": plan.workload.name,
+                "measure": asdict(plan.workload.measure),
+            }
+            start_folder(plan.path, config, about)
+            tracker = open_tracker(config.tracker, folder=plan.path, uri=config.tracking_uri)
+        settings, name = config.model_dump(mode="json"), f"regrad {plan.workload.name}"
+        with tracker, tracked(lambda: tracker.start(name, plan.path.name, settings)) as shown:
+            return _follow(run, plan, shown, display, loaded)
+
+
+def _follow(
+    run: TrainingRun,
+    plan: Plan,
+    shown: Run,
+    display: Display,
+    loaded: tuple[Path | None, list[str]],
+) -> Result:
+    """Train, keep checkpoints on the way and the result at the end."""
+    started = time.perf_counter()
+    checkpoints = plan.path / "checkpoints"
+    every = plan.config.checkpoint_every or run.steps_per_epoch
+    latest, notes = loaded
+    for note in notes:
+        display.say(note)
+    if latest is not None:
+        display.say(f"continuing from step {run.position.step} ({latest})")
+    measure = plan.workload.measure
+    validation = name_on_validation(measure)
+
+    def log(point: Point) -> None:
+        shown.log(point.step, point.as_metrics(measure))
+
+    for (
+        point
+    ) in run.position.points:  # the curve up to the checkpoint, which an earlier tracked run has
+        log(point)
+
+    def keep_point(point: Point) -> None:
+        log(point)
+        display.note(
+            f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, {validation} {measure.written(point.value)}"
+        )
+
+    def keep_step(step: int) -> None:
+        display.step(step)
+        signal = asked_to_stop()
+        if step % every == 0 or step == run.total_steps or signal:
+            save_checkpoint(run, checkpoints, keep=plan.config.keep_checkpoints)
+        stop(signal)
+
+    display.begin(plan.arm.name, steps=run.total_steps)
+    with (
+        stops_after_steps(run.largest),
+        keeping_norms(lambda: plan.path, shown, writes=plan.reports),
+    ):
+        run.train(on_point=keep_point, on_step=keep_step)
+    result = finished_result(
+        run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started
+    )
+    if plan.reports:
+        ResultsFolder(plan.path).add(result, run.position.points)
+        receipt = plan.path / "receipt.json"
+        write_whole(receipt, json.dumps(run.receipt(), indent=2) + "\n")
+        shown.artifact(receipt)
+        shown.log(result.steps, run.metrics() | {measure.name: result.value})
+    return result

@@ -1,0 +1,147 @@
+"""What a workload is: data, model, loss, measure and the settings that suit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from regrad_runner.workloads.samples import Samples
+
+MOST_DECIMALS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """The one number by which runs are compared.
+
+    Attributes:
+        name: As printed; on the validation split "test " in front of it becomes "validation ".
+        higher_is_better: The direction of better.
+        target: The value whose first reaching is timed, or None for no such timing.
+        decimals: Digits after the point where it is printed, 0 to 12.
+    """
+
+    name: str = "test accuracy"
+    higher_is_better: bool = True
+    target: float | None = None
+    decimals: int = 4
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every field is of its type and in its range: it may come from a file."""
+        numbers = isinstance(self.target, float | int | None) and type(self.decimals) is int
+        return numbers and isinstance(self.name, str) and 0 <= self.decimals <= MOST_DECIMALS
+
+    @property
+    def direction(self) -> str:
+        """What is better, in words."""
+        return f"{'higher' if self.higher_is_better else 'lower'} is better"
+
+    def written(self, value: float) -> str:
+        """Return a value of it as it is printed."""
+        return f"{value:.{self.decimals}f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """Settings that suit a workload; every one can be overridden.
+
+    Attributes:
+        epochs: Passes over the training samples.
+        batch_size: Samples per optimizer step, over all processes.
+        optimizer: Name of the optimizer.
+        lr: Learning rate after the warm-up; it falls to zero along a cosine.
+        momentum: Of SGD.
+        weight_decay: Factor of the weights that is added to the gradient; of AdamW's own decay.
+        model: Name for `Workload.build_model`.
+        warmup_steps: Steps in which the learning rate rises, but at most a tenth of a run.
+        evaluations_per_epoch: How often the validation samples are looked at.
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: str = "sgd"
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    model: str
+    warmup_steps: int = 0
+    evaluations_per_epoch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Data with model, loss and measure, and the settings to train on them. A subclass implements what raises here.
+
+    Attributes:
+        name: As the user typed it, without options.
+        measure: What runs are compared by.
+        train: Training samples.
+        validation: Samples for tuning and for curves.
+        test: Samples that each run looks at once.
+        defaults: Settings to start from.
+        reads_probabilities: Whether `score` reads more of logits than their order. Where a corrected criterion says
+            which probabilities it fits (its method `probabilities`), as PowerGrad's does, it is given their
+            logarithms instead: what a user who reads them would read.
+    """
+
+    reads_probabilities: ClassVar[bool] = False
+
+    name: str
+    measure: Measure
+    train: Samples
+    validation: Samples
+    test: Samples
+    defaults: Defaults
+
+    def build_model(self, name: str, *, seed: int = 0) -> nn.Module:
+        """Return a model in training mode, on the CPU, in float32; equal ones for equal seeds.
+
+        It draws no global random number. A subclass may take more keyword arguments, with defaults: those called
+        `width` and `norm` are the settings of that name, all others are options of the model's name, such as
+        "gpt:layers=2". What an argument is annotated with is checked before the call.
+
+        Args:
+            name: Of the model, without options.
+            seed: Fixes the initial weights.
+
+        Raises:
+            ValueError: If there is no model of this name, or an argument does not fit.
+        """
+        raise TypeError(f"{type(self).__name__} must implement build_model")
+
+    def model_settings(self, name: str) -> Mapping[str, Any]:
+        """Return the settings `width` and `norm` that a model has unless told otherwise, where it takes them."""
+        return {}
+
+    def criterion(self) -> nn.Module:
+        """Return the loss: called with what the model returned and the targets, it returns a mean over samples."""
+        return nn.CrossEntropyLoss()
+
+    def score(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the measure is made of: a sum and a number for each sample.
+
+        The measure of a split is the sum of the first over all its samples by the sum of the second. So a sample
+        may hold several things that count, such as the bytes of a window, or part of one.
+
+        Args:
+            outputs: What the model returned in evaluation mode.
+            targets: Of the same samples, on the same device.
+
+        Returns:
+            Two tensors of shape [B].
+        """
+        raise TypeError(f"{type(self).__name__} must implement score")
+
+
+def name_on_validation(measure: Measure) -> str:
+    """Return what the measure is called on the validation samples.
+
+    Example:
+        >>> name_on_validation(Measure(name="test accuracy", target=None))
+        'validation accuracy'
+    """
+    return f"validation {measure.name.removeprefix('test ')}"

@@ -1,0 +1,182 @@
+"""One of two gloo processes: save shards whole, load them again and go on; print how far from exact that ends.
+
+Usage: python one_of_two_processes.py RANK RENDEZVOUS_FILE
+"""
+
+import io
+import os
+import sys
+
+import regrad
+import torch
+from regrad.correction import Correction, Needs
+from regrad.sharding import local
+from regrad_runner.checkpoints import states
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+
+class Averaged(Correction):
+    """Adds the average gradient so far: state of the shape of the part, of one number, and of another shape."""
+
+    name = "averaged"
+    needs = Needs(stages=("gradient",), layouts=("plain", "ddp", "fsdp2"))
+
+    def setup(self, attachment):
+        self.sums, self.counts, self.others = {}, {}, {}
+
+    def correct_gradients(self, step):
+        for name, gradient in zip(step.names, step.gradients, strict=True):
+            part = local(gradient)
+            self.sums[name] = self.sums.get(name, torch.zeros_like(part)) + part
+            self.counts[name] = self.counts.get(name, torch.zeros(())) + 1
+            self.others[name] = (
+                self.others.get(name, torch.zeros(4)) + 0.01
+            )  # the second process has 4 of 9 rows
+            part.add_(self.sums[name] / self.counts[name] + self.others[name].sum())
+
+    def state_dict(self):
+        return {
+            "sums": self.sums,
+            "counts": self.counts,
+            "others": {n: {"deep": o} for n, o in self.others.items()},
+        }
+
+    def load_state_dict(self, state):
+        self.sums = {name: tensor.clone() for name, tensor in state["sums"].items()}
+        self.counts = {name: tensor.clone() for name, tensor in state["counts"].items()}
+        self.others = {name: below["deep"].clone() for name, below in state["others"].items()}
+
+
+class OtherLibrary(torch.optim.Adam):
+    """Adam's numbers under another class: XGrad then keeps the last displacement itself."""
+
+
+CASES = {
+    "averaged-sgd": (lambda p: torch.optim.SGD(p, lr=0.02), [Averaged]),
+    "averaged-adamw": (lambda p: torch.optim.AdamW(p, lr=0.01), [Averaged]),
+}
+if {"xgrad", "adanorm"} <= regrad.available().keys():
+    names = ["adanorm:target=gradient", "xgrad"]
+    CASES["displacement"] = (
+        lambda p: OtherLibrary(p, lr=0.01),
+        [lambda name=name: name for name in names],
+    )
+STEPS, HALF = 6, 3
+
+
+def make(mesh, make_optimizer, corrections, *, seed=0):
+    """Return a model of uneven shards (or a plain one), its optimizer and its attachment."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [
+            torch.nn.Linear(6, 9),
+            torch.nn.GroupNorm(3, 9),
+            torch.nn.Tanh(),
+            torch.nn.Linear(9, 3),
+        ]
+        model = torch.nn.Sequential(*layers).double()
+    if mesh is not None:
+        for layer in (model[0], model[3], model):
+            fully_shard(layer, mesh=mesh)
+    optimizer = make_optimizer(model.parameters())
+    return model, optimizer, regrad.attach(model, optimizer, [c() for c in corrections])
+
+
+def go_on(model, optimizer, steps, part):
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        inputs = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        target = torch.randint(3, (8,), generator=generator)
+        if step in steps:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(inputs[part]), target[part]).backward()
+            optimizer.step()
+
+
+def saved(model, optimizer, attachment):
+    """Return what a file would give back to every process: what the first one has."""
+    state = {
+        "model": states.model_state(model),
+        "optimizer": states.optimizer_state(model, optimizer),
+        "corrections": states.corrections_state(attachment),
+    }
+    file = io.BytesIO()
+    torch.save(state, file)
+    files = [file.getvalue()]
+    distributed.broadcast_object_list(files)
+    return torch.load(io.BytesIO(files[0]), weights_only=True)
+
+
+def resumed(state, mesh, make_optimizer, corrections, part):
+    model, optimizer, attachment = make(mesh, make_optimizer, corrections, seed=5)
+    with attachment:
+        states.load_corrections(attachment, state["corrections"])
+        states.load_model(model, state["model"])
+        states.load_optimizer(model, optimizer, state["optimizer"])
+        applied = attachment.engine.applied
+        go_on(model, optimizer, range(HALF, STEPS), part)
+    return weights(model), applied
+
+
+def interrupted(mesh, make_optimizer, corrections, part):
+    """Return the state after half of the steps and the weights at the end, where saving must not have shown."""
+    model, optimizer, attachment = make(mesh, make_optimizer, corrections)
+    with attachment:
+        go_on(model, optimizer, range(HALF), part)
+        optimizer.zero_grad()
+        state = saved(model, optimizer, attachment)
+        go_on(model, optimizer, range(HALF, STEPS), part)
+    return state, weights(model)
+
+
+def uninterrupted(mesh, make_optimizer, corrections, part):
+    model, optimizer, attachment = make(mesh, make_optimizer, corrections)
+    with attachment:
+        go_on(model, optimizer, range(STEPS), part)
+    return weights(model)
+
+
+def weights(model):
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def tell(name, seen, wanted):
+    difference = max(
+        (a.detach() - b.detach()).abs().max().item() for a, b in zip(seen, wanted, strict=True)
+    )
+    sys.stdout.write(f"{name} {difference}\n")
+
+
+def main(rank, rendezvous):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    mesh, half, everything = (
+        init_device_mesh("cpu", (2,)),
+        slice(4 * rank, 4 * rank + 4),
+        slice(None),
+    )
+    for name, case in CASES.items():
+        of_shards, shards = interrupted(mesh, *case, half)
+        of_whole, whole = interrupted(None, *case, everything)
+        tell(f"{name}:exact:saving", shards, uninterrupted(mesh, *case, half))
+        again, applied = resumed(of_shards, mesh, *case, half)
+        tell(f"{name}:exact:shards-to-shards", again, shards)
+        sys.stdout.write(f"{name}:exact:steps-counted {applied - HALF}\n")
+        tell(f"{name}:near:shards-to-whole", resumed(of_shards, None, *case, everything)[0], whole)
+        tell(f"{name}:near:whole-to-shards", resumed(of_whole, mesh, *case, half)[0], shards)
+        sums = of_shards["corrections"]["corrections"].get("averaged", {}).get("sums", {})
+        ours = of_whole["corrections"]["corrections"].get("averaged", {}).get("sums", {})
+        if sums:
+            tell(f"{name}:near:gathered", sums.values(), ours.values())
+    distributed.barrier()
+    distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive the group and abort the interpreter's own exit
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

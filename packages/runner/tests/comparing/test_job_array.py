@@ -1,0 +1,148 @@
+import json
+import sqlite3
+from contextlib import closing
+
+import pytest
+from regrad_runner.cli.main import main
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.training.run import TrainingRun
+
+SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4", "--epochs", "1"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(
+        "corrections: []\nlr: [0.02, 0.1]\ntuning_seeds: 1\nseeds: 2\n"
+    )
+    return tmp_path
+
+
+TWO = [*SMALL, "--config", "two.yaml"]
+
+
+def prepared(capsys, *words) -> dict:
+    assert main(["compare", "--cells", "--json", *TWO, *words, "--out", "out"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def run_cell(number, *words) -> int:
+    return main(["compare", "--out", "out", "--cell", str(number), *words])
+
+
+def test_cells_run_in_any_order_give_the_tables_of_one_comparison(here, capsys, tables):
+    assert main(["compare", *TWO, "--tracker", "none", "--out", "serial"]) == 0
+    capsys.readouterr()
+    assert prepared(capsys, "--tracker", "none") == {"out": "out", "trials": "0-1", "runs": "2-3"}
+    assert [run_cell(number) for number in (1, 0, 3)] == [0, 0, 0]
+    assert main(["report", "out", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missing_cells"] == [2]
+    assert main(["report", "out"]) == 0
+    assert (
+        "1 of 4 runs are missing: cells 2; regrad compare --resume --out out runs them"
+        in capsys.readouterr().out
+    )
+    assert run_cell(2) == 0
+    assert "[1/1] cell 2: none, seed 0: test accuracy" in capsys.readouterr().err
+    assert main(["report", "out", "--json"]) == 0
+    merged = json.loads(capsys.readouterr().out)
+    assert tables(here / "out") == tables(here / "serial")
+    assert main(["report", "serial", "--json"]) == 0
+    assert merged["missing_cells"] == []
+    shown = json.loads(capsys.readouterr().out)
+    assert {k: v for k, v in merged["arms"][0].items() if "time" not in k} == {
+        k: v for k, v in shown["arms"][0].items() if "time" not in k
+    }
+    assert (here / "out" / "curves.png").is_file()
+
+
+def test_a_run_before_the_trials_of_its_arm_is_refused_and_writes_nothing(here, capsys):
+    prepared(capsys, "--tracker", "none")
+    run_cell(0)
+    capsys.readouterr()
+    assert run_cell(2) == 2
+    said = capsys.readouterr().err
+    assert (
+        "cell must come after the trials of its arm 'none', got none of the cells 1; run them first"
+        in said
+    )
+    assert len(list((here / "out" / "cells").iterdir())) == 1
+
+
+def test_a_cell_that_is_none_or_of_another_comparison_is_refused(here, capsys):
+    prepared(capsys, "--tracker", "none")
+    assert run_cell(4) == 2
+    assert "cell must be from 0 to 3, got 4" in capsys.readouterr().err
+    assert run_cell(0, "--epochs", "2") == 2
+    assert (
+        "cell must have the settings of 'out', got epochs 1 there and 2 here"
+        in capsys.readouterr().err
+    )
+    assert main(["compare", "--cell", "0"]) == 2
+    assert "out must be given" in capsys.readouterr().err
+    assert main(["compare", "--cell", "0", "--jobs", "2", "--out", "out"]) == 2
+    assert "--jobs must be given without --cell" in capsys.readouterr().err
+    assert not (here / "out" / "cells").exists()
+
+
+def test_a_cell_that_ended_is_not_run_again_and_one_that_failed_is(here, capsys, monkeypatch):
+    prepared(capsys, "--tracker", "none", "--lr", "0.05")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "_micro_batch", lambda *_: 1 / 0)
+        assert run_cell(0) == 1
+    said = capsys.readouterr().err
+    assert "none, seed 0 failed: ZeroDivisionError: division by zero" in said
+    assert "cell 0: none, seed 0: failed" in said
+    assert "ZeroDivisionError" in (here / "out" / "failures.txt").read_text()
+    assert [r.status for r in ResultsFolder(here / "out").results] == ["failed"]
+    assert run_cell(0) == 0
+    assert [r.status for r in ResultsFolder(here / "out").results] == ["finished"]
+    monkeypatch.setattr(TrainingRun, "_micro_batch", lambda *_: 1 / 0)
+    assert run_cell(0) == 0
+    assert "cell 0: none, seed 0: it ended before" in capsys.readouterr().err
+
+
+def test_a_comparison_goes_on_from_what_cells_left(here, capsys):
+    prepared(capsys, "--tracker", "none", "--lr", "0.05")
+    assert run_cell(1) == 0
+    capsys.readouterr()
+    assert main(["compare", "--resume", "--out", "out"]) == 0
+    said = capsys.readouterr().err
+    assert "[2/2] none, seed 0" in said
+    assert "none, seed 1" not in said
+    assert [result.seed for result in ResultsFolder(here / "out").results] == [0, 1]
+
+
+def test_a_file_that_no_cell_left_is_one_clear_line(here, capsys):
+    prepared(capsys, "--tracker", "none")
+    (here / "out" / "cells").mkdir()
+    (here / "out" / "cells" / "x.json").write_text('{"result": 3}')
+    assert main(["report", "out"]) == 2
+    said = capsys.readouterr().err
+    assert "x.json' must hold what came out of a cell" in said
+    assert said.count("\n") == 1
+
+
+def test_what_cells_track_waits_in_the_folder_and_is_shown_under_the_comparison(here, capsys):
+    prepared(capsys, "--lr", "0.05")
+    assert run_cell(0) == 0
+    assert list((here / "out" / "unsent").iterdir())
+    assert main(["sync", "out"]) == 0
+    with closing(sqlite3.connect(here / "out" / "mlflow.db")) as database:
+        runs = dict(
+            database.execute("select name, run_uuid from runs where status = 'FINISHED'").fetchall()
+        )
+        parents = database.execute(
+            "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
+        ).fetchall()
+    assert set(runs) == {"out", "none, seed 0"}
+    assert parents == [(runs["none, seed 0"], runs["out"])]
+    assert not (here / "out" / "unsent").exists()
+
+
+def test_the_cells_of_a_folder_can_be_asked_for_again_and_more_seeds_come_last(here, capsys):
+    assert main(["compare", "--cells", *TWO, "--tracker", "none", "--out", "out"]) == 0
+    assert capsys.readouterr().out == "trials 0-1\nruns 2-3\nout out\n"
+    assert main(["compare", "--cells", "--resume", "--out", "out", "--seeds", "4"]) == 0
+    assert capsys.readouterr().out == "trials 0-1\nruns 2-5\nout out\n"

@@ -1,0 +1,139 @@
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import regrad
+from regrad_runner.cli.main import main
+from regrad_runner.comparing.plan import make_plan
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.settings.config import CompareConfig
+
+SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4"]
+
+pytestmark = pytest.mark.timeout(700)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.yaml").write_text(
+        "corrections: []\nepochs: 4\nlr: [0.05, 1.0e+30]\ntuning_seeds: 1\nseeds: 2\n"
+    )
+    return tmp_path
+
+
+def tracked(folder: Path, what: str) -> list[tuple]:
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        return database.execute(what).fetchall()
+
+
+@pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
+def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, capsys, tables):
+    arms = ["--corrections", "xgrad", "--no-controls"] if "xgrad" in regrad.available() else []
+    words = ["compare", *SMALL, "--config", "few.yaml", *arms]
+    assert main([*words, "--tracker", "none", "--out", "serial"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--jobs", "2", "--out", "out"]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "none, lr 1e+30, trial 1 failed: NonFiniteError: loss or gradients were not finite in 10 steps"
+        in said
+    )
+    assert tables(here / "out") == tables(here / "serial")
+    assert {row["lr"] for row in tables(here / "out")["results.csv"]} == {"0.05"}
+    assert not (here / "out" / "cells").exists()
+    assert (here / "out" / "runs" / "none-seed1" / "receipt.json").is_file()
+    runs = {
+        name: (run, status)
+        for name, run, status in tracked(here / "out", "select name, run_uuid, status from runs")
+    }
+    assert len(runs) == (9 if arms else 5)
+    assert {status for name, (_, status) in runs.items() if "1e+30" not in name} == {"FINISHED"}
+    assert runs["none, lr 1e+30, trial 1"][1] == "FAILED"
+    children = tracked(here / "out", "select value from tags where key = 'mlflow.parentRunId'")
+    assert children == [(runs["out"][0],)] * (len(runs) - 1)
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Return the worker processes, which have the marks of multiprocessing in their command lines."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [
+        int(pid) for pid in listed if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def _kill_one_and_stop(process: subprocess.Popen) -> tuple[list[int], str]:
+    """Kill a worker, and press Ctrl-C some runs later; return who worked then, and what was said."""
+    lines = iter(process.stderr.readline, "")
+    next(line for line in lines if line.startswith("[  1/500]"))
+    os.kill(children_of(process)[0], signal.SIGKILL)
+    killed = next(line for line in lines if "its process ended" in line)
+    assert killed.endswith(" failed: its process ended with exit code -9\n")
+    next(line for line in lines if line.startswith("["))
+    workers = children_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, said = process.communicate(timeout=400)
+    return workers, said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="worker processes are looked up in /proc")
+def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_killed(here):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    words = [
+        "-m",
+        "regrad_runner",
+        "compare",
+        *SMALL,
+        "--config",
+        "few.yaml",
+        "--lr",
+        "0.05",
+        "--seeds",
+        "500",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--jobs", "2", "--out", "out"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        workers, said = _kill_one_and_stop(process)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "stopped; this goes on from here: regrad compare --resume --out out --jobs 2" in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    main(["sync", "out"])  # what a busy machine did not deliver in time
+    statuses = dict(tracked(here / "out", "select name, status from runs"))
+    assert statuses.pop("out") == "KILLED"
+    assert set(statuses.values()) <= {"FINISHED", "KILLED"}
+    folder = ResultsFolder(here / "out")
+    assert [result.status for result in folder.results].count("failed") == 1
+    assert len(folder.results) >= 2
+
+
+def test_jobs_share_the_threads_unless_told(here):
+    large = {"workload": "digits", "batch_size": 1024, "corrections": (), "tracker": "none"}
+    alone = make_plan(CompareConfig(**large), out=here / "out").config.threads
+    assert make_plan(CompareConfig(**large), out=here / "out", jobs=64).config.threads == max(
+        1, alone // 64
+    )
+    assert (
+        make_plan(CompareConfig(**large, threads=2), out=here / "out", jobs=64).config.threads == 2
+    )
+
+
+def test_jobs_must_be_some():
+    with pytest.raises(ValueError, match="jobs must be from 1 to 1024, got 0"):
+        make_plan(CompareConfig(), jobs=0)

@@ -1,0 +1,264 @@
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from regrad_runner.reporting.table import comparison_table, print_comparison, sentence, to_json
+from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.verdicts import summarize
+from regrad_runner.workloads.workload import Measure
+from rich.console import Console
+
+MEASURE = Measure(target=0.96)
+NOISE = (0.001, -0.002, 0.003, 0.0, -0.001, 0.002, -0.003, 0.001, 0.0, 0.002)
+WOBBLE = (0.0, 0.001, 0.002, -0.001, 0.001, 0.0, -0.001, 0.001, -0.002, 0.001)
+
+
+def rows_of(arm, shift=0.0, *, wobble=WOBBLE, touched=True, failed=(), steps=100, seeds=10):
+    return [
+        RunRow(
+            arm=arm,
+            seed=seed,
+            value=0.98 + NOISE[seed] + shift + wobble[seed],
+            steps_to_target=None if steps is None else steps + seed,
+            step_seconds=0.002,
+            touched=touched,
+            status="failed" if seed in failed else "finished",
+        )
+        for seed in range(seeds)
+    ]
+
+
+BASELINE = rows_of("none", wobble=[0.0] * 10)
+CONTROLS = {"xgrad": "nesterov", "powergrad": "scaled-head", "agc:axis=[0,1]": None, "slow": None}
+
+
+@pytest.fixture(scope="module")
+def summaries():
+    rows = [
+        *BASELINE,
+        *rows_of("xgrad", 0.008, steps=80),
+        *rows_of("powergrad", 0.008, wobble=WOBBLE[::-1]),
+        *rows_of("agc:axis=[0,1]", touched=False),
+        *rows_of("slow", -0.02, failed=(3,), steps=None),
+        *rows_of("nesterov", 0.001, wobble=WOBBLE[::-1]),
+        *rows_of("scaled-head", 0.008),
+    ]
+    return summarize(rows, controls=CONTROLS)
+
+
+def sentence_about(arm, summaries, measure=MEASURE):
+    return next(sentence(summary, measure) for summary in summaries if summary.arm == arm)
+
+
+def printed(summaries, *, width=100, terminal=False, measure=MEASURE):
+    file = io.StringIO()
+    print_comparison(Console(file=file, width=width, force_terminal=terminal), summaries, measure)
+    return file.getvalue()
+
+
+def test_the_table_fits_a_hundred_columns_with_every_name_and_number_whole(summaries):
+    file = io.StringIO()
+    Console(file=file, width=100, no_color=True).print(comparison_table(summaries, MEASURE))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    for summary in summaries:
+        row = next(line for line in lines if line.startswith(f"{summary.arm} "))
+        assert f".{round(10000 * summary.mean):04d} ± .{round(10000 * summary.sd):04d}" in row
+    assert "…" not in file.getvalue()
+
+
+def test_where_lower_is_better_the_table_says_so_and_a_fall_is_better():
+    measure = Measure(name="test bits per byte", higher_is_better=False, decimals=2)
+    rows = [*BASELINE, *rows_of("agc", -0.2), *rows_of("slow", 0.2)]
+    falling = summarize(
+        rows, controls={"agc": None, "slow": None}, higher_is_better=measure.higher_is_better
+    )
+    said = printed(falling, measure=measure)
+    assert "lower is better" in said
+    assert "agc: better than none (-.20 [-.20, -.20], p < .001 after Holm, 10 seeds)" in said
+    assert "slow: worse than none (+.20 [+.20, +.20], p < .001 after Holm, 10 seeds)" in said
+    assert "lower is better" not in printed(falling)
+
+
+def test_piped_output_has_one_unbroken_line_per_arm_and_no_escapes(summaries):
+    text = printed(summaries, width=40)
+    assert "\x1b" not in text
+    assert "…" not in text
+    assert (
+        sum(
+            line.startswith("xgrad ") and line.rstrip().endswith("better")
+            for line in text.splitlines()
+        )
+        == 1
+    )
+    for summary in summaries:
+        assert sentence(summary, MEASURE) in text.splitlines()
+
+
+def test_a_narrow_terminal_breaks_lines_and_leaves_nothing_out(summaries):
+    text = printed(summaries, width=70, terminal=True)
+    assert "…" not in text
+    assert "[+.0" in text
+
+
+def test_eighty_columns_break_no_number_and_names_where_their_parts_meet():
+    arms = ["centralization", "xgrad:horizon=2.0,decoupled_decay=0.01+powergrad:alpha=0.5", "slow"]
+    rows = [
+        *BASELINE,
+        *(row for arm in arms for row in rows_of(arm, -0.02, failed=(1,), steps=None)),
+    ]
+    file = io.StringIO()
+    summaries = summarize(rows, controls=dict.fromkeys(arms))
+    Console(file=file, width=80, no_color=True).print(
+        comparison_table(summaries, MEASURE, narrow=True)
+    )
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    (first,) = [line for line in lines if line.startswith("centralization ")]
+    summary = summaries[1]
+    mean, sd, low, high = (
+        f".{round(10000 * abs(x)):04d}" for x in (summary.mean, summary.sd, *summary.interval)
+    )
+    assert first.split()[:6] == ["centralization", mean, "±", sd, "–", "(9)"]
+    assert lines[lines.index(first) + 1].strip() == f"[-{low}, -{high}]"
+    place = next(number for number, line in enumerate(lines) if line.startswith("xgrad:"))
+    broken = ["xgrad:", "horizon=2.0,", "decoupled_deca", "y=0.01", "+powergrad:", "alpha=0.5"]
+    assert [line[:14].strip() for line in lines[place : place + 6]] == broken
+
+
+def test_a_control_that_is_a_correction_of_its_own_has_its_verdict():
+    rows = [*BASELINE, *rows_of("agc", 0.02), *rows_of("clip-norm", 0.008, wobble=WOBBLE[::-1])]
+    verdicts = {
+        s.arm: s.verdict for s in summarize(rows, controls={"agc": "clip-norm", "clip-norm": None})
+    }
+    assert verdicts == {"none": "baseline", "agc": "better", "clip-norm": "better"}
+
+
+def test_a_console_keeps_its_width(summaries):
+    console = Console(file=io.StringIO(), width=40, force_terminal=False)
+    print_comparison(console, summaries, MEASURE)
+    assert console.width == 40
+
+
+def test_brackets_in_names_are_no_markup(summaries):
+    assert "agc:axis=[0,1]" in printed(summaries)
+
+
+def test_cells_hold_what_was_measured(summaries):
+    lines = printed(summaries).splitlines()
+    none = next(line for line in lines if line.startswith("none "))
+    assert re.split(" {2,}", none.rstrip()) == [
+        "none",
+        ".9803 ± .0019",
+        "104.5",
+        "1.00×",
+        "baseline",
+    ]
+    slow = next(line for line in lines if line.startswith("slow "))
+    assert "– (9)" in slow  # no median, nine misses
+    assert "9/9" in slow
+    assert slow.rstrip().endswith("worse")
+
+
+def test_without_a_target_there_is_no_word_of_steps(summaries):
+    text = printed(summaries, measure=Measure())
+    assert "steps" not in text
+    assert "better" in text
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ("none", ["the baseline, 10 seeds", "10 of 10 runs reached .96"]),
+        (
+            "xgrad",
+            [
+                "better than none (+.0082 [",
+                "10 seeds) and than its control nesterov (",
+                "0.81 times",
+            ],
+        ),
+        (
+            "powergrad",
+            ["better than none (", "but not shown to be better than its control scaled-head ("],
+        ),
+        ("agc:axis=[0,1]", ["changed nothing in 10 runs; it is none under another name."]),
+        (
+            "slow",
+            ["worse than none (-.01", "0 of 9 runs reached .96", "1 run failed and is left out."],
+        ),
+        ("nesterov", ["a control; difference to none +.00", "1.00 times the steps of none to .96"]),
+    ],
+)
+def test_each_verdict_has_a_sentence_that_says_why(summaries, arm, words):
+    text = sentence_about(arm, summaries)
+    assert text.startswith(f"{arm}: ")
+    for part in words:
+        assert part in text
+    assert "\n" not in text
+
+
+def test_a_control_that_was_not_run_is_named():
+    rows = [*BASELINE, *rows_of("xgrad", 0.008)]
+    assert "but its control nesterov was not run" in sentence_about(
+        "xgrad", summarize(rows, controls=CONTROLS)
+    )
+    assert "but no control was run" in sentence_about("xgrad", summarize(rows, controls={}))
+    text = sentence_about("xgrad", summarize(rows, controls={"xgrad": None}))
+    assert "; there is no control that it must beat" in text
+
+
+def test_no_evidence_says_so_with_its_numbers():
+    rows = [*BASELINE, *rows_of("xgrad", 0.0)]
+    text = sentence_about("xgrad", summarize(rows, controls={}))
+    assert text.startswith(
+        "xgrad: no evidence of a difference to none (+.0002 [-.0007, +.0011], p = ."
+    )
+
+
+def test_few_seeds_are_counted():
+    rows = [*BASELINE, *rows_of("xgrad", seeds=1)]
+    text = sentence_about("xgrad", summarize(rows, controls={}))
+    assert text == "xgrad: 1 seed in common with none cannot decide; 6 are the fewest that can."
+
+
+def test_a_sentence_says_who_diverged_and_what_the_verdict_then_rests_on():
+    lost = [
+        replace(row, status="diverged") if row.seed in (2, 5) else row
+        for row in rows_of("xgrad", 0.008)
+    ]
+    text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
+    assert "no evidence of a difference to none (+.008" in text
+    assert "10 seeds, by ranks: in 2 one run diverged)" in text
+    assert text.endswith("; 2 runs diverged, worse than any number.")
+    lost = [replace(row, status="diverged") for row in rows_of("xgrad")]
+    text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
+    assert (
+        "worse than none (no seed with two numbers, p = .002 after Holm, 10 seeds, by ranks: in 10"
+        in text
+    )
+
+
+def test_an_arm_without_a_finished_run_is_a_row_of_dashes():
+    summaries = summarize([*BASELINE, *rows_of("xgrad", failed=range(10))], controls={})
+    row = next(line for line in printed(summaries).splitlines() if line.startswith("xgrad "))
+    assert row.split() == ["xgrad", "–", "–", "–", "0/0", "too", "few", "seeds"]
+    assert "10 runs failed and are left out." in sentence_about("xgrad", summaries)
+
+
+def test_json_holds_every_number_and_sentence(summaries):
+    content = json.loads(to_json(summaries, MEASURE))
+    wanted = {"name": "test accuracy", "higher_is_better": True, "target": 0.96, "decimals": 4}
+    assert content["measure"] == wanted
+    for arm, summary in zip(content["arms"], summaries, strict=True):
+        assert arm["arm"] == summary.arm
+        assert arm["mean"] == summary.mean
+        assert arm["verdict"] == summary.verdict
+        assert arm["sentence"] == sentence(summary, MEASURE)
+    assert (
+        content["arms"][1]["against_control"]["difference"]
+        == summaries[1].against_control.difference
+    )
+    assert content["arms"][4]["steps_to_target"] is None

@@ -1,0 +1,47 @@
+import pytest
+from regrad_runner.results.cells import Cell, cells_of, in_ranges
+from regrad_runner.settings.config import FIRST_TUNING_SEED, CompareConfig
+
+
+def test_trials_come_first_arm_by_arm_and_runs_seed_by_seed():
+    config = CompareConfig(seeds=2, lr=[0.1, 0.2], tuning_seeds=1)
+    assert cells_of(["none", "agc"], config) == [
+        Cell("none", FIRST_TUNING_SEED, 0.1),
+        Cell("none", FIRST_TUNING_SEED, 0.2),
+        Cell("agc", FIRST_TUNING_SEED, 0.1),
+        Cell("agc", FIRST_TUNING_SEED, 0.2),
+        Cell("none", 0),
+        Cell("agc", 0),
+        Cell("none", 1),
+        Cell("agc", 1),
+    ]
+
+
+def test_seeds_that_are_added_leave_every_number_as_it_was():
+    few, many = (
+        cells_of(["none", "agc"], CompareConfig(seeds=seeds, lr=[0.1, 0.2])) for seeds in (2, 5)
+    )
+    assert many[: len(few)] == few
+
+
+def test_one_rate_needs_no_trials():
+    assert all(cell.lr is None for cell in cells_of(["none"], CompareConfig(seeds=3, lr=[0.1])))
+
+
+def test_a_cell_has_a_name_and_a_file_of_its_own():
+    cells = cells_of(
+        ["agc:max_ratio=.1", "agc max_ratio=.1", "../agc"], CompareConfig(seeds=2, lr=[0.1, 0.2])
+    )
+    assert (
+        len({cell.file_name for cell in cells}) == len({cell.name for cell in cells}) == len(cells)
+    )
+    assert not any("/" in cell.file_name or cell.file_name.startswith("/") for cell in cells)
+    assert Cell("agc", FIRST_TUNING_SEED + 1, 0.1).name == "agc, lr 0.1, trial 2"
+    assert Cell("agc", 3).name == "agc, seed 3"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "written"), [([], ""), ([4], "4"), ([0, 1, 3, 5, 6, 7], "0-1,3,5-7")]
+)
+def test_numbers_are_written_as_a_job_array_takes_them(numbers, written):
+    assert in_ranges(numbers) == written

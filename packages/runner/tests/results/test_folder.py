@@ -1,0 +1,195 @@
+import pytest
+from regrad.correction import Control
+from regrad_runner.results.folder import (
+    ResultsFolder,
+    check_arms,
+    check_folder,
+    read_rows,
+    start_folder,
+    write_rows,
+    write_whole,
+)
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.points import Point
+from regrad_runner.settings.arms import Arm
+from regrad_runner.settings.config import CompareConfig, TrainConfig
+
+POINT = Point(step=4, epoch=0.25, loss=1.5, value=0.3, lr=0.05)
+
+
+def result(arm="none", seed=0, **values):
+    return Result(arm=arm, seed=seed, **{"value": 0.1 + 0.2, "touched": True, **values})
+
+
+def test_rows_read_back_as_they_were_written(tmp_path):
+    rows = [
+        result(),
+        result(
+            "a,b\n", 1, status="failed", value=None, steps_to_target=3, must_beat="c", touched=False
+        ),
+    ]
+    write_rows(tmp_path / "results.csv", rows, Result)
+    assert read_rows(tmp_path / "results.csv", Result) == rows
+
+
+def test_arm_and_seed_come_first(tmp_path):
+    write_rows(tmp_path / "tuning.csv", [], Trial)
+    assert (tmp_path / "tuning.csv").read_text() == "arm,seed,lr,validation\n"
+
+
+@pytest.mark.parametrize("text", ["arm,seed\nnone,first\n", "arm,colour\nnone,red\n", "seed\n1\n"])
+def test_a_file_of_other_rows_is_refused(tmp_path, text):
+    (tmp_path / "results.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"results.csv' must hold the columns arm, seed, status"):
+        read_rows(tmp_path / "results.csv", Result)
+
+
+def test_a_folder_holds_every_run_after_it_was_added(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    folder.add(result(seed=0), [POINT])
+    folder.add(result(seed=1), [POINT])
+    again = ResultsFolder(tmp_path)
+    assert again.results == folder.results
+    assert [(p.arm, p.seed, p.step) for p in again.curves] == [("none", 0, 4), ("none", 1, 4)]
+    assert again.is_finished("none", 1)
+    assert not again.is_finished("none", 2)
+
+
+def test_a_failed_run_is_not_finished_and_gives_way_to_its_repetition(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    folder.add(result(seed=0, status="failed", value=None))
+    assert not folder.is_finished("none", 0)
+    folder.add(result(seed=0), [POINT])
+    assert [r.status for r in ResultsFolder(tmp_path).results] == ["finished"]
+
+
+def test_a_run_that_diverged_is_not_repeated(tmp_path):
+    ResultsFolder(tmp_path).add(result(seed=0, status="diverged", value=None))
+    again = ResultsFolder(tmp_path)
+    assert again.is_finished("none", 0)
+    assert again.results[0].as_run_row().diverged
+
+
+def test_the_curve_of_a_run_without_a_result_is_dropped(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    folder.add(result(seed=0), [POINT])
+    folder.add(result(seed=1), [POINT])
+    write_rows(
+        tmp_path / "results.csv", folder.results[:1], Result
+    )  # as if killed between the two files
+    assert [p.seed for p in ResultsFolder(tmp_path).curves] == [0]
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a.txt", "old")
+
+    def killed(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_new_or_empty_folder_may_be_written(tmp_path):
+    check_folder(tmp_path / "new", CompareConfig(), resume=False)
+    check_folder(tmp_path, CompareConfig(), resume=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_or_a_folder_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out must be a folder, got the file"):
+        check_folder(tmp_path / "notes.txt", CompareConfig(), resume=False)
+    with pytest.raises(
+        ValueError,
+        match=r"out must be a new or empty folder, got .*, which holds 'notes\.txt'; choose",
+    ):
+        check_folder(tmp_path, CompareConfig(), resume=False)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="out must be in a folder that can be written, got"):
+        check_folder(tmp_path / "notes.txt" / "out", CompareConfig(), resume=False)
+
+
+def test_only_the_same_configuration_continues_a_folder(tmp_path):
+    start_folder(tmp_path, CompareConfig(seeds=3), {})
+    with pytest.raises(
+        ValueError, match=r"out must be a new or empty folder, got .*; --resume continues it"
+    ):
+        check_folder(tmp_path, CompareConfig(seeds=3), resume=False)
+    check_folder(tmp_path, CompareConfig(seeds=3, tracker="none"), resume=True)
+    with pytest.raises(
+        ValueError, match="out must hold the same configuration, got seeds 3 there and 2 here"
+    ):
+        check_folder(tmp_path, CompareConfig(seeds=2), resume=True)
+
+
+def test_a_folder_continues_with_more_and_what_was_there_comes_first(tmp_path):
+    start_folder(tmp_path, CompareConfig(seeds=3, corrections=("xgrad", "agc")), {})
+    more = CompareConfig(seeds=4, corrections=("gcw", "agc", "xgrad"))
+    continued = check_folder(tmp_path, more, resume=True)
+    assert (continued.seeds, continued.corrections) == (4, ("xgrad", "agc", "gcw"))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (
+            {"corrections": ("xgrad", "gcw")},
+            r"corrections \['xgrad', 'agc'\] there and \['xgrad', 'gcw'\] here",
+        ),
+        ({"seeds": 4, "epochs": 9}, "epochs None there and 9 here"),
+        ({"seeds": 4, "controls": False}, "controls True there and False here"),
+    ],
+)
+def test_a_folder_does_not_continue_with_less_or_with_something_else(tmp_path, change, difference):
+    start_folder(tmp_path, CompareConfig(seeds=3, corrections=("xgrad", "agc")), {})
+    config = CompareConfig(**{"seeds": 3, "corrections": ("xgrad", "agc"), **change})
+    with pytest.raises(
+        ValueError, match=f"out must hold the same configuration, got {difference}; choose another"
+    ):
+        check_folder(tmp_path, config, resume=True)
+
+
+def test_a_run_is_never_continued_with_other_corrections(tmp_path):
+    start_folder(tmp_path, TrainConfig(corrections=("xgrad",)), {})
+    with pytest.raises(
+        ValueError, match=r"got corrections \['xgrad'\] there and \['xgrad', 'agc'\] here"
+    ):
+        check_folder(tmp_path, TrainConfig(corrections=("xgrad", "agc")), resume=True)
+
+
+def test_an_arm_that_would_mean_something_else_is_refused(tmp_path):
+    clipping = Arm("clip-norm", control=Control(name="clip-norm", corrections=("clip-norm",)))
+    start_folder(tmp_path, CompareConfig(), {"arms": {"clip-norm": clipping.recipe}})
+    check_arms(
+        tmp_path,
+        [Arm("clip-norm", corrections=("clip-norm",)), Arm("xgrad", corrections=("xgrad",))],
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"out must hold the same arms, got another 'clip-norm' in .*; choose another",
+    ):
+        check_arms(tmp_path, [Arm("clip-norm", corrections=("clip-norm:max_norm=2",))])
+    with pytest.raises(ValueError, match="out must hold the same arms, got another 'clip-norm'"):
+        check_arms(tmp_path, [Arm("clip-norm", control=Control(name="clip-norm", head_lr=0.5))])
+
+
+def test_runs_say_what_their_arms_are_after_corrections_were_added(tmp_path):
+    folder = ResultsFolder(tmp_path)
+    folder.add(result("clip-norm", control=True))
+    folder.name_anew([Arm("clip-norm", corrections=("clip-norm",), must_beat="smaller-rate")])
+    (row,) = ResultsFolder(tmp_path).results
+    assert (row.control, row.must_beat, row.value) == (False, "smaller-rate", 0.1 + 0.2)
+
+
+def test_there_must_be_something_to_continue(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"out must be the folder of an earlier run to resume it, got .* without config",
+    ):
+        check_folder(tmp_path, CompareConfig(), resume=True)

@@ -1,0 +1,382 @@
+import copy
+import hashlib
+import os
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import regrad
+import torch
+from accelerate.state import AcceleratorState
+from regrad.correction import Control, Correction, Needs
+from regrad_runner.models.heads import head_of
+from regrad_runner.results.points import Point, steps_to_target
+from regrad_runner.settings.arms import Arm
+from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import run as training
+from regrad_runner.training.building import build_training
+from regrad_runner.training.resolving import resolved
+from regrad_runner.training.run import TrainingRun
+from regrad_runner.training.schedule import schedule
+from regrad_runner.workloads.loading import load_workload, make_model
+from regrad_runner.workloads.workload import Measure
+
+needs_plugins = pytest.mark.skipif(
+    not {"xgrad", "powergrad"} <= regrad.available().keys(),
+    reason="regrad-xgrad and regrad-powergrad are not installed",
+)
+ARMS = [
+    Arm("none"),
+    pytest.param(Arm("xgrad", ("xgrad",)), marks=needs_plugins),
+    pytest.param(Arm("xgrad+powergrad", ("xgrad", "powergrad")), marks=needs_plugins),
+]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_workload("digits", train_size=100)
+
+
+@pytest.fixture
+def config(digits):
+    def make(**values):
+        small = {
+            "batch_size": 32,
+            "epochs": 2,
+            "width": 4,
+            "norm": "group",
+            "threads": 1,
+            "evaluations_per_epoch": 1,
+        }
+        return resolved(TrainConfig(**{**small, **values}), digits)
+
+    return make
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    monkeypatch.setattr(
+        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
+    )
+
+
+@pytest.fixture
+def fresh_precision():
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def trained(config, workload, arm, *, lr=0.05, seed=0):
+    """Train to the end; return the points and the weights."""
+    with closing(TrainingRun(config, workload, arm, seed=seed, lr=lr)) as run:
+        run.train(on_point=lambda point: None, on_step=lambda step: None)
+        return run.position.points, {
+            name: p.detach().clone() for name, p in run.model.named_parameters()
+        }
+
+
+def largest_difference(one, other):
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def points(*values):
+    return [Point(step=10 * i, epoch=i, loss=0.0, value=v, lr=0.1) for i, v in enumerate(values, 1)]
+
+
+def test_the_schedule_warms_up_along_a_line_and_ends_at_zero():
+    factors = [schedule(step, warmup_steps=4, total_steps=12) for step in range(13)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[8] == pytest.approx(0.5)
+    assert factors[12] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "step"),
+    [
+        ((0.97, 0.90, 0.97), 30),  # the median of the three is .97 at the third evaluation
+        ((0.97, 0.90, 0.90, 0.97, 0.97), 50),  # one good evaluation among three does not count
+        ((0.95, 0.96, 0.96), 30),  # reaching it is enough
+        ((0.97, 0.97), None),  # two evaluations have no running median of three
+        ((0.90, 0.97, 0.90, 0.97, 0.90), 40),
+        ((0.90, 0.90, 0.90), None),
+    ],
+)
+def test_steps_to_the_target_are_read_from_the_running_median_of_three(values, step):
+    assert steps_to_target(points(*values), Measure(target=0.96)) == step
+
+
+def test_a_measure_that_should_fall_reaches_its_target_from_above():
+    assert steps_to_target(points(3.0, 1.9, 1.8), Measure(target=2.0, higher_is_better=False)) == 30
+
+
+def test_without_a_target_nothing_is_reached():
+    assert steps_to_target(points(1.0, 1.0, 1.0), Measure(target=None)) is None
+
+
+def test_a_control_scales_the_head_and_the_rates_and_changes_the_optimizer(digits, config):
+    control = Control(
+        name="c", optimizer={"nesterov": True}, head_init=0.25, head_lr=0.5, body_lr=4.0
+    )
+    plain, _ = build_training(config(), digits, Arm("none"), seed=3, lr=0.1)
+    model, optimizer = build_training(config(), digits, Arm("c", control=control), seed=3, lr=0.1)
+    assert torch.equal(head_of(model).weight, 0.25 * head_of(plain).weight)
+    body, head = optimizer.param_groups
+    assert (body["lr"], head["lr"]) == (pytest.approx(0.4), pytest.approx(0.05))
+    assert body["nesterov"]
+    assert head["nesterov"]
+    assert {id(p) for p in head["params"]} == {id(p) for p in head_of(model).parameters()}
+    assert len(body["params"]) + len(head["params"]) == len(list(model.parameters()))
+
+
+def test_a_control_that_leaves_the_rates_alone_keeps_one_group(digits, config):
+    arm = Arm("nesterov", control=Control(name="nesterov", optimizer={"nesterov": True}))
+    assert len(build_training(config(), digits, arm, seed=0, lr=0.1)[1].param_groups) == 1
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.usefixtures("in_float64")
+def test_four_parts_of_eight_train_like_one_batch_of_32(digits, config, arm):
+    whole_points, whole = trained(config(), digits, arm)
+    parts_points, parts = trained(config(accumulate=4), digits, arm)
+    assert largest_difference(whole, parts) <= 1e-12
+    assert [p.step for p in parts_points] == [p.step for p in whole_points] == [3, 6]
+    assert [p.loss for p in parts_points] == pytest.approx(
+        [p.loss for p in whole_points], abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_same_seed_trains_the_same_model_twice(digits, config, arm):
+    first_points, first = trained(config(), digits, arm, seed=5)
+    second_points, second = trained(config(), digits, arm, seed=5)
+    assert largest_difference(first, second) == 0.0
+    assert first_points == second_points
+
+
+class Noisy(Correction):
+    """Draws from the global random state at every step, as no correction should."""
+
+    name = "noisy"
+    needs = Needs(stages=("gradient",))
+
+    def correct_gradients(self, step):
+        for gradient in step.gradients:
+            gradient.add_(torch.randn_like(gradient), alpha=1e-3)
+
+
+def batches_of(config, workload, arm):
+    seen = []
+
+    def keep(module, inputs):
+        if module.training:
+            seen.append(hashlib.sha256(inputs[0].numpy().tobytes()).hexdigest())
+
+    with closing(TrainingRun(config, workload, arm, seed=1, lr=0.05)) as run:
+        run.model.register_forward_pre_hook(keep)
+        run.train(on_point=lambda point: None, on_step=lambda step: None)
+    return seen
+
+
+def test_batch_k_is_the_same_in_every_arm(monkeypatch, digits, config):
+    arms = [Arm("none"), Arm("noisy", ("noisy",)), Arm("c", control=Control(name="c", head_lr=0.5))]
+    monkeypatch.setattr(training, "create_all", lambda arm: [Noisy()] if arm.corrections else [])
+    first, *others = [batches_of(config(epochs=3), digits, arm) for arm in arms]
+    assert len(first) == len(set(first)) == 9
+    assert others == [first, first]
+
+
+def test_clipping_bounds_a_step(digits, config):
+    free = trained(
+        config(optimizer="sgd:momentum=0", epochs=1, train_size=None), digits, Arm("none"), lr=0.1
+    )[1]
+    bound = config(optimizer="sgd:momentum=0", epochs=1, clip_norm=1e-6)
+    start = dict(build_training(bound, digits, Arm("none"), seed=0, lr=0.1)[0].named_parameters())
+    clipped = trained(bound, digits, Arm("none"), lr=0.1)[1]
+    assert (
+        0 < largest_difference(clipped, start) <= 3 * 0.1 * 1e-6 + 1e-7
+    )  # three steps, and rounding of the weights
+    assert largest_difference(free, start) > 1e-3
+
+
+@pytest.mark.usefixtures("fresh_precision")
+def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(digits, config):
+    dtypes = []
+    with closing(
+        TrainingRun(config(mixed_precision="bf16"), digits, Arm("none"), seed=0, lr=0.05)
+    ) as run:
+        run.model.conv.register_forward_hook(
+            lambda module, inputs, output: dtypes.append(output.dtype)
+        )
+        next(run.steps())
+        assert set(dtypes) == {torch.bfloat16}
+        assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+def test_leftover_images_wait_for_the_next_epoch(digits, config):
+    with closing(
+        TrainingRun(config(batch_size=30, accumulate=3), digits, Arm("none"), seed=0, lr=0.05)
+    ) as run:
+        run.train(on_point=lambda point: None, on_step=lambda step: None)
+        assert (run.steps_per_epoch, run.position.step) == (3, 6)
+
+
+def test_only_laps_after_the_metered_steps_count_for_the_time(digits, config):
+    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+        run._laps = [(0, 9.0), (10, 8.0)]
+        assert run.step_seconds() == 8.5
+        run._laps += [(20, 1.0), (30, 2.0), (40, 4.0)]
+        assert run.step_seconds() == 2.0
+
+
+def test_a_run_that_was_not_touched_says_so(digits, config):
+    with closing(TrainingRun(config(epochs=1), digits, Arm("none"), seed=0, lr=0.05)) as run:
+        run.train(on_point=lambda point: None, on_step=lambda step: None)
+        assert not run.touched()
+
+
+@needs_plugins
+def test_a_run_that_was_touched_says_so(digits, config):
+    with closing(
+        TrainingRun(config(epochs=1), digits, Arm("xgrad", ("xgrad",)), seed=0, lr=0.05)
+    ) as run:
+        run.train(on_point=lambda point: None, on_step=lambda step: None)
+        assert run.touched()
+
+
+TWO_PROCESSES = """
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from regrad_runner.training import run as training
+from regrad_runner.settings.arms import Arm
+from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.processes import make_accelerator
+from regrad_runner.training.preparation import leave_processes
+from regrad_runner.checkpoints.states import model_state
+from regrad_runner.workloads import load_workload, make_model
+
+training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
+digits = load_workload("digits", train_size=100)
+config = resolved(TrainConfig(
+    batch_size=32, epochs=2, width=4, norm="group", threads=1, evaluations_per_epoch=1,
+    accumulate=2, clip_norm=1.0, processes=2,
+), digits)
+results = {}
+
+
+def sharding(config):
+    # What accelerate does where there are devices.
+    accelerator = make_accelerator(config)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=500, cpu_ram_efficient_loading=False
+    )
+    return accelerator
+
+
+def first_of(images, size):
+    part = copy.copy(images)
+    part.images, part.labels = images.images[:size], images.labels[:size]
+    return part
+
+
+def outcome(names, folder):
+    arm = Arm(names, tuple(filter(None, names.split("+"))))
+    run = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
+    paths = []
+    run.train(
+        on_point=lambda point: None,
+        on_step=lambda step: paths.append(save_checkpoint(run, folder)) if step == 4 else None,
+    )
+    weights = model_state(run.accelerator.unwrap_model(run.model))
+    came = {
+        "weights": weights,
+        "losses": [p.loss for p in run.position.points],
+        "values": [p.value for p in run.position.points],
+        "parts": [run.value_on(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))],
+        "sharded": run.attachment.engine.is_sharded(),
+        "norms": run.watch.table(),
+    }
+    run.close()
+    again = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
+    load_checkpoint(again, paths[0])
+    again.train(on_point=lambda point: None, on_step=lambda step: None)
+    other = model_state(again.accelerator.unwrap_model(again.model))
+    same = all(torch.equal(other[name], weight) for name, weight in weights.items())
+    again.close()
+    return {**came, "resumed_exactly": same and again.position.points == run.position.points}
+
+
+for layout in ("ddp", "fsdp2"):
+    training.make_accelerator = {"ddp": make_accelerator, "fsdp2": sharding}[layout]
+    for names in sys.argv[2:]:
+        results[layout, names] = outcome(names, Path(f"{layout}-{names or 'none'}"))
+if torch.distributed.get_rank() == 0:
+    torch.save(results, sys.argv[1])
+leave_processes()
+"""
+
+
+def first_of(images, size):
+    part = copy.copy(images)
+    part.images, part.labels = images.images[:size], images.labels[:size]
+    return part
+
+
+def norms_in(table):
+    """Return the gradients' norms of the last step."""
+    return [float(cell) for cell in table.splitlines()[-1].split(",")[2:]]
+
+
+def launched(
+    command: list[str], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
+    environment = {**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("in_float64")
+def test_two_processes_train_like_one_and_resume_exactly(tmp_path, digits, config):
+    names = ["", "xgrad+powergrad"] if {"xgrad", "powergrad"} <= regrad.available().keys() else [""]
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = launched([*launch, "two.py", "out.pt", *names], tmp_path)
+    assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name in names:
+        arm = Arm(name, tuple(filter(None, name.split("+"))))
+        with closing(TrainingRun(config(clip_norm=1.0), digits, arm, seed=0, lr=0.05)) as run:
+            run.train(on_point=lambda point: None, on_step=lambda step: None)
+            one, points = dict(run.model.named_parameters()), run.position.points
+            parts = [
+                run.value_on(part)
+                for part in (first_of(digits.test, 1), first_of(digits.test, 359))
+            ]
+            norms = norms_in(run.watch.table())
+        for layout in ("ddp", "fsdp2"):
+            came = two[layout, name]
+            assert came["sharded"] == (layout == "fsdp2")
+            assert largest_difference(one, {key: came["weights"][key] for key in one}) <= 1e-12
+            assert came["losses"] == pytest.approx([p.loss for p in points], abs=1e-12)
+            assert came["values"] == [p.value for p in points]
+            assert came["parts"] == parts
+            assert norms_in(came["norms"]) == pytest.approx(norms, rel=1e-5)
+            assert came["resumed_exactly"]
