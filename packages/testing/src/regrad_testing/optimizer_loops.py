@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from regrad_testing.clauses import clause, require, require_same, same_bits, skip, tensors_in
-from regrad_testing.loop_clauses import LOST, OVERFLOW, SCALE, STOP, through_a_file
+from regrad_testing.loop_clauses import LOST, OVERFLOW, SCALE
 from regrad_testing.loops import Training
 from regrad_testing.optimizer_rules import OptimizerSettings
 from regrad_testing.settings import MORE
+from regrad_testing.state_clauses import STOP, through_a_file
 
 
 class OptimizerLoops(OptimizerSettings):
