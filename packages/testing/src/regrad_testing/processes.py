@@ -35,7 +35,7 @@ def run_on_processes(
     processes: int = WORLD,
     patience: float = PATIENCE,
 ) -> list[Any]:
-    """Call a function on several processes at once, in one gloo group, and return what each returned.
+    """Call a function on several gloo processes at once, and return what each returned.
 
     The function is imported in the processes from the file that holds it, so it must
     stand at the top level of one, and that file must be importable on its own. The
@@ -133,7 +133,7 @@ def _end(leader: Any) -> None:
 
 
 def _context() -> BaseContext:
-    """Return how to start processes: from a server that has imported torch once, where the system can fork."""
+    """Return how to start processes: where the system can fork, from one that has torch."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     multiprocessing.set_forkserver_preload(HEAVY)

@@ -1,4 +1,4 @@
-"""What the processes do that `processes.launch` starts: one imports the file, then divides into ranks."""
+"""What the processes of a launch do: the first imports the file and starts every rank."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _exit_codes(processes: list[Any], patience: float) -> list[int | None]:
     running = {process.sentinel: process for process in processes}
     while running and time.monotonic() < deadline:
         for sentinel in wait([*running], timeout=deadline - time.monotonic()):
-            ended = running.pop(sentinel)  # type: ignore[call-overload]
+            ended = running.pop(sentinel)
             ended.join()
             if ended.exitcode != 0:
                 deadline = min(deadline, time.monotonic() + GRACE)
@@ -106,7 +106,7 @@ def _exit_codes(processes: list[Any], patience: float) -> list[int | None]:
 
 
 def work(task: Task, rank: int) -> None:
-    """Run the cases of a task as one rank, write the results to FOLDER/RANK.json, and leave the process."""
+    """Run the cases of a task as one rank, write the results to FOLDER/RANK.json, and exit."""
     _print_to(task.folder / f"{rank}.txt")
     torch.set_num_threads(1)
     _say_who_this_is(rank, task.processes)
@@ -139,7 +139,8 @@ def run_case(case: Case, store: Any, rank: int, world: int) -> Any:
     )
     try:
         result = case(rank)
-    except BaseException:  # noqa: BLE001 - whatever an author's code raises is the result, and the next case runs
+    # Whatever an author's code raises is the result, and the next case runs.
+    except BaseException:  # noqa: BLE001
         result = {"error": traceback.format_exc()}
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(world)], PATIENCE)
