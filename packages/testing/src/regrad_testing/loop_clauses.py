@@ -119,7 +119,7 @@ class LoopClauses(Settings):
 
     @clause("bfloat16")
     def test_a_bfloat16_model_trains_near_the_float64_one(self) -> None:
-        """In bfloat16, gradients keep their dtype and training stays as near to float64 as without."""
+        """In bfloat16 gradients keep their dtype, and training stays near float64, as without."""
         for name in self.trains_on():
             training = self.train(name, dtype=torch.bfloat16).run()
             require_finite(training.weights(), f"on {name} in bfloat16")

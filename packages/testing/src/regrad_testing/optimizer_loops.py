@@ -97,7 +97,7 @@ class OptimizerLoops(OptimizerSettings):
 
     @clause("closures")
     def test_a_closure_is_called_once_with_gradients_on_and_its_loss_is_returned(self) -> None:
-        """`step(closure)` is the plain loop, under `no_grad` too, and returns the closure's loss."""
+        """`step(closure)` is the plain loop, under `no_grad` too, and returns its loss."""
         for name in self.trains_on():
             training = self.train(name)
             for index in range(self.problem.steps):
