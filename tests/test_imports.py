@@ -1,6 +1,7 @@
 """Who may import whom: read from the source files, so that a lazy import counts as well."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -52,6 +53,66 @@ def test_nobody_imports_or_names_the_package_of_a_plugin(member, members):
 def test_a_plugin_imports_no_member_but_the_core(plugin, members):
     others = {m.package for m in members if m.folder != "core"} - {plugin.package}
     assert set().union(*map(imported, plugin.sources)) & others == set()
+
+
+def imports_between(member) -> dict[str, set[str]]:
+    """Return which of a member's modules imports which, in functions and under TYPE_CHECKING too.
+
+    A package counts where something is imported from its `__init__.py`, not where Python passes
+    through it on the way to a module inside.
+    """
+    source = member.path / "src"
+    dotted = {
+        path: ".".join(path.relative_to(source).with_suffix("").parts) for path in member.sources
+    }
+    modules = {path: name.removesuffix(".__init__") for path, name in dotted.items()}
+    known = set(modules.values())
+    graph = {}
+    for path, module in modules.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name in known else node.module for name in inside]
+            graph[module] |= known.intersection(names)
+    return graph
+
+
+def test_no_modules_of_a_member_import_each_other_in_a_circle(member):
+    circle = []
+    try:
+        graphlib.TopologicalSorter(imports_between(member)).prepare()
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+    assert circle == [], f"{member.folder}: {' is imported by '.join(circle)}"
+
+
+def listed_rooms(root, heading: str) -> dict[str, int]:
+    """Return the rooms that a table of CONTRIBUTING.md names, each with its line from the top."""
+    text = (root / "CONTRIBUTING.md").read_text()
+    section = text.partition(heading)[2].partition("\n#")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    return {name: line for line, row in enumerate(rows) for name in re.findall(r"`(\w+)`", row)}
+
+
+@pytest.mark.parametrize(
+    ("folder", "heading"),
+    [("core", "### The rooms of the core"), ("packages/runner", "### The rooms of the runner")],
+)
+def test_rooms_are_listed_and_import_only_what_is_listed_below_them(members, root, folder, heading):
+    (member,) = [m for m in members if m.folder == folder]
+    lines = listed_rooms(root, heading)
+    graph = imports_between(member)
+    room_of = {module: module.split(".")[1] for module in graph if "." in module}
+    assert lines.keys() == {*room_of.values()} - {"__main__"}
+    for module, room in room_of.items():
+        if room == "__main__":
+            continue
+        upward = [other for other in graph[module] if lines[room_of[other]] < lines[room]]
+        assert upward == [], f"{module} imports what stands above it"
 
 
 def test_everything_imported_is_declared_by_the_member_itself(

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from regrad import Attachment, Correction, attach, optimizer_state, refusals
 from regrad.errors import RegradError
-from regrad.registry import created
+from regrad.registry import as_list, create_all
 from regrad.wrappers import optimizer_layers
 from torch import nn
 from torch.optim import Optimizer
@@ -68,11 +68,7 @@ class RegradCallback(Callback):
         optimizer: int | None = None,
         strict: bool = True,
     ) -> None:
-        if isinstance(corrections, str):
-            raise TypeError(
-                f"corrections must be a list, got {corrections!r}; write [{corrections!r}]"
-            )
-        self.corrections = list(corrections)
+        self.corrections = as_list(corrections)
         self.module = module
         self.criterion = criterion
         self.optimizer = optimizer
@@ -82,19 +78,13 @@ class RegradCallback(Callback):
         self._loaded: Any = None
         self._kept: Any = None
         self._folder = ""
-        self._made()  # a misspelt name or option is an error here, not after an hour in a queue
+        # A misspelt name or option is an error here, not after an hour in a queue.
+        create_all(self.corrections)
 
     @property
     def state_key(self) -> str:
         """The key of the state in a checkpoint: callbacks of several optimizers have one each."""
         return "RegradCallback" if self.optimizer is None else f"RegradCallback-{self.optimizer}"
-
-    def _made(self) -> list[Correction]:
-        return [
-            c
-            for item in self.corrections
-            for c in (created(item) if isinstance(item, str) else (item,))
-        ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier run loaded: a checkpoint's state comes after this, if it comes."""
@@ -147,7 +137,7 @@ class RegradCallback(Callback):
         the rate trains in between.
         """
         optimizer = self._chosen(trainer.optimizers)
-        made = self._made()
+        made = create_all(self.corrections)
         target = self._target(pl_module)
         outside = _outside(optimizer, target)
         if outside:
