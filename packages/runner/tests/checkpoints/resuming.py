@@ -11,7 +11,7 @@ import torch
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training import run as training
+from regrad_runner.training import building
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
@@ -79,7 +79,7 @@ def outcome(name, folder):
 
 def outcomes(rank, folder, names):
     """Train, resume and change the number of processes, with each correction, as one of two."""
-    training.make_model = in_float64
+    building.make_model = in_float64
     results = {name: outcome(name, Path(folder, name or "none")) for name in names}
     if rank == 0:
         torch.save(results, Path(folder, "out.pt"))

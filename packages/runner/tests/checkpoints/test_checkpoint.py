@@ -11,6 +11,7 @@ from regrad_runner.checkpoints.checkpoint import load_checkpoint, load_latest, s
 from regrad_runner.checkpoints.folder import checkpoints
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
@@ -275,7 +276,7 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     tmp_path, monkeypatch
 ):
     resuming = load_beside(__file__, "resuming")
-    monkeypatch.setattr(training, "make_model", resuming.in_float64)
+    monkeypatch.setattr(building, "make_model", resuming.in_float64)
     names = ["", *regrad.available()]
     whole = {}
     for name in names:
