@@ -42,7 +42,10 @@ def pages() -> list[Path]:
 
 
 def blocks(page: Path) -> list[Block]:
-    """Return the blocks of a page in their order. What is indented, or fenced without a language, is for the shell."""
+    """Return the blocks of a page in their order.
+
+    What is indented, or fenced without a language, is for the shell.
+    """
     found = []
     for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
         if token.type in {"fence", "code_block"} and token.map:
@@ -53,7 +56,10 @@ def blocks(page: Path) -> list[Block]:
 
 def all_blocks() -> list[Block]:
     """Return the blocks of every page."""
-    return [block for page in pages() for block in blocks(page)]
+    found = []
+    for page in pages():
+        found += blocks(page)
+    return found
 
 
 def shellcheck(shell_blocks: Iterable[Block]) -> str:
@@ -65,7 +71,9 @@ def shellcheck(shell_blocks: Iterable[Block]) -> str:
             path.write_text("\n" * (block.line - 1) + block.text, encoding="utf-8")
             files[path.name] = str(block.page.relative_to(ROOT))
         command = ["shellcheck", "--shell=bash", "--format=gcc", *sorted(files)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, cwd=folder, capture_output=True, text=True, check=False
+        )
     return re.sub(
         r"^\d+\.sh", lambda found: files[found[0]], done.stdout + done.stderr, flags=re.MULTILINE
     )

@@ -1,4 +1,4 @@
-"""Write docs/reference.md: every command with its flags, every name with its options, as the code itself has them.
+"""Write docs/reference.md: every command with its flags, every name with its options.
 
 Usage: python docs/reference.py [--check]
 With --check nothing is written, and a stale page is an error.
@@ -104,8 +104,10 @@ def section(name: str, command: Any) -> str:
 def commands() -> str:
     """Return every command of both programs."""
     programs = {"regrad": get_command(runner), "regrad-bench": get_command(bench)}
-    found = [pair for name, program in programs.items() for pair in walk(name, program)]
-    return "## Commands\n\n" + "\n".join(section(name, command) for name, command in found)
+    sections = []
+    for program_name, program in programs.items():
+        sections += [section(name, command) for name, command in walk(program_name, program)]
+    return "## Commands\n\n" + "\n".join(sections)
 
 
 def options(kind: Any, *others: str) -> str:

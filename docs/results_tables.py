@@ -1,4 +1,4 @@
-"""Write the ledger and the tables of docs/results.md, and what the methods' pages say of them, from docs/results/.
+"""Write what docs/results.md and the methods' pages say of comparisons, from docs/results/.
 
 Usage: python docs/results_tables.py [--check]
 With --check nothing is written, and a stale page is an error.
@@ -8,6 +8,7 @@ docs/results/claims.yaml says what was claimed, and which arms of which comparis
 """
 
 import io
+import itertools
 import json
 import sys
 import tomllib
@@ -23,9 +24,12 @@ from regrad_runner.workloads.workload import Measure
 from rich.console import Console
 
 DOCS = Path(__file__).parent
-FOLDER, PAGE, METHODS = DOCS / "results", DOCS / "results.md", DOCS / "methods"
+FOLDER = DOCS / "results"
+PAGE = DOCS / "results.md"
+METHODS = DOCS / "methods"
 FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
-BEGIN, END = "<!-- written by docs/results_tables.py -->\n", "<!-- end of what is written -->"
+BEGIN = "<!-- written by docs/results_tables.py -->\n"
+END = "<!-- end of what is written -->"
 
 
 def about_of(path: Path) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def measure_of(path: Path) -> Measure:
 
 
 def comparisons() -> dict[str, list[ArmSummary]]:
-    """Return the summaries of every comparison that is kept and has results, by its folder's name."""
+    """Return the summaries of every comparison that has results, by its folder's name."""
     folders = {
         path.parent.name: ResultsFolder(path.parent)
         for path in sorted(FOLDER.glob("*/config.yaml"))
@@ -154,14 +158,16 @@ def methods_of(page: Path) -> set[str]:
     """Return the names of the corrections and optimizers that one method's page is about."""
     project = DOCS.parent / "plugins" / page.stem / "pyproject.toml"
     offered = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
-    return {name for group in offered.values() for name in group}
+    return set(itertools.chain.from_iterable(offered.values()))
 
 
 def seen_on(page: Path, summaries: dict[str, list[ArmSummary]]) -> str:
     """Say on a method's page what the comparisons came to."""
     told: dict[str, list[str]] = {}
     for claim in claims():
-        for name, arms in claim["seen"].items() if claim["method"] in methods_of(page) else ():
+        if claim["method"] not in methods_of(page):
+            continue
+        for name, arms in claim["seen"].items():
             told[name] = [*dict.fromkeys((*told.get(name, []), *arms))]
     lines = [
         f"- [{name}](../results.md#{name}): {sentence(summary, measure_of(FOLDER / name))}\n"

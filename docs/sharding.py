@@ -72,7 +72,7 @@ def verdict_of(where: str, column: Column, seen: Mapping[str, Seen]) -> Verdict:
 
 
 def measured(names: Sequence[str]) -> dict[str, Seen]:
-    """Return what is seen of corrections on one process and on two, by "name | column | way | suite and optimizer"."""
+    """Return what one process and two see, by "name | column | way | suite and optimizer"."""
     os.environ[NAMES] = " ".join(names)  # read by the other processes
     ranks = launch(OnTwoProcesses, PATIENCE)
     seen: dict[str, Seen] = {}
@@ -85,9 +85,10 @@ def measured(names: Sequence[str]) -> dict[str, Seen]:
             else both[0]
         )
         seen[key]["broken"] = broken or ("the ranks end apart" if apart else "")
-    return seen | {
-        f"{name} | {key}": measure() for name in names for key, measure in measures(name, 1).items()
-    }
+    for name in names:
+        for key, measure in measures(name, 1).items():
+            seen[f"{name} | {key}"] = measure()
+    return seen
 
 
 def verdicts(names: Sequence[str]) -> Verdicts:

@@ -32,7 +32,7 @@ for epoch in range(4):
     accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
 
 accelerator.print(attachment)
-# Accumulation: 4 epochs of 8 batches on one process are 16 optimizer steps, and so many corrections.
+# Accumulation: 4 epochs of 8 batches on one process are 16 optimizer steps, and corrections.
 for name, value in attachment.metrics().items():
     accelerator.print(f"{name}: {value:.4g}")
 attachment.detach()

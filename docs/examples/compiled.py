@@ -1,4 +1,4 @@
-"""torch.compile: attach to the compiled model, before its first call; the corrected step is the uncompiled one's.
+"""torch.compile: attach to the compiled model before its first call; steps stay the same.
 
     python docs/examples/compiled.py --backend aot_eager
 
@@ -12,7 +12,8 @@ import regrad
 import torch
 from torch import nn
 
-# AGC leaves the classifier's weights alone. In a compiled model it cannot see which they are: the layer is named.
+# AGC leaves the classifier's weights alone. In a compiled model it cannot see which they are, so
+# the layer is named.
 CORRECTIONS = ["xgrad", "agc:max_ratio=0.02,head=2"]
 
 

@@ -1,4 +1,4 @@
-"""FSDP2: attach after fully_shard; each process holds half of every weight, and the numbers are one process's.
+"""FSDP2: attach after fully_shard; each process holds half of every weight.
 
     torchrun --nproc-per-node 2 docs/examples/fsdp2.py
 

@@ -1,4 +1,4 @@
-"""Lightning: a callback corrects the fit, validates and saves the true weights, and resumes exactly.
+"""Lightning: a callback corrects the fit; true weights are validated and saved.
 
     python docs/examples/lightning_trainer.py
 
