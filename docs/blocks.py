@@ -1,7 +1,8 @@
 """Find the code that stands on the pages, fenced and indented, with where it stands.
 
 Usage: python docs/blocks.py
-Gives every block of shell commands to shellcheck; what it finds is an error. The tests run or parse the blocks.
+Gives every block of shell commands to shellcheck; what it finds is an error. The tests
+run or parse the blocks.
 """
 
 import re
@@ -37,7 +38,9 @@ class Block:
 
 def pages() -> list[Path]:
     """Return every page of the repository."""
-    found = {path for pattern in PATTERNS for path in ROOT.glob(pattern)}
+    found: set[Path] = set()
+    for pattern in PATTERNS:
+        found |= {*ROOT.glob(pattern)}
     return sorted(path for path in found if "_build" not in path.parts)
 
 

@@ -1,7 +1,7 @@
 """A Sphinx extension that writes formulas as MathML, which browsers draw without a script.
 
-A formula that cannot be converted is a warning with its place, so `nox -s docs` fails on it. The font for formulas
-lies in `_static/fonts`; `_static/pages.css` names it.
+A formula that cannot be converted is a warning with its place, so `nox -s docs` fails on
+it. The font for formulas lies in `_static/fonts`; `_static/pages.css` names it.
 """
 
 import html

@@ -25,8 +25,9 @@ from typer.main import get_command
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reference.md"
 HEAD = (
-    "# Reference\n\nEvery command with its flags, and every name with its options. Written by `docs/reference.py` from "
-    "the code; [The command](command.md) says the same in sentences.\n\n"
+    "# Reference\n\nEvery command with its flags, and every name with its options. "
+    "Written by `docs/reference.py` from the code; [The command](command.md) says the same in "
+    "sentences.\n\n"
 )
 
 
@@ -167,7 +168,8 @@ def names() -> str:
     ]
     head = ("name", "options")
     return (
-        f"## Corrections\n\n{table(head, corrections)}\n## Optimizers\n\n{table(head, optimizers)}\n"
+        f"## Corrections\n\n{table(head, corrections)}\n"
+        f"## Optimizers\n\n{table(head, optimizers)}\n"
         "And torch's own, in lower case: `sgd:momentum=0.9`, `adamw`.\n\n"
         f"## Workloads\n\n{table(head, workloads)}\n## Models\n\n{table(head, models)}\n"
         f"`{MODEL}` is that of `text`; images have the others and the classifiers of torchvision.\n"

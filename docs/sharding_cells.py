@@ -415,7 +415,7 @@ def ddp_with_unused(model: nn.Module) -> nn.Module:
 
 
 def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
-    """Return the layout of accelerate's FSDP2: model and optimizer go in, parameters are swapped."""
+    """Return the layout of accelerate's FSDP2, which swaps a model's parameters."""
     from accelerate import Accelerator, DistributedType  # noqa: PLC0415 - only workers need it
     from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: PLC0415
     from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: PLC0415
@@ -475,7 +475,7 @@ def own_rows(case: Case) -> slice:
 
 
 def told(training: Training) -> Seen:
-    """Return hashes of what must be the same on all ranks; of shards, what is no part of a tensor."""
+    """Return hashes of what must be the same on all ranks; of shards, what is no tensor."""
     state: Any = training.correction_state()
     state = without_tensors(state) if training.attachment.engine.is_sharded() else state
     return {"ranks": [digest(training.weights()), digest(state)]}
@@ -501,6 +501,18 @@ LATER: dict[str, Layout] = {
     "accelerate": by_accelerate,
 }
 COMES = {"unfrozen": False, "in a new group": True}
+
+
+def later_ways() -> dict[str, Measure]:
+    """Return each way in which a parameter comes later, on each layout."""
+    ways: dict[str, Measure] = {}
+    for way, group in COMES.items():
+        for name, layout in LATER.items():
+            measure = functools.partial(later_on_two, layout=layout, as_group=group)
+            ways[f"{way}, {name}"] = measure
+    return ways
+
+
 COLUMNS = [
     Column("1 process", FLOAT64, {"": of_reference}),
     *(
@@ -540,11 +552,7 @@ COLUMNS = [
     Column(
         "later, 2 processes",
         FLOAT64,
-        {
-            f"{way}, {name}": functools.partial(later_on_two, layout=layout, as_group=group)
-            for way, group in COMES.items()
-            for name, layout in LATER.items()
-        },
+        later_ways(),
         WORLD,
     ),
 ]
@@ -560,13 +568,16 @@ def seen_in(case: Case, measure: Measure) -> Seen:
 
 def measures(name: str, processes: int) -> dict[str, Callable[[], Seen]]:
     """Return what is to be measured of a correction, by column, way, suite and optimizer."""
-    return {
-        f"{column.title} | {way} | {which}": functools.partial(seen_in, case, measure)
-        for column in COLUMNS
-        if column.processes == processes
-        for way, measure in column.ways.items()
-        for which, case in cases_of(name).items()
-    }
+    cases = cases_of(name)
+    found = {}
+    for column in COLUMNS:
+        if column.processes != processes:
+            continue
+        for way, measure in column.ways.items():
+            for which, case in cases.items():
+                key = f"{column.title} | {way} | {which}"
+                found[key] = functools.partial(seen_in, case, measure)
+    return found
 
 
 class OnTwoProcesses:

@@ -2,8 +2,9 @@
 
     python docs/examples/accelerate_loop.py
 
-Needs accelerate, regrad-xgrad and regrad-clipping. Takes seconds. `accelerate launch` and torchrun start it on several
-processes: each then reads its share of the rows, and all end with the same weights.
+Needs accelerate, regrad-xgrad and regrad-clipping. Takes seconds. `accelerate launch`
+and torchrun start it on several processes: each then reads its share of the rows, and
+all end with the same weights.
 """
 
 import regrad

@@ -2,8 +2,9 @@
 
     python docs/examples/compiled.py --backend aot_eager
 
-Needs regrad-xgrad and regrad-clipping. The backend aot_eager traces as torch.compile does and is quick; leave it out
-for the kernels that are meant, which on CPUs takes a C++ compiler and half a minute.
+Needs regrad-xgrad and regrad-clipping. The backend aot_eager traces as torch.compile does
+and is quick; leave it out for the kernels that are meant, which on CPUs takes a C++
+compiler and half a minute.
 """
 
 import argparse
