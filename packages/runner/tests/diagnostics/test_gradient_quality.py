@@ -6,9 +6,8 @@ import json
 import math
 import os
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -25,10 +24,12 @@ from regrad_runner.reporting.report import show_comparison
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
+from regrad_testing import run_on_processes
 from rich.console import Console
 from torch import nn
 
@@ -93,9 +94,7 @@ def own_corrections(monkeypatch):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    monkeypatch.setattr(
-        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
-    )
+    monkeypatch.setattr(building, "make_model", float64_model)
 
 
 @pytest.fixture
@@ -233,7 +232,7 @@ class Dropping(nn.Module):
 
 
 def test_dropout_is_that_of_the_step_and_the_run_draws_what_it_would(digits, config, monkeypatch):
-    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: Dropping())
+    monkeypatch.setattr(building, "make_model", lambda *args, **kwargs: Dropping())
     _, points, state = probed(config(), digits, BASELINE, every=None)
     qualities, probed_points, probed_state = probed(config(), digits, BASELINE)
     assert probed_points == points
@@ -410,57 +409,37 @@ def test_a_large_batch_smaller_than_a_step_is_refused_before_anything_is_written
     assert list(tmp_path.iterdir()) == []
 
 
-TWO_PROCESSES = """
-import json, os, sys
-from dataclasses import asdict
-from pathlib import Path
+def float64_model(*args, **kwargs):
+    return make_model(*args, **kwargs).double()
 
-from regrad_runner.training import run as training
-from regrad_runner.settings.arms import Arm
-from regrad_runner.settings.config import CompareConfig
-from regrad_runner.training.preparation import leave_processes
-from regrad_runner.diagnostics.gradient_quality import Probe
-from regrad_runner.workloads import load_workload, make_model
 
-training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
-digits = load_workload("digits", train_size=100)
-values = {"batch_size": 20, "epochs": 1, "width": 4, "threads": 1, "evaluations_per_epoch": 2, "norm": "group"}
-config = resolved(CompareConfig(**values, accumulate=2, processes=2), digits)
-run = training.TrainingRun(config, digits, Arm("none"), seed=0, lr=0.05)
-probe, found = Probe(run, every=2, size=60), []
-run.train(on_point=lambda point: None, on_step=lambda step: found.append(probe.finish_step()))
-Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps([asdict(q) for q in found if q]))
-run.close()
-del run, probe
-leave_processes()
-sys.stdout.flush()
-os._exit(0)
-"""
+def probes_of_one_of_two(rank):
+    """Train as one of two processes; return what its probes measured."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    building.make_model = float64_model
+    digits = load_workload("digits", train_size=100)
+    asked = CompareConfig(
+        batch_size=20,
+        epochs=1,
+        width=4,
+        threads=1,
+        evaluations_per_epoch=2,
+        norm="group",
+        accumulate=2,
+        processes=2,
+    )
+    found = []
+    with closing(TrainingRun(resolved(asked, digits), digits, BASELINE, seed=0, lr=0.05)) as run:
+        probe = Probe(run, every=2, size=60)
+        run.train(
+            on_point=lambda point: None, on_step=lambda step: found.append(probe.finish_step())
+        )
+    return [asdict(quality) for quality in found if quality]
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_two_processes_probe_like_one_and_agree(tmp_path, digits, config):
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "two.py",
-        ],
-        cwd=tmp_path,
-        env={**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+def test_two_processes_probe_like_one_and_agree(digits, config):
+    first, second = run_on_processes(probes_of_one_of_two)
     assert first == second
     one, _, _ = probed(config(epochs=1), digits, BASELINE, every=2)
     assert [q["step"] for q in first] == [q.step for q in one] == [2, 4]
