@@ -234,7 +234,7 @@ def check_settings(command: str, /, **values: Any) -> int:
     """Check what a command was given as the command itself does, short of loading data and training."""
     import regrad
     from regrad_runner.cli import completion
-    from regrad_runner.cli.flags import settings_of
+    from regrad_runner.cli.settings_flags import given_settings
     from regrad_runner.settings import config
     from regrad_runner.training import optimizers
 
@@ -247,7 +247,7 @@ def check_settings(command: str, /, **values: Any) -> int:
         return 0
     kind = config.CompareConfig if command == "compare" else config.TrainConfig
     file = values.get("config")
-    flags = settings_of(type("Context", (), {"params": values}))
+    flags = given_settings(kind, values)
     settings = config.load_config(
         kind,
         file=None if file is None or PLACEHOLDER.fullmatch(file.name) else ROOT / file,

@@ -14,9 +14,9 @@ from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import Cell, cells_of
 from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
 from regrad_runner.results.machine import surroundings
-from regrad_runner.settings import environment
 from regrad_runner.settings.arms import Arm, expand
 from regrad_runner.settings.config import MOST_THREADS, CompareConfig
+from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.training.preparation import (
     default_folder,
     every_correction,
@@ -78,7 +78,7 @@ class Plan:
             f"{tuning}",
             f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
             *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
-            *environment.in_words(config),
+            *environment_in_words(config),
         )
         return "\n".join(lines)
 

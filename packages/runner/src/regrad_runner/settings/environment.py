@@ -130,7 +130,7 @@ def not_used(config: RunConfig) -> dict[str, str]:
     return reasons
 
 
-def in_words(config: RunConfig) -> list[str]:
+def environment_in_words(config: RunConfig) -> list[str]:
     """Say what of the environment is used and what is not, a line each; nothing where it says nothing.
 
     Args:
