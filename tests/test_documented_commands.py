@@ -225,7 +225,7 @@ def regrad_commands(monkeypatch):
             contextlib.redirect_stderr(io.StringIO()) as said,
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            assert cli.main(words) == 0, said.getvalue()
+            assert cli(words) == 0, said.getvalue()
 
     return parse
 
@@ -236,6 +236,7 @@ def check_settings(command: str, /, **values: Any) -> int:
     from regrad_runner.cli import completion
     from regrad_runner.cli.settings_flags import given_settings
     from regrad_runner.settings import config
+    from regrad_runner.settings.loading import load_config
     from regrad_runner.training import optimizers
 
     if "corrections" not in values:
@@ -248,7 +249,7 @@ def check_settings(command: str, /, **values: Any) -> int:
     kind = config.CompareConfig if command == "compare" else config.TrainConfig
     file = values.get("config")
     flags = given_settings(kind, values)
-    settings = config.load_config(
+    settings = load_config(
         kind,
         file=None if file is None or PLACEHOLDER.fullmatch(file.name) else ROOT / file,
         flags=flags,
