@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 from regrad_runner.settings.config import CompareConfig, TrainConfig
+from regrad_runner.settings.continuing import first_difference
 from regrad_runner.settings.flag import (
     HOW_IT_IS_TRAINED,
     WHAT_IS_TRAINED,
     WHERE_IT_GOES,
     Flag,
 )
-from regrad_runner.settings.continuing import first_difference
 from regrad_runner.settings.loading import load_config, write_config
 from regrad_runner.training.resolving import resolved
 from regrad_runner.workloads.loading import load_workload
