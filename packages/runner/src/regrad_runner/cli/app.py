@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from regrad_runner.cli import compare, explain, plugins, report, sync, train
+from regrad_runner.cli.compare import COMPARE_EXAMPLES, compare_command
 from regrad_runner.cli.corrections_flag import ManyValues
+from regrad_runner.cli.explain import EXPLAIN_EXAMPLES, explain_command
 from regrad_runner.cli.help import Plain, PlainGroup, examples
+from regrad_runner.cli.plugins import plugin_commands
+from regrad_runner.cli.report import REPORT_EXAMPLES, report_command
+from regrad_runner.cli.sync import SYNC_EXAMPLES, sync_command
+from regrad_runner.cli.train import TRAIN_EXAMPLES, train_command
 
 app = typer.Typer(
     name="regrad",
@@ -15,9 +20,9 @@ app = typer.Typer(
     cls=PlainGroup,
     pretty_exceptions_enable=False,
 )
-app.command("compare", cls=ManyValues, epilog=examples(*compare.EXAMPLES))(compare.compare_command)
-app.command("train", cls=ManyValues, epilog=examples(*train.EXAMPLES))(train.train_command)
-app.command("report", cls=Plain, epilog=examples(*report.EXAMPLES))(report.report_command)
-app.command("sync", cls=Plain, epilog=examples(*sync.EXAMPLES))(sync.sync_command)
-app.command("explain", cls=ManyValues, epilog=examples(*explain.EXAMPLES))(explain.explain_command)
-app.add_typer(plugins.plugin_commands, name="plugins")
+app.command("compare", cls=ManyValues, epilog=examples(*COMPARE_EXAMPLES))(compare_command)
+app.command("train", cls=ManyValues, epilog=examples(*TRAIN_EXAMPLES))(train_command)
+app.command("report", cls=Plain, epilog=examples(*REPORT_EXAMPLES))(report_command)
+app.command("sync", cls=Plain, epilog=examples(*SYNC_EXAMPLES))(sync_command)
+app.command("explain", cls=ManyValues, epilog=examples(*EXPLAIN_EXAMPLES))(explain_command)
+app.add_typer(plugin_commands, name="plugins")

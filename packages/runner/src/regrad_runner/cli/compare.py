@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from regrad_runner.comparing.plan import Plan
 
-EXAMPLES = (
+COMPARE_EXAMPLES = (
     "regrad compare --corrections xgrad agc xgrad+agc --lr 0.02,0.05,0.1",
     "regrad compare --workload imagefolder --data-dir DIR --seeds 6",
     "regrad compare --resume --out DIR --seeds 12",
@@ -123,7 +123,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     if cell_plan.done:
         display.say(f"{name}: it ended before")
         return 0
-    lock = nullcontext()
+    lock: AbstractContextManager[None] = nullcontext()
     if plan.reports:
         lock = holding(running_cell(plan.path, cell_plan.cell.file_name))
     again = f"regrad compare --out {out} --cell {number}"

@@ -10,7 +10,7 @@ from regrad_runner.errors import checking_input
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, WHERE_IT_GOES
 
-EXAMPLES = (
+EXPLAIN_EXAMPLES = (
     "regrad explain --corrections xgrad powergrad",
     "regrad explain --corrections all --all",
 )

@@ -56,7 +56,7 @@ Resume = Annotated[bool, switch("Continue what is in --out.", WHERE_IT_GOES, "--
 JSON_MEANING = "Print JSON for programs instead of a table."
 Json = Annotated[bool, switch(JSON_MEANING, WHERE_IT_GOES, "--json")]
 UngroupedJson = Annotated[bool, switch(JSON_MEANING, None, "--json")]
-ResultsFolder = Annotated[
+FolderArgument = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False),
 ]

@@ -95,7 +95,7 @@ def _with_value(problem: Any, words: Sequence[str]) -> str:
 
 def _values_of(flag: str, words: Sequence[str]) -> list[str]:
     """Return what was typed as the values of a flag, as `--flag VALUE` or `--flag=VALUE`."""
-    values = []
+    values: list[str] = []
     for place, word in enumerate(words):
         if word == flag:
             values += words[place + 1 : place + 2] or [""]

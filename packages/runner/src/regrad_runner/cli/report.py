@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from regrad_runner.cli.flags import ResultsFolder, UngroupedJson
+from regrad_runner.cli.flags import FolderArgument, UngroupedJson
 from regrad_runner.errors import checking_input
 
-EXAMPLES = ("regrad report DIR", "regrad report DIR --json")
+REPORT_EXAMPLES = ("regrad report DIR", "regrad report DIR --json")
 
 
-def report_command(folder: ResultsFolder, json: UngroupedJson = False) -> int:
+def report_command(folder: FolderArgument, json: UngroupedJson = False) -> int:
     """Show a comparison or run again and redraw its figures, without training."""
     with checking_input():
         from regrad_runner.reporting.report import show  # noqa: PLC0415

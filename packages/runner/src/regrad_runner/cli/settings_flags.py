@@ -49,7 +49,8 @@ def takes_settings(
             others = {parameter.name: values[parameter.name] for parameter in own}
             return function(given_settings(kind, values), **others)
 
-        command.__signature__ = signature.replace(parameters=[*flags, *own])  # type: ignore[attr-defined]
+        shown = signature.replace(parameters=[*flags, *own])
+        command.__signature__ = shown  # type: ignore[attr-defined]
         return command
 
     return with_flags

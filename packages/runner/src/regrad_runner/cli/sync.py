@@ -6,19 +6,19 @@ from typing import Annotated
 
 import typer
 
-from regrad_runner.cli.flags import ResultsFolder, flag
+from regrad_runner.cli.flags import FolderArgument, flag
 from regrad_runner.errors import checking_input
 
-EXAMPLES = ("regrad sync DIR",)
+SYNC_EXAMPLES = ("regrad sync DIR",)
 
 
 def sync_command(
-    folder: ResultsFolder,
+    folder: FolderArgument,
     tracking_uri: Annotated[
         str | None, flag("Deliver what was logged for this server too.", None, metavar="URI")
     ] = None,
 ) -> int:
-    """Deliver what tracking could not send while the server was down; mark runs that were killed."""
+    """Deliver what tracking could not send while the server was down; mark killed runs."""
     with checking_input():
         from regrad_runner.tracking.sync import sync  # noqa: PLC0415
 

@@ -10,7 +10,7 @@ from regrad_runner.cli.settings_flags import CHECKING, load_settings, takes_sett
 from regrad_runner.errors import checking_input
 from regrad_runner.settings.config import TrainConfig
 
-EXAMPLES = (
+TRAIN_EXAMPLES = (
     "regrad train --corrections xgrad powergrad --seed 3 --out DIR",
     "regrad train --resume --out DIR",
 )
