@@ -10,6 +10,7 @@ import typer
 
 from regrad_runner.settings.flag import WHERE_IT_GOES
 
+JSON_MEANING = "Print JSON for programs instead of a table."
 NO_VALUE = " "  # what the help shows in place of the type of a flag that takes none
 
 
@@ -53,7 +54,6 @@ Out = Annotated[
     flag("Folder to write to; a new one here by default.", WHERE_IT_GOES, metavar="DIR"),
 ]
 Resume = Annotated[bool, switch("Continue what is in --out.", WHERE_IT_GOES, "--resume")]
-JSON_MEANING = "Print JSON for programs instead of a table."
 Json = Annotated[bool, switch(JSON_MEANING, WHERE_IT_GOES, "--json")]
 UngroupedJson = Annotated[bool, switch(JSON_MEANING, None, "--json")]
 FolderArgument = Annotated[
