@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
@@ -17,7 +18,7 @@ from regrad_runner.results.outcomes import Result
 from regrad_runner.results.points import Point
 from regrad_runner.settings.arms import BASELINE, Arm, parts_of
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.settings.environment import in_words
+from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.signals import asked_to_stop, stop, stops_after_steps
 from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker, tracked
 from regrad_runner.training.nonfinite import keeping_norms
@@ -29,7 +30,7 @@ from regrad_runner.workloads.workload import Workload, name_on_validation
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A run that was checked and can start.
 
     Attributes:
@@ -47,7 +48,9 @@ class Plan:
     reports: bool
 
 
-def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = False) -> Plan:
+def make_training_plan(
+    config: TrainConfig, *, out: Path | None = None, resume: bool = False
+) -> TrainingPlan:
     """Check everything that can be checked before the first step. Writes nothing.
 
     Args:
@@ -65,17 +68,17 @@ def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = Fa
     path = out or default_folder("train-", workload.name)
     if accelerator.is_main_process:
         check_folder(path, config, resume=resume)
-    parts = tuple(part for text in config.corrections for part in parts_of(text))
+    parts = tuple(chain.from_iterable(map(parts_of, config.corrections)))
     arm = Arm("+".join(parts) or BASELINE, corrections=parts)
     try_on(arm, config, workload, lr=config.lr or 0.0)
-    return Plan(config, workload, arm, path, accelerator.is_main_process)
+    return TrainingPlan(config, workload, arm, path, reports=accelerator.is_main_process)
 
 
-def train(plan: Plan, display: Display) -> Result:
+def train(plan: TrainingPlan, display: Display) -> Result:
     """Run to the end, from the latest checkpoint in the folder if there is one.
 
     Args:
-        plan: From `make_plan`.
+        plan: From `make_training_plan`.
         display: Told how far it is.
 
     Returns:
@@ -85,7 +88,7 @@ def train(plan: Plan, display: Display) -> Result:
         BadInput: If there are checkpoints and none can be gone on from; nothing is written.
     """
     config, tracker = plan.config, Tracker()
-    for line in in_words(config):
+    for line in environment_in_words(config):
         display.say(line)
     run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
     with closing(run):
@@ -106,7 +109,7 @@ def train(plan: Plan, display: Display) -> Result:
 
 def _follow(
     run: TrainingRun,
-    plan: Plan,
+    plan: TrainingPlan,
     shown: Run,
     display: Display,
     loaded: tuple[Path | None, list[str]],

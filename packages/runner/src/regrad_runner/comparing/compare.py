@@ -94,7 +94,7 @@ def _keep_all(
     for cell, outcome in outcomes:
         if plan.reports:
             keep_outcome(folder, outcome)
-        display.end(f"{cell.name}: {in_words(outcome, plan.workload.measure)}")
+        display.end(f"{cell.name}: {outcome_in_words(outcome, plan.workload.measure)}")
 
 
 def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
@@ -107,7 +107,7 @@ def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
         folder.add(outcome.result, outcome.points)
 
 
-def in_words(outcome: Outcome, measure: Measure) -> str:
+def outcome_in_words(outcome: Outcome, measure: Measure) -> str:
     """Say what came out of a cell."""
     result, trial = outcome.result, outcome.trial
     if trial is not None:

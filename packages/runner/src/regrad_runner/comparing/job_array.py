@@ -1,4 +1,4 @@
-"""A comparison as a job array: counted once, each cell run by a job of its own, merged by `regrad report`."""
+"""A comparison as a job array: each cell is run by its own job."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Outcome, write_outcome
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.settings.continuing import first_difference
-from regrad_runner.settings.environment import in_words
+from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.settings.loading import load_config
 from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker
 from regrad_runner.training.preparation import try_on
 
 
-def prepare(plan: Plan) -> dict[str, str]:
+def prepare_cells(plan: Plan) -> dict[str, str]:
     """Make a comparison's folder without running anything, so that its cells can run in any number of processes.
 
     Args:
@@ -46,7 +46,7 @@ def show_prepared(path: Path, cells: dict[str, str], *, as_json: bool) -> str:
 
     Args:
         path: The comparison's folder.
-        cells: From `prepare`.
+        cells: From `prepare_cells`.
         as_json: For programs; else one line for each.
     """
     if as_json:
@@ -107,7 +107,7 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Outcome:
         display: Told how far it is.
     """
     plan, cell = cell_plan.plan, cell_plan.cell
-    for line in in_words(plan.config):
+    for line in environment_in_words(plan.config):
         display.say(line)
     tracker, parent = Tracker(), read_about(plan.path).get(TRACKED, "")
     if plan.reports:

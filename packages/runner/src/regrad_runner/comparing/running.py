@@ -1,4 +1,4 @@
-"""Runs of a comparison, one after the other: what each comes to, and a failure kept inside its run."""
+"""Runs of a comparison, one after the other; one that fails does not end the others."""
 
 from __future__ import annotations
 

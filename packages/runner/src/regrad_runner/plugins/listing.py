@@ -1,4 +1,4 @@
-"""The list of installed plugins, from metadata alone: no torch, no parser, no plugin is imported."""
+"""The list of installed plugins, from metadata alone: imports no torch, no parser, no plugin."""
 
 from __future__ import annotations
 
@@ -20,17 +20,13 @@ def show_plugins(*, as_json: bool = False) -> None:
     Args:
         as_json: For programs; else a table for people.
     """
-    entries = [
-        (kind, entry)
-        for kind, group in GROUPS.items()
-        for entry in regrad.available(group).values()
-    ]
+    entries = []
+    for kind, group in GROUPS.items():
+        entries += [(kind, entry) for entry in regrad.available(group).values()]
     console = Terminal(soft_wrap=as_json)
     if as_json:
-        console.out(
-            json.dumps([{"kind": kind, **asdict(entry)} for kind, entry in entries], indent=2),
-            highlight=False,
-        )
+        listed = [{"kind": kind, **asdict(entry)} for kind, entry in entries]
+        console.out(json.dumps(listed, indent=2), highlight=False)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("kind", "name", "from", "what it is"):
