@@ -15,6 +15,7 @@ from regrad_runner.models.heads import head_of
 from regrad_runner.results.points import Point, steps_to_target
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.building import build_training
 from regrad_runner.training.resolving import resolved
@@ -58,7 +59,7 @@ def config(digits):
 @pytest.fixture
 def in_float64(monkeypatch):
     monkeypatch.setattr(
-        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
+        building, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
     )
 
 
@@ -223,14 +224,6 @@ def test_leftover_images_wait_for_the_next_epoch(digits, config):
         assert (run.steps_per_epoch, run.position.step) == (3, 6)
 
 
-def test_only_laps_after_the_metered_steps_count_for_the_time(digits, config):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
-        run._laps = [(0, 9.0), (10, 8.0)]
-        assert run.step_seconds() == 8.5
-        run._laps += [(20, 1.0), (30, 2.0), (40, 4.0)]
-        assert run.step_seconds() == 2.0
-
-
 def test_a_run_that_was_not_touched_says_so(digits, config):
     with closing(TrainingRun(config(epochs=1), digits, Arm("none"), seed=0, lr=0.05)) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)
@@ -254,16 +247,17 @@ from pathlib import Path
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.settings.arms import Arm
 from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training.processes import make_accelerator
-from regrad_runner.training.preparation import leave_processes
+from regrad_runner.training.processes import leave_processes, make_accelerator
+from regrad_runner.training.resolving import resolved
 from regrad_runner.checkpoints.states import model_state
-from regrad_runner.workloads import load_workload, make_model
+from regrad_runner.workloads.loading import load_workload, make_model
 
-training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
+building.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
 digits = load_workload("digits", train_size=100)
 config = resolved(TrainConfig(
     batch_size=32, epochs=2, width=4, norm="group", threads=1, evaluations_per_epoch=1,

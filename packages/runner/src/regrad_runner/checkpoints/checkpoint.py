@@ -182,8 +182,7 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.watch.load_state_dict(_alike(state["watch"], run.watch.state_dict(), "watch"))
-    run.position = position
-    run.begin_lap()
+    run.continue_from(position)
     return [*lines, *_take_own(run, tensors["of_each_process"])]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from regrad.correction import Control
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,24 +34,32 @@ def build_training(
         ValueError: If model or optimizer cannot be made.
     """
     model = make_model(workload, str(config.model), width=config.width, norm=config.norm, seed=seed)
+    optimizer = str(config.optimizer)
     control = arm.control
     if control is None:
-        return model, build_optimizer(str(config.optimizer), model.parameters(), lr=lr)
-    rescales = (control.head_init, control.head_lr, control.body_lr) != (1, 1, 1)
-    head = own_head(model, whose=f"control {control.name!r}") if rescales else []
+        return model, build_optimizer(optimizer, model.parameters(), lr=lr)
+    head: list[nn.Parameter] = []
+    if (control.head_init, control.head_lr, control.body_lr) != (1, 1, 1):
+        head = own_head(model, whose=f"control {control.name!r}")
     with torch.no_grad():
         for parameter in head:
             parameter.mul_(control.head_init)
-    groups: Any = model.parameters()
-    if control.head_lr != control.body_lr or control.body_lr != 1:
-        body = [p for p in model.parameters() if all(p is not h for h in head)]
-        groups = [
-            {"params": body, "lr": lr * control.body_lr},
-            {"params": head, "lr": lr * control.head_lr},
-        ]
-    return model, build_optimizer(str(config.optimizer), groups, lr=lr, changes=control.optimizer)
+    groups = _groups(control, model, head, lr=lr)
+    return model, build_optimizer(optimizer, groups, lr=lr, changes=control.optimizer)
+
+
+def _groups(control: Control, model: nn.Module, head: Sequence[nn.Parameter], *, lr: float) -> Any:
+    """Return the parameters for an optimizer: in two groups where the control changes a rate."""
+    if control.head_lr == control.body_lr == 1:
+        return model.parameters()
+    in_head = {id(parameter) for parameter in head}
+    body = [parameter for parameter in model.parameters() if id(parameter) not in in_head]
+    return [
+        {"params": body, "lr": lr * control.body_lr},
+        {"params": list(head), "lr": lr * control.head_lr},
+    ]
 
 
 def as_inputs(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return inputs in the number format of the weights; whole numbers, such as bytes of a text, as they are."""
+    """Return inputs in the number format of the weights; whole numbers stay as they are."""
     return inputs.to(dtype) if inputs.is_floating_point() else inputs
