@@ -11,7 +11,7 @@ from regrad.text import printable
 
 from regrad_runner.addresses import without_secrets
 
-KEPT = "\n\t"
+KEPT_CHARACTERS = "\n\t"
 LONGEST_LINE, SHOWN_FIRST, SHOWN_LAST = 2000, 1500, 400
 
 
@@ -29,7 +29,7 @@ def checking_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RegradError, OSError) as problem:
-        line = " ".join(without_secrets(in_words(problem)).split())
+        line = " ".join(without_secrets(error_in_words(problem)).split())
         whole = len(line) <= LONGEST_LINE
         raise BadInput(
             line if whole else f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}"
@@ -47,7 +47,7 @@ def in_one_line(problem: BaseException) -> str:
     return lines[-1].partition(": ")[2] or lines[-1]
 
 
-def in_words(problem: Exception) -> str:
+def error_in_words(problem: Exception) -> str:
     """Return what an error says: of an `OSError` the file and the reason, without its number."""
     if not isinstance(problem, OSError) or problem.strerror is None:
         return str(problem) or type(problem).__name__
@@ -62,7 +62,7 @@ def format_warning(
     """Write our own warnings for people, and others as Python does."""
     from regrad_runner.addresses import without_secrets  # noqa: PLC0415
 
-    text = printable(without_secrets(str(message)), keep=KEPT)
+    text = printable(without_secrets(str(message)), keep=KEPT_CHARACTERS)
     if issubclass(category, RegradWarning):
         return f"warning: {text}\n"
     return f"{printable(filename)}:{lineno}: {category.__name__}: {text}\n"

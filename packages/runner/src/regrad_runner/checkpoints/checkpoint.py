@@ -34,13 +34,13 @@ from regrad_runner.results.points import Point
 from regrad_runner.training.position import Position
 from regrad_runner.training.run import TrainingRun
 
-KEPT = 2
+CHECKPOINTS_KEPT = 2
 LONGEST_REASON = 200
-LARGEST_NUMBER = 2**53  # up to which every whole number is a float
+LARGEST_WHOLE_NUMBER = 2**53  # up to which every whole number is a float
 Value = TypeVar("Value")
 
 
-def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = KEPT) -> Path:
+def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_KEPT) -> Path:
     """Write where a run is, so that it can be continued exactly.
 
     The checkpoint is written under another name, forced to the disk and renamed: a kill leaves it whole or absent.
@@ -215,7 +215,7 @@ def _alike(value: Any, like: Any, what: str) -> Any:
         pairs = list(zip(value, like, strict=True)) if same else []
     else:
         number = isinstance(like, float) and type(value) is int
-        fits = type(value) is not int or abs(value) < LARGEST_NUMBER
+        fits = type(value) is not int or abs(value) < LARGEST_WHOLE_NUMBER
         same, pairs = fits and (number or type(value) is type(like)), []
     if not same:
         raise RegradError(

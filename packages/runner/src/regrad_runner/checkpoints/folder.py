@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from regrad_runner.errors import DiskError
 from regrad_runner.files import (
     check_own_folder,
     folder_aside,
+    move_aside,
     remove_folder,
     remove_left_over,
     whole_file,
 )
 
 FORMAT = 3
-PREFIX, DAMAGED = "step-", "damaged-"
+CHECKPOINT_PREFIX, DAMAGED_PREFIX = "step-", "damaged-"
 TENSORS, CHECKSUMS = "tensors.pt", "checksums.json"
 
 
@@ -45,7 +45,7 @@ class Content:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the one with the most steps last."""
-    return sorted(folder.glob(f"{PREFIX}*"))
+    return sorted(folder.glob(f"{CHECKPOINT_PREFIX}*"))
 
 
 def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) -> Path:
@@ -63,7 +63,7 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
     Raises:
         RegradError: If the disk does not take it; what was there before is as it was.
     """
-    path = folder / f"{PREFIX}{step:08d}"
+    path = folder / f"{CHECKPOINT_PREFIX}{step:08d}"
     check_own_folder(folder)
     try:
         with folder_aside(path) as aside:
@@ -74,7 +74,7 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
         ) from problem
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
-    remove_left_over(folder, PREFIX)
+    remove_left_over(folder, CHECKPOINT_PREFIX)
     return path
 
 
@@ -84,7 +84,7 @@ def read_checkpoint(path: Path) -> Content:
     Raises:
         RegradError: If it is damaged, of another format, or holds more than tensors and plain values.
     """
-    fault = fault_of(path)
+    fault = damage_of(path)
     if fault is not None:
         raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
     try:
@@ -132,7 +132,7 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     """
     faults: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(folder)):
-        fault = fault_of(path)
+        fault = damage_of(path)
         if fault is None:
             content = read_checkpoint(path)
             return path, content, [_set_aside(old, why, instead=path) for old, why in faults]
@@ -145,7 +145,7 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     return None
 
 
-def fault_of(path: Path) -> str | None:
+def damage_of(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None where every file is as it was written."""
     try:
         sums = _read_json(path / CHECKSUMS)
@@ -190,8 +190,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _set_aside(path: Path, fault: str, *, instead: Path) -> str:
     """Rename a damaged checkpoint and say so."""
-    kept = path.with_name(DAMAGED + path.name)
-    if os.path.lexists(kept):
-        remove_folder(kept)
-    path.rename(kept)
+    kept = path.with_name(DAMAGED_PREFIX + path.name)
+    move_aside(path, kept)
     return f"checkpoint {path.name} is damaged: {fault}; it is now '{kept}', and {instead.name} is used instead"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Data may be moved, and corrections are compared with their options by the attachment.
 NOT_COMPARED = WITHOUT_EFFECT_ON_RESULTS | {"data_dir", "corrections"}
 MOVED = "data_dir"
-KEPT = ("model", "optimizer", "corrections")  # of which the inventory says what there is
+INVENTORIED = ("model", "optimizer", "corrections")  # of which the inventory says what there is
 ABSENT = "nothing"
 
 
@@ -52,7 +52,7 @@ def inventory(tensors: Mapping[str, Any]) -> dict[str, str]:
     """
     return {
         f"{part}/{way}": _form(tensor)
-        for part in KEPT
+        for part in INVENTORIED
         for way, tensor in _tensors(tensors.get(part, {}))
     }
 

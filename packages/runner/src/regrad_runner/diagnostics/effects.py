@@ -11,7 +11,7 @@ from torch import Tensor
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.training.run import TrainingRun
 
-FILE = "effects.csv"
+EFFECTS_FILE = "effects.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Effect:
     non_finite: float
 
 
-MEASURES = tuple(field.name for field in fields(Effect) if field.type == "float")
+EFFECT_MEASURES = tuple(field.name for field in fields(Effect) if field.type == "float")
 
 
 class EffectTrace:
@@ -71,7 +71,7 @@ class EffectTrace:
             if new_looks.max() > 0:
                 # A measure that was never finite in between is not a number.
                 means = ((total - earlier) / new_looks).tolist()
-                numbers: dict[str, Any] = dict(zip(MEASURES, means, strict=True))
+                numbers: dict[str, Any] = dict(zip(EFFECT_MEASURES, means, strict=True))
                 where: dict[str, Any] = {
                     "arm": run.arm.name,
                     "seed": run.seed,
@@ -84,9 +84,9 @@ class EffectTrace:
 
 def kept_effects(folder: ResultsFolder) -> list[Effect]:
     """Return the effects over training of the runs that ended; nothing in folders of before they were kept."""
-    return folder.kept(FILE, Effect)
+    return folder.kept(EFFECTS_FILE, Effect)
 
 
 def keep_effects(folder: ResultsFolder, rows: Sequence[Effect]) -> None:
     """Add the effects of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(FILE, rows, Effect)
+    folder.keep(EFFECTS_FILE, rows, Effect)

@@ -26,7 +26,7 @@ from regrad_runner.training.preparation import load_data
 from regrad_runner.training.run import TrainingRun
 
 TIMED_STEPS, WARM_UP = 10, 2
-Row = dict[str, Any]
+TensorRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,14 @@ class Explained:
     version: str
     settings: str
     stages: tuple[str, ...]
-    rows: list[Row]
+    rows: list[TensorRow]
     cost: Cost | None
     refuses: dict[str, str]
     ordered: dict[str, str]
     notes: list[str]
 
     @property
-    def changed(self) -> list[Row]:
+    def changed(self) -> list[TensorRow]:
         """The rows of the tensors that it changes."""
         return [row for row in self.rows if row["relative_change"]]
 
@@ -149,7 +149,7 @@ def effects_of(run: TrainingRun) -> tuple[list[Explained], list[str]]:
 
 
 def _explained(
-    run: TrainingRun, correction: Correction, rows: Sequence[Row], notes: list[str]
+    run: TrainingRun, correction: Correction, rows: Sequence[TensorRow], notes: list[str]
 ) -> Explained:
     parameters = dict(run.attachment.model.named_parameters())
     refuses, ordered = relations(correction, beside=[c.name for c in run.attachment.corrections])
@@ -178,10 +178,10 @@ def _explained(
 def _rows(
     run: TrainingRun,
     correction: Correction,
-    rows: Sequence[Row],
+    rows: Sequence[TensorRow],
     parameters: Mapping[str, Tensor],
     notes: Sequence[str],
-) -> Iterator[Row]:
+) -> Iterator[TensorRow]:
     """Yield the core's rows with shape and reason. A stage in which nothing changed is left out if another did."""
     acting = {row["stage"] for row in rows if row["relative_change"]}
     for row in rows:
@@ -196,7 +196,7 @@ def _rows(
 def _why(
     run: TrainingRun,
     correction: Correction,
-    row: Row,
+    row: TensorRow,
     parameter: Tensor | None,
     notes: Sequence[str],
 ) -> str:

@@ -27,8 +27,9 @@ from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.config import CompareConfig, RunConfig
 from regrad_runner.training.run import TrainingRun
 
-FILE = "gradient_quality.csv"
-SEED = 3_141_592  # of the samples of the large batch and their augmentation: the same in every arm and at every probe
+QUALITY_FILE = "gradient_quality.csv"
+# Of the large batch's samples and their augmentation: the same in every arm and at every probe.
+LARGE_BATCH_SEED = 3_141_592
 Gradient = list[Tensor | None]
 
 
@@ -61,7 +62,7 @@ class Quality:
     @property
     def measures(self) -> dict[str, float]:
         """The four numbers by name."""
-        return {name: getattr(self, name) for name in MEASURES}
+        return {name: getattr(self, name) for name in QUALITY_MEASURES}
 
     def as_metrics(self) -> dict[str, float]:
         """Return the numbers by the names of curves."""
@@ -71,7 +72,7 @@ class Quality:
         }
 
 
-MEASURES = tuple(field.name for field in fields(Quality) if field.type == "float")
+QUALITY_MEASURES = tuple(field.name for field in fields(Quality) if field.type == "float")
 
 
 def check_probing(config: CompareConfig, *, processes: int, samples: int) -> None:
@@ -118,10 +119,10 @@ class Probe:
         )
         self._run, self._every = run, every
         self._twin = copy.deepcopy(run.attachment.model).train()
-        self._samples = run.workload.train.with_seed(SEED)
+        self._samples = run.workload.train.with_seed(LARGE_BATCH_SEED)
         processes, rank = run.accelerator.num_processes, run.accelerator.process_index
         share = _share(run.config, processes)
-        order = np.random.default_rng(SEED).permutation(len(self._samples))
+        order = np.random.default_rng(LARGE_BATCH_SEED).permutation(len(self._samples))
         parts = min(size, len(order)) // (share * processes)
         mine = order[rank : parts * share * processes : processes]
         self._parts = [part.tolist() for part in np.split(mine, parts)]
@@ -169,7 +170,7 @@ class Probe:
         run, before = self._run, random_state()
         try:
             raw = self._gradient(batches, len(batches))
-            torch.manual_seed(SEED)
+            torch.manual_seed(LARGE_BATCH_SEED)
             large = self._gradient(self._large_batch(), len(self._parts))
         finally:
             set_random_state(before)
@@ -229,12 +230,12 @@ def _present(one: Gradient, other: Gradient) -> list[tuple[Tensor, Tensor]]:
 
 def kept_qualities(folder: ResultsFolder) -> list[Quality]:
     """Return the probes of the runs that ended."""
-    return folder.kept(FILE, Quality)
+    return folder.kept(QUALITY_FILE, Quality)
 
 
 def keep_qualities(folder: ResultsFolder, rows: Sequence[Quality]) -> None:
     """Add the probes of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(FILE, rows, Quality)
+    folder.keep(QUALITY_FILE, rows, Quality)
 
 
 def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:
@@ -248,7 +249,10 @@ def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:
     means: list[dict[str, Any]] = []
     for arm in dict.fromkeys(row.arm for row in rows):
         own = [asdict(row) for row in rows if row.arm == arm]
-        told = {name: [row[name] for row in own if math.isfinite(row[name])] for name in MEASURES}
+        told = {
+            name: [row[name] for row in own if math.isfinite(row[name])]
+            for name in QUALITY_MEASURES
+        }
         means.append(
             {
                 "arm": arm,
@@ -281,7 +285,7 @@ def print_qualities(console: Console, rows: Sequence[Quality]) -> None:
     ):
         table.add_column(heading, overflow="fold")
     for mean in mean_qualities(rows):
-        numbers = ("–" if mean[name] is None else f"{mean[name]:.3f}" for name in MEASURES)
+        numbers = ("–" if mean[name] is None else f"{mean[name]:.3f}" for name in QUALITY_MEASURES)
         table.add_row(Text(mean["arm"]), str(mean["probes"]), *numbers)
     console.print(title, highlight=False, soft_wrap=True)
     console.print(table)

@@ -20,8 +20,9 @@ from regrad.text import printable
 from rich.table import Table
 from rich.text import Text
 
+from regrad_runner.errors import KEPT_CHARACTERS
 from regrad_runner.settings.arms import created, merged
-from regrad_runner.terminal import KEPT, Terminal
+from regrad_runner.terminal import Terminal
 
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
@@ -242,7 +243,7 @@ def _print(console: Terminal, details: Mapping[str, Any]) -> None:
     )  # one distribution offers many, and speaks of other things
     for text in (details["summary"] * about_itself, details["description"], details["card"]):
         if text:
-            console.print("", Text(printable(text, keep=KEPT)), sep="\n")
+            console.print("", Text(printable(text, keep=KEPT_CHARACTERS)), sep="\n")
     if details["options"]:
         console.print("", _table(details["options"]), "", sep="\n")
     for name, value in _facts(details).items():

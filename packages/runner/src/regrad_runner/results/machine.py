@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from regrad.distributions import version
 
-LIBRARIES = ("regrad", "regrad-runner", "torch", "torchvision", "accelerate", "numpy")
+LIBRARIES_TOLD = ("regrad", "regrad-runner", "torch", "torchvision", "accelerate", "numpy")
 
 
 def surroundings(*, processes: int, earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": _memory(),
         "devices": _devices(),
         "python": platform.python_version(),
-        "versions": {name: found for name in LIBRARIES if (found := version(name))},
+        "versions": {name: found for name in LIBRARIES_TOLD if (found := version(name))},
     }
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from regrad_runner.settings.specs import read_spec
 from regrad_runner.workloads.workload import Defaults
 
-GROUP = "regrad.optimizers"
+OPTIMIZERS_GROUP = "regrad.optimizers"
 # They need a closure, sparse gradients or only matrices: not what the loop here offers.
 UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
 
@@ -97,9 +97,9 @@ def optimizer_class(name: str) -> type[Optimizer]:
     }
     if name in known:
         return known[name]
-    plugins = regrad.available(GROUP)
+    plugins = regrad.available(OPTIMIZERS_GROUP)
     if name in plugins:
-        loaded: type[Optimizer] = regrad.load(name, GROUP)
+        loaded: type[Optimizer] = regrad.load(name, OPTIMIZERS_GROUP)
         return loaded
     there = ", ".join(map(printable, sorted([*known, *plugins])))
     is_correction = name in regrad.available()

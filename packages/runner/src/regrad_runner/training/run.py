@@ -184,10 +184,8 @@ class TrainingRun:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets that the next step would see, without moving on."""
-        if self._epoch_is_done():
-            batches = self._epoch(self.position.epoch + 1)
-        else:
-            batches = self._rest_of_epoch()
+        next_epoch = self.position.epoch + 1
+        batches = self._epoch(next_epoch) if self._epoch_is_done() else self._rest_of_epoch()
         inputs, targets = next(iter(batches))
         return self.as_inputs(inputs), targets
 

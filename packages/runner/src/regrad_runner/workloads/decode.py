@@ -17,10 +17,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from regrad.errors import RegradError
 from torch import Tensor
 
-from regrad_runner.reading import read_regular
+from regrad_runner.files import read_bytes
 
 LARGEST_SIDE = 64
-LONGEST = 1000
+LARGEST_ASPECT_RATIO = 1000
 # Pillow's own limit, a quarter of a GiB; a few kilobytes can claim billions.
 MOST_PIXELS = 89_478_485
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")  # Pillow's names
@@ -108,7 +108,7 @@ class ImageFile:
             UnreadableImage: If it cannot be read.
         """
         try:
-            return EncodedImage(where=f"'{self.path}'", content=read_regular(self.path))
+            return EncodedImage(where=f"'{self.path}'", content=read_bytes(self.path))
         except OSError as problem:
             raise self._unreadable(problem) from problem
 
@@ -215,8 +215,10 @@ def _opened(stream: IO[bytes], where: str) -> Image.Image:
     size = f"{width} × {height} in {where}"
     if min(image.size) < 1 or width * height > MOST_PIXELS:
         raise UnreadableImage(f"image must have 1 to {MOST_PIXELS:,} pixels, got {size}")
-    if max(image.size) > LONGEST * min(image.size):
-        raise UnreadableImage(f"image must be at most {LONGEST} times as long as wide, got {size}")
+    if max(image.size) > LARGEST_ASPECT_RATIO * min(image.size):
+        raise UnreadableImage(
+            f"image must be at most {LARGEST_ASPECT_RATIO} times as long as wide, got {size}"
+        )
     return image
 
 

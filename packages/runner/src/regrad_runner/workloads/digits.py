@@ -14,7 +14,7 @@ from regrad_runner.workloads.workload import Defaults, Measure
 
 TEST_SIZE = 360
 VALIDATION_SIZE = 360
-DEFAULTS = Defaults(
+DIGITS_DEFAULTS = Defaults(
     epochs=20, batch_size=64, lr=0.05, momentum=0.9, model="resnet8", evaluations_per_epoch=4
 )
 
@@ -62,5 +62,5 @@ def load(
         validation=validation_set,
         test=test_set,
         classes=10,
-        defaults=DEFAULTS,
+        defaults=DIGITS_DEFAULTS,
     )

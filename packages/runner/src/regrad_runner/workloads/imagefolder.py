@@ -24,14 +24,16 @@ from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
-LOOKED_AT = 100
+IMAGES_LOOKED_AT = 100
 OPENED = 10_000  # of the files that stay on the disk: a second here, minutes for more of them on a network's
 MOST_BYTES = 8 * 2**30
-LAYOUT = "a folder with train and val, or train and test, each with a folder of images per class"
-SMALL = Defaults(
+IMAGE_LAYOUT = (
+    "a folder with train and val, or train and test, each with a folder of images per class"
+)
+SMALL_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
-LARGE = Defaults(
+LARGE_DEFAULTS = Defaults(
     epochs=90, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4, model="resnet18"
 )
 
@@ -102,7 +104,7 @@ def load(
         validation=sets[1],
         test=sets[2],
         classes=len(train.classes),
-        defaults=LARGE if lazy else SMALL,
+        defaults=LARGE_DEFAULTS if lazy else SMALL_DEFAULTS,
     )
 
 
@@ -125,7 +127,7 @@ class _Split:
         """Find the files; labels are the positions in `classes`, or in what is found where that is empty."""
         folders = data.folders(folder)
         if not folders:
-            raise ValueError(f"data_dir must be {LAYOUT}, got no folder in '{folder}'")
+            raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got no folder in '{folder}'")
         classes = classes or tuple(place.name for place in folders)
         if len(classes) < 2:
             raise ValueError(f"'{folder}' must have at least 2 classes, got {classes[0]!r} alone")
@@ -140,7 +142,7 @@ class _Split:
             if not images:
                 endings = ", ".join(IMG_EXTENSIONS)
                 raise ValueError(
-                    f"data_dir must be {LAYOUT}, got no image in '{place}'; their names end in {endings}"
+                    f"data_dir must be {IMAGE_LAYOUT}, got no image in '{place}'; their names end in {endings}"
                 )
             paths += images
             labels += [classes.index(place.name)] * len(images)
@@ -164,7 +166,7 @@ def _is_image(name: str) -> bool:
 def _folders(data_dir: Path | None) -> dict[str, Path]:
     """Return the folders of the splits that are there: `train`, and `val` or `test` or both."""
     if data_dir is None:
-        raise ValueError(f"data_dir must be {LAYOUT}, got None; name it with --data-dir")
+        raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got None; name it with --data-dir")
     there = {
         name: data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()
     }
@@ -176,13 +178,13 @@ def _folders(data_dir: Path | None) -> dict[str, Path]:
             if data_dir.is_dir()
             else "no folder"
         )
-        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}': {got}")
+        raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got '{data_dir}': {got}")
     return there
 
 
 def _format(train: _Split, image_size: int | None) -> Format:
     """Return the format of images in memory, from files all over the training split."""
-    form = common_format(_spread(train.files(), LOOKED_AT))
+    form = common_format(_spread(train.files(), IMAGES_LOOKED_AT))
     return form if image_size is None else replace(form, side=image_size)
 
 

@@ -16,7 +16,7 @@ from regrad_runner.models.residual import Norm, is_own
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
 from regrad_runner.workloads.workload import Workload
 
-WIDTH = 16  # channels of the first stage of a CIFAR network, as in the paper
+RESNET_WIDTH = 16  # channels of the first stage of a CIFAR network, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ class ImageWorkload(Workload):
 
     def model_settings(self, name: str) -> Mapping[str, Any]:
         """Return width and normalisation that a model has unless told otherwise."""
-        return {"norm": "batch", "width": WIDTH if is_own(name) else None}
+        return {"norm": "batch", "width": RESNET_WIDTH if is_own(name) else None}
 
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return which of the images are labelled right, each counting once."""

@@ -14,7 +14,7 @@ from regrad_runner.settings.specs import check_options, parameters_of, read_spec
 from regrad_runner.workloads.samples import Samples
 from regrad_runner.workloads.workload import MOST_DECIMALS, Measure, Workload
 
-GROUP = "regrad.workloads"
+WORKLOADS_GROUP = "regrad.workloads"
 # What a workload's function and its models are given by settings of their own: no options.
 OF_DATA = ("seed_of_split", "data_dir", "train_size", "download", "image_size")
 OF_MODELS = ("name", "seed", "width", "norm")
@@ -50,7 +50,7 @@ def load_workload(
         PluginLoadError: If its distribution cannot be imported, fails, or returns no workload that can be trained.
     """
     name, options = read_spec(spec, "workload")
-    load = regrad.load(name, group=GROUP)
+    load = regrad.load(name, group=WORKLOADS_GROUP)
     check_options(load, options, what=f"workload {name!r}", settings=OF_DATA)
     asked: dict[str, Any] = {"download": download, "image_size": image_size}
     asked = {key: value for key, value in asked.items() if value}
@@ -62,7 +62,7 @@ def load_workload(
         "train_size": train_size,
         **options,
     }
-    entry = regrad.available(GROUP)[name]
+    entry = regrad.available(WORKLOADS_GROUP)[name]
     return _made(load, asked, f"workload {name!r} ({entry.distribution} {entry.version})")
 
 

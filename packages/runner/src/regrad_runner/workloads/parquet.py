@@ -22,10 +22,12 @@ from regrad_runner.workloads.images import Augmentation, ImageWorkload, standard
 from regrad_runner.workloads.split import Indices, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
-LOOKED_AT = 100
+IMAGES_LOOKED_AT = 100
 ROWS_AT_ONCE = 1000
-LAYOUT = "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
-DEFAULTS = Defaults(
+PARQUET_LAYOUT = (
+    "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
+)
+PARQUET_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
 
@@ -69,7 +71,7 @@ def load(
     validation, train = validation_and_training(labels, train_size, seed=seed_of_split)
     test_labels = _looked_up(test_split.labels(), classes)
 
-    looked_at = np.arange(min(LOOKED_AT, len(labels)))
+    looked_at = np.arange(min(IMAGES_LOOKED_AT, len(labels)))
     encoded = train_split.encoded(np.unique(np.concatenate([looked_at, train, validation])))
     form = common_format([encoded[row] for row in looked_at.tolist()])
     train_set, validation_set, test_set = standardized(
@@ -91,7 +93,7 @@ def load(
         validation=validation_set,
         test=test_set,
         classes=len(classes),
-        defaults=DEFAULTS,
+        defaults=PARQUET_DEFAULTS,
     )
 
 
@@ -112,7 +114,9 @@ class _Split:
                 found = data.files_in(folder, partial(fnmatch, pat=pattern))
                 if found:
                     return cls(name, tuple(map(str, found)))
-        raise ValueError(f"data_dir must be {LAYOUT}, got '{data.root}' without {name} files")
+        raise ValueError(
+            f"data_dir must be {PARQUET_LAYOUT}, got '{data.root}' without {name} files"
+        )
 
     def labels(self) -> npt.NDArray[Any]:
         """Return the column `label`, shape [N], at least one row."""
@@ -192,9 +196,11 @@ class _Split:
 
 def _data_folder(data_dir: Path | None) -> DataFolder:
     if data_dir is None:
-        raise ValueError(f"data_dir must be {LAYOUT}, got None; name the folder")
+        raise ValueError(f"data_dir must be {PARQUET_LAYOUT}, got None; name the folder")
     if not data_dir.is_dir():
-        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}'; there is no such folder")
+        raise ValueError(
+            f"data_dir must be {PARQUET_LAYOUT}, got '{data_dir}'; there is no such folder"
+        )
     return DataFolder(data_dir, follows_links=True)
 
 

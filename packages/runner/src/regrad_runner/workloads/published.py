@@ -18,7 +18,7 @@ from regrad_runner.workloads.split import validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
 FOLDER = Path("data")
-DEFAULTS = Defaults(
+PUBLISHED_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
 
@@ -86,7 +86,7 @@ class Published:
             validation=validation_set,
             test=test_set,
             classes=int(labels.max()) + 1,
-            defaults=DEFAULTS,
+            defaults=PUBLISHED_DEFAULTS,
         )
 
     def _root(self, folder: Path) -> Path:

@@ -14,21 +14,21 @@ from regrad.correction import did_you_mean
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regrad_runner.files import read_bytes
 from regrad_runner.models.gpt import build_gpt
-from regrad_runner.reading import read_regular
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
 from regrad_runner.workloads.workload import Defaults, Measure, Workload
 
 VOCABULARY = 256
 MODEL = "gpt"
-WIDTH = 128
-VALIDATION_SHARE = TEST_SHARE = 0.1
-LEFT_OUT = -100  # the target that `torch.nn.CrossEntropyLoss` passes over
+GPT_WIDTH = 128
+TEXT_VALIDATION_SHARE = TEXT_TEST_SHARE = 0.1
+NO_TARGET = -100  # the target that `torch.nn.CrossEntropyLoss` passes over
 BYTES_AT_ONCE = 2**16  # in evaluation: 64 MiB of logits
 WORK_PER_BYTE = 16  # of a small transformer, in pixels of a small residual network
-WHAT = "a UTF-8 file, or a folder with *.txt"
-DEFAULTS = Defaults(
+TEXT_LAYOUT = "a UTF-8 file, or a folder with *.txt"
+TEXT_DEFAULTS = Defaults(
     epochs=10,
     batch_size=32,
     optimizer="adamw",
@@ -78,14 +78,15 @@ def load(
     if target is not None and not target > 0:
         raise ValueError(f"target must be positive, got {target!r}")
     text = _read(data_dir)
-    least = math.ceil((context + 1) / VALIDATION_SHARE)
+    least = math.ceil((context + 1) / TEXT_VALIDATION_SHARE)
     if len(text) < least:
         raise ValueError(
             f"data_dir must hold at least {least} bytes for windows of {context}, got {len(text)} in '{data_dir}'; "
             "give more text or a smaller context"
         )
     validating, testing = (
-        round(len(text) * share) for share in (1 - VALIDATION_SHARE - TEST_SHARE, 1 - TEST_SHARE)
+        round(len(text) * share)
+        for share in (1 - TEXT_VALIDATION_SHARE - TEXT_TEST_SHARE, 1 - TEXT_TEST_SHARE)
     )
     train = text[: _kept(validating, context, train_size)]
     return TextWorkload(
@@ -96,7 +97,7 @@ def load(
         validation=WindowsInOrder(text[validating - 1 : testing], context=context),
         test=WindowsInOrder(text[testing - 1 :], context=context),
         context=context,
-        defaults=DEFAULTS,
+        defaults=TEXT_DEFAULTS,
     )
 
 
@@ -116,7 +117,7 @@ class TextWorkload(Workload):
         self,
         name: str,
         *,
-        width: int = WIDTH,
+        width: int = GPT_WIDTH,
         layers: int = 4,
         heads: int = 4,
         tied: bool = False,
@@ -132,12 +133,12 @@ class TextWorkload(Workload):
 
     def model_settings(self, name: str) -> Mapping[str, Any]:
         """Return the width that a model has unless told otherwise."""
-        return {"width": WIDTH}
+        return {"width": GPT_WIDTH}
 
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the bits of each window's bytes, and how many these are."""
-        nats = F.cross_entropy(outputs.float(), targets, reduction="none", ignore_index=LEFT_OUT)
-        return nats.double().sum(1) / math.log(2), (targets != LEFT_OUT).sum(1)
+        nats = F.cross_entropy(outputs.float(), targets, reduction="none", ignore_index=NO_TARGET)
+        return nats.double().sum(1) / math.log(2), (targets != NO_TARGET).sum(1)
 
 
 class Windows(Samples):
@@ -165,7 +166,7 @@ class Windows(Samples):
         places = self.starts(indices)[:, None] + torch.arange(self.context + 1)
         found = self.text[places.clamp(max=len(self.text) - 1)].long()
         ended = places[:, 1:] >= len(self.text)
-        return found[:, :-1], found[:, 1:].masked_fill(ended, LEFT_OUT)
+        return found[:, :-1], found[:, 1:].masked_fill(ended, NO_TARGET)
 
 
 class DrawnWindows(Windows):
@@ -206,12 +207,12 @@ def _kept(size: int, context: int, train_size: int | None) -> int:
 def _read(place: Path | None) -> Tensor:
     """Return the bytes of a file, or of every text in a folder, uint8."""
     if place is None:
-        raise ValueError(f"data_dir must be given for workload 'text': {WHAT}")
+        raise ValueError(f"data_dir must be given for workload 'text': {TEXT_LAYOUT}")
     files = [place]
     if place.is_dir():
         files = DataFolder(place).files_in(place, lambda name: name.endswith(".txt"))
     if not files:
-        raise ValueError(f"data_dir must be {WHAT}, got '{place}' without one")
+        raise ValueError(f"data_dir must be {TEXT_LAYOUT}, got '{place}' without one")
     text = b"".join(_read_file(file) for file in files)
     if not text:
         raise ValueError(f"data_dir must hold text, got '{place}', which is empty")
@@ -220,9 +221,11 @@ def _read(place: Path | None) -> Tensor:
 
 def _read_file(file: Path) -> bytes:
     try:
-        content = read_regular(file)
+        content = read_bytes(file)
     except OSError as problem:
-        raise ValueError(f"data_dir must be {WHAT}, got '{file}': {problem.strerror}") from None
+        raise ValueError(
+            f"data_dir must be {TEXT_LAYOUT}, got '{file}': {problem.strerror}"
+        ) from None
     try:
         content.decode("utf-8")
     except UnicodeDecodeError as problem:
