@@ -62,7 +62,8 @@ def check_address(address: str, name: str = "tracking_uri") -> str:
         raise ValueError(
             f"{name} must hold no user or password, got {shown_address(address)!r}; {hint}"
         )
-    # The default of MLflow and a relative file depend on the working directory, a plain folder it refuses.
+    # The default of MLflow and a relative file depend on the working directory, a plain folder it
+    # refuses.
     if not ABSOLUTE.match(address):
         raise ValueError(
             f"{name} must be an absolute address, got {shown_address(address)!r}; "

@@ -1,7 +1,8 @@
 """Ctrl-C and SIGTERM: they end what is under way as killed, and never leave a tracked run open.
 
-Where a checkpoint can be saved, the first one acts after the step under way and the second one at once. Several
-processes hear a signal at different steps, or one alone hears it: after each step they agree, and stop together.
+Where a checkpoint can be saved, the first one acts after the step under way and the second one at
+once. Several processes hear a signal at different steps, or one alone hears it: after each step
+they agree, and stop together.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def stops_after_steps(agree: Callable[[int], int] = int) -> Iterator[None]:
     """Let the first signal in the block act where `stop` is called for it, and the second one at once.
 
     Args:
-        agree: Called on every process with the number of the signal that came to it, 0 for none; returns the one
-            that all act on.
+        agree: Called on every process with the number of the signal that came to it, 0 for none;
+            returns the one that all act on.
     """
     _signals.after_step, _signals.agree, _signals.together = True, agree, False
     try:

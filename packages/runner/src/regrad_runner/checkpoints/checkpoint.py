@@ -43,8 +43,8 @@ Value = TypeVar("Value")
 def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_KEPT) -> Path:
     """Write where a run is, so that it can be continued exactly.
 
-    The checkpoint is written under another name, forced to the disk and renamed: a kill leaves it whole or absent.
-    Call it on every process; the first one writes.
+    The checkpoint is written under another name, forced to the disk and renamed: a kill leaves it
+    whole or absent. Call it on every process; the first one writes.
 
     Args:
         run: After an optimizer step.
@@ -52,12 +52,12 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_K
         keep: How many of the last checkpoints stay, at least 1.
 
     Returns:
-        The checkpoint's folder: `tensors.pt`, which `torch.load(weights_only=True)` reads, `state.json`,
-        `receipt.json`, and `checksums.json` of these three.
+        The checkpoint's folder: `tensors.pt`, which `torch.load(weights_only=True)` reads,
+        `state.json`, `receipt.json`, and `checksums.json` of these three.
 
     Raises:
-        RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold, or if the disk
-            does not take it.
+        RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold,
+            or if the disk does not take it.
     """
     done = run.position.batch % run.config.accumulate
     if done:
@@ -78,12 +78,13 @@ def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
         path: A checkpoint's folder.
 
     Returns:
-        What is no longer exact, in words: nothing with as many processes as then. And where the data were, if they
-        were moved.
+        What is no longer exact, in words: nothing with as many processes as then. And where the
+        data were, if they were moved.
 
     Raises:
-        RegradError: If the checkpoint is damaged, of another format or would run code, if settings, parameters, the
-            optimizer's options or corrections differ, or if weights are not finite; says what, there and here.
+        RegradError: If the checkpoint is damaged, of another format or would run code, if settings,
+            parameters, the optimizer's options or corrections differ, or if weights are not finite;
+            says what, there and here.
     """
     return _take(run, _on_first(run.accelerator, lambda: read_checkpoint(path)))
 
@@ -96,10 +97,12 @@ def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]
         folder: Holds the run's checkpoints, or does not exist.
 
     Returns:
-        The checkpoint, and what is to be told: damaged ones that were passed over, what is no longer exact.
+        The checkpoint, and what is to be told: damaged ones that were passed over, what is no
+        longer exact.
 
     Raises:
-        RegradError: If there are checkpoints and none of them is whole, or as for `load_checkpoint`.
+        RegradError: If there are checkpoints and none of them is whole, or as for
+            `load_checkpoint`.
     """
     found = _on_first(run.accelerator, lambda: read_latest(folder))
     if found is None:

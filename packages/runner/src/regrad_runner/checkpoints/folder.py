@@ -82,7 +82,8 @@ def read_checkpoint(path: Path) -> Content:
     """Read a checkpoint without running anything that it holds.
 
     Raises:
-        RegradError: If it is damaged, of another format, or holds more than tensors and plain values.
+        RegradError: If it is damaged, of another format, or holds more than tensors and plain
+            values.
     """
     fault = damage_of(path)
     if fault is not None:
@@ -125,7 +126,8 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     Damaged ones that come after it are renamed, so that they no longer count.
 
     Returns:
-        Where it is, what it holds, and a line for each damaged one; None where there is no checkpoint.
+        Where it is, what it holds, and a line for each damaged one; None where there is no
+        checkpoint.
 
     Raises:
         RegradError: If all are damaged, or the one to be read is refused.

@@ -101,7 +101,8 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
         state: Of the checkpoint, as JSON held it.
 
     Raises:
-        RegradError: If a tensor is missing, added, of another shape or number format, or not finite; names it.
+        RegradError: If a tensor is missing, added, of another shape or number format, or not
+            finite; names it.
     """
     _check_same(state["inventory"], inventory(tensors), "as it was written")
     model = run.accelerator.unwrap_model(run.model)
@@ -109,7 +110,8 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
     held = inventory({"model": tensors["model"]})
     _check_same(needed, held, "of this model")
     weights = {name for name, _ in model.named_parameters()}
-    # Batch normalisation has seen the batches of steps that were skipped: its statistics may be of any size.
+    # Batch normalisation has seen the batches of steps that were skipped: its statistics may be of
+    # any size.
     clean = run.accelerator.scaler is None and state["watch"]["skipped"] == 0
     for name, tensor in _tensors(tensors["model"]):
         if (clean or name in weights) and not tensor.isfinite().all():

@@ -39,8 +39,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return the optimizer's state by the parameters' names, whole and on the host. Call it on every process.
 
     Returns:
-        "groups" (each with the names of its parameters) and "state" by name; the state of shards on the first
-        process alone.
+        "groups" (each with the names of its parameters) and "state" by name; the state of shards on
+        the first process alone.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = [
@@ -50,7 +50,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         }
         for group in optimizer.param_groups
     ]
-    # Of an optimizer without state torch first makes one by a step, which corrections would take for one of the run.
+    # Of an optimizer without state torch first makes one by a step, which corrections would take
+    # for one of the run.
     state = (
         get_optimizer_state_dict(model, optimizer, options=_whole()).get("state", {})
         if optimizer.state
@@ -62,8 +63,9 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Take back what `optimizer_state` returned, whatever the order of the parameters now.
 
-    torch's `set_optimizer_state_dict` is not used: it steps a fresh optimizer to make its state (the attachment's
-    hooks would run), fails on one that has no state, and on parameters that never had a gradient.
+    torch's `set_optimizer_state_dict` is not used: it steps a fresh optimizer to make its state
+    (the attachment's hooks would run), fails on one that has no state, and on parameters that never
+    had a gradient.
 
     Raises:
         RegradError: If a group now holds other parameters than then.

@@ -55,8 +55,9 @@ class Explained:
         version: Distribution and version that it comes from.
         settings: It with its options, as Python writes it.
         stages: Where it acts.
-        rows: One per stage and tensor that it could change: "stage", "tensor", "shape", "relative_change" (norm of
-            the change over the norm before), "cosine" (before with after), "why".
+        rows: One per stage and tensor that it could change: "stage", "tensor", "shape",
+            "relative_change" (norm of the change over the norm before), "cosine" (before with
+            after), "why".
         cost: What it takes; None where it was not measured.
         refuses: Installed corrections that it cannot work with, each with the reason.
         ordered: Installed corrections with which the order is declared, each with the declaration.
@@ -101,7 +102,8 @@ def explain(config: TrainConfig, *, after_steps: int = 1) -> Explanation:
 
     Args:
         config: Settings, the corrections among them.
-        after_steps: Optimizer steps to train first: a correction that reads the optimizer's state needs one.
+        after_steps: Optimizer steps to train first: a correction that reads the optimizer's state
+            needs one.
 
     Raises:
         ValueError: If anything is unknown, missing or does not fit, or the run has fewer steps.
@@ -224,7 +226,8 @@ def relations(
         beside: Names that are not asked about: what is attached with it already.
 
     Returns:
-        Reasons of refusals, and declarations, by the other's name. Plugins that cannot be loaded are left out.
+        Reasons of refusals, and declarations, by the other's name. Plugins that cannot be loaded
+        are left out.
     """
     refuses, ordered = dict[str, str](), dict[str, str]()
     for name in regrad.available():

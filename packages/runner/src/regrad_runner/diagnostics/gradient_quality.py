@@ -1,7 +1,7 @@
 """Gradient quality: the gradients of single steps against the gradient of many samples at the same weights.
 
-A diagnostic. It says whether a correction turns the single step towards the full gradient, which is neither
-necessary nor sufficient for training better: no verdict reads it.
+A diagnostic. It says whether a correction turns the single step towards the full gradient, which is
+neither necessary nor sufficient for training better: no verdict reads it.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ def _share(config: RunConfig, processes: int) -> int:
 class Probe:
     """Compares gradients of a run with those of a large batch, on a copy of the model: the run does not notice.
 
-    The samples of the large batch are drawn once from the training set, augmented as in training but always in the
-    same way, and worked through in parts of the size of a micro-batch, each normalised by its own statistics, as in
-    training. Weights are the true ones before the step; random numbers are put back.
+    The samples of the large batch are drawn once from the training set, augmented as in training
+    but always in the same way, and worked through in parts of the size of a micro-batch, each
+    normalised by its own statistics, as in training. Weights are the true ones before the step;
+    random numbers are put back.
 
     Args:
         run: Before its first step. Its model is copied, and its optimizer gets a hook.

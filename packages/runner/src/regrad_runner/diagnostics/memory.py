@@ -20,7 +20,8 @@ def bytes_held(root: Any, *, besides: Attachment) -> int:
     """Return the bytes of all tensors that can be reached from an object, each storage once.
 
     Args:
-        root: Such as a correction: dictionaries, dataclasses, modules and optimizers of its own are followed.
+        root: Such as a correction: dictionaries, dataclasses, modules and optimizers of its own are
+            followed.
         besides: An attachment. What belongs to its model and optimizer is not counted.
 
     Example:

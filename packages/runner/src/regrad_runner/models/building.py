@@ -30,36 +30,37 @@ def build_model(
 ) -> nn.Module:
     r"""Return a CIFAR residual network, or a classifier of torchvision.
 
-    A CIFAR network is a convolution, three stages of n blocks, an average and a linear layer.
-    The depth 6n + 2 is in the name. Stage k has `width` · 2ᵏ channels, k = 0, 1, 2, and halves the image where
-    k > 0. Shortcuts have no parameters (option A). Convolutions and the output layer start from a normal
-    distribution with variance 2 / fan-in, biases from zero, normalisations from the identity.
+    A CIFAR network is a convolution, three stages of n blocks, an average and a linear layer. The
+    depth 6n + 2 is in the name. Stage k has `width` · 2ᵏ channels, k = 0, 1, 2, and halves the
+    image where k > 0. Shortcuts have no parameters (option A). Convolutions and the output layer
+    start from a normal distribution with variance 2 / fan-in, biases from zero, normalisations from
+    the identity.
 
-    torchvision's classifiers come without pretrained weights and auxiliary outputs, initialised as torchvision does;
-    those that expect colour are given grey images with their channel repeated.
+    torchvision's classifiers come without pretrained weights and auxiliary outputs, initialised as
+    torchvision does; those that expect colour are given grey images with their channel repeated.
 
     Args:
-        name: "resnet8", "resnet20", "resnet32", "resnet56", or one of `torchvision.models.list_models`, of its
-            classifiers.
+        name: "resnet8", "resnet20", "resnet32", "resnet56", or one of
+            `torchvision.models.list_models`, of its classifiers.
         classes: Number of outputs, at least 2.
         channels: Channels of the images, at least 1.
-        image_size: Height and width of the images in pixels, at least 4: what three stages leave of less is empty.
-            torchvision's have other bounds.
-        width: Channels of the first stage, at least 1; None for the paper's 16. torchvision's have widths of their
-            own, and must be given None.
-        norm: "batch", and what torchvision's have of their own; "group" (at most 8 groups), which does not mix the
-            samples of a batch; or "none": no normalisation but an initialisation that does without, as the
-            references say.
-        seed: Fixes the initial weights; two calls with one seed return equal models. No global random number
-            is drawn.
+        image_size: Height and width of the images in pixels, at least 4: what three stages leave of
+            less is empty. torchvision's have other bounds.
+        width: Channels of the first stage, at least 1; None for the paper's 16. torchvision's have
+            widths of their own, and must be given None.
+        norm: "batch", and what torchvision's have of their own; "group" (at most 8 groups), which
+            does not mix the samples of a batch; or "none": no normalisation but an initialisation
+            that does without, as the references say.
+        seed: Fixes the initial weights; two calls with one seed return equal models. No global
+            random number is drawn.
 
     Returns:
-        The model in training mode, on the CPU, in float32: images [B, channels, image_size, image_size] to
-        logits [B, classes].
+        The model in training mode, on the CPU, in float32: images [B, channels, image_size,
+        image_size] to logits [B, classes].
 
     Raises:
-        ValueError: If the name or norm is unknown, a number is out of its range, or what is asked does not fit one
-            of torchvision's.
+        ValueError: If the name or norm is unknown, a number is out of its range, or what is asked
+            does not fit one of torchvision's.
 
     Example:
         >>> model = build_model("resnet8", classes=10, channels=1, image_size=8, seed=0)
@@ -69,9 +70,9 @@ def build_model(
         269722
 
     References:
-        He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2; for the
-        initialisation the same authors, 2015, "Delving Deep into Rectifiers", equation 10. Theirs draws from no
-        named generator; here each model has its own.
+        He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2;
+        for the initialisation the same authors, 2015, "Delving Deep into Rectifiers", equation 10.
+        Theirs draws from no named generator; here each model has its own.
 
         Without normalisation: De and Smith, 2020, "Batch Normalization Biases Residual Blocks Towards the Identity
         Function in Deep Networks", section 4 (SkipInit): convolutions have biases, and every residual branch ends

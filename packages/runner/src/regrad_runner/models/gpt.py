@@ -36,12 +36,12 @@ def build_gpt(
         layers: Number of blocks, at least 1.
         heads: Attention heads per block, at least 1.
         tied: Whether the head's weight is that of the token embedding.
-        seed: Fixes the initial weights; two calls with one seed return equal models. No global random number is
-            drawn.
+        seed: Fixes the initial weights; two calls with one seed return equal models. No global
+            random number is drawn.
 
     Returns:
-        The model in training mode, on the CPU, in float32: tokens [B, T] to logits [B, vocabulary, T], the classes in
-        the dimension where `torch.nn.CrossEntropyLoss` wants them.
+        The model in training mode, on the CPU, in float32: tokens [B, T] to logits [B, vocabulary,
+        T], the classes in the dimension where `torch.nn.CrossEntropyLoss` wants them.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -54,9 +54,9 @@ def build_gpt(
         42368
 
     References:
-        Radford, Wu, Child, Luan, Amodei and Sutskever, 2019, "Language Models are Unsupervised Multitask Learners",
-        section 2.3. Theirs has dropout and biases in every layer; our head may be untied, as PowerGrad's control
-        rescales it alone.
+        Radford, Wu, Child, Luan, Amodei and Sutskever, 2019, "Language Models are Unsupervised
+        Multitask Learners", section 2.3. Theirs has dropout and biases in every layer; our head may
+        be untied, as PowerGrad's control rescales it alone.
     """
     for what, value, least in (
         ("vocabulary", vocabulary, 2),

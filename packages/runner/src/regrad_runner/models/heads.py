@@ -8,7 +8,8 @@ from torch import nn
 def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
     """Return the output layer: the last `torch.nn.Linear` that the model registered.
 
-    Where there is none it is the last convolution, as in SqueezeNet. Seen to hold for every classifier of torchvision.
+    Where there is none it is the last convolution, as in SqueezeNet. Seen to hold for every
+    classifier of torchvision.
 
     Args:
         model: Any module with such an output layer, bare or wrapped (DDP).

@@ -34,24 +34,26 @@ def build_classifier(
 ) -> nn.Module:
     """Return a classifier of torchvision, without pretrained weights and without auxiliary outputs.
 
-    It is initialised as torchvision does, from `seed`. No global random number is drawn. Grey images are repeated
-    to the three channels that all of them expect.
+    It is initialised as torchvision does, from `seed`. No global random number is drawn. Grey
+    images are repeated to the three channels that all of them expect.
 
     Args:
         name: One of `classifier_names`.
         classes: Number of outputs.
         channels: Channels of the images, 1 or 3.
         image_size: Height and width of the images in pixels.
-        group_norm: Makes, from a number of channels, what is put in place of every batch normalisation; None
-            leaves them.
+        group_norm: Makes, from a number of channels, what is put in place of every batch
+            normalisation; None leaves them.
         bare: Whether a network with any normalisation is refused.
         seed: Fixes the initial weights.
 
     Returns:
-        The model in training mode, on the CPU: images [B, channels, image_size, image_size] to logits [B, classes].
+        The model in training mode, on the CPU: images [B, channels, image_size, image_size] to
+        logits [B, classes].
 
     Raises:
-        ValueError: If the channels, the size of the images or the normalisation do not fit this classifier.
+        ValueError: If the channels, the size of the images or the normalisation do not fit this
+            classifier.
 
     Example:
         >>> model = build_classifier("mobilenet_v3_small", classes=7, channels=1, image_size=32, seed=0)

@@ -20,12 +20,13 @@ def surroundings(*, processes: int, earlier: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         processes: Number of processes of this start.
-        earlier: What `about.json` said before: a comparison that is continued may have run elsewhere too.
+        earlier: What `about.json` said before: a comparison that is continued may have run
+            elsewhere too.
 
     Returns:
-        The keys "processes", of this start, and "machines": one entry per place, in the order of the first start
-        there, each with "since" (UTC), "system", "processor", "cores", "memory_gib", "devices", "python" and
-        "versions".
+        The keys "processes", of this start, and "machines": one entry per place, in the order of
+        the first start there, each with "since" (UTC), "system", "processor", "cores",
+        "memory_gib", "devices", "python" and "versions".
     """
     here, seen = machine(), list(earlier.get("machines", []))
     if here not in [

@@ -19,7 +19,8 @@ def median_interval(values: Sequence[float], *, level: float = 0.05) -> tuple[fl
         level: One minus the least coverage of the interval.
 
     Returns:
-        The interval; None where not even the whole range covers the median often enough: fewer than 6 values at .05.
+        The interval; None where not even the whole range covers the median often enough: fewer than
+        6 values at .05.
 
     Example:
         >>> median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
@@ -28,8 +29,8 @@ def median_interval(values: Sequence[float], *, level: float = 0.05) -> tuple[fl
         (1, 8)
 
     References:
-        Thompson, 1936, "On Confidence Ranges for the Median and Other Expectation Distributions for Populations of
-        Unknown Distribution Form".
+        Thompson, 1936, "On Confidence Ranges for the Median and Other Expectation Distributions for
+        Populations of Unknown Distribution Form".
     """
     ordered = sorted(values)
     rank = int(np.sum(2 * stats.binom.cdf(np.arange(len(ordered)), len(ordered), 0.5) <= level))

@@ -20,11 +20,12 @@ class PairedDifference:
     Attributes:
         pairs: Number n of seeds that say something: both runs have a number, or one alone diverged.
         diverged: Those in which one alone diverged.
-        difference: Mean of this arm minus the other, in units of the measure, over the seeds in which both have a
-            number; None without one.
+        difference: Mean of this arm minus the other, in units of the measure, over the seeds in
+            which both have a number; None without one.
         interval: Student-t interval of that mean at 1 - level; None for fewer than two such seeds.
         p_value: Probability of what was found, or of more, without a cause; None for one pair.
-        side: Sign of what was found: 1 where this arm's numbers are larger, -1 where they are smaller, 0 for neither.
+        side: Sign of what was found: 1 where this arm's numbers are larger, -1 where they are
+            smaller, 0 for neither.
     """
 
     pairs: int
@@ -91,12 +92,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def sign_flip_p(log_ratios: Sequence[float]) -> float:
     """Return the exact two-sided probability of the sum of signed ranks when every sign is a fair coin.
 
-    Zeros say nothing and are left out; ties share their mean rank; infinities rank behind everything else, equal
-    among themselves. The distribution over all 2ⁿ signs is counted by adding one rank after the other.
+    Zeros say nothing and are left out; ties share their mean rank; infinities rank behind
+    everything else, equal among themselves. The distribution over all 2ⁿ signs is counted by adding
+    one rank after the other.
 
     Args:
-        log_ratios: Logarithms of paired ratios, `inf` where only this arm missed the target, `-inf` where only the
-            other did, 0 where both did.
+        log_ratios: Logarithms of paired ratios, `inf` where only this arm missed the target, `-inf`
+            where only the other did, 0 where both did.
 
     Returns:
         The probability, in (0, 1]; 1 where nothing is left.
@@ -106,8 +108,8 @@ def sign_flip_p(log_ratios: Sequence[float]) -> float:
         0.03125
 
     References:
-        Wilcoxon, 1945, "Individual Comparisons by Ranking Methods"; Fisher, 1935, "The Design of Experiments",
-        section 21, for the sign flips.
+        Wilcoxon, 1945, "Individual Comparisons by Ranking Methods"; Fisher, 1935, "The Design of
+        Experiments", section 21, for the sign flips.
     """
     signed = _signed_ranks(log_ratios)
     if not len(signed):

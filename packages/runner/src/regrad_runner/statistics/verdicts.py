@@ -37,14 +37,17 @@ class ArmSummary:
         mean: Mean of the measure over those runs; None without any.
         sd: Their sample standard deviation; None for fewer than two.
         pairs: Seeds that say something in comparison with the baseline, as in `PairedDifference`.
-        diverged_pairs: Those in which one run alone diverged; `p_value` is then that of the signed ranks.
-        difference: Mean paired difference to the baseline, over seeds that both finished; None without any.
+        diverged_pairs: Those in which one run alone diverged; `p_value` is then that of the signed
+            ranks.
+        difference: Mean paired difference to the baseline, over seeds that both finished; None
+            without any.
         interval: Student-t interval of it at 1 - level.
         p_value: Of the two-sided paired test.
         p_adjusted: The same after Holm over the correction arms; None for baseline and controls.
         steps_to_target: Median over the arm's runs; None where the median run missed the target.
         misses: Runs that never reached the target.
-        steps_ratio: Median paired ratio to the baseline's steps; None where the median is a miss of either.
+        steps_ratio: Median paired ratio to the baseline's steps; None where the median is a miss of
+            either.
         steps_p: Exact sign-flip test of the paired log ratios' signed ranks.
         time_ratio: Median paired ratio of the time per step to the baseline's.
         touched: Runs in which a correction changed something.
@@ -100,22 +103,25 @@ def summarize(
     no evidence            everything else
     =====================  ==========================================================================================
 
-    The chance that arms identical to the baseline get any of worse, better than nothing and better is at most
-    `level` for the whole table (seen at .05: 4.4 % of 8,000 simulated tables of three arms with their controls).
-    With 10 seeds, one arm whose mean is truly shifted by d standard deviations of the paired difference is told
-    from the baseline with probability .80 (d = 1), .987 (d = 1.5) or 1.00 (d = 2); as one of three arms, the default,
-    with at least .60, .94 or .998; and at d = 1.5 with at least .85 among up to seven (noncentral t, Bonferroni).
-    An arm that must beat its control too needs both to succeed.
+    The chance that arms identical to the baseline get any of worse, better than nothing and better
+    is at most `level` for the whole table (seen at .05: 4.4 % of 8,000 simulated tables of three
+    arms with their controls). With 10 seeds, one arm whose mean is truly shifted by d standard
+    deviations of the paired difference is told from the baseline with probability .80 (d = 1), .987
+    (d = 1.5) or 1.00 (d = 2); as one of three arms, the default, with at least .60, .94 or .998;
+    and at d = 1.5 with at least .85 among up to seven (noncentral t, Bonferroni). An arm that must
+    beat its control too needs both to succeed.
 
-    A run that diverged ranks behind every number. Left out it would flatter the arm that diverges: its other seeds
-    are a selection. Where in a pair one run alone diverged, the exact test of the signed ranks replaces the t-test.
+    A run that diverged ranks behind every number. Left out it would flatter the arm that diverges:
+    its other seeds are a selection. Where in a pair one run alone diverged, the exact test of the
+    signed ranks replaces the t-test.
 
     Args:
-        rows: One per run. Rows that failed or ended without a finite value count as failed and are left out.
+        rows: One per run. Rows that failed or ended without a finite value count as failed and are
+            left out.
         baseline: Name of the arm without corrections.
-        controls: Correction arm to the name of its control arm, or to None where no control exists. An arm that is
-            missing here counts as one whose control was not run. A control that is a correction of its own is
-            tested like one.
+        controls: Correction arm to the name of its control arm, or to None where no control exists.
+            An arm that is missing here counts as one whose control was not run. A control that is a
+            correction of its own is tested like one.
         higher_is_better: The direction of better.
         level: Probability of a false verdict per table, in (0, 1).
 
@@ -123,7 +129,8 @@ def summarize(
         One summary per arm, in the order of their first rows.
 
     Raises:
-        ValueError: If the baseline has no row, a run is there twice, or `level` is out of its range.
+        ValueError: If the baseline has no row, a run is there twice, or `level` is out of its
+            range.
 
     Example:
         >>> rows = [
@@ -136,9 +143,9 @@ def summarize(
         ('better than nothing', 0.5, 0.03125)
 
     References:
-        Holm, 1979, "A Simple Sequentially Rejective Multiple Test Procedure". Student, 1908, "The Probable Error of
-        a Mean". Where all paired differences are equal a t-test has no spread to judge by: there the exact sign-flip
-        probability 2^(1 - n) is used.
+        Holm, 1979, "A Simple Sequentially Rejective Multiple Test Procedure". Student, 1908, "The
+        Probable Error of a Mean". Where all paired differences are equal a t-test has no spread to
+        judge by: there the exact sign-flip probability 2^(1 - n) is used.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level!r}")

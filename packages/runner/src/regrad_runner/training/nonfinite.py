@@ -27,7 +27,8 @@ class NonFiniteError(RegradError):
     """Too many steps in a row were not finite.
 
     Attributes:
-        table: CSV of the last steps: step, loss, and the norm of each tensor's gradient by its name.
+        table: CSV of the last steps: step, loss, and the norm of each tensor's gradient by its
+            name.
     """
 
     def __init__(self, message: str, table: str) -> None:

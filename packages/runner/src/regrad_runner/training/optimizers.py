@@ -24,8 +24,8 @@ UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
 def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
     """Return the optimizer's complete spec and the learning rate that suits it.
 
-    The workload's momentum, weight decay and learning rate belong to its own optimizer; any other one starts from
-    its class's defaults.
+    The workload's momentum, weight decay and learning rate belong to its own optimizer; any other
+    one starts from its class's defaults.
 
     Raises:
         ValueError: If the optimizer is unknown or `text` cannot be read.

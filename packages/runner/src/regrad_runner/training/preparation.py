@@ -57,7 +57,8 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
     """Attach an arm's corrections to a model like those of the runs, show it two samples, and detach them.
 
     Raises:
-        ValueError: If model, optimizer or a correction cannot be made, or samples, model and loss do not fit.
+        ValueError: If model, optimizer or a correction cannot be made, or samples, model and loss
+            do not fit.
         RegradError: If the corrections cannot work here.
     """
     if asked_to_shard():  # corrections that need whole weights refuse shards

@@ -16,11 +16,13 @@ from regrad_runner.settings.environment import asked_to_shard, check_launcher, s
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Return an Accelerator whose batches do not depend on the number of processes.
 
-    Settings win over what accelerate would read from the environment: see `regrad_runner.settings.environment`.
+    Settings win over what accelerate would read from the environment: see
+    `regrad_runner.settings.environment`.
 
     Raises:
-        ValueError: If a launcher asked for an engine that is not trained with, if the precision or the sharding needs
-            hardware that is missing, or if there are more or fewer processes than asked.
+        ValueError: If a launcher asked for an engine that is not trained with, if the precision or
+            the sharding needs hardware that is missing, or if there are more or fewer processes
+            than asked.
     """
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError(
@@ -103,8 +105,9 @@ def _check_sharding(accelerator: Accelerator) -> None:
 def leave_processes() -> None:
     """End the process group, if there is one. Call it on every process, after the last run was let go.
 
-    Left to the end of the interpreter, threads of the group or of a model that is still wrapped abort the process
-    ("terminate called without an active exception"; seen in one of five launches on gloo).
+    Left to the end of the interpreter, threads of the group or of a model that is still wrapped
+    abort the process ("terminate called without an active exception"; seen in one of five launches
+    on gloo).
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # hooks and models refer to each other

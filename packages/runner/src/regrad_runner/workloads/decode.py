@@ -49,8 +49,8 @@ class EncodedImage:
         """Return the image as a Pillow image, upright.
 
         Raises:
-            UnreadableImage: If it is missing, of another format, damaged, a thin strip, or without pixels or with
-                too many.
+            UnreadableImage: If it is missing, of another format, damaged, a thin strip, or without
+                pixels or with too many.
         """
         if not self.content:
             raise UnreadableImage(
@@ -66,7 +66,8 @@ class EncodedImage:
         """Return the image in mode "L" or "RGB", upright and in its own size.
 
         Raises:
-            UnreadableImage: As `decoded`, or if its levels have no black and white, as floating-point numbers.
+            UnreadableImage: As `decoded`, or if its levels have no black and white, as
+                floating-point numbers.
         """
         image = self.decoded()
         if image.mode == "F":
@@ -116,8 +117,8 @@ class ImageFile:
         """Read the head of the file alone.
 
         Raises:
-            UnreadableImage: If it cannot be read, is of another format, a thin strip, or without pixels or with too
-                many. What is damaged behind its head is not found.
+            UnreadableImage: If it cannot be read, is of another format, a thin strip, or without
+                pixels or with too many. What is damaged behind its head is not found.
         """
         try:
             with self.path.open("rb") as stream:

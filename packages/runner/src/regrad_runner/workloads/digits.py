@@ -24,9 +24,9 @@ def load(
 ) -> ImageWorkload:
     """Return the 1,797 digits of 8×8 pixels and 17 levels of grey: 1,077 to train, 360 to validate, 360 to test.
 
-    Every split holds each digit in the same proportion. Training images are shifted by up to one pixel, what moves
-    in is black; never mirrored, a mirrored digit is another one. All are standardised with the mean and the
-    standard deviation of the training pixels.
+    Every split holds each digit in the same proportion. Training images are shifted by up to one
+    pixel, what moves in is black; never mirrored, a mirrored digit is another one. All are
+    standardised with the mean and the standard deviation of the training pixels.
 
     Args:
         seed_of_split: Fixes the three splits, at least 0.
@@ -37,8 +37,8 @@ def load(
         ValueError: If a folder is given, or `train_size` is out of its range.
 
     References:
-        Alpaydin and Kaynak, 1998, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository:
-        its test set, which is what scikit-learn holds.
+        Alpaydin and Kaynak, 1998, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+        Repository: its test set, which is what scikit-learn holds.
     """
     if data_dir is not None:
         raise ValueError(f"data_dir must be left out for workload 'digits', got {str(data_dir)!r}")

@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 from regrad_runner.workloads.decode import ImageFile, eight_bit_image
 from regrad_runner.workloads.images import LabelledImages
 
-# Of ImageNet's training pixels, as the pretrained models of torchvision have them: red, green, blue.
+# Of ImageNet's training pixels, as the pretrained models of torchvision have them: red, green,
+# blue.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESIZED = 256 / 224  # the shorter side before the middle is cut out, per side of the cut
 
@@ -21,9 +22,10 @@ RESIZED = 256 / 224  # the shorter side before the middle is cut out, per side o
 class FileSet(LabelledImages):
     """Labelled image files, decoded when a batch is asked for: ImageNet's usual pipeline.
 
-    Images become RGB. Training images: a random part of .08 to 1 of the area, with an aspect ratio from 3/4 to 4/3,
-    resized to the square; half of them mirrored. Others: the shorter side is resized to 256/224 of the square's, and
-    the middle is cut out. All are standardised with ImageNet's moments.
+    Images become RGB. Training images: a random part of .08 to 1 of the area, with an aspect ratio
+    from 3/4 to 4/3, resized to the square; half of them mirrored. Others: the shorter side is
+    resized to 256/224 of the square's, and the middle is cut out. All are standardised with
+    ImageNet's moments.
 
     Args:
         paths: Image files, N.
@@ -33,8 +35,9 @@ class FileSet(LabelledImages):
         seed: Of the augmentation, at least 0.
 
     References:
-        Szegedy et al., 2015, "Going Deeper with Convolutions", section 6, for the random part; the pipeline is that
-        of torchvision's reference training, except that each image's draw is a function of (seed, epoch, index).
+        Szegedy et al., 2015, "Going Deeper with Convolutions", section 6, for the random part; the
+        pipeline is that of torchvision's reference training, except that each image's draw is a
+        function of (seed, epoch, index).
     """
 
     def __init__(

@@ -20,9 +20,9 @@ def is_hidden(name: str) -> bool:
 class DataFolder:
     """A folder of data whose files are looked for; it knows what it found before.
 
-    A link is followed where it leads to a file or folder inside of the folder that is read nowhere else. One that
-    leads out of it, or back into what is read already, is refused: the same images would be trained on twice, or
-    validate what they trained.
+    A link is followed where it leads to a file or folder inside of the folder that is read nowhere
+    else. One that leads out of it, or back into what is read already, is refused: the same images
+    would be trained on twice, or validate what they trained.
 
     Args:
         root: The folder. It may be a link itself.
@@ -60,8 +60,8 @@ class DataFolder:
             is_data: Says of a name whether a file of that name is data.
 
         Raises:
-            ValueError: If a folder cannot be read, or what is named as data is no regular file, stands twice, or is a
-                link that leads out or nowhere.
+            ValueError: If a folder cannot be read, or what is named as data is no regular file,
+                stands twice, or is a link that leads out or nowhere.
         """
         found: dict[str, list[Path]] = {}
         waiting = [folder]
@@ -95,7 +95,8 @@ class DataFolder:
             self._links.add(entry.path)
         status = entry.stat()
         other = self._files.setdefault((status.st_dev, status.st_ino), entry.path)
-        # Some network file systems number their files anew: only where there can be two names are they one file.
+        # Some network file systems number their files anew: only where there can be two names are
+        # they one file.
         if other != entry.path and (status.st_nlink > 1 or self._links & {entry.path, other}):
             raise ValueError(
                 f"data_dir must hold each file once, got one file as '{other}' and '{entry.path}'; "

@@ -47,29 +47,31 @@ def load(
 ) -> ImageWorkload:
     """Return the images under `train` and `val` or `test`, one folder per class, as ImageNet is laid out.
 
-    Classes are the folders of `train`, numbered in sorted order. Images are the files below them whose names end as
-    images do. What is hidden, such as `.ipynb_checkpoints`, is none of them. A link that leads out of `data_dir` is
-    refused, and so is a file or folder that is read twice, through a link, a hard link or otherwise. Of `val` and
-    `test` the one that is there is the test split, and a tenth of the training images, but at most `train_size`,
-    validates, with the same share of each class. With both of them `val` validates.
+    Classes are the folders of `train`, numbered in sorted order. Images are the files below them
+    whose names end as images do. What is hidden, such as `.ipynb_checkpoints`, is none of them. A
+    link that leads out of `data_dir` is refused, and so is a file or folder that is read twice,
+    through a link, a hard link or otherwise. Of `val` and `test` the one that is there is the test
+    split, and a tenth of the training images, but at most `train_size`, validates, with the same
+    share of each class. With both of them `val` validates.
 
-    Up to 64 pixels images are decoded once, into memory, and treated as those of workload `parquet`: the shorter side
-    resized, the middle cut out, grey if the first 100 looked at are, shifted by up to an eighth and mirrored for
-    training, standardised with the training pixels' moments. Larger ones are read from the disk batch by batch and
-    treated as is usual for ImageNet: see `regrad_runner.workloads.files.FileSet`. Of these the head is read beforehand
-    of 10,000 in each split, so that what is no image is found before anything is trained.
+    Up to 64 pixels images are decoded once, into memory, and treated as those of workload
+    `parquet`: the shorter side resized, the middle cut out, grey if the first 100 looked at are,
+    shifted by up to an eighth and mirrored for training, standardised with the training pixels'
+    moments. Larger ones are read from the disk batch by batch and treated as is usual for ImageNet:
+    see `regrad_runner.workloads.files.FileSet`. Of these the head is read beforehand of 10,000 in
+    each split, so that what is no image is found before anything is trained.
 
     Args:
         seed_of_split: Fixes which images validate and which are kept, at least 0.
         data_dir: The folder.
         train_size: Number of training images to keep after the validation split; None for all.
-        image_size: Height and width in pixels, at least 4; None for the median shorter side of 100 training images,
-            but at most 64.
+        image_size: Height and width in pixels, at least 4; None for the median shorter side of 100
+            training images, but at most 64.
 
     Raises:
-        ValueError: If a folder, class or image is missing or cannot be read, if there are fewer than 2 classes or
-            too few images of one, if what is to be decoded into memory takes more than 8 GiB, or if `train_size` or
-            `image_size` is out of its range.
+        ValueError: If a folder, class or image is missing or cannot be read, if there are fewer
+            than 2 classes or too few images of one, if what is to be decoded into memory takes more
+            than 8 GiB, or if `train_size` or `image_size` is out of its range.
     """
     if image_size is not None and image_size < 4:
         raise ValueError(f"image_size must be at least 4, got {image_size!r}")

@@ -24,8 +24,8 @@ class Augmentation:
     """Random changes of a training image.
 
     Attributes:
-        shift: Largest shift in pixels, in each direction and in both axes; what moves in is zero (black). The same
-            as a random crop from the image padded by `shift`.
+        shift: Largest shift in pixels, in each direction and in both axes; what moves in is zero
+            (black). The same as a random crop from the image padded by `shift`.
         flip: Whether half of the images are mirrored left to right.
     """
 

@@ -31,8 +31,9 @@ def load_workload(
 ) -> Workload:
     """Load a workload by its name among the entry points of group `regrad.workloads`.
 
-    An entry point is a function with these keyword arguments that returns a `Workload`. It may leave out the last
-    two, which are then refused, and have others, which are options of the name: "text:context=256".
+    An entry point is a function with these keyword arguments that returns a `Workload`. It may
+    leave out the last two, which are then refused, and have others, which are options of the name:
+    "text:context=256".
 
     Args:
         spec: Name such as "digits" or "cifar10", with options or without.
@@ -46,8 +47,10 @@ def load_workload(
         The workload, its data in memory unless they are large.
 
     Raises:
-        ValueError: If no workload has this name, or its data or options are missing or unfit: one line each.
-        PluginLoadError: If its distribution cannot be imported, fails, or returns no workload that can be trained.
+        ValueError: If no workload has this name, or its data or options are missing or unfit: one
+            line each.
+        PluginLoadError: If its distribution cannot be imported, fails, or returns no workload that
+            can be trained.
     """
     name, options = read_spec(spec, "workload")
     load = regrad.load(name, group=WORKLOADS_GROUP)

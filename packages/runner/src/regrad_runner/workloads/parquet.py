@@ -37,20 +37,20 @@ def load(
 ) -> ImageWorkload:
     """Return the images of `train.parquet` and `test.parquet`, or of `train-*.parquet` and `test-*.parquet`.
 
-    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are a
-    file of one of `regrad_runner.workloads.decode.FORMATS`) and `label` (integers or strings; classes are numbered in
-    sorted order). A tenth of the training images, but at most `train_size`, is the validation split, with the same
-    share of each class.
+    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct
+    whose `bytes` are a file of one of `regrad_runner.workloads.decode.FORMATS`) and `label`
+    (integers or strings; classes are numbered in sorted order). A tenth of the training images, but
+    at most `train_size`, is the validation split, with the same share of each class.
 
-    Images become square: the shorter side is resized to the median shorter side of the first 100 training images,
-    but at most to 64 pixels, and the middle is cut out; images that fit already are left alone. They are grey if
-    those 100 are, else RGB. Training images are shifted by up to an eighth of their size, what moves in is black,
-    and half of them are mirrored. All are standardised with the mean and the standard deviation of the training
-    pixels per channel.
+    Images become square: the shorter side is resized to the median shorter side of the first 100
+    training images, but at most to 64 pixels, and the middle is cut out; images that fit already
+    are left alone. They are grey if those 100 are, else RGB. Training images are shifted by up to
+    an eighth of their size, what moves in is black, and half of them are mirrored. All are
+    standardised with the mean and the standard deviation of the training pixels per channel.
 
-    Only the images in use are decoded, once, into memory. The files are read where they lie: nothing is copied to
-    a cache, and nothing is asked of the network. Links are followed wherever they lead, because Hugging Face's own
-    cache is made of them, but no file is read twice.
+    Only the images in use are decoded, once, into memory. The files are read where they lie:
+    nothing is copied to a cache, and nothing is asked of the network. Links are followed wherever
+    they lead, because Hugging Face's own cache is made of them, but no file is read twice.
 
     Args:
         seed_of_split: Fixes which images validate and which are kept, at least 0.
@@ -58,12 +58,15 @@ def load(
         train_size: Number of training images to keep after the validation split; None for all.
 
     Raises:
-        ValueError: If the folder, a file, a column or an image is missing or cannot be read, if there are fewer
-            than 2 classes or too few images of one, or if `train_size` is out of its range.
+        ValueError: If the folder, a file, a column or an image is missing or cannot be read, if
+            there are fewer than 2 classes or too few images of one, or if `train_size` is out of
+            its range.
 
     References:
-        He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2, for the
-        augmentation: theirs pads after subtracting the mean, this before, so that what moves in is black.
+        He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2,
+        for the
+        augmentation: theirs pads after subtracting the mean, this before, so that what moves in is
+            black.
     """
     data = _data_folder(data_dir)
     train_split, test_split = _Split.find(data, "train"), _Split.find(data, "test")

@@ -27,10 +27,10 @@ PUBLISHED_DEFAULTS = Defaults(
 class Published:
     """A workload on a data set that torchvision knows.
 
-    A tenth of the training images, but at most `train_size`, is the validation split, with the same share of each
-    class; the published test images are the test split. Training images are shifted by up to an eighth of their
-    size, what moves in is black, and half of them are mirrored. All are standardised with the mean and the standard
-    deviation of the training pixels per channel.
+    A tenth of the training images, but at most `train_size`, is the validation split, with the same
+    share of each class; the published test images are the test split. Training images are shifted
+    by up to an eighth of their size, what moves in is black, and half of them are mirrored. All are
+    standardised with the mean and the standard deviation of the training pixels per channel.
 
     Attributes:
         name: Of the workload.
@@ -56,14 +56,14 @@ class Published:
 
         Args:
             seed_of_split: Fixes which images validate and which are kept, at least 0.
-            data_dir: Folder that holds the data set's own, or that one itself; None for `data` in the working
-                directory.
+            data_dir: Folder that holds the data set's own, or that one itself; None for `data` in
+                the working directory.
             train_size: Number of training images to keep after the validation split; None for all.
             download: Whether to fetch what is missing, to that folder.
 
         Raises:
-            ValueError: If the data are not there, are damaged or cannot be fetched, or `train_size` is out of its
-                range.
+            ValueError: If the data are not there, are damaged or cannot be fetched, or `train_size`
+                is out of its range.
         """
         root = self._root(data_dir or FOLDER)
         if download:

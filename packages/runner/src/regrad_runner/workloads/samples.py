@@ -19,17 +19,20 @@ Sample = TypeVar("Sample")
 class Samples(Dataset[Batch]):
     """The samples of one split, made when a batch is asked for. A subclass implements `__len__`, `__getitems__`.
 
-    What is random in a sample must be a function of (`seed`, `epoch`, index of the sample) alone: not of the batch
-    it is in, the process, the order, or anything drawn before; see `hashed_integers`. No global random number is
-    drawn. So batch k is the same in every arm of a comparison.
+    What is random in a sample must be a function of (`seed`, `epoch`, index of the sample) alone:
+    not of the batch it is in, the process, the order, or anything drawn before; see
+    `hashed_integers`. No global random number is drawn. So batch k is the same in every arm of a
+    comparison.
 
     Args:
         seed: Of what is random in a sample, at least 0.
 
     Attributes:
         kind: What samples are called in sentences, in the plural.
-        evaluation_batch: Samples that go through a model at once where no gradient is taken, at least 1.
-        work: How much of it a sample is, counted in the pixels of an image: what CPU threads are chosen by.
+        evaluation_batch: Samples that go through a model at once where no gradient is taken, at
+            least 1.
+        work: How much of it a sample is, counted in the pixels of an image: what CPU threads are
+            chosen by.
     """
 
     kind: ClassVar[str] = "samples"
@@ -121,7 +124,8 @@ class EpochSampler(Sampler[int]):
     """All samples of a set in an order that is a function of (seed, epoch) alone.
 
     Args:
-        samples: The set; `set_epoch` reaches it too, so that order and random changes move together.
+        samples: The set; `set_epoch` reaches it too, so that order and random changes move
+            together.
         seed: Of the order, at least 0.
     """
 
@@ -159,10 +163,11 @@ def training_loader(
 ) -> TrainingLoader:
     """Return a loader whose k-th batch is a function of (seed, epoch, k) alone.
 
-    So batch k is the same in every arm of a comparison, however many random numbers an arm draws; on any number of
-    processes (`accelerate.Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))` splits this
-    very batch); and after `accelerate.skip_first_batches`. Call `set_epoch(epoch)` on the loader, or on what
-    `Accelerator.prepare` made of it, before each epoch and before skipping.
+    So batch k is the same in every arm of a comparison, however many random numbers an arm draws;
+    on any number of processes
+    (`accelerate.Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))` splits
+    this very batch); and after `accelerate.skip_first_batches`. Call `set_epoch(epoch)` on the
+    loader, or on what `Accelerator.prepare` made of it, before each epoch and before skipping.
 
     Args:
         samples: The training set; the loader works on its own view of it, changed with `seed`.
@@ -203,7 +208,8 @@ def hashed_integers(
     """Return one integer in [0, high) per index, int64: a hash of (seed, epoch, draw, index).
 
     References:
-        Steele, Lea and Flood, 2014, "Fast Splittable Pseudorandom Number Generators", figure 17 (SplitMix64).
+        Steele, Lea and Flood, 2014, "Fast Splittable Pseudorandom Number Generators", figure 17
+        (SplitMix64).
     """
     key = np.random.SeedSequence((seed, epoch, draw)).generate_state(1, np.uint64)
     bits = key + indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)

@@ -50,11 +50,13 @@ def validation_and_training(
 
     Args:
         labels: Class of each image, shape [N].
-        train_size: Number of images to keep of the others, the same share of each class; None for all.
+        train_size: Number of images to keep of the others, the same share of each class; None for
+            all.
         seed: Fixes the choice, at least 0.
 
     Returns:
-        Sorted positions of the images that validate and of those that train, with each class in proportion.
+        Sorted positions of the images that validate and of those that train, with each class in
+        proportion.
 
     Raises:
         ValueError: As `take_stratified`.

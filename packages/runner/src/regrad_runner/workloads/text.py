@@ -50,24 +50,26 @@ def load(
 ) -> TextWorkload:
     """Return the bytes of a text, to be predicted one by one from those before: bits per byte, lower is better.
 
-    By position, the first 80 % of the bytes are for training, the next 10 % for validation, the last 10 % for testing;
-    no byte is predicted in two of them. A sample is a window of `context` bytes, each predicted from those before it in
-    the window and from one byte more in front. Training windows lie where a hash of seed, epoch and number puts them;
-    an epoch has as many as fill the training bytes. Those of validation and test follow each other, so that every byte
-    is predicted once, the last ones in a shorter window.
+    By position, the first 80 % of the bytes are for training, the next 10 % for validation, the
+    last 10 % for testing; no byte is predicted in two of them. A sample is a window of `context`
+    bytes, each predicted from those before it in the window and from one byte more in front.
+    Training windows lie where a hash of seed, epoch and number puts them; an epoch has as many as
+    fill the training bytes. Those of validation and test follow each other, so that every byte is
+    predicted once, the last ones in a shorter window.
 
     Args:
         seed_of_split: Must be 0: the split is by position.
-        data_dir: A file in UTF-8, or a folder whose `*.txt` are put one behind the other in the order of their names;
-            hidden ones are left out.
-        train_size: Number of training windows that an epoch has; only as many bytes, the first, are kept. None for
-            all.
+        data_dir: A file in UTF-8, or a folder whose `*.txt` are put one behind the other in the
+            order of their names; hidden ones are left out.
+        train_size: Number of training windows that an epoch has; only as many bytes, the first, are
+            kept. None for all.
         context: Bytes of a window, at least 1.
         target: Bits per byte on the validation split whose reaching is timed; None for none.
 
     Raises:
-        ValueError: If there is no such file, it is empty, too short, no regular file or not UTF-8, if one stands twice
-            in the folder or is a link that leads out of it, or if a number is out of its range.
+        ValueError: If there is no such file, it is empty, too short, no regular file or not UTF-8,
+            if one stands twice in the folder or is a link that leads out of it, or if a number is
+            out of its range.
     """
     if seed_of_split:
         raise ValueError(
@@ -93,7 +95,8 @@ def load(
         name="text",
         measure=Measure(name="test bits per byte", higher_is_better=False, target=target),
         train=DrawnWindows(train, context=context),
-        # Each begins with the byte before: it is what the first one is predicted from, and predicted by none of them.
+        # Each begins with the byte before: it is what the first one is predicted from, and
+        # predicted by none of them.
         validation=WindowsInOrder(text[validating - 1 : testing], context=context),
         test=WindowsInOrder(text[testing - 1 :], context=context),
         context=context,
