@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -36,7 +37,7 @@ def median_interval(values: Sequence[float], *, level: float = 0.05) -> tuple[fl
     if not len(values):
         return None
     test = stats.quantile_test(np.asarray(values, dtype=float), p=0.5)
-    low, high = test.confidence_interval(1 - level)
-    if math.isnan(low) or math.isnan(high):
+    interval: Any = test.confidence_interval(1 - level)  # scipy-stubs takes it for a float
+    if math.isnan(interval.low) or math.isnan(interval.high):
         return None
-    return float(low), float(high)
+    return float(interval.low), float(interval.high)

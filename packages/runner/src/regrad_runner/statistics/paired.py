@@ -159,4 +159,5 @@ def _signed_ranks(differences: Sequence[float]) -> npt.NDArray[np.int64]:
     """
     nonzero = np.array([value for value in differences if value != 0])
     doubled: npt.NDArray[np.float64] = np.rint(2 * stats.rankdata(np.abs(nonzero)))
-    return (doubled * np.sign(nonzero)).astype(np.int64)
+    signed: npt.NDArray[np.float64] = doubled * np.sign(nonzero)
+    return signed.astype(np.int64)
