@@ -173,7 +173,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Give a new file in a folder that is itself written aside; its content is forced to the disk."""
+    """Give a new file of a folder that is written aside, and force its content to the disk."""
     with new_file(path) as file:
         yield file
         force_content(file)
@@ -187,7 +187,7 @@ def move_aside(path: Path, other: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill leaves no half of it under its name; of a link only the link."""
+    """Remove a folder, a file, or a link alone; a kill leaves no half of it under its name."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
