@@ -1,4 +1,8 @@
-"""The folder of a checkpoint: written whole or not at all, every file with its checksum, the last few kept."""
+"""The folder of a checkpoint: whole or absent, with a checksum of every file.
+
+Written by hand: neither `torch.distributed.checkpoint` nor accelerate's `save_state` puts a whole
+folder in the place of an old one at once, or keeps checksums by which a damaged file is found.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,12 @@ from regrad_runner.files import (
 )
 
 FORMAT = 3
-CHECKPOINT_PREFIX, DAMAGED_PREFIX = "step-", "damaged-"
-TENSORS, CHECKSUMS = "tensors.pt", "checksums.json"
+CHECKPOINT_PREFIX = "step-"
+DAMAGED_PREFIX = "damaged-"
+TENSORS = "tensors.pt"
+STATE = "state.json"
+RECEIPT = "receipt.json"
+CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) -> Path:
-    """Write a checkpoint under another name, force it to the disk, rename it, and remove the oldest.
+    """Write a checkpoint, whole or not at all, and remove the oldest.
 
     Args:
         folder: Holds the run's checkpoints; made if it does not exist.
@@ -70,7 +78,8 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
             _fill(aside, content)
     except OSError as problem:
         raise DiskError(
-            f"checkpoint must be written, got {problem}; those before it are whole: make room and --resume"
+            f"checkpoint must be written, got {problem}; "
+            "those before it are whole: make room and --resume"
         ) from problem
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
@@ -89,7 +98,8 @@ def read_checkpoint(path: Path) -> Content:
     if fault is not None:
         raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
     try:
-        state, receipt = _read_json(path / "state.json"), _read_json(path / "receipt.json")
+        state = _read_json(path / STATE)
+        receipt = _read_json(path / RECEIPT)
     except (ValueError, RecursionError) as problem:
         raise RegradError(
             f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'"
@@ -102,11 +112,13 @@ def read_checkpoint(path: Path) -> Content:
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
+    """Read the tensors of a checkpoint; nothing in them is run."""
     try:
         tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise RegradError(
-            f"checkpoint must hold tensors and plain values only, got '{path / TENSORS}', which would run code; "
+            f"checkpoint must hold tensors and plain values only, got '{path / TENSORS}', "
+            "which would run code; "
             "it is not loaded: remove it if you do not know where it comes from"
         ) from problem
     except Exception as problem:
@@ -115,7 +127,8 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         ) from problem
     if not isinstance(tensors, dict):
         raise RegradError(
-            f"checkpoint must hold tensors by name, got {type(tensors).__name__} in '{path / TENSORS}'"
+            f"checkpoint must hold tensors by name, "
+            f"got {type(tensors).__name__} in '{path / TENSORS}'"
         )
     return tensors
 
@@ -151,7 +164,7 @@ def damage_of(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None where every file is as it was written."""
     try:
         sums = _read_json(path / CHECKSUMS)
-        for name in (TENSORS, "state.json", "receipt.json"):
+        for name in (TENSORS, STATE, RECEIPT):
             if checksum(path / name) != sums.get(name):
                 return f"{name} is not what was written"
     except FileNotFoundError as problem:
@@ -171,11 +184,10 @@ def _fill(folder: Path, content: Content) -> None:
     """Write the files, and last the checksums: of what the disk took, not of what was meant."""
     with whole_file(folder / TENSORS) as file:
         torch.save(dict(content.tensors), file)
-    _write_json(folder / "state.json", {"format": FORMAT, **content.state})
-    _write_json(folder / "receipt.json", content.receipt)
-    _write_json(
-        folder / CHECKSUMS, {file.name: checksum(file) for file in sorted(folder.iterdir())}
-    )
+    _write_json(folder / STATE, {"format": FORMAT, **content.state})
+    _write_json(folder / RECEIPT, content.receipt)
+    sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+    _write_json(folder / CHECKSUMS, sums)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -186,7 +198,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     read = json.loads(path.read_bytes())
     if not isinstance(read, dict):
-        raise ValueError(f"'{path}' must hold a JSON object, got {type(read).__name__}")  # noqa: TRY004 - of the file
+        message = f"'{path}' must hold a JSON object, got {type(read).__name__}"
+        raise ValueError(message)  # noqa: TRY004 - it is the file that is wrong
     return read
 
 
@@ -194,4 +207,7 @@ def _set_aside(path: Path, fault: str, *, instead: Path) -> str:
     """Rename a damaged checkpoint and say so."""
     kept = path.with_name(DAMAGED_PREFIX + path.name)
     move_aside(path, kept)
-    return f"checkpoint {path.name} is damaged: {fault}; it is now '{kept}', and {instead.name} is used instead"
+    return (
+        f"checkpoint {path.name} is damaged: {fault}; "
+        f"it is now '{kept}', and {instead.name} is used instead"
+    )
