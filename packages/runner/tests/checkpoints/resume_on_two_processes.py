@@ -13,7 +13,7 @@ from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training import run as training
-from regrad_runner.training.processes import leave_processes
+from regrad_runner.training.processes import destroy_process_group
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
@@ -86,7 +86,7 @@ def main(folder, *names):
     results = {name: outcome(name, Path(folder, name or "none")) for name in names}
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(folder, "out.pt"))
-    leave_processes()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

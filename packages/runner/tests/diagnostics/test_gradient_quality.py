@@ -422,7 +422,7 @@ from pathlib import Path
 from regrad_runner.training import run as training
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
-from regrad_runner.training.preparation import leave_processes
+from regrad_runner.training.preparation import destroy_process_group
 from regrad_runner.diagnostics.gradient_quality import Probe
 from regrad_runner.workloads import load_workload, make_model
 
@@ -436,7 +436,7 @@ run.train(on_point=lambda point: None, on_step=lambda step: found.append(probe.f
 Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps([asdict(q) for q in found if q]))
 run.close()
 del run, probe
-leave_processes()
+destroy_process_group()
 sys.stdout.flush()
 os._exit(0)
 """

@@ -252,7 +252,7 @@ from regrad_runner.training import run as training
 from regrad_runner.settings.arms import Arm
 from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training.processes import leave_processes, make_accelerator
+from regrad_runner.training.processes import destroy_process_group, make_accelerator
 from regrad_runner.training.resolving import resolved
 from regrad_runner.checkpoints.states import model_state
 from regrad_runner.workloads.loading import load_workload, make_model
@@ -315,7 +315,7 @@ for layout in ("ddp", "fsdp2"):
         results[layout, names] = outcome(names, Path(f"{layout}-{names or 'none'}"))
 if torch.distributed.get_rank() == 0:
     torch.save(results, sys.argv[1])
-leave_processes()
+destroy_process_group()
 """
 
 

@@ -116,7 +116,7 @@ def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.reporting.report import show_comparison  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
-    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
@@ -128,7 +128,7 @@ def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -
         display,
     ):
         folder = run(plan, display)
-    leave_processes()
+    destroy_process_group()
     if plan.reports:
         show_comparison(folder.path, as_json=as_json)
     return int(any(result.status == "failed" for result in folder.results))
@@ -144,7 +144,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     from regrad_runner.comparing.compare import in_words  # noqa: PLC0415
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
-    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     plan, name = cell_plan.plan, f"cell {number}: {cell_plan.cell.name}"
     display = Display(console, runs=1, quiet=not plan.reports)
@@ -158,7 +158,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     ):
         outcome = run_cell(cell_plan, display)
         display.end(f"{name}: {in_words(outcome, plan.workload.measure)}")
-    leave_processes()
+    destroy_process_group()
     return int(outcome.result is not None and outcome.result.status == "failed")
 
 
@@ -239,7 +239,7 @@ def train(
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.reporting.report import show_run  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
-    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     display = Display(console, runs=1, quiet=not plan.reports)
     with (
@@ -248,7 +248,7 @@ def train(
         display,
     ):
         run(plan, display)
-    leave_processes()
+    destroy_process_group()
     if plan.reports:
         show_run(plan.path, as_json=json)
     return 0

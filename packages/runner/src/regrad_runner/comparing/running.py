@@ -133,7 +133,7 @@ class Comparison:
 
         self.display.begin(name, steps=run.total_steps)
         folder = partial(self.folder.run_folder, run.arm, run.seed)
-        with keeping_norms(folder, shown, writes=self.plan.reports):
+        with keeping_norms(folder, shown.artifact, writes=self.plan.reports):
             run.train(on_point=keep, on_step=end_step)
 
     def _tracked(

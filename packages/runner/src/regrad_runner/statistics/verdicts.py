@@ -271,7 +271,7 @@ def _p_values(
 def _p_of_control(
     arm: str, controls: Mapping[str, str | None], test: PairedDifference | None
 ) -> float:
-    """Return the p-value against the control: 0 if none exists, 1 if it was not run often enough."""
+    """Return the p-value against the control: 0 if there is none, 1 if it was run too rarely."""
     if arm in controls and controls[arm] is None:
         return 0.0
     if test is None or test.p_value is None:
