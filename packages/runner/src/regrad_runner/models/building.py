@@ -1,4 +1,4 @@
-"""Models by name, initialised without touching the global random state: residual networks for small images here."""
+"""Models by name, initialised without touching the global random state."""
 
 from __future__ import annotations
 
@@ -74,15 +74,18 @@ def build_model(
         for the initialisation the same authors, 2015, "Delving Deep into Rectifiers", equation 10.
         Theirs draws from no named generator; here each model has its own.
 
-        Without normalisation: De and Smith, 2020, "Batch Normalization Biases Residual Blocks Towards the Identity
-        Function in Deep Networks", section 4 (SkipInit): convolutions have biases, and every residual branch ends
-        in a learned factor that starts small. Of the values that they allow ours starts at :math:`1/\sqrt{d}` with
-        d blocks, where gradients reach every layer from the first step, not at 0. The last convolution of a branch,
-        which no rectifier follows, has variance 1 / fan-in, so that a block adds 1/d of its input's second moment
-        and all d together at most a factor e. Their branches start with a rectifier, ours rectifies after the sum.
+        Without normalisation: De and Smith, 2020, "Batch Normalization Biases Residual Blocks
+        Towards the Identity Function in Deep Networks", section 4 (SkipInit): convolutions have
+        biases, and every residual branch ends in a learned factor that starts small. Of the values
+        that they allow ours starts at :math:`1/\sqrt{d}` with d blocks, where gradients reach every
+        layer from the first step, not at 0. The last convolution of a branch, which no rectifier
+        follows, has variance 1 / fan-in, so that a block adds 1/d of its input's second moment and
+        all d together at most a factor e. Their branches start with a rectifier, ours rectifies
+        after the sum.
     """
-    if norm not in typing.get_args(Norm):
-        raise ValueError(f"norm must be one of {', '.join(typing.get_args(Norm))}, got {norm!r}")
+    norms = typing.get_args(Norm)
+    if norm not in norms:
+        raise ValueError(f"norm must be one of {', '.join(norms)}, got {norm!r}")
     if classes < 2:
         raise ValueError(f"classes must be at least 2, got {classes!r}")
     shape: dict[str, int] = {
@@ -93,12 +96,15 @@ def build_model(
     }
     if is_own(name):
         return residual_network(name, width=16 if width is None else width, norm=norm, **shape)
-    from regrad_runner.models import torchvision as classifiers  # noqa: PLC0415 - torchvision takes a second to load
+    # Only here, because torchvision takes a second to load.
+    from regrad_runner.models import torchvision as classifiers  # noqa: PLC0415
 
-    if name not in (known := classifiers.classifier_names()):
+    known = classifiers.classifier_names()
+    if name not in known:
         near = did_you_mean(name, [*MODELS, *known])
         raise ValueError(
-            f"no model named {name!r}; there are {', '.join(MODELS)} and torchvision's classifiers{near}"
+            f"no model named {name!r}; "
+            f"there are {', '.join(MODELS)} and torchvision's classifiers{near}"
         )
     if width is not None:
         raise ValueError(
