@@ -20,7 +20,8 @@ class Effect:
 
     The numbers are means over the steps that the meter looked at in between: the first 20, those
     after a warm-up, and every 50th. Let a be what the correction was given, and b what it left,
-    each over all tensors as one vector. The relative change is :math:`|b - a| / |a|`, the cosine :math:`\langle a, b\rangle / (|a|\,|b|)`.
+    each over all tensors as one vector. The relative change is :math:`|b - a| / |a|`, and the
+    cosine is :math:`\langle a, b\rangle / (|a|\,|b|)`.
 
     Attributes:
         arm: Name of the arm.

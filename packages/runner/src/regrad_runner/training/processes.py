@@ -50,7 +50,7 @@ def check_task() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"srun must start one launcher per node, got {tasks} tasks that each would do the same; "
+            f"srun must start one launcher per node, got {tasks} tasks that each would do it; "
             "use srun --ntasks-per-node 1 torchrun --nnodes M --nproc-per-node N -m regrad_runner …"
         )
 

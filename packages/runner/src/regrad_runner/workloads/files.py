@@ -13,9 +13,9 @@ from torchvision.transforms import v2
 from regrad_runner.workloads.decode import ImageFile, eight_bit_image
 from regrad_runner.workloads.images import LabelledImages
 
-# Of ImageNet's training pixels, as the pretrained models of torchvision have them: red, green,
-# blue.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of ImageNet's training pixels in red, green and blue, as torchvision's pretrained models have them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 RESIZED = 256 / 224  # the shorter side before the middle is cut out, per side of the cut
 
 
@@ -46,10 +46,12 @@ class FileSet(LabelledImages):
         super().__init__(labels, channels=3, image_size=side, seed=seed)
         self.paths = list(paths)
         self.augment = augment
-        chosen = [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
-        middle = [v2.Resize(round(side * RESIZED), antialias=True), v2.CenterCrop(side)]
-        scaled = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        self.transform = v2.Compose([*(chosen if augment else middle), *scaled])
+        if augment:
+            cut = [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
+        else:
+            cut = [v2.Resize(round(side * RESIZED), antialias=True), v2.CenterCrop(side)]
+        scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        self.transform = v2.Compose([*cut, *scale])
 
     def pixels(self, indices: list[int]) -> Tensor:
         """Return the images [B, 3, H, W], float32, normalised and augmented.
@@ -67,6 +69,6 @@ class FileSet(LabelledImages):
         return images
 
     def _seed_of(self, index: int) -> int:
-        """Return a seed that is a function of (seed, epoch, index), for changes that nothing else may change."""
+        """Return a seed for an image's changes: a function of (seed, epoch, index) alone."""
         drawn = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
         return int(drawn[0])

@@ -74,7 +74,9 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Data with model, loss and measure, and the settings to train on them. A subclass implements what raises here.
+    """Data with model, loss and measure, and the settings to train on them.
+
+    A subclass implements the methods that raise here.
 
     Attributes:
         name: As the user typed it, without options.
@@ -116,11 +118,11 @@ class Workload:
         raise TypeError(f"{type(self).__name__} must implement build_model")
 
     def model_settings(self, name: str) -> Mapping[str, Any]:
-        """Return the settings `width` and `norm` that a model has unless told otherwise, where it takes them."""
+        """Return `width` and `norm` that suit a model, where it takes them."""
         return {}
 
     def criterion(self) -> nn.Module:
-        """Return the loss: called with what the model returned and the targets, it returns a mean over samples."""
+        """Return the loss of what the model returned and the targets, a mean over samples."""
         return nn.CrossEntropyLoss()
 
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
