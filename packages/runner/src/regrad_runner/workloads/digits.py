@@ -24,9 +24,10 @@ def load(
 ) -> ImageWorkload:
     """Return the digits: 1,077 to train, 360 to validate, 360 to test.
 
-    These are 1,797 images of 8×8 pixels in 17 levels of grey. Every split holds each digit in the same proportion. Training images are shifted by up to one
-    pixel, what moves in is black; never mirrored, a mirrored digit is another one. All are
-    standardised with the mean and the standard deviation of the training pixels.
+    These are 1,797 images of 8×8 pixels in 17 levels of grey. Every split holds each digit in the
+    same proportion. Training images are shifted by up to one pixel, what moves in is black; never
+    mirrored, a mirrored digit is another one. All are standardised with the mean and the standard
+    deviation of the training pixels.
 
     Args:
         seed_of_split: Fixes the three splits, at least 0.

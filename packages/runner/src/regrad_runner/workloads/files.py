@@ -13,7 +13,8 @@ from torchvision.transforms import v2
 from regrad_runner.workloads.decode import ImageFile, eight_bit_image
 from regrad_runner.workloads.images import LabelledImages
 
-# Of ImageNet's training pixels in red, green and blue, as torchvision's pretrained models have them.
+# Of ImageNet's training pixels in red, green and blue, as torchvision's pretrained models have
+# them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 RESIZED = 256 / 224  # the shorter side before the middle is cut out, per side of the cut

@@ -11,6 +11,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from regrad_runner.workloads.decode import (
+    IMAGES_LOOKED_AT,
     LARGEST_SIDE,
     Format,
     ImageFile,
@@ -24,8 +25,8 @@ from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
-IMAGES_LOOKED_AT = 100
-OPENED = 10_000  # of the files that stay on the disk: a second here, minutes for more of them on a network's
+# Of the files that stay on the disk: a second here, where more would take minutes on a network's.
+OPENED = 10_000
 MOST_BYTES = 8 * 2**30
 IMAGE_LAYOUT = (
     "a folder with train and val, or train and test, each with a folder of images per class"
@@ -45,7 +46,7 @@ def load(
     train_size: int | None = None,
     image_size: int | None = None,
 ) -> ImageWorkload:
-    """Return the images under `train` and `val` or `test`, one folder per class, as ImageNet is laid out.
+    """Return the images under `train` and `val` or `test`, with a folder per class, like ImageNet.
 
     Classes are the folders of `train`, numbered in sorted order. Images are the files below them
     whose names end as images do. What is hidden, such as `.ipynb_checkpoints`, is none of them. A
@@ -76,37 +77,32 @@ def load(
     if image_size is not None and image_size < 4:
         raise ValueError(f"image_size must be at least 4, got {image_size!r}")
     folders = _folders(data_dir)
-    found = DataFolder(folders["train"].parent)
-    train = _Split.read(found, folders["train"])
-    held = {
-        name: _Split.read(found, folder, train.classes)
-        for name, folder in folders.items()
-        if name != "train"
-    }
+    data = DataFolder(folders["train"].parent)
+    all_train = _Split.read(data, folders.pop("train"))
+    held = {name: _Split.read(data, folder, all_train.classes) for name, folder in folders.items()}
     test = held.get("test") or held["val"]
     if len(held) == 2:
-        validation, kept = (
-            held["val"],
-            keep_stratified(train.labels, train_size, seed=seed_of_split),
-        )
+        validation = held["val"]
+        kept = keep_stratified(all_train.labels, train_size, seed=seed_of_split)
     else:
-        validating, kept = validation_and_training(train.labels, train_size, seed=seed_of_split)
-        validation = train.only(validating)
-    splits = (train.only(kept), validation, test)
-    lazy = (image_size or 0) > LARGEST_SIDE
-    sets = (
-        _on_disk(splits, image_size or 0)
-        if lazy
-        else _in_memory(splits, _format(train, image_size))
-    )
+        validating, kept = validation_and_training(all_train.labels, train_size, seed=seed_of_split)
+        validation = all_train.only(validating)
+    splits = (all_train.only(kept), validation, test)
+    if image_size is not None and image_size > LARGEST_SIDE:
+        sets = _on_disk(splits, image_size)
+        defaults = LARGE_DEFAULTS
+    else:
+        sets = _in_memory(splits, _format(all_train, image_size))
+        defaults = SMALL_DEFAULTS
+    train_set, validation_set, test_set = sets
     return ImageWorkload(
         name="imagefolder",
         measure=Measure(),
-        train=sets[0],
-        validation=sets[1],
-        test=sets[2],
-        classes=len(train.classes),
-        defaults=LARGE_DEFAULTS if lazy else SMALL_DEFAULTS,
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
+        classes=len(all_train.classes),
+        defaults=defaults,
     )
 
 
@@ -126,7 +122,13 @@ class _Split:
 
     @classmethod
     def read(cls, data: DataFolder, folder: Path, classes: tuple[str, ...] = ()) -> _Split:
-        """Find the files; labels are the positions in `classes`, or in what is found where that is empty."""
+        """Find the files of a split.
+
+        Args:
+            data: Where the folder lies.
+            folder: With a folder per class.
+            classes: Whose positions are the labels; empty for the classes that are found.
+        """
         folders = data.folders(folder)
         if not folders:
             raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got no folder in '{folder}'")
@@ -144,7 +146,8 @@ class _Split:
             if not images:
                 endings = ", ".join(IMG_EXTENSIONS)
                 raise ValueError(
-                    f"data_dir must be {IMAGE_LAYOUT}, got no image in '{place}'; their names end in {endings}"
+                    f"data_dir must be {IMAGE_LAYOUT}, got no image in '{place}'; "
+                    f"their names end in {endings}"
                 )
             paths += images
             labels += [classes.index(place.name)] * len(images)
@@ -152,9 +155,8 @@ class _Split:
 
     def only(self, chosen: Indices) -> _Split:
         """Return the files at these positions."""
-        return replace(
-            self, paths=tuple(self.paths[i] for i in chosen.tolist()), labels=self.labels[chosen]
-        )
+        paths = tuple(self.paths[place] for place in chosen.tolist())
+        return replace(self, paths=paths, labels=self.labels[chosen])
 
     def files(self) -> list[ImageFile]:
         """Return what can be decoded."""
@@ -172,16 +174,15 @@ def _folders(data_dir: Path | None) -> dict[str, Path]:
     there = {
         name: data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()
     }
-    if "train" not in there or len(there) < 2:
-        got = (
-            f"only {', '.join(there)} in it"
-            if there
-            else "none of them in it"
-            if data_dir.is_dir()
-            else "no folder"
-        )
-        raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got '{data_dir}': {got}")
-    return there
+    if "train" in there and len(there) > 1:
+        return there
+    if there:
+        got = f"only {', '.join(there)} in it"
+    elif data_dir.is_dir():
+        got = "none of them in it"
+    else:
+        got = "no folder"
+    raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got '{data_dir}': {got}")
 
 
 def _format(train: _Split, image_size: int | None) -> Format:
@@ -197,12 +198,14 @@ def _spread(files: Sequence[ImageFile], count: int) -> list[ImageFile]:
 
 
 def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[LabelledImages, ...]:
+    """Return the images of each split, decoded now."""
     count = sum(len(split.paths) for split in splits)
     size = count * int(np.prod(form.shape))
     if size > MOST_BYTES:
         raise ValueError(
-            f"images must take at most {MOST_BYTES / 2**30:g} GiB in memory, got {size / 2**30:.1f} "
-            f"({count:,} of {form.side} pixels); use fewer with --train-size, or --image-size above {LARGEST_SIDE}, "
+            f"images must take at most {MOST_BYTES / 2**30:g} GiB in memory, "
+            f"got {size / 2**30:.1f} ({count:,} of {form.side} pixels); "
+            f"use fewer with --train-size, or --image-size above {LARGEST_SIDE}, "
             "which reads them from the disk"
         )
 
@@ -215,10 +218,18 @@ def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[Lab
 
 
 def _on_disk(splits: tuple[_Split, _Split, _Split], side: int) -> tuple[LabelledImages, ...]:
+    """Return the images of each split, decoded when a batch is asked for."""
     for split in splits:
         for file in _spread(split.files(), OPENED):
             file.check()
-    return tuple(
-        FileSet(split.paths, torch.from_numpy(split.labels), side=side, augment=position == 0)
-        for position, split in enumerate(splits)
+
+    def images_of(split: _Split, *, augment: bool) -> FileSet:
+        labels = torch.from_numpy(split.labels)
+        return FileSet(split.paths, labels, side=side, augment=augment)
+
+    train, validation, test = splits
+    return (
+        images_of(train, augment=True),
+        images_of(validation, augment=False),
+        images_of(test, augment=False),
     )

@@ -19,10 +19,10 @@ Sample = TypeVar("Sample")
 class Samples(Dataset[Batch]):
     """The samples of one split, made when a batch is asked for.
 
-    A subclass implements `__len__` and `__getitems__`. What is random in a sample must be a function of (`seed`, `epoch`, index of the sample) alone:
-    not of the batch it is in, the process, the order, or anything drawn before; see
-    `hashed_integers`. No global random number is drawn. So batch k is the same in every arm of a
-    comparison.
+    A subclass implements `__len__` and `__getitems__`. What is random in a sample must be a
+    function of (`seed`, `epoch`, index of the sample) alone: not of the batch it is in, the
+    process, the order, or anything drawn before; see `hashed_integers`. No global random number is
+    drawn. So batch k is the same in every arm of a comparison.
 
     Args:
         seed: Of what is random in a sample, at least 0.

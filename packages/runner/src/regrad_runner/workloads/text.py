@@ -23,7 +23,8 @@ from regrad_runner.workloads.workload import Defaults, Measure, Workload
 VOCABULARY = 256
 MODEL = "gpt"
 GPT_WIDTH = 128
-TEXT_VALIDATION_SHARE = TEXT_TEST_SHARE = 0.1
+TEXT_VALIDATION_SHARE = 0.1
+TEXT_TEST_SHARE = 0.1
 NO_TARGET = -100  # the target that `torch.nn.CrossEntropyLoss` passes over
 BYTES_AT_ONCE = 2**16  # in evaluation: 64 MiB of logits
 WORK_PER_BYTE = 16  # of a small transformer, in pixels of a small residual network
@@ -48,14 +49,14 @@ def load(
     context: int = 128,
     target: float | None = 2.5,
 ) -> TextWorkload:
-    """Return the bytes of a text, to be predicted one by one from those before: bits per byte, lower is better.
+    """Return the bytes of a text, each to be predicted from those before.
 
-    By position, the first 80 % of the bytes are for training, the next 10 % for validation, the
-    last 10 % for testing; no byte is predicted in two of them. A sample is a window of `context`
-    bytes, each predicted from those before it in the window and from one byte more in front.
-    Training windows lie where a hash of seed, epoch and number puts them; an epoch has as many as
-    fill the training bytes. Those of validation and test follow each other, so that every byte is
-    predicted once, the last ones in a shorter window.
+    The measure is bits per byte, and lower is better. By position, the first 80 % of the bytes are
+    for training, the next 10 % for validation, the last 10 % for testing; no byte is predicted in
+    two of them. A sample is a window of `context` bytes, each predicted from those before it in the
+    window and from one byte more in front. Training windows lie where a hash of seed, epoch and
+    number puts them; an epoch has as many as fill the training bytes. Those of validation and test
+    follow each other, so that every byte is predicted once, the last ones in a shorter window.
 
     Args:
         seed_of_split: Must be 0: the split is by position.
@@ -73,7 +74,8 @@ def load(
     """
     if seed_of_split:
         raise ValueError(
-            f"seed_of_split must be 0 for workload 'text', which is split by position, got {seed_of_split}"
+            "seed_of_split must be 0 for workload 'text', which is split by position, "
+            f"got {seed_of_split}"
         )
     if context < 1:
         raise ValueError(f"context must be at least 1, got {context!r}")
@@ -83,13 +85,11 @@ def load(
     least = math.ceil((context + 1) / TEXT_VALIDATION_SHARE)
     if len(text) < least:
         raise ValueError(
-            f"data_dir must hold at least {least} bytes for windows of {context}, got {len(text)} in '{data_dir}'; "
-            "give more text or a smaller context"
+            f"data_dir must hold at least {least} bytes for windows of {context}, "
+            f"got {len(text)} in '{data_dir}'; give more text or a smaller context"
         )
-    validating, testing = (
-        round(len(text) * share)
-        for share in (1 - TEXT_VALIDATION_SHARE - TEXT_TEST_SHARE, 1 - TEXT_TEST_SHARE)
-    )
+    validating = round(len(text) * (1 - TEXT_VALIDATION_SHARE - TEXT_TEST_SHARE))
+    testing = round(len(text) * (1 - TEXT_TEST_SHARE))
     train = text[: _kept(validating, context, train_size)]
     return TextWorkload(
         name="text",
@@ -129,7 +129,8 @@ class TextWorkload(Workload):
         """Return a transformer over bytes: see `regrad_runner.models.gpt.build_gpt`."""
         if name != MODEL:
             raise ValueError(
-                f"no model named {name!r} for workload 'text'; there is {MODEL}{did_you_mean(name, [MODEL])}"
+                f"no model named {name!r} for workload 'text'; "
+                f"there is {MODEL}{did_you_mean(name, [MODEL])}"
             )
         sizes = {"width": width, "layers": layers, "heads": heads}
         return build_gpt(vocabulary=VOCABULARY, context=self.context, tied=tied, seed=seed, **sizes)
@@ -156,7 +157,8 @@ class Windows(Samples):
 
     def __init__(self, text: Tensor, *, context: int) -> None:
         super().__init__()
-        self.text, self.context = text, context
+        self.text = text
+        self.context = context
         self.evaluation_batch = max(1, BYTES_AT_ONCE // context)
         self.work = WORK_PER_BYTE * context
 
@@ -165,7 +167,7 @@ class Windows(Samples):
         raise TypeError(f"{type(self).__name__} must implement starts")
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Return bytes and what follows them, int64, both [B, context]; -100 where the text has ended."""
+        """Return bytes and what follows each, int64, both [B, context]; -100 after the end."""
         places = self.starts(indices)[:, None] + torch.arange(self.context + 1)
         found = self.text[places.clamp(max=len(self.text) - 1)].long()
         ended = places[:, 1:] >= len(self.text)
@@ -173,7 +175,10 @@ class Windows(Samples):
 
 
 class DrawnWindows(Windows):
-    """As many windows as fill a text, each anywhere in it: a function of (seed, epoch, number of the window)."""
+    """As many windows as fill a text, each anywhere in it.
+
+    Where one begins is a function of (seed, epoch, number of the window).
+    """
 
     def __len__(self) -> int:
         return (len(self.text) - 1) // self.context
@@ -204,7 +209,9 @@ def _kept(size: int, context: int, train_size: int | None) -> int:
         raise ValueError(
             f"train_size must be from 1 to {most} (windows of {context} bytes), got {train_size!r}"
         )
-    return size if train_size is None else train_size * context + 1
+    if train_size is None:
+        return size
+    return train_size * context + 1
 
 
 def _read(place: Path | None) -> Tensor:
@@ -223,6 +230,7 @@ def _read(place: Path | None) -> Tensor:
 
 
 def _read_file(file: Path) -> bytes:
+    """Return the bytes of a file, or raise a `ValueError` if it is not UTF-8."""
     try:
         content = read_bytes(file)
     except OSError as problem:
