@@ -1,4 +1,4 @@
-"""The model and the optimizer of an arm."""
+"""The model, the optimizer and the loader of a run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import RunConfig
 from regrad_runner.training.optimizers import build_optimizer
 from regrad_runner.workloads.loading import make_model
+from regrad_runner.workloads.samples import TrainingLoader, training_loader
 from regrad_runner.workloads.workload import Workload
 
 
@@ -58,6 +59,22 @@ def _groups(control: Control, model: nn.Module, head: Sequence[nn.Parameter], *,
         {"params": body, "lr": lr * control.body_lr},
         {"params": list(head), "lr": lr * control.head_lr},
     ]
+
+
+def build_loader(config: RunConfig, workload: Workload, *, seed: int) -> TrainingLoader:
+    """Return the loader of the training samples, in micro-batches over all processes.
+
+    Args:
+        config: Resolved settings.
+        workload: Whose samples are loaded.
+        seed: Fixes the order and the augmentation.
+    """
+    return training_loader(
+        workload.train,
+        batch_size=int(config.batch_size or 1) // config.accumulate,
+        seed=seed,
+        workers=config.workers,
+    )
 
 
 def as_inputs(inputs: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,14 +15,14 @@ from regrad_runner.results.points import Point
 from regrad_runner.settings.arms import Arm, create_all
 from regrad_runner.settings.config import RunConfig
 from regrad_runner.settings.environment import used
-from regrad_runner.training.building import as_inputs, build_training
+from regrad_runner.training.building import as_inputs, build_loader, build_training
 from regrad_runner.training.evaluation import Evaluator
 from regrad_runner.training.nonfinite import Watch
 from regrad_runner.training.position import Position
 from regrad_runner.training.processes import make_accelerator
 from regrad_runner.training.schedule import build_scheduler, schedule
 from regrad_runner.training.timing import StepTimer
-from regrad_runner.workloads.samples import Samples, training_loader
+from regrad_runner.workloads.samples import Samples
 from regrad_runner.workloads.workload import Workload
 
 
@@ -63,16 +63,10 @@ class TrainingRun:
         self.accelerator = make_accelerator(config)
         model, optimizer = build_training(config, workload, arm, seed=seed, lr=lr)
         self._dtype = next(model.parameters()).dtype
-        batch_size = int(config.batch_size or 1)
+        loader = build_loader(config, workload, seed=seed)
         self.epochs = int(config.epochs or 1)
-        self.steps_per_epoch = len(workload.train) // batch_size
+        self.steps_per_epoch = len(workload.train) // int(config.batch_size or 1)
         self.total_steps = self.steps_per_epoch * self.epochs
-        loader = training_loader(
-            workload.train,
-            batch_size=batch_size // config.accumulate,
-            seed=seed,
-            workers=config.workers,
-        )
         scheduler = build_scheduler(
             optimizer, warmup_steps=config.warmup_steps or 0, total_steps=self.total_steps
         )
