@@ -191,11 +191,13 @@ def _fill(folder: Path, content: Content) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object to a file of a folder that is written aside."""
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1).encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is a `ValueError`."""
     read = json.loads(path.read_bytes())
     if not isinstance(read, dict):
         message = f"'{path}' must hold a JSON object, got {type(read).__name__}"

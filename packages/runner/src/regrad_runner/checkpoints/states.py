@@ -179,6 +179,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _whole() -> StateDictOptions:
+    """Return what makes torch gather shards, on the host of the first process."""
     return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

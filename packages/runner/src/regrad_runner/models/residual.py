@@ -127,6 +127,7 @@ def _conv3x3(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:
+    """Return the normalisation of a layer."""
     if norm == "none":
         return nn.Identity()
     if norm == "batch":

@@ -159,21 +159,14 @@ def summarize(
         )
     # An arm may be both: a correction of its own, and the change that another one must beat.
     only_controls = {arm for arm in controls.values() if arm is not None and arm not in controls}
-    tested = [arm for arm in arms if arm != baseline and arm not in only_controls]
     compare = partial(paired_difference, higher_is_better=higher_is_better, level=level)
     against = {arm: compare(_pairs(runs, arms[baseline])) for arm, runs in arms.items()}
     against_control = {
-        arm: compare(_pairs(arms[arm], arms.get(controls.get(arm) or "", {}))) for arm in tested
+        arm: compare(_pairs(runs, arms.get(controls.get(arm) or "", {})))
+        for arm, runs in arms.items()
+        if arm != baseline and arm not in only_controls
     }
-
-    p_baseline = _p_values(against, tested)
-    p_both = {
-        arm: max(p_value, _p_of_control(arm, controls, against_control[arm]))
-        for arm, p_value in p_baseline.items()
-    }
-    adjusted = _holm_by_arm(p_baseline)
-    adjusted_both = _holm_by_arm(p_both)
-    better_side = 1 if higher_is_better else -1
+    adjusted, adjusted_both = _adjusted(against, against_control, controls)
 
     def verdict_of(arm: str) -> Verdict:
         if arm == baseline:
@@ -186,7 +179,7 @@ def summarize(
             against_control[arm],
             differs=adjusted.get(arm, 1.0) <= level,
             differs_from_both=adjusted_both.get(arm, 1.0) <= level,
-            better_side=better_side,
+            better_side=1 if higher_is_better else -1,
         )
 
     return [
@@ -202,6 +195,33 @@ def summarize(
         )
         for arm, runs in arms.items()
     ]
+
+
+def _adjusted(
+    against: Mapping[str, PairedDifference | None],
+    against_control: Mapping[str, PairedDifference | None],
+    controls: Mapping[str, str | None],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the p-values of the correction arms after Holm, by the name of the arm.
+
+    Args:
+        against: The tests against the baseline.
+        against_control: The tests of the correction arms against their controls.
+        controls: As in `summarize`.
+
+    Returns:
+        Those against the baseline, and the larger one of these and those against the control.
+        Arms without a p-value against the baseline are left out.
+    """
+    p_baseline: dict[str, float] = {}
+    p_both: dict[str, float] = {}
+    for arm, control_test in against_control.items():
+        test = against[arm]
+        if test is None or test.p_value is None:
+            continue
+        p_baseline[arm] = test.p_value
+        p_both[arm] = max(test.p_value, _p_of_control(arm, controls, control_test))
+    return _holm_by_arm(p_baseline), _holm_by_arm(p_both)
 
 
 def _verdict(
@@ -239,6 +259,7 @@ def _verdict(
 
 
 def _by_arm(rows: Sequence[RunRow]) -> dict[str, dict[int, RunRow]]:
+    """Return the rows by arm and seed."""
     arms: dict[str, dict[int, RunRow]] = {}
     for row in rows:
         runs = arms.setdefault(row.arm, {})
@@ -254,18 +275,6 @@ def _pairs(runs: Mapping[int, RunRow], others: Mapping[int, RunRow]) -> list[tup
     """Return the pairs of runs that say something: each ended with a number or diverged."""
     pairs = [(run, others[seed]) for seed, run in runs.items() if seed in others]
     return [pair for pair in pairs if all(run.usable or run.diverged for run in pair)]
-
-
-def _p_values(
-    tests: Mapping[str, PairedDifference | None], arms: Iterable[str]
-) -> dict[str, float]:
-    """Return the p-values of the tests of these arms that have one."""
-    found: dict[str, float] = {}
-    for arm in arms:
-        test = tests[arm]
-        if test is not None and test.p_value is not None:
-            found[arm] = test.p_value
-    return found
 
 
 def _p_of_control(
