@@ -12,7 +12,7 @@ import torch
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training import run as training
+from regrad_runner.training import building
 from regrad_runner.training.processes import destroy_process_group
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
@@ -82,7 +82,7 @@ def outcome(name, folder):
 
 
 def main(folder, *names):
-    training.make_model = in_float64
+    building.make_model = in_float64
     results = {name: outcome(name, Path(folder, name or "none")) for name in names}
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(folder, "out.pt"))

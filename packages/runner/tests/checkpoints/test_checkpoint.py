@@ -16,6 +16,7 @@ from regrad_runner.checkpoints.checkpoint import load_checkpoint, load_latest, s
 from regrad_runner.checkpoints.folder import checkpoints
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
@@ -281,7 +282,7 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     here = Path(__file__).parent
     monkeypatch.syspath_prepend(here)
     two = importlib.import_module("resume_on_two_processes")
-    monkeypatch.setattr(training, "make_model", two.in_float64)
+    monkeypatch.setattr(building, "make_model", two.in_float64)
     names, whole = ["", *regrad.available()], {}
     for name in names:
         with closing(two.make(name)) as run:

@@ -63,6 +63,7 @@ def build_model(
             does not fit one of torchvision's.
 
     Example:
+        >>> import torch
         >>> model = build_model("resnet8", classes=10, channels=1, image_size=8, seed=0)
         >>> model(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])

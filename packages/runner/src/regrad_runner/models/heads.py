@@ -21,6 +21,7 @@ def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
         ValueError: If the model has neither.
 
     Example:
+        >>> from regrad_runner.models.building import build_model
         >>> head_of(build_model("resnet8", classes=10))
         Linear(in_features=64, out_features=10, bias=True)
     """
