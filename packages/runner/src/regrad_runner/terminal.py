@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
-KEPT = "\n\t"
+from regrad_runner.errors import KEPT_CHARACTERS
 
 
 class Terminal(Console):
@@ -27,7 +27,7 @@ class Terminal(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a text to be measured and laid out, in which escapes have their width."""
-        return super().render_str(printable(text, keep=KEPT), **options)
+        return super().render_str(printable(text, keep=KEPT_CHARACTERS), **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         """Return the pieces to write."""
@@ -35,4 +35,4 @@ class Terminal(Console):
             if piece.control:
                 yield piece
             else:
-                yield Segment(printable(piece.text, keep=KEPT), piece.style)
+                yield Segment(printable(piece.text, keep=KEPT_CHARACTERS), piece.style)

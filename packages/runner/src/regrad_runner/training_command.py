@@ -150,7 +150,7 @@ def _follow(
     display.begin(plan.arm.name, steps=run.total_steps)
     with (
         stops_after_steps(run.largest),
-        keeping_norms(lambda: plan.path, shown, writes=plan.reports),
+        keeping_norms(lambda: plan.path, shown.artifact, writes=plan.reports),
     ):
         run.train(on_point=keep_point, on_step=keep_step)
     result = finished_result(

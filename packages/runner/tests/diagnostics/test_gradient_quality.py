@@ -160,9 +160,11 @@ def test_the_first_probe_is_what_gradients_by_hand_say(digits, config, norm):
     with closing(TrainingRun(settings, digits, BASELINE, seed=0, lr=0.05)) as run:
         images, labels = run.next_batch()
         model = run.model
-    order = np.random.default_rng(probing.SEED).permutation(100)[:60]
+    order = np.random.default_rng(probing.LARGE_BATCH_SEED).permutation(100)[:60]
     large = by_hand(
-        model, *digits.train.with_seed(probing.SEED).__getitems__(order.tolist()), parts=3
+        model,
+        *digits.train.with_seed(probing.LARGE_BATCH_SEED).__getitems__(order.tolist()),
+        parts=3,
     )
     raw = by_hand(model, images, labels)
     with torch.no_grad():
@@ -327,7 +329,7 @@ def run(plan):
 
 
 def rows_of(folder):
-    with (folder.path / probing.FILE).open() as file:
+    with (folder.path / probing.QUALITY_FILE).open() as file:
         return [(row["arm"], int(row["seed"]), int(row["step"])) for row in csv.DictReader(file)]
 
 
@@ -338,7 +340,7 @@ def outcomes(folder):
 def test_a_comparison_keeps_probes_and_shows_their_means_and_its_results_are_the_same(plan, capsys):
     plain, with_probes = run(plan(name="plain")), run(plan(probe_every=4, probe_size=50))
     assert outcomes(plain) == outcomes(with_probes)
-    assert not (plain.path / probing.FILE).exists()
+    assert not (plain.path / probing.QUALITY_FILE).exists()
     expected = [
         (arm, seed, step) for seed in (0, 1) for arm in ("none", "halve") for step in (4, 8)
     ]
@@ -395,7 +397,9 @@ def test_probes_are_curves_of_the_tracked_run_and_an_artifact_of_the_comparison(
         )
         steps = [step for (step,) in database.execute(query)]
     assert steps == [4, 4, 8, 8]
-    assert [p.name for p in (folder.path / "artifacts").rglob(probing.FILE)] == [probing.FILE]
+    assert [p.name for p in (folder.path / "artifacts").rglob(probing.QUALITY_FILE)] == [
+        probing.QUALITY_FILE
+    ]
 
 
 def test_trials_of_learning_rates_are_not_probed(plan):
@@ -444,7 +448,7 @@ def test_two_processes_probe_like_one_and_agree(digits, config):
     one, _, _ = probed(config(epochs=1), digits, BASELINE, every=2)
     assert [q["step"] for q in first] == [q.step for q in one] == [2, 4]
     for theirs, ours in zip(first, one, strict=True):
-        assert [theirs[name] for name in probing.MEASURES] == pytest.approx(
+        assert [theirs[name] for name in probing.QUALITY_MEASURES] == pytest.approx(
             list(ours.measures.values()), abs=1e-12
         )
 

@@ -225,14 +225,6 @@ def test_leftover_images_wait_for_the_next_epoch(digits, config):
         assert (run.steps_per_epoch, run.position.step) == (3, 6)
 
 
-def test_only_laps_after_the_metered_steps_count_for_the_time(digits, config):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
-        run._laps = [(0, 9.0), (10, 8.0)]
-        assert run.step_seconds() == 8.5
-        run._laps += [(20, 1.0), (30, 2.0), (40, 4.0)]
-        assert run.step_seconds() == 2.0
-
-
 def test_a_run_that_was_not_touched_says_so(digits, config):
     with closing(TrainingRun(config(epochs=1), digits, Arm("none"), seed=0, lr=0.05)) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)

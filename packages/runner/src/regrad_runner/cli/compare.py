@@ -90,7 +90,7 @@ def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.reporting.report import show_comparison  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
-    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
@@ -99,7 +99,7 @@ def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -
         again = f"{again} --jobs {jobs}"
     with going_on(console, again, quiet=not plan.reports), display:
         folder = compare(plan, display)
-    leave_processes()
+    destroy_process_group()
     if plan.reports:
         show_comparison(folder.path, as_json=as_json)
     return int(any(result.status == "failed" for result in folder.results))
@@ -115,7 +115,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     from regrad_runner.comparing.compare import outcome_in_words  # noqa: PLC0415
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
-    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     plan = cell_plan.plan
     name = f"cell {number}: {cell_plan.cell.name}"
@@ -130,7 +130,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     with lock, going_on(console, again, quiet=not plan.reports), display:
         outcome = run_cell(cell_plan, display)
         display.end(f"{name}: {outcome_in_words(outcome, plan.workload.measure)}")
-    leave_processes()
+    destroy_process_group()
     return int(outcome.result is not None and outcome.result.status == "failed")
 
 

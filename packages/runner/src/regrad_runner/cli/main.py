@@ -13,7 +13,7 @@ from regrad.distributions import hide_broken
 from regrad.errors import RegradError
 from regrad.text import printable
 
-from regrad_runner.errors import KEPT, format_warning
+from regrad_runner.errors import KEPT_CHARACTERS, format_warning
 
 FAILED = 1
 BAD_INPUT = 2
@@ -60,7 +60,7 @@ def _run(words: list[str]) -> int:
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.cli.app import app  # noqa: PLC0415
-    from regrad_runner.errors import BadInput, in_one_line, in_words  # noqa: PLC0415
+    from regrad_runner.errors import BadInput, error_in_words, in_one_line  # noqa: PLC0415
 
     # Typer has had its own copy of click since some version: in none of them does its usage error
     # have a public name.
@@ -76,7 +76,7 @@ def _run(words: list[str]) -> int:
     except OSError as problem:
         if problem.errno not in OF_THE_DISK:
             raise
-        return _complain(in_words(problem), code=FAILED)
+        return _complain(error_in_words(problem), code=FAILED)
     except usage_error as problem:
         return _complain(_with_value(problem, words))
     except (typer.Abort, KeyboardInterrupt):
@@ -112,5 +112,5 @@ def _complain(problem: str, code: int = BAD_INPUT) -> int:
     if problem and speaks:
         from regrad_runner.addresses import without_secrets  # noqa: PLC0415
 
-        sys.stderr.write(f"regrad: {printable(without_secrets(problem), keep=KEPT)}\n")
+        sys.stderr.write(f"regrad: {printable(without_secrets(problem), keep=KEPT_CHARACTERS)}\n")
     return code

@@ -40,7 +40,7 @@ def train_command(
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.reporting.report import show_run  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
-    from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
+    from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     display = Display(console, runs=1, quiet=not plan.reports)
     again = f"regrad train --resume --out {plan.path}"
@@ -50,7 +50,7 @@ def train_command(
         display,
     ):
         train(plan, display)
-    leave_processes()
+    destroy_process_group()
     if plan.reports:
         show_run(plan.path, as_json=json)
     return 0

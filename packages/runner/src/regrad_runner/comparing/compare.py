@@ -9,9 +9,8 @@ from regrad_runner.comparing.plan import Plan, agreed, make_plan, open_folder
 from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.comparing.running import Comparison, Runner
 from regrad_runner.comparing.workers import Workers
-from regrad_runner.diagnostics.effects import FILE as EFFECTS
-from regrad_runner.diagnostics.effects import Effect, keep_effects
-from regrad_runner.diagnostics.gradient_quality import FILE, Quality, keep_qualities
+from regrad_runner.diagnostics.effects import EFFECTS_FILE, Effect, keep_effects
+from regrad_runner.diagnostics.gradient_quality import QUALITY_FILE, Quality, keep_qualities
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import draw, merge
 from regrad_runner.results.about import read_about
@@ -56,7 +55,11 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
         with _runner(comparison) as runner:
             _run_pending(plan, folder, display, runner)
         if plan.reports:
-            more = [path for name in (FILE, EFFECTS) if (path := plan.path / name).is_file()]
+            more = [
+                path
+                for name in (QUALITY_FILE, EFFECTS_FILE)
+                if (path := plan.path / name).is_file()
+            ]
             for path in [plan.path / "results.csv", *more, *draw(folder, plan.workload.measure)]:
                 parent.artifact(path)
         if any(result.status == "failed" for result in folder.results):
@@ -102,8 +105,10 @@ def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
     if outcome.trial is not None:
         folder.add_trial(outcome.trial)
     if outcome.result is not None:
-        keep_qualities(folder, [checked(Quality, row) for row in outcome.tables.get(FILE, ())])
-        keep_effects(folder, [checked(Effect, row) for row in outcome.tables.get(EFFECTS, ())])
+        keep_qualities(
+            folder, [checked(Quality, row) for row in outcome.tables.get(QUALITY_FILE, ())]
+        )
+        keep_effects(folder, [checked(Effect, row) for row in outcome.tables.get(EFFECTS_FILE, ())])
         folder.add(outcome.result, outcome.points)
 
 

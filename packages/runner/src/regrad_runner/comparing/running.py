@@ -14,9 +14,8 @@ from typing import Protocol
 
 from regrad_runner.addresses import without_secrets
 from regrad_runner.comparing.plan import Plan
-from regrad_runner.diagnostics.effects import FILE as EFFECTS
-from regrad_runner.diagnostics.effects import Effect, EffectTrace
-from regrad_runner.diagnostics.gradient_quality import FILE, Probe, Quality
+from regrad_runner.diagnostics.effects import EFFECTS_FILE, Effect, EffectTrace
+from regrad_runner.diagnostics.gradient_quality import QUALITY_FILE, Probe, Quality
 from regrad_runner.errors import DiskError, in_one_line
 from regrad_runner.files import append, write_whole
 from regrad_runner.reporting.progress import Display
@@ -88,8 +87,8 @@ class Comparison:
         if any(isinstance(problem, NonFiniteError) for problem in problems):
             result = replace(result, status="diverged")
         tables = {
-            FILE: [asdict(row) for row in qualities],
-            EFFECTS: [asdict(row) for row in effects],
+            QUALITY_FILE: [asdict(row) for row in qualities],
+            EFFECTS_FILE: [asdict(row) for row in effects],
         }
         return Outcome(result=result, points=points, tables=tables if points else {})
 
@@ -134,7 +133,7 @@ class Comparison:
 
         self.display.begin(name, steps=run.total_steps)
         folder = partial(self.folder.run_folder, run.arm, run.seed)
-        with keeping_norms(folder, shown, writes=self.plan.reports):
+        with keeping_norms(folder, shown.artifact, writes=self.plan.reports):
             run.train(on_point=keep, on_step=end_step)
 
     def _tracked(

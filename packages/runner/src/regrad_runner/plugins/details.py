@@ -22,8 +22,9 @@ from regrad.text import printable
 from rich.table import Table
 from rich.text import Text
 
+from regrad_runner.errors import KEPT_CHARACTERS
 from regrad_runner.settings.arms import created, merged
-from regrad_runner.terminal import KEPT, Terminal
+from regrad_runner.terminal import Terminal
 
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
@@ -260,7 +261,7 @@ def _print(console: Terminal, details: Mapping[str, Any]) -> None:
     for text in texts:
         if text:
             console.print()
-            console.print(Text(printable(text, keep=KEPT)))
+            console.print(Text(printable(text, keep=KEPT_CHARACTERS)))
     if details["options"]:
         console.print()
         console.print(_table(details["options"]))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from regrad_runner.diagnostics.explaining import Cost, Explained, Explanation, Row
+from regrad_runner.diagnostics.explaining import Cost, Explained, Explanation, TensorRow
 
 SHOWN = 8
 
@@ -49,7 +49,7 @@ def _about(one: Explained, *, every_tensor: bool) -> Iterator[str]:
     yield from (f"  {note}" for note in one.notes)
 
 
-def _in_words(stage: str, rows: Sequence[Row]) -> str:
+def _in_words(stage: str, rows: Sequence[TensorRow]) -> str:
     """Say how many tensors change, and by how much."""
     changes = sorted(row["relative_change"] for row in rows if row["relative_change"])
     if not changes:
@@ -58,7 +58,7 @@ def _in_words(stage: str, rows: Sequence[Row]) -> str:
     return f"{stage}: changes {len(changes)} of {len(rows)} tensors, by {span} of their norm"
 
 
-def _table(rows: Sequence[Row], *, every_tensor: bool) -> Iterator[str]:
+def _table(rows: Sequence[TensorRow], *, every_tensor: bool) -> Iterator[str]:
     """Show the tensors that change most, those that a note speaks of, and the number of the others."""
     ranked = sorted(
         rows,

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from regrad_runner.addresses import shown_address
-from regrad_runner.diagnostics.effects import FILE as EFFECTS
-from regrad_runner.diagnostics.effects import Effect
+from regrad_runner.diagnostics.effects import EFFECTS_FILE, Effect
 from regrad_runner.diagnostics.explaining import Explanation
 from regrad_runner.diagnostics.gradient_quality import (
-    FILE,
+    QUALITY_FILE,
     Quality,
     kept_qualities,
     mean_qualities,
@@ -62,8 +61,8 @@ def check_whole(path: Path) -> None:
         path: What `compare` or `train` wrote.
     """
     folder = ResultsFolder(path)
-    folder.kept(FILE, Quality)
-    folder.kept(EFFECTS, Effect)
+    folder.kept(QUALITY_FILE, Quality)
+    folder.kept(EFFECTS_FILE, Effect)
     for result in folder.results:
         receipt = folder.receipt_file(result.arm, result.seed)
         if os.path.lexists(receipt):
@@ -73,7 +72,7 @@ def check_whole(path: Path) -> None:
 def merge(folder: ResultsFolder) -> ResultsFolder:
     """Write a comparison's tables anew if cells left something in files of their own; return the folder."""
     if (folder.path / CELLS).is_dir():
-        for name, kind in ((FILE, Quality), (EFFECTS, Effect)):
+        for name, kind in ((QUALITY_FILE, Quality), (EFFECTS_FILE, Effect)):
             if name in folder.tables:
                 write_rows(folder.path / name, folder.kept(name, kind), kind)
         folder.write()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from regrad_runner.reading import read_regular
+from regrad_runner.files import read_bytes
 from regrad_runner.settings.checking import shown, validated
 from regrad_runner.settings.config import Config, RunConfig
 from regrad_runner.settings.yaml_text import read_yaml, write_yaml
@@ -52,7 +52,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: If it cannot be read or is no mapping.
     """
     try:
-        text = read_regular(file).decode("utf-8")
+        text = read_bytes(file).decode("utf-8")
         _check_is_whole(text)
         loaded = read_yaml(text)
     except OSError as problem:

@@ -10,7 +10,7 @@ from functools import partial
 from statistics import fmean, median
 from typing import Any
 
-from regrad_runner.diagnostics.gradient_quality import MEASURES, mean_qualities
+from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, mean_qualities
 from regrad_runner.reporting.page.curves import times_are_estimated
 from regrad_runner.reporting.page.repeat import LEFT_OUT
 from regrad_runner.reporting.page.source import Source
@@ -146,7 +146,7 @@ def quality_table(source: Source) -> Table | None:
         [
             _word(mean["arm"]),
             Cell(f"{mean['probes']:,}", mean["probes"]),
-            *(_figure(mean[name]) for name in MEASURES),
+            *(_figure(mean[name]) for name in QUALITY_MEASURES),
         ]
         for mean in mean_qualities(source.qualities)
     ]
