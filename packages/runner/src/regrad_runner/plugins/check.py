@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from regrad.text import printable
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from regrad_runner.terminal import Terminal
+from regrad_runner.terminal import Terminal, plain_table
 
 KIT = "regrad_testing"
 START = (  # pytest and torch end with the first distribution that they cannot read
@@ -61,22 +61,28 @@ def show_check(report: dict[str, Any], *, as_json: bool) -> int:
         console.out(json.dumps(report, indent=2), highlight=False)
         return int(bool(failed))
     suites = sorted({row["suite"] for row in rows})
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (*(["suite"] if len(suites) > 1 else []), "clause", "", "what"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        what = row["reason"] or row["proves"]
-        cells = (row["clause"], SHOWN[row["outcome"]], what)
-        shown = cells if len(suites) == 1 else (row["suite"], *cells)
-        plain = (escape(printable(cell, keep="\n")) for cell in shown)
-        table.add_row(*plain, style=STYLES[row["outcome"]])
-    console.print(table)
+    console.print(_clause_table(rows, with_suite=len(suites) > 1))
     for row in failed:
         console.print(
             f"\n{row['suite']}, {row['clause']}: {row['proves']}\n{row['details']}", markup=False
         )
     console.print(_summary(report, len(failed)), markup=False, highlight=False, soft_wrap=True)
     return int(bool(failed))
+
+
+def _clause_table(rows: list[dict[str, Any]], *, with_suite: bool) -> Table:
+    """Return a row per clause; a reason may have several lines."""
+    headings = ["clause", "", "what"]
+    if with_suite:
+        headings.insert(0, "suite")
+    cells = []
+    for row in rows:
+        shown = [row["clause"], SHOWN[row["outcome"]], row["reason"] or row["proves"]]
+        if with_suite:
+            shown.insert(0, row["suite"])
+        style = STYLES[row["outcome"]]
+        cells.append([Text(printable(text, keep="\n"), style=style) for text in shown])
+    return plain_table(headings, cells)
 
 
 def _summary(report: dict[str, Any], failed: int) -> str:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regrad_runner.settings.arms import created, merged
-from regrad_runner.terminal import KEPT, Terminal
+from regrad_runner.terminal import KEPT, Terminal, plain_table
 
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
@@ -251,12 +251,12 @@ def _print(console: Terminal, details: Mapping[str, Any]) -> None:
 
 
 def _table(options: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("option", "default", "type", "meaning"):
-        table.add_column(name, overflow="fold", ratio=1 if name == "meaning" else None)
-    for option in options:
-        cells = (option["name"], str(option["default"]), option["type"], option["meaning"])
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+    rows = [
+        (option["name"], str(option["default"]), option["type"], option["meaning"])
+        for option in options
+    ]
+    table = plain_table(("option", "default", "type", "meaning"), rows)
+    table.columns[-1].ratio = 1  # the meaning takes the width that is left
     return table
 
 
