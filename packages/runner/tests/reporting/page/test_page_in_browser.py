@@ -2,7 +2,8 @@ import shutil
 
 import pytest
 from regrad_runner.reporting.page.write import write_page
-from regrad_runner.reporting.report import summarize_results
+from regrad_runner.reporting.report_data import read_report_data
+from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.workloads.workload import Measure
 
 sync_api = pytest.importorskip(
@@ -21,7 +22,8 @@ WAIT = 240_000  # milliseconds, for the same reason
 def address(make_comparison, tmp_path_factory):
     folder = make_comparison(tmp_path_factory.mktemp("browser") / "it's a <folder>")
     measure = Measure(target=0.9)
-    return write_page(folder, measure, summarize_results(folder.results, measure))[0].as_uri()
+    data = read_report_data(folder, measure, summarize_results(folder.results, measure))
+    return write_page(data)[0].as_uri()
 
 
 @pytest.fixture(scope="module")
