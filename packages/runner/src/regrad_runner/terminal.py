@@ -12,7 +12,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-KEPT = "\n\t"
+LAYOUT_CHARACTERS = "\n\t"
 
 
 class Terminal(Console):
@@ -29,7 +29,7 @@ class Terminal(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a text to be measured and laid out, in which escapes have their width."""
-        return super().render_str(printable(text, keep=KEPT), **options)
+        return super().render_str(printable(text, keep=LAYOUT_CHARACTERS), **options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
         """Return the pieces to write."""
@@ -37,7 +37,7 @@ class Terminal(Console):
             if piece.control:
                 yield piece
             else:
-                yield Segment(printable(piece.text, keep=KEPT), piece.style)
+                yield Segment(printable(piece.text, keep=LAYOUT_CHARACTERS), piece.style)
 
     def print_line(self, text: str, *, style: str | None = None, wrap: bool = False) -> None:
         """Print a text without markup or highlighting.

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regrad_runner.settings.arms import created, merged
-from regrad_runner.terminal import KEPT, Terminal, plain_table
+from regrad_runner.terminal import LAYOUT_CHARACTERS, Terminal, plain_table
 
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
@@ -242,7 +242,7 @@ def _print(console: Terminal, details: Mapping[str, Any]) -> None:
     )  # one distribution offers many, and speaks of other things
     for text in (details["summary"] * about_itself, details["description"], details["card"]):
         if text:
-            console.print("", Text(printable(text, keep=KEPT)), sep="\n")
+            console.print("", Text(printable(text, keep=LAYOUT_CHARACTERS)), sep="\n")
     if details["options"]:
         console.print("", _table(details["options"]), "", sep="\n")
     for name, value in _facts(details).items():

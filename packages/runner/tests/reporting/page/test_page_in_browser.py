@@ -124,7 +124,7 @@ def test_a_table_sorts_by_a_click_and_by_the_keyboard(page, names):
 
 def test_what_has_no_number_comes_last_in_either_direction(page):
     table = "#differences table"
-    heading = page.locator(f"{table} thead th", has_text="Difference to")
+    heading = page.locator(f"{table} thead th", has_text="Difference from")
     place = heading.evaluate("cell => cell.cellIndex")
     for _ in range(2):
         heading.locator("button").click()
