@@ -205,7 +205,7 @@ def test_without_a_target_there_is_no_word_of_steps(summaries):
             "nesterov",
             [
                 "a control; difference from the baseline +.00",
-                "1.00 times the baseline's steps to .96",
+                "takes 1.00 times the baseline's steps to reach .96",
             ],
         ),
     ],

@@ -113,7 +113,7 @@ def _target(summary: ArmSummary, measure: Measure) -> str:
         hits = summary.seeds - summary.misses
         return f"{hits} of {summary.seeds} runs reached {target}"
     return (
-        f"{summary.steps_ratio:.2f} times the baseline's steps to {target} "
+        f"takes {summary.steps_ratio:.2f} times the baseline's steps to reach {target} "
         f"({probability(summary.steps_p)}, not adjusted)"
     )
 
