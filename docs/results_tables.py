@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from regrad_runner.reporting.report import summarize_results
-from regrad_runner.reporting.table import print_comparison, sentence
+from regrad_runner.reporting.sentences import sentence
+from regrad_runner.reporting.summaries import summarize_results
+from regrad_runner.reporting.table import print_comparison
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure

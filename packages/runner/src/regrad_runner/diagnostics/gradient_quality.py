@@ -17,10 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from regrad.errors import RegradError
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from regrad_runner.checkpoints.states import random_state, set_random_state
@@ -299,31 +295,3 @@ def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:
             mean[name] = fmean(values) if values else None
         means.append(mean)
     return means
-
-
-def print_qualities(console: Console, rows: Sequence[Quality]) -> None:
-    """Print the means per arm, where anything was probed."""
-    if not rows:
-        return
-    title = "\ngradients against that of a large batch at the same weights: a diagnostic, no verdict reads it"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        header_style="bold",
-    )
-    for heading in (
-        "arm",
-        "probes",
-        "cosine\nraw",
-        "cosine\ncorrected",
-        "norm ratio\nraw",
-        "norm ratio\ncorrected",
-    ):
-        table.add_column(heading, overflow="fold")
-    for mean in mean_qualities(rows):
-        numbers = ("–" if mean[name] is None else f"{mean[name]:.3f}" for name in QUALITY_MEASURES)
-        table.add_row(Text(mean["arm"]), str(mean["probes"]), *numbers)
-    console.print(title, highlight=False, soft_wrap=True)
-    console.print(table)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from regrad.text import printable
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from regrad_runner.terminal import Terminal
+from regrad_runner.terminal import Terminal, plain_table
 
 KIT = "regrad_testing"
 START = (  # pytest and torch end with the first distribution that they cannot read
@@ -65,7 +65,8 @@ def show_check(report: dict[str, Any], *, as_json: bool) -> int:
     if as_json:
         console.out(json.dumps(report, indent=2), highlight=False)
         return int(bool(failed))
-    console.print(_clauses_table(rows))
+    suites = sorted({row["suite"] for row in rows})
+    console.print(_clause_table(rows, with_suite=len(suites) > 1))
     for row in failed:
         console.print(
             f"\n{row['suite']}, {row['clause']}: {row['proves']}\n{row['details']}", markup=False
@@ -74,22 +75,19 @@ def show_check(report: dict[str, Any], *, as_json: bool) -> int:
     return int(bool(failed))
 
 
-def _clauses_table(rows: list[dict[str, Any]]) -> Table:
-    """Return a table of clauses, with their suites where there are several."""
-    names = ["clause", "", "what"]
-    has_several_suites = len({row["suite"] for row in rows}) > 1
-    if has_several_suites:
-        names.insert(0, "suite")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name, overflow="fold")
+def _clause_table(rows: list[dict[str, Any]], *, with_suite: bool) -> Table:
+    """Return a row per clause; a reason may have several lines."""
+    headings = ["clause", "", "what"]
+    if with_suite:
+        headings.insert(0, "suite")
+    cells = []
     for row in rows:
-        cells = [row["clause"], OUTCOMES[row["outcome"]], row["reason"] or row["proves"]]
-        if has_several_suites:
-            cells.insert(0, row["suite"])
-        plain = (escape(printable(cell, keep="\n")) for cell in cells)
-        table.add_row(*plain, style=OUTCOME_STYLES[row["outcome"]])
-    return table
+        shown = [row["clause"], OUTCOMES[row["outcome"]], row["reason"] or row["proves"]]
+        if with_suite:
+            shown.insert(0, row["suite"])
+        style = OUTCOME_STYLES[row["outcome"]]
+        cells.append([Text(printable(text, keep="\n"), style=style) for text in shown])
+    return plain_table(headings, cells)
 
 
 def _summary(report: dict[str, Any], failed: int) -> str:

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from regrad_runner.errors import KEPT_CHARACTERS
 from regrad_runner.settings.arms import created, merged
-from regrad_runner.terminal import Terminal
+from regrad_runner.terminal import Terminal, plain_table
 
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
@@ -260,8 +260,7 @@ def _print(console: Terminal, details: Mapping[str, Any]) -> None:
         texts.insert(0, details["summary"])  # that of a workload is about its distribution
     for text in texts:
         if text:
-            console.print()
-            console.print(Text(printable(text, keep=KEPT_CHARACTERS)))
+            console.print("", Text(printable(text, keep=KEPT_CHARACTERS)), sep="\n")
     if details["options"]:
         console.print()
         console.print(_table(details["options"]))
@@ -272,13 +271,12 @@ def _print(console: Terminal, details: Mapping[str, Any]) -> None:
 
 
 def _table(options: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("option", "default", "type"):
-        table.add_column(name, overflow="fold")
-    table.add_column("meaning", overflow="fold", ratio=1)
-    for option in options:
-        cells = (option["name"], str(option["default"]), option["type"], option["meaning"])
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+    rows = [
+        (option["name"], str(option["default"]), option["type"], option["meaning"])
+        for option in options
+    ]
+    table = plain_table(("option", "default", "type", "meaning"), rows)
+    table.columns[-1].ratio = 1  # the meaning takes the width that is left
     return table
 
 

@@ -24,10 +24,9 @@ from regrad.distributions import Installed
 from regrad.registry import GROUPS, Entry
 from regrad.text import printable
 from rich.markup import escape
-from rich.table import Table
 
 from regrad_runner.plugins.doctor_imports import DEVICE, LIBRARY_BUILDS
-from regrad_runner.terminal import Terminal
+from regrad_runner.terminal import Terminal, plain_table
 from regrad_runner.tracking.delivery import HOST_TAG
 
 SLOW = 5.0  # seconds to import one plugin, torch not counted, the faster of two times
@@ -382,11 +381,8 @@ def show_findings(findings: list[Finding], *, as_json: bool = False) -> int:
         rows = [asdict(finding) for finding in findings]
         console.out(json.dumps(rows, indent=2), highlight=False)
         return int(bool(wrong))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for finding in findings:
-        if finding.ok:
-            table.add_row("ok", _cell(finding.check), _cell(finding.said))
-    console.print(table)
+    fine = [("ok", finding.check, finding.said) for finding in findings if finding.ok]
+    console.print(plain_table((), fine))
     for finding in wrong:
         said = f"{_cell(finding.check)}: {_cell(finding.said)}"
         console.print(f"\n[bold red]wrong[/]  {said}", highlight=False)
