@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES as QUALITY_MEASURES
-from regrad_runner.diagnostics.gradient_quality import Quality, mean_qualities
+from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, Quality, mean_qualities
 from regrad_runner.reporting.numbers import difference_in_brackets, short_number, short_target
 from regrad_runner.reporting.sentences import sentence
 from regrad_runner.statistics.verdicts import ArmSummary
