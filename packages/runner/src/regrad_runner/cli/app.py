@@ -106,7 +106,7 @@ def compare(
         return _run_cell(console, settings, cell, out or Path())
     with _writing(plan, resume=resume):
         if cells:
-            return _prepare_cells(plan, as_json=json)
+            return _prepare_cells(console, plan, as_json=json)
         return _compare(console, plan, jobs=jobs, as_json=json)
 
 
@@ -143,6 +143,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
         cell_plan = make_cell_plan(settings, number, out)
     from regrad_runner.comparing.compare import in_words  # noqa: PLC0415
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
+    from regrad_runner.results.outcomes import Result  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
     from regrad_runner.training.processes import leave_processes  # noqa: PLC0415
 
@@ -152,21 +153,22 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
         display.say(f"{name}: it ended before")
         return 0
     with (
-        _held(running_cell(plan.path, cell_plan.cell.file_name), wanted=plan.reports),
+        _held(running_cell(plan.path, *cell_plan.cell.folder_names), wanted=plan.reports),
         going_on(console, f"regrad compare --out {out} --cell {number}", quiet=not plan.reports),
         display,
     ):
         outcome = run_cell(cell_plan, display)
-        display.end(f"{name}: {in_words(outcome, plan.workload.measure)}")
+        if outcome is not None:
+            display.end(f"{name}: {in_words(outcome, plan.workload.measure)}")
     leave_processes()
-    return int(outcome.result is not None and outcome.result.status == "failed")
+    return int(isinstance(outcome, Result) and outcome.status == "failed")
 
 
-def _prepare_cells(plan: Plan, *, as_json: bool) -> int:
+def _prepare_cells(console: Console, plan: Plan, *, as_json: bool) -> int:
     """Make the folder of a job array and say what its cells are."""
     from regrad_runner.comparing.job_array import prepare, show_prepared  # noqa: PLC0415
 
-    numbers = prepare(plan)
+    numbers = prepare(plan, say=console.print)
     if plan.reports:
         typer.echo(show_prepared(plan.path, numbers, as_json=as_json))
     return 0
@@ -275,12 +277,12 @@ def sync(
         Path, typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False)
     ],
     tracking_uri: Annotated[
-        str | None, o.flag("Deliver what was logged for this server too.", None, metavar="URI")
+        str | None, o.flag("Another MLflow server or database to show it in.", None, metavar="URI")
     ] = None,
 ) -> int:
-    """Deliver what tracking could not send while the server was down; runs that were killed are marked so."""
+    """Show a folder in MLflow: whatever is not there yet, such as after the server was down."""
     with checking_input():
-        from regrad_runner.tracking.sync import sync as run  # noqa: PLC0415
+        from regrad_runner.results.sync import sync as run  # noqa: PLC0415
 
         done = run(folder, tracking_uri)
         for line in done.in_words(folder):

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import RunLog
 from regrad_runner.training.run import TrainingRun
 
-FILE = "effects.csv"
+FILE, LINE = "effects.csv", "effect"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +83,14 @@ class EffectTrace:
         return seen
 
 
+def keep_effects(record: RunLog, rows: Sequence[Effect]) -> None:
+    """Add what was seen at one evaluation to the points of a run."""
+    for row in rows:
+        numbers = {name: getattr(row, name) for name in MEASURES}
+        labels = {"correction": row.correction, "stage": row.stage}
+        record.log(LINE, row.step, numbers, labels)
+
+
 def kept_effects(folder: ResultsFolder) -> list[Effect]:
-    """Return the effects over training of the runs that ended; nothing in folders of before they were kept."""
-    return folder.kept(FILE, Effect)
-
-
-def keep_effects(folder: ResultsFolder, rows: Sequence[Effect]) -> None:
-    """Add the effects of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(FILE, rows, Effect)
+    """Return the effects over training of the runs that ended."""
+    return folder.kept(LINE, Effect)

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from regrad_runner.checkpoints.states import random_state, set_random_state
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import RunLog
 from regrad_runner.settings.config import CompareConfig, RunConfig
 from regrad_runner.training.run import TrainingRun
 
-FILE = "gradient_quality.csv"
+FILE, LINE = "gradient_quality.csv", "probe"
 SEED = 3_141_592  # of the samples of the large batch and their augmentation: the same in every arm and at every probe
 Gradient = list[Tensor | None]
 
@@ -63,15 +64,10 @@ class Quality:
         """The four numbers by name."""
         return {name: getattr(self, name) for name in MEASURES}
 
-    def as_metrics(self) -> dict[str, float]:
-        """Return the numbers by the names of curves."""
-        return {
-            f"gradient quality/{name.replace('_', ' ')}": value
-            for name, value in self.measures.items()
-        }
-
 
 MEASURES = tuple(field.name for field in fields(Quality) if field.type == "float")
+# What the numbers are called where curves are shown.
+CURVES = {name: f"gradient quality/{name.replace('_', ' ')}" for name in MEASURES}
 
 
 def check_probing(config: CompareConfig, *, processes: int, samples: int) -> None:
@@ -227,14 +223,14 @@ def _present(one: Gradient, other: Gradient) -> list[tuple[Tensor, Tensor]]:
     return [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
 
 
+def keep_quality(record: RunLog, row: Quality) -> None:
+    """Add a probe to the points of a run."""
+    record.log(LINE, row.step, row.measures)
+
+
 def kept_qualities(folder: ResultsFolder) -> list[Quality]:
     """Return the probes of the runs that ended."""
-    return folder.kept(FILE, Quality)
-
-
-def keep_qualities(folder: ResultsFolder, rows: Sequence[Quality]) -> None:
-    """Add the probes of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(FILE, rows, Quality)
+    return folder.kept(LINE, Quality)
 
 
 def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from regrad_runner.plugins.doctor_imports import DEVICE, LIBRARIES
 from regrad_runner.terminal import Terminal
-from regrad_runner.tracking.delivery import HOST_TAG
+from regrad_runner.tracking.mlflow import HOST_TAG
 
 SLOW = 5.0  # seconds to import one plugin, torch not counted, the faster of two times
 PATIENCE = 300.0  # seconds for one process that imports plugins

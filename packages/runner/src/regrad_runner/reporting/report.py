@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from regrad_runner.addresses import shown_address
 from regrad_runner.diagnostics.effects import FILE as EFFECTS
-from regrad_runner.diagnostics.effects import Effect
+from regrad_runner.diagnostics.effects import Effect, kept_effects
 from regrad_runner.diagnostics.explaining import Explanation
+from regrad_runner.diagnostics.gradient_quality import FILE as QUALITIES
 from regrad_runner.diagnostics.gradient_quality import (
-    FILE,
     Quality,
     kept_qualities,
     mean_qualities,
@@ -26,8 +27,8 @@ from regrad_runner.reporting.table import print_comparison, to_json
 from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import in_ranges
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.locks import CELLS, drawing
-from regrad_runner.results.outcomes import Result
+from regrad_runner.results.locks import drawing
+from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.receipts import read_receipt
 from regrad_runner.results.tables import write_rows
 from regrad_runner.settings.loading import read_settings
@@ -51,33 +52,46 @@ def show(path: Path, *, as_json: bool = False) -> None:
         show_run(path, as_json=as_json)
         return
     with drawing(path):
-        draw(merge(ResultsFolder(path)), _about(path)["measure"])
+        folder = ResultsFolder(path)
+        export_tables(folder)
+        draw(folder, _about(path)["measure"])
     show_comparison(path, as_json=as_json)
 
 
 def check_whole(path: Path) -> None:
-    """Raise a `ValueError` where a table or a receipt that a comparison or run goes on with is damaged.
+    """Raise a `ValueError` where a run or a receipt that a comparison or run goes on with is damaged.
 
     Args:
         path: What `compare` or `train` wrote.
     """
     folder = ResultsFolder(path)
-    folder.kept(FILE, Quality)
-    folder.kept(EFFECTS, Effect)
+    kept_effects(folder)
+    kept_qualities(folder)
     for result in folder.results:
         receipt = folder.receipt_file(result.arm, result.seed)
         if os.path.lexists(receipt):
             read_receipt(receipt)
 
 
-def merge(folder: ResultsFolder) -> ResultsFolder:
-    """Write a comparison's tables anew if cells left something in files of their own; return the folder."""
-    if (folder.path / CELLS).is_dir():
-        for name, kind in ((FILE, Quality), (EFFECTS, Effect)):
-            if name in folder.tables:
-                write_rows(folder.path / name, folder.kept(name, kind), kind)
-        folder.write()
-    return folder
+def export_tables(folder: ResultsFolder) -> None:
+    """Write the tables of a folder from its runs; one that would be empty is left out.
+
+    Args:
+        folder: Of a comparison or run.
+
+    Raises:
+        DiskError: If the disk does not take them.
+    """
+    tables: dict[str, tuple[Sequence[Any], type[Any]]] = {
+        "tuning.csv": (folder.trials, Trial),
+        "curves.csv": (folder.curves, CurvePoint),
+        QUALITIES: (kept_qualities(folder), Quality),
+        EFFECTS: (kept_effects(folder), Effect),
+        "results.csv": (folder.results, Result),
+    }
+    for name, (rows, kind) in tables.items():
+        if rows:
+            write_rows(folder.path / name, rows, kind)
 
 
 def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
@@ -183,7 +197,7 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     if measure.target is not None:
         reached = "never" if result.steps_to_target is None else f"{result.steps_to_target:,}"
         lines[f"steps to {measure.target:g}"] = reached
-    effects = _effects(path)
+    effects = _effects(folder.receipt_file(result.arm, result.seed))
     title = f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}"
     console.print(title, style="bold", highlight=False, markup=False)
     for name, value in lines.items():
@@ -233,9 +247,9 @@ def _about(path: Path) -> dict[str, Any]:
     return {**about, "measure": made}
 
 
-def _effects(path: Path) -> dict[str, str]:
+def _effects(file: Path) -> dict[str, str]:
     """Return one line per correction and stage of a run's receipt."""
-    receipt = read_receipt(path / "receipt.json")
+    receipt = read_receipt(file)
     return {
         f"{name} on {stage}": f"{100 * seen['share_touched']:.0f} % of tensors, relative change "
         f"{seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
