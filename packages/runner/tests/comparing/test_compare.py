@@ -85,7 +85,7 @@ def test_the_folder_holds_settings_rows_curves_receipts_and_figures(plan):
         assert len(list(csv.DictReader(file))) == 4
     with (path / "curves.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4 * 8
-    receipt = json.loads((path / "runs" / "nesterov-seed1" / "receipt.json").read_text())
+    receipt = json.loads((path / "runs" / "nesterov" / "1" / "receipt.json").read_text())
     assert (receipt["run"]["arm"], receipt["run"]["seed"], receipt["run"]["lr"]) == (
         "nesterov",
         1,

@@ -256,7 +256,9 @@ def read_points(path: Path, record: RunRecord | None = None) -> list[Line]:
     """
     file = path / POINTS
     try:
-        content = read_regular_file(file, largest=LARGEST_POINTS)
+        content = b""
+        if os.path.lexists(file):  # a kill may come before there is one
+            content = read_regular_file(file, largest=LARGEST_POINTS)
     except OSError as problem:
         raise ValueError(
             f"'{file}' must be a file that can be read, got {_reason(problem)}"

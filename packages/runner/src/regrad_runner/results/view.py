@@ -28,7 +28,7 @@ from regrad_runner.settings.continuing import WITHOUT_EFFECT_ON_RESULTS
 from regrad_runner.settings.loading import read_settings
 from regrad_runner.signals import LeftAtOnce
 from regrad_runner.tracking.mlflow import ERROR_TAG, HOST_TAG, MetricPoint, ShownStatus, TrackedRun
-from regrad_runner.tracking.projector import SECONDS_AT_THE_END, Projector, Source
+from regrad_runner.tracking.projector import Projector, Source
 from regrad_runner.tracking.stores import Store
 
 # What a comparison shows at its end, beside the pictures in its folder of figures.
@@ -194,7 +194,7 @@ def tracking(
     store = Store(folder, address)
     view = FolderView(folder, under_way=True, only=only)
     projector = Projector(store, view.sources, say=say)
-    seconds = SECONDS_AT_THE_END
+    seconds: float | None = None
     try:
         yield
     except LeftAtOnce:

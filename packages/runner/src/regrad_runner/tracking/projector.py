@@ -150,12 +150,14 @@ class Projector:
         self._thread = threading.Thread(target=self._work, name="regrad-tracking", daemon=True)
         self._thread.start()
 
-    def close(self, seconds: float = SECONDS_AT_THE_END) -> bool:
+    def close(self, seconds: float | None = None) -> bool:
         """Show everything once more, for so long at most, and say whether all of it is there.
 
         Args:
-            seconds: To wait.
+            seconds: To wait; None for `SECONDS_AT_THE_END`.
         """
+        if seconds is None:
+            seconds = SECONDS_AT_THE_END
         self._give_up = time.monotonic() + min(seconds, SECONDS_IN_VAIN)
         self._closing.set()
         self._thread.join(seconds)
