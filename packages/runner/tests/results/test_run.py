@@ -238,7 +238,7 @@ def test_a_worker_that_is_gone_leaves_a_failed_run_with_its_points(tmp_path):
 
 
 NAMES = ["..", ".", "", "AGC", "agc", "Agc", "a/b", "a_b", "a b", "a\\b", "con", "con.txt", "lpt1"]
-NAMES += ["x" * 300, "x" * 301, "é", "e", "a.", "a", "-a", "a_b-c14cddc0", folder_name("a/b")]
+NAMES += ["x" * 300, "x" * 301, "é", "e", "a.", "a", "-a", folder_name("a/b")]
 
 
 def test_two_arms_never_share_a_folder_and_none_leads_elsewhere(tmp_path):
@@ -303,7 +303,7 @@ def test_points_are_never_written_through_another_thing(tmp_path, instead):
     with pytest.raises(DiskError, match=r"points\.jsonl' must be written"):
         record.end("finished")
     if instead is to_a_file:
-        assert (tmp_path / "victim").read_text() == "mine"
+        assert (tmp_path / "out" / "victim").read_text() == "mine"
 
 
 @pytest.mark.parametrize("where", ["runs", "none", "0"])
