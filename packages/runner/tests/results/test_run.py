@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
-from regrad.errors import RegradError
+import torch
+from regrad.errors import RegradError, RegradWarning
 from regrad_runner import files
 from regrad_runner.errors import DiskError
 from regrad_runner.results import run as module
@@ -58,6 +60,24 @@ def test_a_run_comes_back_as_it_was_written(tmp_path):
     assert json.loads(text, parse_constant=pytest.fail)["values"]["worst"] == "inf"
 
 
+def test_tensors_and_numpy_scalars_are_numbers_and_are_read_when_they_are_logged(tmp_path):
+    loss = torch.tensor(1.0)
+    with begin_run(tmp_path, VALUES) as record:
+        numbers = {"half": torch.tensor([0.25], dtype=torch.bfloat16), "numpy": numpy.float32(0.5)}
+        record.log("metrics", 0, {"loss": loss, "flag": True, **numbers})
+        loss.zero_()
+        record.end("finished")
+    (line,) = read_points(record.path)
+    assert line.numbers() == {"loss": 1.0, "flag": 1.0, "half": 0.25, "numpy": 0.5}
+
+
+def test_a_value_that_is_no_number_is_left_out_with_a_warning(tmp_path):
+    message = r"metric 'curve' must be one number, got tensor\(\[0., 0.\]\); left out"
+    with begin_run(tmp_path, VALUES) as record, pytest.warns(RegradWarning, match=message):
+        record.log("metrics", 0, {"curve": torch.zeros(2), "loss": 1.0})
+    assert [line.values for line in read_points(record.path)] == [{"loss": 1.0}]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(ValueError("lr"), "failed"), (KeyboardInterrupt(), "killed"), (SystemExit(143), "killed")],
@@ -101,7 +121,9 @@ def test_a_trial_lies_beside_the_run_of_its_seed(tmp_path, ended):
     assert run_paths(tmp_path) == [ended, record.path]
 
 
-@pytest.mark.parametrize("torn", [b'{"kind": "eval', b"\xff\xfe", b'{"kind":"evaluation","step":9,'])
+@pytest.mark.parametrize(
+    "torn", [b'{"kind": "eval', b"\xff\xfe", b'{"kind":"evaluation","step":9,']
+)
 def test_a_torn_last_line_is_ignored_and_cut_before_the_next_one(tmp_path, torn):
     with begin_run(tmp_path, VALUES) as record:
         record.log("evaluation", 1, {"loss": 1.0})
@@ -169,7 +191,9 @@ def test_a_kill_between_any_two_files_leaves_a_run_that_can_be_read_and_begun_ag
         record = read_record(path)
         points = read_points(path, record)
         assert len(points) in ((1,) if record.status == "finished" else (0, 1))
-    monkeypatch.setattr(module, "writing_run", files.disk_errors)  # the process is gone, and its lock
+    monkeypatch.setattr(
+        module, "writing_run", files.disk_errors
+    )  # the process is gone, and its lock
     assert read_record(run().path).status == "finished"
 
 

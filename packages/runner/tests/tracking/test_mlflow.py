@@ -295,7 +295,9 @@ def test_more_than_one_call_takes_arrives_and_is_compared_in_time(store, client,
     assert project(store, run).points == 3000
     begun = time.perf_counter()
     assert not project(store, run)
-    assert time.perf_counter() - begun < 30  # a fraction of a second on a machine with nothing else to do
+    assert (
+        time.perf_counter() - begun < 30
+    )  # a fraction of a second on a machine with nothing else to do
     (there,) = client.search_runs([client.get_experiment_by_name("many").experiment_id])
     assert len(there.data.params) == module.PARAMETERS_PER_CALL + 50
     assert len(client.get_metric_history(there.info.run_id, "measure 1")) == 1000

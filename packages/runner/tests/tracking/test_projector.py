@@ -96,7 +96,9 @@ def test_nobody_waits_for_the_store_and_the_end_not_long(store, tracked_run, mon
     gate.set()
 
 
-def test_a_failure_is_said_once_and_tried_again(store, tracked_run, held, wanted, monkeypatch, quick):
+def test_a_failure_is_said_once_and_tried_again(
+    store, tracked_run, held, wanted, monkeypatch, quick
+):
     said, failures, project = [], [], module.project
 
     def fails(*args):

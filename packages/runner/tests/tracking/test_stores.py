@@ -19,7 +19,9 @@ def out(tmp_path, schema, ready_schema, ended_run):
     folder = tmp_path / "out"
     ended_run(folder, Result(arm="none", seed=0, value=0.5, lr=0.1))
     (folder / "config.yaml").write_text("tracker: mlflow\n")
-    (folder / "about.json").write_text(f'{{"layout": {LAYOUT}, "kind": "run", "workload": "digits"}}')
+    (folder / "about.json").write_text(
+        f'{{"layout": {LAYOUT}, "kind": "run", "workload": "digits"}}'
+    )
     shutil.copyfile(schema, folder / "mlflow.db")
     return folder
 

@@ -23,6 +23,7 @@ import re
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from regrad.errors import RegradError
+from regrad.errors import RegradError, RegradWarning
 
 from regrad_runner.addresses import without_secrets
 from regrad_runner.errors import DiskError
@@ -408,7 +409,8 @@ class RunWriter(RunLog):
             raise RegradError(
                 f"run {self.record.name!r} has ended; begin another one before logging"
             )
-        line = Line.of(kind, step, values, time=now(), labels=labels)
+        numbers = {name: value for name, value in values.items() if _is_number(name, value)}
+        line = Line.of(kind, step, numbers, time=now(), labels=labels)
         self._waiting.append(_as_text(line))
         try:
             self._write_waiting()
@@ -532,6 +534,19 @@ def _write_record(path: Path, record: RunRecord) -> None:
 
 def _as_text(line: Line) -> str:
     return line.model_dump_json(exclude_defaults=True) + "\n"
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Say whether a value is a number or None; else warn: one odd number must not end a training."""
+    try:
+        return value is None or float(value) is not None
+    except (TypeError, ValueError, RuntimeError):
+        warnings.warn(
+            f"metric {name!r} must be one number, got {value!r}; left out",
+            RegradWarning,
+            stacklevel=4,
+        )
+        return False
 
 
 def _as_json(value: float | None) -> float | NOT_A_NUMBER | None:
