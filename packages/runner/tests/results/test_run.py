@@ -257,6 +257,8 @@ def test_a_worker_that_is_gone_leaves_a_failed_run_with_its_points(tmp_path):
     kept = read_record(record.path)
     assert (kept.id, kept.status, kept.error) == (record.record.id, "failed", "exit code -9")
     assert len(read_points(record.path, kept)) == 1
+    end_abandoned(tmp_path, VALUES, status="failed", error="again, before it began")
+    assert read_record(record.path).earlier == [kept.id]
     end_abandoned(tmp_path, {**VALUES, "seed": 1}, status="failed", error="exit code -9")
     assert read_record(run_path(tmp_path, "none", 1)).status == "failed"
 

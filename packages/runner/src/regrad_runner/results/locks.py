@@ -98,18 +98,19 @@ def running_cell(folder: Path, *names: str) -> Iterator[None]:
 
 
 @contextmanager
-def writing_run(run: Path) -> Iterator[None]:
+def writing_run(run: Path, *, seconds: float = SECONDS_FOR_A_MOMENT) -> Iterator[None]:
     """Hold the folder of one run while it is written.
 
     Args:
         run: The run's folder, in an output folder that this command or cell holds.
+        seconds: To wait for a process that holds it.
 
     Raises:
         ValueError: If another process writes it.
         DiskError: If it cannot be locked.
     """
     path = run / RUN_LOCK
-    with _held(path, f"'{run}'", seconds=SECONDS_FOR_A_MOMENT):
+    with _held(path, f"'{run}'", seconds=seconds):
         try:
             yield
         finally:

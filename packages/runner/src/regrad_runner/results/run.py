@@ -48,6 +48,8 @@ TRACEBACK, NOT_FINITE = "traceback.txt", "nonfinite.csv"
 KEPT_FILES = (RECEIPT, TRACEBACK, NOT_FINITE)
 LARGEST_RECORD, LARGEST_POINTS = 2**24, 2**29  # bytes; nothing that a run writes comes near
 LONGEST_FOLDER_NAME = 100
+# What loaders of a process that is gone need to notice it; they hold what it held.
+SECONDS_FOR_ORPHANS = 60.0
 PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._=+-]*(?<![.])")
 LIKE_A_NAME_WITH_DIGITS = re.compile(r".*-[0-9a-f]{8}")
 DEVICES_OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
@@ -257,14 +259,11 @@ def read_points(path: Path, record: RunRecord | None = None) -> list[Line]:
     """
     file = path / POINTS
     try:
-        content = b""
-        if os.path.lexists(file):  # a kill may come before there is one
-            content = read_regular_file(file, largest=LARGEST_POINTS)
+        whole = _whole_lines(file)
     except OSError as problem:
         raise ValueError(
             f"'{file}' must be a file that can be read, got {_reason(problem)}"
         ) from None
-    whole = content[: content.rfind(b"\n") + 1]
     if record is not None and record.points is not None and _seal(whole) != record.points:
         raise ValueError(
             f"'{file}' must be as it was written, got another or a part of it; take it from a copy of the folder, "
@@ -379,13 +378,14 @@ class RunWriter(RunLog):
         path: The run's folder.
         record: Of the run.
         held: Lets go of the folder when it is closed.
+        size: Bytes of the points that are there.
     """
 
-    def __init__(self, path: Path, record: RunRecord, held: ExitStack) -> None:
+    def __init__(self, path: Path, record: RunRecord, held: ExitStack, *, size: int = 0) -> None:
         self.path = path
         self.record = record
         self._held = held
-        self._size = 0
+        self._size = size
         self._waiting: list[str] = []
 
     def start(self, lines: Iterable[Line]) -> None:
@@ -502,17 +502,24 @@ def end_abandoned(
     """
     trial_lr = values["lr"] if values.get("trial") else None
     path = run_path(folder, values["arm"], values["seed"], trial_lr)
-    try:
-        record, lines = read_record(path), read_points(path)
-    except ValueError:  # it never began
+    record = _running_record(path)
+    if record is None:
         with begin_run(folder, values) as writer:
             writer.end(status, result=result, error=error)
         return
     with ExitStack() as stack:
-        stack.enter_context(writing_run(path))
-        writer = RunWriter(path, record, stack.pop_all())
-        writer._size = sum(len(_as_text(line).encode()) for line in lines)
-        writer.end(status, result=result, error=error)
+        stack.enter_context(writing_run(path, seconds=SECONDS_FOR_ORPHANS))
+        size = len(_whole_lines(path / POINTS))
+        writer = RunWriter(path, record, stack.pop_all(), size=size)
+    writer.end(status, result=result, error=error)
+
+
+def _running_record(path: Path) -> RunRecord | None:
+    """Return the record of a run that began and did not end; None where there is none."""
+    if not os.path.lexists(path / RECORD):
+        return None
+    record = read_record(path)
+    return record if record.status == "running" else None
 
 
 def as_json_text(value: Mapping[str, Any]) -> str:
@@ -526,6 +533,14 @@ def _earlier_ids(path: Path) -> list[str]:
         return []
     earlier = read_record(path)
     return [*earlier.earlier, earlier.id]
+
+
+def _whole_lines(file: Path) -> bytes:
+    """Return the lines of a file without a torn last one; nothing where there is no file, as after a kill."""
+    if not os.path.lexists(file):
+        return b""
+    content = read_regular_file(file, largest=LARGEST_POINTS)
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _write_record(path: Path, record: RunRecord) -> None:
