@@ -16,7 +16,7 @@ import regrad
 import torch
 from accelerate.state import AcceleratorState
 from regrad.correction import Control, Correction, Needs
-from regrad_runner.comparing import compare as comparing
+from regrad_runner.comparing import running as comparing
 from regrad_runner.comparing.compare import Plan, compare, make_plan
 from regrad_runner.diagnostics import gradient_quality as probing
 from regrad_runner.diagnostics.gradient_quality import Probe, Quality, mean_qualities
@@ -25,6 +25,7 @@ from regrad_runner.reporting.report import show_comparison
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
@@ -94,7 +95,7 @@ def own_corrections(monkeypatch):
 @pytest.fixture
 def in_float64(monkeypatch):
     monkeypatch.setattr(
-        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
+        building, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
     )
 
 
@@ -233,7 +234,7 @@ class Dropping(nn.Module):
 
 
 def test_dropout_is_that_of_the_step_and_the_run_draws_what_it_would(digits, config, monkeypatch):
-    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: Dropping())
+    monkeypatch.setattr(building, "make_model", lambda *args, **kwargs: Dropping())
     _, points, state = probed(config(), digits, BASELINE, every=None)
     qualities, probed_points, probed_state = probed(config(), digits, BASELINE)
     assert probed_points == points
@@ -415,14 +416,16 @@ import json, os, sys
 from dataclasses import asdict
 from pathlib import Path
 
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.training.preparation import leave_processes
 from regrad_runner.diagnostics.gradient_quality import Probe
-from regrad_runner.workloads import load_workload, make_model
+from regrad_runner.training import building
+from regrad_runner.workloads.loading import load_workload, make_model
 
-training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
+building.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
 digits = load_workload("digits", train_size=100)
 values = {"batch_size": 20, "epochs": 1, "width": 4, "threads": 1, "evaluations_per_epoch": 2, "norm": "group"}
 config = resolved(CompareConfig(**values, accumulate=2, processes=2), digits)
