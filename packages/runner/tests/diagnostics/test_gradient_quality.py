@@ -420,9 +420,9 @@ from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
-from regrad_runner.training.preparation import leave_processes
+from regrad_runner.training.processes import leave_processes
+from regrad_runner.training.resolving import resolved
 from regrad_runner.diagnostics.gradient_quality import Probe
-from regrad_runner.training import building
 from regrad_runner.workloads.loading import load_workload, make_model
 
 building.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
