@@ -13,9 +13,10 @@ from regrad_runner.cli.main import main
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import nonfinite
 from regrad_runner.training.nonfinite import SKIPS_IN_A_ROW, STEPS_KEPT, NonFiniteError, Watch
 from regrad_runner.training.resolving import resolved
-from regrad_runner.training.run import TrainingRun, nonfinite
+from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload
 
 SHAPE = [
