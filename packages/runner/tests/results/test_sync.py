@@ -141,7 +141,7 @@ def test_a_damaged_record_is_said_and_the_other_runs_arrive(out, capsys, content
     assert main(["sync", str(out)]) == 1
     said = capsys.readouterr().out
     assert "1/run.json' must be the record of a run" in said
-    assert statuses(out)["none, seed 0"] == "FINISHED"
+    assert statuses(out) == {"out": "KILLED", "none, seed 0": "FINISHED"}
 
 
 def everything_in(folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,9 @@ class FolderView:
         settings = _settings_of(self._folder)
         ends = [about.started]
         for path in runs:
-            record = self._record(path)
-            ends.append(record.ended or record.started)
+            with suppress(ValueError):  # a damaged run is said when its turn comes
+                record = self._record(path)
+                ends.append(record.ended or record.started)
         return TrackedRun(
             id=about.id,
             experiment=f"regrad {about.workload}",
