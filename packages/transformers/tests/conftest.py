@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -10,14 +9,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import pytest
 from regrad_testing import load_beside
 from transformers import Trainer, TrainingArguments
-
-
-@pytest.fixture(scope="session", autouse=True)
-def collect_what_tests_make():
-    """Let every Trainer's garbage collection pass over what was imported, which takes it longer than to train."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
