@@ -175,7 +175,7 @@ def folder_name(name: str) -> str:
     is_plain = PLAIN_NAME.fullmatch(name) and not DEVICES_OF_WINDOWS.fullmatch(name)
     if is_plain and len(name) <= LONGEST_FOLDER_NAME and not LIKE_A_NAME_WITH_DIGITS.match(name):
         return name
-    letters = re.sub(r"[^a-z0-9._=+-]+", "_", name.lower())[:LONGEST_FOLDER_NAME].strip(".")
+    letters = re.sub(r"[^a-z0-9._=+-]+", "_", name.lower())[:LONGEST_FOLDER_NAME].strip(".=+-")
     return f"{letters or '_'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
