@@ -149,7 +149,8 @@ def test_a_run_that_stays_infinite_ends_as_failed_with_its_last_norms_in_a_file(
     assert last.startswith(
         "regrad: loss or gradients were not finite in 10 steps in a row, the last is step 13; lower"
     )
-    kept = rows((tmp_path / "out" / "nonfinite.csv").read_text())
+    (table,) = (tmp_path / "out" / "runs").rglob("nonfinite.csv")
+    kept = rows(table.read_text())
     assert [row["step"] for row in kept] == list(range(1, 14))
     assert math.isinf(list(kept[-1].values())[2])
     assert all(math.isfinite(value) for value in kept[2].values())
