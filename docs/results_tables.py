@@ -20,7 +20,8 @@ import yaml
 from regrad_runner.reporting.sentences import sentence
 from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.reporting.table import print_comparison
-from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.tables import read_rows
 from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure
 from rich.console import Console
@@ -47,15 +48,22 @@ def measure_of(path: Path) -> Measure:
 
 def comparisons() -> dict[str, list[ArmSummary]]:
     """Return the summaries of every comparison that has results, by its folder's name."""
-    folders = {
-        path.parent.name: ResultsFolder(path.parent)
-        for path in sorted(FOLDER.glob("*/config.yaml"))
-    }
-    kept = {name: folder for name, folder in folders.items() if folder.results}
+    folders = [path.parent for path in sorted(FOLDER.glob("*/config.yaml"))]
     return {
-        name: summarize_results(folder.results, measure_of(folder.path))
-        for name, folder in kept.items()
+        folder.name: summarize_results(results, measure_of(folder))
+        for folder in folders
+        if (results := results_of(folder))
     }
+
+
+def results_of(path: Path) -> list[Result]:
+    """Return the runs in the table of a comparison."""
+    return read_rows(path / "results.csv", Result)
+
+
+def trials_of(path: Path) -> list[Trial]:
+    """Return the trials of learning rates in the table of a comparison."""
+    return read_rows(path / "tuning.csv", Trial)
 
 
 def seen(told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]) -> str:
@@ -118,11 +126,11 @@ def environment(path: Path) -> str:
     )
 
 
-def rates(folder: ResultsFolder) -> str:
+def rates(path: Path) -> str:
     """Say which learning rate every arm chose, and what the trials said of each."""
-    if not folder.trials:
+    if not trials_of(path):
         return ""
-    chosen = {result.arm: result.lr for result in folder.results}
+    chosen = {result.arm: result.lr for result in results_of(path)}
     return f"Learning rates chosen: {', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items())}.\n\n"
 
 
@@ -130,13 +138,13 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
     """Return one comparison's heading, command, table and sentences."""
     path = FOLDER / name
     settings: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    runs = sum(result.status == "finished" for result in ResultsFolder(path).results)
+    runs = sum(result.status == "finished" for result in results_of(path))
     named = {"width": settings["width"], "normalisation:": settings["norm"]}
     shape = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
     text = io.StringIO()
     print_comparison(Console(file=text, width=200), summaries, measure_of(path))
     table = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
-    trials = len(ResultsFolder(path).trials)
+    trials = len(trials_of(path))
     rates_tried = ", ".join(f"{lr:g}" for lr in settings["lr"])
     command = f"regrad compare --config docs/results/{name}/config.yaml"
     kept = f"results/{name}"
@@ -149,7 +157,7 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
         f"{FORMATS[settings['mixed_precision']]}. {runs} runs and {trials} trials of "
         f"learning rates ({rates_tried}). {environment(path)}.\n\n"
         f"```bash\n{command} --data-dir FOLDER --out DIR\n```\n\n"
-        f"```text\n{table}\n```\n\n{rates(ResultsFolder(path))}"
+        f"```text\n{table}\n```\n\n{rates(path)}"
         f"Every run: [results.csv]({kept}/results.csv), [curves.csv]({kept}/curves.csv), "
         f"[tuning.csv]({kept}/tuning.csv).\n\n"
     )

@@ -99,21 +99,41 @@ def new_file(path: Path, *, mode: int = OPEN_TO_ALL) -> IO[bytes]:
     return os.fdopen(os.open(path, flags, mode), "wb")
 
 
-def append(path: Path, text: str, *, mode: int = OPEN_TO_ALL) -> None:
-    """Add text at the end of a file, which is made if there is none.
+def append(path: Path, text: str, *, at: int | None = None, mode: int = OPEN_TO_ALL) -> None:
+    """Add text at the end of a file, which is made if there is none: all of it, or nothing.
 
     Args:
         path: The file.
         text: To add.
+        at: Length in bytes to which the file is cut first: what stands behind was broken off. None to cut nothing.
         mode: Who may read a file that is made, as far as the process allows.
 
     Raises:
-        DiskError: If the disk does not take it, or there is a link of that name.
+        DiskError: If the disk does not take it, or there is something else than a file of that name.
     """
     with disk_errors(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK | NO_WAIT | BINARY
-        with os.fdopen(os.open(path, flags, mode), "ab") as file:
-            file.write(text.encode())
+        file = os.open(path, flags, mode)
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            _add_all(file, text.encode(), size=found.st_size if at is None else at)
+        finally:
+            os.close(file)
+
+
+def _add_all(file: int, content: bytes, *, size: int) -> None:
+    """Write at the end of an open file that is cut to a size first, and on a failure to that size again."""
+    if os.fstat(file).st_size != size:
+        os.ftruncate(file, size)
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[os.write(file, rest) :]
+    except OSError:
+        os.ftruncate(file, size)
+        raise
 
 
 def make_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
@@ -228,6 +248,26 @@ def force_content(file: IO[bytes]) -> None:
     """Force what was written to a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def read_regular_file(path: Path, *, largest: int) -> bytes:
+    """Return what a file of an output folder holds.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have.
+
+    Raises:
+        OSError: If there is none, or a link, a pipe or another thing that is no file, or if it is larger.
+    """
+    file = os.open(path, os.O_RDONLY | NO_LINK | NO_WAIT | BINARY)
+    with os.fdopen(file, "rb") as opened:
+        found = os.fstat(opened.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > largest:
+            raise OSError(errno.EFBIG, f"more than {largest} bytes", str(path))
+        return opened.read(largest + 1)[:largest]
 
 
 def force_names(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end what is under way as killed, and leave no tracked run open.
+"""Ctrl-C and SIGTERM: they end what is under way as killed, and leave no run open.
 
 Where a checkpoint can be saved, the first signal acts after the step under way, and the second one
 at once. Several processes hear a signal at different steps, or only one of them hears it: so after
@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
+T = TypeVar("T")
 STOPPING = b"\nstopping after this step; once more leaves at once\n"
 
 
@@ -74,6 +76,19 @@ def signals_wait() -> Iterator[None]:
         came = _signals.stop_waiting()
     if came is not None:
         _raise(came)
+
+
+@contextmanager
+def begun(begin: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+    """Begin what ends with the block; no signal comes between its beginning and the block.
+
+    Args:
+        begin: Returns a context manager, such as a run that ends with its block. A signal waits meanwhile.
+    """
+    with ExitStack() as stack:
+        with signals_wait():
+            value = stack.enter_context(begin())
+        yield value
 
 
 @contextmanager

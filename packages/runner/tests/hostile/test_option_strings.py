@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from regrad_runner import training_command as train
 from regrad_runner.comparing import compare
+from regrad_runner.results.run import folder_name
 from regrad_runner.settings.arms import expand
 from regrad_runner.settings.specs import read_spec
 from regrad_runner.training.optimizers import build_optimizer, spec_of
@@ -154,8 +155,8 @@ def test_any_text_makes_corrections_that_can_be_kept_or_a_clear_error(text):
         ]
         assert not any(map(math.isnan, numbers))
     for arm in arms:
-        assert Path("runs", arm.folder_name).parent == Path("runs")
-        assert len(f"{arm.folder_name}-seed1000000") < 150
+        assert Path("runs", folder_name(arm.name)).parent == Path("runs")
+        assert len(folder_name(arm.name)) < 150
 
 
 @pytest.mark.skipif("agc" not in CORRECTIONS, reason="regrad-clipping is not installed")

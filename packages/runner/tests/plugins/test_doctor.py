@@ -12,7 +12,8 @@ import pytest
 from regrad_runner.cli.main import main
 from regrad_runner.plugins import doctor, doctor_imports
 from regrad_runner.plugins.doctor import examine, imports, show_findings
-from regrad_runner.tracking.mlflow_ import MlflowTracker
+from regrad_runner.tracking.mlflow import HOST_TAG, TrackedRun, project
+from regrad_runner.tracking.stores import Store
 
 SOURCE = """
 from regrad import Correction
@@ -301,13 +302,21 @@ def test_a_missing_gpu_is_wrong_only_where_one_is_asked_for(tmp_path, unimported
     assert wrong(tmp_path, gpu=True) == {}
 
 
-def test_a_database_that_two_hosts_write_is_found(tmp_path, unimported, monkeypatch):
+@pytest.mark.usefixtures("ready_schema")
+def test_a_database_that_two_hosts_write_is_found(tmp_path, unimported):
     folder = tmp_path / "outcome"
     folder.mkdir()
-    for host in ("alpha", "beta"):
-        monkeypatch.setattr("platform.node", lambda host=host: host)
-        with MlflowTracker(folder=folder) as tracker, tracker.start("digits", "run"):
-            pass
+    for number, host in enumerate(("alpha", "beta")):
+        run = TrackedRun(
+            id=f"{number:032x}",
+            experiment="digits",
+            name="run",
+            status="RUNNING",
+            started=1_700_000_000_000,
+            tags={HOST_TAG: host},
+            folder=folder,
+        )
+        project(Store(folder), run)
         found = wrong(tmp_path)
         assert list(found) == ([f"database {folder / 'mlflow.db'}"] if host == "beta" else [])
     assert found[f"database {folder / 'mlflow.db'}"].said.startswith("alpha, beta have written it")

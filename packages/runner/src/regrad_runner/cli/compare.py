@@ -67,7 +67,7 @@ def compare_command(
         return _run_cell(console, settings, cell, out or Path())
     with holding_folder(plan, resume=resume):
         if cells:
-            return _prepare_cells(plan, as_json=json)
+            return _prepare_cells(console, plan, as_json=json)
         return _compare(console, plan, jobs=jobs, as_json=json)
 
 
@@ -114,6 +114,7 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
         cell_plan = make_cell_plan(settings, number, out)
     from regrad_runner.comparing.compare import outcome_in_words  # noqa: PLC0415
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
+    from regrad_runner.results.outcomes import Result  # noqa: PLC0415
     from regrad_runner.training.interrupting import going_on  # noqa: PLC0415
     from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
@@ -125,20 +126,21 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
         return 0
     lock: AbstractContextManager[None] = nullcontext()
     if plan.reports:
-        lock = holding(running_cell(plan.path, cell_plan.cell.file_name))
+        lock = holding(running_cell(plan.path, *cell_plan.cell.folder_names))
     again = f"regrad compare --out {out} --cell {number}"
     with lock, going_on(console, again, quiet=not plan.reports), display:
         outcome = run_cell(cell_plan, display)
-        display.end(f"{name}: {outcome_in_words(outcome, plan.workload.measure)}")
+        if outcome is not None:
+            display.end(f"{name}: {outcome_in_words(outcome, plan.workload.measure)}")
     destroy_process_group()
-    return int(outcome.result is not None and outcome.result.status == "failed")
+    return int(isinstance(outcome, Result) and outcome.status == "failed")
 
 
-def _prepare_cells(plan: Plan, *, as_json: bool) -> int:
+def _prepare_cells(console: Console, plan: Plan, *, as_json: bool) -> int:
     """Make the folder of a job array and say what its cells are."""
     from regrad_runner.comparing.job_array import prepare_cells, show_prepared  # noqa: PLC0415
 
-    numbers = prepare_cells(plan)
+    numbers = prepare_cells(plan, say=console.print)
     if plan.reports:
         typer.echo(show_prepared(plan.path, numbers, as_json=as_json))
     return 0

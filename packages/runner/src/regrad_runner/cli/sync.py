@@ -15,12 +15,12 @@ SYNC_EXAMPLES = ("regrad sync DIR",)
 def sync_command(
     folder: FolderArgument,
     tracking_uri: Annotated[
-        str | None, flag("Deliver what was logged for this server too.", None, metavar="URI")
+        str | None, flag("Another MLflow server or database to show it in.", None, metavar="URI")
     ] = None,
 ) -> int:
-    """Deliver what tracking could not send while the server was down; mark killed runs."""
+    """Show a folder in MLflow: whatever is not there yet, such as after the server was down."""
     with checking_input():
-        from regrad_runner.tracking.sync import sync  # noqa: PLC0415
+        from regrad_runner.results.sync import sync  # noqa: PLC0415
 
         done = sync(folder, tracking_uri)
         for line in done.in_words(folder):

@@ -189,13 +189,14 @@ def plan_of(path: Path, config: CompareConfig) -> Plan:
     )
 
 
-def open_folder(plan: Plan, **more: str) -> ResultsFolder:
+def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
     """Make a plan's folder, or take up what is in it.
 
     Args:
         plan: Checked.
-        **more: What else the folder says about itself.
+        job_array: Whether its cells are run by other commands.
     """
+    earlier = read_about(plan.path)
     about = {
         "kind": "comparison",
         "workload": plan.workload.name,
@@ -203,12 +204,16 @@ def open_folder(plan: Plan, **more: str) -> ResultsFolder:
         "samples": plan.workload.train.kind,
         "left_out": dict(plan.left_out),
         "arms": {arm.name: arm.recipe for arm in plan.arms},
-        **more,
-        **surroundings(processes=plan.processes, earlier=read_about(plan.path)),
+        # Of the runs that are there too: corrections that were added may change what their arms are.
+        "roles": {
+            arm.name: {"must_beat": arm.must_beat, "control": arm.control is not None}
+            for arm in plan.arms
+        },
+        "job_array": job_array,
+        **surroundings(processes=plan.processes, earlier=earlier),
     }
-    folder = start_folder(plan.path, plan.config, about)
-    folder.name_anew(plan.arms)
-    return folder
+    start_folder(plan.path, plan.config, about)
+    return ResultsFolder(plan.path)
 
 
 def agreed(value: T) -> T:

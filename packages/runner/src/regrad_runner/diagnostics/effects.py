@@ -9,9 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import RunLog
 from regrad_runner.training.run import TrainingRun
 
 EFFECTS_FILE = "effects.csv"
+EFFECT_LINE = "effect"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +97,14 @@ class EffectTrace:
         return seen
 
 
+def keep_effects(record: RunLog, rows: Sequence[Effect]) -> None:
+    """Add what was seen at one evaluation to the points of a run."""
+    for row in rows:
+        numbers = {name: getattr(row, name) for name in EFFECT_MEASURES}
+        labels = {"correction": row.correction, "stage": row.stage}
+        record.log(EFFECT_LINE, row.step, numbers, labels)
+
+
 def kept_effects(folder: ResultsFolder) -> list[Effect]:
-    """Return the effects over training of the runs that ended; older folders hold none."""
-    return folder.kept(EFFECTS_FILE, Effect)
-
-
-def keep_effects(folder: ResultsFolder, rows: Sequence[Effect]) -> None:
-    """Add the effects of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(EFFECTS_FILE, rows, Effect)
+    """Return the effects over training of the runs that ended."""
+    return folder.kept(EFFECT_LINE, Effect)

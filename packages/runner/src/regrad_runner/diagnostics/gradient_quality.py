@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from regrad_runner.checkpoints.states import random_state, set_random_state
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import RunLog
 from regrad_runner.settings.config import CompareConfig, RunConfig
 from regrad_runner.training.run import TrainingRun
 
 QUALITY_FILE = "gradient_quality.csv"
+PROBE_LINE = "probe"
 # Of the large batch's samples and their augmentation: the same in every arm and at every probe.
 LARGE_BATCH_SEED = 3_141_592
 Gradient = list[Tensor | None]
@@ -61,15 +63,10 @@ class Quality:
         """The four numbers by name."""
         return {name: getattr(self, name) for name in QUALITY_MEASURES}
 
-    def as_metrics(self) -> dict[str, float]:
-        """Return the numbers by the names of curves."""
-        metrics: dict[str, float] = {}
-        for name, value in self.measures.items():
-            metrics[f"gradient quality/{name.replace('_', ' ')}"] = value
-        return metrics
-
 
 QUALITY_MEASURES = tuple(field.name for field in fields(Quality) if field.type == "float")
+# What the numbers are called where curves are shown.
+PROBE_CURVES = {name: f"gradient quality/{name.replace('_', ' ')}" for name in QUALITY_MEASURES}
 
 
 def check_probing(config: CompareConfig, *, processes: int, samples: int) -> None:
@@ -258,14 +255,14 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
+def keep_quality(record: RunLog, row: Quality) -> None:
+    """Add a probe to the points of a run."""
+    record.log(PROBE_LINE, row.step, row.measures)
+
+
 def kept_qualities(folder: ResultsFolder) -> list[Quality]:
     """Return the probes of the runs that ended."""
-    return folder.kept(QUALITY_FILE, Quality)
-
-
-def keep_qualities(folder: ResultsFolder, rows: Sequence[Quality]) -> None:
-    """Add the probes of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(QUALITY_FILE, rows, Quality)
+    return folder.kept(PROBE_LINE, Quality)
 
 
 def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:

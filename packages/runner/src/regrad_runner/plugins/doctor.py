@@ -27,7 +27,7 @@ from rich.markup import escape
 
 from regrad_runner.plugins.doctor_imports import DEVICE, LIBRARY_BUILDS
 from regrad_runner.terminal import Terminal, plain_table
-from regrad_runner.tracking.delivery import HOST_TAG
+from regrad_runner.tracking.mlflow import HOST_TAG
 
 SLOW = 5.0  # seconds to import one plugin, torch not counted, the faster of two times
 PATIENCE = 300.0  # seconds for one process that imports plugins

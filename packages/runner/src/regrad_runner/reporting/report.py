@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from regrad_runner.addresses import shown_address
-from regrad_runner.diagnostics.effects import EFFECTS_FILE, Effect
+from regrad_runner.diagnostics.effects import EFFECTS_FILE, Effect, kept_effects
 from regrad_runner.diagnostics.explaining import Explanation
 from regrad_runner.diagnostics.gradient_quality import (
     QUALITY_FILE,
@@ -26,8 +27,8 @@ from regrad_runner.reporting.table import print_comparison, print_qualities, to_
 from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import in_ranges
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.locks import CELLS, drawing
-from regrad_runner.results.outcomes import Result
+from regrad_runner.results.locks import drawing
+from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.receipts import read_receipt
 from regrad_runner.results.tables import write_rows
 from regrad_runner.settings.loading import read_settings
@@ -55,34 +56,46 @@ def show(path: Path, *, as_json: bool = False) -> None:
         show_run(path, as_json=as_json)
         return
     with drawing(path):
-        draw(merge(ResultsFolder(path)), about["measure"])
+        folder = ResultsFolder(path)
+        export_tables(folder)
+        draw(folder, about["measure"])
     show_comparison(path, as_json=as_json)
 
 
 def check_whole(path: Path) -> None:
-    """Raise a `ValueError` if a table or receipt is damaged that a comparison or run goes on with.
+    """Raise a `ValueError` if a run or a receipt is damaged that a comparison or run goes on with.
 
     Args:
         path: What `compare` or `train` wrote.
     """
     folder = ResultsFolder(path)
-    for name, kind in TABLES_OF_RUNS.items():
-        folder.kept(name, kind)
+    kept_effects(folder)
+    kept_qualities(folder)
     for result in folder.results:
         receipt = folder.receipt_file(result.arm, result.seed)
         if os.path.lexists(receipt):
             read_receipt(receipt)
 
 
-def merge(folder: ResultsFolder) -> ResultsFolder:
-    """Move what cells left in files of their own into a comparison's tables; return the folder."""
-    if not (folder.path / CELLS).is_dir():
-        return folder
-    for name, kind in TABLES_OF_RUNS.items():
-        if name in folder.tables:
-            write_rows(folder.path / name, folder.kept(name, kind), kind)
-    folder.write()
-    return folder
+def export_tables(folder: ResultsFolder) -> None:
+    """Write the tables of a folder from its runs; one that would be empty is left out.
+
+    Args:
+        folder: Of a comparison or run.
+
+    Raises:
+        DiskError: If the disk does not take them.
+    """
+    tables: dict[str, tuple[Sequence[Any], type[Any]]] = {
+        "tuning.csv": (folder.trials, Trial),
+        "curves.csv": (folder.curves, CurvePoint),
+        QUALITY_FILE: (kept_qualities(folder), Quality),
+        EFFECTS_FILE: (kept_effects(folder), Effect),
+        "results.csv": (folder.results, Result),
+    }
+    for name, (rows, kind) in tables.items():
+        if rows:
+            write_rows(folder.path / name, rows, kind)
 
 
 def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
@@ -129,13 +142,14 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
         ValueError: If the folder holds no run, or it has not ended.
     """
     measure = _read_about(path)["measure"]
-    result = _ended_run(path)
+    folder = ResultsFolder(path)
+    result = _ended_run(folder)
     console = Terminal()
     if as_json:
         text = json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2)
         console.out(text, highlight=False)
         return
-    effects = _effects_in_words(path)
+    effects = _effects_in_words(folder.receipt_file(result.arm, result.seed))
     title = f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}"
     console.print_line(title, style="bold", wrap=True)
     for name, value in _run_in_words(result, measure).items():
@@ -215,16 +229,16 @@ def _comparison_as_json(
     return to_json(summaries, measure, **more)
 
 
-def _ended_run(path: Path) -> Result:
+def _ended_run(folder: ResultsFolder) -> Result:
     """Return the run of a folder that `train` wrote.
 
     Raises:
         ValueError: If there is none, or it has not ended.
     """
-    results = ResultsFolder(path).results
+    results = folder.results
     if not results or results[-1].value is None or results[-1].validation is None:
         raise ValueError(
-            f"folder must hold a run that ended, got '{path}'; regrad train --resume --out goes on"
+            f"folder must hold a run that ended, got '{folder.path}'; regrad train --resume --out goes on"
         )
     return results[-1]
 
@@ -241,10 +255,10 @@ def _run_in_words(result: Result, measure: Measure) -> dict[str, str]:
     return lines
 
 
-def _effects_in_words(path: Path) -> dict[str, str]:
+def _effects_in_words(file: Path) -> dict[str, str]:
     """Return one line per correction and stage of a run's receipt."""
     lines = {}
-    for name, stages in read_receipt(path / "receipt.json").get("effects", {}).items():
+    for name, stages in read_receipt(file).get("effects", {}).items():
         for stage, seen in stages.items():
             lines[f"{name} on {stage}"] = (
                 f"{100 * seen['share_touched']:.0f} % of tensors, relative change "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,6 @@ from regrad.correction import Control, Correction
 from regrad.registry import several_in
 from torch.optim import Optimizer
 
-LONGEST_FOLDER_NAME = 100
 BASELINE = "none"
 ALL = "all"
 
@@ -45,16 +43,6 @@ class Arm:
         change = asdict(self.control or Control(name=""))
         del change["name"]
         return {**change, "corrections": [*self.corrections, *change["corrections"]]}
-
-    @property
-    def folder_name(self) -> str:
-        """The name without what a file name cannot hold; a name that this changes gets digits of its own."""
-        plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name)[:LONGEST_FOLDER_NAME]
-        return (
-            plain
-            if plain == self.name
-            else f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
-        )
 
 
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:

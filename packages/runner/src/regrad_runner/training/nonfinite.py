@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,8 @@ from regrad.errors import RegradError, RegradWarning
 from regrad.sharding import is_sharded, local
 from torch import Tensor, nn
 
-from regrad_runner.files import write_whole
+from regrad_runner.addresses import without_secrets
+from regrad_runner.results.run import NOT_FINITE, RunLog
 
 STEPS_KEPT = 50
 SKIPS_IN_A_ROW = 10
@@ -159,21 +160,16 @@ class Watch:
 
 
 @contextmanager
-def keeping_norms(
-    folder: Callable[[], Path], keep: Callable[[Path], object], *, writes: bool
-) -> Iterator[None]:
-    """Write the last steps' norms of a run that ends by `NonFiniteError`.
+def keeping_norms(record: RunLog) -> Iterator[None]:
+    """Keep the last steps' norms of a run that ends by `NonFiniteError`, and say that it diverged.
 
     Args:
-        folder: Gives where to write `nonfinite.csv`.
-        keep: Called with the file that was written.
-        writes: Whether this is the process that writes.
+        record: Of the run.
     """
     try:
         yield
     except NonFiniteError as problem:
-        if writes:
-            path = folder() / "nonfinite.csv"
-            write_whole(path, problem.table)
-            keep(path)
+        record.keep(NOT_FINITE, problem.table)
+        told = without_secrets("".join(traceback.format_exception(problem)))
+        record.end("diverged", error=told)
         raise
