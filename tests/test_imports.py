@@ -115,8 +115,6 @@ def test_rooms_are_listed_and_import_only_what_is_listed_below_them(members, roo
         assert upward == [], f"{module} imports what stands above it"
 
 
-# Members in which names are still defined twice.
-DUPLICATES_LEFT = {"packages/bench", "packages/runner", "packages/testing"}
 # Public names that several modules of a member may define, and why.
 SHARED_NAMES = {
     "main": "what a module that is run as a program starts with",
@@ -131,14 +129,13 @@ def defined_in(path) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
-            stored = (part for part in ast.walk(node) if isinstance(part, ast.Name))
-            names |= {part.id for part in stored if isinstance(part.ctx, ast.Store)}
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = [part for target in targets for part in ast.walk(target)]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
     return {name for name in names if not name.startswith("_")}
 
 
-def test_no_two_modules_of_a_member_define_the_same_public_name(member, request):
-    if member.folder in DUPLICATES_LEFT:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="some are still to be renamed"))
+def test_no_two_modules_of_a_member_define_the_same_public_name(member):
     places = {}
     for path in member.sources:
         for name in defined_in(path) - SHARED_NAMES.keys():

@@ -57,7 +57,7 @@ UNREADABLE = (
 )
 
 
-class Attached(Protocol):
+class StateHolder(Protocol):
     """What this file needs of an attachment, see `regrad.Attachment`."""
 
     optimizer: Optimizer
@@ -87,7 +87,7 @@ class StateInOptimizer:
         attachment: Whose corrections' state it is.
     """
 
-    def __init__(self, attachment: Attached) -> None:
+    def __init__(self, attachment: StateHolder) -> None:
         self._attachment = attachment
         self._taken: Mapping[str, Any] | None = None
         self._is_missing = False

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[], object]
+from regrad_bench.timing import Call
+
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
 
 

@@ -15,10 +15,9 @@ from torch import nn
 from regrad_testing.clauses import clause, difference, require, same_bits, skip
 from regrad_testing.processes import launch
 from regrad_testing.settings import MORE, SuiteBase
-from regrad_testing.worker import WORLD
+from regrad_testing.worker import WORLD, Case
 
 Results = list[dict[str, Any]]
-Case = Callable[[int], Any]
 Wrap = Callable[[nn.Module], nn.Module]
 
 

@@ -24,7 +24,7 @@ from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-define
 from regrad_testing.files import load_file
 
 WORLD = 2
-PATIENCE = timedelta(seconds=60)
+GROUP_PATIENCE = timedelta(seconds=60)
 GRACE = 5.0
 MODULE = "regrad_testing_suite"
 LEADER = "leader"
@@ -139,7 +139,7 @@ def run_case(case: Case, store: Any, rank: int, world: int) -> Any:
     """Run one case in a process group of its own; return its result, or what it raised."""
     group: Any = PrefixStore("group", store)
     distributed.init_process_group(
-        "gloo", store=group, rank=rank, world_size=world, timeout=PATIENCE
+        "gloo", store=group, rank=rank, world_size=world, timeout=GROUP_PATIENCE
     )
     try:
         result = case(rank)
@@ -147,7 +147,7 @@ def run_case(case: Case, store: Any, rank: int, world: int) -> Any:
     except BaseException:  # noqa: BLE001
         result = {"error": traceback.format_exc()}
     store.set(f"done {rank}", "")
-    store.wait([f"done {other}" for other in range(world)], PATIENCE)
+    store.wait([f"done {other}" for other in range(world)], GROUP_PATIENCE)
     if distributed.is_initialized():
         distributed.destroy_process_group()
     return result

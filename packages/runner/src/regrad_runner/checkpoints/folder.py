@@ -32,7 +32,7 @@ CHECKPOINT_PREFIX = "step-"
 DAMAGED_PREFIX = "damaged-"
 TENSORS = "tensors.pt"
 STATE = "state.json"
-RECEIPT = "receipt.json"
+CHECKPOINT_RECEIPT = "receipt.json"
 CHECKSUMS = "checksums.json"
 
 
@@ -99,7 +99,7 @@ def read_checkpoint(path: Path) -> Content:
         raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
     try:
         state = _read_json(path / STATE)
-        receipt = _read_json(path / RECEIPT)
+        receipt = _read_json(path / CHECKPOINT_RECEIPT)
     except (ValueError, RecursionError) as problem:
         raise RegradError(
             f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'"
@@ -164,7 +164,7 @@ def damage_of(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None where every file is as it was written."""
     try:
         sums = _read_json(path / CHECKSUMS)
-        for name in (TENSORS, STATE, RECEIPT):
+        for name in (TENSORS, STATE, CHECKPOINT_RECEIPT):
             if checksum(path / name) != sums.get(name):
                 return f"{name} is not what was written"
     except FileNotFoundError as problem:
@@ -185,7 +185,7 @@ def _fill(folder: Path, content: Content) -> None:
     with whole_file(folder / TENSORS) as file:
         torch.save(dict(content.tensors), file)
     _write_json(folder / STATE, {"format": FORMAT, **content.state})
-    _write_json(folder / RECEIPT, content.receipt)
+    _write_json(folder / CHECKPOINT_RECEIPT, content.receipt)
     sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
     _write_json(folder / CHECKSUMS, sums)
 

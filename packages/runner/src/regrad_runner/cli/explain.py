@@ -14,7 +14,7 @@ EXPLAIN_EXAMPLES = (
     "regrad explain --corrections xgrad powergrad",
     "regrad explain --corrections all --all",
 )
-SETTINGS = (
+EXPLAINED_SETTINGS = (
     "corrections",
     "workload",
     "data_dir",
@@ -30,7 +30,7 @@ SETTINGS = (
 )
 
 
-@takes_settings(TrainConfig, *SETTINGS)
+@takes_settings(TrainConfig, *EXPLAINED_SETTINGS)
 def explain_command(
     given: dict[str, Any],
     *,

@@ -27,7 +27,7 @@ from regrad_runner.training.preparation import (
 from regrad_runner.training.processes import check_task, make_accelerator
 from regrad_runner.workloads.workload import Workload
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
     return ResultsFolder(plan.path)
 
 
-def agreed(value: T) -> T:
+def agreed(value: Value) -> Value:
     """Return the first process's value."""
     values = [value]
     broadcast_object_list(values)

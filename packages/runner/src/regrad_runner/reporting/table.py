@@ -22,7 +22,7 @@ from regrad_runner.workloads.workload import Measure
 
 WIDEST_TABLE = 1000  # characters
 WIDE_TERMINAL = 100  # characters, in which every cell has one line
-LONGEST_NAME = 20  # what the other columns leave of 100 characters
+LONGEST_ARM_NAME = 20  # what the other columns leave of 100 characters
 NARROW_NAME = 14  # what they leave of 80
 VERDICT_COLOURS = {
     "better": "green",
@@ -72,7 +72,7 @@ def comparison_table(
     table = plain_table(_headings(measure), rows, ruled=True)
     longest_name = max((len(summary.arm) for summary in summaries), default=0)
     name, *numbers, _verdict = table.columns
-    name.no_wrap = not narrow and longest_name <= LONGEST_NAME
+    name.no_wrap = not narrow and longest_name <= LONGEST_ARM_NAME
     for column in numbers:
         column.no_wrap = not narrow
     if narrow:

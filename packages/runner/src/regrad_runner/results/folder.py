@@ -16,12 +16,11 @@ from typing import Any, Protocol, TypeVar
 from regrad_runner.files import check_own_folder, make_folder, write_whole
 from regrad_runner.results.about import LAYOUT, read_about
 from regrad_runner.results.cells import Cell, cells_of
-from regrad_runner.results.locks import is_lock
+from regrad_runner.results.locks import RUNS, is_lock
 from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.points import EVALUATION
 from regrad_runner.results.run import (
     RECEIPT,
-    RUNS,
     Line,
     RunRecord,
     read_points,

@@ -37,12 +37,12 @@ from regrad.errors import RegradError, RegradWarning
 from regrad_runner.addresses import without_secrets
 from regrad_runner.errors import DiskError
 from regrad_runner.files import append, make_folder, read_regular_file, write_whole
-from regrad_runner.results.locks import is_held, writing_run
+from regrad_runner.results.locks import RUNS, is_held, writing_run
 from regrad_runner.results.machine import machine
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import RunConfig
 
-RUNS, RECORD, POINTS, RECEIPT = "runs", "run.json", "points.jsonl", "receipt.json"
+RECORD, POINTS, RECEIPT = "run.json", "points.jsonl", "receipt.json"
 TRACEBACK, NOT_FINITE = "traceback.txt", "nonfinite.csv"
 # Every file that a run may keep beside its record and points: no name of a file is ever read from data.
 KEPT_FILES = (RECEIPT, TRACEBACK, NOT_FINITE)

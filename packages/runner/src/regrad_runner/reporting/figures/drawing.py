@@ -26,7 +26,7 @@ SMALL_TEXT = 9.5
 CAPTION_TEXT = 8.5
 CAPTION_WIDTH = 64  # characters of a caption's line
 CAPTION_LINE = 0.15  # height of it, in inches
-SETTINGS = {
+DRAWING_SETTINGS = {
     "svg.fonttype": "none",
     "font.size": 10.5,
     "axes.labelsize": 10.5,
@@ -45,7 +45,7 @@ def draw_for_page(drawing: Drawing) -> Figure:
 
     Curves have a legend below them, which the page cuts off.
     """
-    with mpl.rc_context(SETTINGS):
+    with mpl.rc_context(DRAWING_SETTINGS):
         figure = _empty_figure(FIGURE_WIDTH, _height(drawing))
         _draw_into(figure, drawing)
     return figure
@@ -53,7 +53,7 @@ def draw_for_page(drawing: Drawing) -> Figure:
 
 def draw_alone(drawings: Sequence[Drawing]) -> Figure:
     """Return one figure with drawings side by side, each with its title and caption."""
-    with mpl.rc_context(SETTINGS):
+    with mpl.rc_context(DRAWING_SETTINGS):
         height = max(_height(drawing) + _height_of_words(drawing) for drawing in drawings)
         figure = _empty_figure(FIGURE_WIDTH * len(drawings), height)
         parts = figure.subfigures(1, len(drawings), squeeze=False)[0]
