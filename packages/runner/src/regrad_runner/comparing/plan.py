@@ -27,7 +27,7 @@ from regrad_runner.training.preparation import (
 from regrad_runner.training.processes import check_task, make_accelerator
 from regrad_runner.workloads.workload import Workload
 
-Value = TypeVar("Value")
+Agreed = TypeVar("Agreed")
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
     return ResultsFolder(plan.path)
 
 
-def agreed(value: Value) -> Value:
+def agreed(value: Agreed) -> Agreed:
     """Return the first process's value."""
     values = [value]
     broadcast_object_list(values)
