@@ -178,7 +178,9 @@ def digits():
 def check(words):
     """Run a command in a damaged folder: it says one line and ends with exit code 2, or its result is right."""
     code, out, err = cases.command(*words)
-    if words[0] == "sync" and code == 1:  # the runs that are whole are shown, and the other is named
+    if (
+        words[0] == "sync" and code == 1
+    ):  # the runs that are whole are shown, and the other is named
         assert out.splitlines()[-1].startswith("not all of out is at ")
         return code, out
     assert code in (None, 0, 2), (words, out, err)
