@@ -354,6 +354,9 @@ class RunLog:
             error: Traceback of what ended it.
         """
 
+    def let_go(self) -> None:
+        """Leave the folder as it is."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -363,9 +366,15 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """End the run: failed after an error, killed after Ctrl-C or SIGTERM."""
+        """End the run: failed after an error, killed after Ctrl-C or SIGTERM.
+
+        A disk that takes nothing is not asked to take how the run ended, which then counts as killed.
+        """
         if error is None:
             self.end("killed", error="it ended without a result")
+            return
+        if isinstance(error, DiskError):
+            self.let_go()
             return
         told = without_secrets("".join(traceback.format_exception(error)))
         self.end("failed" if isinstance(error, Exception) else "killed", error=told)
@@ -448,6 +457,10 @@ class RunWriter(RunLog):
             )
             _write_record(self.path, self.record)
 
+    def let_go(self) -> None:
+        """Leave the folder as it is; see `RunLog.let_go`."""
+        self._held.close()
+
     def _write_waiting(self) -> None:
         text = "".join(self._waiting)
         append(self.path / POINTS, text, at=self._size)
@@ -478,7 +491,7 @@ def begin_run(folder: Path, values: Mapping[str, Any], *, lines: Iterable[Line] 
     try:
         writer.start(lines)
     except BaseException:
-        writer._held.close()
+        writer.let_go()
         raise
     return writer
 

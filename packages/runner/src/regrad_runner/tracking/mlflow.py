@@ -329,7 +329,7 @@ def _name(name: str) -> str:
 
 def _printable(text: str) -> str:
     """Return a text that a database takes: the name of a folder need not be one."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "_" for letter in text)
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
 def _parts(values: Sequence[Any], size: int) -> Iterator[Iterable[Any]]:
