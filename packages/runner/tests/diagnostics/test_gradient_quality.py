@@ -16,7 +16,7 @@ import regrad
 import torch
 from accelerate.state import AcceleratorState
 from regrad.correction import Control, Correction, Needs
-from regrad_runner.comparing import compare as comparing
+from regrad_runner.comparing import running
 from regrad_runner.comparing.compare import Plan, compare, make_plan
 from regrad_runner.diagnostics import gradient_quality as probing
 from regrad_runner.diagnostics.gradient_quality import Probe, Quality, mean_qualities
@@ -375,7 +375,7 @@ def test_a_resumed_comparison_has_the_probes_of_every_run_once(plan, monkeypatch
             super().train(on_point=on_point, on_step=on_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparing, "TrainingRun", Stopping)
+        patch.setattr(running, "TrainingRun", Stopping)
         with pytest.raises(KeyboardInterrupt):
             run(plan(probe_every=4))
     assert len(rows_of(ResultsFolder(whole.path.parent / "out"))) == 4
