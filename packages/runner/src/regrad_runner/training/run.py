@@ -122,7 +122,7 @@ class TrainingRun:
             for inputs, targets in self._rest_of_epoch():
                 if self._epoch_is_done():
                     continue  # micro-batches left over do not fill an optimizer step
-                self._train_on(inputs, targets)
+                self._micro_batch(inputs, targets)
                 self.position.batch += 1
                 if self.accelerator.sync_gradients:
                     self.position.step += 1
@@ -132,7 +132,7 @@ class TrainingRun:
             self.position.epoch += 1
             self.position.batch = 0
 
-    def _train_on(self, inputs: Tensor, targets: Tensor) -> None:
+    def _micro_batch(self, inputs: Tensor, targets: Tensor) -> None:
         """Train on one micro-batch; with the last one of a step, make the step."""
         if self.on_micro_batch is not None:
             self.on_micro_batch(inputs, targets)
