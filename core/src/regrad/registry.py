@@ -319,11 +319,11 @@ def _create_parts(
         of_part[part][option] = value
     made: list[Correction] = []
     for part, own in of_part.items():
-        made.extend(created(part, **own))
+        made.extend(_created(part, **own))
     return tuple(made)
 
 
-def created(spec: str, **options: Any) -> tuple[Correction, ...]:
+def _created(spec: str, **options: Any) -> tuple[Correction, ...]:
     """Return what `create` returns, always as a tuple."""
     made = create(spec, **options)
     return made if isinstance(made, tuple) else (made,)
@@ -349,7 +349,7 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     made: list[Correction] = []
     for item in given:
         if isinstance(item, str):
-            made.extend(created(item))
+            made.extend(_created(item))
         else:
             made.append(item)
     names: set[str] = set()

@@ -147,9 +147,7 @@ def test_any_text_makes_corrections_that_can_be_kept_or_a_clear_error(text):
         return
     assert arms[1].name == "+".join(part.strip() for part in arms[1].corrections)
     assert expand([text], sgd) == arms
-    for correction in (
-        one for part in arms[1].corrections for one in regrad.registry.created(part)
-    ):
+    for correction in regrad.registry.create_all(arms[1].corrections):
         numbers = [
             number for value in vars(correction.options).values() for number in numbers_of(value)
         ]

@@ -16,7 +16,7 @@ from regrad import RegradError
 from regrad.correction import Correction
 from regrad.meter import Meter
 from regrad.order import resolve_order
-from regrad.registry import created, origin
+from regrad.registry import create_all, origin
 from torch import Tensor
 
 from regrad_runner.diagnostics.memory import bytes_held
@@ -240,7 +240,7 @@ def relations(
         if name in beside:
             continue
         try:
-            others = created(name)
+            others = create_all([name])
         except (RegradError, ValueError, TypeError):
             continue  # it cannot be attached without options, so there is nothing to say about it
         if any(other.name == correction.name for other in others):
