@@ -12,9 +12,9 @@ import nox
 
 ROOT = Path(__file__).parent
 PATTERNS = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["uv"]["workspace"]["members"]
-MEMBERS = [
-    path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))
-]
+MEMBERS: list[str] = []
+for pattern in PATTERNS:
+    MEMBERS += [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(pattern))]
 PLUGINS = [Path(member).name for member in MEMBERS if member.startswith("plugins/")]
 TEST_ENVIRONMENT = {
     # The tests' tensors are small, and threads that wait for each other cost more.
@@ -68,7 +68,7 @@ def import_name(member: str) -> str:
 
 def sync(session: nox.Session, *groups: str) -> None:
     """Install every member, editable, with pinned versions and some dependency groups."""
-    wanted = [argument for group in groups for argument in ("--group", group)]
+    wanted = [f"--group={group}" for group in groups]
     place = session.virtualenv.location
     command = ["uv", "sync", "--all-packages", "--no-default-groups", f"--python={place}", *wanted]
     session.run_install(*command, env={"UV_PROJECT_ENVIRONMENT": place})
@@ -113,7 +113,9 @@ def isolation(session: nox.Session, plugin: str) -> None:
 
 def undeclared(members: list[str]) -> set[str]:
     """Return what must not be importable where only some members are installed."""
-    declared = " ".join(line for member in members for line in metadata(member)["dependencies"])
+    declared: set[str] = set()
+    for member in members:
+        declared |= {*dependencies(member)}
     others = {import_name(other) for other in MEMBERS if other not in members}
     return others | {name for name in NOT_FOR_A_PLUGIN if name not in declared}
 

@@ -96,7 +96,8 @@ def test_the_command_ends_with_an_error_where_something_is_loaded(tmp_path):
 
 def test_a_report_loads_nothing_from_a_network(tmp_path):
     from regrad_runner.reporting.page.write import write_page
-    from regrad_runner.reporting.report import summarize_results
+    from regrad_runner.reporting.report_data import read_report_data
+    from regrad_runner.reporting.summaries import summarize_results
     from regrad_runner.results.folder import ResultsFolder, start_folder
     from regrad_runner.results.outcomes import CurvePoint, Result, numbers_of
     from regrad_runner.results.points import Point, keep_point
@@ -120,7 +121,7 @@ def test_a_report_loads_nothing_from_a_network(tmp_path):
                     keep_point(record, Point(**point))
             record.end(result.status, result=numbers_of(result))
     folder, measure = ResultsFolder(kept), Measure()
-    write_page(folder, measure, summarize_results(folder.results, measure))
+    write_page(read_report_data(folder, measure, summarize_results(folder.results, measure)))
     assert (kept / "report.html").is_file()
     assert list(kept.glob("figures/*.svg"))
     assert loaded.loaded_in(kept) == []

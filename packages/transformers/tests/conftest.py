@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -9,6 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 import pytest
 from regrad_testing import load_beside
 from transformers import Trainer, TrainingArguments
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collect_what_tests_make():
+    """Let every Trainer's garbage collection pass over what models and earlier tests imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

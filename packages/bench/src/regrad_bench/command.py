@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from regrad_runner.cli.flags import Plain, examples
+from regrad_runner.cli.help import Plain, examples
 from regrad_runner.errors import BadInput, checking_input
 
 DEVICES = {"all": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",)}

@@ -161,14 +161,15 @@ class RegradCallback(Callback):
 
     def _chosen(self, optimizers: Sequence[Optimizer]) -> Optimizer:
         """Return the optimizer to attach to."""
-        if self.optimizer is None and len(optimizers) == 1:
-            return optimizers[0]
-        if self.optimizer is None or self.optimizer not in range(len(optimizers)):
+        index = self.optimizer
+        if index is None and len(optimizers) == 1:
+            index = 0
+        if index is None or index not in range(len(optimizers)):
             raise RegradError(
                 f"optimizer must be an index below {len(optimizers)}, got {self.optimizer!r}; "
                 "give each optimizer that is to be corrected a RegradCallback of its own"
             )
-        return optimizers[self.optimizer]
+        return optimizers[index]
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
         """Return the module to attach to: `training_step` may call a child alone."""

@@ -33,7 +33,7 @@ from regrad_runner.results.run import (
 from regrad_runner.results.view import tracking
 from regrad_runner.settings.arms import BASELINE, Arm, parts_of
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.settings.environment import in_words
+from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.signals import asked_to_stop, begun, signals_wait, stop, stops_after_steps
 from regrad_runner.training.nonfinite import keeping_norms
 from regrad_runner.training.outcome import finished_result
@@ -44,7 +44,7 @@ from regrad_runner.workloads.workload import Workload, name_on_validation
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A run that was checked and can start.
 
     Attributes:
@@ -62,7 +62,9 @@ class Plan:
     reports: bool
 
 
-def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = False) -> Plan:
+def make_training_plan(
+    config: TrainConfig, *, out: Path | None = None, resume: bool = False
+) -> TrainingPlan:
     """Check everything that can be checked before the first step. Writes nothing.
 
     Args:
@@ -83,14 +85,14 @@ def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = Fa
     parts = tuple(part for text in config.corrections for part in parts_of(text))
     arm = Arm("+".join(parts) or BASELINE, corrections=parts)
     try_on(arm, config, workload, lr=config.lr or 0.0)
-    return Plan(config, workload, arm, path, accelerator.is_main_process)
+    return TrainingPlan(config, workload, arm, path, accelerator.is_main_process)
 
 
-def train(plan: Plan, display: Display) -> Result:
+def train(plan: TrainingPlan, display: Display) -> Result:
     """Run to the end, from the latest checkpoint in the folder if there is one.
 
     Args:
-        plan: From `make_plan`.
+        plan: From `make_training_plan`.
         display: Told how far it is.
 
     Returns:
@@ -100,7 +102,7 @@ def train(plan: Plan, display: Display) -> Result:
         BadInput: If there are checkpoints and none can be gone on from; nothing is written.
     """
     config = plan.config
-    for line in in_words(config):
+    for line in environment_in_words(config):
         display.say(line)
     run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
     with ExitStack() as stack:
@@ -120,7 +122,7 @@ def train(plan: Plan, display: Display) -> Result:
         return _follow(run, plan, record, display)
 
 
-def _start_folder(plan: Plan) -> None:
+def _start_folder(plan: TrainingPlan) -> None:
     about = {
         "kind": "run",
         "workload": plan.workload.name,
@@ -129,7 +131,7 @@ def _start_folder(plan: Plan) -> None:
     start_folder(plan.path, plan.config, about)
 
 
-def _begin(run: TrainingRun, plan: Plan) -> RunLog:
+def _begin(run: TrainingRun, plan: TrainingPlan) -> RunLog:
     """Begin the record of the run, with the curve up to its checkpoint: what came after that comes again."""
     if not plan.reports:
         return RunLog()
@@ -148,7 +150,7 @@ def _begin(run: TrainingRun, plan: Plan) -> RunLog:
     return begin_run(plan.path, values, lines=lines_of(run.position.points, times))
 
 
-def _follow(run: TrainingRun, plan: Plan, record: RunLog, display: Display) -> Result:
+def _follow(run: TrainingRun, plan: TrainingPlan, record: RunLog, display: Display) -> Result:
     """Train, keep checkpoints on the way and the result at the end."""
     started = time.perf_counter()
     checkpoints = plan.path / "checkpoints"

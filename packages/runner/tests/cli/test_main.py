@@ -13,7 +13,7 @@ import regrad
 import torch
 from regrad.errors import RegradWarning
 from regrad_runner.checkpoints.folder import checkpoints
-from regrad_runner.cli.flags import repeat_flag
+from regrad_runner.cli.corrections_flag import repeat_flag
 from regrad_runner.cli.main import main
 from regrad_runner.errors import format_warning
 from regrad_runner.results.folder import ResultsFolder

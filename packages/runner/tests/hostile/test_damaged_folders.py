@@ -11,7 +11,6 @@ from regrad_runner.comparing import compare as comparing
 from regrad_runner.comparing import plan as planning
 from regrad_runner.diagnostics.effects import Effect
 from regrad_runner.diagnostics.gradient_quality import Quality
-from regrad_runner.reporting.page.source import read_source
 from regrad_runner.results.folder import ResultsFolder, start_folder
 from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.tables import read_rows
@@ -139,10 +138,8 @@ def quick(monkeypatch, ready_schema):
             module, "load_data", lambda config: (workload, resolved(config, workload))
         )
         monkeypatch.setattr(module, "try_on", lambda *a, **b: None)
-    monkeypatch.setattr("regrad_runner.reporting.figures.write_figures", lambda *a, **b: [])
-    monkeypatch.setattr(
-        "regrad_runner.reporting.page.write.write_page", lambda *a: [read_source(*a)][1:]
-    )
+    monkeypatch.setattr("regrad_runner.reporting.figures.png.write_pngs", lambda *a: [])
+    monkeypatch.setattr("regrad_runner.reporting.page.write.write_page", lambda *a: [])
     monkeypatch.setattr(comparing, "compare", accept)
     monkeypatch.setattr(train, "train", accept)
     return commands

@@ -5,16 +5,17 @@ import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import strategies as st
-from regrad_runner.reporting.figures import write_figures
+from regrad_runner.reporting.figures.png import write_pngs
 from regrad_runner.reporting.progress import Display
+from regrad_runner.reporting.report_data import ReportData
 from regrad_runner.reporting.table import print_comparison
 from regrad_runner.results.outcomes import CurvePoint, Result
 from regrad_runner.results.run import folder_name, run_path
 from regrad_runner.results.tables import COMPUTED, read_rows, write_rows
-from regrad_runner.statistics.rows import RunRow
 from regrad_runner.statistics.verdicts import summarize
 from regrad_runner.tracking.mlflow import MetricPoint, TrackedRun, project
 from regrad_runner.tracking.stores import Store
@@ -87,9 +88,9 @@ def test_two_names_never_share_a_folder():
     assert folders[2] == "a_b"
 
 
-def rows_of(arms):
+def results_of(arms):
     return [
-        RunRow(
+        Result(
             arm=arm,
             seed=seed,
             value=0.5 + 0.01 * seed,
@@ -105,16 +106,25 @@ def rows_of(arms):
 
 def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
     arms, measure = ["none", *filter(str.isprintable, HOSTILE[:-1])], Measure(target=0.5)
-    rows = rows_of(arms)
+    results = results_of(arms)
+    rows = [result.as_run_row() for result in results]
     summaries = summarize(rows, controls=dict.fromkeys(arms[1:]), higher_is_better=True)
     curves = [
         CurvePoint(arm=r.arm, seed=r.seed, step=s, epoch=s, loss=1.0, value=0.1 * s, lr=0.1)
         for r in rows
         for s in (1, 2)
     ]
-    assert (
-        len(write_figures(curves, tmp_path, rows=rows, summaries=summaries, measure=measure)) == 3
+    data = ReportData(
+        folder=SimpleNamespace(results=results, curves=curves),
+        measure=measure,
+        summaries=summaries,
+        effects=[],
+        qualities=[],
+        about={},
+        settings={},
+        receipts={},
     )
+    assert len(write_pngs(data, tmp_path)) == 3
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=3000)
         print_comparison(console, summaries, measure)

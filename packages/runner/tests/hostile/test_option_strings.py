@@ -11,7 +11,7 @@ from regrad_runner.results.run import folder_name
 from regrad_runner.settings.arms import expand
 from regrad_runner.settings.specs import read_spec
 from regrad_runner.training.optimizers import build_optimizer, spec_of
-from regrad_runner.workloads.digits import DEFAULTS
+from regrad_runner.workloads.digits import DIGITS_DEFAULTS
 from regrad_testing.files import load_beside
 
 cases = load_beside(__file__, "cases")
@@ -168,12 +168,12 @@ def test_a_written_number_is_the_number(value, spaced):
 
 @cases.hostile(150, specs(OPTIMIZERS))
 def test_any_text_makes_an_optimizer_that_steps_or_a_clear_error(text):
-    read, refused = cases.outcome(lambda: spec_of(text, DEFAULTS))
+    read, refused = cases.outcome(lambda: spec_of(text, DIGITS_DEFAULTS))
     if read is None:
         assert cases.is_clear(refused)
         return
     spec, lr = read
-    assert spec_of(spec, DEFAULTS) == (spec, lr)
+    assert spec_of(spec, DIGITS_DEFAULTS) == (spec, lr)
     optimizer = build_optimizer(spec, [torch.zeros(1, requires_grad=True)], lr=lr)
     for name, value in read_spec(spec)[1].items():
         assert optimizer.defaults[name] == value

@@ -191,7 +191,7 @@ def test_of_two_that_start_in_one_new_folder_the_second_is_refused(tmp_path, cap
 def test_a_folder_that_was_begun_after_it_was_checked_is_refused(tmp_path, capsys, monkeypatch):
     from regrad_runner import training_command as train
 
-    make_plan = train.make_plan
+    make_plan = train.make_training_plan
 
     def slow(*args, **options):
         plan = make_plan(*args, **options)
@@ -199,7 +199,7 @@ def test_a_folder_that_was_begun_after_it_was_checked_is_refused(tmp_path, capsy
         (tmp_path / "out" / "config.yaml").write_text("of another command")
         return plan
 
-    monkeypatch.setattr(train, "make_plan", slow)
+    monkeypatch.setattr(train, "make_training_plan", slow)
     assert main(["train", *SMALL, "--out", str(tmp_path / "out")]) == 2
     assert "out must be a new or empty folder, got" in capsys.readouterr().err
     assert (tmp_path / "out" / "config.yaml").read_text() == "of another command"

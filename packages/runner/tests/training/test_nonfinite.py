@@ -103,7 +103,7 @@ def spoil(monkeypatch, steps):
 
     def spoiled(self, step, loss):
         if step in steps:
-            self._named[0][1].grad.fill_(math.inf)
+            self._parameters[0].grad.fill_(math.inf)
         return original(self, step, loss)
 
     monkeypatch.setattr(Watch, "is_finite", spoiled)

@@ -101,7 +101,7 @@ def _launch(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         place = (inspect.getfile(thing), thing.__qualname__)
-        _run(Task(*place, arguments, folder, processes, patience))
+        _run(Task(*place, arguments, folder, processes, patience, dict(os.environ)))
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 

@@ -44,6 +44,8 @@ class Task:
         folder: For rendezvous, results and what is printed.
         processes: How many.
         patience: Seconds until processes that still run are ended.
+        environment: Variables of the process that asks: the one that starts others may
+            be older.
     """
 
     file: str
@@ -52,6 +54,7 @@ class Task:
     folder: Path
     processes: int
     patience: float
+    environment: Mapping[str, str]
 
     def cases(self) -> Mapping[str, Case]:
         """Return what every rank runs, one after the other: a suite's cases, or one function."""
@@ -70,6 +73,7 @@ def lead(task: Task) -> None:
     Importing takes longer than most cases, so where the system can fork the ranks do not repeat it.
     """
     _print_to(task.folder / f"{LEADER}.txt")
+    os.environ.update(task.environment)
     if hasattr(os, "setsid"):
         os.setsid()  # whoever started this process can end it together with its ranks
     method = "spawn"

@@ -78,10 +78,10 @@ def _follow(plan: Plan, folder: ResultsFolder, display: Display, ended: Iterable
         if plan.reports:
             outcome = folder.take(cell)
             export_tables(folder)
-            display.end(f"{cell.name}: {in_words(outcome, plan.workload.measure)}")
+            display.end(f"{cell.name}: {outcome_in_words(outcome, plan.workload.measure)}")
 
 
-def in_words(outcome: Result | Trial, measure: Measure) -> str:
+def outcome_in_words(outcome: Result | Trial, measure: Measure) -> str:
     """Say what came out of a cell."""
     if isinstance(outcome, Trial):
         return f"{name_on_validation(measure)} {measure.written(outcome.validation)}"

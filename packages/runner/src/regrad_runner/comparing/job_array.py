@@ -19,12 +19,12 @@ from regrad_runner.results.run import run_path
 from regrad_runner.results.view import tracking
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.settings.continuing import first_difference
-from regrad_runner.settings.environment import in_words
+from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.settings.loading import load_config
 from regrad_runner.training.preparation import try_on
 
 
-def prepare(plan: Plan, *, say: Callable[[str], None]) -> dict[str, str]:
+def prepare_cells(plan: Plan, *, say: Callable[[str], None]) -> dict[str, str]:
     """Make a comparison's folder without running anything, so that its cells can run in any number of processes.
 
     Args:
@@ -50,7 +50,7 @@ def show_prepared(path: Path, cells: dict[str, str], *, as_json: bool) -> str:
 
     Args:
         path: The comparison's folder.
-        cells: From `prepare`.
+        cells: From `prepare_cells`.
         as_json: For programs; else one line for each.
     """
     if as_json:
@@ -111,7 +111,7 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
         display: Told how far it is.
     """
     plan, cell = cell_plan.plan, cell_plan.cell
-    for line in in_words(plan.config):
+    for line in environment_in_words(plan.config):
         display.say(line)
     with ExitStack() as stack:
         if plan.reports and is_server(plan.config.tracking_uri):

@@ -1,4 +1,4 @@
-"""Several runs of a comparison at once on one machine: worker processes that take its cells one by one."""
+"""Several runs of a comparison at once on one machine, each in a worker process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Worker:
 
 
 class Workers:
-    """Worker processes, as a context manager: they end with it, at once and with their runs killed after an error.
+    """Worker processes, as a context manager: they end with it, after an error at once.
 
     Args:
         plan: Of the comparison; its folder is there.
@@ -145,7 +145,7 @@ class Workers:
         ours, theirs = context.Pipe()
         place = (self._plan.path, self._started, theirs)
         process = context.Process(target=work, args=place, name=f"regrad-worker-{self._started}")
-        with _deaf_to_ctrl_c():
+        with _ignoring_interrupts():
             process.start()
         theirs.close()  # so that its end is heard
         self._started += 1
@@ -154,8 +154,11 @@ class Workers:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Let processes started in the block not hear Ctrl-C, which a terminal sends to all: the first process decides."""
+def _ignoring_interrupts() -> Iterator[None]:
+    """Let processes that start in the block ignore Ctrl-C.
+
+    A terminal sends it to all of them, but the first process decides.
+    """
     resource_tracker.ensure_running()  # starting it would let the signal through again
     if not hasattr(signal, "pthread_sigmask"):
         yield

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import regrad
 from regrad_runner.cli.main import main
-from regrad_runner.reporting.page import curves, rows
-from regrad_runner.reporting.page.drawing import draw
-from regrad_runner.reporting.page.marks import Mark
+from regrad_runner.reporting.figures import curves, rows
+from regrad_runner.reporting.figures.drawing import draw_for_page
+from regrad_runner.reporting.figures.marks import Mark
 from regrad_runner.reporting.page.repeat import command_to_repeat
-from regrad_runner.reporting.page.source import read_source
 from regrad_runner.reporting.page.write import write_page
-from regrad_runner.reporting.report import show, summarize_results
+from regrad_runner.reporting.report import show
+from regrad_runner.reporting.report_data import read_report_data
+from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.results.about import LAYOUT, read_about
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result
@@ -97,14 +98,13 @@ def old(make_comparison, tmp_path_factory):
     return make_comparison(tmp_path_factory.mktemp("page") / "old", old=True, target=None)
 
 
+def data_of(folder):
+    measure = Measure(**read_about(folder.path)["measure"])
+    return read_report_data(folder, measure, summarize_results(folder.results, measure))
+
+
 def write(folder):
-    measure = Measure(**read_about(folder.path)["measure"])
-    return write_page(folder, measure, summarize_results(folder.results, measure))
-
-
-def source_of(folder):
-    measure = Measure(**read_about(folder.path)["measure"])
-    return read_source(folder, measure, summarize_results(folder.results, measure))
+    return write_page(data_of(folder))
 
 
 def marks(folder, figure, series, *, whole=True):
@@ -275,14 +275,17 @@ def test_gradient_quality_is_told_raw_and_corrected(folder, names):
 
 
 def test_what_is_drawn_is_what_the_rows_say(folder):
-    (drawing,) = [d for d in curves.training_curves(source_of(folder)) if d.name == "measure-time"]
-    lines = {line.get_label().removeprefix("\u200b"): line for line in draw(drawing).axes[0].lines}
+    (drawing,) = [d for d in curves.training_curves(data_of(folder)) if d.name == "measure-time"]
+    lines = {
+        line.get_label().removeprefix("\u200b"): line
+        for line in draw_for_page(drawing).axes[0].lines
+    }
     for series in drawing.styles:
         own = [mark for mark in drawing.marks if mark.series == series]
         assert list(lines[series].get_xdata()) == [mark.x for mark in own]
         assert list(lines[series].get_ydata()) == [mark.y for mark in own]
-    (overhead,) = rows.overhead_rows(source_of(folder))
-    widths = [patch.get_width() for patch in draw(overhead).axes[0].patches]
+    (overhead,) = rows.overhead_rows(data_of(folder))
+    widths = [patch.get_width() for patch in draw_for_page(overhead).axes[0].patches]
     assert widths == [mark.x for mark in overhead.marks if mark.seed is None]
 
 

@@ -1,10 +1,9 @@
-"""Under torchrun on two processes: stop, save and resume with every correction, and go on with what one process saved.
+"""Stop, save and resume with every correction, on one process and on two.
 
-Usage: torchrun --nproc-per-node 2 resume_on_two_processes.py FOLDER NAME...
-FOLDER/NAME/one holds a checkpoint of one process; FOLDER/NAME/two gets one of two, and FOLDER/out.pt what came out.
+In a folder, NAME/one holds a checkpoint of one process; NAME/two gets one of two, and
+out.pt what came out.
 """
 
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import torch
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training import run as training
-from regrad_runner.training.processes import leave_processes
+from regrad_runner.training import building
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
@@ -25,15 +23,14 @@ def setting():
     """Return workload and settings, without anything that depends on the number of processes."""
     workload = load_workload("digits", train_size=100)
     config = TrainConfig(
-        **{
-            "batch_size": 32,
-            "epochs": 4,
-            "width": 4,
-            "norm": "group",
-            "threads": 1,
-            "evaluations_per_epoch": 2,
-        },
-        **{"accumulate": 2, "clip_norm": 1.0},
+        batch_size=32,
+        epochs=4,
+        width=4,
+        norm="group",
+        threads=1,
+        evaluations_per_epoch=2,
+        accumulate=2,
+        clip_norm=1.0,
     )
     return workload, resolved(config, workload)
 
@@ -44,19 +41,21 @@ def in_float64(*args, **kwargs):
 
 def make(name):
     workload, config = setting()
-    return TrainingRun(
-        config, workload, Arm(name or "none", tuple(filter(None, [name]))), seed=3, lr=0.02
-    )
+    arm = Arm(name, (name,)) if name else Arm("none")
+    return TrainingRun(config, workload, arm, seed=3, lr=0.02)
 
 
 def trained(run, *, save=None):
     """Train to the end, saving once on the way; return points and weights."""
-    keep = lambda step: save_checkpoint(run, save) if save is not None and step == STOP else None  # noqa: E731
+
+    def keep(step):
+        if save is not None and step == STOP:
+            save_checkpoint(run, save)
+
     run.train(on_point=lambda point: None, on_step=keep)
     model = run.accelerator.unwrap_model(run.model)
-    return list(run.position.points), {
-        name: p.detach().clone() for name, p in model.named_parameters()
-    }
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return list(run.position.points), weights
 
 
 def continued(name, folder):
@@ -72,22 +71,15 @@ def outcome(name, folder):
     with closing(make(name)) as run:
         points, weights = trained(run, save=folder / "two")
     again, same, lines = continued(name, folder / "two")
-    exact = (
-        again == points
-        and lines == []
-        and all(torch.equal(weights[key], same[key]) for key in weights)
-    )
+    is_same = all(torch.equal(weights[key], same[key]) for key in weights)
+    exact = again == points and lines == [] and is_same
     _, from_one, lines = continued(name, folder / "one")
     return {"exact": exact, "weights": weights, "from_one": from_one, "lines": lines}
 
 
-def main(folder, *names):
-    training.make_model = in_float64
+def outcomes(rank, folder, names):
+    """Train, resume and change the number of processes, with each correction, as one of two."""
+    building.make_model = in_float64
     results = {name: outcome(name, Path(folder, name or "none")) for name in names}
-    if torch.distributed.get_rank() == 0:
+    if rank == 0:
         torch.save(results, Path(folder, "out.pt"))
-    leave_processes()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

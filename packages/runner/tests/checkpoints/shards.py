@@ -1,21 +1,15 @@
-"""One of two gloo processes: save shards whole, load them again and go on; print how far from exact that ends.
-
-Usage: python one_of_two_processes.py RANK RENDEZVOUS_FILE
-"""
+"""Save shards whole, load them again and go on, as one of two processes."""
 
 import io
-import os
-import sys
 
 import regrad
 import torch
 from regrad.correction import Correction, Needs
-from regrad.sharding import local
+from regrad.sharding import is_sharded, local
 from regrad_runner.checkpoints import states
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 
 class Averaged(Correction):
@@ -140,43 +134,34 @@ def uninterrupted(mesh, make_optimizer, corrections, part):
 
 
 def weights(model):
-    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+    return [p.full_tensor() if is_sharded(p) else p.detach() for p in model.parameters()]
 
 
-def tell(name, seen, wanted):
-    difference = max(
-        (a.detach() - b.detach()).abs().max().item() for a, b in zip(seen, wanted, strict=True)
-    )
-    sys.stdout.write(f"{name} {difference}\n")
+def farthest(seen, wanted):
+    pairs = zip(seen, wanted, strict=True)
+    return max((a.detach() - b.detach()).abs().max().item() for a, b in pairs)
 
 
-def main(rank, rendezvous):
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
-    )
-    mesh, half, everything = (
-        init_device_mesh("cpu", (2,)),
-        slice(4 * rank, 4 * rank + 4),
-        slice(None),
-    )
+def differences(rank):
+    """Return how far each case ends from exact, and from the numbers of one process."""
+    mesh = init_device_mesh("cpu", (2,))
+    half = slice(4 * rank, 4 * rank + 4)
+    everything = slice(None)
+    seen = {}
     for name, case in CASES.items():
         of_shards, shards = interrupted(mesh, *case, half)
         of_whole, whole = interrupted(None, *case, everything)
-        tell(f"{name}:exact:saving", shards, uninterrupted(mesh, *case, half))
         again, applied = resumed(of_shards, mesh, *case, half)
-        tell(f"{name}:exact:shards-to-shards", again, shards)
-        sys.stdout.write(f"{name}:exact:steps-counted {applied - HALF}\n")
-        tell(f"{name}:near:shards-to-whole", resumed(of_shards, None, *case, everything)[0], whole)
-        tell(f"{name}:near:whole-to-shards", resumed(of_whole, mesh, *case, half)[0], shards)
+        to_whole, _ = resumed(of_shards, None, *case, everything)
+        to_shards, _ = resumed(of_whole, mesh, *case, half)
+        never_saved = uninterrupted(mesh, *case, half)
+        seen[f"{name}:exact:saving"] = farthest(shards, never_saved)
+        seen[f"{name}:exact:shards-to-shards"] = farthest(again, shards)
+        seen[f"{name}:exact:steps-counted"] = applied - HALF
+        seen[f"{name}:near:shards-to-whole"] = farthest(to_whole, whole)
+        seen[f"{name}:near:whole-to-shards"] = farthest(to_shards, whole)
         sums = of_shards["corrections"]["corrections"].get("averaged", {}).get("sums", {})
         ours = of_whole["corrections"]["corrections"].get("averaged", {}).get("sums", {})
         if sums:
-            tell(f"{name}:near:gathered", sums.values(), ours.values())
-    distributed.barrier()
-    distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may outlive the group and abort the interpreter's own exit
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+            seen[f"{name}:near:gathered"] = farthest(sums.values(), ours.values())
+    return seen
