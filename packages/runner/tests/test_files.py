@@ -105,13 +105,13 @@ def test_text_is_added_to_a_file_and_never_through_a_link(tmp_path, victim):
 def test_a_folder_is_made_but_not_below_a_link_or_a_file(tmp_path, victim):
     assert make_folder(tmp_path / "out", "runs", "none").is_dir()
     (tmp_path / "out" / "figures").symlink_to(victim.parent)
-    (tmp_path / "out" / "runs").write_text("a file")
+    (tmp_path / "out" / "other").write_text("a file")
     with pytest.raises(
         DiskError, match="figures' must be a folder, got a link; move the link away"
     ):
         make_folder(tmp_path / "out", "figures", "new")
-    with pytest.raises(DiskError, match="cells' must be a folder, got a file; move the file away"):
-        check_own_folder(tmp_path / "out" / "runs")
+    with pytest.raises(DiskError, match="other' must be a folder, got a file; move the file away"):
+        check_own_folder(tmp_path / "out" / "other")
 
 
 def test_an_output_folder_may_be_a_link_to_a_folder(tmp_path):

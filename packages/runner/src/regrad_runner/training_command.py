@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
@@ -83,10 +82,10 @@ def make_training_plan(
     path = out or default_folder("train-", workload.name)
     if accelerator.is_main_process:
         check_folder(path, config, resume=resume)
-    parts = tuple(chain.from_iterable(map(parts_of, config.corrections)))
+    parts = tuple(part for text in config.corrections for part in parts_of(text))
     arm = Arm("+".join(parts) or BASELINE, corrections=parts)
     try_on(arm, config, workload, lr=config.lr or 0.0)
-    return TrainingPlan(config, workload, arm, path, reports=accelerator.is_main_process)
+    return TrainingPlan(config, workload, arm, path, accelerator.is_main_process)
 
 
 def train(plan: TrainingPlan, display: Display) -> Result:

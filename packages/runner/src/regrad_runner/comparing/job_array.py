@@ -1,4 +1,4 @@
-"""A comparison as a job array: each cell is run by its own job."""
+"""A comparison as a job array: counted once, each cell run by a job of its own, merged by `regrad report`."""
 
 from __future__ import annotations
 

@@ -36,8 +36,6 @@ from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.terminal import Terminal
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
-TABLES_OF_RUNS: dict[str, Any] = {QUALITY_FILE: Quality, EFFECTS_FILE: Effect}
-
 
 def show(path: Path, *, as_json: bool = False) -> None:
     """Show what is in a folder, whichever command wrote it; draw a comparison's figures again.
