@@ -10,7 +10,7 @@ import regrad
 import torch
 import yaml
 from regrad.correction import Control, Correction, Needs
-from regrad_runner.comparing import compare as module
+from regrad_runner.comparing import running as module
 from regrad_runner.comparing.compare import Plan, compare, make_plan
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import show_comparison
