@@ -25,7 +25,7 @@ SMALL = [
 # Rank 1 alone hears Ctrl-C, in the middle of its third step.
 CTRL_C_AT_ONE_PROCESS = """
 import os, signal, sys
-from regrad_runner.tracking import mlflow_ as tracking
+from regrad_runner.tracking import projector
 from regrad_runner.cli.main import main
 from regrad_runner.training.run import TrainingRun
 original = TrainingRun._micro_batch
@@ -34,7 +34,7 @@ def step(self, images, labels):
         os.kill(os.getpid(), signal.SIGINT)
     original(self, images, labels)
 TrainingRun._micro_batch = step
-tracking.SECONDS_AT_THE_END = 600.0
+projector.SECONDS_AT_THE_END = 600.0
 sys.exit(main(sys.argv[1:]))
 """
 

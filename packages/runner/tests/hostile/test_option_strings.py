@@ -1,4 +1,5 @@
 import math
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,8 @@ def test_any_text_makes_corrections_that_can_be_kept_or_a_clear_error(text):
         return
     assert arms[1].name == "+".join(part.strip() for part in arms[1].corrections)
     assert expand([text], sgd) == arms
-    for correction in regrad.registry.create_all(arms[1].corrections):
+    made = [regrad.registry.create_all([part]) for part in arms[1].corrections]
+    for correction in chain.from_iterable(made):
         numbers = [
             number for value in vars(correction.options).values() for number in numbers_of(value)
         ]
