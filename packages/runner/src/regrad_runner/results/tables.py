@@ -85,8 +85,13 @@ def _row(kind: type[Row], header: Sequence[str], cells: Sequence[str], hints: An
 
 
 def _cell(value: Any) -> Any:
-    """Return what stands in a cell: a text that a spreadsheet would compute, or that is one of these, is quoted."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in COMPUTED else value
+    """Return what stands in a cell.
+
+    A text that a spreadsheet would compute, or that begins with a quote, gets a quote before it.
+    """
+    if isinstance(value, str) and value[:1] in COMPUTED:
+        return f"'{value}"
+    return value
 
 
 def _read_cell(text: str, hint: Any) -> Any:
