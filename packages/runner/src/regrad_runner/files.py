@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -270,7 +271,7 @@ def read_regular_file(path: Path, *, largest: int) -> bytes:
         return file.read(largest + 1)[:largest]
 
 
-def open_regular_file(path: Path, *, follow_link: bool) -> IO[bytes]:
+def open_regular_file(path: Path, *, follow_link: bool) -> BufferedReader:
     """Open a file for reading, without waiting for a pipe.
 
     Args:
