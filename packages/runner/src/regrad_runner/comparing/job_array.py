@@ -132,7 +132,7 @@ def is_server(address: str | None) -> bool:
 
 
 def _has_ended(cell: Cell, folder: ResultsFolder) -> bool:
-    """Say whether a cell need not run: a trial that failed would fail again, a run may not."""
+    """Say whether a cell need not run again: a trial counts even if it failed."""
     if cell.lr is not None:
         return folder.holds(cell)
     return folder.is_finished(cell.arm, cell.seed)

@@ -223,6 +223,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
 
 
 def _parameters(record: RunRecord) -> dict[str, Any]:
+    """Return what tells a run of a comparison apart: its parameters in MLflow."""
     values: dict[str, Any] = {
         "arm": record.arm,
         "corrections": " ".join(record.corrections),
@@ -230,7 +231,9 @@ def _parameters(record: RunRecord) -> dict[str, Any]:
         "seed": record.seed,
         "lr": record.lr,
     }
-    return values | ({"control": record.control} if record.control else {})
+    if record.control:
+        values["control"] = record.control
+    return values
 
 
 def _tags(record: RunRecord) -> dict[str, str]:
@@ -254,6 +257,7 @@ def _points(record: RunRecord, lines: Sequence[Line]) -> list[MetricPoint]:
 
 
 def _end_of(record: RunRecord, lines: Sequence[Line], status: Status) -> int | None:
+    """Return when a run ended: if its record does not say, at its last line."""
     if status == "running":
         return None
     if record.ended is not None:
