@@ -7,7 +7,7 @@ import regrad
 import torch
 from regrad import RegradError, ranks
 from regrad.correction import Needs
-from torch import nn
+from torch import distributed, nn
 
 
 class Stage:
@@ -21,9 +21,18 @@ class OwnStage(Stage):
     """A stage of somebody's own."""
 
 
-@pytest.fixture(autouse=True)
-def pipelining(monkeypatch):
-    """A library of pipelines, without the process group that torch's own asks for."""
+@pytest.fixture
+def process_group(tmp_path):
+    """A process group of this process alone, as a stage needs one."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def pipelining(monkeypatch, process_group):
+    """A library of pipelines whose stages need no device."""
     library = types.SimpleNamespace(_PipelineStageBase=Stage)
     monkeypatch.setitem(ranks.sys.modules, "torch.distributed.pipelining.stage", library)
 
@@ -38,6 +47,7 @@ def reader(toys):
     return Reader
 
 
+@pytest.mark.usefixtures("pipelining")
 @pytest.mark.parametrize("kind", [Stage, OwnStage])
 def test_a_stage_that_is_known_at_attach_is_refused_there(toys, reader, kind):
     model = toys.Net()
@@ -50,6 +60,7 @@ def test_a_stage_that_is_known_at_attach_is_refused_there(toys, reader, kind):
     regrad.attach(model, toys.sgd(model), [reader()])
 
 
+@pytest.mark.usefixtures("pipelining")
 def test_a_stage_that_shares_parameters_alone_is_known_too(toys, reader):
     model = toys.Net()
     twin = nn.ParameterList(model.body.parameters())
@@ -59,6 +70,7 @@ def test_a_stage_that_shares_parameters_alone_is_known_too(toys, reader):
     del stage
 
 
+@pytest.mark.usefixtures("pipelining")
 def test_a_stage_that_is_made_after_attach_is_refused_at_the_first_step_with_nothing_changed(
     toys, reader, same_bits
 ):
@@ -76,12 +88,21 @@ def test_a_stage_that_is_made_after_attach_is_refused_at_the_first_step_with_not
     assert attachment.metrics()["steps_applied"] == 1
 
 
+@pytest.mark.usefixtures("pipelining")
 def test_a_stage_of_another_model_is_none_of_ours(toys, reader):
     other, model = toys.Net(), toys.Net()
     stage = Stage(other, 0, 2)
     regrad.attach(model, toys.sgd(model), [reader()])
     regrad.attach(other, toys.sgd(other), [toys.Scale()])
     del stage
+
+
+def test_without_a_process_group_nobody_looks_through_all_objects(toys, reader, monkeypatch):
+    library = types.SimpleNamespace(_PipelineStageBase=Stage)
+    monkeypatch.setitem(ranks.sys.modules, "torch.distributed.pipelining.stage", library)
+    monkeypatch.setattr(ranks.gc, "get_objects", lambda: pytest.fail("looked through them"))
+    model = toys.Net()
+    regrad.attach(model, toys.sgd(model), [reader()])
 
 
 def test_a_lazy_modules_parameters_are_described_in_words():

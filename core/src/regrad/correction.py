@@ -92,7 +92,10 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a correction that has none; others nest a frozen dataclass of their own and validate in it."""
+    """Options of a correction that has none.
+
+    Others nest a frozen dataclass of their own and check its values there.
+    """
 
 
 def _fits(value: object, annotation: Any) -> bool:

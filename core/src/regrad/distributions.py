@@ -233,7 +233,7 @@ def _description(source: metadata.Distribution) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _headers(text: str) -> Message:
-    """Parse metadata up to the first empty line: what follows is a page of prose, and most of it."""
+    """Parse metadata up to the first empty line: what follows is a long page of prose."""
     return message_from_string(text.partition("\n\n")[0])
 
 

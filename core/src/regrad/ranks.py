@@ -119,9 +119,12 @@ def _refuse_replaced_parameters(model: nn.Module, optimizer: Optimizer) -> None:
 
 def _are_several_ranks() -> bool:
     """Say whether there is a process group of more than one rank."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return distributed.get_world_size() > 1
+    return _is_process_group_there() and distributed.get_world_size() > 1
+
+
+def _is_process_group_there() -> bool:
+    """Say whether this process is in a process group, if only by itself."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _device(optimizer: Optimizer) -> torch.device:
@@ -259,7 +262,13 @@ def _stage_of(model: nn.Module) -> str | None:
 
 
 def _pipeline_stages() -> Iterator[Any]:
-    """Yield the stages of torch.distributed.pipelining: a module does not know which it is in."""
+    """Yield the stages of torch.distributed.pipelining: a module does not know which it is in.
+
+    A stage needs a process group. Without one there is none, and no need to look for it among
+    all objects, which takes a good part of a second.
+    """
+    if not _is_process_group_there():
+        return
     pipelining = sys.modules.get("torch.distributed.pipelining.stage")
     kind = getattr(pipelining, "_PipelineStageBase", None)
     if kind is None:

@@ -1,4 +1,4 @@
-"""How a correction's options become the arguments of its class, for readers and for type checkers."""
+"""How a correction's options become the arguments of its class, for readers and type checkers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ClassSignature:
 
 
 def _options_of(owner: type[Any]) -> list[Parameter]:
-    """Return the fields of a class's `Options` as keyword-only parameters, annotations evaluated."""
+    """Return the fields of a class's `Options` as keyword-only parameters with evaluated types."""
     hints = typing.get_type_hints(owner.Options)
     return [
         option.replace(

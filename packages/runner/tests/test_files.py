@@ -131,6 +131,16 @@ def test_a_folder_gets_its_name_when_it_is_filled_and_an_error_leaves_the_old_on
     assert (tmp_path / "step" / "a").read_text() == "1"
 
 
+def test_a_folder_that_came_meanwhile_stays_where_none_is_to_be_replaced(tmp_path):
+    step = tmp_path / "step"
+    with pytest.raises(OSError), folder_aside(step, replace=False) as aside:  # noqa: PT011 - the system's words
+        (aside / "a").write_text("new")
+        step.mkdir()
+        (step / "a").write_text("kept")
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+    assert (step / "a").read_text() == "kept"
+
+
 def test_of_a_link_to_a_folder_the_link_is_removed(tmp_path, victim):
     (tmp_path / "step").symlink_to(victim.parent)
     remove_folder(tmp_path / "step")

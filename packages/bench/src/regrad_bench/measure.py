@@ -17,7 +17,8 @@ from regrad_bench.memory import launches, peak_bytes
 from regrad_bench.timing import Clock, HostClock, Paired, WallClock, clock_for, interleave
 
 Verdict = Literal["met", "missed", "no goal", "not measured"]
-NO_DEVICE, HOST_ALONE = "no CUDA device here", "it is about the host alone"
+NO_DEVICE = "no CUDA device here"
+HOST_ALONE = "it is about the host alone"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from torch.optim import SGD
 from regrad_bench.cases import Attached
 from regrad_bench.tensors import largest_difference
 
-RATIO, FLOOR = 0.01, 1e-3
+RATIO = 0.01
+FLOOR = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from rich.text import Text
 from regrad_bench.measure import HOST_ALONE, Result
 from regrad_bench.peers import Finding
 
-BEGIN, END = "<!-- results: written by regrad-bench --markdown -->", "<!-- end of results -->"
+BEGIN = "<!-- results: written by regrad-bench --markdown -->"
+END = "<!-- end of results -->"
 SECTIONS = {
     "step": "The whole step",
     "alone": "The correction alone",

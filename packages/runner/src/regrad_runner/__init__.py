@@ -1,1 +1,1 @@
-"""The command `regrad`: compare, train, explain. Its modules are imported one by one, when they are used."""
+"""The command `regrad`: compare, train, explain. Its modules are imported only when used."""

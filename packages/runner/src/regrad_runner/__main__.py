@@ -1,4 +1,4 @@
-"""`python -m regrad_runner`, and with it `torchrun -m regrad_runner` and `accelerate launch -m regrad_runner`."""
+"""`python -m regrad_runner`, and so `torchrun` or `accelerate launch` with `-m regrad_runner`."""
 
 import sys
 

@@ -21,13 +21,14 @@ SECRET_VARIABLES = (
 )
 SHORTEST_SECRET = 4  # hiding a shorter one would hide half of every text
 NAMES_OF_KEYS = (
-    r"passw|passphrase|\bpass\b|pwd|token(?!s)|secret|credential|api_?key|access_?key|\bauth(orization)?\b|"
-    r"signature|\bsig\b"
+    r"passw|passphrase|\bpass\b|pwd|token(?!s)|secret|credential|api_?key|access_?key|"
+    r"\bauth(orization)?\b|signature|\bsig\b"
 )
 KEY_NAME = re.compile(NAMES_OF_KEYS, re.IGNORECASE)
 # A user alone may be a token in an address of a server; a database's user is no secret.
 USER_INFO = re.compile(
-    r"(\bhttps?:/{2,4})[^\s'\"<>]*@|(\b(?!sqlite:|file:)[a-z][a-z0-9+.-]*:/{2,4})[^\s'\"<>]*:[^\s'\"<>]*@",
+    r"(\bhttps?:/{2,4})[^\s'\"<>]*@|"
+    r"(\b(?!sqlite:|file:)[a-z][a-z0-9+.-]*:/{2,4})[^\s'\"<>]*:[^\s'\"<>]*@",
     re.IGNORECASE,
 )
 WITHOUT_SCHEME = re.compile(r"(?<![\w.:/@-])[\w.+-]+:[^\s:/@'\"<>]+@(?=[\w\[])")

@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -105,11 +106,12 @@ def append(path: Path, text: str, *, at: int | None = None, mode: int = OPEN_TO_
     Args:
         path: The file.
         text: To add.
-        at: Length in bytes to which the file is cut first: what stands behind was broken off. None to cut nothing.
+        at: Length in bytes to which the file is cut first, because a write was broken off
+            there. None to cut nothing.
         mode: Who may read a file that is made, as far as the process allows.
 
     Raises:
-        DiskError: If the disk does not take it, or there is something else than a file of that name.
+        DiskError: If the disk does not take it, or something of that name is not a file.
     """
     with disk_errors(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK | NO_WAIT | BINARY
@@ -124,7 +126,7 @@ def append(path: Path, text: str, *, at: int | None = None, mode: int = OPEN_TO_
 
 
 def _add_all(file: int, content: bytes, *, size: int) -> None:
-    """Write at the end of an open file that is cut to a size first, and on a failure to that size again."""
+    """Cut an open file to a size and write at its end; cut it to that size again on a failure."""
     if os.fstat(file).st_size != size:
         os.ftruncate(file, size)
     rest = memoryview(content)
@@ -167,14 +169,16 @@ def check_own_folder(folder: Path) -> None:
 
 
 @contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
+def folder_aside(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Give a folder to fill, which gets its name at the end of the block.
 
     Args:
-        path: The folder. An older one of that name is removed; folders above it are made.
+        path: The folder. Folders above it are made.
+        replace: Whether an older one of that name is removed.
 
     Raises:
-        OSError: If the disk does not take it; what was there is as it was.
+        OSError: If the disk does not take it, or an older one must stay; what was there is as
+            it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = unforeseeable(path, PART)
@@ -182,7 +186,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         force_names(aside)
-        if os.path.lexists(path):
+        if replace and os.path.lexists(path):
             remove_folder(path)
         aside.rename(path)
         force_names(path.parent)
@@ -258,16 +262,36 @@ def read_regular_file(path: Path, *, largest: int) -> bytes:
         largest: Bytes that it may have.
 
     Raises:
-        OSError: If there is none, or a link, a pipe or another thing that is no file, or if it is larger.
+        OSError: If there is none, or a link, a pipe or another thing that is no file, or if it
+            is larger.
     """
-    file = os.open(path, os.O_RDONLY | NO_LINK | NO_WAIT | BINARY)
-    with os.fdopen(file, "rb") as opened:
-        found = os.fstat(opened.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if found.st_size > largest:
+    with open_regular_file(path, follow_link=False) as file:
+        if os.fstat(file.fileno()).st_size > largest:
             raise OSError(errno.EFBIG, f"more than {largest} bytes", str(path))
-        return opened.read(largest + 1)[:largest]
+        return file.read(largest + 1)[:largest]
+
+
+def open_regular_file(path: Path, *, follow_link: bool) -> BufferedReader:
+    """Open a file for reading, without waiting for a pipe.
+
+    Args:
+        path: The file.
+        follow_link: Whether it may be a link to a file.
+
+    Raises:
+        OSError: If there is none, or a folder, a pipe or another thing that is no file.
+    """
+    flags = os.O_RDONLY | NO_WAIT | BINARY
+    if not follow_link:
+        flags |= NO_LINK
+    number = os.open(path, flags)
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if stat.S_ISDIR(mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def force_names(folder: Path) -> None:

@@ -83,7 +83,8 @@ def begun(begin: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
     """Begin what ends with the block; no signal comes between its beginning and the block.
 
     Args:
-        begin: Returns a context manager, such as a run that ends with its block. A signal waits meanwhile.
+        begin: Returns a context manager, such as a run that ends with its block. A signal waits
+            meanwhile.
     """
     with ExitStack() as stack:
         with signals_wait():

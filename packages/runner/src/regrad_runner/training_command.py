@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
@@ -82,7 +83,7 @@ def make_training_plan(
     path = out or default_folder("train-", workload.name)
     if accelerator.is_main_process:
         check_folder(path, config, resume=resume)
-    parts = tuple(part for text in config.corrections for part in parts_of(text))
+    parts = tuple(chain.from_iterable(parts_of(text) for text in config.corrections))
     arm = Arm("+".join(parts) or BASELINE, corrections=parts)
     try_on(arm, config, workload, lr=config.lr or 0.0)
     return TrainingPlan(config, workload, arm, path, accelerator.is_main_process)
@@ -132,7 +133,7 @@ def _start_folder(plan: TrainingPlan) -> None:
 
 
 def _begin(run: TrainingRun, plan: TrainingPlan) -> RunLog:
-    """Begin the record of the run, with the curve up to its checkpoint: what came after that comes again."""
+    """Begin the record of the run, with the curve up to its checkpoint; the rest comes again."""
     if not plan.reports:
         return RunLog()
     times: dict[int, int] = {}
@@ -161,7 +162,8 @@ def _follow(run: TrainingRun, plan: TrainingPlan, record: RunLog, display: Displ
     def keep(point: Point) -> None:
         keep_point(record, point)
         display.note(
-            f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, {validation} {measure.written(point.value)}"
+            f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, "
+            f"{validation} {measure.written(point.value)}"
         )
 
     def keep_step(step: int) -> None:

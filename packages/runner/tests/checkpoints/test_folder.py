@@ -94,6 +94,19 @@ def test_a_file_that_is_cut_short_empty_or_missing_is_found(tmp_path, name):
         read_checkpoint(path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path, name):
+    path = write(tmp_path, 1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    fault = f"{name} cannot be read (not a regular file)"
+    assert damage_of(path) == fault
+    with pytest.raises(RegradError) as refusal:
+        read_checkpoint(path)
+    assert str(refusal.value) == f"checkpoint must be as it was written, got '{path}' where {fault}"
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", "7", "null", '{"tensors.pt": 3}'])
 def test_checksums_of_another_shape_are_damage(tmp_path, text):
     path = write(tmp_path, 1)

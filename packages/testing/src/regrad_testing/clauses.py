@@ -76,7 +76,8 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[
 
     A value that is not finite on one side only counts as infinitely far.
     """
-    worst, where = 0.0, ""
+    worst = 0.0
+    where = ""
     for name, value in one.items():
         if not same_bits(value, other[name]):
             both = value.isnan() & other[name].isnan()

@@ -22,6 +22,8 @@ from regrad_runner.files import (
     check_own_folder,
     folder_aside,
     move_aside,
+    open_regular_file,
+    read_bytes,
     remove_folder,
     remove_left_over,
     whole_file,
@@ -169,14 +171,17 @@ def damage_of(path: Path) -> str | None:
                 return f"{name} is not what was written"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
-    except (OSError, ValueError, RecursionError) as problem:
+    except OSError as problem:
+        name = Path(problem.filename or CHECKSUMS).name
+        return f"{name} cannot be read ({problem.strerror or type(problem).__name__})"
+    except (ValueError, RecursionError) as problem:
         return f"{CHECKSUMS} cannot be read ({type(problem).__name__})"
     return None
 
 
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular_file(path, follow_link=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -198,7 +203,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; anything else is a `ValueError`."""
-    read = json.loads(path.read_bytes())
+    read = json.loads(read_bytes(path))
     if not isinstance(read, dict):
         message = f"'{path}' must hold a JSON object, got {type(read).__name__}"
         raise ValueError(message)  # noqa: TRY004 - it is the file that is wrong

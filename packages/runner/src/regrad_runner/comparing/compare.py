@@ -23,8 +23,8 @@ __all__ = ["Comparison", "Plan", "Runner", "compare", "make_plan"]
 def compare(plan: Plan, display: Display) -> ResultsFolder:
     """Run what is not finished yet; after every run the folder holds it.
 
-    A run that fails is kept as failed and the others go on. On several processes each run is data-parallel, the
-    first process writes, and a failure ends them all.
+    A run that fails is kept as failed and the others go on. On several processes each run is
+    data-parallel, the first process writes, and a failure ends them all.
 
     Args:
         plan: From `make_plan`.
@@ -57,7 +57,7 @@ def _runner(plan: Plan, display: Display) -> AbstractContextManager[Runner]:
 
 
 def _run_pending(plan: Plan, folder: ResultsFolder, display: Display) -> None:
-    """Run what the folder does not have: the trials of learning rates, and then the runs with the chosen ones."""
+    """Run what the folder lacks: trials of learning rates, then runs with the chosen rates."""
     with _runner(plan, display) as runner:
         trials = [
             (cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)

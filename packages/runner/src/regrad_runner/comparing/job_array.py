@@ -1,4 +1,4 @@
-"""A comparison as a job array: counted once, each cell run by a job of its own, merged by `regrad report`."""
+"""A comparison as a job array: each cell is a job of its own, and `regrad report` merges them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from regrad_runner.training.preparation import try_on
 
 
 def prepare_cells(plan: Plan, *, say: Callable[[str], None]) -> dict[str, str]:
-    """Make a comparison's folder without running anything, so that its cells can run in any number of processes.
+    """Make a comparison's folder, whose cells can then run in any number of processes.
 
     Args:
         plan: Checked.
         say: Told what goes wrong with tracking.
 
     Returns:
-        The numbers of its cells by what they are, as a job array takes them: trials of learning rates where there is
-        a choice, then the runs, which need all trials of their arm.
+        The numbers of its cells, as a job array takes them: "trials" of learning rates if there is
+        a choice, and "runs", each of which needs all trials of its arm.
     """
     if plan.reports:
         open_folder(plan, job_array=True)
@@ -42,7 +42,7 @@ def prepare_cells(plan: Plan, *, say: Callable[[str], None]) -> dict[str, str]:
                 pass
     trials = sum(cell.lr is not None for cell in plan.cells)
     numbers = {"trials": range(trials), "runs": range(trials, plan.runs)}
-    return {what: in_ranges(cells) for what, cells in numbers.items() if cells}
+    return {kind: in_ranges(cells) for kind, cells in numbers.items() if cells}
 
 
 def show_prepared(path: Path, cells: dict[str, str], *, as_json: bool) -> str:
@@ -55,7 +55,8 @@ def show_prepared(path: Path, cells: dict[str, str], *, as_json: bool) -> str:
     """
     if as_json:
         return json.dumps({"out": str(path), **cells}, indent=2)
-    return "\n".join(f"{what} {numbers}" for what, numbers in (*cells.items(), ("out", path)))
+    lines = [f"{kind} {numbers}" for kind, numbers in cells.items()]
+    return "\n".join([*lines, f"out {path}"])
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def make_cell_plan(config: CompareConfig, number: int, path: Path) -> CellPlan:
         path: The comparison's folder.
 
     Raises:
-        ValueError: If there is no such cell, settings differ from the folder's, or the trials of its arm are missing.
+        ValueError: If there is no such cell, settings differ from the folder's, or the trials of
+            its arm are missing.
         RegradError: If its corrections cannot work.
     """
     saved = load_config(CompareConfig, file=path / "config.yaml", flags={})
@@ -96,21 +98,22 @@ def make_cell_plan(config: CompareConfig, number: int, path: Path) -> CellPlan:
         )
     if not 0 <= number < plan.runs:
         raise ValueError(f"cell must be from 0 to {plan.runs - 1}, got {number}")
-    cell, folder = plan.cells[number], ResultsFolder(path)
+    cell = plan.cells[number]
+    folder = ResultsFolder(path)
     lr = _rate(plan, cell, folder)
     try_on(plan.arm(cell.arm), plan.config, plan.workload, lr=lr)
-    done = folder.holds(cell) if cell.lr is not None else folder.is_finished(cell.arm, cell.seed)
-    return CellPlan(plan, cell, lr, agreed(done))
+    return CellPlan(plan, cell, lr, agreed(_has_ended(cell, folder)))
 
 
 def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
-    """Run a cell in its own folder, and return what came out; None on a process that does not write.
+    """Run a cell in its own folder and return its result; None on a process that does not write.
 
     Args:
         cell_plan: Of a cell that did not end before.
         display: Told how far it is.
     """
-    plan, cell = cell_plan.plan, cell_plan.cell
+    plan = cell_plan.plan
+    cell = cell_plan.cell
     for line in environment_in_words(plan.config):
         display.say(line)
     with ExitStack() as stack:
@@ -121,25 +124,33 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
 
 
 def is_server(address: str | None) -> bool:
-    """Say whether runs on several nodes can be tracked at an address at once; a file is shared badly.
+    """Say whether runs on several nodes can be tracked at an address at once, unlike in a file.
 
-    Of what is tracked elsewhere nothing is lost: `regrad sync` shows the whole folder.
+    Nothing is lost where they are not: `regrad sync` shows the whole folder later.
     """
     return address is not None and not address.startswith("sqlite")
 
 
+def _has_ended(cell: Cell, folder: ResultsFolder) -> bool:
+    """Say whether a cell need not run again: a trial counts even if it failed."""
+    if cell.lr is not None:
+        return folder.holds(cell)
+    return folder.is_finished(cell.arm, cell.seed)
+
+
 def _rate(plan: Plan, cell: Cell, folder: ResultsFolder) -> float:
-    """Return a cell's learning rate; that of a run is known once every trial of its arm has ended."""
+    """Return a cell's learning rate; that of a run is known once all trials of its arm ended."""
     if cell.lr is not None:
         return cell.lr
-    numbered = list(enumerate(plan.cells))
-    missing = [
-        n for n, c in numbered if c.lr is not None and c.arm == cell.arm and not folder.holds(c)
-    ]
+    missing = []
+    for number, other in enumerate(plan.cells):
+        is_trial_of_arm = other.lr is not None and other.arm == cell.arm
+        if is_trial_of_arm and not folder.holds(other):
+            missing.append(number)
     if missing:
         raise ValueError(
-            f"cell must come after the trials of its arm {cell.arm!r}, got none of the cells {in_ranges(missing)}; "
-            "run them first"
+            f"cell must come after the trials of its arm {cell.arm!r}, got none of the cells "
+            f"{in_ranges(missing)}; run them first"
         )
     return chosen_rates(plan, folder.trials)[cell.arm]
 

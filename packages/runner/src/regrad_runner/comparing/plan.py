@@ -204,7 +204,7 @@ def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
         "samples": plan.workload.train.kind,
         "left_out": dict(plan.left_out),
         "arms": {arm.name: arm.recipe for arm in plan.arms},
-        # Of the runs that are there too: corrections that were added may change what their arms are.
+        # For earlier runs too: corrections that were added may change what their arms are.
         "roles": {
             arm.name: {"must_beat": arm.must_beat, "control": arm.control is not None}
             for arm in plan.arms

@@ -22,7 +22,8 @@ def chosen_rates(plan: Plan, trials: Sequence[Trial]) -> dict[str, float]:
     sign = 1 if plan.workload.measure.higher_is_better else -1
 
     def score(arm: Arm, lr: float) -> float:
-        values = [t.validation for t in trials if t.arm == arm.name and t.lr == lr]
+        tried = [trial for trial in trials if trial.arm == arm.name and trial.lr == lr]
+        values = [trial.validation for trial in tried]
         if not values or not all(map(math.isfinite, values)):
             return -math.inf
         return sign * fmean(values)

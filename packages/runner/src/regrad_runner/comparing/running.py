@@ -1,4 +1,7 @@
-"""Runs of a comparison, one after the other, each in a folder of its own; one that fails does not end the others."""
+"""Runs of a comparison, one after the other, each in a folder of its own.
+
+A run that fails does not end the others.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ class Runner(Protocol):
     """What runs cells: this process one after the other, or several at once."""
 
     def run_cells(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[Cell]:
-        """Run cells, each with its learning rate, and yield them as they end; their folders say what came out."""
+        """Run cells, each with its learning rate, and yield them as they end.
+
+        Their folders say what came out.
+        """
 
 
 class Comparison:
@@ -114,7 +120,7 @@ class Comparison:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """Keep a failure inside its run: noted, and the next run starts. On several processes it ends them all."""
+        """Note a failure, so that the next run can start; on several processes it ends them all."""
         try:
             yield
         except DiskError:  # not the run's own failure, and those that follow would meet it too

@@ -30,7 +30,10 @@ from regrad_runner.settings.loading import load_config
 from regrad_runner.signals import stoppable
 
 SECONDS_TO_END = 15.0
-SAYS, DONE, BROKEN = "says", "done", "broken"
+# What a worker tells: a line for the user, that its cell ended, or that it could not start.
+SAYS = "says"
+DONE = "done"
+BROKEN = "broken"
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Workers:
         self._started = 0
 
     def run_cells(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[Cell]:
-        """Run cells at the same time; see `compare.Runner`."""
+        """Run cells at the same time; see `running.Runner`."""
         waiting = deque(todo)
         while waiting or self._busy():
             self._hand_out(waiting)
@@ -126,7 +129,7 @@ class Workers:
             yield cell
 
     def _bury(self, worker: Worker) -> Cell:
-        """Say that a cell failed whose process is gone, such as one that took more memory than there is."""
+        """Say that a cell failed whose process is gone, perhaps because memory ran out."""
         worker.process.join()
         worker.line.close()
         self._workers.remove(worker)

@@ -175,7 +175,8 @@ def _option(name: str, annotation: Any, default: Any, meaning: str) -> dict[str,
 
 
 def _needs(kind: type[Correction]) -> dict[str, Any]:
-    declared = {f.name: getattr(kind.needs, f.name) for f in dataclasses.fields(kind.needs)}
+    names = [field.name for field in dataclasses.fields(kind.needs)]
+    declared = {name: getattr(kind.needs, name) for name in names}
     return declared | {"conflicts": dict(declared["conflicts"])}
 
 
@@ -200,7 +201,8 @@ def _controls(name: str) -> dict[str, dict[str, Any] | None]:
 def _changes(control: Control) -> dict[str, Any]:
     """Return a control's name and what it changes."""
     neutral = Control(name=control.name)
-    fields = {f.name: getattr(control, f.name) for f in dataclasses.fields(control)}
+    names = [field.name for field in dataclasses.fields(control)]
+    fields = {name: getattr(control, name) for name in names}
     return {
         key: value
         for key, value in fields.items()

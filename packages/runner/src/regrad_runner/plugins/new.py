@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import tokenize
 import tomllib
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from regrad import distributions
 from regrad.correction import did_you_mean
 from regrad.registry import Entry
 
+from regrad_runner.files import folder_aside
 from regrad_runner.plugins.copied_code import renamed, without_prose
 from regrad_runner.plugins.names import check_name, class_of, package_of
 
@@ -86,7 +86,7 @@ def new_plugin(name: str, out: Path, like: str | None = None) -> Path:
 
 
 def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let a function write a folder, whole or not at all.
+    """Let a function write a folder, whole or not at all; one that came meanwhile stays.
 
     Raises:
         ValueError: If it cannot be written.
@@ -95,11 +95,8 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     # os.path does not raise for a name that is too long
     missing = [place for place in (out, *out.parents) if not os.path.exists(place)]  # noqa: PTH110
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".new-plugin-") as aside:
-            made = Path(aside, folder.name)
-            write(made)
-            made.rename(folder)
+        with folder_aside(folder, replace=False) as aside:
+            write(aside)
     except BaseException as problem:
         for place in missing:
             with suppress(OSError):

@@ -29,7 +29,7 @@ class Role(BaseModel):
 
 
 class About(BaseModel):
-    """What `about.json` says, as far as it is used; the types are checked, what is not known here is kept."""
+    """What is used of `about.json`. Types are checked, and fields not known here are kept."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -62,12 +62,13 @@ def read_about(path: Path) -> dict[str, Any]:
         About.model_validate(about)
     except (OSError, ValueError, RecursionError) as problem:
         raise ValueError(
-            f"'{file}' must be as compare or train wrote it, got something else: {type(problem).__name__}; "
-            "take it from a copy of the folder"
+            f"'{file}' must be as compare or train wrote it, got something else: "
+            f"{type(problem).__name__}; take it from a copy of the folder"
         ) from None
     if about.get("layout") != LAYOUT:
         raise ValueError(
-            f"folder must be of layout {LAYOUT}, with a folder for every run, got '{path}' of another version of "
-            "regrad; its tables can be read as they are: start again in another folder"
+            f"folder must be of layout {LAYOUT}, with a folder for every run, got '{path}' of "
+            "another version of regrad; its tables can be read as they are: start again in "
+            "another folder"
         )
     return about

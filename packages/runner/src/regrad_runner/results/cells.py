@@ -1,4 +1,7 @@
-"""The runs of a comparison one by one, in an order that its settings alone decide: what a job array counts."""
+"""The runs of a comparison, in an order that its settings alone decide.
+
+A job array counts them in this order.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,9 @@ class Cell:
 
 
 def cells_of(arms: Iterable[str], config: CompareConfig) -> list[Cell]:
-    """Return the cells of a comparison: where there is a choice of learning rates its trials, then the runs.
+    """Return the cells of a comparison: the trials of learning rates, if any, and then the runs.
 
-    Seeds that are added come last; arms take turns within a seed.
+    Arms take turns within a seed, so that seeds that are added later come last.
 
     Args:
         arms: Their names, in order.
@@ -50,11 +53,14 @@ def cells_of(arms: Iterable[str], config: CompareConfig) -> list[Cell]:
         >>> [cell.name for cell in cells_of(["none", "agc"], CompareConfig(seeds=2, lr=[0.1]))]
         ['none, seed 0', 'agc, seed 0', 'none, seed 1', 'agc, seed 1']
     """
-    names, rates = list(arms), config.lr or ()
-    seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + config.tuning_seeds)
-    trials = product(names, rates, seeds) if len(rates) > 1 else ()
+    names = list(arms)
+    rates = config.lr or ()
+    trials: list[Cell] = []
+    if len(rates) > 1:
+        seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + config.tuning_seeds)
+        trials = [Cell(arm, seed, lr) for arm, lr, seed in product(names, rates, seeds)]
     runs = [Cell(arm, seed) for seed, arm in product(range(config.seeds), names)]
-    return [*(Cell(arm, seed, lr) for arm, lr, seed in trials), *runs]
+    return [*trials, *runs]
 
 
 def in_ranges(numbers: Sequence[int]) -> str:

@@ -116,12 +116,11 @@ class ResultsFolder:
             line_kind: Of the lines in `points.jsonl`.
             kind: Of the rows, with fields named as the lines' numbers and labels.
         """
-        return [
-            _row(kind, run.record, line)
-            for run in self._in_order()
-            for line in run.lines
-            if line.kind == line_kind
-        ]
+        rows: list[RunPart] = []
+        for run in self._in_order():
+            lines = [line for line in run.lines if line.kind == line_kind]
+            rows += [_row(kind, run.record, line) for line in lines]
+        return rows
 
     def holds(self, cell: Cell) -> bool:
         """Say whether a cell ended or failed before."""
@@ -175,12 +174,12 @@ class ResultsFolder:
             return checked(Result, {**values, "status": record.status})
         except (TypeError, ValueError) as problem:
             raise ValueError(
-                f"'{path}' must hold the result of a run, got another: {problem}; take it from a copy of the "
-                "folder, or remove it and run it again"
+                f"'{path}' must hold the result of a run, got another: {problem}; "
+                "take it from a copy of the folder, or remove it and run it again"
             ) from None
 
     def _in_order(self) -> list[EndedRun]:
-        """Return the runs in the order of the cells: not that in which several processes came to them."""
+        """Return the runs in the order of the cells, in whatever order processes ran them."""
         place = {cell: number for number, cell in enumerate(self.cells)}
 
         def key(run: EndedRun) -> tuple[int, int]:
@@ -228,11 +227,11 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> Config:
     Args:
         path: May be missing.
         config: Resolved settings.
-        resume: Whether to continue what is there, with more corrections or seeds if they say so; otherwise nothing
-            may be there.
+        resume: Whether to continue what is there, with more corrections or seeds if the settings
+            say so; otherwise nothing may be there.
 
     Returns:
-        The settings, what was there before in the order in which it was there.
+        The settings; corrections that were there before keep their order.
 
     Raises:
         ValueError: If these settings may not write to the folder.
@@ -248,12 +247,28 @@ def _unfit_as_error(path: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         raise ValueError(
-            f"out must be a folder that can be used, got '{path}': {problem.strerror}; choose another folder"
+            f"out must be a folder that can be used, got '{path}': {problem.strerror}; "
+            "choose another folder"
         ) from problem
 
 
 def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
+    """Return the settings with which the folder may be written; see `check_folder`."""
+    _check_place(path)
+    if not resume:
+        _check_empty(path)
+        return config
     saved = path / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(
+            f"out must be the folder of an earlier run to resume it, got '{path}' "
+            "without config.yaml"
+        )
+    return continued(load_config(type(config), file=saved, flags={}), config)
+
+
+def _check_place(path: Path) -> None:
+    """Raise a `ValueError` unless a path is a folder, or can become one, that can be written."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"out must be a folder, got '{path}', a link that leads nowhere")
     if path.exists() and not path.is_dir():
@@ -261,26 +276,20 @@ def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"out must be in a folder that can be written, got '{path}'")
-    if not resume:
-        found = (
-            sorted(found.name for found in path.iterdir() if not is_lock(found))
-            if path.is_dir()
-            else []
-        )
-        if saved.is_file():
-            raise ValueError(
-                f"out must be a new or empty folder, got '{path}'; --resume continues it"
-            )
-        if found:
-            raise ValueError(
-                f"out must be a new or empty folder, got '{path}', which holds {found[0]!r}; choose another folder"
-            )
-        return config
-    if not saved.is_file():
+
+
+def _check_empty(path: Path) -> None:
+    """Raise a `ValueError` if there is anything but a lock in a folder, which may be missing."""
+    if not path.is_dir():
+        return
+    found = sorted(found.name for found in path.iterdir() if not is_lock(found))
+    if (path / "config.yaml").is_file():
+        raise ValueError(f"out must be a new or empty folder, got '{path}'; --resume continues it")
+    if found:
         raise ValueError(
-            f"out must be the folder of an earlier run to resume it, got '{path}' without config.yaml"
+            f"out must be a new or empty folder, got '{path}', which holds {found[0]!r}; "
+            "choose another folder"
         )
-    return continued(load_config(type(config), file=saved, flags={}), config)
 
 
 def check_unchanged(path: Path, config: Config, *, resume: bool) -> None:
@@ -304,7 +313,8 @@ def check_arms(path: Path, arms: Iterable[Arm]) -> None:
     for arm in arms:
         if known.get(arm.name, arm.recipe) != json.loads(json.dumps(arm.recipe)):
             raise ValueError(
-                f"out must hold the same arms, got another {arm.name!r} in '{path}'; choose another folder"
+                f"out must hold the same arms, got another {arm.name!r} in '{path}'; "
+                "choose another folder"
             )
 
 

@@ -1,6 +1,6 @@
-"""Who may write a folder: one command at a time, or any number of a job array's cells, each in its run's folder.
+"""Who may write a folder: one command, or many cells of a job array, each in its run's folder.
 
-The system lets go of a lock when its process ends, however it ends, so that a kill bars nobody.
+The system releases a lock when its process ends, however it ends, so a kill locks nobody out.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from filelock import FileLock, Timeout
 from regrad_runner.errors import DiskError
 from regrad_runner.files import check_own_folder, disk_errors, make_folder
 
-LOCK, SYNC_LOCK = ".regrad.lock", ".regrad.sync.lock"
+LOCK = ".regrad.lock"
+SYNC_LOCK = ".regrad.sync.lock"
 # In the folder of a run: held by its writer, and by the command that runs it as a cell.
-RUN_LOCK, CELL_LOCK = ".lock", ".cell.lock"
+RUN_LOCK = ".lock"
+CELL_LOCK = ".cell.lock"
 RUNS = "runs"
-# A cell that begins holds the folder for a moment only, as does whoever looks whether a run is under way.
+# How long to wait for a cell that begins, or for a look at which runs are under way: both hold a
+# lock only briefly.
 SECONDS_FOR_A_MOMENT = 2.0
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold a folder while it is written; it is made if need be, and removed again if nothing was written.
+    """Hold a folder while it is written.
+
+    It is made if it does not exist, and removed again if nothing was written.
 
     Args:
         folder: An output folder.
@@ -136,7 +141,10 @@ def is_held(run: Path) -> bool:
 
 
 def is_lock(path: Path) -> bool:
-    """Say whether a file is the lock of its folder, which stays when a process is killed: an empty file, no link."""
+    """Say whether a file is the lock of its folder: an empty file, and no link.
+
+    It stays when a process is killed.
+    """
     if path.name not in (LOCK, SYNC_LOCK):
         return False
     found = path.lstat()
@@ -145,7 +153,7 @@ def is_lock(path: Path) -> bool:
 
 @contextmanager
 def _folder_held(folder: Path, *, seconds: float = 0.0) -> Iterator[None]:
-    """Hold a folder; where cells run, of which one may begin just now, they are waited for."""
+    """Hold a folder; if cells run in it, wait a moment, because one may just be beginning."""
     if next((folder / RUNS).glob(f"*/*/{CELL_LOCK}"), None) is not None:
         seconds = SECONDS_FOR_A_MOMENT
     with _held(folder / LOCK, f"'{folder}'", seconds=seconds):
@@ -163,7 +171,8 @@ def _held(path: Path, what: str, *, seconds: float = 0.0) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{what} must be written by one command at a time, and another one writes it; wait for its end"
+                f"{what} must be written by one command at a time, and another one writes it; "
+                "wait for its end"
             ) from None
     try:
         yield
@@ -178,9 +187,8 @@ def _check_no_run_is_written(folder: Path) -> None:
         for path in sorted((folder / RUNS).glob(f"*/*/{name}")):
             with _held(path, f"'{folder}'"):
                 pass
-            with suppress(
-                OSError
-            ):  # nobody holds it, and nobody can begin while the folder is held
+            # Nobody holds it, and nobody can begin while the folder is held.
+            with suppress(OSError):
                 path.unlink()
 
 

@@ -16,7 +16,8 @@ class Result:
     Attributes:
         arm: Name of the arm.
         seed: Its seed.
-        status: Whether it ended, or diverged: its numbers were not finite, which is an outcome; or failed otherwise.
+        status: "finished"; "diverged" if its numbers were not finite, which is an outcome too; or
+            "failed" for any other reason.
         value: The primary measure on the test split; None where it did not end.
         validation: The measure on the validation split at the end.
         steps: Optimizer steps.
@@ -26,7 +27,8 @@ class Result:
         touched: Whether a correction changed any tensor.
         lr: Learning rate.
         must_beat: Name of the control arm; None where there is none.
-        control: Whether the arm is a control and no correction of its own; None in folders that do not say.
+        control: Whether the arm is a control and no correction of its own; None in folders that do
+            not say.
     """
 
     arm: str
@@ -72,7 +74,8 @@ class Trial:
         arm: Name of the arm.
         lr: Learning rate tried.
         seed: A seed that is not compared on.
-        validation: The measure on the validation split at the end; not a number where the run failed.
+        validation: The measure on the validation split at the end; not a number where the run
+            failed.
     """
 
     arm: str

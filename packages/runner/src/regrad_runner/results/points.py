@@ -9,7 +9,9 @@ from statistics import median
 from regrad_runner.results.run import Line, RunLog, now
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
-EVALUATION, METRICS = "evaluation", "metrics"  # kinds of lines in `points.jsonl`
+# Kinds of lines in `points.jsonl`.
+EVALUATION = "evaluation"
+METRICS = "metrics"
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,9 @@ class Point:
         loss: Mean training loss since the last evaluation.
         value: The measure on the validation samples.
         lr: Learning rate of the coming step.
-        seconds: Time spent in training steps so far, fetching their batches included, evaluations and probes not;
-            None where it was not kept. Two evaluations are equal whatever their times.
+        seconds: Time spent so far in training steps and in fetching their batches, without
+            evaluations and probes; None where it was not kept. Two evaluations are equal whatever
+            their times.
     """
 
     step: int
@@ -64,7 +67,10 @@ def curves_of(measure: Measure) -> dict[str, str]:
 
 
 def steps_to_target(points: Sequence[Point], measure: Measure) -> int | None:
-    """Return the step at which the running median of three evaluations reached the target; None if it never did."""
+    """Return the step at which the running median of three evaluations reached the target.
+
+    None if it never did.
+    """
     if measure.target is None:
         return None
     sign = 1 if measure.higher_is_better else -1

@@ -8,8 +8,8 @@ Whatever started the run, one command or one of many, it writes into its folder 
     runs/<arm>/<seed>/traceback.txt   of a run that failed
     runs/<arm>/<seed>/nonfinite.csv   the last steps of a run that diverged
 
-A trial of a learning rate lies in `runs/<arm>/lr<rate>-seed<seed>`. Tables, figures and MLflow are views of these
-folders and can be made again at any time.
+A trial of a learning rate lies in `runs/<arm>/lr<rate>-seed<seed>`. Tables, figures and MLflow are
+views of these folders and can be made again at any time.
 """
 
 from __future__ import annotations
@@ -42,11 +42,16 @@ from regrad_runner.results.machine import machine
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import RunConfig
 
-RECORD, POINTS, RECEIPT = "run.json", "points.jsonl", "receipt.json"
-TRACEBACK, NOT_FINITE = "traceback.txt", "nonfinite.csv"
-# Every file that a run may keep beside its record and points: no name of a file is ever read from data.
+RECORD = "run.json"
+POINTS = "points.jsonl"
+RECEIPT = "receipt.json"
+TRACEBACK = "traceback.txt"
+NOT_FINITE = "nonfinite.csv"
+# Every file that a run may keep beside its record and points: no file's name is read from data.
 KEPT_FILES = (RECEIPT, TRACEBACK, NOT_FINITE)
-LARGEST_RECORD, LARGEST_POINTS = 2**24, 2**29  # bytes; nothing that a run writes comes near
+# In bytes; nothing that a run writes comes near.
+LARGEST_RECORD = 2**24
+LARGEST_POINTS = 2**29
 LONGEST_FOLDER_NAME = 100
 # What loaders of a process that is gone need to notice it; they hold what it held.
 SECONDS_FOR_ORPHANS = 60.0
@@ -128,12 +133,13 @@ class RunRecord(BaseModel):
         corrections: Strings for `regrad.create`, in order.
         control: The trivial change that was made, for a control arm.
         settings: Resolved settings of the command.
-        curves: What the numbers of each kind of line are called where curves are shown, by kind and name.
+        curves: What the numbers of each kind of line are called where curves are shown, by kind
+            and name.
         machine: Where it ran, with the versions of the libraries.
         host: Name of that machine.
         started: When, in milliseconds since 1970.
         ended: When; None while it runs.
-        status: How it ended. A run that was killed without a word is left "running": see `status_of`.
+        status: How it ended. A run that was killed is left "running": see `status_of`.
         result: What came out.
         error: What ended it, in one line.
         points: What `points.jsonl` must hold; None while the run goes on.
@@ -163,9 +169,9 @@ class RunRecord(BaseModel):
 
 
 def folder_name(name: str) -> str:
-    """Return a name for a folder: the name itself, or if it is not plain, its letters with digits of its own.
+    """Return the folder's name for a name: the same if it is plain, else its letters and a hash.
 
-    No two names give the same, also where a file system does not tell capital letters apart. `run.json` has the
+    No two names give the same folder, even where a file system ignores case. `run.json` has the
     name itself.
 
     Example:
@@ -197,7 +203,7 @@ def run_path(folder: Path, arm: str, seed: int, trial_lr: float | None = None) -
 
 
 def run_paths(folder: Path) -> list[Path]:
-    """Return the folders of all runs in an output folder: those with a record, none of them behind a link."""
+    """Return the folders of all runs in an output folder: those with a record and not links."""
     runs = folder / RUNS
     if runs.is_symlink():
         return []
@@ -227,8 +233,8 @@ def read_record(path: Path) -> RunRecord:
         record = RunRecord.model_validate_json(read_regular_file(file, largest=LARGEST_RECORD))
     except (OSError, ValueError) as problem:
         raise ValueError(
-            f"'{file}' must be the record of a run, got {_reason(problem)}; take it from a copy of the folder, "
-            f"or remove '{path}' and run it again"
+            f"'{file}' must be the record of a run, got {_reason(problem)}; "
+            f"take it from a copy of the folder, or remove '{path}' and run it again"
         ) from None
     place = run_names(record.arm, record.seed, record.lr if record.trial else None)
     if path.parts[-2:] != place[-2:]:
@@ -240,7 +246,7 @@ def read_record(path: Path) -> RunRecord:
 
 
 def status_of(path: Path, record: RunRecord) -> Status:
-    """Return how a run ended: one that says "running" and that no process holds was killed without a word."""
+    """Return how a run ended: one that says "running" while no process holds it was killed."""
     if record.status != "running" or is_held(path):
         return record.status
     latest = read_record(path)  # it may have ended since it was read
@@ -266,8 +272,8 @@ def read_points(path: Path, record: RunRecord | None = None) -> list[Line]:
         ) from None
     if record is not None and record.points is not None and _seal(whole) != record.points:
         raise ValueError(
-            f"'{file}' must be as it was written, got another or a part of it; take it from a copy of the folder, "
-            f"or remove '{path}' and run it again"
+            f"'{file}' must be as it was written, got another or a part of it; "
+            f"take it from a copy of the folder, or remove '{path}' and run it again"
         )
     lines = []
     for number, line in enumerate(whole.splitlines(), 1):
@@ -368,7 +374,7 @@ class RunLog:
     ) -> None:
         """End the run: failed after an error, killed after Ctrl-C or SIGTERM.
 
-        A disk that takes nothing is not asked to take how the run ended, which then counts as killed.
+        After a disk error nothing more is written, and the run counts as killed.
         """
         if error is None:
             self.end("killed", error="it ended without a result")
@@ -413,7 +419,10 @@ class RunWriter(RunLog):
         values: Mapping[str, float | None],
         labels: Mapping[str, str] | None = None,
     ) -> None:
-        """Keep numbers of one step; see `RunLog.log`. On a full disk they wait in memory until there is room."""
+        """Keep numbers of one step; see `RunLog.log`.
+
+        On a full disk they wait in memory until there is room.
+        """
         if self.record.status != "running":
             raise RegradError(
                 f"run {self.record.name!r} has ended; begin another one before logging"
@@ -549,7 +558,7 @@ def _earlier_ids(path: Path) -> list[str]:
 
 
 def _whole_lines(file: Path) -> bytes:
-    """Return the lines of a file without a torn last one; nothing where there is no file, as after a kill."""
+    """Return a file's lines without a torn last one; nothing where a kill left no file."""
     if not os.path.lexists(file):
         return b""
     content = read_regular_file(file, largest=LARGEST_POINTS)
@@ -565,7 +574,7 @@ def _as_text(line: Line) -> str:
 
 
 def _is_number(name: str, value: Any) -> bool:
-    """Say whether a value is a number or None; else warn: one odd number must not end a training."""
+    """Say whether a value is a number or None; warn if not: one odd metric must not end a run."""
     try:
         return value is None or float(value) is not None
     except (TypeError, ValueError, RuntimeError):

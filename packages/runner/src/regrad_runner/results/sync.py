@@ -64,11 +64,12 @@ def sync(folder: Path, address: str | None = None) -> Synced:
 
     Args:
         folder: What `compare` or `train` wrote.
-        address: Of the store; None for the one in the folder's settings, or else the folder's own database.
+        address: Of the store; None for the one in the folder's settings, or else the folder's own
+            database.
 
     Raises:
-        ValueError: If there is no such folder, its settings are damaged, a command writes it, or the address
-            holds a password.
+        ValueError: If there is no such folder, its settings are damaged, a command writes it, or
+            the address holds a password.
         DiskError: If it cannot be locked.
     """
     if not (folder / "config.yaml").exists() or not read_about(folder):

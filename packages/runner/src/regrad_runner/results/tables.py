@@ -25,13 +25,20 @@ def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
     Raises:
         DiskError: If the disk does not take it; the old file is as it was.
     """
-    names = sorted((f.name for f in fields(kind)), key=lambda name: name not in ("arm", "seed"))
+    names = _columns(kind)
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
     table.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
     content = text.getvalue().encode()
     write_whole(path, content)
+
+
+def _columns(kind: type[Any]) -> list[str]:
+    """Return the fields of a row, with those that name the run first."""
+    names = [field.name for field in fields(kind)]
+    first = [name for name in names if name in ("arm", "seed")]
+    return first + [name for name in names if name not in first]
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
@@ -85,8 +92,13 @@ def _row(kind: type[Row], header: Sequence[str], cells: Sequence[str], hints: An
 
 
 def _cell(value: Any) -> Any:
-    """Return what stands in a cell: a text that a spreadsheet would compute, or that is one of these, is quoted."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in COMPUTED else value
+    """Return what stands in a cell.
+
+    A text that a spreadsheet would compute, or that begins with a quote, gets a quote before it.
+    """
+    if isinstance(value, str) and value[:1] in COMPUTED:
+        return f"'{value}"
+    return value
 
 
 def _read_cell(text: str, hint: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How a folder looks in MLflow: one run for each of its runs, and one above them for a comparison."""
+"""How a folder looks in MLflow: a run for each of its runs, and a parent run for a comparison."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ EXPORTS = (
     "report.html",
     "figures.csv",
 )
-FIGURES, FIGURE = "figures", re.compile(r"[a-z0-9-]+\.svg")
-# Settings with which a comparison may go on as others: MLflow refuses a parameter that changed.
+FIGURES = "figures"
+FIGURE_NAME = re.compile(r"[a-z0-9-]+\.svg")
+# Settings that may change when a comparison goes on: MLflow refuses a parameter that changed.
 MAY_CHANGE = WITHOUT_EFFECT_ON_RESULTS | {"seeds", "corrections"}
 SHOWN: dict[Status, ShownStatus] = {
     "running": "RUNNING",
@@ -59,7 +60,7 @@ class FolderView:
 
     Args:
         folder: The output folder.
-        under_way: Whether this process runs what is in it: then a run that has not ended is running.
+        under_way: Whether this process runs what is in it; runs that have not ended then run.
         only: Folder of the one run to show, beside the comparison; None for all.
 
     Attributes:
@@ -87,7 +88,7 @@ class FolderView:
                 yield Source(path, state, partial(self._run, path, about, status))
 
     def _status(self, path: Path) -> Status:
-        """Return how a run ended; one whose record is damaged counts as killed, until it is read and refused."""
+        """Return how a run ended; one whose record is damaged counts as killed until it is read."""
         try:
             record = self._record(path)
             if record.status == "running" and self.under_way:
@@ -134,7 +135,10 @@ class FolderView:
         return Source(self._folder, state, read)
 
     def _comparison_status(self, about: About, statuses: Mapping[Path, Status]) -> ShownStatus:
-        """Say how a comparison ended: a command that ends before its last run was killed; jobs may be queued."""
+        """Say how a comparison ended.
+
+        A command that ends before its last run was killed; the cells of a job array may be queued.
+        """
         found = set(statuses.values())
         ended = sum(status in ("finished", "diverged", "failed") for status in statuses.values())
         if self.under_way or "running" in found:
@@ -166,9 +170,13 @@ class FolderView:
         )
 
     def _exports(self) -> tuple[str, ...]:
+        """Return the names of the files to show at the end; they need not be there."""
         figures = self._folder / FIGURES
-        names = [] if figures.is_symlink() else [path.name for path in figures.glob("*.svg")]
-        return (*EXPORTS, *(f"{FIGURES}/{n}" for n in sorted(names) if FIGURE.fullmatch(n)))
+        if figures.is_symlink():
+            return EXPORTS
+        names = sorted(path.name for path in figures.glob("*.svg"))
+        shown = [f"{FIGURES}/{name}" for name in names if FIGURE_NAME.fullmatch(name)]
+        return (*EXPORTS, *shown)
 
 
 @contextmanager
@@ -180,7 +188,9 @@ def tracking(
     say: Callable[[str], None],
     only: Path | None = None,
 ) -> Iterator[None]:
-    """Show in MLflow what the block writes into a folder, from a thread of its own, and all of it at the end.
+    """Show in MLflow what the block writes into a folder.
+
+    A thread does so meanwhile, and at the end all of it is shown.
 
     Args:
         kind: "mlflow", or "none" to show nothing and import nothing.
@@ -213,6 +223,7 @@ def _settings_of(folder: Path) -> dict[str, Any]:
 
 
 def _parameters(record: RunRecord) -> dict[str, Any]:
+    """Return what tells a run of a comparison apart: its parameters in MLflow."""
     values: dict[str, Any] = {
         "arm": record.arm,
         "corrections": " ".join(record.corrections),
@@ -220,7 +231,9 @@ def _parameters(record: RunRecord) -> dict[str, Any]:
         "seed": record.seed,
         "lr": record.lr,
     }
-    return values | ({"control": record.control} if record.control else {})
+    if record.control:
+        values["control"] = record.control
+    return values
 
 
 def _tags(record: RunRecord) -> dict[str, str]:
@@ -244,6 +257,7 @@ def _points(record: RunRecord, lines: Sequence[Line]) -> list[MetricPoint]:
 
 
 def _end_of(record: RunRecord, lines: Sequence[Line], status: Status) -> int | None:
+    """Return when a run ended: if its record does not say, at its last line."""
     if status == "running":
         return None
     if record.ended is not None:

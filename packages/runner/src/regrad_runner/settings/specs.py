@@ -1,4 +1,4 @@
-"""Names with options, such as "gpt:layers=2": read, and checked against the function that takes the options."""
+"""Names with options, such as "gpt:layers=2": read, and checked against what takes the options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def check_options(
         function: What will be called with them.
         options: From `read_spec`.
         what: What has the options, such as "model 'gpt'".
-        settings: Arguments of the function that are no options: settings of their own, or given by the caller.
+        settings: Arguments of the function that are no options, because they are settings of their
+            own or come from the caller.
     """
     allowed = [name for name in parameters_of(function) if name not in settings]
     for key, value in options.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from regrad_runner.settings.arms import BASELINE
 from regrad_runner.statistics.paired import PairedDifference, holm, paired_difference, sign_flip_p
 from regrad_runner.statistics.rows import RunRow
 
@@ -82,7 +83,7 @@ class ArmSummary:
 def summarize(
     rows: Sequence[RunRow],
     *,
-    baseline: str = "none",
+    baseline: str = BASELINE,
     controls: Mapping[str, str | None],
     higher_is_better: bool = True,
     level: float = 0.05,

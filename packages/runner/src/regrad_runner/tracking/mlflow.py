@@ -1,8 +1,8 @@
 """Runs in MLflow: a view of what their folders hold, made again and again until it holds the same.
 
-A projection looks at what is there and sends what is missing. So it does not matter what became of the one before:
-whether it was broken off, whether its answer was lost, or whether the server said yes and kept nothing. A run is
-found by an id of ours in the tag `regrad.run`.
+A projection looks at what is there and sends what is missing. So it does not matter what became of
+the one before: whether it was broken off, its answer was lost, or the server said yes and kept
+nothing. A run is found by an id of ours in the tag `regrad.run`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from urllib.request import url2pathname
 from regrad_runner.files import read_regular_file
 from regrad_runner.tracking.stores import Store
 
-RUN_TAG, FILE_TAG, CHANGED_TAG = "regrad.run", "regrad.file.", "regrad.changed."
+RUN_TAG = "regrad.run"
+FILE_TAG = "regrad.file."
+CHANGED_TAG = "regrad.changed."
 PARENT_TAG = "mlflow.parentRunId"
-HOST_TAG, ERROR_TAG = "regrad.host", "regrad.error"
+HOST_TAG = "regrad.host"
+ERROR_TAG = "regrad.error"
 # Limits of MLflow's API: entries per call, characters per value, characters allowed in a name.
-METRICS_PER_CALL, PARAMETERS_PER_CALL = 1000, 100
-LONGEST_PARAMETER, LONGEST_TAG, LONGEST_NAME = 6000, 5000, 250
+METRICS_PER_CALL = 1000
+PARAMETERS_PER_CALL = 100
+LONGEST_PARAMETER = 6000
+LONGEST_TAG = 5000
+LONGEST_NAME = 250
 NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 LARGEST_FILE = 2**26  # bytes; no file of a run comes near
 # MLflow's databases keep these in place of infinity.
@@ -216,11 +222,10 @@ class _Projection:
 
         points = [point._replace(name=_name(point.name)) for point in self._run.points]
         names = {point.name for point in points} & there.data.metrics.keys()
-        known = {
-            (name, _key(metric.value, metric.timestamp, metric.step))
-            for name in names
-            for metric in self._client.get_metric_history(number, name)
-        }
+        known = set()
+        for name in names:
+            for metric in self._client.get_metric_history(number, name):
+                known.add((name, _key(metric.value, metric.timestamp, metric.step)))
         missing = {}
         for point in points:
             key = (point.name, _key(point.value, point.time, point.step))
@@ -231,7 +236,7 @@ class _Projection:
         self._sent.points += len(missing)
 
     def _send_files(self, number: str, there: Any) -> None:
-        """Send the files that are there and differ from what was sent; of a link nothing is sent."""
+        """Send the files that are there and differ from what was sent; links are left out."""
         found = {name: self._content(name) for name in self._run.files}
         contents = {Path(name).name: text for name, text in found.items() if text is not None}
         if not contents:
@@ -252,7 +257,7 @@ class _Projection:
             self._sent.files += 1
 
     def _content(self, name: str) -> bytes | None:
-        """Return what a file of the run holds; None where there is none, a link, or something too large."""
+        """Return what a file of the run holds; None if it is missing, a link or too large."""
         path = self._run.folder
         for part in Path(name).parts:
             if path.is_symlink():
@@ -264,7 +269,10 @@ class _Projection:
             return None
 
     def _is_in_place(self, there: Any, name: str) -> bool:
-        """Say whether a file would come into the artifacts of the folder's own database, whatever it says."""
+        """Say whether a file would end up among the artifacts of the folder's own database.
+
+        The database itself says where its artifacts are, and may say anything.
+        """
         own = self._store.artifacts
         if own is None:
             return True  # a server keeps its files itself
@@ -272,13 +280,14 @@ class _Projection:
         if place.resolve() == place and own in place.parents and not (place / name).is_symlink():
             return True
         self._store.note(
-            f"files of runs must be kept in '{own}', but '{self._store.shown}' says '{place}', which is not in it or "
-            "is a link; they are left out: move the database away"
+            f"files of runs must be kept in '{own}', but '{self._store.shown}' says '{place}', "
+            "which is not in it or is a link; they are left out: move the database away"
         )
         return False
 
     def _send_end(self, number: str, there: Any) -> None:
-        run, info = self._run, there.info
+        run = self._run
+        info = there.info
         if run.status == "RUNNING":
             if info.status != "RUNNING":
                 self._client.update_run(number, status="RUNNING")
@@ -312,7 +321,7 @@ def _runs_of(client: Any, experiment: str, own_id: str) -> list[Any]:
 
 
 def _key(value: float, time: int, step: int) -> tuple[str, int, int]:
-    """Return what tells the points of a curve apart: value, time and step, as a database gives them back."""
+    """Return what identifies a point of a curve: value, time and step, as a database keeps them."""
     if value == float("inf"):
         value = LARGEST_NUMBER
     elif value == float("-inf"):
@@ -321,10 +330,12 @@ def _key(value: float, time: int, step: int) -> tuple[str, int, int]:
 
 
 def _name(name: str) -> str:
-    """Return a name that MLflow takes: read as a path it is itself, and does not lead out of its folder."""
+    """Return a name that MLflow takes: a normal path that does not lead out of its folder."""
     kept = NOT_IN_NAMES.sub("_", name)[:LONGEST_NAME]
-    stays = posixpath.normpath(kept) == kept and not kept.startswith(("/", "..")) and kept != "."
-    return kept if stays else re.sub(r"[./]", "_", kept) or "_"
+    is_normal = posixpath.normpath(kept) == kept and kept != "."
+    if is_normal and not kept.startswith(("/", "..")):
+        return kept
+    return re.sub(r"[./]", "_", kept) or "_"
 
 
 def _printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A thread that keeps a store up to date while runs write their folders, and waits for nobody else."""
+"""A thread that keeps a store up to date while runs write their folders, and never delays them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from regrad_runner.tracking.stores import Store
 
 SECONDS_BETWEEN_ROUNDS = 5.0
 # After a failure the next round waits, twice as long each time.
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 60.0
 # How long the end of a process waits for the store, and how long if the store fails to answer.
-SECONDS_AT_THE_END, SECONDS_IN_VAIN = 60.0, 10.0
+SECONDS_AT_THE_END = 60.0
+SECONDS_IN_VAIN = 10.0
 # Rounds in which a store may say yes and hold something else afterwards.
 ROUNDS_IN_VAIN = 3
 
@@ -53,11 +55,11 @@ class Round:
 
 
 class Projection:
-    """Shows runs in a store; what was found complete and has not changed since is not looked at again.
+    """Shows runs in a store; looks again only at those that were not complete or have changed.
 
     Args:
         store: Where to.
-        sources: Returns what there is to show; a run comes after the one that it is shown under.
+        sources: Returns what there is to show, a parent run before those under it.
     """
 
     def __init__(self, store: Store, sources: Callable[[], Iterable[Source]]) -> None:
@@ -66,7 +68,7 @@ class Projection:
         self._complete: dict[Path, Hashable] = {}
 
     def once(self) -> Round:
-        """Look at every run once. A store that does not answer is not asked about the other runs."""
+        """Look at every run once; stop early if the store does not answer."""
         done = Round(Sent(), 0, [])
         for source in self._sources():
             if self._complete.get(source.place) == source.state:
@@ -76,7 +78,7 @@ class Projection:
             except ValueError as problem:  # of this run: its record or points are damaged
                 done.problems.append(in_one_line(problem))
                 continue
-            except Exception as problem:  # noqa: BLE001 - SQL, HTTP and cloud clients each raise their own kinds
+            except Exception as problem:  # noqa: BLE001 - every client raises its own kinds
                 self._store.forget()
                 done.problems.append(without_secrets(in_one_line(problem)))
                 if _is_of_the_store(problem):
@@ -193,7 +195,7 @@ class Projector:
             time.sleep(FIRST_PAUSE)
 
     def _guarded(self, look: Callable[[], Round]) -> Round:
-        """Return what a look came to; the thread outlives whatever goes wrong, such as a folder that is gone."""
+        """Return what a look came to; the thread survives any error, such as a missing folder."""
         try:
             return look()
         except Exception as problem:  # noqa: BLE001 - the thread must not end
@@ -207,6 +209,6 @@ class Projector:
         if self.problem is not None and not self._said:
             self._said = True
             self._say(
-                f"tracking at {self._store.shown} failed: {self.problem}; the runs go on, what is missing there is "
-                "tried again"
+                f"tracking at {self._store.shown} failed: {self.problem}; the runs go on, "
+                "what is missing there is tried again"
             )

@@ -1,7 +1,7 @@
-"""Stores of MLflow: a server, a database that somebody named, or the SQLite file in an output folder.
+"""Stores of MLflow: a server, a database that the user named, or an output folder's SQLite file.
 
-The folder's own file is made whole or not at all, is never opened through a link, and is put aside when it is
-damaged: it holds nothing that the runs' folders do not hold.
+The folder's own file is made whole or not at all, is never opened through a link, and is put aside
+when it is damaged: it holds nothing that the runs' folders do not hold.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from regrad_runner.addresses import shown_address
 from regrad_runner.errors import DiskError
 from regrad_runner.files import PART, remove_left_over, unforeseeable, write_whole
 
-DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
+DATABASE = "mlflow.db"
+ARTIFACTS = "artifacts"
 # What SQLite reads and writes beside a database.
 BESIDE = ("", "-journal", "-wal", "-shm", ".lock")
-SECONDS_FOR_OTHERS, SECONDS_FOR_THE_SCHEMA = 30.0, 300.0
+SECONDS_FOR_OTHERS = 30.0
+SECONDS_FOR_THE_SCHEMA = 300.0
 # What MLflow's migrations say of a schema whose making was broken off.
 HALF_MADE = ("duplicate column name", "already exists")
 
-# Set before MLflow is imported and only where the user has not: no telemetry, no links printed, and one attempt per
-# request, given up after seconds. The next projection is the next attempt.
+# Set before MLflow is imported, and only where the user has not set them: no telemetry, no links
+# printed, and one short attempt per request. The next projection is the next attempt.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -36,7 +38,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-# The files that this process has opened at a path: MLflow keeps its connection to an address for good.
+# The files that this process opened at a path: MLflow keeps its connection to an address for good.
 _opened: dict[Path, list[tuple[int, int]]] = {}
 
 
@@ -145,7 +147,7 @@ class Store:
 
 
 def _own_uri(file: Path, uri: str) -> str:
-    """Return an address under which MLflow has opened no other file: an earlier one of this path, perhaps."""
+    """Return an address under which MLflow has opened no other file, such as one replaced since."""
     identities = _opened.setdefault(file, [])
     identity = _identity_of(file)
     if identity is None:
@@ -166,20 +168,22 @@ def _identity_of(file: Path) -> tuple[int, int] | None:
 
 
 def prepare(path: Path, *, own: bool) -> str | None:
-    """See that a database can be opened: make one where there is none, and put a damaged one of ours aside.
+    """Make sure that a database can be opened.
 
-    Call it while no other process does. Making a schema takes seconds.
+    One that is missing is made, and a damaged one of ours is put aside. Only one process may call
+    this at a time. Making a schema takes seconds.
 
     Args:
         path: The file.
-        own: Whether it is the database of an output folder, which may be made anew, and not one that somebody named.
+        own: Whether it is the database of an output folder, which may be made anew, and not one
+            that the user named.
 
     Returns:
-        What is to be told: that a damaged one was put aside. None where there is nothing to tell.
+        A line for the user if a damaged one was put aside, else None.
 
     Raises:
-        DiskError: If it is a link, a folder or damaged, and not to be moved, or cannot be written.
-        sqlite3.OperationalError: If it cannot be read now, because another program holds it.
+        DiskError: If it is a link, a folder, or damaged and not ours, or if it cannot be written.
+        sqlite3.OperationalError: If it cannot be read because another program holds it.
     """
     check_is_file(path, own=own)
     remove_left_over(path.parent, path.name)
@@ -195,7 +199,7 @@ def prepare(path: Path, *, own: bool) -> str | None:
 
 
 def check_is_file(path: Path, *, own: bool) -> None:
-    """Raise a `DiskError` where a database, or what SQLite writes beside it, is a link or a folder."""
+    """Raise a `DiskError` if a database, or a file of SQLite beside it, is a link or a folder."""
     for ending in BESIDE:
         found = path.with_name(path.name + ending)
         linked = found.is_symlink() and (own or ending != "")
