@@ -145,9 +145,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    """Check the types of every member's source."""
+    """Check the types of every member's source, and what a checker sees of options."""
     sync(session, "typecheck")
-    session.run("mypy", "--strict", *(f"{member}/src" for member in MEMBERS))
+    sources = [f"{member}/src" for member in MEMBERS]
+    session.run("mypy", "--strict", *sources, "tests/typed_options.py")
 
 
 @nox.session

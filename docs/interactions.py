@@ -15,7 +15,7 @@ import regrad
 import torch
 from corrections_table import cards
 from regrad.order import resolve_order
-from regrad.registry import created
+from regrad.registry import create_all
 from regrad_runner.models.building import build_model
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -93,7 +93,7 @@ def shipped() -> list[str]:
 
 def made(names: Sequence[str]) -> list[regrad.Correction]:
     """Return fresh corrections, the parts where a name is a composition's."""
-    return [correction for name in names for correction in created(name)]
+    return create_all(names)
 
 
 def network(*, scale: float = 1.0) -> nn.Module:

@@ -1,6 +1,7 @@
 """Who may import whom: read from the source files, so that a lazy import counts as well."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -52,6 +53,63 @@ def test_nobody_imports_or_names_the_package_of_a_plugin(member, members):
 def test_a_plugin_imports_no_member_but_the_core(plugin, members):
     others = {m.package for m in members if m.folder != "core"} - {plugin.package}
     assert set().union(*map(imported, plugin.sources)) & others == set()
+
+
+def imports_between(member) -> dict[str, set[str]]:
+    """Return which of a member's modules imports which, in functions and under TYPE_CHECKING too.
+
+    A package counts where something is imported from its `__init__.py`, not where Python passes
+    through it on the way to a module inside.
+    """
+    source = member.path / "src"
+    dotted = {
+        path: ".".join(path.relative_to(source).with_suffix("").parts) for path in member.sources
+    }
+    modules = {path: name.removesuffix(".__init__") for path, name in dotted.items()}
+    known = set(modules.values())
+    graph = {}
+    for path, module in modules.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name if name in known else node.module for name in inside]
+            graph[module] |= known.intersection(names)
+    return graph
+
+
+NOT_CLEAN_YET = {"packages/runner"}
+
+
+def test_no_modules_of_a_member_import_each_other_in_a_circle(member, request):
+    if member.folder in NOT_CLEAN_YET:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="its rooms are being sorted"))
+    circle = []
+    try:
+        graphlib.TopologicalSorter(imports_between(member)).prepare()
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+    assert circle == [], f"{member.folder}: {' is imported by '.join(circle)}"
+
+
+def test_the_rooms_of_the_core_are_listed_and_import_only_what_is_listed_below_them(members, root):
+    (core,) = [m for m in members if m.folder == "core"]
+    text = (root / "CONTRIBUTING.md").read_text()
+    section = text.partition("### The rooms of the core")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
+    lines = {
+        f"regrad.{name}": number
+        for number, row in enumerate(rows)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    graph = imports_between(core)
+    assert lines.keys() == graph.keys() - {"regrad"}
+    for module, imports in graph.items():
+        upwards = [other for other in imports if lines[other] < lines[module]]
+        assert upwards == [], f"{module} imports what stands above it"
 
 
 def test_everything_imported_is_declared_by_the_member_itself(

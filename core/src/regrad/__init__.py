@@ -30,4 +30,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [name for names in _PUBLIC.values() for name in names]
+    public: list[str] = []
+    for names in _PUBLIC.values():
+        public.extend(names)
+    return public

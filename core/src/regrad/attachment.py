@@ -137,11 +137,12 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             raise
 
     def _set_up(self) -> None:
-        """Let every correction build its state; what it draws leaves the global random numbers as they were."""
+        """Let every correction build its state; put the global random numbers back afterwards."""
         for correction in self.corrections:
             correction.attachment = self
         reads_record = any(correction.needs.record for correction in self.corrections)
-        if reads_record and not any(is_compiled(m) for m in (*self._called, self.model)):
+        modules = (*self._called, self.model)
+        if reads_record and not any(is_compiled(module) for module in modules):
             self.record = ForwardRecord(self.model)
             self._handles += self.record.handles
         for correction, call in self.engine.callers["setup"]:
@@ -165,6 +166,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             self._hook(root, root.register_state_dict_post_hook, self.engine.on_state_dict)
             self._hook(root, root.register_load_state_dict_pre_hook, self.engine.close_window)
         optimizer = self.optimizer
+        # One by one: what is registered when a later one raises can be removed.
         for handle in self._in_optimizer.register(optimizer):
             self._handles.append(handle)
         self._handles.append(optimizer.register_step_pre_hook(self.engine.on_step_begin))
@@ -231,7 +233,11 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self.detach()
 
     def metrics(self) -> dict[str, float]:
-        """Return counts, effects ("<correction>/<stage>/<measure>") and each correction's own metrics."""
+        """Return counts, effects and each correction's own metrics, by name.
+
+        Effects go by "<correction>/<stage>/<measure>", a correction's own metrics by
+        "<correction>/<name>".
+        """
         values = {
             "steps_applied": float(self.engine.applied),
             "steps_skipped": float(self.engine.skipped),
@@ -256,7 +262,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         return receipt.receipt(self.engine, tuple(self.reasons))
 
     def explain(self, batch: Any) -> explain.Explanation:
-        """Say what each correction would change on one batch, tried on copies; nothing is changed afterwards.
+        """Say what each correction would change on one batch, tried on copies.
 
         Args:
             batch: (inputs, target) for a model with a criterion, or a mapping of
@@ -267,15 +273,29 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             RegradError: Under FSDP2, whose modules cannot be copied.
         """
         self.engine.close_window()
-        return explain.explain(self, self._original, batch)
+        return explain.explain(
+            self,
+            batch,
+            attach_copy=self._attach_copy,
+            has_criterion=self._original is not None,
+        )
+
+    def _attach_copy(
+        self, model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction]
+    ) -> "Attachment":
+        """Attach new corrections to a copy of model and optimizer, with the same criterion."""
+        return type(self)(model, optimizer, corrections, self._original)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the corrections' state by name, with effects and receipt. Plain values and tensors only.
+        """Return the corrections' state by name, with effects and receipt.
 
-        The optimizer's own `state_dict()` holds it too, under the key "regrad".
+        Plain values and tensors only. The optimizer's own `state_dict()` holds it too, under
+        the key "regrad".
         """
         return {
-            "corrections": {c.name: c.state_dict() for c in self.corrections},
+            "corrections": {
+                correction.name: correction.state_dict() for correction in self.corrections
+            },
             "effects": dict(self.engine.meter.sums),
             "receipt": self.receipt(),
         }
@@ -306,9 +326,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         for correction in self.corrections:
             if correction.name in state["corrections"]:
                 self._load_correction(correction, state["corrections"][correction.name])
-                effects = state["effects"].items()
-                own = {key: sums for key, sums in effects if key[0] == correction.name}
-                self.engine.meter.sums |= own
+                self.engine.meter.load_sums(correction.name, state["effects"])
         self._in_optimizer.is_there()
 
     def _load_correction(self, correction: Correction, state: Any) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from regrad.errors import RegradError, refuse_if
-from regrad.hookspecs import HOOKS
+from regrad.errors import RegradError
+from regrad.signatures import ClassSignature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +19,14 @@ API_VERSION = 1
 
 Stage = Literal["hidden", "criterion", "weights", "gradient", "moment"]
 Reading = Literal["elements", "units", "tensor", "model", "moments", "micro", "criterion"]
-HOOK_OF_STAGE: dict[Stage, str] = dict(
-    zip(typing.get_args(Stage), HOOKS, strict=False)
-)  # the last hook has no stage
+HOOK_OF_STAGE: dict[Stage, str] = {
+    "hidden": "setup",
+    "criterion": "wrap_criterion",
+    "weights": "predict_weights",
+    "gradient": "correct_gradients",
+    "moment": "correct_moments",
+}
+"""The hook of each stage, in time order. The hook `after_step` has no stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class Needs:
         sparse: Whether it has a rule for sparse gradients.
         before: Names of corrections that this one acts before, in a stage they share.
         after: Names of corrections that this one acts after, in a stage they share.
-        conflicts: Name of a correction or of a layout that it refuses to work with, to the reason.
+        conflicts: Why it refuses to work with a correction or on a layout, by the name of that.
         warmup_steps: Optimizer steps in which it changes nothing by design.
         record: Whether it reads the record of the first training forward, which is
             one of the whole model.
@@ -91,8 +96,9 @@ class Options:
 
 
 def _fits(value: object, annotation: Any) -> bool:
-    """Say whether `value` fits a plain annotation: a class, a union, a Literal, a homogeneous tuple."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    """Say whether a value fits a class, a union, a Literal or a homogeneous tuple."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin is Literal:
         return value in arguments
     if origin is tuple:
@@ -101,14 +107,22 @@ def _fits(value: object, annotation: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if isinstance(value, bool):
         return annotation is bool
-    return isinstance(value, int | float if annotation is float else annotation)
+    if annotation is float:
+        return isinstance(value, int | float)
+    return isinstance(value, annotation)
+
+
+def _spoken(annotation: Any) -> str:
+    """Return a type as it is written in source."""
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return str(annotation).removeprefix("typing.")
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """Return '; did you mean ...?' where a known name is near, else nothing."""
-    return "".join(
-        f"; did you mean {near!r}?" for near in difflib.get_close_matches(name, list(known), n=1)
-    )
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Correction:
@@ -150,20 +164,17 @@ class Correction:
     needs: Needs
     api_version: ClassVar[int] = API_VERSION
     Options: ClassVar[type[Any]] = Options
+    __signature__: ClassVar[Any] = ClassSignature()
 
     def __init__(self, **options: Any) -> None:
-        hints = typing.get_type_hints(self.Options)
-        for key, value in options.items():
-            unknown = f"{self.name} has no option {key!r}; allowed: {', '.join(hints) or 'none'}"
-            refuse_if(key not in hints, unknown + did_you_mean(key, hints), TypeError)
-            wanted = (
-                hints[key].__name__
-                if isinstance(hints[key], type)
-                else str(hints[key]).removeprefix("typing.")
-            )
-            refuse_if(
-                not _fits(value, hints[key]), f"{key} must be {wanted}, got {value!r}", TypeError
-            )
+        allowed = typing.get_type_hints(self.Options)
+        for name, value in options.items():
+            if name not in allowed:
+                names = ", ".join(allowed) or "none"
+                near = did_you_mean(name, allowed)
+                raise TypeError(f"{self.name} has no option {name!r}; allowed: {names}{near}")
+            if not _fits(value, allowed[name]):
+                raise TypeError(f"{name} must be {_spoken(allowed[name])}, got {value!r}")
         self.options = self.Options(**options)
         self.attachment: Any = None
 
@@ -176,7 +187,10 @@ class Correction:
         return None
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers worth a curve, by name; called rarely, so it may synchronise the device."""
+        """Return numbers worth a curve, by name.
+
+        Called rarely, so that it may wait for the device.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,7 +199,8 @@ class Correction:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        refuse_if(state, f"correction {self.name!r} has no state, got {', '.join(state)}")
+        if state:
+            raise RegradError(f"correction {self.name!r} has no state, got {', '.join(state)}")
 
     def idle_reason(self) -> str | None:
         """Say why nothing may have changed; None says that changing nothing is normal."""
@@ -198,25 +213,41 @@ class Correction:
     @classmethod
     def check_class(cls) -> None:
         """Raise `RegradError` unless the declared stages and the implemented hooks agree."""
-        known = isinstance(getattr(cls, "name", None), str) and isinstance(
-            getattr(cls, "needs", None), Needs
-        )
-        refuse_if(not known, f"{cls.__name__} must declare name (a string) and needs (a Needs)")
-        mine, who = cls.needs.stages, f"correction {cls.name!r}"
-        refuse_if(not mine, f"{who} implements no stage; stages: {', '.join(HOOK_OF_STAGE)}")
-        known_readings = typing.get_args(Reading)
-        unknown = [reading for reading in cls.needs.reads if reading not in known_readings]
-        if unknown:
-            allowed = ", ".join(map(repr, known_readings))
-            raise RegradError(f"{who} must declare reads of {allowed}, got {unknown[0]!r}")
-        for stage, hook in HOOK_OF_STAGE.items():
-            near = did_you_mean(hook, (name for name in dir(cls) if not name.startswith("_")))
-            lacks, extra = (
-                stage in mine and not hasattr(cls, hook),
-                stage not in mine and hasattr(cls, hook),
+        has_name = isinstance(getattr(cls, "name", None), str)
+        if not has_name or not isinstance(getattr(cls, "needs", None), Needs):
+            raise RegradError(f"{cls.__name__} must declare name (a string) and needs (a Needs)")
+        if not cls.needs.stages:
+            raise RegradError(
+                f"correction {cls.name!r} implements no stage; stages: {', '.join(HOOK_OF_STAGE)}"
             )
-            refuse_if(lacks, f"{who} declares stage {stage!r} but has no method {hook!r}{near}")
-            refuse_if(
-                extra and stage != "hidden",
-                f"{who} implements {hook!r} but does not declare stage {stage!r}",
+        _check_reads(cls)
+        _check_hooks(cls)
+
+
+def _check_reads(cls: type[Correction]) -> None:
+    """Raise `RegradError` if a class declares to read what there is not."""
+    known = typing.get_args(Reading)
+    for reading in cls.needs.reads:
+        if reading not in known:
+            allowed = ", ".join(map(repr, known))
+            raise RegradError(
+                f"correction {cls.name!r} must declare reads of {allowed}, got {reading!r}"
+            )
+
+
+def _check_hooks(cls: type[Correction]) -> None:
+    """Raise `RegradError` unless each stage of a class has its hook and each hook its stage."""
+    for stage, hook in HOOK_OF_STAGE.items():
+        is_declared = stage in cls.needs.stages
+        is_implemented = hasattr(cls, hook)
+        if is_declared and not is_implemented:
+            public = [name for name in dir(cls) if not name.startswith("_")]
+            raise RegradError(
+                f"correction {cls.name!r} declares stage {stage!r} but has no method "
+                f"{hook!r}{did_you_mean(hook, public)}"
+            )
+        # `setup`, the hook of "hidden", may do other things than hook submodules.
+        if is_implemented and not is_declared and stage != "hidden":
+            raise RegradError(
+                f"correction {cls.name!r} implements {hook!r} but does not declare stage {stage!r}"
             )

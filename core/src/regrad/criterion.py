@@ -44,13 +44,14 @@ class Switch:
 
     def _measure(self, logits: Tensor, *rest: Any, **options: Any) -> None:
         """Compare the logit gradients of both criteria."""
-        leaves = [logits.detach().requires_grad_() for _ in range(2)]
+        for_original = logits.detach().requires_grad_()
+        for_corrected = logits.detach().requires_grad_()
         with torch.random.fork_rng([logits.device] if logits.is_cuda else []):
-            values = [
-                criterion(leaf, *rest, **options).sum()
-                for criterion, leaf in zip((self.original, self.corrected), leaves, strict=True)
-            ]
-        before, after = torch.autograd.grad(values, leaves)
+            values = (
+                self.original(for_original, *rest, **options).sum(),
+                self.corrected(for_corrected, *rest, **options).sum(),
+            )
+        before, after = torch.autograd.grad(values, (for_original, for_corrected))
         self._engine.meter.observe(
             self._owner.name, "criterion", {"logits": local(before)}, {"logits": local(after)}
         )
@@ -95,7 +96,8 @@ class SwitchingCriterion:
     def __repr__(self) -> str:
         return self.switch.describe()
 
-    def __reduce__(self) -> Any:  # a copy is the plain criterion
+    # A copy is the plain criterion.
+    def __reduce__(self) -> Any:
         return copy.copy, (self.switch.original,)
 
 

@@ -1,10 +1,13 @@
-"""What installed distributions say of themselves, by metadata alone. A broken one is set aside, and can be named."""
+"""What installed distributions say of themselves, by metadata alone.
+
+A broken one is set aside, and can be named.
+"""
 
 import contextlib
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -78,21 +81,21 @@ def every() -> Iterator[Installed | Broken]:
 
 
 def installed() -> Iterator[Installed]:
-    """Return the distributions that can be read; of several with one name the one that Python finds first."""
-    seen = set()
-    for one in every():
-        if isinstance(one, Installed) and one.normal_name not in seen:
-            seen.add(one.normal_name)
-            yield one
+    """Return the distributions that can be read; of several with one name the one found first."""
+    yield from _first_of_each_name(every())
 
 
 def plugins() -> Iterator[Installed]:
     """Return the distributions that offer anything to regrad; broken ones are passed over."""
-    seen = set()
-    for source in discover():
-        if "regrad" not in _text(source, POINTS):
-            continue  # most distributions: their other metadata need not be read
-        one = _read(source)
+    # The other metadata of all other distributions need not be read.
+    sources = (source for source in discover() if "regrad" in _text(source, POINTS))
+    yield from _first_of_each_name(_read(source) for source in sources)
+
+
+def _first_of_each_name(found: Iterable[Installed | Broken]) -> Iterator[Installed]:
+    """Yield those that can be read, and of several with one name the first."""
+    seen: set[str] = set()
+    for one in found:
         if isinstance(one, Installed) and one.normal_name not in seen:
             seen.add(one.normal_name)
             yield one
@@ -122,7 +125,7 @@ def find(name: str, version: str) -> Installed | None:
 
 
 def version(name: str) -> str:
-    """Return the version of an installed distribution; empty where there is none that can be read.
+    """Return the version of an installed distribution; empty where none can be read.
 
     Args:
         name: Of a distribution that the caller knows, such as "torch".
@@ -144,14 +147,17 @@ def broken() -> list[Broken]:
 
 
 def doubled() -> dict[str, list[Installed]]:
-    """Return distributions that are installed twice in one folder, by name: an upgrade ended halfway."""
+    """Return distributions that are twice in one folder, by name: an upgrade ended halfway."""
     groups: dict[tuple[str, str], list[Installed]] = {}
     for one in every():
         if isinstance(one, Installed):
             place = str(one.source.locate_file(""))
             groups.setdefault((place, one.normal_name), []).append(one)
-    several = {key: found for key, found in groups.items() if len({o.folder for o in found}) > 1}
-    return {name: found for (_, name), found in several.items()}
+    several: dict[str, list[Installed]] = {}
+    for (_, name), found in groups.items():
+        if len({one.folder for one in found}) > 1:
+            several[name] = found
+    return several
 
 
 def hide_broken() -> None:
@@ -169,7 +175,8 @@ def hide_broken() -> None:
         for variable, value in WITHOUT_POINTS.items():
             os.environ.setdefault(variable, value)
     _hide(metadata.Distribution, hidden)
-    with contextlib.suppress(ImportError):  # a second copy of the same, for libraries that use it
+    # A second copy of the same, for libraries that use it.
+    with contextlib.suppress(ImportError):
         backport = importlib.import_module("importlib_metadata")
         _hide(backport.Distribution, hidden)
 
@@ -202,13 +209,12 @@ def _read(source: metadata.Distribution) -> Installed | Broken:
 
     try:
         about: Any = source.metadata
-        name, version, summary = (
-            str(about.get(field) or "") for field in ("Name", "Version", "Summary")
-        )
+        name = str(about.get("Name") or "")
+        version = str(about.get("Version") or "")
+        summary = str(about.get("Summary") or "")
     except Exception as cause:  # noqa: BLE001 - somebody else's file can be wrong in any way
-        if (
-            type(cause).__name__ == "MetadataNotFound"
-        ):  # of the backport, which raises where Python does not
+        # Of the backport, which raises where Python does not.
+        if type(cause).__name__ == "MetadataNotFound":
             return damaged(NAMELESS)
         return damaged(f"its METADATA cannot be read ({type(cause).__name__}: {cause})")
     if not name:

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,10 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from regrad import names, other_optimizers, sharding
 from regrad.correction import Correction
+from regrad.empty_steps import only_makes_state
 from regrad.errors import RegradError, RegradWarning
 from regrad.hookspecs import Step
 from regrad.meter import Meter
+from regrad.nesting import StepUnderWay, caller_of_hook
+from regrad.optimizers import parameters_of
 from regrad.parts import Parts
+from regrad.progress import Progress
 from regrad.registration import HookRegistry
 from regrad.window import Window
 from regrad.wrappers import wrap_closure
@@ -50,25 +53,11 @@ NOT_IN_CHARGE = (
 FORWARDS_WITHOUT_STEP = 50
 
 
-def _caller_of_hook() -> FrameType | None:
-    """Return the frame that called a hook of ours: torch's wrapper around `step`, not the compiler's."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
-        frame = frame.f_back
-    return frame
-
-
-def _is_zero_on_host(rate: Any) -> bool:
-    """Say whether a rate is zero, without waiting for a device that holds it."""
-    if isinstance(rate, Tensor):
-        return rate.device.type == "cpu" and float(rate) == 0
-    return rate is not None and float(rate) == 0
-
-
-def _is_sparse_or_pending(gradient: Tensor) -> bool:
-    """Say whether a gradient has a layout, sparse or a sum still pending, that no made-up one has."""
-    pending = (placement.is_partial() for placement in getattr(gradient, "placements", ()))
-    return gradient.is_sparse or any(pending)
+def _is_capturing() -> bool:
+    """Say whether a CUDA graph is being captured."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 class Engine:
@@ -124,14 +113,11 @@ class Engine:
         self._is_ignored = False
         self._said: set[str] = set()
         self._graph_waits = False
-        # The step under way: torch's frame around it, the closure calls, what writes came before.
-        self._step_frame: FrameType | None = None
-        self._nested_steps = 0
+        self._under_way = StepUnderWay()
+        self._progress = Progress()
+        # Of the step under way: its closure calls, and what was written before it.
         self._calls = 0
         self._versions: list[int] = []
-        # What was done with the present gradients, in case the step raises and is tried again.
-        self._finished: set[tuple[str, str]] = set()
-        self._corrected: list[tuple[Tensor, int]] = []
         # When to stay out of the way, and what to count for it.
         self._is_paused = False
         self._other_steps = 0
@@ -142,7 +128,10 @@ class Engine:
     # ---- what the corrections are given
 
     def step(self) -> Step:
-        """Return the coming optimizer step as it stands now; parameters may have come since the last."""
+        """Return the coming optimizer step as it stands now.
+
+        Parameters may have come since the last one.
+        """
         step = Step(self.optimizer, self.applied)
         if any(parameter not in self._names for parameter in step.parameters):
             self._name_parameters()
@@ -150,7 +139,7 @@ class Engine:
         return step
 
     def _name_parameters(self) -> None:
-        """Name the optimizer's parameters anew; state follows a parameter that is called otherwise now."""
+        """Name the optimizer's parameters anew; the state of a renamed one follows it."""
         before = self._names
         self._names = names.parameter_names(self.model, self.optimizer)
         renamed = {
@@ -178,20 +167,22 @@ class Engine:
     def run(self, hook: str, step: Step) -> Any:
         """Call the corrections of one hook in order; return what the last one returned."""
         result = None
-        for step.correction, call in self.callers[hook]:
-            start = time.perf_counter()
-            with self.named(step.correction, hook):
-                result = call(step=step)
-            self.seconds[step.correction.name] += time.perf_counter() - start
+        for correction, call in self.callers[hook]:
+            result = self._call(correction, call, hook, step)
+        return result
+
+    def _call(self, correction: Correction, call: Callable[..., Any], hook: str, step: Step) -> Any:
+        """Call one correction, and count its time."""
+        step.correction = correction
+        start = time.perf_counter()
+        with self.named(correction, hook):
+            result = call(step=step)
+        self.seconds[correction.name] += time.perf_counter() - start
         return result
 
     def is_sharded(self) -> bool:
         """Say whether any parameter is a shard now."""
-        return any(
-            sharding.is_sharded(parameter)
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-        )
+        return any(sharding.is_sharded(parameter) for parameter in parameters_of(self.optimizer))
 
     def is_training(self) -> bool:
         """Say whether the model is in training mode."""
@@ -209,7 +200,7 @@ class Engine:
     # ---- the forward passes
 
     def before_forward(self, module: nn.Module, *_: Any) -> None:
-        """Prepare for the forward of a module, and count it if it is a training forward of a root."""
+        """Prepare for the forward of a module; count it if a root is called in training."""
         if module in self.roots and module.training and torch.is_grad_enabled():
             self._count_forward()
         self.prepare_forward(module)
@@ -248,6 +239,7 @@ class Engine:
             self._open_window(module)
 
     def _open_window(self, module: nn.Module) -> None:
+        """Move the weights, unless that would be wrong here."""
         self._refuse_a_late_hook(module)
         self._refuse_nested("checkpoint parts of the model, or with use_reentrant=False")
         self._refuse_an_inner_evaluation()
@@ -270,9 +262,10 @@ class Engine:
 
     def _refuse_an_inner_evaluation(self) -> None:
         """Raise where the optimizer evaluates the model inside its step, at weights of its own."""
-        if not self._is_inside_step(sys._getframe(1)) or self._versions == self._count_writes():
+        is_inside = self._under_way.contains(sys._getframe(1))
+        if not is_inside or self._versions == self._count_writes():
             return
-        moving = self._names_of("predict_weights")
+        moving = self.names_of("predict_weights")
         raise RegradError(
             f"{type(self.optimizer).__name__} evaluates the model inside its step at weights of "
             f"its own, where {moving} would move them again; use one of the two"
@@ -280,23 +273,22 @@ class Engine:
 
     def _refuse_a_second_window(self, step: Step) -> None:
         """Raise where parameters that were added later are moved by another attachment too."""
-        if len(other_optimizers.LOOKING_AHEAD) < 2:
-            return
-        own = set(step.parameters)
-        for other in other_optimizers.LOOKING_AHEAD:
-            if other is not self and not own.isdisjoint(other.window.moved):
-                raise RegradError(
-                    f"{self._names_of('predict_weights')} and "
-                    f"{other._names_of('predict_weights')} of another attachment both move the "
-                    "same parameters; detach() one of them"
-                )
+        other = other_optimizers.moved_by_another(self, step.parameters)
+        if other is not None:
+            raise RegradError(
+                f"{self.names_of('predict_weights')} and {other.names_of('predict_weights')} of "
+                "another attachment both move the same parameters; detach() one of them"
+            )
 
-    def _names_of(self, hook: str) -> str:
+    def names_of(self, hook: str) -> str:
         """Return the names of the corrections that implement a hook, quoted."""
         return ", ".join(repr(correction.name) for correction, _ in self.callers[hook])
 
     def after_forward(self, _: nn.Module, inputs: Any, output: Any) -> None:
-        """Under FSDP2, note that a graph waits for its backward: a restore before it would go unnoticed."""
+        """Under FSDP2, note that a graph waits for its backward.
+
+        Weights that were restored before it would go unnoticed.
+        """
         if not (self.window.moved and self.is_sharded()):
             return
         for leaf in tree_leaves(output):
@@ -311,7 +303,7 @@ class Engine:
         """Raise inside a backward pass, and inside the capture of a CUDA graph."""
         if torch._C._current_graph_task_id() != -1:
             raise RegradError(f"a step must not begin or end inside backward; {why}")
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        if _is_capturing():
             raise RegradError(
                 "a whole step must not be captured in a CUDA graph; "
                 "capture forward and backward alone"
@@ -330,7 +322,7 @@ class Engine:
             self._say_once(
                 OVERWRITTEN,
                 count=len(overwritten),
-                names=self._names_of("predict_weights"),
+                names=self.names_of("predict_weights"),
                 first=self._names.get(overwritten[0], "?"),
                 optimizer=type(self.optimizer).__name__,
             )
@@ -354,8 +346,7 @@ class Engine:
         Returns:
             (args, kwargs) of its step with the same done after its closure, or None.
         """
-        own = {p for group in self.optimizer.param_groups for p in group["params"]}
-        if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+        if set(parameters_of(self.optimizer)).isdisjoint(parameters_of(optimizer)):
             return None
         self.close_window()
         self._other_steps += 1
@@ -365,7 +356,7 @@ class Engine:
                 NOT_IN_CHARGE,
                 other=type(optimizer).__name__,
                 optimizer=type(self.optimizer).__name__,
-                names=self._names_of("predict_weights"),
+                names=self.names_of("predict_weights"),
             )
         return wrap_closure(args, kwargs, self.close_window)
 
@@ -376,31 +367,14 @@ class Engine:
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Begin a step, unless it is the `super().step()` of one that is under way."""
-        frame = _caller_of_hook()
-        if self._is_inside_step(frame):
-            self._nested_steps += 1
-            return None
-        self._step_frame = frame
-        self._nested_steps = 0
-        return self.before_step(optimizer, args, kwargs)
-
-    def _is_inside_step(self, frame: FrameType | None) -> bool:
-        """Say whether a step is under way; one that raised is not."""
-        while self._step_frame is not None and frame is not None:
-            if frame is self._step_frame:
-                return True
-            frame = frame.f_back
-        return False
+        is_outermost = self._under_way.begin(caller_of_hook())
+        return self.before_step(optimizer, args, kwargs) if is_outermost else None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def on_step_end(self, *_: Any) -> None:
         """End the step that `on_step_begin` began."""
-        is_outermost = _caller_of_hook() is self._step_frame
-        if self._nested_steps and not is_outermost:
-            self._nested_steps -= 1
-            return
-        self._step_frame = None
-        self.after_step()
+        if self._under_way.end(caller_of_hook()):
+            self.after_step()
 
     def before_step(
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -412,7 +386,7 @@ class Engine:
             self.before_first_step = None
         self._calls = 0
         wrapped = wrap_closure(args, kwargs, self.correct)
-        self._is_ignored = wrapped is None and self._only_makes_state()
+        self._is_ignored = wrapped is None and only_makes_state(self.optimizer)
         if self._is_ignored:
             self.close_window()
             return None
@@ -424,25 +398,9 @@ class Engine:
             self._versions = self._count_writes()
         return wrapped
 
-    def _only_makes_state(self) -> bool:
-        """Say whether a step has rate zero and gradients of zero: torch's checkpointing makes state by one.
-
-        A first step of a warm-up from rate zero has gradients, and counts.
-        """
-        rates = [group.get("lr") for group in self.optimizer.param_groups]
-        if not all(_is_zero_on_host(rate) for rate in rates):
-            return False
-        gradients = [g for g in Step(self.optimizer, self.applied).gradients if g is not None]
-        if not gradients or any(_is_sparse_or_pending(gradient) for gradient in gradients):
-            return False
-        # Asked of all shards together, so that all processes answer the same.
-        differing = [(gradient != 0).to(torch.float32) for gradient in gradients]
-        return float(sharding.total_norm(differing)) == 0
-
     def _count_writes(self) -> list[int]:
         """Return how often each parameter was written."""
-        groups = self.optimizer.param_groups
-        return [sharding.local(p)._version for group in groups for p in group["params"]]
+        return [part._version for part in sharding.locals_of(parameters_of(self.optimizer))]
 
     def correct(self) -> None:
         """Restore, check for a skip, unscale, then correct gradients and moments."""
@@ -450,62 +408,50 @@ class Engine:
         if self.callers["predict_weights"]:
             self._versions = self._count_writes()
         self._calls += 1
-        unfit = [c.name for c in self.corrections if not c.needs.closures and self._calls > 1]
-        if unfit:
-            raise RegradError(
-                f"{', '.join(unfit)} must see one closure call per step, got {self._calls}"
-            )
+        if self._calls > 1:
+            self._refuse_several_closure_calls()
         self._is_skipping = bool(getattr(self.optimizer, "found_inf", None))
         if self._is_skipping or not self.corrections:
             return
         step = self.step()
-        self._check(step)
+        self._refuse_sparse_gradients(step)
+        self._look_for_what_is_missing(step)
         sharding.reduce_gradients(step.parameters)
         sharding.reduce_states(self.optimizer)
-        if not self._are_corrected(step):
-            self._finished.clear()
+        self._progress.begin(gradient for _, gradient in step.named_gradients())
         try:
             self._correct(step)
         finally:
-            gradients = [gradient for gradient in step.gradients if gradient is not None]
-            self._corrected = [(g, sharding.local(g)._version) for g in gradients]
+            self._progress.end(gradient for _, gradient in step.named_gradients())
 
-    def _are_corrected(self, step: Step) -> bool:
-        """Say whether the gradients are those that were corrected for a step that then raised."""
-        gradients = [gradient for gradient in step.gradients if gradient is not None]
-        if len(gradients) != len(self._corrected):
-            return False
-        return all(
-            gradient is seen and sharding.local(gradient)._version == version
-            for gradient, (seen, version) in zip(gradients, self._corrected, strict=True)
-        )
+    def _refuse_several_closure_calls(self) -> None:
+        """Raise where a correction must see one call of the closure."""
+        unfit = [c.name for c in self.corrections if not c.needs.closures]
+        if unfit:
+            raise RegradError(
+                f"{', '.join(unfit)} must see one closure call per step, got {self._calls}"
+            )
 
     @torch.no_grad()
     def _correct(self, step: Step) -> None:
         """Do what is not done yet with these gradients."""
-        self._unscale(is_done=("unscale", "") in self._finished)
-        self._finished.add(("unscale", ""))
+        self._unscale(is_done=self._progress.is_done("unscale"))
+        self._progress.note("unscale")
         for hook in ("correct_gradients", "correct_moments"):
-            for step.correction, call in self.callers[hook]:
-                done = (hook, step.correction.name)
-                if done in self._finished:
-                    continue
-                start = time.perf_counter()
-                with self.named(step.correction, hook):
-                    call(step=step)
-                self.seconds[step.correction.name] += time.perf_counter() - start
-                self._finished.add(done)
+            for correction, call in self.callers[hook]:
+                if not self._progress.is_done(hook, correction.name):
+                    self._call(correction, call, hook, step)
+                    self._progress.note(hook, correction.name)
 
-    def _check(self, step: Step) -> None:
-        """Refuse sparse gradients without a rule; say once what seems to be missing."""
+    def _refuse_sparse_gradients(self, step: Step) -> None:
+        """Raise where a correction has no rule for gradients that are sparse."""
         unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
-        sparse = [
-            name
-            for name, gradient in zip(step.names, step.gradients, strict=True)
-            if gradient is not None and gradient.is_sparse
-        ]
+        sparse = [name for name, gradient in step.named_gradients() if gradient.is_sparse]
         if unfit and sparse:
             raise RegradError(f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
+
+    def _look_for_what_is_missing(self, step: Step) -> None:
+        """Say once that no forward was seen, or no call of the criterion."""
         if self.forwards == 0:
             self._look_for_parts(step)
         elif self.callers["wrap_criterion"] and not self.criterion_called:
@@ -513,14 +459,16 @@ class Engine:
             self._say_once(NO_CRITERION, name=owner.name)
 
     def _look_for_parts(self, step: Step) -> None:
-        """Where no forward was seen, watch the model's parts; warn once where these are not called either."""
+        """Watch the model's parts; warn once where no forward of them was seen either."""
         if self._saw_forward or self.parts.is_watching:
             self._say_once(NO_FORWARD)
         self.parts.watch(self.roots, step.parameters)
 
     @torch.no_grad()
     def _unscale(self, *, is_done: bool) -> None:
-        """Take over from a fused optimizer what it would do itself under a GradScaler, frozen parameters included.
+        """Take over from a fused optimizer what it would do itself under a GradScaler.
+
+        Frozen parameters that have a gradient are included.
 
         Args:
             is_done: Whether these gradients were unscaled for a step that then raised.
@@ -531,22 +479,17 @@ class Engine:
         self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         if is_done:
             return
-        gradients = (
-            parameter.grad
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        )
-        for gradient in sharding.locals_of(gradients):
-            gradient.div_(scale.to(gradient.device))
+        for parameter in parameters_of(self.optimizer):
+            if parameter.grad is not None:
+                gradient = sharding.local(parameter.grad)
+                gradient.div_(scale.to(gradient.device))
 
     def after_step(self, *_: Any) -> None:
         """Let corrections learn from a step that really happened."""
         if self._is_ignored:
             self._is_ignored = False
             return
-        self._finished.clear()
-        self._corrected = []
+        self._progress.forget()
         self._is_paused = False
         self._other_steps = 0
         self._most_forwards = max(self._most_forwards, self._forwards_without_step)

@@ -1,20 +1,53 @@
-"""One batch through a copy of the user's model: what each correction would change, before training."""
+"""What each correction would change, before training: one batch through a copy of the model."""
+
+from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
-from regrad.errors import refuse_if
+from regrad.correction import Correction
+from regrad.engine import Engine
+from regrad.errors import RegradError
 from regrad.meter import change_and_cosine
 
-if TYPE_CHECKING:
-    from regrad.attachment import Attachment
-
 COLUMNS = ("correction", "stage", "tensor", "relative_change", "cosine")
+HEAD = "{:<16} {:<10} {:<40} {:>15} {:>8}"
+LINE = "{:<16} {:<10} {:<40} {:>15.4} {:>8.4}"
+
+
+class Attached(Protocol):
+    """What this file needs of an attachment, see `regrad.Attachment`."""
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    corrections: tuple[Correction, ...]
+    reasons: tuple[str, ...]
+    engine: Engine
+
+    @property
+    def criterion(self) -> Any:
+        """The criterion, corrected in training mode."""
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what really happened."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the corrections' state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+    def detach(self) -> None:
+        """Remove every hook."""
+
+
+AttachCopy = Callable[[nn.Module, optim.Optimizer, Sequence[Correction]], Attached]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,60 +62,77 @@ class Explanation:
         notes: What else is worth knowing.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     seconds: dict[str, float]
     notes: list[str]
 
     def __str__(self) -> str:
-        form, head = (
-            "{:<16} {:<10} {:<40} {:>15.4} {:>8.4}",
-            "{:<16} {:<10} {:<40} {:>15} {:>8}".format(*COLUMNS),
+        head = HEAD.format(*COLUMNS)
+        lines = [LINE.format(*row.values()) for row in self.rows]
+        return "\n".join([head, *lines, *self.notes])
+
+
+def explain(
+    attached: Attached, batch: Any, *, attach_copy: AttachCopy, has_criterion: bool
+) -> Explanation:
+    """Run one batch and every correction on copies of model, optimizer and corrections.
+
+    Args:
+        attached: The attachment to explain. Not changed.
+        batch: As for `Attachment.explain`.
+        attach_copy: Attaches new corrections to a copy of model and optimizer, with the
+            criterion of `attached`.
+        has_criterion: Whether there is such a criterion.
+
+    Raises:
+        TypeError: If the batch fits neither way of computing a loss.
+        RegradError: Under FSDP2, whose modules cannot be copied.
+    """
+    if attached.engine.is_sharded():
+        raise RegradError(
+            "explain works on a copy, and FSDP2 modules cannot be copied; "
+            "explain before fully_shard()"
         )
-        return "\n".join([head, *(form.format(*row.values()) for row in self.rows), *self.notes])
+    model, optimizer = copy.deepcopy((attached.model, attached.optimizer))
+    corrections = [type(own)(**vars(own.options)) for own in attached.corrections]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices):
+        trial = attach_copy(model, optimizer, corrections)
+        try:
+            trial.load_state_dict(copy.deepcopy(attached.state_dict()))
+            rows = _rows_of_one_step(trial, batch, has_criterion=has_criterion)
+        finally:
+            trial.detach()
+    learned = [reason for reason in trial.reasons if reason not in attached.reasons]
+    notes = [*attached.receipt()["notes"], *learned, *_idle(attached.corrections, rows)]
+    return Explanation(rows, dict(trial.engine.seconds), notes)
 
 
-def explain(attachment: "Attachment", criterion: Any, batch: Any) -> Explanation:
-    """Run one batch and every correction on copies of model, optimizer and corrections."""
-    rows, live, sharded = (
-        list[dict[str, Any]](),
-        attachment.corrections,
-        attachment.engine.is_sharded(),
-    )
-    refuse_if(
-        sharded,
-        "explain works on a copy, and FSDP2 modules cannot be copied; explain before fully_shard()",
-    )
-    model, optimizer = copy.deepcopy((attachment.model, attachment.optimizer))
-    twins = [type(c)(**vars(c.options)) for c in live]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with (
-        torch.random.fork_rng(devices),
-        type(attachment)(model, optimizer, twins, criterion) as trial,
-    ):
-        trial.load_state_dict(copy.deepcopy(attachment.state_dict()))
-        trial.engine.meter.detail = []
-        trial.engine.criterion_called = True  # a model may compute its loss itself here
-        _loss_of(model.train(), trial.criterion if criterion else None, batch).backward()  # type: ignore[no-untyped-call]
-        trial.engine.correct()
-        for name, stage, names, table in trial.engine.meter.detail:
-            measures = (column.tolist() for column in change_and_cosine(table))
-            rows += [
-                dict(zip(COLUMNS, (name, stage, *row), strict=True))
-                for row in zip(names, *measures, strict=True)
-            ]
-    quiet = [
-        c.name
-        for c in live
-        if not any(row["correction"] == c.name and row["relative_change"] for row in rows)
+def _rows_of_one_step(trial: Attached, batch: Any, *, has_criterion: bool) -> list[Row]:
+    """Compute the gradients of one batch, correct them, and return what each correction changed."""
+    trial.engine.meter.detail = []
+    # A model may compute its loss itself here, where it does not in the loop.
+    trial.engine.criterion_called = True
+    criterion = trial.criterion if has_criterion else None
+    loss = _loss_of(trial.model.train(), criterion, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    trial.engine.correct()
+    rows: list[Row] = []
+    for name, stage, tensors, measured in trial.engine.meter.detail:
+        changes, cosines = change_and_cosine(measured)
+        of_tensors = zip(tensors, changes.tolist(), cosines.tolist(), strict=True)
+        rows += [dict(zip(COLUMNS, (name, stage, *values), strict=True)) for values in of_tensors]
+    return rows
+
+
+def _idle(corrections: Sequence[Correction], rows: Sequence[Row]) -> list[str]:
+    """Return a note on each correction that changed nothing."""
+    acted = {row["correction"] for row in rows if row["relative_change"]}
+    return [
+        f"{correction.name!r} has nothing to do at this step (no state yet, or it acts elsewhere)"
+        for correction in corrections
+        if correction.name not in acted
     ]
-    notes = [
-        f"{name!r} has nothing to do at this step (no state yet, or it acts elsewhere)"
-        for name in quiet
-    ]
-    learned = [reason for reason in trial.reasons if reason not in attachment.reasons]
-    return Explanation(
-        rows, dict(trial.engine.seconds), [*attachment.receipt()["notes"], *learned, *notes]
-    )
 
 
 def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:
@@ -95,12 +145,15 @@ def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         return _loss_in(model(**batch))
     if isinstance(batch, tuple | list) and len(batch) == 2 and criterion is not None:
-        loss = criterion(model(batch[0]), batch[1])
+        inputs, target = batch
+        loss = criterion(model(inputs), target)
         if isinstance(loss, Tensor):
             return loss
         raise TypeError(f"criterion must return a tensor, got {type(loss).__name__}")
-    rule = "(inputs, target) with attach(…, criterion=…), or a mapping for a model that returns its loss"
-    raise TypeError(f"batch must be {rule}, got {type(batch).__name__}")
+    raise TypeError(
+        "batch must be (inputs, target) with attach(…, criterion=…), or a mapping for a model "
+        f"that returns its loss, got {type(batch).__name__}"
+    )
 
 
 def _loss_in(output: Any) -> Tensor:
@@ -115,8 +168,8 @@ def _loss_in(output: Any) -> Tensor:
     if len(scalars) == 1:
         return scalars[0]
     raise TypeError(
-        "model must return its loss for a batch that is a mapping: under the name 'loss', or as the only "
-        f"scalar with a gradient in a tuple, got {_described(output)}"
+        "model must return its loss for a batch that is a mapping: under the name 'loss', or as "
+        f"the only scalar with a gradient in a tuple, got {_described(output)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Hide broken distributions on import: for processes that take a list of modules to import first."""
+"""Hide broken distributions on import, in processes that import a list of modules first."""
 
 from regrad.distributions import hide_broken
 

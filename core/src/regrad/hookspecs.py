@@ -16,8 +16,8 @@ In time order of one optimizer step::
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
@@ -26,8 +26,8 @@ from regrad.errors import RegradError
 if TYPE_CHECKING:
     from torch import Tensor, nn, optim
 
-    from regrad.attachment import Attachment
     from regrad.correction import Correction
+    from regrad.record import ForwardRecord
 
 hookspec = pluggy.HookspecMarker("regrad")
 hookimpl = pluggy.HookimplMarker("regrad")
@@ -47,19 +47,48 @@ class Step:
     correction: Correction
 
     def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
-        self.optimizer, self.index = optimizer, index
-        pairs = (
-            (parameter, group) for group in optimizer.param_groups for parameter in group["params"]
-        )
-        self._groups: dict[nn.Parameter, dict[str, Any]] = {
-            p: group for p, group in pairs if p.requires_grad
-        }
-        self.parameters, self.names = [*self._groups], list[str]()
+        self.optimizer = optimizer
+        self.index = index
+        self._groups: dict[nn.Parameter, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    self._groups[parameter] = group
+        self.parameters = list(self._groups)
+        self.names: list[str] = []
 
     @property
     def gradients(self) -> list[Tensor | None]:
         """`.grad` of each of `parameters`; None where there is none."""
         return [parameter.grad for parameter in self.parameters]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over `parameters` with their names, those without a gradient included.
+
+        Example:
+            >>> import torch
+            >>> step = Step(torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1), 0)
+            >>> step.names = ["weight", "bias"]
+            >>> [(name, parameter.numel()) for name, parameter in step.named_parameters()]
+            [('weight', 2), ('bias', 1)]
+        """
+        return zip(self.names, self.parameters, strict=True)
+
+    def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the gradients that are there, with the names of their parameters.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> step = Step(torch.optim.SGD(model.parameters(), lr=0.1), 0)
+            >>> step.names = ["weight", "bias"]
+            >>> model.bias.grad = torch.ones(1)
+            >>> list(step.named_gradients())
+            [('bias', tensor([1.]))]
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """Return the optimizer's parameter group of `parameter`."""
@@ -102,17 +131,44 @@ def learning_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float
     is_number = isinstance(rate, numbers.Real) and rate is not True and rate is not False
     if is_tensor or is_number:
         return rate  # type: ignore[no-any-return]
+    kind = type(optimizer).__name__
     raise RegradError(
-        f"lr must be a number in every parameter group of {type(optimizer).__name__}, got {rate!r}; "
+        f"lr must be a number in every parameter group of {kind}, got {rate!r}; "
         "give it one when you make the optimizer, and turn off rates that it computes itself, such "
         "as relative_step"
     )
 
 
-class CorrectionSpec:
-    """The hooks. A correction implements those of its stages; each may take fewer arguments than named here."""
+class AttachmentInSetup(Protocol):
+    """What `setup` is given: the `regrad.Attachment` that is being made.
 
-    def setup(self, attachment: Attachment) -> None:
+    Attributes:
+        model: The innermost module; of several, a `ModuleList` of them.
+        optimizer: The innermost torch optimizer.
+        corrections: In acting order.
+        reasons: Sentences for the receipt. A correction that says what it chose, and why,
+            puts a longer tuple in its place.
+        record: The record of the first training forward, where a correction needs it
+            and the model is not compiled; else None.
+    """
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    corrections: tuple[Correction, ...]
+    reasons: tuple[str, ...]
+    record: ForwardRecord | None
+
+    def hook_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        """Call `function(module, inputs, output)` after each forward of a module, until detach."""
+
+
+class CorrectionSpec:
+    """The hooks of a correction, which implements those of its stages.
+
+    Each may take fewer arguments than are named here.
+    """
+
+    def setup(self, attachment: AttachmentInSetup) -> None:
         """Build state, or refuse by raising.
 
         Called once, at attach, after every argument was validated and before any
@@ -160,5 +216,6 @@ class CorrectionSpec:
 
 
 HOOKS = tuple(name for name in vars(CorrectionSpec) if not name.startswith("_"))
-for _hook in HOOKS:  # a caller reaches one correction only, so its result is the result
+for _hook in HOOKS:
+    # A caller reaches one correction only, so its result is the result.
     hookspec(vars(CorrectionSpec)[_hook], firstresult=True)

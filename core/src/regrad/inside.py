@@ -15,9 +15,13 @@ from torch.nn import functional as F
 
 from regrad.attachment import Attachment
 
-PLAIN_CROSS_ENTROPY, PLAIN_NLL_LOSS = F.cross_entropy, F.nll_loss
+PLAIN_CROSS_ENTROPY = F.cross_entropy
+PLAIN_NLL_LOSS = F.nll_loss
 NORMALISED = 1e-2
-"""How far from 0 the logarithm of summed probabilities may be: bfloat16 rounds a probability to 4e-3."""
+"""How far from 0 the logarithm of summed probabilities may be.
+
+bfloat16 rounds a probability to 4e-3.
+"""
 
 
 class CrossEntropyInside:
@@ -61,13 +65,15 @@ class CrossEntropyInside:
         self._takes_log_probabilities: bool | None = None
         attachment._handles.append(self)
         _LIVE.add(self)
-        F.cross_entropy, F.nll_loss = _cross_entropy, _nll_loss
+        F.cross_entropy = _cross_entropy
+        F.nll_loss = _nll_loss
 
     def remove(self) -> None:
         """Leave the model's loss alone from here on."""
         _LIVE.discard(self)
         if not _LIVE:
-            F.cross_entropy, F.nll_loss = PLAIN_CROSS_ENTROPY, PLAIN_NLL_LOSS
+            F.cross_entropy = PLAIN_CROSS_ENTROPY
+            F.nll_loss = PLAIN_NLL_LOSS
 
     def takes_log_probabilities(self, values: Tensor) -> bool:
         """Say whether the model gives `nll_loss` what it is made for, by the first that it gave.
@@ -94,19 +100,13 @@ def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
     label_smoothing: float = 0.0,
 ) -> Any:
     """Stand in for `torch.nn.functional.cross_entropy`."""
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = _reduction_named(reduction, size_average, reduce)
     caller = _caller()
     if caller is None:
-        # not PLAIN_CROSS_ENTROPY: by its name it would be this one when a compiled graph runs
-        kind = _reduction.get_enum(reduction)
+        # Not PLAIN_CROSS_ENTROPY: by its name it would be this one when a compiled graph runs.
+        kind: Any = _reduction.get_enum(reduction)
         return torch._C._nn.cross_entropy_loss(
-            input,
-            target,
-            weight,
-            kind,  # type: ignore[arg-type]  # torch passes it so, and says str
-            ignore_index,
-            label_smoothing,
+            input, target, weight, kind, ignore_index, label_smoothing
         )
     caller.calls += 1
     return caller.criterion(
@@ -129,12 +129,11 @@ def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
     reduction: str = "mean",
 ) -> Any:
     """Stand in for `torch.nn.functional.nll_loss`."""
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    reduction = _reduction_named(reduction, size_average, reduce)
     caller = _caller()
     if caller is None or not caller.takes_log_probabilities(input):
-        kind = _reduction.get_enum(reduction)
-        return torch._C._nn.nll_loss_nd(input, target, weight, kind, ignore_index)  # type: ignore[arg-type]
+        kind: Any = _reduction.get_enum(reduction)
+        return torch._C._nn.nll_loss_nd(input, target, weight, kind, ignore_index)
     caller.calls += 1
     return caller.criterion(
         input,
@@ -146,11 +145,18 @@ def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
     )
 
 
+def _reduction_named(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+    """Return the reduction that is meant, where one of torch's two older arguments is given."""
+    if size_average is None and reduce is None:
+        return reduction
+    return _reduction.legacy_get_string(size_average, reduce)
+
+
 STAND_INS = (_cross_entropy.__code__, _nll_loss.__code__)
 
 
 def _caller() -> CrossEntropyInside | None:
-    """Return who corrects the call of a stand-in, by the innermost attached model whose forward it comes from.
+    """Return who corrects the call of a stand-in: the innermost attached model that made it.
 
     None for the criterion's own call of the function, and for a trace: a compiler would
     keep what it traced after detach.

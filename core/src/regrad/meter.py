@@ -1,7 +1,7 @@
 """The effect meter: what each correction really changed."""
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from regrad.errors import RegradWarning
 from regrad.hookspecs import Step, hookimpl
 from regrad.sharding import local
 
-FIRST_STEPS, EVERY, PATIENCE = 20, 50, 200
+FIRST_STEPS = 20
+EVERY = 50
+PATIENCE = 200
 MEASURES = ("share_touched", "relative_change", "cosine", "trigger_rate", "non_finite")
 Named = dict[str, Tensor]
 
@@ -56,8 +58,15 @@ def _with_an_element(tensor: Tensor) -> Tensor:
 
 
 def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return relative change |b − a|/|a| and cosine of a and b from rows, shape [*, 5], of `compare`."""
-    difference, before, after = rows[..., 1], rows[..., 2], rows[..., 3]
+    """Return relative change |b − a|/|a| and cosine of a and b.
+
+    Args:
+        rows: Shape [*, 5], as `compare` returns them.
+
+    Returns:
+        Two tensors of shape [*].
+    """
+    _, difference, before, after, _ = rows.unbind(dim=-1)
     squares = before.square() + after.square() - difference.square()
     product = before * after
     angle = torch.where(product > 0, squares / (2 * product), 0.0).clamp(-1, 1)
@@ -108,11 +117,11 @@ class Meter:
 
     @torch.no_grad()
     def observe(self, name: str, stage: str, before: Named, after: Named) -> None:
-        """Count one measurement of the correction `name` in `stage`, on the tensors that are in both."""
-        names = [n for n in after if n in before]
+        """Count one measurement of a correction in a stage, on the tensors that are in both."""
+        names = [tensor for tensor in after if tensor in before]
         if not names:
             return
-        rows = compare([before[n] for n in names], [after[n] for n in names])
+        rows = compare([before[tensor] for tensor in names], [after[tensor] for tensor in names])
         measures, counts = _summary(rows)
         total, looks = self.sums.get((name, stage), (measures * 0, counts * 0))
         self.sums[name, stage] = (total.to(measures) + measures, looks.to(counts) + counts)
@@ -137,34 +146,49 @@ class Meter:
     def _around(
         self, step: Step, stage: str, read: Callable[[Step, Any], Named]
     ) -> Generator[None, Any, Any]:
-        due = self.due(step.correction, step.index)
-        before = {name: tensor.clone() for name, tensor in read(step, None).items()} if due else {}
+        """Let the correction run; where a measurement is due, compare what `read` returns.
+
+        It is called with None before, and afterwards with what the correction returned.
+        """
+        if not self.due(step.correction, step.index):
+            return (yield)
+        before = {name: tensor.clone() for name, tensor in read(step, None).items()}
         result = yield
-        self.observe(step.correction.name, stage, before, read(step, result or ()) if due else {})
+        self.observe(step.correction.name, stage, before, read(step, result or ()))
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return mean measures by correction and stage; none of what was never finite. Synchronises the device."""
+        """Return mean measures by correction and stage; none of what was never finite.
+
+        Waits for the device.
+        """
         result: dict[str, dict[str, dict[str, float]]] = {}
         for (name, stage), (total, looks) in self.sums.items():
-            seen = {
-                measure: value / count
-                for measure, value, count in zip(
-                    MEASURES, total.tolist(), looks.tolist(), strict=True
-                )
-                if count
-            }
-            result.setdefault(name, {})[stage] = seen
+            means: dict[str, float] = {}
+            sums = zip(MEASURES, total.tolist(), looks.tolist(), strict=True)
+            for measure, value, count in sums:
+                if count:
+                    means[measure] = value / count
+            result.setdefault(name, {})[stage] = means
         return result
+
+    def load_sums(self, name: str, saved: Mapping[tuple[str, str], Any]) -> None:
+        """Take back the `sums` of one correction from those of another meter."""
+        for key, sums in saved.items():
+            if key[0] == name:
+                self.sums[key] = sums
 
     def warn_if_idle(self, correction: Correction, index: int) -> None:
         """Warn once, `PATIENCE` steps after the warm-up, if nothing was ever changed."""
-        if index != correction.needs.warmup_steps + PATIENCE or correction.needs.stages == (
-            "hidden",
-        ):
+        if index != correction.needs.warmup_steps + PATIENCE:
             return
-        seen = [stage["trigger_rate"] for stage in self.effects().get(correction.name, {}).values()]
-        if not any(seen) and (reason := correction.idle_reason()) is not None:
+        if correction.needs.stages == ("hidden",):
+            return
+        stages = self.effects().get(correction.name, {})
+        if any(measures["trigger_rate"] for measures in stages.values()):
+            return
+        reason = correction.idle_reason()
+        if reason is not None:
             warnings.warn(
                 f"{correction.name!r} had no effect in {index} steps: {reason}",
                 RegradWarning,
@@ -172,27 +196,29 @@ class Meter:
             )
 
 
-def _weights(step: Step, moves: Any) -> Named:
-    weights = ((n, local(p.detach())) for n, p in zip(step.names, step.parameters, strict=True))
+def _weights(step: Step, moves: Sequence[Tensor | None] | None) -> Named:
+    """Return the weights, or, of those that are moved, where they are moved to."""
+    weights = {name: local(parameter.detach()) for name, parameter in step.named_parameters()}
     if moves is None:
-        return dict(weights)
-    return {
-        n: w + local(d) for (n, w), d in zip(weights, moves, strict=False) if d is not None
-    }  # the window checks
+        return weights
+    predicted: Named = {}
+    # The window refuses a wrong number of moves, and says so better.
+    for name, move in zip(step.names, moves, strict=False):
+        if move is not None:
+            predicted[name] = weights[name] + local(move)
+    return predicted
 
 
-def _gradients(step: Step, _: Any) -> Named:
-    return {
-        n: local(g)
-        for n, g in zip(step.names, step.gradients, strict=True)
-        if g is not None and not g.is_sparse
-    }
+def _gradients(step: Step, _: object) -> Named:
+    """Return the dense gradients."""
+    return {name: local(grad) for name, grad in step.named_gradients() if not grad.is_sparse}
 
 
-def _moments(step: Step, _: Any) -> Named:
-    states = (
-        (n, p, step.optimizer.state.get(p, {}))
-        for n, p in zip(step.names, step.parameters, strict=True)
-    )
-    pairs = ((f"{n}: {key}", value, p) for n, p, state in states for key, value in state.items())
-    return {name: local(v) for name, v, p in pairs if isinstance(v, Tensor) and v.shape == p.shape}
+def _moments(step: Step, _: object) -> Named:
+    """Return the tensors of the optimizer's state that have their parameter's shape."""
+    moments: Named = {}
+    for name, parameter in step.named_parameters():
+        for key, value in step.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                moments[f"{name}: {key}"] = local(value)
+    return moments

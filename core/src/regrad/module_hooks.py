@@ -1,7 +1,8 @@
-"""Module hooks that torch.compile leaves alone, and that copies and pickles of a model do not hold."""
+"""Module hooks that torch.compile leaves alone and that copies of a model do not hold."""
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -52,12 +53,13 @@ class Hook:
             return None
         return self.function(module, *arguments)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copy and deepcopy use it too
+    # Copy and deepcopy use it too.
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (None, None)
 
 
 class ReduceWithoutHooks:
-    """Stands in a hooked module as its `__reduce_ex__`: copies and pickles are made without our hooks.
+    """Stands in a hooked module as its `__reduce_ex__`, to make copies without our hooks.
 
     A hook that stayed in a copy could not be removed by detach, would pile up over the folds of
     a cross validation, would block `torch.export` of the copy, and would make a file of
@@ -79,21 +81,25 @@ class ReduceWithoutHooks:
 
 
 def _without_hooks(part: Any) -> Any:
-    """Return a part of what `__reduce_ex__` returned, with our hooks taken out of a module's state."""
-    if isinstance(part, tuple):
-        return tuple(_without_hooks(item) for item in part) if type(part) is tuple else part
-    if not isinstance(part, dict) or HOOK_TABLES[0] not in part:
-        return part
-    state = {key: value for key, value in part.items() if key != REDUCE}
-    ours = set[int]()
+    """Return a part of what `__reduce_ex__` returned, with our hooks taken out of it."""
+    if type(part) is tuple:
+        return tuple(_without_hooks(item) for item in part)
+    if isinstance(part, dict) and HOOK_TABLES[0] in part:
+        return _state_without_hooks(part)
+    return part
+
+
+def _state_without_hooks(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a module without our hooks and without their options."""
+    ours: set[int] = set()
     for name in HOOK_TABLES:
-        table = state.get(name, {})
-        ours.update(key for key, hook in table.items() if _is_ours(hook))
+        ours.update(key for key, hook in state.get(name, {}).items() if _is_ours(hook))
+    cleaned = {key: value for key, value in state.items() if key != REDUCE}
     for name in (*HOOK_TABLES, *OPTION_TABLES):
         if name in state:
             kept = ((key, hook) for key, hook in state[name].items() if key not in ours)
-            state[name] = OrderedDict(kept)
-    return state
+            cleaned[name] = OrderedDict(kept)
+    return cleaned
 
 
 def _is_ours(hook: Any) -> bool:
@@ -103,7 +109,8 @@ def _is_ours(hook: Any) -> bool:
 
 def _holds_ours(module: nn.Module) -> bool:
     """Say whether any hook of a module is ours."""
-    return any(_is_ours(hook) for name in HOOK_TABLES for hook in vars(module)[name].values())
+    hooks = chain.from_iterable(vars(module)[name].values() for name in HOOK_TABLES)
+    return any(_is_ours(hook) for hook in hooks)
 
 
 class ModuleHandle:

@@ -1,4 +1,4 @@
-"""The corrections' state rides in the optimizer's state_dict: a script that saves that resumes exactly."""
+"""The corrections' state in the optimizer's: a script that saves that one resumes exactly."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import pickle
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from regrad.correction import Correction
+from regrad.engine import Engine
 from regrad.errors import RegradError, RegradWarning
+from regrad.optimizers import parameters_of
 from regrad.receipt import differences
 from regrad.sharding import local
-
-if TYPE_CHECKING:
-    from regrad.attachment import Attachment
 
 KEY = "regrad"
 PARTS = ("corrections", "effects", "receipt")
@@ -42,10 +43,10 @@ ELSEWHERE = (
     "optimizer state must be loaded on every process alike, another process refused its part; "
     "see its error"
 )
+# What a process says to the others in place of the step that its state is of.
 NOTHING = -1
 REFUSED = -2
-
-
+# What `torch.load` raises on bytes that it did not write.
 UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -68,8 +69,25 @@ class Mark(TypedDict):
     values: list[float]
 
 
+class Attached(Protocol):
+    """What this file needs of an attachment, see `regrad.Attachment`."""
+
+    optimizer: Optimizer
+    corrections: tuple[Correction, ...]
+    engine: Engine
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what really happened."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the corrections' state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+
 class StateInOptimizer:
-    """Adds the corrections' state to what the optimizer saves, and takes it back when that is loaded.
+    """Adds the corrections' state to what the optimizer saves, and takes it back with that.
 
     `state_dict()["regrad"]` is what `Attachment.state_dict` returns; torch ignores the key where
     regrad is missing. `torch.distributed.checkpoint.state_dict`, and an optimizer that is loaded
@@ -81,7 +99,7 @@ class StateInOptimizer:
         attachment: Whose corrections' state it is.
     """
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Attached) -> None:
         self._attachment = attachment
         self._taken: Mapping[str, Any] | None = None
         self._is_missing = False
@@ -105,12 +123,17 @@ class StateInOptimizer:
         own = self._attachment.state_dict()
         state[KEY] = own
         if state["param_groups"] and not _is_for_whole_state():
-            true = self._attachment.engine.window.true_weights()
-            mark = mark_of(optimizer.state) or mark_of_weights(_parameters(optimizer, true))
+            mark = mark_of(optimizer.state) or self._mark_of_weights(optimizer)
             state["param_groups"][0][self._group_key()] = _packed({"own": own, "mark": mark})
 
+    def _mark_of_weights(self, optimizer: Optimizer) -> Mark:
+        """Return the mark of the weights, of the true ones where they are moved now."""
+        true = self._attachment.engine.window.true_weights()
+        parameters = parameters_of(optimizer)
+        return mark_of_weights([true.get(parameter, parameter) for parameter in parameters])
+
     def _group_key(self) -> str:
-        """Return the key in the first group: every process has parts of its own where weights are sharded."""
+        """Return the key in the first group; where weights are cut, each process has its own."""
         if self._attachment.engine.is_sharded():
             return f"{KEY}.{distributed.get_rank()}.of.{distributed.get_world_size()}"
         return KEY
@@ -118,15 +141,11 @@ class StateInOptimizer:
     # ---- loading
 
     def _take(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """Take the corrections' state out of what is loaded; refuse another's before anything changes."""
+        """Take the corrections' state out of what is loaded; refuse another's at once."""
         self._attachment.engine.close_window()
-        state = dict(state)
+        state, packed = _without_ours(state)
         has_own = KEY in state
         own = state.pop(KEY, None)
-        groups = [dict(group) for group in state.get("param_groups", ())]
-        packed = take_out(groups)
-        if "param_groups" in state:
-            state["param_groups"] = groups
         problem = None
         unproved = None
         try:
@@ -136,10 +155,15 @@ class StateInOptimizer:
                 self._refuse_another(own, "the state")
         except RegradError as error:
             problem = error
-        self._taken = self._agreed(own, problem)
-        self._unproved = unproved if self._taken is not None else None
-        self._note(is_missing=self._taken is None and bool(state.get("state") or packed))
+        self._keep(self._agreed(own, problem), unproved)
+        has_optimizers_own = bool(state.get("state") or packed)
+        self._note(is_missing=self._taken is None and has_optimizers_own)
         return state
+
+    def _keep(self, own: Mapping[str, Any] | None, unproved: Mark | None) -> None:
+        """Keep a state until the optimizer has its own, with the mark that is to be proved."""
+        self._taken = own
+        self._unproved = None if own is None else unproved
 
     def take_carried(self, optimizer: Optimizer) -> None:
         """Take the state that an optimizer carries which was loaded before attach.
@@ -147,18 +171,18 @@ class StateInOptimizer:
         Raises:
             RegradError: If it is of other corrections or options, or damaged.
         """
-        groups = optimizer.param_groups
-        packed = {key: value for group in groups for key, value in group.items() if _is_ours(key)}
+        packed: dict[str, Any] = {}
+        for group in optimizer.param_groups:
+            packed |= {key: value for key, value in group.items() if _is_ours(key)}
         if not packed or not self._attachment.corrections:
             return
         own, unproved = self._unpacked(packed, optimizer.state)
         if own is not None:
             self._refuse_another(own, "optimizer.param_groups[0]")
-        self._taken = self._agreed(own, None)
-        self._unproved = unproved if self._taken is not None else None
+        self._keep(self._agreed(own, None), unproved)
         self._note(is_missing=self._taken is None)
         self._give(optimizer)
-        take_out(groups)
+        take_out(optimizer.param_groups)
 
     def _unpacked(
         self, packed: Mapping[str, Any], state: Mapping[Any, Any]
@@ -174,18 +198,13 @@ class StateInOptimizer:
         """
         if self._group_key() not in packed:
             return None, None
-        try:
-            file = io.BytesIO(packed[self._group_key()])
-            carried = torch.load(file, map_location="cpu", weights_only=True)
-            own, mark = carried["own"], carried["mark"]
-            then = Mark(of_weights=mark["of_weights"], values=sorted(mark["values"]))
-        except UNREADABLE as error:
-            raise RegradError(DAMAGED.format(got="a damaged packed copy")) from error
-        if then["of_weights"]:
-            return (own, then) if mark_of(state) is None else (None, None)
+        own, then = _unpack(packed[self._group_key()])
         now = mark_of(state)
-        is_current = now is not None and _are_close(then["values"], now["values"])
-        return (own, None) if is_current else (None, None)
+        if then["of_weights"]:
+            return (own, then) if now is None else (None, None)
+        if now is None or not _are_close(then["values"], now["values"]):
+            return None, None
+        return own, None
 
     def _refuse_another(self, own: Any, place: str) -> None:
         """Raise unless the state is one of an attachment with the same corrections."""
@@ -197,20 +216,16 @@ class StateInOptimizer:
             raise RegradError(ANOTHER.format(found=found, place=place))
 
     def _agreed(self, own: Any, problem: RegradError | None) -> Any:
-        """Return the state if every process has one of the same step, else None; raise what was refused.
+        """Return the state if every process has one of the same step, else None.
 
         Shards must be loaded on every process: a part of the processes with state and a part
         without would part ways.
+
+        Raises:
+            RegradError: `problem`, or that another process refused its part.
         """
-        engine = self._attachment.engine
-        if engine.is_sharded():
-            steps = NOTHING if own is None else REFUSED
-            if own is not None and problem is None:
-                steps = int(own["receipt"]["steps_applied"])
-            device = local(engine.step().parameters[0]).device
-            bounds = torch.tensor([steps, -steps], device=device)
-            distributed.all_reduce(bounds, distributed.ReduceOp.MIN)
-            lowest, highest = int(bounds[0]), -int(bounds[1])
+        if self._attachment.engine.is_sharded():
+            lowest, highest = self._bounds_of_steps(own, problem)
             if lowest == REFUSED and problem is None:
                 raise RegradError(ELSEWHERE)
             if lowest != highest:
@@ -219,27 +234,45 @@ class StateInOptimizer:
             raise problem
         return own
 
+    def _bounds_of_steps(self, own: Any, problem: RegradError | None) -> tuple[int, int]:
+        """Return the lowest and the highest step that the processes have a state of."""
+        if own is None:
+            steps = NOTHING
+        elif problem is not None:
+            steps = REFUSED
+        else:
+            steps = int(own["receipt"]["steps_applied"])
+        device = local(self._attachment.engine.step().parameters[0]).device
+        bounds = torch.tensor([steps, -steps], device=device)
+        distributed.all_reduce(bounds, distributed.ReduceOp.MIN)
+        return int(bounds[0]), -int(bounds[1])
+
     def _give(self, _: Optimizer) -> None:
         """Give the corrections their state, now that the optimizer has its own."""
-        taken, self._taken = self._taken, None
-        unproved = self._unproved
+        taken = self._taken
+        self._taken = None
         if taken is None:
             return
+        unproved = self._unproved
         if unproved is not None:
             self._before = copy.deepcopy(self._attachment.state_dict())
         self._attachment.load_state_dict(taken)
+        # Loading took the mark away, see `is_there`.
         self._unproved = unproved
-        self._attachment.engine.before_use = self._prove if unproved is not None else None
+        self._attachment.engine.before_use = None if unproved is None else self._prove
 
     def _prove(self) -> None:
-        """Before the first forward or step after a load, take back a state that is not of these weights."""
+        """Take back a state that is not of these weights, at the first use after a load."""
         self._attachment.engine.before_use = None
-        then, self._unproved = self._unproved, None
-        before, self._before = self._before, {}
+        then = self._unproved
+        before = self._before
+        self._unproved = None
+        self._before = {}
         if then is None:
             return
-        now = mark_of_weights(_parameters(self._attachment.optimizer, {}))
-        own = self._attachment.state_dict() if now == then else None
+        own = None
+        if mark_of_weights(parameters_of(self._attachment.optimizer)) == then:
+            own = self._attachment.state_dict()
         if self._agreed(own, None) is None:
             self._attachment.load_state_dict(before)
             self._note(is_missing=True)
@@ -276,17 +309,24 @@ def _is_for_whole_state() -> bool:
         return False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
-            is_to_load = frame.f_code.co_name == "_load_optim_state_dict"
-            if is_to_load or getattr(frame.f_locals.get("info"), "full_state_dict", False):
-                return True
+        if _asks_for_whole_state(frame):
+            return True
         frame = frame.f_back
     return False
 
 
+def _asks_for_whole_state(frame: FrameType) -> bool:
+    """Say whether a frame is one of torch's checkpointing that loads, or gathers all shards."""
+    if frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+        return False
+    if frame.f_code.co_name == "_load_optim_state_dict":
+        return True
+    return bool(getattr(frame.f_locals.get("info"), "full_state_dict", False))
+
+
 def carries(groups: Iterable[Mapping[str, Any]]) -> bool:
     """Say whether an optimizer's groups hold packed copies, as after a load before attach."""
-    return any(_is_ours(key) for group in groups for key in group)
+    return any(_is_ours(key) for key in chain.from_iterable(groups))
 
 
 def take_out(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -300,9 +340,20 @@ def take_out(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for group in groups:
-        for key in [key for key in group if _is_ours(key)]:
+        ours = [key for key in group if _is_ours(key)]
+        for key in ours:
             found[key] = group.pop(key)
     return found
+
+
+def _without_ours(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a copy of an optimizer's state_dict without the packed copies, and these by key."""
+    copied = dict(state)
+    groups = [dict(group) for group in state.get("param_groups", ())]
+    packed = take_out(groups)
+    if "param_groups" in state:
+        copied["param_groups"] = groups
+    return copied, packed
 
 
 def form_problem(own: Any) -> str | None:
@@ -337,27 +388,36 @@ def _has_values(state: Any) -> bool:
 
 
 def _packed(state: dict[str, Any]) -> bytes:
+    """Return what torch saves of a state."""
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()
 
 
-def _parameters(optimizer: Optimizer, true: Mapping[Tensor, Tensor]) -> list[Tensor]:
-    """Return the weights of an optimizer, with the true ones of those that are moved now."""
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return [true.get(parameter, parameter) for parameter in held]
+def _unpack(packed: Any) -> tuple[Any, Mark]:
+    """Return the state in a packed copy, and the mark beside it.
+
+    Raises:
+        RegradError: If it is damaged.
+    """
+    try:
+        carried = torch.load(io.BytesIO(packed), map_location="cpu", weights_only=True)
+        mark = carried["mark"]
+        then = Mark(of_weights=mark["of_weights"], values=sorted(mark["values"]))
+        return carried["own"], then
+    except UNREADABLE as error:
+        raise RegradError(DAMAGED.format(got="a damaged packed copy")) from error
 
 
 def mark_of(state: Mapping[Any, Any]) -> Mark | None:
-    """Return the first values of the tensors of an optimizer's state; None where it has no tensor."""
-    tensors = [
-        value
-        for of_parameter in state.values()
-        if isinstance(of_parameter, Mapping)
-        for value in of_parameter.values()
-        if isinstance(value, Tensor)
-    ]
-    return Mark(of_weights=False, values=_first_values(tensors)) if tensors else None
+    """Return the first values of the tensors of an optimizer's state; None where it has none."""
+    tensors: list[Tensor] = []
+    for of_parameter in state.values():
+        if isinstance(of_parameter, Mapping):
+            tensors += [value for value in of_parameter.values() if isinstance(value, Tensor)]
+    if not tensors:
+        return None
+    return Mark(of_weights=False, values=_first_values(tensors))
 
 
 def mark_of_weights(weights: Sequence[Tensor]) -> Mark:
@@ -367,22 +427,25 @@ def mark_of_weights(weights: Sequence[Tensor]) -> Mark:
 
 def _first_values(tensors: Sequence[Tensor]) -> list[float]:
     """Return the first value of each tensor, sorted: names and order may change."""
-    parts = [local(tensor.detach()) for tensor in tensors]
-    firsts = [part.flatten()[0].real for part in parts if _is_readable(part)]
     by_device: dict[torch.device, list[Tensor]] = {}
-    for first in firsts:
-        by_device.setdefault(first.device, []).append(first.to(torch.float32))
-    values = [value for group in by_device.values() for value in torch.stack(group).tolist()]
+    for tensor in tensors:
+        part = local(tensor.detach())
+        if _is_readable(part):
+            first = part.flatten()[0].real.to(torch.float32)
+            by_device.setdefault(first.device, []).append(first)
+    values: list[float] = []
+    for firsts in by_device.values():
+        values += torch.stack(firsts).tolist()
     return sorted(0.0 if math.isnan(value) else value for value in values)
 
 
 def _is_readable(part: Tensor) -> bool:
-    """Say whether a tensor has a first value: quantised states of other libraries are none of torch's own."""
+    """Say whether a tensor has a first value, which the quantised ones of libraries may not."""
     return type(part) is Tensor and part.layout is torch.strided and part.numel() > 0
 
 
 def _are_close(then: Sequence[float], now: Sequence[float]) -> bool:
-    """Say whether values are equal but for the rounding to a parameter's type, which loading does."""
+    """Say whether values are equal but for the rounding to a parameter's type by loading."""
     if len(then) != len(now):
         return False
     pairs = zip(then, now, strict=True)

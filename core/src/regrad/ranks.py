@@ -1,4 +1,4 @@
-"""What the ranks of a process group must hold alike: compared at attach, and once more at the first step."""
+"""What the ranks of a process group must hold alike: compared at attach and at the first step."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from regrad import registry, sharding
 from regrad.errors import RegradError
 from regrad.module_hooks import WRAPPER
+from regrad.optimizers import parameters_of
 from regrad.wrappers import innermost_module
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ SHOWN = 3  # parameters named in a refusal
 
 
 def reads_model(correction: Correction) -> bool:
-    """Say whether a correction reads what only the whole model shows: its norm, or its forward record."""
+    """Say whether a correction reads what only the whole model shows: its norm, or its record."""
     return "model" in correction.needs.reads or correction.needs.record
 
 
@@ -65,13 +66,8 @@ def agree_across_ranks(
         "stage": stage,
         "weights": _samples(model) if wide else {},
     }
-    everyone = [json.loads(text) for text in _gather(json.dumps(mine), _device(optimizer))]
-    for rank, theirs in enumerate(everyone):
-        if theirs["corrections"] != everyone[0]["corrections"]:
-            raise RegradError(
-                f"ranks must attach the same, got {everyone[0]['corrections']} on 0, "
-                f"{theirs['corrections']} on {rank}"
-            )
+    everyone = _gather(mine, _device(optimizer))
+    _refuse_other_corrections([theirs["corrections"] for theirs in everyone])
     _refuse_stages(wide, [theirs["stage"] for theirs in everyone])
     _refuse_parts(wide, [theirs["parameters"] for theirs in everyone])
     return _are_copies([theirs["weights"] for theirs in everyone])
@@ -80,7 +76,7 @@ def agree_across_ranks(
 def check_first_step(
     model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction], *, proved: bool
 ) -> None:
-    """Raise unless the optimizer still trains the model, and the ranks' weights are copies where they must be.
+    """Raise unless the optimizer still trains the model, with copies of weights where they must be.
 
     Called before the first step: data parallelism has made the ranks' weights the
     same by then, and what replaces the optimizer's parameters has done so.
@@ -95,22 +91,14 @@ def check_first_step(
         RegradError: If none of the optimizer's parameters is the model's any more, or a
             correction that reads the whole model sees a part of it.
     """
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    own = set(model.parameters())
-    if trained and own.isdisjoint(trained):
-        raise RegradError(
-            "optimizer must hold parameters of model, but they were replaced after attach(), as "
-            "deepspeed.initialize and fully_shard do; build the optimizer and attach after them "
-            "(DeepSpeed hides gradients; use DDP or FSDP2)"
-        )
+    _refuse_replaced_parameters(model, optimizer)
     wide = [c for c in corrections if reads_model(c)]
     if not wide:
         return
     _refuse_stages(wide, [_stage_of(model)])
     if proved or not _are_several_ranks():
         return
-    everyone = [json.loads(t) for t in _gather(json.dumps(_samples(model)), _device(optimizer))]
-    if not _are_copies(everyone):
+    if not _are_copies(_gather(_samples(model), _device(optimizer))):
         raise RegradError(
             f"{_refused(wide)}, but the weights of the ranks differ: pipeline stages, experts, or "
             "copies that were never made the same; broadcast the weights before the first step "
@@ -118,17 +106,31 @@ def check_first_step(
         )
 
 
+def _refuse_replaced_parameters(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer none of whose parameters is the model's any more."""
+    trained = [p for p in parameters_of(optimizer) if p.requires_grad]
+    if trained and set(model.parameters()).isdisjoint(trained):
+        raise RegradError(
+            "optimizer must hold parameters of model, but they were replaced after attach(), as "
+            "deepspeed.initialize and fully_shard do; build the optimizer and attach after them "
+            "(DeepSpeed hides gradients; use DDP or FSDP2)"
+        )
+
+
 def _are_several_ranks() -> bool:
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )
+    """Say whether there is a process group of more than one rank."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return distributed.get_world_size() > 1
 
 
 def _device(optimizer: Optimizer) -> torch.device:
-    """Return the first place of parameters that the process group can reach; refuse where there is none."""
-    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    """Return the first place of parameters that the process group can reach.
+
+    Raises:
+        RegradError: If it can reach none of them.
+    """
+    parameters = parameters_of(optimizer)
     backends = distributed.get_backend_config()
     reached = [entry.partition(":")[0] for entry in backends.split(",")]
     for parameter in parameters:
@@ -142,9 +144,12 @@ def _device(optimizer: Optimizer) -> torch.device:
     )
 
 
-def _gather(text: str, device: torch.device) -> list[str]:
-    """Return the text of every rank, in their order. `all_gather_object` would need numpy."""
-    mine = torch.tensor([*text.encode()], dtype=torch.uint8, device=device)
+def _gather(value: Any, device: torch.device) -> list[Any]:
+    """Return what every rank gives, in their order; values that JSON can hold.
+
+    `all_gather_object` would need numpy.
+    """
+    mine = torch.tensor([*json.dumps(value).encode()], dtype=torch.uint8, device=device)
     size = torch.tensor([mine.numel()], device=device)
     sizes = [torch.empty_like(size) for _ in range(distributed.get_world_size())]
     try:
@@ -159,7 +164,7 @@ def _gather(text: str, device: torch.device) -> list[str]:
             f"not all of them answered: {error}"
         ) from error
     rows = zip(table, lengths, strict=True)
-    return [bytes(row[:length].tolist()).decode() for row, length in rows]
+    return [json.loads(bytes(row[:length].tolist())) for row, length in rows]
 
 
 def _described(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -168,18 +173,21 @@ def _described(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     names = {parameter: name for name, parameter in named.items()}
     held = [
         names.get(parameter, f"outside the model, {_shape(parameter)}")
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        for parameter in parameters_of(optimizer)
     ]
     lines = [f"{name} {_shape(parameter)}" for name, parameter in named.items()]
     digest = hashlib.sha256("\n".join([*lines, "", *held]).encode()).hexdigest()
-    more = [f"… ({len(lines)} in all)"] if len(lines) > SHOWN else []
-    return {"digest": digest, "shown": ", ".join([*lines[:SHOWN], *more])}
+    shown = lines[:SHOWN]
+    if len(lines) > SHOWN:
+        shown.append(f"… ({len(lines)} in all)")
+    return {"digest": digest, "shown": ", ".join(shown)}
 
 
 def _shape(parameter: Tensor) -> str:
     """Return the shape of the whole parameter, in words where a lazy module has not made it yet."""
-    return "of a lazy module" if is_lazy(parameter) else str([*parameter.shape])
+    if is_lazy(parameter):
+        return "of a lazy module"
+    return str([*parameter.shape])
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -189,19 +197,25 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _samples(model: nn.Module) -> dict[str, str]:
-    """Return digests of some numbers of every parameter, by the place that this rank has in its mesh.
+    """Return digests of some numbers of every parameter, by this rank's place in their mesh.
 
     Ranks at one place hold copies of one another. A parameter that is no DTensor has
     the same place, "everywhere", on all ranks.
     """
     found: dict[str, list[Tensor]] = {}
     for parameter in _named(model).values():
-        if type(parameter) is not nn.Parameter and not sharding.is_sharded(parameter):
-            continue  # a class of its own: quantised, or not there yet
-        mesh: Any = getattr(parameter, "device_mesh", None)
-        place = "everywhere" if mesh is None else f"{mesh.get_coordinate()} of {[*mesh.shape]}"
-        found.setdefault(place, []).append(_some_numbers(parameter))
+        # A class of its own says: quantised, or not there yet.
+        if type(parameter) is nn.Parameter or sharding.is_sharded(parameter):
+            found.setdefault(_place(parameter), []).append(_some_numbers(parameter))
     return {place: _digest(numbers) for place, numbers in found.items()}
+
+
+def _place(parameter: Tensor) -> str:
+    """Return this rank's coordinates in the mesh of a parameter."""
+    mesh: Any = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        return "everywhere"
+    return f"{mesh.get_coordinate()} of {[*mesh.shape]}"
 
 
 @torch.no_grad()
@@ -234,7 +248,7 @@ def _are_copies(samples: Sequence[Mapping[str, str]]) -> bool:
 
 
 def _stage_of(model: nn.Module) -> str | None:
-    """Return which stage of torch's pipelines the model, or a part of it, is run as, if it is one of several."""
+    """Return which of several pipeline stages of torch runs the model or a part of it, or None."""
     parts: set[nn.Module | Tensor] = {*model.modules(), *model.parameters()}
     for stage in _pipeline_stages():
         submodule = stage.submod
@@ -245,7 +259,7 @@ def _stage_of(model: nn.Module) -> str | None:
 
 
 def _pipeline_stages() -> Iterator[Any]:
-    """Yield the stages that torch.distributed.pipelining has made: a module does not know its stage."""
+    """Yield the stages of torch.distributed.pipelining: a module does not know which it is in."""
     pipelining = sys.modules.get("torch.distributed.pipelining.stage")
     kind = getattr(pipelining, "_PipelineStageBase", None)
     if kind is None:
@@ -264,12 +278,20 @@ def _subclasses(kind: Any) -> Iterator[Any]:
         yield from _subclasses(subclass)
 
 
+def _refuse_other_corrections(corrections: Sequence[str]) -> None:
+    """Refuse ranks that attach different corrections, versions or options."""
+    first = corrections[0]
+    for rank, theirs in enumerate(corrections):
+        if theirs != first:
+            raise RegradError(f"ranks must attach the same, got {first} on 0, {theirs} on {rank}")
+
+
 def _refuse_stages(wide: Sequence[Correction], stages: Sequence[str | None]) -> None:
     """Refuse corrections that read the whole model where it is cut into pipeline stages."""
-    stage = next((stage for stage in stages if stage is not None), None)
-    if wide and stage is not None:
+    known = [stage for stage in stages if stage is not None]
+    if wide and known:
         raise RegradError(
-            f"{_refused(wide)}, but torch.distributed.pipelining runs this one as {stage}; "
+            f"{_refused(wide)}, but torch.distributed.pipelining runs this one as {known[0]}; "
             f"{_way_out(wide)}"
         )
 
@@ -286,10 +308,14 @@ def _refuse_parts(wide: Sequence[Correction], described: Sequence[Mapping[str, s
 
 
 def _refused(wide: Sequence[Correction]) -> str:
-    return f"{', '.join(repr(c.name) for c in wide)} must see the whole model"
+    names = ", ".join(repr(correction.name) for correction in wide)
+    return f"{names} must see the whole model"
 
 
 def _way_out(wide: Sequence[Correction]) -> str:
     """Return what each correction says of models in parts."""
-    advice = (f"{c.name}: {c.needs.conflicts.get('parts', 'leave it out')}" for c in wide)
+    advice: list[str] = []
+    for correction in wide:
+        mend = correction.needs.conflicts.get("parts", "leave it out")
+        advice.append(f"{correction.name}: {mend}")
     return "; ".join(advice)

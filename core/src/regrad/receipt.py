@@ -49,8 +49,8 @@ def _row(correction: Correction, step: Step) -> dict[str, Any]:
     """Return what one correction is, and which parameters it acts on."""
     matched: list[str] = []
     if ON_WEIGHTS & set(correction.needs.stages):
-        pairs = zip(step.names, step.parameters, strict=True)
-        matched = [name for name, parameter in pairs if correction.selects(name, parameter)]
+        named = step.named_parameters()
+        matched = [name for name, parameter in named if correction.selects(name, parameter)]
     return {
         "name": correction.name,
         **registry.origin(correction),

@@ -28,7 +28,11 @@ class HookRegistry(pluggy.PluginManager):
         self.check_pending()
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        """Return the options of one implementation; raise `RegradError` where its kind is not allowed."""
+        """Return the options of one implementation.
+
+        Raises:
+            RegradError: If a correction marks its place, or an observer is no wrapper.
+        """
         marked: Any = super().parse_hookimpl_opts(plugin, name)
         placing = [option for option in PLACING if marked and marked[option]]
         if isinstance(plugin, Correction):

@@ -1,7 +1,6 @@
 """Find, load and create corrections from the entry points of installed distributions."""
 
-import contextlib
-import math
+import itertools
 import os
 import re
 import sys
@@ -13,9 +12,11 @@ from typing import Any
 from regrad import distributions
 from regrad.correction import API_VERSION, Correction, did_you_mean
 from regrad.errors import PluginLoadError, RegradError
+from regrad.specs import read_spec
 from regrad.text import printable
 
-ALLOWED, DISABLED = "REGRAD_PLUGINS", "REGRAD_DISABLE"
+ALLOWED = "REGRAD_PLUGINS"
+DISABLED = "REGRAD_DISABLE"
 GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
 USES = {
     "correction": "give it to regrad.attach, or to --corrections",
@@ -23,7 +24,6 @@ USES = {
     "or --optimizer {name}",
     "workload": "give it to --workload",
 }
-OPTIONS_RULE = "options must look like 'name:option=value,option=[value,value]'"
 
 
 @dataclass(frozen=True)
@@ -135,22 +135,33 @@ def load(name: str, group: str = "regrad") -> Any:
     entry = entries[name]
     if entry.refused:
         raise PluginLoadError(entry.refused)
-    needs = _needed_cores(entry)
-    plugin = f"plugin {name!r} ({', for '.join((_source(entry), *needs))})"
+    loaded = _import(entry, group)
+    misfit = _misfit(loaded, name) if group == "regrad" else ""
+    if misfit:
+        raise PluginLoadError(f"{_in_words(entry)} {misfit}")
+    return loaded
+
+
+def _import(entry: Entry, group: str) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        PluginLoadError: If it names nothing, or cannot be imported.
+    """
     if not re.fullmatch(r"[\w.]+(:[\w.]+)?(\s*\[.*\])?", entry.value):
         rule = f"must have an entry point 'module:attribute', got {entry.value!r}"
-        raise PluginLoadError(f"{plugin} {rule}; install it anew")
+        raise PluginLoadError(f"{_in_words(entry)} {rule}; install it anew")
     try:
-        loaded = metadata.EntryPoint(name, entry.value, group).load()
-    except (
-        Exception,
-        SystemExit,
-    ) as cause:  # a plugin may fail in any way: it is named, and the cause chained
+        return metadata.EntryPoint(entry.name, entry.value, group).load()
+    # A plugin may fail in any way: it is named, and the cause chained.
+    except (Exception, SystemExit) as cause:
         said = printable(cause, keep="\n")
-        raise PluginLoadError(f"{plugin} could not be imported: {said}") from cause
-    if group == "regrad" and (misfit := _misfit(loaded, name)):
-        raise PluginLoadError(f"{plugin} {misfit}")
-    return loaded
+        raise PluginLoadError(f"{_in_words(entry)} could not be imported: {said}") from cause
+
+
+def _in_words(entry: Entry) -> str:
+    """Return the name of a plugin, where it comes from, and the versions of regrad it needs."""
+    return f"plugin {entry.name!r} ({', for '.join((_source(entry), *_needed_cores(entry)))})"
 
 
 def _needed_cores(entry: Entry) -> list[str]:
@@ -168,20 +179,29 @@ def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
         return f"a name must be that of one correction, got {name!r}; write {several}"
     installed = ", ".join(printable(known) for known in entries) or "none"
     text = f"no {kind} named {name!r}; installed: {installed}"
-    for other, place in GROUPS.items():
-        if place != group and name in available(place):
-            article = "an" if other == "optimizer" else "a"
-            return f"{text}; {name!r} is {article} {other}: {USES[other].format(name=name)}"
-    if group == "regrad" and name.lower() in _optimizers_of_torch():
-        return f"{text}; {name!r} is an optimizer of torch: train with it in place of yours"
-    for one in distributions.broken():
-        if re.search(rf"^\s*{re.escape(name)}\s*=", one.points, flags=re.MULTILINE):
-            return f"{text}; {printable(one.folder)} has it, but {printable(one.problem)}; reinstall it"
+    elsewhere = _known_elsewhere(name, group)
+    if elsewhere:
+        return f"{text}; {elsewhere}"
     return text + did_you_mean(name, entries)
 
 
+def _known_elsewhere(name: str, group: str) -> str:
+    """Say what has a name that is not in a group; nothing where nothing has it."""
+    for kind, place in GROUPS.items():
+        if place != group and name in available(place):
+            article = "an" if kind == "optimizer" else "a"
+            return f"{name!r} is {article} {kind}: {USES[kind].format(name=name)}"
+    if group == "regrad" and name.lower() in _optimizers_of_torch():
+        return f"{name!r} is an optimizer of torch: train with it in place of yours"
+    for one in distributions.broken():
+        if re.search(rf"^\s*{re.escape(name)}\s*=", one.points, flags=re.MULTILINE):
+            folder = printable(one.folder)
+            return f"{folder} has it, but {printable(one.problem)}; reinstall it"
+    return ""
+
+
 def _optimizers_of_torch() -> set[str]:
-    """Return the names of torch's optimizers in lower case; none while nobody has imported torch."""
+    """Return the names of torch's optimizers in lower case; none before torch is imported."""
     torch = sys.modules.get("torch.optim")
     names = getattr(torch, "__all__", ())
     return {name.lower() for name in names if isinstance(getattr(torch, name), type)}
@@ -196,28 +216,30 @@ def _kind_of(group: str) -> str:
 
 
 def several_in(text: str) -> list[str]:
-    """Return the corrections in one text that names several, such as "xgrad, agc:axis=auto"; else none.
+    """Return the corrections in a text that names several, such as "xgrad, agc:axis=auto".
 
     Commas, spaces and plus signs separate, where the name of an installed correction follows.
+
+    Returns:
+        A text per correction; none where the text does not name several.
 
     Example:
         >>> several_in("no-such-correction, neither")
         []
     """
+    # The longest first: one name may begin another.
     known = sorted(available(), key=len, reverse=True)
     if not known:
         return []
     name = rf"(?:{'|'.join(map(re.escape, known))})(?=\s*(?:[:+,;&|\s]|$))"
-    plain = re.sub(r"\[[^\]]*\]|\([^)]*\)", lambda found: "_" * len(found[0]), text)
-    if not re.match(rf"\s*{name}", plain):
+    # Lists may hold names and commas too: they are covered, in their length.
+    covered = re.sub(r"\[[^\]]*\]|\([^)]*\)", lambda found: "_" * len(found[0]), text)
+    if not re.match(rf"\s*{name}", covered):
         return []
-    starts = [0, *(found.end() for found in re.finditer(rf"[+,;&|\s]\s*(?={name})", plain))]
-    ends = [*starts[1:], len(text)]
-    parts = [
-        text[start:end].strip().rstrip("+,;&|").strip()
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    parts = [part for part in parts if part]
+    cuts = [found.end() for found in re.finditer(rf"[+,;&|\s]\s*(?={name})", covered)]
+    pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+    stripped = [piece.strip().rstrip("+,;&|").strip() for piece in pieces]
+    parts = [part for part in stripped if part]
     return parts if len(parts) > 1 else []
 
 
@@ -227,7 +249,8 @@ def _misfit(loaded: Any, name: str) -> str:
     if not is_class and not isinstance(loaded, Composition):
         return f"must offer a Correction class or a Composition, got {printable(repr(loaded))}"
     if loaded.api_version != API_VERSION:
-        mend = "regrad" if loaded.api_version > API_VERSION else "version of the plugin"
+        is_newer = loaded.api_version > API_VERSION
+        mend = "regrad" if is_newer else "version of the plugin"
         return f"has api {loaded.api_version}, this core {API_VERSION}; install a newer {mend}"
     if is_class and getattr(loaded, "name", None) != name:
         return f"must offer a class whose name is {name!r}"
@@ -252,23 +275,50 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
     """
     if not isinstance(spec, str):
         raise TypeError(f"spec must be a name such as 'agc:max_ratio=0.02', got {spec!r}")
+    name, written = _read_one(spec)
+    loaded = load(name)
+    merged = {**written, **options}
+    if isinstance(loaded, Composition):
+        return _create_parts(name, loaded, merged)
+    return loaded(**merged)  # type: ignore[no-any-return]
+
+
+def _read_one(spec: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options in a text; say how to take it apart if it names several."""
     several = several_in(spec) if "+" in spec else []
     if several:
-        raise ValueError(f"a name must be that of one correction, got {spec!r}; write {several}")
-    name, _, text = spec.partition(":")
-    loaded = load(name.strip())
-    merged = {**_parse_options(text, spec), **options}
-    if not isinstance(loaded, Composition):
-        return loaded(**merged)  # type: ignore[no-any-return]
-    routed: dict[str, dict[str, Any]] = {part: {} for part in loaded.parts}
-    for key, value in merged.items():
-        part, dot, option = key.partition(".")
-        if not dot or part not in routed:
+        raise ValueError(_alone(spec, several))
+    try:
+        return read_spec(spec)
+    except ValueError as error:
+        several = several_in(spec)
+        if several:
+            raise ValueError(_alone(spec, several)) from error
+        raise
+
+
+def _alone(spec: str, several: list[str]) -> str:
+    """Say that a text names several corrections."""
+    return f"a name must be that of one correction, got {spec!r}; write {several}"
+
+
+def _create_parts(
+    name: str, composition: Composition, options: Mapping[str, Any]
+) -> tuple[Correction, ...]:
+    """Create the corrections of a composition, each with the options that start with its name."""
+    of_part: dict[str, dict[str, Any]] = {part: {} for part in composition.parts}
+    for key, value in options.items():
+        part, _, option = key.partition(".")
+        if not option or part not in of_part:
+            allowed = ", ".join(of_part)
             raise TypeError(
-                f"options of {name!r} must start with one of {', '.join(routed)} and a dot, got {key!r}"
+                f"options of {name!r} must start with one of {allowed} and a dot, got {key!r}"
             )
-        routed[part][option] = value
-    return tuple(c for part, values in routed.items() for c in created(part, **values))
+        of_part[part][option] = value
+    made: list[Correction] = []
+    for part, own in of_part.items():
+        made.extend(created(part, **own))
+    return tuple(made)
 
 
 def created(spec: str, **options: Any) -> tuple[Correction, ...]:
@@ -290,19 +340,16 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     Raises:
         TypeError: If `specs` is no list, or an item is neither; says the right form.
         ValueError: If no correction of a name is installed or an option is out of range.
+        PluginLoadError: If a plugin cannot be loaded.
         RegradError: If a name comes twice, or a class declares what it does not implement.
     """
-    _check_list(specs)
-    given: list[Any] = list(specs)
+    given = as_list(specs)
     made: list[Correction] = []
     for item in given:
         if isinstance(item, str):
             made.extend(created(item))
-        elif isinstance(item, Correction):
-            made.append(item)
         else:
-            rule = "corrections must be names or Correction objects"
-            raise TypeError(f"{rule}, got {_form_of(item)}")
+            made.append(item)
     names: set[str] = set()
     for correction in made:
         correction.check_class()
@@ -314,7 +361,26 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     return made
 
 
-def _check_list(specs: Any) -> None:
+def as_list(specs: Iterable[str | Correction]) -> list[str | Correction]:
+    """Return what `create_all` would create from as a list, to be created later or again.
+
+    Args:
+        specs: As for `create_all`.
+
+    Raises:
+        TypeError: If `specs` is no list, or an item is neither a name nor a `Correction`;
+            says the right form.
+    """
+    _refuse_no_list(specs)
+    items: list[Any] = list(specs)
+    for item in items:
+        if not isinstance(item, str | Correction):
+            rule = "corrections must be names or Correction objects"
+            raise TypeError(f"{rule}, got {_form_of(item)}")
+    return items
+
+
+def _refuse_no_list(specs: Any) -> None:
     """Raise `TypeError` with the right form unless `specs` is a list or can be read as one."""
     rule = "corrections must be a list"
     if isinstance(specs, str):
@@ -361,76 +427,20 @@ def _unpacked(items: tuple[Any, ...] | list[Any]) -> str:
 
 def _call(name: Any, options: Any) -> str:
     """Return the call that creates a correction with options."""
-    pairs = options.items() if isinstance(options, Mapping) else ()
-    if all(isinstance(key, str) and key.isidentifier() for key, _ in pairs):
-        words = "".join(f", {key}={value!r}" for key, value in pairs)
-    else:
-        words = f", **{options!r}"
-    return f"regrad.create({name!r}{words})"
-
-
-def _parse_options(text: str, spec: str) -> dict[str, Any]:
-    """Read "a=1,b=[x,y]" into values; commas inside brackets do not separate."""
-    options: dict[str, Any] = {}
-    if not text.strip():
-        return options
-    for item in _split_at_commas(text):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key or not value:
-            several = several_in(spec)
-            mend = f"; write {several}" if several else ""
-            raise ValueError(f"{OPTIONS_RULE}, got {spec!r}{mend}")
-        if key in options:
-            raise ValueError(f"option {key!r} must be given once, got {spec!r}")
-        options[key] = _parse_value(value, spec)
-    return options
-
-
-def _split_at_commas(text: str) -> list[str]:
-    """Split at the commas that stand outside of brackets."""
-    items = [""]
-    depth = 0
-    for letter in text:
-        depth += (letter in "[(") - (letter in "])")
-        if letter == "," and depth <= 0:
-            items.append("")
-        else:
-            items[-1] += letter
-    return items
-
-
-def _parse_value(text: str, spec: str) -> Any:
-    """Read a number, true, false, none, a bracketed list, or else the text itself."""
-    closing = {"[": "]", "(": ")"}.get(text[:1])
-    if closing is None:
-        return _parse_word(text, spec)
-    inner = text[1:-1].strip()
-    if len(text) < 2 or text[-1] != closing or re.search(r"[\[\]()]", inner):
-        raise ValueError(f"{OPTIONS_RULE}, got {spec!r}")
-    items = [item.strip() for item in inner.removesuffix(",").split(",")] if inner else []
-    if not all(items):
-        raise ValueError(f"{OPTIONS_RULE}, got {spec!r}")
-    return tuple(_parse_word(item, spec) for item in items)
-
-
-def _parse_word(text: str, spec: str) -> Any:
-    """Read a number, true, false, none, or else the text itself."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    with contextlib.suppress(ValueError):
-        return int(text)
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    if math.isinf(number) and "inf" not in text.lower():
-        raise ValueError(f"numbers must fit a float, got {text[:20]!r}… in {spec[:80]!r}")
-    return number
+    if not isinstance(options, Mapping):
+        return f"regrad.create({name!r})"
+    if all(isinstance(key, str) and key.isidentifier() for key in options):
+        words = "".join(f", {key}={value!r}" for key, value in options.items())
+        return f"regrad.create({name!r}{words})"
+    return f"regrad.create({name!r}, **{options!r})"
 
 
 def origin(correction: Correction) -> dict[str, str]:
-    """Return distribution and version that a correction comes from; "local" where it is not installed."""
+    """Return the distribution and version that a correction comes from.
+
+    Returns:
+        "distribution" and "version"; "local" and "" for one that no distribution installed.
+    """
     entry = available().get(correction.name)
     package = type(correction).__module__.partition(".")[0]
     if entry and entry.value.startswith((f"{package}.", f"{package}:")):

@@ -1,6 +1,5 @@
 """Tensors that may be shards: local views, and norms that are exact on them."""
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -50,7 +49,7 @@ def sum_over_shards(values: Tensor, tensor: Any, kept: int | None = None) -> Ten
             raise ValueError(
                 "tensor must not be a pending sum; reduce it before its norms are read"
             )
-        # A _StridedShard, as tensor parallelism makes of FSDP's dimension, is no Shard but has a dim.
+        # Tensor parallelism makes a _StridedShard of FSDP's dimension: no Shard, but with a dim.
         dim = getattr(placement, "dim", None)
         if dim is not None and dim != kept:
             distributed.all_reduce(values, group=tensor.device_mesh.get_group(mesh_dim))
@@ -77,9 +76,10 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def reduce_states(optimizer: Optimizer) -> None:
-    """Lay the optimizer's state out as its parameters: steps before attach leave pending sums in it.
+    """Lay the optimizer's state out as its parameters.
 
-    Collective where a layout differs, as `reduce_gradients` is.
+    Steps before attach leave pending sums in it. Collective where a layout differs, as
+    `reduce_gradients` is.
 
     Args:
         optimizer: Its state is changed where a tensor's placements are not its
@@ -95,15 +95,16 @@ def reduce_states(optimizer: Optimizer) -> None:
 
 def _laid_out_as(parameter: Any, tensor: Any) -> Any:
     """Return `tensor`, redistributed where both are DTensors whose placements differ."""
-    differs = (
-        is_sharded(parameter) and is_sharded(tensor) and tensor.placements != parameter.placements
-    )
-    return tensor.redistribute(placements=parameter.placements) if differs else tensor
+    if not (is_sharded(parameter) and is_sharded(tensor)):
+        return tensor
+    if tensor.placements == parameter.placements:
+        return tensor
+    return tensor.redistribute(placements=parameter.placements)
 
 
 @torch.no_grad()
 def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
-    r"""Return the norm of each unit of `tensor`, exact where it is tensor.
+    r"""Return the norm of each unit of `tensor`, exact where it is cut into shards.
 
     Args:
         tensor: Shape [d_0, …, d_n], plain or DTensor.
@@ -125,20 +126,27 @@ def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
                 [2.]])
     """
     part = local(tensor)
-    kept = None if axis is None or part.dim() == 0 else axis % part.dim()
-    dims = [d for d in range(part.dim()) if d != kept]
+    kept = None
+    if axis is not None and part.dim() > 0:
+        kept = axis % part.dim()
+    norms = _norms_over([d for d in range(part.dim()) if d != kept], part)
+    if not is_sharded(tensor):
+        return norms
+    return sum_over_shards(norms.square(), tensor, kept).sqrt()
+
+
+def _norms_over(dims: Sequence[int], part: Tensor) -> Tensor:
+    """Return the norms over some dimensions, which are kept with length 1."""
     dtype = torch.promote_types(part.dtype, torch.float32)
-    norms = (
-        torch.linalg.vector_norm(part, dim=dims, keepdim=True, dtype=dtype)
-        if dims
-        else part.abs().to(dtype)
-    )
-    return sum_over_shards(norms.square(), tensor, kept).sqrt() if is_sharded(tensor) else norms
+    if not dims:  # torch would take no dimension for all of them
+        return part.abs().to(dtype)
+    norms: Tensor = torch.linalg.vector_norm(part, dim=list(dims), keepdim=True, dtype=dtype)
+    return norms
 
 
 @torch.no_grad()
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all tensors together, exact where they are tensor.
+    """Return the norm of all tensors together, exact where they are cut into shards.
 
     Args:
         tensors: Any shapes, plain or DTensor. May be empty.
@@ -154,15 +162,19 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-    layouts: dict[Any, list[Tensor]] = defaultdict(list)
-    for t in tensors:
-        layouts[
-            getattr(t, "device_mesh", None), getattr(t, "placements", None), local(t).device
-        ].append(t)
-    norms = [
-        (torch.stack(torch._foreach_norm(locals_of(same), 2, dtype)), same[0])
-        for same in layouts.values()
-    ]
-    squares = [sum_over_shards(norm.square().sum(), example) for norm, example in norms]
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    dtype = torch.float32
+    by_layout: dict[Any, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+        mesh = getattr(tensor, "device_mesh", None)
+        placements = getattr(tensor, "placements", None)
+        by_layout[mesh, placements, local(tensor).device].append(tensor)
+    squares = [_total_square(alike, dtype) for alike in by_layout.values()]
+    device = squares[0].device
+    return torch.stack([square.to(device) for square in squares]).sum().sqrt()
+
+
+def _total_square(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the squared norm of tensors of one layout and device together, a scalar."""
+    norms = torch.stack(torch._foreach_norm(locals_of(tensors), 2, dtype))
+    return sum_over_shards(norms.square().sum(), tensors[0])

@@ -2,13 +2,13 @@
 
 import unicodedata
 
-# Control, format (text direction, zero width), surrogate, private and unassigned characters, line and
-# paragraph separators: a terminal obeys them, hides them, or cannot write them.
+# Control, format (text direction, zero width), surrogate, private and unassigned characters, line
+# and paragraph separators: a terminal obeys them, hides them, or cannot write them.
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def printable(text: object, *, keep: str = "") -> str:
-    r"""Return text in which a terminal finds nothing to obey: what cannot be seen stands as its escape.
+    r"""Return text in which a terminal finds nothing to obey, with escapes for what cannot be seen.
 
     For what a third party wrote: metadata, names, the texts of exceptions and warnings.
 

@@ -11,7 +11,7 @@ from regrad.sharding import local, locals_of
 
 
 class Window:
-    """Moves weights and restores them bit for bit, but for those that somebody else wrote meanwhile.
+    """Moves weights and restores them bit for bit, but for those that were written meanwhile.
 
     The true weights are copied into buffers that are kept from step to step:
     allocating them anew costs several times the copy.
@@ -118,17 +118,33 @@ class Window:
             live = local(parameter)
             torch.where(is_newer, live, self._buffers[parameter].to(live), out=live)
         if flags:
-            count = torch.stack([flag.to(torch.float32) for flag in flags.values()]).sum()
-            before = self.overwritten_on_device
-            self.overwritten_on_device = count if before is None else before.to(count) + count
+            self._count_on_device(list(flags.values()))
+
+    def _count_on_device(self, flags: list[Tensor]) -> None:
+        """Add the flags that are set to the count of all so far."""
+        count = torch.stack([flag.to(torch.float32) for flag in flags]).sum()
+        if self.overwritten_on_device is not None:
+            count += self.overwritten_on_device.to(count)
+        self.overwritten_on_device = count
 
     def true_weights(self) -> dict[Tensor, Tensor]:
-        """Return copies of the true weights by moved parameter: the buffers themselves are reused."""
+        """Return copies of the true weights, by moved parameter.
+
+        They are copies because the buffers are used again.
+        """
+        if not self.moved:
+            return {}
         newer = set(self.rewritten())
-        flags = self._samples.flags() if self.moved else {}
-        copies = {p: p.detach().clone() for p in self.moved if p not in newer}
-        for parameter, copy in copies.items():
+        flags = self._samples.flags()
+        copies: dict[Tensor, Tensor] = {}
+        for parameter in self.moved:
+            if parameter in newer:
+                continue
+            copy = parameter.detach().clone()
             part = local(copy)
             true = self._buffers[parameter].to(part)
-            part.copy_(torch.where(flags[parameter], part, true) if parameter in flags else true)
+            if parameter in flags:
+                true = torch.where(flags[parameter], part, true)
+            part.copy_(true)
+            copies[parameter] = copy
         return copies

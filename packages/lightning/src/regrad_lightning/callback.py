@@ -10,7 +10,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from regrad import Attachment, Correction, attach, optimizer_state, refusals
 from regrad.errors import RegradError, refuse_if
-from regrad.registry import created
+from regrad.registry import as_list, create_all
 from regrad.wrappers import optimizer_layers
 from torch import nn
 from torch.optim import Optimizer
@@ -67,30 +67,22 @@ class RegradCallback(Callback):
         optimizer: int | None = None,
         strict: bool = True,
     ) -> None:
-        if isinstance(corrections, str):
-            raise TypeError(
-                f"corrections must be a list, got {corrections!r}; write [{corrections!r}]"
-            )
-        self.corrections, self.module, self.criterion = list(corrections), module, criterion
+        self.corrections = as_list(corrections)
+        self.module = module
+        self.criterion = criterion
         self.optimizer, self.strict = optimizer, strict
         self.attachment: Attachment | None = None
         self._borrowed: BorrowedCriterion | None = None
         self._loaded: Any = None
         self._kept: Any = None
         self._folder = ""
-        self._made()  # a misspelt name or option is an error here, not after an hour in a queue
+        # A misspelt name or option is an error here, not after an hour in a queue.
+        create_all(self.corrections)
 
     @property
     def state_key(self) -> str:
         """The key of the state in a checkpoint: callbacks of several optimizers have one each."""
         return "RegradCallback" if self.optimizer is None else f"RegradCallback-{self.optimizer}"
-
-    def _made(self) -> list[Correction]:
-        return [
-            c
-            for item in self.corrections
-            for c in (created(item) if isinstance(item, str) else (item,))
-        ]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier run loaded: a checkpoint's state comes after this, if it comes."""
@@ -141,7 +133,7 @@ class RegradCallback(Callback):
 
         Not earlier: torch steps an optimizer of shards to restore it, and a search for the rate trains in between.
         """
-        optimizer, made = self._chosen(trainer.optimizers), self._made()
+        optimizer, made = self._chosen(trainer.optimizers), create_all(self.corrections)
         target = self._target(pl_module)
         outside = _outside(optimizer, target)
         rule = f"module must hold all that the optimizer trains, {self.module!r} lacks {outside} parameters"

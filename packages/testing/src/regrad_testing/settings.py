@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import regrad
 import torch
-from regrad import Correction, RegradError, registry
+from regrad import Correction, RegradError
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -96,9 +96,7 @@ class Settings(SuiteBase):
             f"{cls.__name__} must set correction: a class, a function or a name with options",
         )
         merged = {**cls.effective_options, **options}
-        if isinstance(given, str):
-            return registry.created(given, **merged)
-        made = given(**merged)
+        made = regrad.create(given, **merged) if isinstance(given, str) else given(**merged)
         return made if isinstance(made, tuple) else (made,)
 
     @classmethod

@@ -11,7 +11,7 @@ from regrad import optimizer_state
 from regrad.errors import RegradError, refuse_if
 from regrad.inside import CrossEntropyInside
 from regrad.module_hooks import add_hook
-from regrad.registry import created
+from regrad.registry import as_list, create_all
 from regrad.sharding import is_sharded
 from regrad.wrappers import innermost_module, innermost_optimizer
 from torch import Tensor
@@ -83,14 +83,7 @@ class RegradCallback(TrainerCallback):
         criterion: Callable[..., Tensor] | None = None,
         restore: bool = True,
     ) -> None:
-        if isinstance(corrections, str):
-            raise TypeError(
-                f"corrections must be a list, got {corrections!r}; write [{corrections!r}]"
-            )
-        for item in corrections:
-            if not isinstance(item, str | regrad.Correction):
-                raise TypeError(f"corrections must be names or Correction objects, got {item!r}")
-        self.corrections = [*corrections]
+        self.corrections = as_list(corrections)
         self._has_own_criterion = criterion is not None
         self._plain: Callable[..., Tensor] = criterion or F.cross_entropy
         self._restore = restore
@@ -109,15 +102,8 @@ class RegradCallback(TrainerCallback):
 
     def _made(self) -> list[regrad.Correction]:
         """Return new corrections with the options that were asked for."""
-        pairs = (
-            (item, (item,)) if not isinstance(item, str) else (item, created(item))
-            for item in self.corrections
-        )
-        return [
-            c if isinstance(item, str) else type(c)(**vars(c.options))
-            for item, made in pairs
-            for c in made
-        ]
+        given = create_all(self.corrections)
+        return [type(correction)(**vars(correction.options)) for correction in given]
 
     @property
     def criterion(self) -> Callable[..., Tensor]:

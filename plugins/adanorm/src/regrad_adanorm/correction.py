@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Needs
 from regrad.hookspecs import Step
+from regrad.optimizers import FIRST_MOMENTS, first_moment_key
 from regrad.sharding import is_sharded
-from torch import Tensor, nn, optim
+from regrad.signatures import takes
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrad_adanorm.functional import add_scaled_, average_and_excess, norms_of
 
-# By class, exactly: other libraries, and subclasses, use the same keys for other things.
-FIRST_MOMENTS: dict[type[Optimizer], str] = {
-    optim.Adam: "exp_avg",
-    optim.AdamW: "exp_avg",
-    optim.NAdam: "exp_avg",
-    optim.RAdam: "exp_avg",
-    optim.Adamax: "exp_avg",
-    optim.SGD: "momentum_buffer",
-}
-Member = tuple[str, nn.Parameter, Tensor]
-"""(name, parameter, gradient)."""
+
+class Member(NamedTuple):
+    """A parameter that has a gradient."""
+
+    name: str
+    parameter: nn.Parameter
+    gradient: Tensor
 
 
 class AdaNorm(Correction):
@@ -49,17 +47,18 @@ class AdaNorm(Correction):
     Args:
         decay: :math:`\gamma` in [0, 1), per optimizer step. At 0 nothing changes.
         target: "moment", the paper's rule; "gradient" rescales `.grad` itself, on any
-            optimizer, which the paper found to be worse. Decay is not looked at there.
+            optimizer, which the paper found to be worse, and ignores weight decay.
 
     Raises:
         ValueError: If `decay` is not in [0, 1).
-        RegradError: At attach, where the first moment is not known, is off
+        RegradError: At attach, if the first moment is not known or is off
             (:math:`\beta_1` or the momentum is 0), or parameters are complex.
 
     Example:
         >>> import regrad, torch
         >>> model = torch.nn.Linear(2, 1)
-        >>> attachment = regrad.attach(model, torch.optim.Adam(model.parameters()), [AdaNorm(decay=0.95)])
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> attachment = regrad.attach(model, optimizer, [AdaNorm(decay=0.95)])
 
     References:
         Dubey, Singh and Chaudhuri, 2023, "AdaNorm: Adaptive Gradient Norm Correction
@@ -85,6 +84,7 @@ class AdaNorm(Correction):
             if not 0 <= self.decay < 1:
                 raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
 
+    @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.needs = with_changes(self.needs, stages=(self.options.target,))
@@ -93,19 +93,21 @@ class AdaNorm(Correction):
         self._scratch: dict[torch.dtype, Tensor] = {}
 
     def setup(self, attachment: Attachment) -> None:
-        """Refuse what has no first moment, or none that is known."""
+        """Refuse an optimizer whose first moment is unknown or off, and complex parameters."""
         optimizer = attachment.optimizer
-        if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-            raise RegradError(
-                "'adanorm' has no rule for complex parameters; train them with a separate optimizer"
-            )
+        for group in optimizer.param_groups:
+            if any(parameter.is_complex() for parameter in group["params"]):
+                raise RegradError(
+                    "'adanorm' has no rule for complex parameters; "
+                    "train them with a separate optimizer"
+                )
         if self.options.target == "gradient":
             return
-        if type(optimizer) not in FIRST_MOMENTS:
+        if first_moment_key(optimizer) is None:
             known = ", ".join(kind.__name__ for kind in FIRST_MOMENTS)
             raise RegradError(
-                f"'adanorm' must know where {type(optimizer).__name__} keeps its first moment, as it does for torch's "
-                f"own {known}; use one of them, or target='gradient'"
+                f"'adanorm' must know where {type(optimizer).__name__} keeps its first moment, "
+                f"as it does for torch's own {known}; use one of them, or target='gradient'"
             )
         for group in optimizer.param_groups:
             _share_of_new(group)
@@ -116,7 +118,7 @@ class AdaNorm(Correction):
             return
         self._largest = []
         for members in _alike(step, step.parameters):
-            gradients = [gradient for _, _, gradient in members]
+            gradients = [member.gradient for member in members]
             excess = self._advance(members, norms_of(gradients))
             add_scaled_(gradients, gradients, excess)
 
@@ -133,62 +135,59 @@ class AdaNorm(Correction):
         self, members: Sequence[Member], optimizer: Optimizer, group: Mapping[str, Any]
     ) -> None:
         """Correct the first moments of parameters of one group, device and dtype."""
-        key, share = FIRST_MOMENTS[type(optimizer)], _share_of_new(group)
         sign = -1.0 if group["maximize"] else 1.0
         decay = 0.0 if group.get("decoupled_weight_decay") else sign * group["weight_decay"]
         excess = self._advance(members, self._norms(members, decay))
-        factors = (excess * (sign * share)).clamp(
-            -_largest_finite(members), _largest_finite(members)
-        )
-        states = [optimizer.state.get(parameter, {}).get(key) for _, parameter, _ in members]
-        # Where there is no moment yet, nothing is due at e_0 = 0; after a restored e it waits for the state.
-        if not any(state is None for state in states):
-            self._add(states, members, decay, factors)
-            return
-        ready = [index for index, state in enumerate(states) if state is not None]
-        if ready:
-            chosen = torch.stack([factors[index] for index in ready])
-            self._add(
-                [states[index] for index in ready],
-                [members[index] for index in ready],
-                decay,
-                chosen,
-            )
+        largest = _largest_finite(members)
+        factors = (excess * (sign * _share_of_new(group))).clamp(-largest, largest)
+        key = FIRST_MOMENTS[type(optimizer)]
+        moments = [optimizer.state.get(member.parameter, {}).get(key) for member in members]
+        # Before the first step there is no moment and e_0 = 0, so nothing is due. After e was
+        # restored and the optimizer's state was not, the correction waits for a moment.
+        ready = [index for index, moment in enumerate(moments) if moment is not None]
+        if len(ready) < len(members):
+            if not ready:
+                return
+            moments = [moments[index] for index in ready]
+            members = [members[index] for index in ready]
+            factors = torch.stack([factors[index] for index in ready])
+        self._add(moments, members, decay, factors)
 
     def _norms(self, members: Sequence[Member], decay: float) -> Tensor:
         """Return the norms of g + decay·θ, shape [n]."""
         if not decay:
-            return norms_of([gradient for _, _, gradient in members])
+            return norms_of([member.gradient for member in members])
         return torch.cat([norms_of([self._decayed(member, decay)]) for member in members])
 
     def _add(
-        self, states: Sequence[Tensor], members: Sequence[Member], decay: float, factors: Tensor
+        self, moments: Sequence[Tensor], members: Sequence[Member], decay: float, factors: Tensor
     ) -> None:
-        """Add factor·(g + decay·θ) to each state."""
+        """Add factor·(g + decay·θ) to each moment."""
         if not decay:
-            add_scaled_(states, [gradient for _, _, gradient in members], factors)
+            add_scaled_(moments, [member.gradient for member in members], factors)
             return
-        on_host = factors.device.type == "cpu"
-        for state, member, factor in zip(states, members, factors.unbind(), strict=True):
-            if not on_host or factor.item():
-                add_scaled_([state], [self._decayed(member, decay)], factor.reshape(1))
+        on_cpu = factors.device.type == "cpu"
+        for moment, member, factor in zip(moments, members, factors.unbind(), strict=True):
+            if on_cpu and factor.item() == 0:
+                continue
+            add_scaled_([moment], [self._decayed(member, decay)], factor.reshape(1))
 
     def _decayed(self, member: Member, decay: float) -> Tensor:
-        """Return g + decay·θ, in a buffer that the next call overwrites."""
-        _, parameter, gradient = member
+        """Return g + decay·θ; on a CPU in a buffer that the next call overwrites."""
+        parameter = member.parameter
+        gradient = member.gradient
         if is_sharded(gradient) or not gradient.is_cpu:
             return torch.add(gradient, parameter, alpha=decay)
-        if (
-            gradient.dtype not in self._scratch
-            or self._scratch[gradient.dtype].numel() < gradient.numel()
-        ):
-            self._scratch[gradient.dtype] = torch.empty(gradient.numel(), dtype=gradient.dtype)
-        out = self._scratch[gradient.dtype][: gradient.numel()].view_as(gradient)
+        buffer = self._scratch.get(gradient.dtype)
+        if buffer is None or buffer.numel() < gradient.numel():
+            buffer = torch.empty(gradient.numel(), dtype=gradient.dtype)
+            self._scratch[gradient.dtype] = buffer
+        out = buffer[: gradient.numel()].view_as(gradient)
         return torch.add(gradient, parameter, alpha=decay, out=out)
 
     def _advance(self, members: Sequence[Member], norms: Tensor) -> Tensor:
         """Update the averages of these tensors; return by how much each gradient is too short."""
-        names = [name for name, _, _ in members]
+        names = [member.name for member in members]
         zero = torch.zeros((), dtype=norms.dtype, device=norms.device)
         averages = torch.stack([self._averages.get(name, zero).to(norms) for name in names])
         moved, excess = average_and_excess(norms, averages, decay=self.options.decay)
@@ -198,13 +197,17 @@ class AdaNorm(Correction):
 
     def metrics(self) -> dict[str, float]:
         """Return the largest s/g of the last step; 1 where the rule changed nothing."""
-        return {"largest_scale": 1.0 + max((x.item() for x in self._largest), default=0.0)}
+        largest_excess = max((excess.item() for excess in self._largest), default=0.0)
+        return {"largest_scale": 1.0 + largest_excess}
 
     def idle_reason(self) -> str:
         """Say why nothing may have changed."""
         if self.options.decay == 0:
             return "decay is 0: the average is the norm itself"
-        return "no gradient's norm ever fell below its average (or no first moment was there to correct)"
+        return (
+            "no gradient's norm ever fell below its average "
+            "(or no first moment was there to correct)"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average norms by parameter name."""
@@ -221,28 +224,33 @@ def _share_of_new(group: Mapping[str, Any]) -> float:
     Raises:
         RegradError: If the old moment has no weight: nothing added to it would be read.
     """
-    kept = group["betas"][0] if "betas" in group else group["momentum"]
+    if "betas" in group:
+        option = "betas[0]"
+        kept = group["betas"][0]
+        new = 1 - kept
+    else:
+        option = "momentum"
+        kept = group["momentum"]
+        new = 1 - group["dampening"]
     if not isinstance(kept, Tensor) and kept == 0:
-        option = "betas[0]" if "betas" in group else "momentum"
         raise RegradError(
             f"'adanorm' corrects the first moment: {option} must be positive, got {kept!r}"
         )
-    new = 1 - (kept if "betas" in group else group["dampening"])
     return new / kept  # type: ignore[no-any-return]
 
 
-def _alike(step: Step, parameters: Sequence[nn.Parameter]) -> Iterator[list[Member]]:
-    """Collect the parameters that have a gradient by device, dtype and whether they are shards."""
-    names = dict(zip(step.parameters, step.names, strict=True))
+def _alike(step: Step, parameters: Sequence[nn.Parameter]) -> list[list[Member]]:
+    """Group the parameters that have a gradient by device, dtype and whether they are shards."""
+    names = {parameter: name for name, parameter in step.named_parameters()}
     found: dict[Any, list[Member]] = defaultdict(list)
     for parameter in parameters:
         gradient = parameter.grad
         if parameter in names and gradient is not None:
             key = (gradient.device, gradient.dtype, is_sharded(gradient))
-            found[key].append((names[parameter], parameter, gradient))
-    yield from found.values()
+            found[key].append(Member(names[parameter], parameter, gradient))
+    return list(found.values())
 
 
 def _largest_finite(members: Sequence[Member]) -> float:
-    """Return the largest number that a gradient can hold: a factor beyond it would make NaN of a zero."""
-    return torch.finfo(members[0][2].dtype).max
+    """Return the largest number that the gradients hold; a larger factor would turn 0 to NaN."""
+    return torch.finfo(members[0].gradient.dtype).max

@@ -1,6 +1,6 @@
 r"""AdaNorm's rule on the norms of many tensors at once, and what it adds to them.
 
-Everything stays on the device of the tensors. On a CPU, where looking at a number
+Everything stays on the device of the tensors. On a CPU, where reading a number
 costs nothing, tensors that the rule leaves alone are not touched at all.
 """
 
@@ -28,7 +28,7 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
         tensor([5., 0.])
     """
     if any(map(is_sharded, tensors)):
-        return torch.stack([row_norms(t, axis=None).reshape(()) for t in tensors])
+        return torch.stack([row_norms(tensor, axis=None).reshape(()) for tensor in tensors])
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype))
 
@@ -63,8 +63,9 @@ def average_and_excess(
     """
     moved = torch.where(norms.isfinite(), decay * averages + (1 - decay) * norms, averages)
     short = (moved > norms) & (norms > 0)
-    # A number filled in stays a kernel argument; as a branch of torch.where it would be copied, and waited for.
-    return moved, ((moved - norms) / norms).masked_fill_(~short, 0.0)
+    excess = (moved - norms) / norms
+    # masked_fill_ passes its number to the kernel; torch.where would copy it and wait.
+    return moved, excess.masked_fill_(~short, 0.0)
 
 
 @torch.no_grad()
@@ -78,11 +79,13 @@ def add_scaled_(targets: Sequence[Tensor], tensors: Sequence[Tensor], factors: T
 
     Example:
         >>> weights = [torch.ones(2), torch.ones(1)]
-        >>> add_scaled_(weights, [torch.tensor([1.0, 2.0]), torch.ones(1)], torch.tensor([0.5, 0.0]))
+        >>> tensors = [torch.tensor([1.0, 2.0]), torch.ones(1)]
+        >>> add_scaled_(weights, tensors, torch.tensor([0.5, 0.0]))
         >>> weights
         [tensor([1.5000, 2.0000]), tensor([1.])]
     """
-    targets, tensors = locals_of(targets), locals_of(tensors)
+    targets = locals_of(targets)
+    tensors = locals_of(tensors)
     if factors.device.type == "cpu":
         for target, tensor, factor in zip(targets, tensors, factors.tolist(), strict=True):
             if factor:

@@ -9,24 +9,27 @@ from typing import Any, Literal
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Needs
 from regrad.hookspecs import Step
+from regrad.signatures import takes
 from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
 from regrad_centralization.functional import Unit, subtract_, unit_means
 from regrad_centralization.units import units_of
 
-# By class, exactly: they add weight_decay times the weight to the gradient, unless a group says it is decoupled.
+# By class, exactly: these add weight_decay times the weight to the gradient, unless a group says
+# that its decay is decoupled.
 COUPLED = (SGD, Adam, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, ASGD)
 
 
 def coupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | None:
-    """Return what the optimizer adds to the (ascending) gradient per unit of weight, or None where it does not."""
+    """Return what the optimizer adds to the gradient per unit of weight, or None if it does not.
+
+    Under `maximize` the decay is added to the negated gradient, so it is negative here.
+    """
     if type(optimizer) not in COUPLED or group.get("decoupled_weight_decay"):
         return None
     decay = float(group["weight_decay"])
-    return (
-        -decay if group.get("maximize") else decay
-    )  # with maximize the decay is added to the negated gradient
+    return -decay if group.get("maximize") else decay
 
 
 class Centralization(Correction):
@@ -44,14 +47,14 @@ class Centralization(Correction):
     alone.
 
     Args:
-        placement: "gradient" centres what the loss sends back, "decayed" that with
-            coupled weight decay in it.
-        conv_only: Centre nothing but the weights of convolutions.
+        placement: "gradient" centres the gradient of the loss, "decayed" its sum with
+            the coupled weight decay.
+        conv_only: Centre only the weights of convolutions.
 
     Raises:
         TypeError: If an option is none of these.
-        RegradError: At attach, for "decayed" on an optimizer with decoupled decay, or
-            of which it is not known.
+        RegradError: At attach, for "decayed" on an optimizer whose decay is decoupled
+            or unknown.
 
     Example:
         >>> Centralization(placement="decayed")
@@ -76,31 +79,33 @@ class Centralization(Correction):
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """What is centred, and which tensors."""
+        """What is centred, and in which tensors."""
 
         placement: Literal["gradient", "decayed"] = "gradient"
         conv_only: bool = False
 
+    @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._units: dict[str, Unit | None] = {}
 
     def setup(self, attachment: Attachment) -> None:
-        """Read the units from the modules' types; refuse a decay that is not part of the gradient."""
+        """Read the units from the modules' types; refuse decay that is not in the gradient."""
         self._units = units_of(attachment.model, conv_only=self.options.conv_only)
         for group in attachment.optimizer.param_groups:
             self._decay(attachment.optimizer, group)
 
     def _decay(self, optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-        """Return the decay that belongs to what is centred, or raise `RegradError` where there is none."""
+        """Return the decay that is centred with the gradient; raise `RegradError` if unknown."""
         if self.options.placement == "gradient":
             return 0.0
         decay = coupled_decay(optimizer, group)
         if decay is None:
             known = ", ".join(kind.__name__ for kind in COUPLED)
             raise RegradError(
-                "'centralization' with placement='decayed' needs weight decay that is added to the gradient, as by "
-                f"torch's {known}; {type(optimizer).__name__} decouples it or is not known; use placement='gradient'"
+                "'centralization' with placement='decayed' needs weight decay that is added to "
+                f"the gradient, as by torch's {known}; {type(optimizer).__name__} decouples it "
+                "or is not known; use placement='gradient'"
             )
         return decay
 
@@ -108,29 +113,28 @@ class Centralization(Correction):
         """Centre the gradients of the step."""
         if not self._units.keys() >= {*step.names}:
             self._units |= units_of(self.attachment.model, conv_only=self.options.conv_only)
-        grads, means = list[Tensor](), list[Tensor]()
-        for name, parameter, gradient in zip(
-            step.names, step.parameters, step.gradients, strict=True
-        ):
+        waiting: list[Tensor] = []
+        waiting_means: list[Tensor] = []
+        for name, parameter in step.named_parameters():
             unit = self._units.get(name)
-            if unit is not None and gradient is not None and not gradient.is_sparse:
-                mean = self._means(step, parameter, gradient, unit)
-                if (
-                    gradient.is_cpu
-                ):  # what was just read is still in the cache; elsewhere one launch does all
-                    subtract_([gradient], [mean])
-                else:
-                    grads.append(gradient)
-                    means.append(mean)
-        subtract_(grads, means)
+            gradient = parameter.grad
+            if unit is None or gradient is None or gradient.is_sparse:
+                continue
+            means = self._means(step, parameter, gradient, unit)
+            if gradient.is_cpu:  # while it is still in the cache
+                subtract_([gradient], [means])
+            else:
+                waiting.append(gradient)
+                waiting_means.append(means)
+        subtract_(waiting, waiting_means)  # in one launch
 
     def _means(self, step: Step, parameter: nn.Parameter, gradient: Tensor, unit: Unit) -> Tensor:
-        """Return what one gradient has too much of."""
-        means, decay = (
-            unit_means(gradient, unit),
-            self._decay(step.optimizer, step.group_of(parameter)),
-        )
-        return means.add_(unit_means(parameter, unit), alpha=decay) if decay else means
+        """Return the means that one gradient has to lose."""
+        means = unit_means(gradient, unit)
+        decay = self._decay(step.optimizer, step.group_of(parameter))
+        if decay == 0:
+            return means
+        return means.add_(unit_means(parameter, unit), alpha=decay)
 
     def selects(self, name: str, parameter: Tensor) -> bool:
         """Say whether a parameter is centred."""

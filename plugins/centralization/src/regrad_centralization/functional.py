@@ -74,23 +74,30 @@ def unit_means(tensor: Any, unit: Unit) -> Tensor:
         >>> unit_means(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), Unit(axis=1))
         tensor([[3., 5.]])
     """
+    if unit.groups > 1:
+        return _grouped_means(tensor, unit)
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if unit.groups == 1:
-        dims = [d for d in range(tensor.dim()) if d != unit.axis]
-        sums = local(tensor).sum(dims, keepdim=True, dtype=dtype)
-        return sum_over_shards(sums, tensor, unit.axis).div_(
-            tensor.numel() / tensor.shape[unit.axis]
-        )
-    parts = (tensor.full_tensor() if is_sharded(tensor) else tensor).unflatten(0, (unit.groups, -1))
-    dims = [d for d in range(1, parts.dim()) if d != unit.axis + 1]
-    means = parts.mean(dims, keepdim=True, dtype=dtype)
-    spread = means.expand(-1, parts.shape[1], *means.shape[2:]).flatten(0, 1)
+    dims = [dim for dim in range(tensor.dim()) if dim != unit.axis]
+    sums = local(tensor).sum(dims, keepdim=True, dtype=dtype)
+    elements = tensor.numel() / tensor.shape[unit.axis]
+    return sum_over_shards(sums, tensor, unit.axis).div_(elements)
+
+
+def _grouped_means(tensor: Any, unit: Unit) -> Tensor:
+    """Return the means of units that dimension 0 holds several groups of."""
+    whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+    groups = whole.unflatten(0, (unit.groups, -1))
+    dims = [dim for dim in range(1, groups.dim()) if dim != unit.axis + 1]
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    means = groups.mean(dims, keepdim=True, dtype=dtype)
+    spread = means.expand(-1, groups.shape[1], *means.shape[2:]).flatten(0, 1)
     return _part_of(spread, tensor) if is_sharded(tensor) else spread
 
 
 def _part_of(whole: Tensor, like: Any) -> Tensor:
-    """Return what this process needs of `whole`, which broadcasts against all of `like`."""
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - heavy, and only shards need it
+    """Return this process's part of `whole`, which broadcasts against all of `like`."""
+    # Imported here because it is heavy and only shards need it.
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
     everywhere = [Replicate()] * like.device_mesh.ndim
     spread = DTensor.from_local(

@@ -1,4 +1,4 @@
-"""Which parameters are centred, and what belongs to one output of each: read from the model, by module type."""
+"""Which parameters are centred, and what one output of each is, by the type of their module."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def unit_of(
         module: The module that holds it.
         name: Its name there, such as "weight".
         parameter: Shape [*], plain or DTensor.
-        conv_only: Centre nothing but the weights of convolutions.
+        conv_only: Centre only the weights of convolutions.
 
     Returns:
         None for vectors, biases, gains, tables, depthwise convolutions and layers whose
@@ -42,27 +42,32 @@ def unit_of(
         is_depthwise = module.groups == module.in_channels > 1
         unit = Unit(1, module.groups) if isinstance(module, TRANSPOSED) else Unit()
         return None if is_depthwise else _unless_single(unit, parameter)
-    # Outside of layers a first dimension of 1 is a position table or a token, and one long dimension a gain.
+    if conv_only:
+        return None
+    # In other modules a first dimension of 1 means a position table or a token, and a single
+    # long dimension a gain.
     is_table = parameter.shape[0] == 1 or parameter.numel() == max(parameter.shape)
-    if conv_only or (is_table and not isinstance(module, BY_ROW)):
+    if is_table and not isinstance(module, BY_ROW):
         return None
     return _unless_single(Unit(), parameter)
 
 
 def _unless_single(unit: Unit, parameter: Tensor) -> Unit | None:
-    """Return the unit unless it is one element, from which nothing would be left."""
-    return unit if parameter.numel() > parameter.shape[unit.axis] * unit.groups else None
+    """Return the unit, or None if it is one element, of which nothing would be left."""
+    units = parameter.shape[unit.axis] * unit.groups
+    return unit if parameter.numel() > units else None
 
 
 def units_of(model: nn.Module, *, conv_only: bool) -> dict[str, Unit | None]:
-    """Return the unit of every parameter by its name; None where any module that holds it leaves it alone."""
+    """Return the unit of every parameter by name; None if any module that holds it excludes it."""
     names: dict[Tensor, str] = {}
     units: dict[str, Unit | None] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            known_as = names.setdefault(
-                parameter, re.sub(WRAPPER, "", f"{path}.{name}").lstrip(".")
-            )
+            own_name = re.sub(WRAPPER, "", f"{path}.{name}").lstrip(".")
+            known_as = names.setdefault(parameter, own_name)
             unit = unit_of(module, name, parameter, conv_only=conv_only)
-            units[known_as] = unit if unit is None else units.get(known_as, unit)
+            if unit is not None:
+                unit = units.get(known_as, unit)
+            units[known_as] = unit
     return units

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control
 from regrad.hookspecs import Step
+from regrad.signatures import takes
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,7 +21,45 @@ from regrad_clipping.correction import CLIPPING
 from regrad_clipping.functional import Unit, check_positive, clip_units_
 from regrad_clipping.units import Holding, check_head, head_modules, holdings
 
-AXIS_FORM = "axis must be 'auto' or a list of 'pattern=dimension' or 'pattern=none', got {!r}"
+
+class AxisRule(NamedTuple):
+    """One exception in option `axis`.
+
+    Attributes:
+        pattern: Which parameters, by name, with the wildcards of a shell.
+        axis: Dimension that counts their units; None makes the whole tensor one unit.
+    """
+
+    pattern: str
+    axis: int | None
+
+
+def axis_rules(axis: Literal["auto"] | Sequence[str]) -> list[AxisRule]:
+    """Read option `axis`.
+
+    Args:
+        axis: "auto", or items "pattern=dimension" and "pattern=none".
+
+    Raises:
+        ValueError: If an item has another form.
+
+    Example:
+        >>> axis_rules(["decoder.*.weight=1", "scale=none"])
+        [AxisRule(pattern='decoder.*.weight', axis=1), AxisRule(pattern='scale', axis=None)]
+    """
+    if axis == "auto":
+        return []
+    rules = []
+    for item in axis:
+        found = re.fullmatch(r"([^=]+)=(\d+|none)", item)
+        if found is None:
+            raise ValueError(
+                "axis must be 'auto' or a list of 'pattern=dimension' or 'pattern=none', "
+                f"got {item!r}"
+            )
+        pattern, dimension = found.groups()
+        rules.append(AxisRule(pattern, None if dimension == "none" else int(dimension)))
+    return rules
 
 
 class AGC(Correction):
@@ -31,8 +70,8 @@ class AGC(Correction):
     .. math:: G_i \leftarrow G_i \min(1, \lambda \max(\|W_i\|, \epsilon) / \|G_i\|).
 
     What a unit is follows from the module's type; vectors, scalars and gains are one
-    unit each. The weight of the classifier head, with an embedding tied to it, is
-    left alone; its bias is not.
+    unit each. The weight of the classifier head is left alone, with an embedding tied
+    to it; its bias is not.
 
     Args:
         max_ratio: :math:`\lambda`, the largest gradient norm per weight norm. Positive.
@@ -41,15 +80,15 @@ class AGC(Correction):
         head: Name of the classifier head; "auto" finds the module that makes the
             model's output in the first training forward, else the last linear layer
             called; None leaves nothing alone.
-        axis: "auto", or exceptions "pattern=dimension" and "pattern=none" (the whole
-            tensor is one unit) by parameter name, with the wildcards of a shell; the
-            first that fits decides.
+        axis: "auto", or a list of exceptions "pattern=dimension" and "pattern=none"
+            (the whole tensor is one unit). A pattern is the name of a parameter, with
+            the wildcards of a shell; the first that fits decides.
 
     Raises:
         ValueError: If a number is not positive, `axis` cannot be read or fits no
             parameter, or `head` names no module with a weight.
-        RegradError: If the head is to be found and no forward pass shows it, or ranks
-            hold different parts of the model.
+        RegradError: If `head` is "auto" and no forward pass shows one, or ranks hold
+            different parts of the model.
 
     Example:
         >>> AGC(max_ratio=0.02, axis=("decoder.*.weight=1",))
@@ -75,22 +114,21 @@ class AGC(Correction):
 
         max_ratio: float = 0.01
         weight_floor: float = 1e-3
-        head: str | float | None = (
-            "auto"  # "agc:head=2" is read as a number, and layers may be called so
-        )
+        # A number too: layers may be called 2, and "agc:head=2" is read as one.
+        head: str | float | None = "auto"
         axis: Literal["auto"] | tuple[str, ...] = "auto"
 
         def __post_init__(self) -> None:
             check_positive("max_ratio", self.max_ratio)
             check_positive("weight_floor", self.weight_floor)
-            for item in () if self.axis == "auto" else self.axis:
-                if not re.fullmatch(r"[^=]+=(?:\d+|none)", item):
-                    raise ValueError(AXIS_FORM.format(item))
+            axis_rules(self.axis)
 
+    @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if self.options.head != "auto":
             self.needs = with_changes(self.needs, record=False, reads=("units",))
+        self._rules = axis_rules(self.options.axis)
         self._held: list[Holding] = []
         self._units: dict[str, Unit] = {}
         self._spared: frozenset[str] | None = None
@@ -99,93 +137,104 @@ class AGC(Correction):
     def setup(self, attachment: Attachment) -> None:
         """Read the units from the modules' types; refuse a head that cannot be found."""
         self._read_units()
-        for item in () if self.options.axis == "auto" else self.options.axis:
-            pattern = item.rpartition("=")[0]
-            if not any(fnmatchcase(name, pattern) for name in self._units):
+        for rule in self._rules:
+            if not any(fnmatchcase(name, rule.pattern) for name in self._units):
                 raise ValueError(
-                    f"axis must name parameters of the model, got {pattern!r}, which fits none"
+                    f"axis must name parameters of the model, got {rule.pattern!r}, which fits none"
                 )
-        if self.options.head is None:
+        head = self.options.head
+        if head is None:
             self._spared = frozenset()
-        elif self.options.head != "auto":
-            check_head(str(self.options.head), self._held)
-            self._spare([str(self.options.head)])
+        elif head != "auto":
+            check_head(str(head), self._held)
+            self._spare([str(head)])
         elif attachment.record is None:
             raise RegradError(
-                "'agc' cannot see a compiled model's head; pass head='name', or attach before compiling"
+                "'agc' cannot see a compiled model's head; "
+                "pass head='name', or attach before compiling"
             )
 
     def _read_units(self) -> None:
-        """Note each parameter's unit by name: parameters themselves change under FSDP2."""
+        """Note each parameter's unit by name: FSDP2 replaces the parameters themselves."""
         self._held = holdings(self.attachment.model)
-        for h in reversed(self._held):  # the first module that holds a tied parameter decides
-            self._units[h.known_as] = self._exception(h) or h.unit
+        for held in reversed(self._held):  # the first module that holds a tied parameter decides
+            self._units[held.known_as] = self._unit_of(held)
 
-    def _exception(self, holding: Holding) -> Unit | None:
-        """Return what option `axis` says of one parameter."""
-        for item in () if self.options.axis == "auto" else self.options.axis:
-            pattern, _, axis = item.rpartition("=")
-            if fnmatchcase(holding.known_as, pattern):
-                if axis != "none" and int(axis) >= holding.rank:
-                    raise ValueError(
-                        f"axis must be below {holding.rank} for {holding.known_as!r}, got {axis}"
-                    )
-                return Unit(None if axis == "none" else int(axis))
-        return None
+    def _unit_of(self, held: Holding) -> Unit:
+        """Return the unit that option `axis` gives a parameter, else that of its module's type."""
+        for rule in self._rules:
+            if not fnmatchcase(held.known_as, rule.pattern):
+                continue
+            if rule.axis is not None and rule.axis >= held.rank:
+                raise ValueError(
+                    f"axis must be below {held.rank} for {held.known_as!r}, got {rule.axis}"
+                )
+            return Unit(rule.axis)
+        return held.unit
 
-    def _spare(self, modules: Sequence[str]) -> None:
-        """Leave the weights of these modules alone, with what is tied to them."""
+    def _spare(self, modules: Sequence[str]) -> frozenset[str]:
+        """Leave the weights of these modules alone, and what is tied to them; return the names."""
         self._spared = frozenset(
-            h.known_as for h in self._held if h.module in modules and h.is_weight
+            held.known_as for held in self._held if held.module in modules and held.is_weight
         )
         note = f"'agc' leaves the classifier head alone: {', '.join(sorted(self._spared))}"
         self.attachment.reasons = (*self.attachment.reasons, note)
+        return self._spared
 
     def _find_head(self) -> frozenset[str]:
-        """Return the names to leave alone, found in the record when they are asked for first."""
-        if self._spared is None:
-            found = head_modules(self.attachment.model, self.attachment.record.calls, self._held)
-            if not found:
-                raise RegradError(
-                    "'agc' saw no classifier head in a training forward (there is none, the model was not called, or "
-                    "compiled code ran without hooks); pass head='name', or head=None to leave nothing alone"
-                )
-            self._spare(found)
-        return self._spared or frozenset()
+        """Return the names to leave alone; the first time they are read from the record."""
+        if self._spared is not None:
+            return self._spared
+        found = head_modules(self.attachment.model, self.attachment.record.calls, self._held)
+        if not found:
+            raise RegradError(
+                "'agc' saw no classifier head in a training forward (there is none, the model was "
+                "not called, or compiled code ran without hooks); pass head='name', or head=None "
+                "to leave nothing alone"
+            )
+        return self._spare(found)
 
     def correct_gradients(self, step: Step) -> None:
         """Clip the gradients of the step."""
         spared = self._find_head()
         if not self._units.keys() >= {*step.names}:
             self._read_units()
-        chosen = [
-            (gradient, parameter, self._units.get(name, Unit(0 if parameter.dim() > 1 else None)))
-            for name, parameter, gradient in zip(
-                step.names, step.parameters, step.gradients, strict=True
+        grads: list[Tensor] = []
+        weights: list[Tensor] = []
+        units: list[Unit] = []
+        for name, parameter in step.named_parameters():
+            if parameter.grad is None or name in spared:
+                continue
+            grads.append(parameter.grad)
+            weights.append(parameter)
+            units.append(self._units.get(name, Unit(0 if parameter.dim() > 1 else None)))
+        if grads:
+            self._factors = clip_units_(
+                grads,
+                weights,
+                units,
+                max_ratio=self.options.max_ratio,
+                weight_floor=self.options.weight_floor,
             )
-            if gradient is not None and name not in spared
-        ]
-        if chosen:
-            grads, weights, units = zip(*chosen, strict=True)
-            bounds = {
-                "max_ratio": self.options.max_ratio,
-                "weight_floor": self.options.weight_floor,
-            }
-            self._factors = clip_units_(grads, weights, units, **bounds)
 
     def metrics(self) -> dict[str, float]:
         """Return the share of units clipped in the last step, of those that this process holds."""
-        held = [f.flatten().cpu() for f in self._factors if f.numel()]
-        return {"share_clipped": (torch.cat(held) < 1).double().mean().item()} if held else {}
+        held = [factor.flatten().cpu() for factor in self._factors if factor.numel()]
+        if not held:
+            return {}
+        return {"share_clipped": (torch.cat(held) < 1).double().mean().item()}
 
     def selects(self, name: str, parameter: Tensor) -> bool:
-        """Say whether a parameter may be clipped: all but the head's weight, once the head is known."""
-        return name not in (self._spared or ())
+        """Say whether a parameter may be clipped: all but the head's weight, once it is known."""
+        return self._spared is None or name not in self._spared
 
     def control(self, optimizer: Optimizer) -> Control:
-        """Return clipping by the global norm, which knows nothing of weights or units."""
+        """Return clipping by the global norm, which looks at neither weights nor units."""
         return Control(name="clip-norm", corrections=("clip-norm",))
 
     def idle_reason(self) -> str:
         """Say why no gradient may have been clipped."""
-        return f"threshold never reached: no unit's gradient exceeded {self.options.max_ratio} of its weights"
+        return (
+            "threshold never reached: "
+            f"no unit's gradient exceeded {self.options.max_ratio} of its weights"
+        )

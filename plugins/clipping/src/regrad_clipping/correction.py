@@ -9,6 +9,7 @@ from typing import Any
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Needs
 from regrad.hookspecs import Step
+from regrad.signatures import takes
 from torch import Tensor
 
 from regrad_clipping.functional import check_positive, clip_norm_, clip_value_, gradient_norm
@@ -27,10 +28,10 @@ class ClipNorm(Correction):
     .. math:: G \leftarrow G \min(1, c / (\|G\| + 10^{-6}))
 
     as `torch.nn.utils.clip_grad_norm_` does, over every gradient of the optimizer,
-    where a GradScaler's scale is already gone. Of several optimizers each is clipped
-    by the norm of its own gradients. Pipeline stages and experts are refused: each rank
-    would clip by the norm of its own part. A NaN or infinite norm spreads to
-    every gradient, as in torch.
+    after a GradScaler's scale is gone. With several optimizers each clips by the norm
+    of its own gradients. Pipeline stages and experts are refused: each rank would clip
+    by the norm of its own part. A NaN or infinite norm spreads to every gradient, as
+    in torch.
 
     Args:
         max_norm: c, the largest norm, in the units of the gradient. Positive.
@@ -63,20 +64,22 @@ class ClipNorm(Correction):
         def __post_init__(self) -> None:
             check_positive("max_norm", self.max_norm)
 
+    @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._norm: Tensor | None = None
 
     def setup(self, attachment: Attachment) -> None:
-        """Note where the optimizer holds a part of the model alone: its norm is all that is read."""
-        groups = attachment.optimizer.param_groups
-        held = {parameter for group in groups for parameter in group["params"]}
+        """Note it if the optimizer holds only a part of the model, whose norm alone is read."""
+        held: set[Tensor] = set()
+        for group in attachment.optimizer.param_groups:
+            held.update(group["params"])
         trained = [p for p in attachment.model.parameters() if p.requires_grad]
         seen = [p for p in trained if p in held]
         if len(seen) < len(trained):
             note = (
-                f"'clip-norm' reads the norm of {len(seen)} of {len(trained)} trainable parameters: "
-                "those that its optimizer holds"
+                f"'clip-norm' reads the norm of {len(seen)} of {len(trained)} trainable "
+                "parameters: those that its optimizer holds"
             )
             attachment.reasons = (*attachment.reasons, note)
 
@@ -101,8 +104,8 @@ class ClipValue(Correction):
     .. math:: G \leftarrow \min(\max(G, -c), c)
 
     as `torch.nn.utils.clip_grad_value_` does. Before an optimizer that divides by
-    the gradient's own deviation, as AdaBelief does, it is ruinous: constant
-    gradients make steps of 3e5 times the learning rate.
+    the gradient's own deviation, as AdaBelief does, it does harm: constant gradients
+    make steps of 3e5 times the learning rate.
 
     Args:
         max_value: c, the largest magnitude, in the units of the gradient. Positive.
@@ -127,6 +130,10 @@ class ClipValue(Correction):
 
         def __post_init__(self) -> None:
             check_positive("max_value", self.max_value)
+
+    @takes(Options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
 
     def setup(self, attachment: Attachment) -> None:
         """Refuse complex parameters: their numbers have no order."""

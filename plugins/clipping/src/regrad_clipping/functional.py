@@ -108,20 +108,24 @@ def unit_factors(
         n plain tensors in float32 at least, each broadcasting against the local
         part of its gradient. 1 for a gradient of zero; NaN where a norm is NaN.
     """
-    gradient_norms, weight_norms = _norms(grads, units), _norms(weights, units)
-    factors, alike = [torch.empty(0)] * len(grads), defaultdict[Any, list[int]](list)
+    gradient_norms = _norms(grads, units)
+    weight_norms = _norms(weights, units)
+    alike: dict[Any, list[int]] = defaultdict(list)
     for index, norm in enumerate(gradient_norms):
         alike[norm.device, norm.dtype].append(index)
+    factors: dict[int, Tensor] = {}
     for indices in alike.values():
-        held = [
-            torch.cat([norms[i].flatten() for i in indices])
-            for norms in (weight_norms, gradient_norms)
-        ]
-        flat = _factors(*held, max_ratio=max_ratio, weight_floor=weight_floor)
-        parts = flat.split([gradient_norms[i].numel() for i in indices])  # type: ignore[no-untyped-call]
+        flat = _factors(
+            torch.cat([weight_norms[i].flatten() for i in indices]),
+            torch.cat([gradient_norms[i].flatten() for i in indices]),
+            max_ratio=max_ratio,
+            weight_floor=weight_floor,
+        )
+        sizes = [gradient_norms[i].numel() for i in indices]
+        parts = flat.split(sizes)  # type: ignore[no-untyped-call]
         for i, part in zip(indices, parts, strict=True):
             factors[i] = _spread(part.view_as(gradient_norms[i]), grads[i], units[i])
-    return factors
+    return [factors[i] for i in range(len(grads))]
 
 
 @torch.no_grad()
@@ -133,10 +137,10 @@ def clip_units_(
     max_ratio: float,
     weight_floor: float,
 ) -> list[Tensor]:
-    """Clip every gradient, in place, and return its factors: `unit_factors` and `scale_units_` in one.
+    """Clip every gradient in place: `unit_factors` and `scale_units_` in one.
 
-    On a CPU each tensor with several units is finished before the next is read: its
-    gradient is still in the cache when it is scaled.
+    On a CPU each tensor with several units is finished before the next is read, while its
+    gradient is still in the cache.
 
     Args:
         grads: n gradients, plain or DTensor. Overwritten.
@@ -155,22 +159,42 @@ def clip_units_(
         >>> grads
         [tensor([[0.3000, 0.4000]])]
     """
-    factors, batches = [torch.empty(0)] * len(grads), defaultdict[Any, list[int]](list)
+    factors: dict[int, Tensor] = {}
+    at_once: list[int] = []
+    whole_by_dtype: dict[torch.dtype, list[int]] = defaultdict(list)
     for i, (grad, weight, unit) in enumerate(zip(grads, weights, units, strict=True)):
         if unit.groups > 1 or not grad.is_cpu or is_sharded(grad):
-            batches[_clip_at_once_, None].append(i)
+            at_once.append(i)
         elif unit.axis is None:
-            batches[_clip_whole_, torch.promote_types(grad.dtype, torch.float32)].append(i)
+            whole_by_dtype[torch.promote_types(grad.dtype, torch.float32)].append(i)
         else:
-            norms = row_norms(weight, unit.axis), row_norms(grad, unit.axis)
-            factors[i] = _factors(*norms, max_ratio=max_ratio, weight_floor=weight_floor)
+            factors[i] = _factors(
+                row_norms(weight, unit.axis),
+                row_norms(grad, unit.axis),
+                max_ratio=max_ratio,
+                weight_floor=weight_floor,
+            )
             _scale_if_any_is_less_(grad, factors[i])
-    for (clip, _), indices in batches.items():
-        chosen = ([values[i] for i in indices] for values in (grads, weights, units))
-        made = clip(*chosen, max_ratio=max_ratio, weight_floor=weight_floor)
-        for i, factor in zip(indices, made, strict=True):
-            factors[i] = factor
-    return factors
+    if at_once:
+        chosen = [grads[i] for i in at_once]
+        made = unit_factors(
+            chosen,
+            [weights[i] for i in at_once],
+            [units[i] for i in at_once],
+            max_ratio=max_ratio,
+            weight_floor=weight_floor,
+        )
+        scale_units_(chosen, made)
+        factors.update(zip(at_once, made, strict=True))
+    for indices in whole_by_dtype.values():
+        made = _clip_whole_(
+            [grads[i] for i in indices],
+            [weights[i] for i in indices],
+            max_ratio=max_ratio,
+            weight_floor=weight_floor,
+        )
+        factors.update(zip(indices, made, strict=True))
+    return [factors[i] for i in range(len(grads))]
 
 
 def _factors(
@@ -180,41 +204,25 @@ def _factors(
     return weight_norms.clamp_(min=weight_floor).mul_(max_ratio).div_(gradient_norms).clamp_(max=1)
 
 
-def _clip_at_once_(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    units: Sequence[Unit],
-    *,
-    max_ratio: float,
-    weight_floor: float,
-) -> Sequence[Tensor]:
-    factors = unit_factors(grads, weights, units, max_ratio=max_ratio, weight_floor=weight_floor)
-    scale_units_(grads, factors)
-    return factors
-
-
 def _clip_whole_(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    _: Sequence[Unit],
-    *,
-    max_ratio: float,
-    weight_floor: float,
-) -> Sequence[Tensor]:
-    """Clip tensors on the CPU that are one unit each, of dtypes whose norms have one dtype."""
+    grads: list[Tensor], weights: list[Tensor], *, max_ratio: float, weight_floor: float
+) -> list[Tensor]:
+    """Clip tensors on the CPU that are one unit each, and whose norms have one dtype."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
-    norms = [
-        torch.stack(torch._foreach_norm(list(tensors), 2, dtype)) for tensors in (weights, grads)
-    ]
-    factors = _factors(*norms, max_ratio=max_ratio, weight_floor=weight_floor)
-    for grad, number in zip(grads, factors.tolist(), strict=True):
-        if not number >= 1:  # so that NaN spreads
-            grad.mul_(number)
-    return factors.unbind()
+    factors = _factors(
+        torch.stack(torch._foreach_norm(weights, 2, dtype)),
+        torch.stack(torch._foreach_norm(grads, 2, dtype)),
+        max_ratio=max_ratio,
+        weight_floor=weight_floor,
+    )
+    for grad, factor in zip(grads, factors.tolist(), strict=True):
+        if not factor >= 1:  # so that NaN spreads
+            grad.mul_(factor)
+    return list(factors.unbind())
 
 
 def _scale_if_any_is_less_(grad: Tensor, factor: Tensor) -> None:
-    """Scale a gradient on the CPU, where looking is free and a pass over the gradient is not."""
+    """Scale a gradient on the CPU, where reading a number is free and a pass over it is not."""
     if factor.numel() and not factor.min().item() >= 1:  # so that NaN spreads
         grad.mul_(factor)
 
@@ -227,53 +235,59 @@ def scale_units_(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
         grads: n gradients, plain or DTensor. Overwritten.
         factors: What `unit_factors` returned for them.
     """
-    pairs = list(zip(locals_of(grads), factors, strict=True))
-    for grad, factor in pairs:
+    elsewhere: list[Tensor] = []
+    their_factors: list[Tensor] = []
+    for grad, factor in zip(locals_of(grads), factors, strict=True):
         if grad.is_cpu:
             _scale_if_any_is_less_(grad, factor)
-    elsewhere = [
-        (g, f) for g, f in pairs if not g.is_cpu
-    ]  # looking there would wait for the device
-    if elsewhere:
-        torch._foreach_mul_([g for g, _ in elsewhere], [f for _, f in elsewhere])
+        else:
+            elsewhere.append(grad)
+            their_factors.append(factor)
+    if elsewhere:  # all of them: reading the factors would wait for the device
+        torch._foreach_mul_(elsewhere, their_factors)
 
 
 def _norms(tensors: Sequence[Tensor], units: Sequence[Unit]) -> list[Tensor]:
-    """Return the norms of each tensor's units; all whole tensors that lie here go in one call."""
-    norms, together = [torch.empty(0)] * len(tensors), defaultdict[Any, list[int]](list)
+    """Return the norms of each tensor's units; those of whole tensors are taken in one call."""
+    norms: dict[int, Tensor] = {}
+    whole: dict[Any, list[int]] = defaultdict(list)
     for i, (tensor, unit) in enumerate(zip(tensors, units, strict=True)):
-        if unit == Unit(None) and not is_sharded(tensor):
-            together[tensor.device, torch.promote_types(tensor.dtype, torch.float32)].append(i)
+        if unit.groups > 1:
+            norms[i] = _grouped_norms(tensor, unit)
+        elif unit.axis is None and not is_sharded(tensor):
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
+            whole[tensor.device, dtype].append(i)
         else:
-            norms[i] = (
-                row_norms(tensor, unit.axis) if unit.groups == 1 else _grouped_norms(tensor, unit)
-            )
-    for (_, dtype), indices in together.items():
-        for i, norm in zip(
-            indices, torch._foreach_norm([tensors[i] for i in indices], 2, dtype), strict=True
-        ):
+            norms[i] = row_norms(tensor, unit.axis)
+    for (_, dtype), indices in whole.items():
+        found = torch._foreach_norm([tensors[i] for i in indices], 2, dtype)
+        for i, norm in zip(indices, found, strict=True):
             norms[i] = norm.view([1] * tensors[i].dim())
-    return norms
+    return [norms[i] for i in range(len(tensors))]
 
 
 def _grouped_norms(tensor: Any, unit: Unit) -> Tensor:
     """Return the norms [groups, …] of units that dimension 0 holds several groups of."""
-    parts = (tensor.full_tensor() if is_sharded(tensor) else tensor).unflatten(0, (unit.groups, -1))
-    dims = [d for d in range(1, parts.dim()) if unit.axis is None or d != unit.axis + 1]
+    whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+    parts = whole.unflatten(0, (unit.groups, -1))
+    dims = list(range(1, parts.dim()))
+    if unit.axis is not None:
+        dims.remove(unit.axis + 1)
     dtype = torch.promote_types(parts.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(parts, dim=dims, keepdim=True, dtype=dtype)
     return norms
 
 
 def _spread(factor: Tensor, grad: Any, unit: Unit) -> Tensor:
-    """Give factors of grouped units the shape that broadcasts against the local part of the gradient."""
+    """Shape factors of grouped units so that they broadcast against the gradient's local part."""
     if unit.groups == 1:
         return factor
     size = grad.shape[0] // unit.groups
     spread = factor.expand(-1, size, *factor.shape[2:]).flatten(0, 1)
     if not is_sharded(grad):
         return spread
-    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415 - heavy, and only shards need it
+    # Imported here because it is heavy and only shards need it.
+    from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
     everywhere = [Replicate()] * grad.device_mesh.ndim
     whole = DTensor.from_local(
@@ -284,7 +298,9 @@ def _spread(factor: Tensor, grad: Any, unit: Unit) -> Tensor:
 
 @torch.no_grad()
 def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, to the bit as `torch.nn.utils.get_total_norm` where none is a shard.
+    """Return the norm of all gradients together.
+
+    Where none is a shard it is that of `torch.nn.utils.get_total_norm`, bit for bit.
 
     Args:
         grads: Any shapes, plain or DTensor. May be empty.
@@ -292,9 +308,9 @@ def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     Returns:
         A scalar on the device of the first gradient.
     """
-    return (
-        total_norm(grads) if any(map(is_sharded, grads)) else torch.nn.utils.get_total_norm(grads)
-    )
+    if any(map(is_sharded, grads)):
+        return total_norm(grads)
+    return torch.nn.utils.get_total_norm(grads)
 
 
 @torch.no_grad()
@@ -319,7 +335,7 @@ def clip_norm_(grads: Sequence[Tensor], norm: Tensor, *, max_norm: float) -> Non
         neural networks", algorithm 1; the 1e-6 is `torch.nn.utils.clip_grad_norm_`'s.
     """
     coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    by_device = defaultdict[Any, list[Tensor]](list)
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for part in locals_of(grads):
         by_device[part.device].append(part)
     for device, parts in by_device.items():
@@ -340,11 +356,12 @@ def clip_value_(grads: Sequence[Tensor], *, max_value: float) -> None:
         >>> grads
         [tensor([ 1.0000, -0.5000])]
     """
-    parts = locals_of(grads)
-    on_device = [part for part in parts if part.device.type != "cpu"]
+    on_device: list[Tensor] = []
+    for part in locals_of(grads):
+        if part.is_cpu:
+            part.clamp_(-max_value, max_value)
+        else:
+            on_device.append(part)
     if on_device:
         torch._foreach_clamp_min_(on_device, -max_value)
         torch._foreach_clamp_max_(on_device, max_value)
-    for part in parts:
-        if part.device.type == "cpu":
-            part.clamp_(-max_value, max_value)

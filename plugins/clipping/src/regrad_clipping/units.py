@@ -1,4 +1,4 @@
-"""What a unit of each parameter is, and which module is the classifier head: read from the model, by module type."""
+"""What a unit of each parameter is, by its module's type, and which module is the head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regrad_clipping.functional import Unit
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Whose tensors of rank 2 and more have their outputs in dimension 0, however small the others are.
+# Their tensors of rank 2 and more have the outputs in dimension 0, however small the others are.
 BY_ROW = (
     nn.Linear,
     nn.Bilinear,
@@ -49,8 +49,10 @@ def unit_of(module: nn.Module, name: str, parameter: Tensor) -> Unit:
         return Unit(None)
     if isinstance(module, TRANSPOSED):
         return Unit(1, module.groups)
-    shaped_like_a_gain = parameter.numel() == max(parameter.shape)
-    return Unit(None) if shaped_like_a_gain and not isinstance(module, BY_ROW) else Unit(0)
+    is_shaped_like_a_gain = parameter.numel() == max(parameter.shape)
+    if is_shaped_like_a_gain and not isinstance(module, BY_ROW):
+        return Unit(None)
+    return Unit(0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Holding:
     Attributes:
         module: The module's name in the model, without wrappers.
         attribute: The parameter's name in the module.
-        known_as: The name that the optimizer's step knows it by: the first of those that a tied parameter has.
+        known_as: Its name in the optimizer's step; of a tied parameter, the first of its names.
         unit: What a unit of it is.
         rank: Its number of dimensions.
     """
@@ -78,22 +80,21 @@ class Holding:
 
 
 def holdings(model: nn.Module) -> list[Holding]:
-    """Return every parameter of the model in every module that holds it, in the order of the modules."""
-    first: dict[Tensor, str] = {}
+    """Return every parameter of the model in every module that holds it, in module order."""
+    first_names: dict[Tensor, str] = {}
     found = []
     for path, module in model.named_modules():
         where = re.sub(WRAPPER, "", f"{path}.").rstrip(".")
         for name, parameter in module.named_parameters(recurse=False):
-            known_as = first.setdefault(parameter, f"{where}.{name}".lstrip("."))
-            holder, _, factor = where.partition(
-                "parametrizations."
-            )  # weight norm and its like: factors of the weight
-            owner, attribute = (holder.rstrip("."), factor) if factor else (where, name)
-            found.append(
-                Holding(
-                    owner, attribute, known_as, unit_of(module, name, parameter), parameter.dim()
-                )
-            )
+            known_as = first_names.setdefault(parameter, f"{where}.{name}".lstrip("."))
+            # Weight norm and its like keep the factors of a weight in modules of their own.
+            owner, _, factor = where.partition("parametrizations.")
+            unit = unit_of(module, name, parameter)
+            if factor:
+                held = Holding(owner.rstrip("."), factor, known_as, unit, parameter.dim())
+            else:
+                held = Holding(where, name, known_as, unit, parameter.dim())
+            found.append(held)
     return found
 
 
@@ -108,24 +109,30 @@ def head_modules(model: nn.Module, calls: Sequence[Call], held: Sequence[Holding
     Returns:
         Names of layers that hold a weight of rank 2 at least; empty where there is none.
     """
-    layers = {h.module for h in held if h.is_weight and h.rank > 1}
     if isinstance(model, nn.Linear):
         return [""]
-    named = [(re.sub(WRAPPER, "", call.name), call) for call in calls]
-    makers = [name for name, call in named if call.makes_output and name in layers]
+    layers = {holding.module for holding in held if holding.is_weight and holding.rank > 1}
     linear = {
         re.sub(WRAPPER, "", name)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
-    last = [name for name, _ in named if name in linear][-1:]
-    return list(dict.fromkeys(makers)) or last
+    makers: list[str] = []
+    last_linear: list[str] = []
+    for call in calls:
+        name = re.sub(WRAPPER, "", call.name)
+        if call.makes_output and name in layers and name not in makers:
+            makers.append(name)
+        if name in linear:
+            last_linear = [name]
+    return makers or last_linear
 
 
 def check_head(name: str, held: Sequence[Holding]) -> None:
     """Raise `ValueError` unless `name` is a module with a weight."""
-    layers = list(dict.fromkeys(h.module for h in held if h.is_weight))
-    if name not in layers:
-        inside = next((layer for layer in reversed(layers) if layer.startswith(f"{name}.")), None)
-        near = f"; did you mean {inside!r}?" if inside else did_you_mean(name, layers)
-        raise ValueError(f"head must name a module that has a weight, got {name!r}{near}")
+    layers = list(dict.fromkeys(holding.module for holding in held if holding.is_weight))
+    if name in layers:
+        return
+    inside = [layer for layer in layers if layer.startswith(f"{name}.")]
+    near = f"; did you mean {inside[-1]!r}?" if inside else did_you_mean(name, layers)
+    raise ValueError(f"head must name a module that has a weight, got {name!r}{near}")

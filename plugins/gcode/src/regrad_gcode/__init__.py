@@ -1,4 +1,4 @@
-"""GC-ODE, neural ODE branches that add to the gradients of hidden states, as a correction for regrad."""
+"""GC-ODE, neural ODE branches that add to hidden states' gradients, as a correction for regrad."""
 
 from regrad_gcode.correction import GCODE
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from regrad.errors import refuse_if
+from regrad import RegradError
 from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint
 
@@ -37,7 +37,7 @@ class Field(nn.Module):
         """Return dx/dt [B, C, H, W] at a time (scalar) and state [B, C, H, W]."""
         features = torch.relu(self.depthwise(self.norm(state)))
         weight, bias = self.pointwise.parameters()
-        # A constant channel under a pointwise convolution is a bias: nothing needs to be concatenated.
+        # A constant channel acts as a bias here, so nothing has to be concatenated.
         return nn.functional.conv2d(features, weight[:, :-1], bias + time * weight[:, -1, 0, 0])
 
 
@@ -61,30 +61,39 @@ class Branch(nn.Module):
         self, before: tuple[int, ...], after: tuple[int, ...], *, solver: str, adjoint: bool
     ) -> None:
         super().__init__()
-        strides = [-(-long // short) for long, short in zip(before[1:], after[1:], strict=True)]
+        strides = [
+            math.ceil(long / short) for long, short in zip(before[1:], after[1:], strict=True)
+        ]
         reached = tuple(
-            -(-long // stride) for long, stride in zip(before[1:], strides, strict=True)
+            math.ceil(long / stride) for long, stride in zip(before[1:], strides, strict=True)
         )
-        unfit = reached != after[1:]
-        refuse_if(
-            unfit,
-            f"stages must shrink images by a stride, got {before} to {after}; name others with stages=[…]",
-        )
-        same = before == after
-        self.project = (
-            nn.Identity()
-            if same
-            else nn.Conv2d(before[0], after[0], 1, stride=(strides[0], strides[1]))
-        )
-        self.field, self.solver, self.adjoint = Field(after[0]), solver, adjoint
+        if reached != after[1:]:
+            raise RegradError(
+                f"stages must shrink images by a stride, got {before} to {after}; "
+                "name others with stages=[…]"
+            )
+        self.project: nn.Module = nn.Identity()
+        if before != after:
+            stride = (strides[0], strides[1])
+            self.project = nn.Conv2d(before[0], after[0], 1, stride=stride)
+        self.field = Field(after[0])
+        self.solver = solver
+        self.adjoint = adjoint
         self.register_buffer("times", torch.tensor([0.0, 1.0]), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return b [B, C', H', W'] of h [B, C, H, W], both in the branch's precision."""
-        adjoint = (
-            self.adjoint and not self.field.pointwise.weight.requires_grad
-        )  # a fit needs the steps' own gradients
-        # Without the empty tuple the adjoint would write gradients into the field's parameters.
-        solve = partial(odeint_adjoint, adjoint_params=()) if adjoint else odeint
-        how = {"method": self.solver, "rtol": 1e-4, "atol": 1e-4}  # of adaptive solvers
-        return solve(self.field, self.project(hidden), self.times, **how)[-1]  # type: ignore[no-any-return]
+        solve = odeint
+        is_fitted = self.field.pointwise.weight.requires_grad
+        if self.adjoint and not is_fitted:  # a fit needs the gradients of the solver's own steps
+            # Without adjoint_params=() it would write gradients into the field's parameters.
+            solve = partial(odeint_adjoint, adjoint_params=())
+        states = solve(
+            self.field,
+            self.project(hidden),
+            self.times,
+            method=self.solver,
+            rtol=1e-4,  # both tolerances are for adaptive solvers
+            atol=1e-4,
+        )
+        return states[-1]  # type: ignore[no-any-return]

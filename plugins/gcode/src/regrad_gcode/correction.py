@@ -1,4 +1,4 @@
-"""GC-ODE: neural ODE branches beside the stages of a network add to the gradients of hidden states."""
+"""GC-ODE: neural ODE branches beside the stages of a network add to hidden states' gradients."""
 
 import copy
 import dataclasses
@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from regrad import Attachment, Correction
+from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
-from regrad.errors import refuse_if
 from regrad.hookspecs import Step
 from regrad.meter import change_and_cosine, compare
 from regrad.sharding import total_norm
+from regrad.signatures import takes
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from regrad_gcode.branch import Solver
@@ -28,7 +29,7 @@ UNSEEN = "'gcode' saw no forward of a stage; do not replace modules after attach
 
 
 class GCODE(Correction):
-    r"""Add the gradient flow of neural ODE branches beside the stages to hidden states (experimental).
+    r"""Add the gradient flow of neural ODE branches to hidden states (experimental).
 
     Beside each stage :math:`h_{i-1} \to h_i` a branch
     :math:`b_i = ODESolve(\varphi_i, P_i(h_{i-1}), t: 0 \to 1)` learns to follow it. The
@@ -38,18 +39,18 @@ class GCODE(Correction):
 
     Args:
         weight: :math:`\lambda` after the warm-up. At least 0.
-        warmup_steps: Optimizer steps over which :math:`\lambda` grows linearly from 0, which
-            it is in the first step. At least 1.
+        warmup_steps: Optimizer steps over which :math:`\lambda` grows linearly, from 0 in
+            the first step. At least 1.
         fit_every: Optimizer steps per fit of the branches. At least 1.
-        learning_rate: Of the branches' own Adam. Positive.
-        solver: torchdiffeq's method.
+        learning_rate: Learning rate of the branches' own Adam. Positive.
+        solver: Name of torchdiffeq's method.
         adjoint: Whether :math:`J_{branch}^\top g` solves the adjoint equation.
         norm: "keep" rescales each sample of the sum to its uncorrected norm.
         flow: "branch"; or "scale", the control: each sample of :math:`J_{stage}^\top g_i`
             scaled to the norm that the sum would have.
         stages: Names of modules in the order in which they are called; the input of the
             first one is h_0. Empty: found in the network.
-        seed: Of the branches' weights.
+        seed: Seed of the branches' weights.
 
     Raises:
         ValueError: If an option is out of its range.
@@ -58,8 +59,9 @@ class GCODE(Correction):
 
     Example:
         >>> import regrad, torch
-        >>> layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 8, 2, 2)]
-        >>> model = torch.nn.Sequential(*layers)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 8, 2, 2)
+        ... )
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> attachment = regrad.attach(model, optimizer, [GCODE(weight=0.2)])
 
@@ -80,7 +82,7 @@ class GCODE(Correction):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Options:
-        """How strongly, how the branches learn, where."""
+        """How strongly, how the branches learn, and where."""
 
         weight: float = 0.1
         warmup_steps: int = 400
@@ -94,56 +96,56 @@ class GCODE(Correction):
         seed: int = 0
 
         def __post_init__(self) -> None:
-            rules = (
-                ("weight", 0 <= self.weight < torch.inf, "be at least 0 and finite"),
-                ("warmup_steps", self.warmup_steps >= 1, "be at least 1"),
-                ("fit_every", self.fit_every >= 1, "be at least 1"),
-                ("learning_rate", 0 < self.learning_rate < torch.inf, "be positive and finite"),
-                (
-                    "norm",
-                    self.flow == "branch" or self.norm == "free",
-                    "be 'free' with flow='scale', the control",
-                ),
-                (
-                    "stages",
-                    len(self.stages) == len({*self.stages}) != 1,
-                    "be two or more different names",
-                ),
-                ("seed", self.seed >= 0, "be at least 0"),
-            )
-            for name, holds, rule in rules:
-                if not holds:
-                    raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
+            if not 0 <= self.weight < torch.inf:
+                raise ValueError(f"weight must be at least 0 and finite, got {self.weight!r}")
+            if self.warmup_steps < 1:
+                raise ValueError(f"warmup_steps must be at least 1, got {self.warmup_steps!r}")
+            if self.fit_every < 1:
+                raise ValueError(f"fit_every must be at least 1, got {self.fit_every!r}")
+            if not 0 < self.learning_rate < torch.inf:
+                raise ValueError(
+                    f"learning_rate must be positive and finite, got {self.learning_rate!r}"
+                )
+            if self.flow == "scale" and self.norm != "free":
+                raise ValueError(
+                    f"norm must be 'free' with flow='scale', the control, got {self.norm!r}"
+                )
+            if len(self.stages) == 1 or len({*self.stages}) < len(self.stages):
+                raise ValueError(f"stages must be two or more different names, got {self.stages!r}")
+            if self.seed < 0:
+                raise ValueError(f"seed must be at least 0, got {self.seed!r}")
 
+    @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.needs = dataclasses.replace(self.needs, warmup_steps=self.options.warmup_steps)
         self._pairs: dict[str, Pair] = {}
         self._kept: Mapping[str, Any] = {}
         self._passages: weakref.WeakSet[Passage] = weakref.WeakSet()
-        self._forwards, self._task = 0, -1
+        self._forwards = 0
+        self._task = -1
 
     def setup(self, attachment: Attachment) -> None:
-        """Refuse what cannot be right; the branches come after the first training forward, or with a state."""
-        refuse_if(
-            attachment.record is None, "'gcode' must see the stages of a model that is not compiled"
-        )
+        """Refuse what has no stages to see; branches come with the first forward, or a state."""
+        if attachment.record is None:
+            raise RegradError("'gcode' must see the stages of a model that is not compiled")
         modules = dict(attachment.model.named_modules())
         unknown = [name for name in map(str, self.options.stages) if name not in modules]
-        refuse_if(
-            unknown,
-            f"stages must name modules of the model, got {unknown}; it has {', '.join(modules)}",
-        )
+        if unknown:
+            raise RegradError(
+                f"stages must name modules of the model, got {unknown}; it has {', '.join(modules)}"
+            )
         attachment.hook_forward(attachment.model, self._after_forward)
-        kept, self._pairs, self._forwards = self.state_dict(), {}, 0
+        kept = self.state_dict()
+        self._pairs = {}
+        self._forwards = 0
         self.load_state_dict(kept)
 
     def _acts(self) -> bool:
-        return (
-            self.attachment is not None
-            and self.attachment.model.training
-            and torch.is_grad_enabled()
-        )
+        """Say whether this forward is one of training."""
+        if self.attachment is None or not self.attachment.model.training:
+            return False
+        return torch.is_grad_enabled()
 
     def _after_forward(self, _: nn.Module, __: Any, output: Any) -> None:
         """Build the branches when the first training forward has shown the stages."""
@@ -152,119 +154,122 @@ class GCODE(Correction):
         if not self._pairs:
             self._find()
         if self._forwards == 0:
-            self.attachment.reasons = (
-                *self.attachment.reasons,
-                f"'gcode' sees the stages {', '.join(self._pairs)}",
-            )
+            note = f"'gcode' sees the stages {', '.join(self._pairs)}"
+            self.attachment.reasons = (*self.attachment.reasons, note)
         self._forwards += 1
-        for leaf in tree_leaves(output) if self._fits(self.attachment.engine.applied) else ():
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._begin)  # type: ignore[no-untyped-call]
+        if self._fits(self.attachment.engine.applied):
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(self._begin)  # type: ignore[no-untyped-call]
 
     def _find(self) -> None:
-        """Make the pairs of the stages that were named or that the record shows."""
-        model, calls = self.attachment.model, self.attachment.record.calls
-        convolutions = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
-        ]
-        stages = [Stage(str(name), str(name)) for name in self.options.stages] or find_stages(
-            calls, convolutions
-        )
-        found = ", ".join(last for _, last in stages) or "none"
-        refuse_if(
-            len(stages) < 2,
-            f"'gcode' must find two stages or more, found {found}; name them with stages=[…]",
-        )
-        spans = {call.name: (call.inputs[:1], call.outputs[:1]) for call in reversed(calls)}
-        for first, last in stages:
-            shapes = (*spans.get(first, ((), ()))[0], *spans.get(last, ((), ()))[1])
-            images = [len(shape) for shape in shapes] == [4, 4]
-            refuse_if(
-                not images,
-                f"stages must take and give images [B, C, H, W]; {last!r} takes and gives {shapes}",
+        """Make the pairs of the stages that were named, or that the record shows."""
+        calls = self.attachment.record.calls
+        stages = [Stage(str(name), str(name)) for name in self.options.stages]
+        if not stages:
+            modules = self.attachment.model.named_modules()
+            convolutions = [name for name, module in modules if isinstance(module, nn.Conv2d)]
+            stages = find_stages(calls, convolutions)
+        if len(stages) < 2:
+            found = ", ".join(stage.last for stage in stages) or "none"
+            raise RegradError(
+                f"'gcode' must find two stages or more, found {found}; name them with stages=[…]"
             )
-            self._build(Stage(first, last), (shapes[0][1:], shapes[1][1:]))
+        first_inputs = {call.name: call.inputs[:1] for call in reversed(calls)}
+        first_outputs = {call.name: call.outputs[:1] for call in reversed(calls)}
+        for stage in stages:
+            shapes = (*first_inputs.get(stage.first, ()), *first_outputs.get(stage.last, ()))
+            if [len(shape) for shape in shapes] != [4, 4]:
+                raise RegradError(
+                    "stages must take and give images [B, C, H, W]; "
+                    f"{stage.last!r} takes and gives {shapes}"
+                )
+            self._build(stage, (shapes[0][1:], shapes[1][1:]))
 
     def _build(self, stage: Stage, shapes: tuple[Shape, Shape]) -> None:
         """Make the pair of a stage and hook it."""
-        model, name = self.attachment.model, "..".join(dict.fromkeys(stage))
-        first, last = (model.get_submodule(part) for part in stage)
+        model = self.attachment.model
+        first = model.get_submodule(stage.first)
+        last = model.get_submodule(stage.last)
+        name = stage.first if stage.first == stage.last else f"{stage.first}..{stage.last}"
         like = next(last.parameters(), next(model.parameters()))
-        pair = self._pairs[name] = Pair(
-            name, shapes, self.options, self.options.seed + len(self._pairs), like
-        )
+        seed = self.options.seed + len(self._pairs)
+        pair = Pair(name, shapes, self.options, seed, like)
+        self._pairs[name] = pair
         self.attachment.hook_forward(first, partial(self._enter, pair))
         self.attachment.hook_forward(last, partial(self._leave, pair))
 
     def _enter(self, pair: Pair, _: nn.Module, inputs: Any, __: Any) -> None:
+        """Keep what goes into the stage."""
         pair.entered = next(iter(tree_leaves(inputs)), None) if self._acts() else None
 
     def _leave(self, pair: Pair, _: nn.Module, __: Any, output: Any) -> None:
         """Let the backward of this forward through the stage inject, once."""
         if not self._acts():
             return
-        before, after, pair.entered = pair.entered, tree_leaves(output)[0], None
-        refuse_if(self._forwards > 1 and before is None and pair.passages == 0, WHOLE)
-        pair.passages += before is not None
-        if before is None or not (before.requires_grad and after.requires_grad):
+        before = pair.entered
+        after = tree_leaves(output)[0]
+        pair.entered = None
+        if before is None:
+            if self._forwards > 1 and pair.passages == 0:
+                raise RegradError(WHOLE)
             return
-        origin, end = (torch.autograd.graph.get_gradient_edge(tensor) for tensor in (before, after))
-        mark, marks = (
-            f"gcode {id(pair)} {origin.output_nr}",
-            cast("dict[str, bool]", origin.node.metadata),
-        )
-        if (
-            mark in marks and torch._C._current_graph_task_id() != -1
-        ):  # a checkpoint runs the stage again in backward
+        pair.passages += 1
+        if not (before.requires_grad and after.requires_grad):
             return
-        marks[mark] = True
-        fits = self._fits(self.attachment.engine.applied)
-        sample = (
-            (before.detach().clone(), after.detach().clone()) if fits else None
-        )  # what follows may write in place
+        if _is_repeated(pair, get_gradient_edge(before)):
+            return
+        end = get_gradient_edge(after)
+        sample = None
+        if self._fits(self.attachment.engine.applied):
+            # Copies, since what follows may write in place.
+            sample = (before.detach().clone(), after.detach().clone())
         passage = Passage(before.detach(), end.output_nr, after._is_view(), sample)
         self._passages.add(passage)
-        # Hooks of a tensor run in the order of their coming, those of its node after them: only there is
-        # the gradient complete, for the next pair's injection is a hook of the same tensor and comes later.
+        # A tensor's hooks run in the order in which they were registered, those of its node after
+        # them. Only there is the gradient complete: the next pair injects by a hook of the same
+        # tensor, which is registered later.
         end.node.register_prehook(partial(self._keep, pair, passage))
         before.register_hook(partial(self._inject, pair, passage))  # type: ignore[no-untyped-call]
 
     def _begin(self, _: Tensor) -> None:
-        """Forget earlier micro-batches if there is no gradient of theirs: their step was taken, or was skipped."""
-        task, self._task = self._task, torch._C._current_graph_task_id()
-        if task != self._task and self.attachment is not None:
-            norm = total_norm(
-                [p.grad for p in self.attachment.model.parameters() if p.grad is not None]
-            )
-            for pair in self._pairs.values():
-                pair.forget(norm == 0)
+        """Forget earlier micro-batches if no gradient of theirs is left: their step is over."""
+        last = self._task
+        self._task = torch._C._current_graph_task_id()
+        if self._task == last or self.attachment is None:
+            return
+        parameters = self.attachment.model.parameters()
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        for pair in self._pairs.values():
+            pair.forget(norm == 0)
 
     def _keep(self, pair: Pair, passage: Passage, gradients: Sequence[Tensor | None]) -> None:
-        """Take the gradient when it is complete, with what the next pair adds to it, and what a fit needs."""
-        passage.gradient, sample, passage.sample = gradients[passage.index], passage.sample, None
+        """Take the complete gradient, with what the next pair adds to it, and what a fit needs."""
+        passage.gradient = gradients[passage.index]
+        sample = passage.sample
+        passage.sample = None
         if sample is not None and self.attachment is not None:
             pair.collect(*sample)
 
     def _inject(self, pair: Pair, passage: Passage, gradient: Tensor) -> Tensor | None:
         """Return the gradient of h before the stage with the branch's part."""
-        following, passage.gradient = passage.gradient, None
-        idle = passage.hidden is None or self.attachment is None or not self._strength()
-        lost = (
-            not idle and following is None and passage.is_view
-        )  # torch drops the hooks of a view that is written to
-        refuse_if(
-            lost,
-            f"stage {pair.name!r} ends in a view that is written in place; copy it, or name other stages",
-        )
-        if idle or passage.hidden is None or following is None:
+        following = passage.gradient
+        passage.gradient = None
+        if passage.hidden is None or self.attachment is None or not self._strength():
             return None
-        extra = self._strength() * pull_back(
-            pair.branch, passage.hidden, following, dtype=pair.dtype
-        )
-        scaled, kept = self.options.flow == "scale", self.options.norm == "keep"
-        corrected = (
-            scale_flow(gradient, extra) if scaled else add_flow(gradient, extra, keep_norm=kept)
-        )
+        if following is None:
+            if passage.is_view:  # torch drops the hooks of a view that is written to
+                raise RegradError(
+                    f"stage {pair.name!r} ends in a view that is written in place; "
+                    "copy it, or name other stages"
+                )
+            return None
+        flow = pull_back(pair.branch, passage.hidden, following, dtype=pair.dtype)
+        extra = self._strength() * flow
+        if self.options.flow == "scale":
+            corrected = scale_flow(gradient, extra)
+        else:
+            corrected = add_flow(gradient, extra, keep_norm=self.options.norm == "keep")
         engine = self.attachment.engine
         if engine.meter.due(self, engine.applied):
             pair.witnessed = gradient.detach(), corrected
@@ -273,78 +278,90 @@ class GCODE(Correction):
         return corrected
 
     def _strength(self) -> float:
-        return float(
-            self.options.weight
-            * min(1.0, self.attachment.engine.applied / self.options.warmup_steps)
-        )
+        """Return the weight of the branches in this step."""
+        share = min(1.0, self.attachment.engine.applied / self.options.warmup_steps)
+        return float(self.options.weight * share)
 
     def _fits(self, index: int) -> bool:
-        return index > 0 and (index + 1) % self.options.fit_every == 0  # the first step builds
+        """Say whether a step fits the branches; the first one builds them."""
+        return index > 0 and (index + 1) % self.options.fit_every == 0
 
     def _witness(self) -> None:
-        """Tell the meter what was measured in backward, when it is known that the step counts."""
-        before, after = {}, {}
+        """Tell the meter what was measured in backward, now that the step is known to count."""
+        before: dict[str, Tensor] = {}
+        after: dict[str, Tensor] = {}
         for name, pair in self._pairs.items():
-            if pair.witnessed is not None:
-                before[name], after[name] = pair.witnessed
-                row, pair.witnessed = compare([before[name]], [after[name]])[0], None
-                pair.seen["cosine"] = change_and_cosine(row)[1]
-                pair.seen["norm_ratio"] = row[3] / row[2].clamp_min(1e-19)
+            if pair.witnessed is None:
+                continue
+            before[name], after[name] = pair.witnessed
+            pair.witnessed = None
+            row = compare([before[name]], [after[name]])[0]
+            pair.seen["cosine"] = change_and_cosine(row)[1]
+            pair.seen["norm_ratio"] = row[3] / row[2].clamp_min(1e-19)
         self.attachment.engine.meter.observe(self.name, "hidden", before, after)
 
     def after_step(self, step: Step) -> None:
         """Fit the branches when it is time, and let go what the step held."""
-        refuse_if(
-            self._forwards > 1 and not any(pair.passages for pair in self._pairs.values()), UNSEEN
-        )
+        if self._forwards > 1 and not any(pair.passages for pair in self._pairs.values()):
+            raise RegradError(UNSEEN)
         self._witness()
-        for pair in self._pairs.values() if self._fits(step.index) else ():
-            pair.fit()
+        if self._fits(step.index):
+            for pair in self._pairs.values():
+                pair.fit()
         for passage in self._passages:
             passage.hidden = None
 
     def control(self, optimizer: torch.optim.Optimizer) -> Control | None:
-        """Return the same layers' gradients scaled as the branches scale them; none where norms are kept."""
-        scales = self.options.flow == "branch" and self.options.norm == "free"
-        changed = {
-            key: value
-            for key, value in vars(self.options).items()
-            if value != getattr(self.Options, key)
+        """Return the same gradients, scaled as the branches scale them; None if norms are kept."""
+        if self.options.flow == "scale" or self.options.norm == "keep":
+            return None
+        options = {
+            name: value
+            for name, value in vars(self.options).items()
+            if value != getattr(self.Options, name)
         }
-        written = ",".join(
-            f"{name}={_written(value)}" for name, value in {**changed, "flow": "scale"}.items()
-        )
-        return (
-            Control(name="scaled-flow", corrections=(f"{self.name}:{written}",)) if scales else None
-        )
+        options["flow"] = "scale"
+        written = ",".join(f"{name}={_written(value)}" for name, value in options.items())
+        return Control(name="scaled-flow", corrections=(f"{self.name}:{written}",))
 
     def metrics(self) -> dict[str, float]:
-        """Return per pair cosine and norm ratio of the stage's gradient and the corrected one, and the last fit."""
-        return {
-            f"{key}_{name}": v.item()
-            for name, pair in self._pairs.items()
-            for key, v in pair.seen.items()
-        }
+        """Return by pair how the corrected gradient compares with the stage's, and the last fit."""
+        numbers: dict[str, float] = {}
+        for name, pair in self._pairs.items():
+            for key, value in pair.seen.items():
+                numbers[f"{key}_{name}"] = value.item()
+        return numbers
 
     def state_dict(self) -> dict[str, Any]:
         """Return copies of the branches and their Adams, by stage."""
-        return {name: pair.state() for name, pair in self._pairs.items()} or copy.deepcopy(
-            dict(self._kept)
-        )
+        if not self._pairs:
+            return copy.deepcopy(dict(self._kept))
+        return {name: pair.state() for name, pair in self._pairs.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned; before attach it is kept until then."""
         self._kept = state
         if self.attachment is None:
             return
-        for name, kept in state.items() if not self._pairs else ():
-            self._build(Stage(name.partition("..")[0], name.rpartition("..")[2]), kept["shapes"])
-        stages, got = ", ".join(self._pairs), ", ".join(state)
-        refuse_if(
-            state and {*state} != {*self._pairs}, f"state must be of the stages {stages}, got {got}"
-        )
+        if not self._pairs:
+            for name, kept in state.items():
+                stage = Stage(name.partition("..")[0], name.rpartition("..")[2])
+                self._build(stage, kept["shapes"])
+        if state and {*state} != {*self._pairs}:
+            stages = ", ".join(self._pairs)
+            raise RegradError(f"state must be of the stages {stages}, got {', '.join(state)}")
         for name, kept in state.items():
             self._pairs[name].load(kept)
+
+
+def _is_repeated(pair: Pair, origin: GradientEdge) -> bool:
+    """Say whether a checkpoint runs the stage again in backward; mark a first forward."""
+    mark = f"gcode {id(pair)} {origin.output_nr}"
+    marks = cast("dict[str, bool]", origin.node.metadata)
+    if mark in marks and torch._C._current_graph_task_id() != -1:
+        return True
+    marks[mark] = True
+    return False
 
 
 def _written(value: Any) -> str:

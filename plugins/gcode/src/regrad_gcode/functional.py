@@ -73,17 +73,15 @@ def scale_flow(gradient: Tensor, extra: Tensor) -> Tensor:
         >>> scale_flow(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 8.0]]))  # |(5, 12)| / 5
         tensor([[ 7.8000, 10.4000]])
     """
-    return (gradient * _ratio(_sample_norms(gradient + extra), _sample_norms(gradient))).to(
-        gradient.dtype
-    )
+    scale = _ratio(_sample_norms(gradient + extra), _sample_norms(gradient))
+    return (gradient * scale).to(gradient.dtype)
 
 
 def _sample_norms(tensor: Tensor) -> Tensor:
     """Return norms [B, 1, …] in float32 at least."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(
-        tensor, dim=tuple(range(1, tensor.dim())), keepdim=True, dtype=dtype
-    )
+    dims = tuple(range(1, tensor.dim()))
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=dtype)
     return norms
 
 

@@ -33,7 +33,7 @@ class Passage:
 
 
 class Pair:
-    """A pair (h before, h after), its branch with an own Adam, and what was seen last.
+    """A pair (h before, h after), its branch with an Adam of its own, and what was seen last.
 
     Args:
         name: Of the stage between them.
@@ -45,7 +45,7 @@ class Pair:
     Attributes:
         dtype: What the branch computes in.
         entered: What went into the stage that is running.
-        sums: What the micro-batches of a step that fits have said so far, see `collect`.
+        sums: What `collect` added up over the micro-batches of a step that fits.
         witnessed: The gradient before and after the correction, in a measured step.
         passages: Forwards through the stage so far.
         seen: What the last measurements gave, by name.
@@ -62,22 +62,23 @@ class Pair:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # of the CPU alone: others are not forked
             branch = Branch(*shapes, solver=options.solver, adjoint=options.adjoint)
-        self.name, self.shapes = name, shapes
+        self.name = name
+        self.shapes = shapes
         self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.branch = branch.to(like.device, self.dtype).requires_grad_(False)
         self.adam = torch.optim.Adam(self.branch.parameters(), lr=options.learning_rate)
         self.seen: dict[str, Tensor] = {}
-        for parameter in self.branch.parameters() if is_distributed() else ():
-            distributed.broadcast(parameter, 0)
+        if is_distributed():
+            for parameter in self.branch.parameters():
+                distributed.broadcast(parameter, 0)
 
     def forget(self, condition: Tensor) -> None:
-        """Let go what micro-batches said, where the condition holds: they belong to no step that will be taken."""
-        self.sums = [
-            torch.where(condition.to(kept.device), 0, kept) for kept in self.sums
-        ]  # 0 × infinity is NaN
+        """Drop the sums where the condition holds: they belong to no step that will be taken."""
+        # Not multiplied: 0 × infinity is NaN.
+        self.sums = [torch.where(condition.to(kept.device), 0, kept) for kept in self.sums]
 
     def collect(self, before: Tensor, after: Tensor) -> None:
-        """Add what a micro-batch says of the branch: the gradients of the sum of (b − h)², and of how many numbers."""
+        """Add one micro-batch: the gradients of the sum of (b − h)² and its number of elements."""
         self.branch.requires_grad_(True)
         with torch.enable_grad(), torch.autocast(before.device.type, enabled=False):
             errors = self.branch(before.to(self.dtype)) - after.to(self.dtype)
@@ -85,17 +86,19 @@ class Pair:
         self.branch.requires_grad_(False)
         self.seen["fit_loss"] = errors.detach().square().mean()
         new = [*gradients, torch.full_like(self.seen["fit_loss"], after.numel())]
-        self.sums = (
-            [one + other for one, other in zip(new, self.sums, strict=True)] if self.sums else new
-        )
+        if self.sums:
+            new = [one + other for one, other in zip(new, self.sums, strict=True)]
+        self.sums = new
 
     def fit(self) -> None:
-        """Take one step of the branch towards its stage, with the ranks' mean of the gradient of mean (b − h)²."""
-        parameters, sums, self.sums = [*self.branch.parameters()], self.sums, []
-        *gradients, count = sums or [
-            *map(torch.zeros_like, parameters),
-            torch.ones(()),
-        ]  # this rank saw nothing
+        """Take one step of the branch along the ranks' mean of the gradient of mean (b − h)²."""
+        parameters = list(self.branch.parameters())
+        if self.sums:
+            *gradients, count = self.sums
+        else:  # this rank saw nothing
+            gradients = [torch.zeros_like(parameter) for parameter in parameters]
+            count = torch.ones(())
+        self.sums = []
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = (gradient / count.clamp_min(1)).contiguous()
             if is_distributed():

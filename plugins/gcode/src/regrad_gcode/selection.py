@@ -1,4 +1,4 @@
-"""Where the stages of a network begin and end, read from the record of the first training forward."""
+"""Where the stages of a network begin and end, from the record of the first training forward."""
 
 import math
 import re
@@ -15,7 +15,7 @@ NUMBERED = re.compile(r"(.*?)layer(\d+)")
 
 
 class Stage(NamedTuple):
-    """Modules by whose input and output a stage is known; one and the same, where one holds it."""
+    """The modules whose input and output are a stage's; the same one if it is the whole stage."""
 
     first: str
     last: str
@@ -37,10 +37,14 @@ def find_stages(calls: Sequence[Call], convolutions: Collection[str]) -> list[St
         Stages; few or none where the network shows no more.
     """
     spans = {call.name: (_size(call.inputs), _size(call.outputs)) for call in reversed(calls)}
-    matches = ((name, NUMBERED.fullmatch(name)) for name, span in spans.items() if all(span))
-    numbered = sorted((match[1], int(match[2]), name) for name, match in matches if match)
-    for _, beside in groupby(numbered, key=lambda row: row[0]):
-        if len(names := [name for *_, name in beside]) > 1:
+    numbered: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for name, span in spans.items():
+        match = NUMBERED.fullmatch(name)
+        if match and all(span):
+            numbered[match[1]].append((int(match[2]), name))
+    for prefix in sorted(numbered):
+        names = [name for _, name in sorted(numbered[prefix])]
+        if len(names) > 1:
             return [Stage(name, name) for name in names]
     return _runs(calls, spans, convolutions)
 
@@ -48,24 +52,31 @@ def find_stages(calls: Sequence[Call], convolutions: Collection[str]) -> list[St
 def _runs(
     calls: Sequence[Call], spans: Mapping[str, Span], convolutions: Collection[str]
 ) -> list[Stage]:
-    """Return the runs of units with one output size that hold a convolution, those of the stem left out."""
+    """Return the runs of units with one output size that hold a convolution, without the stem."""
+    path: list[str] = []
+    for name in _units("", _children(calls, spans), spans):
+        before, after = spans[name]
+        is_beside = path and math.prod(before) > math.prod(spans[path[-1]][1])
+        if before and after and not is_beside:
+            path.append(name)
+    learned = {name for name in path if any(f"{c}.".startswith(f"{name}.") for c in convolutions)}
+    places = [index for index, name in enumerate(path) if name in learned]
+    if len(places) < 2:
+        return []
+    behind_stem = path[places[1] :]
+    runs = [list(run) for _, run in groupby(behind_stem, key=lambda name: spans[name][1])]
+    return [Stage(run[0], run[-1]) for run in runs if learned.intersection(run)]
+
+
+def _children(calls: Sequence[Call], spans: Mapping[str, Span]) -> dict[str, list[str]]:
+    """Return by module the nearest modules inside it that were called, in call order."""
     children: dict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(call.name for call in calls):
         parent = name.rpartition(".")[0]
         while parent and parent not in spans:  # a list of modules is never called itself
             parent = parent.rpartition(".")[0]
         children[parent].append(name)
-    path: list[str] = []
-    for name in _units("", children, spans):
-        before, after = spans[name]
-        if before and after and not (path and math.prod(before) > math.prod(spans[path[-1]][1])):
-            path.append(name)
-    learned = {name for name in path if any(f"{c}.".startswith(f"{name}.") for c in convolutions)}
-    second = [*(index for index, name in enumerate(path) if name in learned), len(path), len(path)][
-        1
-    ]
-    runs = [list(run) for _, run in groupby(path[second:], key=lambda name: spans[name][1])]
-    return [Stage(run[0], run[-1]) for run in runs if learned.intersection(run)]
+    return children
 
 
 def _units(
@@ -74,11 +85,9 @@ def _units(
     """Yield the largest modules within which the image changes its size once at most."""
     for name in children.get(parent, ()):
         before, after = spans[name]
-        sizes = {size for inner, (_, size) in spans.items() if inner.startswith(f"{name}.")} - {
-            before,
-            (),
-        }
-        if len({size for size in sizes if math.prod(size) >= math.prod(after)}) > 1:
+        sizes = {span[1] for inner, span in spans.items() if inner.startswith(f"{name}.")}
+        new = sizes - {before, ()}
+        if len({size for size in new if math.prod(size) >= math.prod(after)}) > 1:
             yield from _units(name, children, spans)
         else:
             yield name

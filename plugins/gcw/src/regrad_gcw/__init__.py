@@ -1,4 +1,4 @@
-"""GC-W, an offset on weight gradients learned from the training history, as a correction for regrad."""
+"""GC-W, an offset on gradients learned from the training history, as a correction for regrad."""
 
 from regrad_gcw.correction import GCW
 

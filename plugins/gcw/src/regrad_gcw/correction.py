@@ -1,27 +1,26 @@
-"""GC-W: an offset on weight gradients, learned from how earlier offsets agreed with later gradients."""
+"""GC-W: an offset on gradients, learned from how earlier offsets agreed with later gradients."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from regrad import Attachment, Correction
+from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
-from regrad.errors import refuse_if
 from regrad.hookspecs import Step
+from regrad.optimizers import first_moment_key, looks_ahead, nesterov_control
 from regrad.sharding import local
+from regrad.signatures import takes
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
 from regrad_gcw.functional import HIGHEST, LOWEST, offset
 from regrad_gcw.selection import convolutions_of, matches, stage_ends
 from regrad_gcw.slots import DECAYS, Memory, fit
 
-WITH_FIRST_MOMENT = (Adam, AdamW, RAdam, Adamax)
-
 
 class GCW(Correction):
-    r"""Add a learned offset to the gradients of the layers before each down-sampling (experimental).
+    r"""Add a learned offset to the gradients of the layers before down-sampling (experimental).
 
     Per selected tensor :math:`\hat g = g + \sum_k a_k\,(g - M_k)`, with the slots
     :math:`M_1 = g_{t-1}` ("last") and two moving averages of the gradients before t
@@ -40,10 +39,10 @@ class GCW(Correction):
         predictor: "slot", "attention", or "prior" (nothing is learned).
         fit_target: Fit to the "next" gradient, or in "hindsight" to the mean of the
             `fit_every` gradients that follow.
-        target: "moment" corrects the first moment where the optimizer has one that is
-            known, `.grad` elsewhere; "gradient" always `.grad`.
+        target: "moment" corrects the first moment where it is known, and `.grad`
+            elsewhere; "gradient" always corrects `.grad`.
         norm: "keep" rescales ĝ to the norm of g, "free" does not.
-        gate: Whether the gate may go back to the prior, or switch off.
+        gate: Whether the gate may go back to the prior or switch the offset off.
         warmup_steps: Optimizer steps in which ĝ = g. At least 0.
         fit_every: K, steps per window. At least 1.
         allow_double_lookahead: Permit an optimizer that takes a Nesterov step itself
@@ -51,9 +50,9 @@ class GCW(Correction):
 
     Raises:
         ValueError: If an option is out of its range.
-        RegradError: At attach, on an optimizer that already looks ahead, on names that
-            the model does not have; at attach or at the first step, on a model without
-            stages.
+        RegradError: At attach, on an optimizer that already looks ahead or on names
+            that the model does not have; at attach or at the first step, on a model
+            without stages.
 
     Example:
         >>> import regrad, torch
@@ -96,90 +95,93 @@ class GCW(Correction):
         allow_double_lookahead: bool = False
 
         def __post_init__(self) -> None:
-            listed = isinstance(self.layers, tuple) and self.layers != ()
-            rules = (
-                (
-                    "layers",
-                    listed or self.layers in ("stages", "all"),
-                    "be 'stages', 'all' or a list of names",
-                ),
-                (
-                    "slots",
-                    0 < len(self.slots) == len({*self.slots} & {*DECAYS}),
-                    f"be some of {', '.join(DECAYS)}",
-                ),
-                ("prior", self.prior is None or LOWEST <= self.prior <= HIGHEST, "be in [-1, 2]"),
-                ("warmup_steps", self.warmup_steps >= 0, "be at least 0"),
-                ("fit_every", self.fit_every >= 1, "be at least 1"),
-            )
-            for name, holds, rule in rules:
-                if not holds:
-                    raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
+            is_list = isinstance(self.layers, tuple) and self.layers != ()
+            if not is_list and self.layers not in ("stages", "all"):
+                raise ValueError(
+                    f"layers must be 'stages', 'all' or a list of names, got {self.layers!r}"
+                )
+            known = {*self.slots} & {*DECAYS}
+            if not self.slots or len(self.slots) != len(known):
+                raise ValueError(f"slots must be some of {', '.join(DECAYS)}, got {self.slots!r}")
+            if self.prior is not None and not LOWEST <= self.prior <= HIGHEST:
+                raise ValueError(f"prior must be in [-1, 2], got {self.prior!r}")
+            if self.warmup_steps < 0:
+                raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps!r}")
+            if self.fit_every < 1:
+                raise ValueError(f"fit_every must be at least 1, got {self.fit_every!r}")
 
+    @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        chosen = self.options
-        shared: dict[str, Any] = {"exclusive": ()} if chosen.allow_double_lookahead else {}
-        if chosen.layers != "stages":
-            shared |= {"record": False, "reads": ("tensor", "moments")}
-        self.needs = replace(self.needs, warmup_steps=chosen.warmup_steps, **shared)
+        self.needs = replace(self.needs, warmup_steps=self.options.warmup_steps)
+        if self.options.allow_double_lookahead:
+            self.needs = replace(self.needs, exclusive=())
+        if self.options.layers != "stages":
+            self.needs = replace(self.needs, record=False, reads=("tensor", "moments"))
         self._memories: dict[str, Memory] = {}
         self._stage_ends: set[Any] | None = None
 
     def setup(self, attachment: Attachment) -> None:
         """Refuse an optimizer that already looks ahead, and layers that are not there."""
-        groups, layers = attachment.optimizer.param_groups, self.options.layers
-        ahead = isinstance(attachment.optimizer, NAdam) or any(
-            group.get("nesterov") for group in groups
-        )
-        kind, mend = (
-            type(attachment.optimizer).__name__,
-            "use nesterov=False, or allow_double_lookahead=True",
-        )
-        ahead = ahead and not self.options.allow_double_lookahead
-        refuse_if(ahead, f"'gcw' on {kind} with a Nesterov step would look ahead twice; {mend}")
-        numbers = any(p.is_complex() for group in groups for p in group["params"])
-        refuse_if(
-            numbers,
-            "'gcw' has no rule for complex parameters; train them with a separate optimizer",
-        )
-        names = [name for name, _ in attachment.model.named_parameters()]
-        for pattern in layers if isinstance(layers, tuple) else ():
-            self._refuse_layers(
-                not any(matches(n, [pattern]) for n in names),
-                f"must name parameters, got {pattern!r}",
+        optimizer = attachment.optimizer
+        if looks_ahead(optimizer) and not self.options.allow_double_lookahead:
+            raise RegradError(
+                f"'gcw' on {type(optimizer).__name__} with a Nesterov step would look ahead twice; "
+                "use nesterov=False, or allow_double_lookahead=True"
             )
-        if layers == "stages":
-            self._refuse_layers(attachment.record is None, "must be named in a compiled model")
-            self._refuse_layers(
-                not convolutions_of(attachment.model), "must be named in a model without stages"
-            )
+        for group in optimizer.param_groups:
+            if any(parameter.is_complex() for parameter in group["params"]):
+                raise RegradError(
+                    "'gcw' has no rule for complex parameters; train them with a separate optimizer"
+                )
+        self._check_layers(attachment)
 
-    def _refuse_layers(self, condition: object, rule: str) -> None:
-        weights = (name for name, p in self.attachment.model.named_parameters() if p.dim() > 1)
-        refuse_if(
-            condition,
-            f"layers {rule}; it has {', '.join(n.removesuffix('.weight') for n in weights)}",
-        )
+    def _check_layers(self, attachment: Attachment) -> None:
+        """Raise `RegradError` where the model has no such layers."""
+        layers = self.options.layers
+        if layers == "all":
+            return
+        if layers == "stages":
+            if attachment.record is None:
+                raise self._layers_error("must be named in a compiled model")
+            if not convolutions_of(attachment.model):
+                raise self._layers_error("must be named in a model without stages")
+            return
+        names = [name for name, _ in attachment.model.named_parameters()]
+        for pattern in layers:
+            if not any(matches(name, [pattern]) for name in names):
+                raise self._layers_error(f"must name parameters, got {pattern!r}")
+
+    def _layers_error(self, rule: str) -> RegradError:
+        """Return the error that says what layers the model has."""
+        weights = [
+            name.removesuffix(".weight")
+            for name, parameter in self.attachment.model.named_parameters()
+            if parameter.dim() > 1
+        ]
+        return RegradError(f"layers {rule}; it has {', '.join(weights)}")
 
     def selects(self, name: str, parameter: Tensor) -> bool:
-        """Say whether a parameter is one of `layers`; of stages nothing is known before the first forward."""
+        """Say whether a parameter is in `layers`; stages are not known before the first forward."""
         layers = self.options.layers
+        if layers == "all":
+            return True
         if layers != "stages":
-            return layers == "all" or matches(name, layers)
-        if (
-            self._stage_ends is None
-            and self.attachment is not None
-            and self.attachment.record.calls
-        ):
-            modules = convolutions_of(self.attachment.model)
-            ends = {
-                getattr(modules[end], "weight", None)
-                for end in stage_ends(self.attachment.record.calls, modules)
-            }
-            self._stage_ends = {weight for weight in ends if isinstance(weight, nn.Parameter)}
-            self._refuse_layers(not self._stage_ends, "must be named in a model without stages")
-        return parameter in (self._stage_ends or ())
+            return matches(name, layers)
+        if self._stage_ends is None:
+            self._find_stage_ends()
+        return self._stage_ends is not None and parameter in self._stage_ends
+
+    def _find_stage_ends(self) -> None:
+        """Read the stages from the record, once there is one."""
+        if self.attachment is None or not self.attachment.record.calls:
+            return
+        convolutions = convolutions_of(self.attachment.model)
+        ends = stage_ends(self.attachment.record.calls, convolutions)
+        weights = [getattr(convolutions[end], "weight", None) for end in ends]
+        self._stage_ends = {weight for weight in weights if isinstance(weight, nn.Parameter)}
+        if not self._stage_ends:
+            raise self._layers_error("must be named in a model without stages")
 
     def correct_gradients(self, step: Step) -> None:
         """Add the offset to `.grad` where no first moment takes it."""
@@ -188,42 +190,64 @@ class GCW(Correction):
                 local(parameter.grad).add_(self._offset(parameter, memory))
 
     def correct_moments(self, step: Step) -> None:
-        """Add the offset to the first moment, so that after its decay it counts as in the gradient."""
+        """Add the offset to the first moment so that, decayed, it counts as in the gradient."""
         for parameter, memory in self._advanced(step, moment=True):
-            group, moment = step.group_of(parameter), step.optimizer.state[parameter].get("exp_avg")
-            if step.index >= self.options.warmup_steps and moment is not None:
-                kept = float(group["betas"][0])
-                factor = (-1.0 if group.get("maximize") else 1.0) * (1 - kept) / kept
-                local(moment).add_(self._offset(parameter, memory), alpha=factor)
+            moment = step.optimizer.state[parameter].get("exp_avg")
+            if step.index < self.options.warmup_steps or moment is None:
+                continue
+            group = step.group_of(parameter)
+            kept = float(group["betas"][0])
+            sign = -1.0 if group.get("maximize") else 1.0
+            factor = sign * (1 - kept) / kept
+            local(moment).add_(self._offset(parameter, memory), alpha=factor)
 
     def _advanced(self, step: Step, *, moment: bool) -> Iterator[tuple[Any, Memory]]:
-        """Take the new gradients of one kind of tensor into their memories, and yield these."""
-        options = self.options
-        for name, parameter in zip(step.names, step.parameters, strict=True):
-            group = step.group_of(parameter)
-            if (
-                not self.selects(name, parameter)
-                or parameter.grad is None
-                or self._in_moment(step, group) != moment
-            ):
-                continue
-            gradient = local(parameter.grad)
-            if name not in self._memories:
-                rows = options.fit_every if options.fit_target == "next" else None
-                attention = options.predictor == "attention"
-                self._memories[name] = Memory.begin(
-                    gradient, self._prior(group), rows=rows, attention=attention
-                )
-            memory = self._memories[name].of_(parameter)
-            memory.prior = self._prior(group)
-            if step.index > options.warmup_steps and memory.seen:
-                memory.witness(gradient)
-            memory.take(gradient, [DECAYS[slot] for slot in options.slots])
-            yield parameter, memory
+        """Take the step's gradients into their memories and yield these with their parameters.
 
-    def _in_moment(self, step: Step, group: Mapping[str, Any]) -> bool:
-        known = type(step.optimizer) in WITH_FIRST_MOMENT and self.options.target == "moment"
-        return known and float(group["betas"][0]) > 0
+        Args:
+            step: The step.
+            moment: True for the tensors whose first moment is corrected, False for those
+                whose gradient is.
+        """
+        for name, parameter in step.named_parameters():
+            if not self.selects(name, parameter) or parameter.grad is None:
+                continue
+            if self._corrects_moment_of(parameter, step) == moment:
+                yield parameter, self._advance(name, parameter, parameter.grad, step)
+
+    def _corrects_moment_of(self, parameter: nn.Parameter, step: Step) -> bool:
+        """Say whether a parameter's first moment is corrected, not its gradient.
+
+        That is where the gradient is read through the first moment alone.
+        """
+        if self.options.target != "moment" or looks_ahead(step.optimizer):
+            return False
+        if first_moment_key(step.optimizer) != "exp_avg":
+            return False
+        return float(step.group_of(parameter)["betas"][0]) > 0
+
+    def _advance(self, name: str, parameter: nn.Parameter, gradient: Tensor, step: Step) -> Memory:
+        """Take the gradient of one parameter into its memory, and return this."""
+        gradient = local(gradient)
+        prior = self._prior(step.group_of(parameter))
+        if name not in self._memories:
+            self._memories[name] = self._new_memory(gradient, prior)
+        memory = self._memories[name].of_(parameter)
+        memory.prior = prior
+        if step.index > self.options.warmup_steps and memory.seen:
+            memory.witness(gradient)
+        memory.take(gradient, [DECAYS[slot] for slot in self.options.slots])
+        return memory
+
+    def _new_memory(self, gradient: Tensor, prior: list[float]) -> Memory:
+        """Return an empty memory for a tensor."""
+        is_hindsight = self.options.fit_target == "hindsight"
+        return Memory.begin(
+            gradient,
+            prior,
+            rows=None if is_hindsight else self.options.fit_every,
+            attention=self.options.predictor == "attention",
+        )
 
     def _prior(self, group: Mapping[str, Any]) -> list[float]:
         """Return the coefficients before learning: the momentum on the last gradient."""
@@ -233,39 +257,43 @@ class GCW(Correction):
         return [float(momentum) if slot == "last" else 0.0 for slot in self.options.slots]
 
     def _offset(self, parameter: Any, memory: Memory) -> Tensor:
-        slots, used, kept = (
+        """Return what is added to the gradient of a parameter."""
+        return offset(
+            local(parameter.grad),
             memory.tensors["history"][1:],
             memory.tensors["used"],
-            self.options.norm == "keep",
+            keep_norm=self.options.norm == "keep",
+            whole=memory.whole,
         )
-        return offset(local(parameter.grad), slots, used, keep_norm=kept, whole=memory.whole)
 
     def after_step(self, step: Step) -> None:
         """Fit coefficients and gates at the end of a window."""
-        since, options = step.index - self.options.warmup_steps, self.options
-        memories = (
-            (self._memories.get(n), p) for n, p in zip(step.names, step.parameters, strict=True)
-        )
-        due = [memory.of_(parameter) for memory, parameter in memories if memory and memory.rows]
-        if due and since % options.fit_every == 0:  # before the end of the warm-up nothing is due
+        options = self.options
+        if (step.index - options.warmup_steps) % options.fit_every != 0:
+            return
+        due = []
+        for name, parameter in step.named_parameters():
+            memory = self._memories.get(name)
+            if memory is not None and memory.rows:  # none has rows before the warm-up is over
+                due.append(memory.of_(parameter))
+        if due:
             fit(due, predictor=options.predictor, gated=options.gate)
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which the prior is, on SGD with momentum."""
-        groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(
-            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
-        )
-        return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
+        return nesterov_control(optimizer)
 
     def metrics(self) -> dict[str, float]:
-        """Return the learned coefficients, means over the tensors, and the shares that the gate lets through."""
+        """Return the learned coefficients and the shares that the gate lets through, on average."""
+        if not self._memories:
+            return {}
         names = [*(f"a_{slot}" for slot in self.options.slots), "share_learned", "share_on"]
         rows = [
-            torch.cat([m.tensors["learned"], m.tensors["gate"]]).double().cpu()
-            for m in self._memories.values()
+            torch.cat([memory.tensors["learned"], memory.tensors["gate"]]).double().cpu()
+            for memory in self._memories.values()
         ]
-        return dict(zip(names, torch.stack(rows).mean(dim=0).tolist(), strict=True)) if rows else {}
+        means = torch.stack(rows).mean(dim=0).tolist()
+        return dict(zip(names, means, strict=True))
 
     def idle_reason(self) -> str:
         """Say why no gradient may have changed."""

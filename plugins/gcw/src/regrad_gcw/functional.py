@@ -3,8 +3,9 @@ r"""Slots, offset, evidence and fits of GC-W, as functions of tensors.
 Symbols: g the gradient of one tensor at step t, flat, N numbers; g' the gradient that
 follows; S slots :math:`M_1 \ldots M_S`; coefficients a, one per slot. A *history* has
 shape [S + 1, *]: g in row 0, the slots below. Where tensors are cut into shards, each
-process holds its part of a history, and inner products are added over the processes. A *Gram matrix* has shape
-[S + 2, S + 2]: inner products of g, the slots and g', in that order.
+process holds its part of a history, and inner products are added over the processes. A
+*Gram matrix* has shape [S + 2, S + 2]: inner products of g, the slots and g', in that
+order.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-WIDTH, FIT_STEPS, FIT_RATE = 8, 20, 1e-2
-LOWEST, HIGHEST, LOG_RATIO_BOUND = -1.0, 2.0, 10.0
+WIDTH = 8
+FIT_STEPS = 20
+FIT_RATE = 1e-2
+LOWEST = -1.0
+HIGHEST = 2.0
+LOG_RATIO_BOUND = 10.0
 Whole = Callable[[Tensor], Tensor]
 
 
@@ -39,8 +44,9 @@ def roll_(history: Tensor, gradient: Tensor, *, decays: Sequence[float], seen: i
         tensor([[7.],
                 [4.]])
     """
-    for slot, decay in zip(history[1:] if seen else (), decays, strict=False):
-        slot.lerp_(history[0], (1 - decay) / (1 - decay**seen))
+    if seen:
+        for slot, decay in zip(history[1:], decays, strict=True):
+            slot.lerp_(history[0], (1 - decay) / (1 - decay**seen))
     history[0].copy_(gradient).nan_to_num_(0.0, 0.0, 0.0)
 
 
@@ -72,20 +78,19 @@ def offset(
     raw = gradient.to(slots.dtype)
     with torch.autocast(slots.device.type, enabled=False):
         change = raw * coefficients.sum() - torch.mv(_flat(slots).T, coefficients).view(raw.shape)
-    if keep_norm:
-        parts = torch.stack(
-            [torch.linalg.vector_norm(part) for part in (raw, raw + change, change)]
-        )
-        old, new, moved = whole(parts.square()).sqrt()
-        factor = old / new.clamp_min(torch.finfo(raw.dtype).tiny)
-        # a coefficient of 0 stays the identity, bit for bit
-        change = ((raw + change) * factor - raw).masked_fill(moved == 0, 0.0)
-    return change
+    if not keep_norm:
+        return change
+    corrected = raw + change
+    parts = torch.stack([torch.linalg.vector_norm(part) for part in (raw, corrected, change)])
+    old, new, moved = whole(parts.square()).sqrt()
+    factor = old / new.clamp_min(torch.finfo(raw.dtype).tiny)
+    rescaled: Tensor = corrected * factor - raw
+    return rescaled.masked_fill(moved == 0, 0.0)  # coefficients of 0 change nothing, bit for bit
 
 
 def _flat(history: Tensor) -> Tensor:
     """Return [S, *] as [S, N]."""
-    return history[:, None].flatten(1)  # of no numbers and of scalars too
+    return history[:, None].flatten(1)  # the new dimension is for slots that are scalars
 
 
 @torch.no_grad()
@@ -105,11 +110,13 @@ def gram(history: Tensor, following: Tensor) -> Tensor:
                 [2., 1., 0.],
                 [3., 0., 9.]])
     """
-    rows, flat = _flat(history), following.reshape(-1).to(history.dtype)
+    rows = _flat(history)
+    flat = following.reshape(-1).to(history.dtype)
     with torch.autocast(history.device.type, enabled=False):
         side = torch.mv(rows, flat)
         top = torch.cat([rows @ rows.T, side[:, None]], dim=1)
-        return torch.cat([top, torch.cat([side, torch.dot(flat, flat)[None]])[None]])
+        bottom = torch.cat([side, torch.dot(flat, flat)[None]])
+        return torch.cat([top, bottom[None]])
 
 
 def _lengths(grams: Tensor) -> Tensor:
@@ -140,7 +147,9 @@ def evidence(grams: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def features(grams: Tensor) -> Tensor:
-    r"""Return what the attention reads, :math:`f_k = (\cos(M_k, g), \log|M_k|/|g|, \text{one-hot } k)`.
+    r"""Return what the attention reads of each slot.
+
+    .. math:: f_k = (\cos(M_k, g),\ \log|M_k|/|g|,\ \text{one-hot } k)
 
     Args:
         grams: Shape [*, S + 2, S + 2].
@@ -153,11 +162,14 @@ def features(grams: Tensor) -> Tensor:
     length = _lengths(grams)[..., :members]
     cosine = (grams[..., 0, :members] / length / length[..., :1]).clamp(-1, 1)
     ratio = (length / length[..., :1]).log().clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    which = torch.eye(members, dtype=grams.dtype, device=grams.device).expand(
-        *cosine.shape, members
-    )
+    one_hot = torch.eye(members, dtype=grams.dtype, device=grams.device)
     return torch.cat(
-        [cosine.nan_to_num(0.0)[..., None], ratio.nan_to_num(0.0)[..., None], which], dim=-1
+        [
+            cosine.nan_to_num(0.0)[..., None],
+            ratio.nan_to_num(0.0)[..., None],
+            one_hot.expand(*cosine.shape, members),
+        ],
+        dim=-1,
     )
 
 
@@ -172,11 +184,15 @@ def fit_slot(coefficients: Tensor, cosines: Tensor) -> Tensor:
         >>> fit_slot(torch.tensor([[0.9]]), torch.tensor([[[0.5], [-0.1]]]))
         tensor([[1.]])
     """
-    return (coefficients + 0.5 * cosines.nanmean(dim=1).nan_to_num(0.0)).clamp(LOWEST, HIGHEST)
+    mean = cosines.nanmean(dim=1).nan_to_num(0.0)
+    return (coefficients + 0.5 * mean).clamp(LOWEST, HIGHEST)
 
 
 def attend(module: Sequence[Tensor], features: Tensor, prior: Tensor) -> Tensor:
-    r"""Return :math:`a_k = \text{prior}_k + \gamma\,(\mathrm{softmax}_k(q^\top W f_k/\sqrt 8) - 1/(S+1))`.
+    r"""Return the coefficients that the attention predicts.
+
+    .. math:: a_k = \text{prior}_k
+        + \gamma\,(\mathrm{softmax}_k(q^\top W f_k/\sqrt 8) - 1/(S+1))
 
     Args:
         module: q, shape [n, 8]; W, shape [n, 8, S + 3]; γ, shape [n], 0 returns the prior.
@@ -187,9 +203,8 @@ def attend(module: Sequence[Tensor], features: Tensor, prior: Tensor) -> Tensor:
         a, shape [n, S]; the slot that makes no offset takes its share of the softmax.
     """
     query, key, scale = module
-    logits = (
-        (query[:, None] * (features[..., None, :] * key[:, None]).sum(dim=-1)).sum(dim=-1)
-    ) / WIDTH**0.5
+    keys = (features[..., None, :] * key[:, None]).sum(dim=-1)
+    logits = (query[:, None] * keys).sum(dim=-1) / WIDTH**0.5
     share: Tensor = logits.softmax(dim=-1)[:, 1:] - 1 / features.shape[1]
     return prior + scale[:, None] * share
 
@@ -197,7 +212,9 @@ def attend(module: Sequence[Tensor], features: Tensor, prior: Tensor) -> Tensor:
 def fit_attention(
     module: Sequence[Tensor], features: Tensor, cosines: Tensor, prior: Tensor
 ) -> list[Tensor]:
-    r"""Return q, W, γ after 20 Adam steps on :math:`-\sum_k a_k \overline{c_k} + \tfrac12|a - \text{prior}|^2`.
+    r"""Return q, W, γ after 20 steps of Adam on the loss of a window.
+
+    .. math:: -\sum_k a_k \overline{c_k} + \tfrac12|a - \text{prior}|^2
 
     Args:
         module: q, shape [n, 8]; W, shape [n, 8, S + 3]; γ, shape [n].
@@ -208,7 +225,7 @@ def fit_attention(
     Returns:
         New q, W and γ. Adam starts afresh in every window, rate .01.
     """
-    learned = [t.detach().clone().requires_grad_() for t in module]
+    learned = [tensor.detach().clone().requires_grad_() for tensor in module]
     mean = cosines.nanmean(dim=1).nan_to_num(0.0)
     optimizer = torch.optim.Adam(learned, lr=FIT_RATE)
     with torch.enable_grad():
@@ -231,18 +248,18 @@ def gate(gains: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         gains: Shape [n, rows, 2]: of the prior, of the learned coefficients; NaN counts
-            as missing. Less than two known rows switch nothing off.
+            as missing. Fewer than two known rows switch nothing off.
 
     Returns:
-        Two of shape [n], boolean: use the learned ones; use any at all.
+        Two boolean tensors of shape [n]: whether to use the learned coefficients, and
+        whether to use any.
     """
     known = gains.isfinite().all(dim=-1, keepdim=True)
     count = known.sum(dim=1)
     mean = gains.where(known, 0.0).sum(dim=1) / count.clamp_min(1)
-    spread = (gains - mean[:, None]).where(known, 0.0).square().sum(dim=1) / (count - 1).clamp_min(
-        1
-    )
-    error = (spread / count.clamp_min(1)).sqrt().where(count > 1, torch.inf)
+    squares = (gains - mean[:, None]).where(known, 0.0).square()
+    variance = squares.sum(dim=1) / (count - 1).clamp_min(1)
+    error = (variance / count.clamp_min(1)).sqrt().where(count > 1, torch.inf)
     learned = mean[:, 1] > mean[:, 0]
     downhill = mean >= -error
     return learned, torch.where(learned, downhill[:, 1], downhill[:, 0])

@@ -1,6 +1,6 @@
-"""Which tensors GC-W acts on: the last convolution of every stage, or the layers that the user names."""
+"""Which tensors GC-W acts on: the last convolution of every stage, or the layers that are named."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from regrad.hooks import Call
@@ -12,12 +12,12 @@ Size = tuple[int, ...]
 def stage_ends(calls: Sequence[Call], convolutions: Collection[str]) -> list[str]:
     """Return the last convolution of every stage, in call order.
 
-    A stage is a run of convolutions at one size of the image; the end of the network
-    ends the last one (there the final pooling down-samples). A first convolution that
-    is alone at its size is a stem, not a stage. Two kinds of convolution stand beside
-    the path: one that reads a size already left (a shortcut), and one within a module
-    that gives back the size it got, at another size (squeeze and excitation). Where a
-    block down-samples in its middle, all of it belongs to the new stage.
+    A stage is a run of convolutions at one size of the image. The last stage ends with
+    the network, where the final pooling down-samples. A first convolution that is alone at
+    its size is a stem, not a stage. Two kinds of convolution stand beside the path: one
+    that reads a size already left (a shortcut), and one within a module that gives back the
+    size it got, at another size (squeeze and excitation). A block that down-samples in its
+    middle belongs to the new stage as a whole.
 
     Args:
         calls: The record of the first training forward.
@@ -30,30 +30,38 @@ def stage_ends(calls: Sequence[Call], convolutions: Collection[str]) -> list[str
     stages: list[list[str]] = [[]]
     now: Size | None = None
     left: set[Size] = set()
-    for name in (call.name for call in calls if call.name in convolutions):
+    for call in calls:
+        name = call.name
+        if name not in convolutions:
+            continue
         before, after = spans[name]
-        around = [
-            spans[name[:dot]]
-            for dot, mark in enumerate(name)
-            if mark == "." and name[:dot] in spans
-        ]
-        apart = any(entry == end != after for entry, end in around)
-        if apart or (before in left and before != now):
+        is_shortcut = before in left and before != now
+        if is_shortcut or _is_squeezed(name, spans):
             continue
         if now is not None and not before == after == now:
+            moved: list[str] = []
             block = name.rpartition(".")[0]
-            same = [
-                n
-                for n in stages[-1]
-                if spans.get(block) == (now, after) and n.startswith(block + ".")
-            ]
-            moved = same if len(same) < len(stages[-1]) else []
-            stages[-1] = [n for n in stages[-1] if n not in moved]
+            if spans.get(block) == (now, after):
+                moved = [member for member in stages[-1] if member.startswith(f"{block}.")]
+            if len(moved) == len(stages[-1]):  # nothing would be left of the old stage
+                moved = []
+            stages[-1] = [member for member in stages[-1] if member not in moved]
             stages.append(moved)
             left.add(now)
         stages[-1].append(name)
         now = after
-    return [stage[-1] for stage in (stages[1:] if len(stages[0]) == 1 else stages) if stage]
+    has_stem = len(stages[0]) == 1
+    return [stage[-1] for stage in stages[int(has_stem) :] if stage]
+
+
+def _is_squeezed(name: str, spans: Mapping[str, tuple[Size, Size]]) -> bool:
+    """Say whether a module around this one gives back the size it got, which is not this one's."""
+    after = spans[name][1]
+    for end, letter in enumerate(name):
+        around = spans.get(name[:end]) if letter == "." else None
+        if around is not None and around[0] == around[1] != after:
+            return True
+    return False
 
 
 def _size(shapes: Sequence[Size]) -> Size:
@@ -64,14 +72,14 @@ def _size(shapes: Sequence[Size]) -> Size:
 def convolutions_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the convolutions of a model by name, transposed ones left out."""
     return {
-        n: module
-        for n, module in model.named_modules()
+        name: module
+        for name, module in model.named_modules()
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     }
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Say whether a pattern (with `*`, `?`) is the name of a parameter or of the module that holds it.
+    """Say whether a pattern (with `*`, `?`) names a parameter or the module that holds it.
 
     Example:
         >>> matches("layer1.0.conv2.weight", ["layer1.*.conv2"])
@@ -79,6 +87,5 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
         >>> matches("layer1.0.conv2.weight", ["layer1"])
         False
     """
-    return any(
-        fnmatchcase(n, pattern) for pattern in patterns for n in (name, name.rpartition(".")[0])
-    )
+    holder = name.rpartition(".")[0]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(holder, pattern) for pattern in patterns)

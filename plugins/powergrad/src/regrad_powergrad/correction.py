@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regrad.correction import Control, Correction, Needs
 from regrad.correction import Options as NoOptions
+from regrad.signatures import takes
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
@@ -74,12 +75,16 @@ class PowerGrad(Correction):
 
     @dataclass(frozen=True, kw_only=True)
     class Options(NoOptions):
-        """What may be chosen."""
+        """How flat the softmax is."""
 
         alpha: float = 0.25
 
         def __post_init__(self) -> None:
             check_alpha(self.alpha)
+
+    @takes(Options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
 
     def wrap_criterion(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `criterion` with the corrected gradient; its settings and tensors stay the user's.
@@ -92,29 +97,29 @@ class PowerGrad(Correction):
         Raises:
             TypeError: If it is anything else.
         """
-        if isinstance(criterion, partial) and criterion.func is F.cross_entropy:
-            return partial(
-                _cross_entropy(self.options.alpha), *criterion.args, **criterion.keywords
-            )
+        alpha = self.options.alpha
         if criterion is F.cross_entropy:
-            return _cross_entropy(self.options.alpha)
+            return _cross_entropy(alpha)
+        if isinstance(criterion, partial) and criterion.func is F.cross_entropy:
+            return partial(_cross_entropy(alpha), *criterion.args, **criterion.keywords)
         if isinstance(criterion, PowerGradCrossEntropyLoss):
             raise TypeError(
-                "criterion must be plain cross entropy, got a PowerGradCrossEntropyLoss, which is PowerGrad already; "
-                "use it alone, or attach powergrad to an nn.CrossEntropyLoss"
+                "criterion must be plain cross entropy, got a PowerGradCrossEntropyLoss, which is "
+                "PowerGrad already; use it alone, or attach powergrad to an nn.CrossEntropyLoss"
             )
         if (
             isinstance(criterion, nn.CrossEntropyLoss)
             and type(criterion).forward is nn.CrossEntropyLoss.forward
         ):
-            return PowerGradOf(criterion, alpha=self.options.alpha)
+            return PowerGradOf(criterion, alpha=alpha)
         raise TypeError(
-            f"criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got {criterion!r}; "
-            "where a loss contains a cross entropy, put regrad_powergrad.PowerGradCrossEntropyLoss in its place there"
+            "criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got "
+            f"{criterion!r}; where a loss contains a cross entropy, put "
+            "regrad_powergrad.PowerGradCrossEntropyLoss in its place there"
         )
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return softmax(alpha z) of `logits` [C] or [N, C, ...]: the probabilities that were fitted."""
+        """Return softmax(alpha z) of `logits` [C] or [N, C, ...], the probabilities it fits."""
         return calibrated(logits, self.options.alpha)
 
     def control(self, optimizer: Optimizer) -> Control | None:
@@ -130,10 +135,10 @@ class PowerGrad(Correction):
         relatives).
 
         Without weight decay the two are equal: for SGD to rounding, for Adam's
-        relatives up to `eps` (and Adagrad's initial accumulator), except that
-        RAdam's first five steps are proportional. With weight decay they are equal
-        if the head's is divided by alpha and the body's, where it is coupled,
-        multiplied by alpha; a `Control` cannot say that yet.
+        relatives up to `eps` (and Adagrad's initial accumulator), except that RAdam's
+        first five steps are proportional. With weight decay they are equal if the
+        head's decay is divided by alpha and the body's, where it is coupled, multiplied
+        by alpha; a `Control` cannot say that yet.
         """
         alpha = self.options.alpha
         if alpha == 1 or type(optimizer) not in PROPORTIONAL + SCALE_INVARIANT:
@@ -145,7 +150,10 @@ class PowerGrad(Correction):
         """Say why the gradient may have stayed that of plain cross entropy."""
         if self.options.alpha == 1:
             return "alpha is 1, which is plain cross entropy"
-        return "the loop did not call attachment.criterion on logits that need a gradient in training mode"
+        return (
+            "the loop did not call attachment.criterion on logits that need a gradient "
+            "in training mode"
+        )
 
 
 class PowerGradOf(nn.Module):
@@ -160,21 +168,21 @@ class PowerGradOf(nn.Module):
         self.criterion = criterion
         self.alpha = alpha
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 - the names of nn.CrossEntropyLoss
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 - as in nn
         """Return the loss of logits `input`, shape [N, C, ...], against `target`."""
         return with_settings_of(self.criterion, input, target, alpha=self.alpha)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return softmax(alpha z) of `logits` [C] or [N, C, ...]: the probabilities that were fitted."""
+        """Return softmax(alpha z) of `logits` [C] or [N, C, ...], the probabilities it fits."""
         return calibrated(logits, self.alpha)
 
     def extra_repr(self) -> str:
-        """Return the options for `print`."""
+        """Return the options, for `repr`."""
         return f"alpha={self.alpha}"
 
 
 def _cross_entropy(alpha: float) -> Callable[..., Tensor]:
-    """Return a function that takes what `F.cross_entropy` takes, except its deprecated arguments."""
+    """Return a function like `F.cross_entropy`, without its deprecated arguments."""
 
     def cross_entropy(
         input: Tensor,  # noqa: A002 - the name in F.cross_entropy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 REDUCTIONS = ("none", "mean", "sum")
 
-# Elements worked on at once. On a CPU a tile and its temporaries should stay in the cache, but many small
-# parallel sections wait long for each other where other processes want the cores: 8 MiB in float32 is within
-# a tenth of the fastest on a quiet machine and far from the slowest on a busy one. On other devices a tile
-# only has to be long enough to hide the launch of its kernels.
+# Elements worked on at once. On a CPU a tile and its temporaries should stay in the cache, but
+# many small parallel sections wait long for each other where other processes want the cores.
+# 8 MiB in float32 is within a tenth of the fastest on a quiet machine and far from the slowest on
+# a busy one. On other devices a tile only has to hide the launch of its kernels.
 CPU_TILE = 2**21
 DEVICE_TILE = 2**24
 
@@ -64,8 +64,8 @@ def power_grad_cross_entropy(
 
     Args:
         logits: z, shape [C], [N, C] or [N, C, d1, ...], floating point. Must not
-            be changed in place before the backward pass. A DTensor under tensor
-            parallelism: cut along its classes, forward and backward belong into
+            be changed in place before the backward pass. For a DTensor that is cut
+            along its classes, run forward and backward inside
             `torch.distributed.tensor.parallel.loss_parallel()`.
         target: Class indices (int64 or uint8), shape [], [N] or [N, d1, ...], in
             [0, C) or `ignore_index`; or class probabilities q of the shape of
@@ -73,7 +73,7 @@ def power_grad_cross_entropy(
         alpha: :math:`\alpha`, the exponent, in (0, 1]; 1 delegates to
             `torch.nn.functional.cross_entropy`.
         weight: Weight of each class, shape [C], dtype of `logits`. Has no gradient.
-        ignore_index: Class index whose rows count nothing.
+        ignore_index: Class index whose rows do not count.
         reduction: "none", "mean" (over the weights of the rows that count; over
             all rows for class probabilities) or "sum".
         label_smoothing: Share of the target spread over all classes, in [0, 1].
@@ -84,8 +84,8 @@ def power_grad_cross_entropy(
     Raises:
         ValueError: If `alpha`, `reduction` or `label_smoothing` is out of range,
             the shapes do not fit, or `target` or `weight` requires a gradient.
-        TypeError: If the dtype of `target` does not fit its shape; if `logits` is a
-            DTensor, and its classes are in parts that the arguments need together.
+        TypeError: If the dtype of `target` does not fit its shape, or if `logits` is a
+            DTensor cut along its classes and the arguments need all of them.
         RuntimeError: If it is differentiated twice.
 
     Example:
@@ -136,28 +136,37 @@ def _check_options(reduction: str, label_smoothing: float) -> None:
 
 def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """Raise where `F.cross_entropy` would, or where a gradient would silently be missing."""
-    if not logits.dim():
+    if logits.dim() == 0:
         raise ValueError("logits must have shape [C], [N, C] or [N, C, d1, ...], got a scalar")
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name} must not require a gradient: PowerGrad has none for it; pass {name}.detach()"
-            )
+    _check_has_no_gradient("target", target)
+    if weight is not None:
+        _check_has_no_gradient("weight", weight)
     rows = _rows_shape(logits)
     if target.shape == logits.shape:
         if not target.is_floating_point():
             raise TypeError(
-                f"target must be floating point where it has the shape of logits, got {target.dtype}; "
-                f"class indices have shape {list(rows)}"
+                "target must be floating point where it has the shape of logits, "
+                f"got {target.dtype}; class indices have shape {list(rows)}"
             )
-    elif target.shape != rows and not (logits.dim() == 1 and target.numel() == 1):
+        return
+    is_single = logits.dim() == 1 and target.numel() == 1
+    if target.shape != rows and not is_single:
         raise ValueError(
-            f"target must have shape {list(rows)} (class indices) or {list(logits.shape)} (class probabilities), "
-            f"got {list(target.shape)}"
+            f"target must have shape {list(rows)} (class indices) or {list(logits.shape)} "
+            f"(class probabilities), got {list(target.shape)}"
         )
-    elif target.dtype not in (torch.int64, torch.uint8):
+    if target.dtype not in (torch.int64, torch.uint8):
         raise TypeError(
-            f"target must hold class indices as int64 or uint8, got {target.dtype}; pass target.long()"
+            f"target must hold class indices as int64 or uint8, got {target.dtype}; "
+            "pass target.long()"
+        )
+
+
+def _check_has_no_gradient(name: str, tensor: Tensor) -> None:
+    """Raise where PowerGrad would silently leave a gradient out."""
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient: PowerGrad has none for it; pass {name}.detach()"
         )
 
 
@@ -167,40 +176,47 @@ def _rows_shape(logits: Tensor) -> Size:
 
 
 def _flatten(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `logits` as [N, C] or [N, C, S] and `target` as [N], [N, S] or the shape of the logits."""
-    soft = target.shape == logits.shape
-    if not soft:
+    """Return `logits` as [N, C] or [N, C, S], `target` as [N], [N, S] or like the logits."""
+    is_soft = target.shape == logits.shape
+    if not is_soft:
         target = target.long()
     if logits.dim() == 1:
-        return logits.unsqueeze(0), target.unsqueeze(0) if soft else target.reshape(1)
+        target = target.unsqueeze(0) if is_soft else target.reshape(1)
+        return logits.unsqueeze(0), target
     if logits.dim() == 2:
         return logits, target
-    return logits.flatten(2), target.flatten(2 if soft else 1)
+    return logits.flatten(2), target.flatten(2 if is_soft else 1)
 
 
-def _tiles(logits: Tensor) -> list[tuple[Index, Index]]:
-    """Cut [N, C] or [N, C, S] into tiles of whole rows: an index of the logits, and one of what has no classes."""
+class _Tile(NamedTuple):
+    """Whole rows that are worked on at once: as an index of the logits, and of the rows."""
+
+    logits: Index
+    rows: Index
+
+
+def _tiles(logits: Tensor) -> list[_Tile]:
+    """Cut [N, C] or [N, C, S] into tiles: of several items, or of places in one item."""
     budget = CPU_TILE if logits.device.type == "cpu" else DEVICE_TILE
-    batch, classes, *rest = logits.shape
     if logits.numel() <= budget:
-        return [((), ())]
-    items = budget // (classes * math.prod(rest))
-    if items or not rest:
-        cuts = _cuts(batch, max(items, 1))
-        return [((cut,), (cut,)) for cut in cuts]
-    places = _cuts(rest[0], max(budget // classes, 1))
-    return [
-        ((item, slice(None), place), (item, place)) for item in _cuts(batch, 1) for place in places
-    ]
+        return [_Tile((), ())]
+    batch, classes, *places = logits.shape
+    items = budget // (classes * math.prod(places))
+    if items or not places:
+        return [_Tile((cut,), (cut,)) for cut in _cuts(batch, max(items, 1))]
+    cuts = product(_cuts(batch, 1), _cuts(places[0], max(budget // classes, 1)))
+    return [_Tile((item, slice(None), place), (item, place)) for item, place in cuts]
 
 
 def _cuts(length: int, step: int) -> list[slice]:
+    """Cut a dimension into slices of `step`."""
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def _plain(
     logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule, reduction: str
 ) -> Tensor:
+    """Return plain cross entropy."""
     return F.cross_entropy(
         logits,
         target,
@@ -216,13 +232,14 @@ def _value(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -
     tiles = _tiles(logits)
     if len(tiles) == 1:
         return _plain(logits, target, weight, rule, rule.reduction)
-    soft = target.is_floating_point()
+    is_soft = target.is_floating_point()
     parts = (
-        _plain(logits[tile], target[tile if soft else rows], weight, rule, "none")
+        _plain(logits[tile], target[tile if is_soft else rows], weight, rule, "none")
         for tile, rows in tiles
     )
     first = next(parts)
-    # one tensor from the start: small ones kept between the tiles would leave the freed memory in pieces
+    # One tensor from the start: small ones kept between the tiles would leave the freed memory
+    # in pieces.
     losses = first.new_empty(_rows_shape(logits))
     for (_, rows), part in zip(tiles, chain([first], parts), strict=True):
         losses[rows] = part
@@ -230,28 +247,26 @@ def _value(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -
         return losses
     total = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
     if rule.reduction == "mean":
-        total = total / _rows_that_count(
-            logits, target, weight, None if soft else target != rule.ignore_index
-        )
+        keep = None if is_soft else target != rule.ignore_index
+        total = total / _rows_that_count(logits, target, weight, keep)
     return total.to(losses.dtype)
 
 
 def _rows_that_count(
     logits: Tensor, target: Tensor, weight: Tensor | None, keep: Tensor | None
 ) -> Tensor | int:
-    """Return what "mean" divides by: the number of rows, or over the rows to `keep` the sum of their weights."""
+    """Return what "mean" divides by: the number of rows, or the weights of the rows to `keep`."""
     if keep is None:
         return math.prod(_rows_shape(logits))
     if weight is None:
         return keep.sum()
-    weights = weight.to(torch.promote_types(weight.dtype, torch.float32))[
-        torch.where(keep, target, 0)
-    ]
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weights = wide[torch.where(keep, target, 0)]
     return torch.where(keep, weights, 0).sum()
 
 
 class _PowerGrad(torch.autograd.Function):
-    """Keep the logits alone; all the rest of the gradient is made in the backward pass, tile by tile."""
+    """Keep only the logits; the gradient is made in the backward pass, tile by tile."""
 
     @staticmethod
     def forward(
@@ -272,7 +287,7 @@ class _PowerGrad(torch.autograd.Function):
 
 
 class _NotTwice(torch.autograd.Function):
-    """Refuse to differentiate a gradient; torch's `once_differentiable` would treat it as a constant instead."""
+    """Refuse to differentiate a gradient; `once_differentiable` would take it for a constant."""
 
     @staticmethod
     def forward(_ctx: Any, gradient: Tensor, _logits: Tensor, _upstream: Tensor) -> Tensor:
@@ -281,8 +296,8 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, _upstream: Tensor) -> Tensor:
         raise RuntimeError(
-            "power_grad_cross_entropy must be differentiated once only, its gradient was differentiated again; "
-            "use alpha=1 or F.cross_entropy for second derivatives"
+            "power_grad_cross_entropy must be differentiated once only, its gradient was "
+            "differentiated again; use alpha=1 or F.cross_entropy for second derivatives"
         )
 
 
@@ -299,8 +314,9 @@ def _gradient(
     if keep is None:
         scale = scale.expand(_rows_shape(logits))
     else:
-        # selected, not multiplied: with every row ignored the mean divides by zero, and F's gradient is zero
-        scale, target = torch.where(keep, scale, 0), torch.where(keep, target, 0)
+        # Not multiplied: with every row ignored the mean divides by zero, torch's gradient is 0.
+        scale = torch.where(keep, scale, 0)
+        target = torch.where(keep, target, 0)
     tiles = _tiles(logits)
     if len(tiles) == 1:
         return _residual(logits, target, weight, rule).mul_(scale.unsqueeze(1)).to(logits.dtype)
@@ -312,17 +328,20 @@ def _gradient(
 
 
 def _residual(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
-    """Return |d| p' - d per row, d the smoothed and weighted target, in the dtype to calculate in."""
+    """Return |d| p' - d per row, with d the smoothed and weighted target."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     residual = torch.softmax(logits.to(dtype) * rule.alpha, 1)
-    subtract = _subtract_probabilities if target.is_floating_point() else _subtract_classes
-    subtract(residual, target, weight, rule.label_smoothing)
+    if target.is_floating_point():
+        _subtract_probabilities(residual, target, weight, rule.label_smoothing)
+    else:
+        _subtract_classes(residual, target, weight, rule.label_smoothing)
     return residual
 
 
 def _subtract_classes(
     residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
 ) -> None:
+    """Turn p' into |d| p' - d, in place, for class indices."""
     index = target.unsqueeze(1)
     if weight is None:
         own = torch.full_like(index, smoothing - 1, dtype=residual.dtype)
@@ -337,6 +356,7 @@ def _subtract_classes(
 def _subtract_probabilities(
     residual: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
 ) -> None:
+    """Turn p' into |d| p' - d, in place, for class probabilities."""
     wanted = target.to(residual.dtype)
     if smoothing:
         wanted = wanted * (1 - smoothing) + smoothing / residual.shape[1]
@@ -364,7 +384,7 @@ class _GradientOf(torch.autograd.Function):
 
 
 def _on_mesh(logits: Any, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
-    """Return the same for a DTensor, whose classes torch's `loss_parallel` may leave in parts."""
+    """Return the loss of a DTensor, whose classes torch's `loss_parallel` may leave in parts."""
     class_dim = 0 if logits.dim() == 1 else 1
     in_parts = any(getattr(p, "dim", None) == class_dim for p in logits.placements)
     if in_parts and (target.is_floating_point() or rule.label_smoothing):
@@ -385,11 +405,10 @@ def _on_mesh(logits: Any, target: Tensor, weight: Tensor | None, rule: _Rule) ->
 
 
 def _by_operations(logits: Tensor, target: Tensor, weight: Tensor | None, rule: _Rule) -> Tensor:
-    """Return the same in whole operations: a compiler fuses them and would unroll tiles, a mesh reduces in them."""
+    """Return the loss in whole operations, for compilers, which would unroll tiles, and meshes."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wide_weight = None if weight is None else weight.to(wide.dtype)
     surrogate = _plain(wide * rule.alpha, target, wide_weight, rule, rule.reduction) / rule.alpha
-    value: Tensor = _GradientOf.apply(
-        surrogate, _plain(logits.detach(), target, weight, rule, rule.reduction)
-    )
+    plain = _plain(logits.detach(), target, weight, rule, rule.reduction)
+    value: Tensor = _GradientOf.apply(surrogate, plain)
     return value

@@ -17,8 +17,8 @@ class PowerGradCrossEntropyLoss(nn.CrossEntropyLoss):
     `regrad_powergrad.functional.power_grad_cross_entropy` for the rule, the shapes
     and the reference.
 
-    A model trained with it is over-confident under softmax(z); what was fitted are
-    the probabilities softmax(alpha z): see `probabilities`.
+    A model trained with it is over-confident under softmax(z); the probabilities that
+    were fitted are softmax(alpha z), which `probabilities` returns.
 
     Args:
         weight: Weight of each class, shape [C]. A buffer: it moves with the module.
@@ -55,16 +55,16 @@ class PowerGradCrossEntropyLoss(nn.CrossEntropyLoss):
         )
         self.alpha = alpha
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 - the names of nn.CrossEntropyLoss
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 - as in nn
         """Return the loss of logits `input`, shape [N, C, ...], against `target`."""
         return with_settings_of(self, input, target, alpha=self.alpha)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return softmax(alpha z) of `logits` [C] or [N, C, ...]: the probabilities that were fitted."""
+        """Return softmax(alpha z) of `logits` [C] or [N, C, ...], the probabilities it fits."""
         return calibrated(logits, self.alpha)
 
     def extra_repr(self) -> str:
-        """Return the options for `print`."""
+        """Return the options, for `repr`."""
         return f"alpha={self.alpha}"
 
 

@@ -98,7 +98,8 @@ def tom_(
         torch._foreach_copy_(list(state.last), gradients)
         return
     for i, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
-        last, ascent = state.last[i], -gradient if maximize else gradient
+        last = state.last[i]
+        ascent = -gradient if maximize else gradient
         _advance(ascent, state, i, betas)
         torch.sqrt(state.square[i], out=last).mul_(stretch[i]).add_(floor[i])
         if isinstance(lr, Tensor):
@@ -119,9 +120,10 @@ def _advance(gradient: Tensor, state: Trends, i: int, betas: tuple[float, float,
 def _advance_together(gradients: Tensors, state: Trends, betas: tuple[float, float, float]) -> None:
     """Update the moments of all tensors; their last gradients are scratch afterwards."""
     one, two, three = betas
-    forecast, trend, square, last = (
-        list(x) for x in (state.forecast, state.trend, state.square, state.last)
-    )
+    forecast = list(state.forecast)
+    trend = list(state.trend)
+    square = list(state.square)
+    last = list(state.last)
     torch._foreach_neg_(last)
     torch._foreach_add_(last, gradients)
     torch._foreach_lerp_(trend, last, 1 - two)

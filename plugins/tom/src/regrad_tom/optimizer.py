@@ -30,8 +30,7 @@ class Tom(Optimizer):
     with c = 1, or :math:`1-(\beta_1\beta_2)^t`. On a constant gradient of either
     sign steps are .11, .21, .71, 1.06, 1.04, 1.01, 1.00 times the rate at t = 1, 2,
     10, 50, 100, 200, 400: c = 1 is a warm-up. State: four copies of the weights
-    (`forecast` m + r, `trend` r, `square` v,
-    `last_gradient`).
+    (`forecast` m + r, `trend` r, `square` v, `last_gradient`).
 
     Args:
         params: Parameters, named parameters, or dicts of groups. Real, dense, and of a
@@ -124,14 +123,8 @@ class Tom(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(
-            p.grad is not None and p.grad.is_sparse
-            for group in self.param_groups
-            for p in group["params"]
-        ):
-            raise RuntimeError(
-                "gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam"
-            )
+        for group in self.param_groups:
+            _check_dense(group["params"])
         for group in self.param_groups:
             reduce_gradients(group["params"])
             alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
@@ -147,14 +140,18 @@ class Tom(Optimizer):
         states = [self._state_of(parameter) for parameter in parameters]
         for state in states:
             state["step"] += 1
-        forecast, trend, square, last = (
-            locals_of(state[key] for state in states) for key in STATES
-        )
         foreach = group["foreach"]
+        if foreach is None:
+            foreach = parameters[0].device.type != "cpu"
         tom_(
             locals_of(parameters),
             locals_of(p.grad for p in parameters if p.grad is not None),
-            Trends(forecast=forecast, trend=trend, square=square, last=last),
+            Trends(
+                forecast=locals_of(state["forecast"] for state in states),
+                trend=locals_of(state["trend"] for state in states),
+                square=locals_of(state["square"] for state in states),
+                last=locals_of(state["last_gradient"] for state in states),
+            ),
             lr=group["lr"],
             steps=[state["step"].item() for state in states],
             betas=group["betas"],
@@ -162,17 +159,25 @@ class Tom(Optimizer):
             weight_decay=group["weight_decay"],
             correct_bias=group["correct_bias"],
             maximize=group["maximize"],
-            foreach=parameters[0].device.type != "cpu" if foreach is None else foreach,
+            foreach=foreach,
         )
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return the state of a parameter, zero at its first step. The step count stays on the CPU."""
+        """Return the state of a parameter, zero at first. The step count stays on the CPU."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for key in STATES:
                 state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
+
+
+def _check_dense(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise `RuntimeError` if a gradient is sparse."""
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise RuntimeError(
+            "gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam"
+        )
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""XGrad, weight prediction for any optimizer, as a correction for regrad, and the optimizer AdaM3."""
+"""XGrad, weight prediction for any optimizer, as a correction for regrad; the optimizer AdaM3."""
 
 from regrad_xgrad.correction import XGrad
 from regrad_xgrad.optimizer import AdaM3

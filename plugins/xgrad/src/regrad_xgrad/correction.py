@@ -13,12 +13,14 @@ import torch
 from regrad import Attachment, Correction, RegradError, RegradWarning
 from regrad.correction import Control, Needs
 from regrad.hookspecs import Step, learning_rate
+from regrad.optimizers import looks_ahead, nesterov_control
 from regrad.sharding import local
+from regrad.signatures import takes
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from regrad_xgrad.functional import Scalar
-from regrad_xgrad.state_forms import decoupled_decay, looks_ahead, state_form
+from regrad_xgrad.state_forms import decoupled_decay, state_form
 
 
 class XGrad(Correction):
@@ -31,7 +33,8 @@ class XGrad(Correction):
     pytorch_optimizer's AdaBelief; for every other optimizer the last displacement
     takes its place,
     :math:`s\,\eta_t D = -s\,(\eta_t/\eta_{t-1})(\theta_t - \theta_{t-1})`,
-    after decoupled decay has been taken out of it where a step was made. The first step predicts nothing.
+    after decoupled decay has been taken out of it where a step was made. The first step
+    predicts nothing.
 
     Args:
         horizon: s, how many updates ahead. Real, at least 0.
@@ -44,7 +47,7 @@ class XGrad(Correction):
     Raises:
         ValueError: If `horizon` or `decoupled_decay` is negative or not finite.
         RegradError: At attach, on an optimizer that already looks ahead, or whose
-            groups have no learning rate that is a number.
+            learning rate is no number.
 
     Example:
         >>> import regrad, torch
@@ -81,12 +84,13 @@ class XGrad(Correction):
                 if value is not None and not (value >= 0 and math.isfinite(value)):
                     raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
 
+    @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if self.options.allow_double_lookahead:
             self.needs = with_changes(self.needs, exclusive=())
         self._displacements: dict[str, Tensor] = {}
-        # The displacement form keeps the weights before the step, then the step itself and its learning rate.
+        # The displacement form keeps the weights before a step, then the step and its rate.
         self._before: dict[str, Tensor] = {}
         self._noted: set[str] = set()
         self._last: dict[str, Tensor] = {}
@@ -99,116 +103,110 @@ class XGrad(Correction):
             learning_rate(optimizer, group)
         if looks_ahead(optimizer) and not self.options.allow_double_lookahead:
             raise RegradError(
-                f"'xgrad' on {type(optimizer).__name__} with a Nesterov step would look ahead twice; "
-                "use nesterov=False, or allow_double_lookahead=True"
+                f"'xgrad' on {type(optimizer).__name__} with a Nesterov step would look ahead "
+                "twice; use nesterov=False, or allow_double_lookahead=True"
             )
-        if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]):
-            raise RegradError(
-                "'xgrad' has no rule for complex parameters; train them with a separate optimizer"
-            )
-        moving = [group for group in optimizer.param_groups if state_form(optimizer, group) is None]
-        unknown = any(decoupled_decay(optimizer, group) is None for group in moving)
-        if unknown and self.options.decoupled_decay is None:
-            warnings.warn(
-                f"{type(optimizer).__name__} has a weight_decay that may be decoupled; pass decoupled_decay=… "
-                "(0 where the decay is added to the gradient), which 'xgrad' takes to be 0 now",
-                RegradWarning,
-                stacklevel=2,
-            )
+        for group in optimizer.param_groups:
+            if any(parameter.is_complex() for parameter in group["params"]):
+                raise RegradError(
+                    "'xgrad' has no rule for complex parameters; "
+                    "train them with a separate optimizer"
+                )
+        if self.options.decoupled_decay is None:
+            _warn_of_unknown_decay(optimizer)
 
     def predict_weights(self, step: Step) -> list[Tensor | None]:
         """Return the displacements to the predicted weights."""
-        moved = {
-            name: d
-            for group in step.optimizer.param_groups
-            for name, d in self._predict(step, group)
-        }
+        moved: dict[str, Tensor] = {}
+        for group in step.optimizer.param_groups:
+            moved.update(self._predict(step, group))
         return [moved.get(name) for name in step.names]
 
-    def _predict(self, step: Step, group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-        """Return (name, displacement) for the parameters of one group that have a direction."""
+    def _predict(self, step: Step, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the displacement of each parameter of one group that has a direction, by name."""
+        members = {
+            name: parameter
+            for name, parameter in step.named_parameters()
+            if step.group_of(parameter) is group
+        }
         form = state_form(step.optimizer, group)
-        members = [
-            (n, p)
-            for n, p in zip(step.names, step.parameters, strict=True)
-            if step.group_of(p) is group
-        ]
         if form is None:
-            return [
-                item
-                for name, p in members
-                for item in self._predict_from_displacement(name, p, step)
-            ]
-        key, rule = form
-        ready = [(n, p) for n, p in members if step.optimizer.state.get(p, {}).get(key) is not None]
-        if ready:
-            out = [self._buffer(self._displacements, n, p) for n, p in ready]
-            rates = [self.options.horizon * step.lr_of(p) for _, p in ready]
-            rule(out, [step.optimizer.state[p] for _, p in ready], group, rates)
-        return [(n, self._displacements[n]) for n, _ in ready]
+            moved = {
+                name: self._predict_from_displacement(name, parameter, step)
+                for name, parameter in members.items()
+            }
+            return {name: move for name, move in moved.items() if move is not None}
+        key, write = form
+        states: list[Mapping[str, Any]] = []
+        rates: list[Scalar] = []
+        displacements: dict[str, Tensor] = {}
+        for name, parameter in members.items():
+            state = step.optimizer.state.get(parameter, {})
+            if state.get(key) is not None:
+                states.append(state)
+                rates.append(self.options.horizon * step.lr_of(parameter))
+                displacements[name] = self._buffer(self._displacements, name, parameter)
+        if displacements:
+            write(list(displacements.values()), states, group, rates)
+        return displacements
 
     def _predict_from_displacement(
         self, name: str, parameter: nn.Parameter, step: Step
-    ) -> list[tuple[str, Tensor]]:
-        """Scale the last step by the change of the learning rate, and note the weights for the next."""
+    ) -> Tensor | None:
+        """Scale the last step by the change of the learning rate; keep the weights for the next."""
         self._buffer(self._before, name, parameter).copy_(local(parameter))
         self._noted.add(name)
         if name not in self._last:
-            return []
-        rate, last_rate = step.lr_of(parameter), self._last_rates[name]
-        if isinstance(rate, Tensor) or isinstance(last_rate, Tensor):
-            safe = torch.where(
-                torch.as_tensor(last_rate) == 0, torch.inf, torch.as_tensor(last_rate)
-            )
-            ratio: Scalar = rate / safe.to(local(parameter).device)
-        elif last_rate == 0:
-            return []
-        else:
-            ratio = rate / last_rate
+            return None
+        ratio = _ratio(step.lr_of(parameter), self._last_rates[name], local(parameter).device)
+        if ratio is None:
+            return None
         out = self._buffer(self._displacements, name, parameter)
-        torch.mul(self._last[name].to(out), self.options.horizon * ratio, out=out)
-        return [(name, out)]
+        return torch.mul(self._last[name].to(out), self.options.horizon * ratio, out=out)
 
     def after_step(self, step: Step) -> None:
         """Keep what the step did, where the displacement form needs it."""
-        for name, parameter in zip(step.names, step.parameters, strict=True):
-            if name not in self._noted:
+        for name, parameter in step.named_parameters():
+            if name in self._noted:
+                self._keep_step(name, parameter, step)
+            else:
                 self._last.pop(name, None)
-                continue
-            rate = step.lr_of(parameter)
-            last = self._buffer(self._last, name, parameter)
-            torch.sub(local(parameter.detach()), self._before[name], out=last)
-            decay = self.options.decoupled_decay
-            if decay is None:
-                decay = decoupled_decay(step.optimizer, step.group_of(parameter)) or 0.0
-            if decay:
-                # only where a step was made: a parameter without a gradient was not decayed either
-                decayed = torch.where(last == 0, 0, self._before[name])
-                last.addcmul_(
-                    decayed, torch.as_tensor(rate * decay, dtype=last.dtype, device=last.device)
-                )
-            self._last_rates[name] = rate.clone() if isinstance(rate, Tensor) else rate
         self._noted.clear()
+
+    def _keep_step(self, name: str, parameter: nn.Parameter, step: Step) -> None:
+        """Keep the step of one parameter, without decoupled decay, and its rate."""
+        rate = step.lr_of(parameter)
+        before = self._before[name]
+        last = self._buffer(self._last, name, parameter)
+        torch.sub(local(parameter.detach()), before, out=last)
+        decay = self.options.decoupled_decay
+        if decay is None:
+            decay = decoupled_decay(step.optimizer, step.group_of(parameter))
+        if decay:
+            # Only where a step was made: a parameter without a gradient was not decayed either.
+            decayed = torch.where(last == 0, 0, before)
+            factor = torch.as_tensor(rate * decay, dtype=last.dtype, device=last.device)
+            last.addcmul_(decayed, factor)
+        self._last_rates[name] = rate.clone() if isinstance(rate, Tensor) else rate
 
     @staticmethod
     def _buffer(buffers: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
         """Return a tensor like the local part of `parameter`, kept from step to step."""
-        part, kept = local(parameter), buffers.get(name)
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (
-            part.shape,
-            part.dtype,
-            part.device,
-        ):
+        part = local(parameter)
+        kept = buffers.get(name)
+        fits = (
+            kept is not None
+            and kept.shape == part.shape
+            and kept.dtype == part.dtype
+            and kept.device == part.device
+        )
+        if not fits:
             buffers[name] = torch.empty_like(part, requires_grad=False)
         return buffers[name]
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which this is up to the horizon, on SGD with momentum."""
-        groups = optimizer.param_groups
-        plain = type(optimizer) is SGD and all(
-            g["momentum"] > 0 and g["dampening"] == 0 for g in groups
-        )
-        return Control(name="nesterov", optimizer={"nesterov": True}) if plain else None
+        return nesterov_control(optimizer)
 
     def idle_reason(self) -> str:
         """Say why no weight may have moved."""
@@ -228,3 +226,30 @@ class XGrad(Correction):
         self._last = {name: tensor.clone() for name, tensor in state["last"].items()}
         self._last_rates = dict(state["last_rates"])
         self._noted.clear()
+
+
+def _warn_of_unknown_decay(optimizer: Optimizer) -> None:
+    """Warn where the displacement form meets a decay that may be decoupled."""
+    for group in optimizer.param_groups:
+        if (
+            state_form(optimizer, group) is not None
+            or decoupled_decay(optimizer, group) is not None
+        ):
+            continue
+        warnings.warn(
+            f"{type(optimizer).__name__} has a weight_decay that may be decoupled; pass "
+            "decoupled_decay=… (0 where the decay is added to the gradient), which 'xgrad' takes "
+            "to be 0 now",
+            RegradWarning,
+            stacklevel=3,
+        )
+        return
+
+
+def _ratio(rate: Scalar, last_rate: Scalar, device: torch.device) -> Scalar | None:
+    """Return rate / last_rate; 0 or None if the last rate was 0, whose step tells nothing."""
+    if isinstance(rate, Tensor) or isinstance(last_rate, Tensor):
+        divisor = torch.as_tensor(last_rate)
+        divisor = torch.where(divisor == 0, torch.inf, divisor)
+        return rate / divisor.to(device)
+    return None if last_rate == 0 else rate / last_rate

@@ -8,6 +8,7 @@ operation is one launch for all tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ Scalar = float | Tensor
 
 def _one_launch(out: Sequence[Tensor], *scalars: Sequence[Scalar]) -> bool:
     """Say whether list operations pay: off the CPU, unless a scalar lives on the device."""
-    on_device = any(isinstance(value, Tensor) for values in scalars for value in values)
-    return out[0].device.type != "cpu" and not on_device
+    if out[0].device.type == "cpu":
+        return False
+    return not any(isinstance(value, Tensor) for value in chain.from_iterable(scalars))
 
 
 @torch.no_grad()
@@ -87,9 +89,12 @@ def adam_displacement_(
         2023, "XGrad", table 1. The bias corrections are those of the step that made
         the moments, as torch applies them; the published code does the same.
     """
-    root = [(1 - b[1] ** t) ** 0.5 for b, t in zip(betas, steps, strict=True)]
-    floor = [e * r for e, r in zip(eps, root, strict=True)]
-    scale = [-f * r / (1 - b[0] ** t) for f, r, b, t in zip(rate, root, betas, steps, strict=True)]
+    root = [(1 - beta2**t) ** 0.5 for (_, beta2), t in zip(betas, steps, strict=True)]
+    floor = [epsilon * r for epsilon, r in zip(eps, root, strict=True)]
+    scale = [
+        -factor * r / (1 - beta1**t)
+        for factor, r, (beta1, _), t in zip(rate, root, betas, steps, strict=True)
+    ]
     if _one_launch(out, floor, scale):
         torch._foreach_copy_(list(out), list(second))
         torch._foreach_sqrt_(list(out))
@@ -117,7 +122,9 @@ def adam3_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    r"""Take one step of AdaM3, in place: one launch per operation for all tensors, at the price of a copy.
+    r"""Take one step of AdaM3, in place.
+
+    Each operation is one launch for all tensors, at the price of a copy.
 
     .. math::
         m &\leftarrow \beta_1 m + (1-\beta_1)\, g, \qquad
@@ -151,14 +158,15 @@ def adam3_(
         lr = lr.item() if lr.is_cpu else lr.reshape(())
     if weight_decay:
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    torch._foreach_lerp_(
-        first, list(torch._foreach_neg(gradients)) if maximize else gradients, 1 - betas[0]
-    )
+    if maximize:
+        gradients = list(torch._foreach_neg(gradients))
+    torch._foreach_lerp_(first, gradients, 1 - betas[0])
     torch._foreach_mul_(second, betas[1])
     torch._foreach_addcmul_(second, first, first, 1 - betas[1])
     torch._foreach_add_(second, eps)
     root = torch._foreach_sqrt(second)
-    torch._foreach_mul_(root, [(1 - betas[0] ** t) / (1 - betas[1] ** t) ** 0.5 for t in steps])
+    bias = [(1 - betas[0] ** t) / (1 - betas[1] ** t) ** 0.5 for t in steps]
+    torch._foreach_mul_(root, bias)
     if isinstance(lr, Tensor):
         torch._foreach_div_(root, -lr)
         torch._foreach_addcdiv_(weights, first, root)

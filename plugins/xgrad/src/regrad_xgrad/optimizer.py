@@ -66,8 +66,15 @@ class AdaM3(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
     ) -> None:
-        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**options, "maximize": maximize, "foreach": foreach})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+        }
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own or the defaults.
@@ -102,14 +109,8 @@ class AdaM3(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(
-            p.grad is not None and p.grad.is_sparse
-            for group in self.param_groups
-            for p in group["params"]
-        ):
-            raise RuntimeError(
-                "gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam"
-            )
+        for group in self.param_groups:
+            _check_dense(group["params"])
         for group in self.param_groups:
             reduce_gradients(group["params"])
             for parameters in _together(group):
@@ -126,12 +127,16 @@ class AdaM3(Optimizer):
             locals_of(p.grad for p in parameters if p.grad is not None),
             locals_of(state["exp_avg"] for state in states),
             locals_of(state["exp_avg_sq"] for state in states),
+            lr=group["lr"],
             steps=[state["step"].item() for state in states],
-            **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "maximize")},
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
         )
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """Return the state of a parameter, zero at its first step. The step count stays on the CPU."""
+        """Return the state of a parameter, zero at first. The step count stays on the CPU."""
         state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -144,12 +149,21 @@ def _together(group: dict[str, Any]) -> list[list[nn.Parameter]]:
     """Return the parameters with a gradient that move in one launch: alike, or each alone."""
     found: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for parameter in group["params"]:
-        if parameter.grad is not None:
-            foreach = (
-                parameter.device.type != "cpu" if group["foreach"] is None else group["foreach"]
-            )
-            found[(parameter.device, parameter.dtype) if foreach else parameter].append(parameter)
-    return [*found.values()]
+        if parameter.grad is None:
+            continue
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = parameter.device.type != "cpu"
+        found[(parameter.device, parameter.dtype) if foreach else parameter].append(parameter)
+    return list(found.values())
+
+
+def _check_dense(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise `RuntimeError` if a gradient is sparse."""
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise RuntimeError(
+            "gradients must be dense, got a sparse one; use sparse=False, or torch.optim.SparseAdam"
+        )
 
 
 def _check(group: dict[str, Any]) -> None:

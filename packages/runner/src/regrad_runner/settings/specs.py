@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import math
-import re
 import typing
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from regrad import specs
 
 
 def read_spec(text: str, what: str = "optimizer") -> tuple[str, dict[str, Any]]:
-    """Split "name:option=value,option=value" into the name and its options.
+    """Split "name:option=value,option=value" into the name and its options, as the core reads them.
 
     Args:
         text: As the user typed it.
@@ -30,20 +27,7 @@ def read_spec(text: str, what: str = "optimizer") -> tuple[str, dict[str, Any]]:
         >>> read_spec("adamw:betas=(0.9,0.99)")
         ('adamw', {'betas': (0.9, 0.99)})
     """
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for item in re.findall(
-        r"(?:\([^)]*\)|\[[^\]]*\]|[^,])+", rest
-    ):  # a comma inside brackets does not separate
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key:
-            raise ValueError(
-                f"{what} must look like 'name:option=value,option=value', got {text!r}"
-            )
-        if key in options:
-            raise ValueError(f"{what} must have each option once, got {key!r} twice in {text!r}")
-        options[key] = _value(value)
-    return name.strip(), options
+    return specs.read_spec(text, what)
 
 
 def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -77,30 +61,21 @@ def check_options(
 
 
 def _check_type(function: Callable[..., Any], key: str, value: Any) -> None:
+    """Raise a `ValueError` unless a value is of the type that the function's argument has."""
     try:
         kind = typing.get_type_hints(function).get(key, Any)
     except NameError:  # a hint that its author's type checker alone can look up
         return
+    # Brackets are read into a tuple, whatever the function calls what it takes.
+    fits = _fits(kind, value) or (isinstance(value, tuple) and _fits(kind, list(value)))
+    if not fits:
+        raise ValueError(f"{key} must be {inspect.formatannotation(kind)}, got {value!r}")
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Say whether a value is of a type, without being converted to it."""
     try:
         TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError:
-        raise ValueError(f"{key} must be {inspect.formatannotation(kind)}, got {value!r}") from None
-
-
-def _value(text: str) -> Any:
-    words = {
-        "true": True,
-        "false": False,
-        "none": None,
-        "nan": math.nan,
-        "inf": math.inf,
-        "-inf": -math.inf,
-    }
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as "2is": what cannot be read is a text
-            return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text
+        return False
+    return True

@@ -1,0 +1,101 @@
+"""What is asked of torch's optimizers: their parameters, their first moment, do they look ahead?"""
+
+from __future__ import annotations
+
+from torch import nn, optim
+
+from regrad.correction import Control
+
+FIRST_MOMENTS: dict[type[optim.Optimizer], str] = {
+    optim.Adam: "exp_avg",
+    optim.AdamW: "exp_avg",
+    optim.NAdam: "exp_avg",
+    optim.RAdam: "exp_avg",
+    optim.Adamax: "exp_avg",
+    optim.SGD: "momentum_buffer",
+}
+"""The key of the first moment in a parameter's state, by class.
+
+Ask for the exact class: other libraries, and subclasses, use the same keys for other things.
+"""
+
+
+def parameters_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:
+    """Return every parameter of an optimizer in the order of its groups, frozen ones included.
+
+    Example:
+        >>> import torch
+        >>> [p.numel() for p in parameters_of(torch.optim.SGD(torch.nn.Linear(2, 1).parameters()))]
+        [2, 1]
+    """
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters.extend(group["params"])
+    return parameters
+
+
+def first_moment_key(optimizer: optim.Optimizer) -> str | None:
+    """Return the key under which an optimizer keeps the moving average of the gradients.
+
+    Args:
+        optimizer: The innermost torch optimizer.
+
+    Returns:
+        A key of `optimizer.state[parameter]`; a parameter's state may lack it, as before the
+        first step or for SGD without momentum. None for a class that is not in `FIRST_MOMENTS`.
+
+    Example:
+        >>> import torch
+        >>> parameters = [torch.nn.Parameter(torch.zeros(1))]
+        >>> first_moment_key(torch.optim.AdamW(parameters))
+        'exp_avg'
+        >>> first_moment_key(torch.optim.Rprop(parameters)) is None
+        True
+    """
+    return FIRST_MOMENTS.get(type(optimizer))
+
+
+def looks_ahead(optimizer: optim.Optimizer) -> bool:
+    """Say whether an optimizer takes a Nesterov step itself.
+
+    Args:
+        optimizer: The innermost torch optimizer.
+
+    Returns:
+        True for NAdam, and where any parameter group says `nesterov=True`.
+
+    Example:
+        >>> import torch
+        >>> parameters = [torch.nn.Parameter(torch.zeros(1))]
+        >>> looks_ahead(torch.optim.SGD(parameters, momentum=0.9, nesterov=True))
+        True
+    """
+    if isinstance(optimizer, optim.NAdam):
+        return True
+    return any(group.get("nesterov") for group in optimizer.param_groups)
+
+
+def nesterov_control(optimizer: optim.Optimizer) -> Control | None:
+    """Return Nesterov's momentum as the control of a correction that looks ahead.
+
+    Args:
+        optimizer: The innermost torch optimizer.
+
+    Returns:
+        The control for torch's SGD with momentum and without dampening, the only optimizer
+        where one keyword makes the step a Nesterov step; None for any other.
+
+    Example:
+        >>> import torch
+        >>> parameters = [torch.nn.Parameter(torch.zeros(1))]
+        >>> nesterov_control(torch.optim.SGD(parameters, momentum=0.9)).optimizer
+        {'nesterov': True}
+        >>> nesterov_control(torch.optim.AdamW(parameters)) is None
+        True
+    """
+    if type(optimizer) is not optim.SGD:
+        return None
+    for group in optimizer.param_groups:
+        if group["momentum"] <= 0 or group["dampening"] != 0:
+            return None
+    return Control(name="nesterov", optimizer={"nesterov": True})

@@ -1,0 +1,94 @@
+"""What corrections ask of torch's optimizers."""
+
+import pytest
+import torch
+from regrad.optimizers import (
+    FIRST_MOMENTS,
+    first_moment_key,
+    looks_ahead,
+    nesterov_control,
+    parameters_of,
+)
+from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
+
+
+def stepped(kind, **options):
+    """Return an optimizer after one step with gradient 2, and its parameter."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = kind([parameter], lr=0.1, **options)
+    parameter.grad = torch.tensor([2.0])
+    optimizer.step()
+    return optimizer, parameter
+
+
+def test_the_parameters_of_all_groups_come_in_order_with_the_frozen_ones():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    parameters[1].requires_grad_(False)
+    groups = [{"params": parameters[:2]}, {"params": []}, {"params": parameters[2:]}]
+    found = parameters_of(SGD(groups, lr=0.1))
+    assert all(one is other for one, other in zip(found, parameters, strict=True))
+
+
+@pytest.mark.parametrize("kind", FIRST_MOMENTS, ids=lambda kind: kind.__name__)
+def test_the_first_moment_is_where_the_table_says(kind):
+    options = {"momentum": 0.9} if kind is SGD else {}
+    optimizer, parameter = stepped(kind, **options)
+    share = 1 if kind is SGD else 1 - optimizer.param_groups[0]["betas"][0]
+    moment = optimizer.state[parameter][first_moment_key(optimizer)]
+    torch.testing.assert_close(moment, torch.tensor([2.0 * share]))
+
+
+def test_a_subclass_may_keep_something_else_under_the_same_key():
+    class Own(Adam):
+        pass
+
+    assert first_moment_key(stepped(Own)[0]) is None
+    assert first_moment_key(stepped(RMSprop, momentum=0.9)[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        (SGD, {"momentum": 0.9, "nesterov": True}, True),
+        (SGD, {"momentum": 0.9}, False),
+        (NAdam, {}, True),
+        (AdamW, {}, False),
+    ],
+)
+def test_an_optimizer_that_takes_a_nesterov_step_looks_ahead(kind, options, expected):
+    assert looks_ahead(stepped(kind, **options)[0]) is expected
+
+
+def test_one_group_with_a_nesterov_step_is_enough():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "nesterov": True}]
+    assert looks_ahead(SGD(groups, lr=0.1, momentum=0.9))
+
+
+def test_a_subclass_of_nadam_looks_ahead_too():
+    class Own(NAdam):
+        pass
+
+    assert looks_ahead(stepped(Own)[0])
+
+
+def test_the_control_of_looking_ahead_is_nesterovs_momentum_on_sgd_with_momentum():
+    control = nesterov_control(stepped(SGD, momentum=0.9)[0])
+    assert control.name == "nesterov"
+    assert control.optimizer == {"nesterov": True}
+
+
+def test_without_plain_momentum_there_is_no_control():
+    class Own(SGD):
+        pass
+
+    assert nesterov_control(stepped(SGD)[0]) is None
+    assert nesterov_control(stepped(SGD, momentum=0.9, dampening=0.5)[0]) is None
+    assert nesterov_control(stepped(Own, momentum=0.9)[0]) is None
+    assert nesterov_control(stepped(AdamW)[0]) is None
+
+
+def test_every_group_must_have_plain_momentum():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "momentum": 0.0}]
+    assert nesterov_control(SGD(groups, lr=0.1, momentum=0.9)) is None
