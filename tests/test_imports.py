@@ -81,12 +81,7 @@ def imports_between(member) -> dict[str, set[str]]:
     return graph
 
 
-NOT_CLEAN_YET = {"packages/runner"}
-
-
-def test_no_modules_of_a_member_import_each_other_in_a_circle(member, request):
-    if member.folder in NOT_CLEAN_YET:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="its rooms are being sorted"))
+def test_no_modules_of_a_member_import_each_other_in_a_circle(member):
     circle = []
     try:
         graphlib.TopologicalSorter(imports_between(member)).prepare()
@@ -95,21 +90,29 @@ def test_no_modules_of_a_member_import_each_other_in_a_circle(member, request):
     assert circle == [], f"{member.folder}: {' is imported by '.join(circle)}"
 
 
-def test_the_rooms_of_the_core_are_listed_and_import_only_what_is_listed_below_them(members, root):
-    (core,) = [m for m in members if m.folder == "core"]
+def listed_rooms(root, heading: str) -> dict[str, int]:
+    """Return the rooms that a table of CONTRIBUTING.md names, each with its line from the top."""
     text = (root / "CONTRIBUTING.md").read_text()
-    section = text.partition("### The rooms of the core")[2].partition("\n## ")[0]
+    section = text.partition(heading)[2].partition("\n#")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE)
-    lines = {
-        f"regrad.{name}": number
-        for number, row in enumerate(rows)
-        for name in re.findall(r"`(\w+)`", row)
-    }
-    graph = imports_between(core)
-    assert lines.keys() == graph.keys() - {"regrad"}
-    for module, imports in graph.items():
-        upwards = [other for other in imports if lines[other] < lines[module]]
-        assert upwards == [], f"{module} imports what stands above it"
+    return {name: line for line, row in enumerate(rows) for name in re.findall(r"`(\w+)`", row)}
+
+
+@pytest.mark.parametrize(
+    ("folder", "heading"),
+    [("core", "### The rooms of the core"), ("packages/runner", "### The rooms of the runner")],
+)
+def test_rooms_are_listed_and_import_only_what_is_listed_below_them(members, root, folder, heading):
+    (member,) = [m for m in members if m.folder == folder]
+    lines = listed_rooms(root, heading)
+    graph = imports_between(member)
+    room_of = {module: module.split(".")[1] for module in graph if "." in module}
+    assert lines.keys() == {*room_of.values()} - {"__main__"}
+    for module, room in room_of.items():
+        if room == "__main__":
+            continue
+        upward = [other for other in graph[module] if lines[room_of[other]] < lines[room]]
+        assert upward == [], f"{module} imports what stands above it"
 
 
 def test_everything_imported_is_declared_by_the_member_itself(
