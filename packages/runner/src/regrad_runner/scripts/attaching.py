@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import regrad
-from regrad import Attachment, RegradError, RegradWarning, registry
+from regrad import Attachment, RegradError, RegradWarning, inside, registry
 from regrad.inside import CrossEntropyInside
 from regrad.refusals import ATTACHED
 from regrad.wrappers import innermost_module
@@ -19,11 +19,6 @@ from torch.optim import Optimizer
 
 from regrad_runner.scripts.controls import apply_control, control_named
 from regrad_runner.scripts.watching import ForwardWatch, OptimizerWatch
-
-NO_CROSS_ENTROPY = (
-    "{names} corrects the cross entropy, and the first training step met none: the script computes "
-    "another loss, or compiled code does; this correction changes nothing"
-)
 
 
 @dataclass(eq=False)
@@ -49,13 +44,13 @@ class Attached:
         optimizer: Name of its class.
         modules: Names of the classes of the modules that it was attached with.
         attachment: What `regrad.attach` returned.
-        inside: What corrects the cross entropy, where a correction does.
+        loss: What corrects the cross entropy, where a correction does.
     """
 
     optimizer: str
     modules: tuple[str, ...]
     attachment: Attachment
-    inside: CrossEntropyInside | None
+    loss: CrossEntropyInside | None
 
 
 class AutomaticAttachment:
@@ -86,7 +81,9 @@ class AutomaticAttachment:
         classes: Sequence[str] = (),
         trace: Callable[[str], None] = lambda line: None,
     ) -> None:
-        registry.create_all(corrections)  # a name that is wrong is refused before anything runs
+        # A name that is wrong is refused here, before anything runs.
+        made = registry.create_all(corrections)
+        self._corrects_loss = any("criterion" in correction.needs.stages for correction in made)
         self._corrections = tuple(corrections)
         self._control = control
         self._classes = {name.lower() for name in classes}
@@ -100,19 +97,21 @@ class AutomaticAttachment:
 
     def __enter__(self) -> AutomaticAttachment:
         self._optimizers.start()
+        if self._corrects_loss:
+            inside.install()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._optimizers.stop()
         self._forwards.stop()
+        if self._corrects_loss:
+            inside.uninstall()
 
     @property
     def waiting(self) -> list[str]:
-        """Why optimizers that still live have no corrections, a line each."""
+        """Why optimizers have no corrections, a line each."""
         lines = []
         for waiting in self._waiting:
-            if waiting.optimizer() is None:
-                continue
             if waiting.called:
                 names = ", ".join(type(module).__name__ for module in waiting.called)
                 lines.append(
@@ -153,7 +152,7 @@ class AutomaticAttachment:
                 if module not in waiting.called:
                     waiting.called.append(module)
                 if trained <= _parameters_of(waiting.called):
-                    self._attach(optimizer, waiting, _fewest(waiting.called, trained))
+                    self._attach(optimizer, waiting, _fewest(waiting.called, trained), module)
 
     def _on_step(self, optimizer: Optimizer) -> None:
         """Attach after a step what holds some of the parameters, where nothing holds them all."""
@@ -163,14 +162,20 @@ class AutomaticAttachment:
             if optimizer in ATTACHED:
                 self._settle(waiting)
             elif waiting.called:
-                self._attach(optimizer, waiting, waiting.called)
+                self._attach(optimizer, waiting, waiting.called, None)
 
-    def _attach(self, optimizer: Optimizer, waiting: Waiting, modules: list[nn.Module]) -> None:
+    def _attach(
+        self,
+        optimizer: Optimizer,
+        waiting: Waiting,
+        modules: list[nn.Module],
+        under_way: nn.Module | None,
+    ) -> None:
         self._settle(waiting)
         model: Any = modules[0] if len(modules) == 1 else modules
         names = tuple(type(innermost_module(module)).__name__ for module in modules)
         try:
-            attachment, inside = self._attachment(model, optimizer, modules)
+            attachment, loss = self._attachment(model, optimizer, modules)
         except (RegradError, ValueError, TypeError) as problem:
             reason = " ".join(str(problem).split())
             self.refused.append(f"{waiting.name}: {reason}")
@@ -181,7 +186,10 @@ class AutomaticAttachment:
                 stacklevel=2,
             )
             return
-        self.attached.append(Attached(waiting.name, names, attachment, inside))
+        if under_way is not None:
+            # Torch took the list of this call's hooks before there was one of ours.
+            attachment.engine.before_forward(under_way)
+        self.attached.append(Attached(waiting.name, names, attachment, loss))
         self._trace(f"{waiting.name} is attached, before a forward of {' and '.join(names)}")
 
     def _attachment(

@@ -69,6 +69,7 @@ def run(script: ScriptRun) -> int:
         write_whole(script.receipt, json.dumps(_receipt(script, automatic), indent=2) + "\n")
     for line in summary(automatic):
         _say(line)
+    automatic.detach()
     if code != 0 or automatic.attached:
         return code
     return NOTHING_ATTACHED
@@ -135,4 +136,3 @@ def _say(line: str) -> None:
 
 def _ignore(line: str) -> None:
     del line
-

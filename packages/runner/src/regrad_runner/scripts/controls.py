@@ -59,7 +59,7 @@ def apply_control(control: Control, model: nn.Module, optimizer: Optimizer) -> N
     with torch.no_grad():
         for parameter in head:
             parameter.mul_(control.head_init)
-    factors = {parameter: control.head_lr for parameter in head}
+    factors = dict.fromkeys(head, control.head_lr)
     if control.body_lr != 1:
         in_head = set(head)
         body = [p for group in optimizer.param_groups for p in group["params"] if p not in in_head]

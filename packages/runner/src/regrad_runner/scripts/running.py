@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -85,12 +84,10 @@ def _show(problem: BaseException) -> None:
 
 def _frames_of_script(frames: TracebackType | None) -> TracebackType | None:
     """Return the traceback from where the script's own code begins."""
-    ours = {os.path.dirname(__file__), os.path.dirname(runpy.__file__)}  # noqa: PTH120 - compared as texts
+    outside = {__file__, "<frozen runpy>", runpy.__file__}
     left = frames
     while left is not None:
-        file = left.tb_frame.f_code.co_filename
-        is_runpy = file == "<frozen runpy>" or file == runpy.__file__
-        if not is_runpy and os.path.dirname(file) not in ours:  # noqa: PTH120
+        if left.tb_frame.f_code.co_filename not in outside:
             return left
         left = left.tb_next
     return frames

@@ -73,7 +73,7 @@ def _moved(value: Any, shift: int, modulo: int | None) -> Any:
     return moved % modulo if modulo is not None else moved
 
 
-class _AlsoPlain(type):
+class _AlsoPlain(type(torch.Generator)):  # type: ignore[misc]
     """Lets `isinstance` take generators that were made without a shift, such as torch's own."""
 
     def __instancecheck__(cls, instance: object) -> bool:

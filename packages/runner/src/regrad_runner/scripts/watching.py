@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from regrad.module_hooks import Handle
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_hooks
-
-from regrad.module_hooks import Handle
 
 
 class OptimizerWatch:
@@ -49,7 +48,7 @@ class OptimizerWatch:
             plain(optimizer, *args, **kwargs)
             self._note(optimizer)
 
-        Optimizer.__init__ = noted  # type: ignore[method-assign]
+        Optimizer.__init__ = noted  # type: ignore[method-assign, assignment]
         self._handles = [
             optimizer_hooks.register_optimizer_step_pre_hook(self._before_step),
             optimizer_hooks.register_optimizer_step_post_hook(self._after_step),
