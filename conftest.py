@@ -1,7 +1,28 @@
 """What every member's tests share."""
 
+import gc
+
 from hypothesis import settings
 
 # A timed assertion fails on a busy machine: tests judge numbers, benchmarks judge time.
 settings.register_profile("regrad", deadline=None)
 settings.load_profile("regrad")
+
+# Nothing that is imported to collect tests is garbage; looking for some takes seconds.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every garbage collection to come.
+
+    Every worker imports every member to collect its tests, and with them MLflow,
+    transformers and Lightning. Passing over their objects took longer than most
+    tests; so did looking for pipeline stages among them, as `regrad.attach` does.
+    """
+    gc.enable()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter take down what was imported, as libraries expect it to."""
+    gc.unfreeze()

@@ -1,6 +1,7 @@
-"""What a contributor and the continuous integration run: `uv run nox -s NAME`; `uv run nox -l` lists the names.
+"""What a contributor and the continuous integration run.
 
-The members of the workspace are found in the folders, never listed.
+`uv run nox -s NAME` runs one session, `uv run nox -l` lists them. The members of the
+workspace are found in the folders, never listed.
 """
 
 import re
@@ -11,16 +12,27 @@ import nox
 
 ROOT = Path(__file__).parent
 PATTERNS = nox.project.load_toml(ROOT / "pyproject.toml")["tool"]["uv"]["workspace"]["members"]
-MEMBERS = [
-    path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))
-]
+MEMBERS: list[str] = []
+for pattern in PATTERNS:
+    MEMBERS += [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(pattern))]
 PLUGINS = [Path(member).name for member in MEMBERS if member.startswith("plugins/")]
-# One computing thread per process: the tests' tensors are small, and threads that wait for each other cost more.
-TEST_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+TEST_ENVIRONMENT = {
+    # The tests' tensors are small, and threads that wait for each other cost more.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # The tests start hundreds of interpreters: let each find what an earlier one compiled.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 # Whole files go to one process each: many of them make something that all of their tests use.
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
 KIT = "packages/testing"
 NOT_FOR_A_PLUGIN = {"accelerate", "mlflow", "torchvision"}
+FAIL_IF_IMPORTABLE = """
+import importlib.util, sys
+found = [name for name in sys.argv[1:] if importlib.util.find_spec(name)]
+if found:
+    sys.exit(f"importable, but not declared: {found}")
+"""
 
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["lint", "typecheck", "tests"]
@@ -33,17 +45,20 @@ def metadata(member: str) -> dict:
 
 
 def needed_members(member: str) -> list[str]:
-    """Return the members that a member declares, and those that they declare, itself and the core included."""
-    projects = {metadata(other)["name"]: other for other in MEMBERS}
+    """Return a member, the members that it declares, and those that they declare in turn."""
+    by_project = {metadata(other)["name"]: other for other in MEMBERS}
     needed = [member]
     for other in needed:  # grows while it is read
-        declared = [
-            re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in metadata(other)["dependencies"]
-        ]
-        needed += [
-            projects[name] for name in declared if name in projects and projects[name] not in needed
-        ]
+        for name in dependencies(other):
+            if name in by_project and by_project[name] not in needed:
+                needed.append(by_project[name])
     return needed
+
+
+def dependencies(member: str) -> list[str]:
+    """Return the names of the distributions that a member declares."""
+    lines = metadata(member)["dependencies"]
+    return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines]
 
 
 def import_name(member: str) -> str:
@@ -52,8 +67,8 @@ def import_name(member: str) -> str:
 
 
 def sync(session: nox.Session, *groups: str) -> None:
-    """Install every member, editable, with the pinned development versions and some dependency groups."""
-    wanted = [argument for group in groups for argument in ("--group", group)]
+    """Install every member, editable, with pinned versions and some dependency groups."""
+    wanted = [f"--group={group}" for group in groups]
     place = session.virtualenv.location
     command = ["uv", "sync", "--all-packages", "--no-default-groups", f"--python={place}", *wanted]
     session.run_install(*command, env={"UV_PROJECT_ENVIRONMENT": place})
@@ -68,67 +83,74 @@ def build_wheels(session: nox.Session, *members: str) -> list[str]:
     return [str(path.resolve()) for path in folder.glob("*.whl")]
 
 
+def with_paths(words: list[str]) -> list[str]:
+    """Return arguments for pytest in which the name of a member's folder is its path."""
+    paths = {Path(member).name: member for member in MEMBERS}
+    arguments = []
+    for before, word in zip(["", *words], words, strict=False):
+        is_expression = before in ("-k", "-m")
+        arguments.append(word if is_expression else paths.get(word, word))
+    return arguments
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run every test of every member and the doctests, with everything installed."""
+    """Run all tests and doctests, or those of the members that are named, as in `-- core`."""
     sync(session, "test", "browser", "docs")
-    session.run("pytest", *ON_ALL_CORES, *session.posargs, env=TEST_ENVIRONMENT)
+    session.run("pytest", *ON_ALL_CORES, *with_paths(session.posargs), env=TEST_ENVIRONMENT)
 
 
 @nox.session
 @nox.parametrize("plugin", PLUGINS)
 def isolation(session: nox.Session, plugin: str) -> None:
-    """Run one plugin's tests where only the core, the conformance kit and what the plugin declares are installed."""
+    """Run one plugin's tests with its dependencies and the conformance kit, and nothing else."""
     member = f"plugins/{plugin}"
     needed = [*dict.fromkeys((*needed_members(member), *needed_members(KIT)))]
     session.install(*build_wheels(session, *needed), "--group", "test")
-    allowed = {import_name(other) for other in needed}
-    declared = " ".join(line for other in needed for line in metadata(other)["dependencies"])
-    forbidden = {import_name(other) for other in MEMBERS} - allowed
-    forbidden |= {name for name in NOT_FOR_A_PLUGIN if name not in declared}
-    check = (
-        "import importlib.util, sys; "
-        "found = [name for name in sys.argv[1:] if importlib.util.find_spec(name)]; "
-        "sys.exit(f'importable, but not declared: {found}' if found else 0)"
-    )
-    session.run("python", "-c", check, *sorted(forbidden))
+    session.run("python", "-c", FAIL_IF_IMPORTABLE, *sorted(undeclared(needed)))
     session.run("pytest", f"{member}/tests", *session.posargs, env=TEST_ENVIRONMENT)
+
+
+def undeclared(members: list[str]) -> set[str]:
+    """Return what must not be importable where only some members are installed."""
+    declared: set[str] = set()
+    for member in members:
+        declared |= {*dependencies(member)}
+    others = {import_name(other) for other in MEMBERS if other not in members}
+    return others | {name for name in NOT_FOR_A_PLUGIN if name not in declared}
 
 
 @nox.session
 def together(session: nox.Session) -> None:
-    """Run the core's tests where every plugin is installed: installing must not mean activating."""
-    members = ["core", *(f"plugins/{plugin}" for plugin in PLUGINS)]
+    """Run the core's tests with every plugin installed: installing must not mean activating."""
+    members = ["core", KIT, *(f"plugins/{plugin}" for plugin in PLUGINS)]
     session.install(*build_wheels(session, *members), "--group", "test")
     session.run("pytest", "core/tests", *session.posargs, env=TEST_ENVIRONMENT)
 
 
 @nox.session
 def author(session: nox.Session) -> None:
-    """Walk the way of a plugin's author in an empty folder: make one, edit its rule, install, check, compare."""
+    """Walk the way of a plugin's author: make one, edit its rule, install, check, compare."""
     members = ["core", KIT, "packages/runner", "plugins/centralization"]
     session.install(*build_wheels(session, *members), "uv")
     folder = Path(session.create_tmp()) / "empty"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     session.chdir(folder)
+    script = ROOT / "docs" / "examples" / "author.sh"
     # The script's `uv pip` must find this session's environment, not one of whoever started nox.
     place = {"VIRTUAL_ENV": str(session.virtualenv.location)}
-    session.run(
-        "bash",
-        str(ROOT / "docs" / "examples" / "author.sh"),
-        external=True,
-        env=TEST_ENVIRONMENT | place,
-    )
+    session.run("bash", str(script), external=True, env=TEST_ENVIRONMENT | place)
 
 
 @nox.session
 def minimums(session: nox.Session) -> None:
     """Run every test with the lowest versions that the members allow."""
-    # "-r" makes a member's dependencies direct, so that lowest-direct means them; "--no-config" leaves the pins out.
-    members = [
-        text for member in MEMBERS for text in ("-r", f"{member}/pyproject.toml", "-e", member)
-    ]
+    members = []
+    for member in MEMBERS:
+        # "-r" makes the member's dependencies direct, so that "lowest-direct" means them.
+        members += ["-r", f"{member}/pyproject.toml", "-e", member]
+    # "--no-config" leaves the pins out.
     session.install("--no-config", "--resolution", "lowest-direct", *members, "--group", "test")
     session.run("pytest", *session.posargs, env=TEST_ENVIRONMENT)
 
@@ -160,17 +182,10 @@ def docs(session: nox.Session) -> None:
     session.run("python", "docs/interactions.py", "--check", env=TEST_ENVIRONMENT)
     session.run("python", "docs/results_tables.py", "--check")
     session.run("python", "docs/sharding.py", "--check")
-    session.run(
-        "sphinx-build",
-        "-W",
-        "--keep-going",
-        "-b",
-        "html",
-        "docs",
-        "docs/_build/html",
-        *session.posargs,
-    )
-    session.run("python", "docs/loaded.py", "docs/_build/html")
+    made = "docs/_build/html"
+    strict = ("-W", "--keep-going")
+    session.run("sphinx-build", *strict, "-b", "html", "docs", made, *session.posargs)
+    session.run("python", "docs/loaded.py", made)
 
 
 @nox.session

@@ -1,7 +1,8 @@
 """Find the code that stands on the pages, fenced and indented, with where it stands.
 
 Usage: python docs/blocks.py
-Gives every block of shell commands to shellcheck; what it finds is an error. The tests run or parse the blocks.
+Gives every block of shell commands to shellcheck; what it finds is an error. The tests
+run or parse the blocks.
 """
 
 import re
@@ -37,12 +38,17 @@ class Block:
 
 def pages() -> list[Path]:
     """Return every page of the repository."""
-    found = {path for pattern in PATTERNS for path in ROOT.glob(pattern)}
+    found: set[Path] = set()
+    for pattern in PATTERNS:
+        found |= {*ROOT.glob(pattern)}
     return sorted(path for path in found if "_build" not in path.parts)
 
 
 def blocks(page: Path) -> list[Block]:
-    """Return the blocks of a page in their order. What is indented, or fenced without a language, is for the shell."""
+    """Return the blocks of a page in their order.
+
+    What is indented, or fenced without a language, is for the shell.
+    """
     found = []
     for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
         if token.type in {"fence", "code_block"} and token.map:
@@ -53,7 +59,10 @@ def blocks(page: Path) -> list[Block]:
 
 def all_blocks() -> list[Block]:
     """Return the blocks of every page."""
-    return [block for page in pages() for block in blocks(page)]
+    found = []
+    for page in pages():
+        found += blocks(page)
+    return found
 
 
 def shellcheck(shell_blocks: Iterable[Block]) -> str:
@@ -65,7 +74,9 @@ def shellcheck(shell_blocks: Iterable[Block]) -> str:
             path.write_text("\n" * (block.line - 1) + block.text, encoding="utf-8")
             files[path.name] = str(block.page.relative_to(ROOT))
         command = ["shellcheck", "--shell=bash", "--format=gcc", *sorted(files)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, cwd=folder, capture_output=True, text=True, check=False
+        )
     return re.sub(
         r"^\d+\.sh", lambda found: files[found[0]], done.stdout + done.stderr, flags=re.MULTILINE
     )

@@ -37,18 +37,18 @@ html_title = f"regrad {release}"
 
 
 def setup(app: Sphinx) -> None:
-    """Let cards, which are pages of the repository, link to pages here, and docstrings write shapes as they do."""
+    """Let cards of the repository link to pages here, and docstrings write shapes as they do."""
     app.connect("include-read", link_within_the_documentation)
     app.connect("autodoc-process-docstring", take_stars_of_shapes_as_they_are)
 
 
 def link_within_the_documentation(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
-    """Point links of a card to the README at the first page, and links to other cards at their pages here."""
+    """Point a card's links to the README at the first page, those to other cards at theirs."""
     text = content[0].replace("](../../README.md)", "](../index.md)")
     content[0] = re.sub(r"\]\(\.\./(\w+)/README\.md", r"](\1.md", text)
 
 
 def take_stars_of_shapes_as_they_are(*event: object) -> None:
-    """Keep the star of a shape like [O, *] from opening an emphasis; the lines of the docstring come last."""
+    """Keep the star of a shape like [O, *] from opening an emphasis."""
     lines: Any = event[-1]
     lines[:] = [re.sub(r"\[([^\]`]*, )\*(?=[\],])", r"[\1\\*", line) for line in lines]

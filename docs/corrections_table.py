@@ -1,4 +1,4 @@
-"""Write the table of corrections into the README, from what the installed plugins say of themselves.
+"""Write the table of corrections into the README, from what installed plugins say.
 
 Usage: python docs/corrections_table.py [--check]
 With --check nothing is written, and a stale table is an error.

@@ -1,7 +1,7 @@
-"""A Sphinx extension that writes formulas as MathML: browsers draw it themselves, without a script or a network.
+"""A Sphinx extension that writes formulas as MathML, which browsers draw without a script.
 
-A formula that cannot be converted is a warning with its place, so `nox -s docs` fails on it. The font for formulas
-lies in `_static/fonts`; `_static/pages.css` names it.
+A formula that cannot be converted is a warning with its place, so `nox -s docs` fails on
+it. The font for formulas lies in `_static/fonts`; `_static/pages.css` names it.
 """
 
 import html
@@ -39,7 +39,7 @@ def write_block(translator: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def mathml(node: nodes.Element, *, in_a_line: bool) -> str:
-    """Return a formula as a MathML element; its source, with a warning, where it cannot be converted."""
+    """Return a formula as a MathML element, or its source, with a warning, if that fails."""
     latex = " ".join(node.astext().split())
     if r"\\" in latex:
         latex = rf"\begin{{aligned}}{latex}\end{{aligned}}"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import regrad
@@ -66,11 +66,9 @@ class Interaction:
             return f"ordered, `{self.first}` first: {self.reason}"
         if self.shared:
             return f"ok, in the order of the list ({', '.join(self.shared)})"
-        acts = [
-            (stage, name)
-            for name, stages in zip(self.pair, self.stages, strict=True)
-            for stage in stages
-        ]
+        acts = []
+        for name, stages in zip(self.pair, self.stages, strict=True):
+            acts += [(stage, name) for stage in stages]
         acts.sort(key=lambda act: IN_TIME.index(act[0]))
         return "ok, different stages: " + ", then ".join(
             f"`{name}` ({stage})" for stage, name in acts
@@ -117,7 +115,7 @@ def samples() -> tuple[Tensor, Tensor]:
 
 @cache
 def reference_gradients() -> list[list[Tensor]]:
-    """Return the gradients of every step: outputs have a mean, and the size wanders, so that every rule has a case."""
+    """Return the gradients of every step, with means and sizes that give every rule a case."""
     generator = torch.Generator().manual_seed(2)
     shapes = [p.shape for p in network().parameters()]
 
@@ -133,7 +131,7 @@ def reference_gradients() -> list[list[Tensor]]:
 
 
 def stages_of(pair: tuple[str, str], optimizer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Train with both, and return in which stages each really acted. Of hidden gradients there is no measure."""
+    """Train with both, and return in which stages each really acted, hidden ones left out."""
     model = network()
     rule = OPTIMIZERS[optimizer](model.parameters(), lr=1e-3)
     with regrad.attach(model, rule, pair, nn.CrossEntropyLoss(reduction="sum")) as attachment:
@@ -159,7 +157,7 @@ def stages_of(pair: tuple[str, str], optimizer: str) -> tuple[tuple[str, ...], t
 def read_by_the_optimizer(
     corrections: Sequence[regrad.Correction], optimizer: str, gradients: Sequence[Sequence[Tensor]]
 ) -> list[dict[str, list[Tensor]]]:
-    """Return, for every step of given gradients at fixed weights, the corrected gradients and the moments after it."""
+    """Return, for every step of given gradients, the corrected ones and the moments after it."""
     model = network(
         scale=100.0
     )  # bounds that are relative to weights are then reached now and then
@@ -170,10 +168,10 @@ def read_by_the_optimizer(
             for parameter, gradient in zip(model.parameters(), step, strict=True):
                 parameter.grad = gradient.clone()
             rule.step()
-            states = [state for p in model.parameters() for state in rule.state[p].values()]
-            moments = [
-                state.clone() for state in states if isinstance(state, Tensor) and state.dim()
-            ]
+            moments = []
+            for parameter in model.parameters():
+                states = rule.state[parameter].values()
+                moments += [s.clone() for s in states if isinstance(s, Tensor) and s.dim()]
             seen.append(
                 {
                     "gradient": [p.grad for p in model.parameters() if p.grad is not None],
@@ -193,7 +191,8 @@ def commutator_of(first: str, second: str, optimizer: str, stage: str) -> float:
         steps = read_by_the_optimizer(corrections, optimizer, reference_gradients())[
             BEFORE_MEASURING:
         ]
-        results.append(torch.cat([tensor.flatten() for step in steps for tensor in step[stage]]))
+        tensors = chain.from_iterable(step[stage] for step in steps)
+        results.append(torch.cat([tensor.flatten() for tensor in tensors]))
     return ((results[0] - results[1]).norm() / results[0].norm()).item()
 
 
@@ -225,11 +224,10 @@ def interaction_of(pair: tuple[str, str], optimizer: str) -> Interaction:
 
 def interactions() -> list[Interaction]:
     """Return every pair on every optimizer."""
-    return [
-        interaction_of(pair, optimizer)
-        for pair in combinations(shipped(), 2)
-        for optimizer in OPTIMIZERS
-    ]
+    found = []
+    for pair in combinations(shipped(), 2):
+        found += [interaction_of(pair, optimizer) for optimizer in OPTIMIZERS]
+    return found
 
 
 def table(found: Sequence[Interaction]) -> str:

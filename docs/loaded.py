@@ -1,7 +1,8 @@
-"""Find what pages load from a network: scripts, styles, images, fonts and the like. Links to follow do not count.
+"""Find what pages load from a network: scripts, styles, images, fonts; links do not count.
 
 Usage: python docs/loaded.py FOLDER
-Reads every page, picture, style sheet and script in the folder; an address that is loaded is an error.
+Reads every page, picture, style sheet and script in the folder; an address that is
+loaded is an error.
 """
 
 import re
@@ -28,7 +29,7 @@ LOADING = {
     "use": ("href", "xlink:href"),
     "video": ("src", "poster"),
 }
-# Relations of <link> that only say where something is. Every other one loads, or connects beforehand.
+# Relations of <link> that only say where something is. Every other one loads or connects.
 FOLLOWED = {
     *("alternate", "author", "bookmark", "canonical", "copyright", "genindex", "help", "index"),
     *("license", "next", "prev", "search", "top", "up"),

@@ -1,4 +1,4 @@
-"""Write docs/reference.md: every command with its flags, every name with its options, as the code itself has them.
+"""Write docs/reference.md: every command with its flags, every name with its options.
 
 Usage: python docs/reference.py [--check]
 With --check nothing is written, and a stale page is an error.
@@ -25,8 +25,9 @@ from typer.main import get_command
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "reference.md"
 HEAD = (
-    "# Reference\n\nEvery command with its flags, and every name with its options. Written by `docs/reference.py` from "
-    "the code; [The command](command.md) says the same in sentences.\n\n"
+    "# Reference\n\nEvery command with its flags, and every name with its options. "
+    "Written by `docs/reference.py` from the code; [The command](command.md) says the same in "
+    "sentences.\n\n"
 )
 
 
@@ -104,8 +105,10 @@ def section(name: str, command: Any) -> str:
 def commands() -> str:
     """Return every command of both programs."""
     programs = {"regrad": get_command(runner), "regrad-bench": get_command(bench)}
-    found = [pair for name, program in programs.items() for pair in walk(name, program)]
-    return "## Commands\n\n" + "\n".join(section(name, command) for name, command in found)
+    sections = []
+    for program_name, program in programs.items():
+        sections += [section(name, command) for name, command in walk(program_name, program)]
+    return "## Commands\n\n" + "\n".join(sections)
 
 
 def options(kind: Any, *others: str) -> str:
@@ -165,7 +168,8 @@ def names() -> str:
     ]
     head = ("name", "options")
     return (
-        f"## Corrections\n\n{table(head, corrections)}\n## Optimizers\n\n{table(head, optimizers)}\n"
+        f"## Corrections\n\n{table(head, corrections)}\n"
+        f"## Optimizers\n\n{table(head, optimizers)}\n"
         "And torch's own, in lower case: `sgd:momentum=0.9`, `adamw`.\n\n"
         f"## Workloads\n\n{table(head, workloads)}\n## Models\n\n{table(head, models)}\n"
         f"`{MODEL}` is that of `text`; images have the others and the classifiers of torchvision.\n"

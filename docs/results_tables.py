@@ -1,13 +1,15 @@
-"""Write the ledger and the tables of docs/results.md, and what the methods' pages say of them, from docs/results/.
+"""Write what docs/results.md and the methods' pages say of comparisons, from docs/results/.
 
 Usage: python docs/results_tables.py [--check]
 With --check nothing is written, and a stale page is an error.
 
-A comparison is kept as `regrad compare` wrote it, less the figures and, of the receipts, those of seed 0;
-docs/results/claims.yaml says what was claimed, and which arms of which comparisons speak to it.
+A comparison is kept as `regrad compare` wrote it, without the figures, and of the
+receipts with those of seed 0 alone; docs/results/claims.yaml says what was claimed, and
+which arms of which comparisons speak to it.
 """
 
 import io
+import itertools
 import json
 import sys
 import tomllib
@@ -15,17 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from regrad_runner.reporting.report import summarize_results
-from regrad_runner.reporting.table import print_comparison, sentence
-from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.reporting.sentences import sentence
+from regrad_runner.reporting.summaries import summarize_results
+from regrad_runner.reporting.table import print_comparison
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.tables import read_rows
 from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure
 from rich.console import Console
 
 DOCS = Path(__file__).parent
-FOLDER, PAGE, METHODS = DOCS / "results", DOCS / "results.md", DOCS / "methods"
+FOLDER = DOCS / "results"
+PAGE = DOCS / "results.md"
+METHODS = DOCS / "methods"
 FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
-BEGIN, END = "<!-- written by docs/results_tables.py -->\n", "<!-- end of what is written -->"
+BEGIN = "<!-- written by docs/results_tables.py -->\n"
+END = "<!-- end of what is written -->"
 
 
 def about_of(path: Path) -> dict[str, Any]:
@@ -40,33 +47,50 @@ def measure_of(path: Path) -> Measure:
 
 
 def comparisons() -> dict[str, list[ArmSummary]]:
-    """Return the summaries of every comparison that is kept and has results, by its folder's name."""
-    folders = {
-        path.parent.name: ResultsFolder(path.parent)
-        for path in sorted(FOLDER.glob("*/config.yaml"))
-    }
-    kept = {name: folder for name, folder in folders.items() if folder.results}
+    """Return the summaries of every comparison that has results, by its folder's name."""
+    folders = [path.parent for path in sorted(FOLDER.glob("*/config.yaml"))]
     return {
-        name: summarize_results(folder.results, measure_of(folder.path))
-        for name, folder in kept.items()
+        folder.name: summarize_results(results, measure_of(folder))
+        for folder in folders
+        if (results := results_of(folder))
     }
+
+
+def results_of(path: Path) -> list[Result]:
+    """Return the runs in the table of a comparison."""
+    return read_rows(path / "results.csv", Result)
+
+
+def trials_of(path: Path) -> list[Trial]:
+    """Return the trials of learning rates in the table of a comparison."""
+    return read_rows(path / "tuning.csv", Trial)
 
 
 def seen(told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]) -> str:
     """Say what the arms that speak to a claim came to."""
-    lines = [
-        f"*{name}*: {sentence(summary, measure_of(FOLDER / name))}"
-        for name, arms in told.items()
-        for summary in summaries.get(name, [])
-        if summary.arm in arms
-    ]
+    lines = []
+    for name, found in sentences(told, summaries).items():
+        lines += [f"*{name}*: {line}" for line in found]
     return " ".join(lines) or "not measured"
+
+
+def sentences(
+    told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]
+) -> dict[str, list[str]]:
+    """Return a sentence for each arm that speaks to a claim, by comparison."""
+    found = {}
+    for name, arms in told.items():
+        measure = measure_of(FOLDER / name)
+        chosen = [summary for summary in summaries.get(name, []) if summary.arm in arms]
+        found[name] = [sentence(summary, measure) for summary in chosen]
+    return found
 
 
 def ledger(summaries: dict[str, list[ArmSummary]]) -> str:
     """Return the table of claims."""
     rows = [
-        "| method | claimed | seen here | how the protocol differs | command |\n| --- | --- | --- | --- | --- |\n"
+        "| method | claimed | seen here | how the protocol differs | command |\n"
+        "| --- | --- | --- | --- | --- |\n"
     ]
     for claim in claims():
         ran = [
@@ -102,11 +126,11 @@ def environment(path: Path) -> str:
     )
 
 
-def rates(folder: ResultsFolder) -> str:
+def rates(path: Path) -> str:
     """Say which learning rate every arm chose, and what the trials said of each."""
-    if not folder.trials:
+    if not trials_of(path):
         return ""
-    chosen = {result.arm: result.lr for result in folder.results}
+    chosen = {result.arm: result.lr for result in results_of(path)}
     return f"Learning rates chosen: {', '.join(f'{arm} {lr:g}' for arm, lr in chosen.items())}.\n\n"
 
 
@@ -114,24 +138,28 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
     """Return one comparison's heading, command, table and sentences."""
     path = FOLDER / name
     settings: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    runs = sum(result.status == "finished" for result in ResultsFolder(path).results)
+    runs = sum(result.status == "finished" for result in results_of(path))
     named = {"width": settings["width"], "normalisation:": settings["norm"]}
     shape = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
     text = io.StringIO()
     print_comparison(Console(file=text, width=200), summaries, measure_of(path))
     table = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
+    trials = len(trials_of(path))
+    rates_tried = ", ".join(f"{lr:g}" for lr in settings["lr"])
+    command = f"regrad compare --config docs/results/{name}/config.yaml"
+    kept = f"results/{name}"
     return (
         f"({name})=\n\n### {name}\n\n"
         f"{settings['model']} ({shape}), {settings['optimizer']}, "
         f"{settings['train_size'] or 'all'} training {about_of(path).get('samples', 'images')}, "
         f"{settings['epochs']} epoch{'s' * (settings['epochs'] != 1)}, batch "
         f"{settings['batch_size']}, {settings['warmup_steps']} steps of warm-up, "
-        f"{FORMATS[settings['mixed_precision']]}. {runs} runs and {len(ResultsFolder(path).trials)} trials of "
-        f"learning rates ({', '.join(f'{lr:g}' for lr in settings['lr'])}). {environment(path)}.\n\n"
-        f"```bash\nregrad compare --config docs/results/{name}/config.yaml --data-dir FOLDER --out DIR\n```\n\n"
-        f"```text\n{table}\n```\n\n{rates(ResultsFolder(path))}"
-        f"Every run: [results.csv](results/{name}/results.csv), [curves.csv](results/{name}/curves.csv), "
-        f"[tuning.csv](results/{name}/tuning.csv).\n\n"
+        f"{FORMATS[settings['mixed_precision']]}. {runs} runs and {trials} trials of "
+        f"learning rates ({rates_tried}). {environment(path)}.\n\n"
+        f"```bash\n{command} --data-dir FOLDER --out DIR\n```\n\n"
+        f"```text\n{table}\n```\n\n{rates(path)}"
+        f"Every run: [results.csv]({kept}/results.csv), [curves.csv]({kept}/curves.csv), "
+        f"[tuning.csv]({kept}/tuning.csv).\n\n"
     )
 
 
@@ -154,21 +182,20 @@ def methods_of(page: Path) -> set[str]:
     """Return the names of the corrections and optimizers that one method's page is about."""
     project = DOCS.parent / "plugins" / page.stem / "pyproject.toml"
     offered = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
-    return {name for group in offered.values() for name in group}
+    return set(itertools.chain.from_iterable(offered.values()))
 
 
 def seen_on(page: Path, summaries: dict[str, list[ArmSummary]]) -> str:
     """Say on a method's page what the comparisons came to."""
     told: dict[str, list[str]] = {}
     for claim in claims():
-        for name, arms in claim["seen"].items() if claim["method"] in methods_of(page) else ():
+        if claim["method"] not in methods_of(page):
+            continue
+        for name, arms in claim["seen"].items():
             told[name] = [*dict.fromkeys((*told.get(name, []), *arms))]
-    lines = [
-        f"- [{name}](../results.md#{name}): {sentence(summary, measure_of(FOLDER / name))}\n"
-        for name, arms in told.items()
-        for summary in summaries.get(name, [])
-        if summary.arm in arms
-    ]
+    lines = []
+    for name, found in sentences(told, summaries).items():
+        lines += [f"- [{name}](../results.md#{name}): {line}\n" for line in found]
     return "".join(lines) or "No comparison is kept: not measured.\n"
 
 

@@ -1,6 +1,7 @@
-"""Make the documentation's pictures of the report: `python docs/screenshots.py FOLDER` with a comparison's folder.
+"""Make the documentation's pictures of a report: `python docs/screenshots.py FOLDER`.
 
-Needs Chromium, and playwright from the dependency group `browser`: `uv run --group browser python docs/screenshots.py`.
+Needs Chromium, and playwright from the dependency group `browser`:
+`uv run --group browser python docs/screenshots.py`.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """Write the page on layouts, and what the cards say of them, from what sharding_cells.py measures.
 
 Usage: python docs/sharding.py [--prove | --render | --check] [NAME ...]
-Without a flag everything, or what is named, is measured on two processes and on one, and sharding.json, the page and
-the cards are written.
-With --prove the verdicts are measured and compared with sharding.json; with --render page and cards are written from
-it; with --check nothing is measured or written, and a stale page or card is an error.
+Without a flag everything, or what is named, is measured on two processes and on one, and
+sharding.json, the page and the cards are written.
+With --prove the verdicts are measured and compared with sharding.json; with --render
+page and cards are written from it; with --check nothing is measured or written, and a
+stale page or card is an error.
 """
 
 import json
@@ -72,7 +73,7 @@ def verdict_of(where: str, column: Column, seen: Mapping[str, Seen]) -> Verdict:
 
 
 def measured(names: Sequence[str]) -> dict[str, Seen]:
-    """Return what is seen of corrections on one process and on two, by "name | column | way | suite and optimizer"."""
+    """Return what one process and two see, by "name | column | way | suite and optimizer"."""
     os.environ[NAMES] = " ".join(names)  # read by the other processes
     ranks = launch(OnTwoProcesses, PATIENCE)
     seen: dict[str, Seen] = {}
@@ -85,9 +86,10 @@ def measured(names: Sequence[str]) -> dict[str, Seen]:
             else both[0]
         )
         seen[key]["broken"] = broken or ("the ranks end apart" if apart else "")
-    return seen | {
-        f"{name} | {key}": measure() for name in names for key, measure in measures(name, 1).items()
-    }
+    for name in names:
+        for key, measure in measures(name, 1).items():
+            seen[f"{name} | {key}"] = measure()
+    return seen
 
 
 def verdicts(names: Sequence[str]) -> Verdicts:
@@ -142,10 +144,9 @@ def reasons(found: Verdicts) -> str:
     for name, cells in found.items():
         for title, cell in cells.items():
             if cell["verdict"] == "bounded":
+                bound = percent(cell["bound"])
                 usual = percent(cell["usual"])
-                lines.append(
-                    f"- `{name}`, {title}: {percent(cell['bound'])}; without a correction {usual}.\n"
-                )
+                lines.append(f"- `{name}`, {title}: {bound}; without a correction {usual}.\n")
             lines += [f"- `{name}`, {title}: refused: {reason}.\n" for reason in cell["reasons"]]
     return "".join(lines)
 
@@ -191,15 +192,14 @@ def kept() -> Verdicts:
 
 def differences(found: Verdicts, wanted: Verdicts) -> list[str]:
     """Return the cells whose verdict or reason is another one."""
-    told = lambda cell: (cell["verdict"], cell["reasons"])  # noqa: E731
-    return [
-        f"{name}, {title}: {told(cell)}"
-        for name, cells in found.items()
-        for title, cell in cells.items()
-        if name not in wanted
-        or title not in wanted[name]
-        or told(cell) != told(wanted[name][title])
-    ]
+    lines = []
+    for name, cells in found.items():
+        for title, cell in cells.items():
+            told = (cell["verdict"], cell["reasons"])
+            before = wanted.get(name, {}).get(title)
+            if before is None or told != (before["verdict"], before["reasons"]):
+                lines.append(f"{name}, {title}: {told}")
+    return lines
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,8 @@
-"""What the page on layouts measures: every correction's own suites, trained in every way that loops and layouts have.
+"""What the page on layouts measures: every correction's suites, in every loop and layout.
 
-A cell compares two trainings that must be one: two processes and one, a frozen parameter and a constant, four parts
-of a batch and the batch. Mixed precision is compared with the suite's reference, which is given the same gradients.
+A cell compares two trainings that must be one: two processes and one, a frozen
+parameter and a constant, four parts of a batch and the batch. Mixed precision is
+compared with the suite's reference, which is given the same gradients.
 Two processes import this file by its path, so it imports nothing that lies beside it.
 """
 
@@ -97,10 +98,11 @@ def suites_of(name: str) -> list[Any]:
 
 def cases_of(name: str) -> dict[str, Case]:
     """Return every suite of a correction on every optimizer that it accepts."""
-    pairs = ((suite, optimizer) for suite in suites_of(name) for optimizer in suite.trains_on())
-    return {
-        f"{suite.__name__} on {optimizer}": Case(suite, optimizer) for suite, optimizer in pairs
-    }
+    found = {}
+    for suite in suites_of(name):
+        for optimizer in suite.trains_on():
+            found[f"{suite.__name__} on {optimizer}"] = Case(suite, optimizer)
+    return found
 
 
 def compared(got: Training, wanted: Training) -> Seen:
@@ -212,7 +214,7 @@ def make_first_a_buffer(model: nn.Module) -> nn.Module:
 
 
 class Fronted(nn.Module):
-    """A model behind two layers: with one weight that both hold, or one layer that is called twice."""
+    """A model behind two layers that hold one weight, or behind one that is called twice."""
 
     def __init__(self, net: nn.Module, *, tied: bool) -> None:
         super().__init__()
@@ -246,7 +248,7 @@ def tied(case: Case) -> Seen:
     return compared(*both)
 
 
-# Mixed precision: the reference is given, step by step, the weights of the training, and makes the step itself.
+# Mixed precision: the reference is given the weights before each step, and makes the step itself.
 
 
 class Alongside(ReferenceTraining):
@@ -295,12 +297,10 @@ def under(function: Any, dtype: torch.dtype) -> Any:
 
 
 def mixed(case: Case, dtype: torch.dtype, *, scale: float | None = None, **options: Any) -> Seen:
-    """Autocast around forward and loss, float32 weights; under a GradScaler with one overflow on the way."""
-    corrections, problem, make = (
-        case.suite.make(),
-        case.suite.problem,
-        case.suite.optimizers[case.optimizer],
-    )
+    """Autocast around forward and loss, float32 weights; a GradScaler meets one overflow."""
+    corrections = case.suite.make()
+    problem = case.suite.problem
+    make = case.suite.optimizers[case.optimizer]
     how = {"dtype": torch.float32, "scale": scale, **options}
     training = Training(problem, make, corrections, **how)
     if not has_reference(case):
@@ -325,7 +325,7 @@ def mixed(case: Case, dtype: torch.dtype, *, scale: float | None = None, **optio
 def run_mixed(
     training: Training, dtype: torch.dtype, then: Callable[..., None] = lambda *_: None
 ) -> Training:
-    """Train under autocast, and call `then(index, weights before, scale)` after each step that counts."""
+    """Train under autocast; call `then(index, weights before, scale)` after each real step."""
     training.outer, training.criterion = (
         under(training.outer, dtype),
         under(training.criterion, dtype),
@@ -368,7 +368,7 @@ class Held(Training):
 
 
 def trained_later(case: Case, layout: "Layout", *, as_group: bool, **how: Any) -> Training:
-    """Train with the first parameter frozen for half of the steps; `as_group` the optimizer is given it only then."""
+    """Train with the first parameter frozen at first; `as_group` the optimizer gets it later."""
     make, parallel = layout(case.suite.optimizers[case.optimizer])
 
     def partly(parameters: Any, **options: Any) -> Any:
@@ -415,7 +415,7 @@ def ddp_with_unused(model: nn.Module) -> nn.Module:
 
 
 def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
-    """Return the layout of accelerate's own FSDP2: model and optimizer go in together, its parameters are swapped."""
+    """Return the layout of accelerate's FSDP2, which swaps a model's parameters."""
     from accelerate import Accelerator, DistributedType  # noqa: PLC0415 - only workers need it
     from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: PLC0415
     from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: PLC0415
@@ -451,7 +451,7 @@ def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
 
 
 def on_two(case: Case, layout: Layout) -> Seen:
-    """Each process its own rows of every batch, with evaluations in between, against one process with all rows."""
+    """Each process its own rows, with evaluations in between, against one with all rows."""
     make, parallel = layout(case.suite.optimizers[case.optimizer])
     training = Training(
         case.suite.problem, make, case.suite.make(), parallel=parallel, rows=own_rows(case)
@@ -475,7 +475,7 @@ def own_rows(case: Case) -> slice:
 
 
 def told(training: Training) -> Seen:
-    """Return hashes of what must be the same on all ranks: weights and state, of shards what is no part of a tensor."""
+    """Return hashes of what must be the same on all ranks; of shards, what is no tensor."""
     state: Any = training.correction_state()
     state = without_tensors(state) if training.attachment.engine.is_sharded() else state
     return {"ranks": [digest(training.weights()), digest(state)]}
@@ -501,6 +501,18 @@ LATER: dict[str, Layout] = {
     "accelerate": by_accelerate,
 }
 COMES = {"unfrozen": False, "in a new group": True}
+
+
+def later_ways() -> dict[str, Measure]:
+    """Return each way in which a parameter comes later, on each layout."""
+    ways: dict[str, Measure] = {}
+    for way, group in COMES.items():
+        for name, layout in LATER.items():
+            measure = functools.partial(later_on_two, layout=layout, as_group=group)
+            ways[f"{way}, {name}"] = measure
+    return ways
+
+
 COLUMNS = [
     Column("1 process", FLOAT64, {"": of_reference}),
     *(
@@ -540,11 +552,7 @@ COLUMNS = [
     Column(
         "later, 2 processes",
         FLOAT64,
-        {
-            f"{way}, {name}": functools.partial(later_on_two, layout=layout, as_group=group)
-            for way, group in COMES.items()
-            for name, layout in LATER.items()
-        },
+        later_ways(),
         WORLD,
     ),
 ]
@@ -560,27 +568,30 @@ def seen_in(case: Case, measure: Measure) -> Seen:
 
 def measures(name: str, processes: int) -> dict[str, Callable[[], Seen]]:
     """Return what is to be measured of a correction, by column, way, suite and optimizer."""
-    return {
-        f"{column.title} | {way} | {which}": functools.partial(seen_in, case, measure)
-        for column in COLUMNS
-        if column.processes == processes
-        for way, measure in column.ways.items()
-        for which, case in cases_of(name).items()
-    }
+    cases = cases_of(name)
+    found = {}
+    for column in COLUMNS:
+        if column.processes != processes:
+            continue
+        for way, measure in column.ways.items():
+            for which, case in cases.items():
+                key = f"{column.title} | {way} | {which}"
+                found[key] = functools.partial(seen_in, case, measure)
+    return found
 
 
 class OnTwoProcesses:
-    """What `regrad_testing.processes.launch` runs on each of two processes, for the corrections in `NAMES`."""
+    """What each of two processes runs, for the corrections in the variable `NAMES`."""
 
     @classmethod
     def cases(cls) -> dict[str, Callable[[int], Seen]]:
         """Return every measure of every correction."""
         names = os.environ[NAMES].split()
-        return {
-            f"{name} | {key}": functools.partial(_without_rank, measure)
-            for name in names
-            for key, measure in measures(name, WORLD).items()
-        }
+        found = {}
+        for name in names:
+            for key, measure in measures(name, WORLD).items():
+                found[f"{name} | {key}"] = functools.partial(_without_rank, measure)
+        return found
 
 
 def _without_rank(measure: Callable[[], Seen], _: int) -> Seen:

@@ -225,7 +225,7 @@ def regrad_commands(monkeypatch):
             contextlib.redirect_stderr(io.StringIO()) as said,
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            assert cli.main(words) == 0, said.getvalue()
+            assert cli(words) == 0, said.getvalue()
 
     return parse
 
@@ -234,8 +234,9 @@ def check_settings(command: str, /, **values: Any) -> int:
     """Check what a command was given as the command itself does, short of loading data and training."""
     import regrad
     from regrad_runner.cli import completion
-    from regrad_runner.cli.flags import settings_of
+    from regrad_runner.cli.settings_flags import given_settings
     from regrad_runner.settings import config
+    from regrad_runner.settings.loading import load_config
     from regrad_runner.training import optimizers
 
     if "corrections" not in values:
@@ -247,8 +248,8 @@ def check_settings(command: str, /, **values: Any) -> int:
         return 0
     kind = config.CompareConfig if command == "compare" else config.TrainConfig
     file = values.get("config")
-    flags = settings_of(type("Context", (), {"params": values}))
-    settings = config.load_config(
+    flags = given_settings(kind, values)
+    settings = load_config(
         kind,
         file=None if file is None or PLACEHOLDER.fullmatch(file.name) else ROOT / file,
         flags=flags,

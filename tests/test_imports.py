@@ -115,6 +115,34 @@ def test_rooms_are_listed_and_import_only_what_is_listed_below_them(members, roo
         assert upward == [], f"{module} imports what stands above it"
 
 
+# Public names that several modules of a member may define, and why.
+SHARED_NAMES = {
+    "main": "what a module that is run as a program starts with",
+    "load": "what an entry point of a workload names",
+}
+
+
+def defined_in(path) -> set[str]:
+    """Public names that a module defines at its top level; what it imports is not among them."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            parts = [part for target in targets for part in ast.walk(target)]
+            names |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_no_two_modules_of_a_member_define_the_same_public_name(member):
+    places = {}
+    for path in member.sources:
+        for name in defined_in(path) - SHARED_NAMES.keys():
+            places.setdefault(name, []).append(path.relative_to(member.path).as_posix())
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
 def test_everything_imported_is_declared_by_the_member_itself(
     member, members, imports, normal_name
 ):

@@ -1,9 +1,10 @@
 """What counts as loaded from a network: every way that a page has, and no link that only leads somewhere."""
 
 import importlib
-import shutil
+import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -95,13 +96,32 @@ def test_the_command_ends_with_an_error_where_something_is_loaded(tmp_path):
 
 def test_a_report_loads_nothing_from_a_network(tmp_path):
     from regrad_runner.reporting.page.write import write_page
-    from regrad_runner.reporting.report import summarize_results
-    from regrad_runner.results.folder import ResultsFolder
+    from regrad_runner.reporting.report_data import read_report_data
+    from regrad_runner.reporting.summaries import summarize_results
+    from regrad_runner.results.folder import ResultsFolder, start_folder
+    from regrad_runner.results.outcomes import CurvePoint, Result, numbers_of
+    from regrad_runner.results.points import Point, keep_point
+    from regrad_runner.results.run import begin_run
+    from regrad_runner.results.tables import read_rows
+    from regrad_runner.settings.config import CompareConfig
+    from regrad_runner.settings.loading import load_config
     from regrad_runner.workloads.workload import Measure
 
-    kept = shutil.copytree(DOCS / "results" / "cifar10-sgd-no-norm", tmp_path / "comparison")
+    published = DOCS / "results" / "cifar10-sgd-no-norm"
+    kept = tmp_path / "comparison"
+    config = load_config(CompareConfig, file=published / "config.yaml", flags={})
+    start_folder(kept, config, json.loads((published / "about.json").read_text(encoding="utf-8")))
+    curves = read_rows(published / "curves.csv", CurvePoint)
+    for result in read_rows(published / "results.csv", Result):
+        values = {"name": result.arm, "arm": result.arm, "seed": result.seed, "lr": result.lr}
+        with begin_run(kept, values) as record:
+            for row in curves:
+                if (row.arm, row.seed) == (result.arm, result.seed):
+                    point = {f.name: getattr(row, f.name) for f in fields(Point)}
+                    keep_point(record, Point(**point))
+            record.end(result.status, result=numbers_of(result))
     folder, measure = ResultsFolder(kept), Measure()
-    write_page(folder, measure, summarize_results(folder.results, measure))
+    write_page(read_report_data(folder, measure, summarize_results(folder.results, measure)))
     assert (kept / "report.html").is_file()
     assert list(kept.glob("figures/*.svg"))
     assert loaded.loaded_in(kept) == []

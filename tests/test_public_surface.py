@@ -38,6 +38,7 @@ PUBLIC = {
             "StagedImages",
         ),
         "load_beside",
+        "run_on_processes",
     },
     "regrad_tom": {"Tom"},
     "regrad_transformers": {"RegradCallback"},

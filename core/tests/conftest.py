@@ -9,7 +9,7 @@ import torch
 
 HERE = Path(__file__).parent
 # Run by processes of their own, see test_processes.py.
-collect_ignore_glob = ["workers.py", "cases_*.py", "shared_cases.py"]
+collect_ignore_glob = ["cases_*.py", "shared_cases.py"]
 
 
 def _load(name):

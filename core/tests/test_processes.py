@@ -1,48 +1,49 @@
 """Two processes: DDP, FSDP2 and shards, each case of `cases_*.py` a test."""
 
 import ast
-import json
-import os
-import subprocess
+import functools
+import importlib
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from regrad_testing.processes import launch
 
-WORKERS = Path(__file__).with_name("workers.py")
+HERE = Path(__file__).parent
+FILES = sorted(HERE.glob("cases_*.py"))
 CASES = [
-    node.name.removeprefix("case_")
-    for path in sorted(WORKERS.parent.glob("cases_*.py"))
+    node.name
+    for path in FILES
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name.startswith("case_")
 ]
 
 
+class Cases:
+    """What both processes run."""
+
+    @classmethod
+    def cases(cls):
+        sys.path.insert(0, str(HERE))
+        modules = [importlib.import_module(path.stem) for path in FILES]
+        found = {name: thing for module in modules for name, thing in vars(module).items()}
+        return {name: functools.partial(strictly, found[name]) for name in CASES}
+
+
+def strictly(case, rank):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        case(rank)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results():
     """Run every case once on two processes and return, per rank, what each raised."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(WORKERS)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=240)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return launch(Cases)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name.removeprefix("case_") for name in CASES])
 def test_on_two_processes(results, case):
     raised = [result[f"case_{case}"] for result in results]
-    assert raised == [None, None], "\n".join(text for text in raised if text)
+    assert raised == [None, None], "\n".join(said["error"] for said in raised if said)

@@ -447,7 +447,9 @@ def test_options_stay_with_their_correction_when_a_text_is_taken_apart(install):
     install("regrad-pair", {"gain": "Gain", "tilt": "Tilt"})
     parts = registry.several_in("gain:amount=1e+2,power=3 , tilt:amount=[gain,tilt]+gain")
     assert parts == ["gain:amount=1e+2,power=3", "tilt:amount=[gain,tilt]", "gain"]
-    for one in ("gain", "gain:amount=[gain,tilt]", "gains,tilts", "", "gain:power=2,amount=1"):
+    quoted = "gain:amount='gain, tilt',power=\"gain+tilt\""
+    lists = "gain:amount=[gain,tilt]"
+    for one in ("gain", lists, quoted, "gains,tilts", "", "gain:power=2,amount=1"):
         assert registry.several_in(one) == []
     with pytest.raises(ValueError, match=re.escape("write ['gain:power=2', 'tilt']")):
         regrad.create("gain:power=2,tilt")

@@ -2,8 +2,9 @@
 
     python docs/examples/accelerate_loop.py
 
-Needs accelerate, regrad-xgrad and regrad-clipping. Takes seconds. `accelerate launch` and torchrun start it on several
-processes: each then reads its share of the rows, and all end with the same weights.
+Needs accelerate, regrad-xgrad and regrad-clipping. Takes seconds. `accelerate launch`
+and torchrun start it on several processes: each then reads its share of the rows, and
+all end with the same weights.
 """
 
 import regrad
@@ -32,7 +33,7 @@ for epoch in range(4):
     accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
 
 accelerator.print(attachment)
-# Accumulation: 4 epochs of 8 batches on one process are 16 optimizer steps, and so many corrections.
+# Accumulation: 4 epochs of 8 batches on one process are 16 optimizer steps, and corrections.
 for name, value in attachment.metrics().items():
     accelerator.print(f"{name}: {value:.4g}")
 attachment.detach()

@@ -1,9 +1,10 @@
-"""torch.compile: attach to the compiled model, before its first call; the corrected step is the uncompiled one's.
+"""torch.compile: attach to the compiled model before its first call; steps stay the same.
 
     python docs/examples/compiled.py --backend aot_eager
 
-Needs regrad-xgrad and regrad-clipping. The backend aot_eager traces as torch.compile does and is quick; leave it out
-for the kernels that are meant, which on CPUs takes a C++ compiler and half a minute.
+Needs regrad-xgrad and regrad-clipping. The backend aot_eager traces as torch.compile does
+and is quick; leave it out for the kernels that are meant, which on CPUs takes a C++
+compiler and half a minute.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import regrad
 import torch
 from torch import nn
 
-# AGC leaves the classifier's weights alone. In a compiled model it cannot see which they are: the layer is named.
+# AGC leaves the classifier's weights alone. In a compiled model it cannot see which they are, so
+# the layer is named.
 CORRECTIONS = ["xgrad", "agc:max_ratio=0.02,head=2"]
 
 

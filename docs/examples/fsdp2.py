@@ -1,8 +1,9 @@
-"""FSDP2: attach after fully_shard; each process holds half of every weight, and the numbers are one process's.
+"""FSDP2: attach after fully_shard; each process holds half of every weight.
 
     torchrun --nproc-per-node 2 docs/examples/fsdp2.py
 
-Needs regrad-xgrad and regrad-clipping. Runs on CPUs with gloo; with GPUs, use nccl and the device "cuda".
+Needs regrad-xgrad and regrad-clipping. Runs on CPUs with gloo; with GPUs, use nccl and
+the device "cuda".
 """
 
 import copy
@@ -57,9 +58,8 @@ def main() -> None:
         numbers = attachment.metrics()
         print(attachment)
         print(f"steps: {numbers['steps_applied']:.0f}, on {world} processes")
-        print(
-            f"xgrad moved this process's part by {numbers['xgrad/weights/relative_change']:.1e} of its norm"
-        )
+        moved = numbers["xgrad/weights/relative_change"]
+        print(f"xgrad moved this process's part by {moved:.1e} of its norm")
         print(f"sharded against one process: largest difference {difference:.0e}")
     distributed.barrier()
     distributed.destroy_process_group()

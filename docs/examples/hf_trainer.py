@@ -2,7 +2,8 @@
 
     python docs/examples/hf_trainer.py
 
-Needs regrad-transformers, regrad-xgrad, regrad-powergrad and regrad-clipping. Takes seconds, downloads nothing.
+Needs regrad-transformers, regrad-xgrad, regrad-powergrad and regrad-clipping. Takes
+seconds, downloads nothing.
 """
 
 import tempfile

@@ -4,11 +4,14 @@ A broken one is set aside, and can be named.
 """
 
 import contextlib
+import functools
 import importlib
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from email import message_from_string
+from email.message import Message
 from importlib import metadata
 from typing import Any
 
@@ -208,14 +211,11 @@ def _read(source: metadata.Distribution) -> Installed | Broken:
         return Broken(called, folder, problem, points)
 
     try:
-        about: Any = source.metadata
+        about = _headers(_description(source))
         name = str(about.get("Name") or "")
         version = str(about.get("Version") or "")
         summary = str(about.get("Summary") or "")
     except Exception as cause:  # noqa: BLE001 - somebody else's file can be wrong in any way
-        # Of the backport, which raises where Python does not.
-        if type(cause).__name__ == "MetadataNotFound":
-            return damaged(NAMELESS)
         return damaged(f"its METADATA cannot be read ({type(cause).__name__}: {cause})")
     if not name:
         return damaged(NAMELESS)
@@ -224,6 +224,17 @@ def _read(source: metadata.Distribution) -> Installed | Broken:
     except Exception as cause:  # noqa: BLE001 - somebody else's file can be wrong in any way
         return damaged(f"its {POINTS} cannot be read ({type(cause).__name__}: {cause})")
     return Installed(name, version, summary, folder, source)
+
+
+def _description(source: metadata.Distribution) -> str:
+    """Return the text of a distribution's metadata; empty where it has none."""
+    return source.read_text("METADATA") or source.read_text("PKG-INFO") or ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _headers(text: str) -> Message:
+    """Parse metadata up to the first empty line: what follows is a page of prose, and most of it."""
+    return message_from_string(text.partition("\n\n")[0])
 
 
 def _text(source: metadata.Distribution, file: str) -> str:

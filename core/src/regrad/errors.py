@@ -14,9 +14,3 @@ class PluginLoadError(RegradError):
 
 class RegradWarning(UserWarning):
     """Something that regrad was told to do has probably not the effect that was meant."""
-
-
-def refuse_if(condition: object, reason: str, kind: type[Exception] = RegradError) -> None:
-    """Raise `kind(reason)` if `condition` is true."""
-    if condition:
-        raise kind(reason)

@@ -20,7 +20,7 @@ HEAD = "{:<16} {:<10} {:<40} {:>15} {:>8}"
 LINE = "{:<16} {:<10} {:<40} {:>15.4} {:>8.4}"
 
 
-class Attached(Protocol):
+class BatchTrial(Protocol):
     """What this file needs of an attachment, see `regrad.Attachment`."""
 
     model: nn.Module
@@ -46,7 +46,7 @@ class Attached(Protocol):
         """Remove every hook."""
 
 
-AttachCopy = Callable[[nn.Module, optim.Optimizer, Sequence[Correction]], Attached]
+AttachCopy = Callable[[nn.Module, optim.Optimizer, Sequence[Correction]], BatchTrial]
 Row = dict[str, Any]
 
 
@@ -73,7 +73,7 @@ class Explanation:
 
 
 def explain(
-    attached: Attached, batch: Any, *, attach_copy: AttachCopy, has_criterion: bool
+    attached: BatchTrial, batch: Any, *, attach_copy: AttachCopy, has_criterion: bool
 ) -> Explanation:
     """Run one batch and every correction on copies of model, optimizer and corrections.
 
@@ -108,7 +108,7 @@ def explain(
     return Explanation(rows, dict(trial.engine.seconds), notes)
 
 
-def _rows_of_one_step(trial: Attached, batch: Any, *, has_criterion: bool) -> list[Row]:
+def _rows_of_one_step(trial: BatchTrial, batch: Any, *, has_criterion: bool) -> list[Row]:
     """Compute the gradients of one batch, correct them, and return what each correction changed."""
     trial.engine.meter.detail = []
     # A model may compute its loss itself here, where it does not in the loop.

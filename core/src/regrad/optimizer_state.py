@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import pickle
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from types import FrameType
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.optim import Optimizer
 
 from regrad.correction import Correction
 from regrad.engine import Engine
 from regrad.errors import RegradError, RegradWarning
+from regrad.marks import Mark, are_close, mark_of, mark_of_weights
 from regrad.optimizers import parameters_of
 from regrad.receipt import differences
 from regrad.sharding import local
@@ -57,19 +57,7 @@ UNREADABLE = (
 )
 
 
-class Mark(TypedDict):
-    """Values by which an optimizer is known again.
-
-    Attributes:
-        of_weights: Whether they are of the weights, for want of tensors in its state.
-        values: Sorted.
-    """
-
-    of_weights: bool
-    values: list[float]
-
-
-class Attached(Protocol):
+class StateHolder(Protocol):
     """What this file needs of an attachment, see `regrad.Attachment`."""
 
     optimizer: Optimizer
@@ -99,7 +87,7 @@ class StateInOptimizer:
         attachment: Whose corrections' state it is.
     """
 
-    def __init__(self, attachment: Attached) -> None:
+    def __init__(self, attachment: StateHolder) -> None:
         self._attachment = attachment
         self._taken: Mapping[str, Any] | None = None
         self._is_missing = False
@@ -202,7 +190,7 @@ class StateInOptimizer:
         now = mark_of(state)
         if then["of_weights"]:
             return (own, then) if now is None else (None, None)
-        if now is None or not _are_close(then["values"], now["values"]):
+        if now is None or not are_close(then["values"], now["values"]):
             return None, None
         return own, None
 
@@ -407,46 +395,3 @@ def _unpack(packed: Any) -> tuple[Any, Mark]:
         return carried["own"], then
     except UNREADABLE as error:
         raise RegradError(DAMAGED.format(got="a damaged packed copy")) from error
-
-
-def mark_of(state: Mapping[Any, Any]) -> Mark | None:
-    """Return the first values of the tensors of an optimizer's state; None where it has none."""
-    tensors: list[Tensor] = []
-    for of_parameter in state.values():
-        if isinstance(of_parameter, Mapping):
-            tensors += [value for value in of_parameter.values() if isinstance(value, Tensor)]
-    if not tensors:
-        return None
-    return Mark(of_weights=False, values=_first_values(tensors))
-
-
-def mark_of_weights(weights: Sequence[Tensor]) -> Mark:
-    """Return the first values of weights, which tell an optimizer's state that has no tensor."""
-    return Mark(of_weights=True, values=_first_values(weights))
-
-
-def _first_values(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the first value of each tensor, sorted: names and order may change."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        part = local(tensor.detach())
-        if _is_readable(part):
-            first = part.flatten()[0].real.to(torch.float32)
-            by_device.setdefault(first.device, []).append(first)
-    values: list[float] = []
-    for firsts in by_device.values():
-        values += torch.stack(firsts).tolist()
-    return sorted(0.0 if math.isnan(value) else value for value in values)
-
-
-def _is_readable(part: Tensor) -> bool:
-    """Say whether a tensor has a first value, which the quantised ones of libraries may not."""
-    return type(part) is Tensor and part.layout is torch.strided and part.numel() > 0
-
-
-def _are_close(then: Sequence[float], now: Sequence[float]) -> bool:
-    """Say whether values are equal but for the rounding to a parameter's type by loading."""
-    if len(then) != len(now):
-        return False
-    pairs = zip(then, now, strict=True)
-    return all(math.isclose(one, other, rel_tol=0.01, abs_tol=1e-7) for one, other in pairs)

@@ -40,23 +40,27 @@ class Parts:
         for root in roots:
             for module in root.modules():
                 is_new = module is not root and module not in self._handles
-                if is_new and any(p in trained for p in module.parameters()):
-                    self._handles[module] = [
-                        add_hook(
-                            module, module.register_forward_pre_hook, self._enter, prepend=True
-                        ),
-                        add_hook(
-                            module, module.register_forward_hook, self._leave, always_call=True
-                        ),
-                    ]
+                if is_new and not trained.isdisjoint(module.parameters()):
+                    self._watch_part(module)
+
+    def _watch_part(self, module: nn.Module) -> None:
+        """Put hooks before and after the forward of one module."""
+        before = module.register_forward_pre_hook
+        after = module.register_forward_hook
+        self._handles[module] = [
+            add_hook(module, before, self._enter, prepend=True),
+            add_hook(module, after, self._leave, always_call=True),
+        ]
 
     def end_step(self) -> None:
         """Keep the hooks of the parts that were called by themselves, if there were any."""
         self._depth = 0
-        if self._called:
-            for module in [module for module in self._handles if module not in self._called]:
-                self._remove(module)
-            self._called.clear()
+        if not self._called:
+            return
+        inner = [module for module in self._handles if module not in self._called]
+        for module in inner:
+            self._remove(module)
+        self._called.clear()
 
     def _enter(self, module: nn.Module, *_: Any) -> None:
         if self._depth == 0:

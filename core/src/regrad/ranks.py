@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from regrad.correction import Correction
 
 SAMPLED = 8  # numbers read of each parameter, to see whether ranks hold the same weights
-SHOWN = 3  # parameters named in a refusal
+PARAMETERS_SHOWN = 3  # parameters named in a refusal
 
 
 def reads_model(correction: Correction) -> bool:
@@ -177,8 +177,8 @@ def _described(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     ]
     lines = [f"{name} {_shape(parameter)}" for name, parameter in named.items()]
     digest = hashlib.sha256("\n".join([*lines, "", *held]).encode()).hexdigest()
-    shown = lines[:SHOWN]
-    if len(lines) > SHOWN:
+    shown = lines[:PARAMETERS_SHOWN]
+    if len(lines) > PARAMETERS_SHOWN:
         shown.append(f"… ({len(lines)} in all)")
     return {"digest": digest, "shown": ", ".join(shown)}
 

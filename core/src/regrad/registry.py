@@ -18,6 +18,8 @@ from regrad.text import printable
 ALLOWED = "REGRAD_PLUGINS"
 DISABLED = "REGRAD_DISABLE"
 GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
+# Lists and texts in quotes.
+COVERED = r"\[[^\]]*\]|\([^)]*\)|'[^']*'" + r'|"[^"]*"'
 USES = {
     "correction": "give it to regrad.attach, or to --corrections",
     "optimizer": "train with it in place of yours: regrad.load({name!r}, 'regrad.optimizers'), "
@@ -232,8 +234,8 @@ def several_in(text: str) -> list[str]:
     if not known:
         return []
     name = rf"(?:{'|'.join(map(re.escape, known))})(?=\s*(?:[:+,;&|\s]|$))"
-    # Lists may hold names and commas too: they are covered, in their length.
-    covered = re.sub(r"\[[^\]]*\]|\([^)]*\)", lambda found: "_" * len(found[0]), text)
+    # Lists and quotes may hold names and commas too: they are covered, in their length.
+    covered = re.sub(COVERED, lambda found: "_" * len(found[0]), text)
     if not re.match(rf"\s*{name}", covered):
         return []
     cuts = [found.end() for found in re.finditer(rf"[+,;&|\s]\s*(?={name})", covered)]
@@ -317,11 +319,11 @@ def _create_parts(
         of_part[part][option] = value
     made: list[Correction] = []
     for part, own in of_part.items():
-        made.extend(created(part, **own))
+        made.extend(_created(part, **own))
     return tuple(made)
 
 
-def created(spec: str, **options: Any) -> tuple[Correction, ...]:
+def _created(spec: str, **options: Any) -> tuple[Correction, ...]:
     """Return what `create` returns, always as a tuple."""
     made = create(spec, **options)
     return made if isinstance(made, tuple) else (made,)
@@ -347,7 +349,7 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     made: list[Correction] = []
     for item in given:
         if isinstance(item, str):
-            made.extend(created(item))
+            made.extend(_created(item))
         else:
             made.append(item)
     names: set[str] = set()

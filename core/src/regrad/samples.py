@@ -46,7 +46,8 @@ class Samples:
 
     def rewritten(self) -> list[Tensor]:
         """Return the tensors that are known to hold other values. Reads nothing on a device."""
-        changed = {t for t, version in self._versions.items() if local(t)._version != version}
+        now = self._count_writes()
+        changed = {tensor for tensor in self.tensors if now[tensor] != self._versions[tensor]}
         for group in self._groups:
             if group.is_on_host:
                 changed.update(group.changed_on_host())
@@ -93,7 +94,8 @@ class _Group:
         if self.is_in_place():
             now = torch.cat(self._views)
         else:
-            now = torch.cat([self._current(*pair) for pair in enumerate(self._tensors)])
+            parts = [self._current(index, tensor) for index, tensor in enumerate(self._tensors)]
+            now = torch.cat(parts)
         both_nan = now.isnan() & self._kept.isnan()
         return (now != self._kept) & ~both_nan
 

@@ -7,7 +7,7 @@ from typing import Any
 FORM = "'name:option=value,option=value'"
 WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
 CLOSING = {"[": "]", "(": ")"}
-SHOWN = 200  # characters of a long text that an error repeats
+CHARACTERS_SHOWN = 200  # characters of a long text that an error repeats
 
 
 def read_spec(text: str, what: str = "options") -> tuple[str, dict[str, Any]]:
@@ -50,7 +50,9 @@ class _Reader:
 
     def __init__(self, text: str, whole: str, what: str) -> None:
         self._left = text.strip()
-        self._shown = repr(whole) if len(whole) <= SHOWN else f"{whole[:SHOWN]!r}…"
+        self._shown = (
+            repr(whole) if len(whole) <= CHARACTERS_SHOWN else f"{whole[:CHARACTERS_SHOWN]!r}…"
+        )
         self._what = what
 
     def options(self) -> dict[str, Any]:

@@ -104,12 +104,15 @@ class Window:
         self.overwritten = self.rewritten()
         flags = self._samples.flags()
         newer = set(self.overwritten)
-        ours = [p for p in self.moved if p not in newer and p not in flags]
+        unwritten = [parameter for parameter in self.moved if parameter not in newer]
         self.moved = []
         self.is_open = False
-        if ours:
-            torch._foreach_copy_(locals_of(ours), [self._buffers[p] for p in ours])
-        self._restore_on_device({p: flag for p, flag in flags.items() if p not in newer})
+        known = [parameter for parameter in unwritten if parameter not in flags]
+        if known:
+            true = [self._buffers[parameter] for parameter in known]
+            torch._foreach_copy_(locals_of(known), true)
+        unknown = [parameter for parameter in unwritten if parameter in flags]
+        self._restore_on_device({parameter: flags[parameter] for parameter in unknown})
         return True
 
     def _restore_on_device(self, flags: dict[Tensor, Tensor]) -> None:

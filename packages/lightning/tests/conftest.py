@@ -4,9 +4,6 @@ from pathlib import Path
 
 import pytest
 
-# Run by processes of its own, see test_processes.py.
-collect_ignore = ["one_of_two_processes.py"]
-
 
 @pytest.fixture(scope="session")
 def toys():

@@ -1,18 +1,22 @@
 import csv
 import json
 import math
+import shutil
+import time
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from regrad_runner.diagnostics.effects import Effect, keep_effects
-from regrad_runner.diagnostics.gradient_quality import Quality, keep_qualities
+from regrad_runner.diagnostics.gradient_quality import Quality, keep_quality
+from regrad_runner.results.about import LAYOUT
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.outcomes import Result, Trial
-from regrad_runner.results.points import Point
-from regrad_runner.settings.arms import Arm
-from regrad_runner.tracking.delivery import Delivery
+from regrad_runner.results.outcomes import Result, numbers_of
+from regrad_runner.results.points import Point, keep_point
+from regrad_runner.results.run import begin_run
+from regrad_runner.tracking import stores
+from regrad_runner.tracking.stores import Store
 from regrad_runner.workloads.workload import Measure
 
 SCRIPT, IMAGE = "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'
@@ -32,8 +36,14 @@ def without_page(monkeypatch):
 def schema(tmp_path_factory):
     """Return a database of MLflow to copy: making one takes seconds."""
     folder = tmp_path_factory.mktemp("schema")
-    Delivery(folder, None).connect()
+    Store(folder).client()
     return folder / "mlflow.db"
+
+
+@pytest.fixture
+def ready_schema(schema, monkeypatch):
+    """Let a new database be a copy of one that was made before."""
+    monkeypatch.setattr(stores, "_make", lambda path: shutil.copyfile(schema, path))
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +63,22 @@ def tables():
 
 
 @pytest.fixture(scope="session")
+def ended_run():
+    """Write the folder of a run that ended with a result."""
+
+    def write(path, result, points=()):
+        name = f"{result.arm}, seed {result.seed}"
+        values = {"name": name, "arm": result.arm, "seed": result.seed, "lr": result.lr}
+        with begin_run(path, values) as record:
+            for point in points:
+                keep_point(record, point)
+            record.end(result.status, result=numbers_of(result))
+        return record
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def names():
     """Return what the arms of `make_comparison` are called: two of them would act if a page took them for HTML."""
     return SimpleNamespace(arms=ARMS, script=SCRIPT, image=IMAGE, long=LONG)
@@ -64,10 +90,9 @@ def make_comparison():
 
     def make(path, *, seeds=SEEDS, target=0.9, old=False):
         path.mkdir(parents=True, exist_ok=True)
-        folder = ResultsFolder(path)
         for arm in ARMS:
             for seed in range(seeds):
-                add_run(folder, arm, seed, old=old)
+                add_run(path, arm, seed, old=old)
         settings = {
             "workload": "digits",
             "corrections": [SCRIPT, IMAGE, LONG],
@@ -84,6 +109,7 @@ def make_comparison():
         }
         (path / "config.yaml").write_text(yaml.safe_dump(settings))
         about = {
+            "layout": LAYOUT,
             "kind": "comparison",
             "workload": SCRIPT,
             "measure": asdict(Measure(target=target)),
@@ -91,12 +117,12 @@ def make_comparison():
         machine = {"since": "2026-01-01", "processor": "abacus", "versions": {"torch": "2.15.0"}}
         more = {"left_out": {"agc": "<b>no</b>"}, "processes": 1, "machines": [machine]}
         (path / "about.json").write_text(json.dumps(about if old else about | more))
-        return folder
+        return ResultsFolder(path)
 
     return make
 
 
-def add_run(folder, arm, seed, *, old):
+def add_run(path, arm, seed, *, old):
     """Add one run; in an old folder without what was not kept then."""
     shift = 0.01 * ARMS.index(arm) + 0.004 * math.sin(seed * (1 + ARMS.index(arm)))
     points = [
@@ -123,18 +149,30 @@ def add_run(folder, arm, seed, *, old):
         touched=corrected,
         lr=0.1,
         must_beat="nesterov" if corrected else None,
-        control=arm == "nesterov",
+        control=None if old else arm == "nesterov",
     )
-    if not old:
-        add_measurements(folder, arm, seed, shift if corrected else 0.0)
-    folder.add(result, points)
+    time.sleep(0.002)  # runs are shown in the order in which they began
+    values = {"name": f"{arm}, seed {seed}", "arm": arm, "seed": seed, "lr": 0.1}
+    with begin_run(path, values) as record:
+        for point in points:
+            keep_point(record, point)
+        if not old:
+            add_measurements(record, arm, seed, shift if corrected else 0.0)
+        write_receipt(record, arm, corrected=corrected)
+        record.end("finished", result=numbers_of(result))
     if seed == 0:
-        folder.add_trial(Trial(arm=arm, lr=0.1, seed=1_000_000, validation=0.8))
-        folder.add_trial(Trial(arm=arm, lr=0.3, seed=1_000_000, validation=0.7))
-    write_receipt(folder, arm, seed, corrected=corrected)
+        add_trial(path, arm, lr=0.1, validation=0.8)
+        add_trial(path, arm, lr=0.3, validation=0.7)
 
 
-def add_measurements(folder, arm, seed, shift):
+def add_trial(path, arm, *, lr, validation):
+    """Add one run of the choice of a learning rate."""
+    values = {"name": f"{arm}, lr {lr}", "arm": arm, "seed": 1_000_000, "lr": lr, "trial": True}
+    with begin_run(path, values) as record:
+        record.end("finished", result={"validation": validation})
+
+
+def add_measurements(record, arm, seed, shift):
     """Add effects and probes of one run."""
     numbers = {"share_touched": 1.0, "cosine": 0.9, "trigger_rate": 0.5, "non_finite": 0.0}
     effects = [
@@ -150,17 +188,16 @@ def add_measurements(folder, arm, seed, shift):
         for step in STEPS
         for stage, size in (("weights", 0.01), ("gradient", 0.5))
     ]
-    keep_effects(folder, effects if shift else [])
+    keep_effects(record, effects if shift else [])
     raw = {"cosine_raw": 0.4, "norm_ratio_raw": 1.5, "norm_ratio_corrected": 1.5 - shift}
-    probes = [
-        Quality(arm=arm, seed=seed, step=step, cosine_corrected=0.4 + shift, **raw)
-        for step in STEPS
-        if step % 20 == 0
-    ]
-    keep_qualities(folder, probes)
+    for step in STEPS:
+        if step % 20 == 0:
+            keep_quality(
+                record, Quality(arm=arm, seed=seed, step=step, cosine_corrected=0.4 + shift, **raw)
+            )
 
 
-def write_receipt(folder, arm, seed, *, corrected):
+def write_receipt(record, arm, *, corrected):
     """Write what a run says that it did."""
     part = {
         "name": "xgrad",
@@ -179,5 +216,4 @@ def write_receipt(folder, arm, seed, *, corrected):
         "environment": {"python": "3.11", "torch": "2.15.0", "device": "cpu"},
         "run": {"control": control if arm == "nesterov" else None},
     }
-    path = folder.run_folder(Arm(arm), seed) / "receipt.json"
-    path.write_text(json.dumps(receipt))
+    record.keep("receipt.json", json.dumps(receipt))

@@ -1,5 +1,6 @@
 import errno
 import os
+import socket
 import stat
 
 import pytest
@@ -10,6 +11,7 @@ from regrad_runner.files import (
     check_own_folder,
     folder_aside,
     make_folder,
+    move_aside,
     read_bytes,
     remove_folder,
     remove_left_over,
@@ -101,15 +103,15 @@ def test_text_is_added_to_a_file_and_never_through_a_link(tmp_path, victim):
 
 
 def test_a_folder_is_made_but_not_below_a_link_or_a_file(tmp_path, victim):
-    assert make_folder(tmp_path / "out", "runs", "none-seed0").is_dir()
+    assert make_folder(tmp_path / "out", "runs", "none").is_dir()
     (tmp_path / "out" / "figures").symlink_to(victim.parent)
-    (tmp_path / "out" / "cells").write_text("a file")
+    (tmp_path / "out" / "other").write_text("a file")
     with pytest.raises(
         DiskError, match="figures' must be a folder, got a link; move the link away"
     ):
         make_folder(tmp_path / "out", "figures", "new")
-    with pytest.raises(DiskError, match="cells' must be a folder, got a file; move the file away"):
-        check_own_folder(tmp_path / "out" / "cells")
+    with pytest.raises(DiskError, match="other' must be a folder, got a file; move the file away"):
+        check_own_folder(tmp_path / "out" / "other")
 
 
 def test_an_output_folder_may_be_a_link_to_a_folder(tmp_path):
@@ -144,8 +146,44 @@ def test_what_a_kill_left_is_removed_and_a_link_among_it_is_not_followed(tmp_pat
     assert [path.name for path in tmp_path.iterdir() if path != victim.parent] == [".other"]
 
 
+def test_a_folder_is_moved_aside_in_the_place_of_what_had_the_name(tmp_path, victim):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    move_aside(tmp_path / "new", tmp_path / "old")
+    assert (tmp_path / "old" / "content").read_text() == "new"
+    (tmp_path / "link").symlink_to(victim.parent)
+    move_aside(tmp_path / "old", tmp_path / "link")
+    assert (tmp_path / "link" / "content").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "victim"]
+
+
+def test_a_file_and_a_link_to_it_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"\x00ab")
+    (tmp_path / "link").symlink_to("file")
+    assert read_bytes(tmp_path / "file") == read_bytes(tmp_path / "link") == b"\x00ab"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "config.yaml")
-    with pytest.raises(OSError, match="is no file"):
-        read_bytes(tmp_path / "config.yaml")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_bytes(tmp_path / "pipe")
+
+
+def test_a_socket_and_a_link_to_a_device_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+        with pytest.raises(OSError, match="not a regular file"):
+            read_bytes(tmp_path / "socket")
+    (tmp_path / "zero").symlink_to(os.devnull)
+    with pytest.raises(OSError, match="not a regular file"):
+        read_bytes(tmp_path / "zero")
+
+
+def test_a_folder_and_a_missing_file_are_what_the_system_says(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_bytes(tmp_path / "none")

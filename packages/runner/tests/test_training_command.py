@@ -9,7 +9,7 @@ from regrad_runner.checkpoints.folder import checkpoints, read_checkpoint
 from regrad_runner.reporting.progress import Display
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training_command import make_plan, train
+from regrad_runner.training_command import make_training_plan, train
 from rich.console import Console
 
 SMALL = {
@@ -24,7 +24,7 @@ SMALL = {
 
 def run(folder, *, resume=False, **values):
     text = io.StringIO()
-    plan = make_plan(TrainConfig(**{**SMALL, **values}), out=folder, resume=resume)
+    plan = make_training_plan(TrainConfig(**{**SMALL, **values}), out=folder, resume=resume)
     with Display(Console(file=text, width=200), runs=1) as display:
         result = train(plan, display)
     return result, text.getvalue()
@@ -43,7 +43,8 @@ def test_a_run_leaves_result_curve_receipt_and_checkpoints(tmp_path):
     folder = ResultsFolder(tmp_path / "out")
     assert folder.results == [result]
     assert [point.step for point in folder.curves] == list(range(1, 13))
-    assert json.loads((tmp_path / "out" / "receipt.json").read_text())["steps_applied"] == 12
+    receipt = tmp_path / "out" / "runs" / "none" / "0" / "receipt.json"
+    assert json.loads(receipt.read_text())["steps_applied"] == 12
     assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == [
         "step-00000010",
         "step-00000012",
@@ -111,10 +112,10 @@ def test_another_configuration_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="out must hold the same configuration, got epochs 1 there and 2 here"
     ):
-        make_plan(TrainConfig(**{**SMALL, "epochs": 2}), out=tmp_path / "out", resume=True)
+        make_training_plan(TrainConfig(**{**SMALL, "epochs": 2}), out=tmp_path / "out", resume=True)
 
 
 def test_an_unknown_correction_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="no correction named 'no-such'"):
-        make_plan(TrainConfig(**SMALL, corrections=("no-such",)), out=tmp_path / "out")
+        make_training_plan(TrainConfig(**SMALL, corrections=("no-such",)), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

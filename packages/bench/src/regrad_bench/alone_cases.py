@@ -19,7 +19,9 @@ from regrad_bench.cases import Attached, Case, Pair, Setting
 from regrad_bench.tensors import HEAD, Gradients, largest_difference, resnet50_gradients
 
 # The largest norm allowed is far below that of the gradients: they are scaled.
-MAX_NORM, DECAY, BETAS = 0.1, 0.95, (0.9, 0.999)
+MAX_NORM = 0.1
+DECAY = 0.95
+BETAS = (0.9, 0.999)
 LOSS_SIZES = {(8192, 50257): 1.0, (512, 50257): None, (128, 1000): None, (128, 10): None}
 
 
@@ -69,7 +71,7 @@ def _sgd(gradients: Gradients) -> SGD:
 
 
 def _in_place(gradients: Gradients, correction: str, peer: Callable[[], object]) -> Pair:
-    """Return a pair that changes the same gradients in place, which are put back before every call."""
+    """Return a pair that changes the same gradients in place; each call gets them anew."""
     attached = Attached(gradients.model, _sgd(gradients), [correction])
 
     def prepare() -> None:
@@ -138,7 +140,8 @@ def _adanorm(setting: Setting) -> Pair:
         added = torch._foreach_mul(moments, BETAS[0] / (1 - BETAS[0]))
         return largest_difference(torch._foreach_add(gradients.gradients, added), peer())
 
-    # A first gradient of such a size keeps the averages above all that follow: the rule fires on every tensor.
+    # A first gradient of such a size keeps the averages above all that follow: the rule acts
+    # on every tensor.
     gradients.refill(1e4)
     attached.correct()
     peer()

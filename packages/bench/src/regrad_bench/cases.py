@@ -1,4 +1,4 @@
-"""What a case of the benchmark is: two sides, what must hold between them, and how they are built."""
+"""A case of the benchmark: two sides, how they are built, and what must hold between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from regrad import Attachment, Correction
 from torch import nn
 from torch.optim import Optimizer
 
-# The effect meter looks at the first 20 steps, at 20 after a warm-up and at every 50th: none of them is near.
+# The effect meter looks at the first 20 steps, at 20 after a warm-up and at every 50th.
 BEYOND_THE_METER = 101
 
 
@@ -98,7 +98,8 @@ class Attached:
         criterion: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self.attachment: Attachment = regrad.attach(model, optimizer, corrections, criterion)
-        self.model, self.engine = model, self.attachment.engine
+        self.model = model
+        self.engine = self.attachment.engine
         self.pass_the_meter()
 
     def pass_the_meter(self) -> None:
@@ -106,7 +107,7 @@ class Attached:
         self.engine.applied = BEYOND_THE_METER
 
     def correct(self) -> None:
-        """Do what the hooks do in one step, without the forward pass, the backward pass and the update."""
+        """Do what the hooks do in one step, without forward pass, backward pass and update."""
         self.engine.before_forward(self.model)
         self.engine.before_step(self.engine.optimizer, (self.engine.optimizer,), {})
         self.engine.after_step()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from regrad_runner.cli.flags import Plain, examples
+from regrad_runner.cli.help import Plain, examples
 from regrad_runner.errors import BadInput, checking_input
 
 DEVICES = {"all": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",)}
@@ -97,11 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the command's name; None for those of the process.
 
     Returns:
-        The exit code: 0, or 2 for bad input with nothing timed. A missed goal is a result, not a failure.
+        The exit code: 0, or 2 for bad input with nothing timed. A missed goal is a
+        result, not a failure.
     """
-    usage_error: Any = (
-        typer.BadParameter.__base__
-    )  # typer has its own copy of click, by no public name
+    # typer has its own copy of click, by no public name
+    usage_error: Any = typer.BadParameter.__base__
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return int(app(words, prog_name="regrad-bench", standalone_mode=False) or 0)

@@ -14,7 +14,9 @@ from torch.optim import SGD
 from regrad_bench.cases import Attached, Case, Pair, Setting
 from regrad_bench.tensors import square_layers
 
-SMALL, LARGE, MANY = 1, 300, 8
+SMALL = 1  # million parameters
+LARGE = 300
+MANY = 8  # corrections
 
 
 def growth_cases() -> list[Case]:
@@ -62,20 +64,19 @@ def _sizes(name: str) -> Callable[[Setting], Pair]:
 
 
 def _attached(name: str, millions: int, setting: Setting) -> Attached:
-    """Return the correction on linear layers of so many million weights, after one step that made its state."""
+    """Return a correction on so many million weights, after one step that made its state."""
     layers = square_layers(millions, setting.device, quick=setting.quick)
     optimizer = SGD(layers.parameters, lr=1e-6, momentum=0.9)
     optimizer.step()
     attached = Attached(layers.model, optimizer, [name])
     width = layers.parameters[0].shape[1]
-    layers.model(
-        torch.zeros(1, width, device=setting.device)
-    )  # what some corrections read their choices from
+    # Some corrections read their choices from a forward pass.
+    layers.model(torch.zeros(1, width, device=setting.device))
     return attached
 
 
 class Reader(Correction):
-    """Reads the number of gradients and changes nothing: what is left is the cost of being called."""
+    """Reads the number of gradients and changes nothing: what it costs is to be called."""
 
     name = "reader"
     needs = Needs(stages=("gradient",))

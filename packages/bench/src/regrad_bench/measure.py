@@ -14,7 +14,7 @@ from regrad import RegradError, RegradWarning
 
 from regrad_bench.cases import Case, Pair, Setting
 from regrad_bench.memory import launches, peak_bytes
-from regrad_bench.timing import HostClock, WallClock, clock_for, interleave
+from regrad_bench.timing import Clock, HostClock, Paired, WallClock, clock_for, interleave
 
 Verdict = Literal["met", "missed", "no goal", "not measured"]
 NO_DEVICE, HOST_ALONE = "no CUDA device here", "it is about the host alone"
@@ -38,7 +38,8 @@ class Result:
         high: Their third quartile.
         memory_ratio: Ratio of the peak memories, where it was asked for.
         memory_goal: The largest that is good enough, or None.
-        difference: Largest relative difference between both sides' results, where they should be equal.
+        difference: Largest relative difference between both sides' results, where they
+            should be equal.
         ours_launches: Kernels that our side launched, on CUDA.
         peer_launches: Kernels that the peer launched.
         reason: Why nothing was measured, or None.
@@ -101,36 +102,49 @@ def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
 
 
 def _measured(case: Case, setting: Setting, result: Result, pairs: int) -> Result:
-    clock = (
-        WallClock() if case.wall else HostClock() if case.host_only else clock_for(setting.device)
-    )
+    """Build both sides of a case, and return the result with everything that was measured."""
     with _built(case, setting) as pair:
-        repeats = 1 if setting.quick else case.repeats
         timed = interleave(
-            pair.ours, pair.peer, pairs=pairs, clock=clock, prepare=pair.prepare, repeats=repeats
+            pair.ours,
+            pair.peer,
+            pairs=pairs,
+            clock=_clock(case, setting),
+            prepare=pair.prepare,
+            repeats=1 if setting.quick else case.repeats,
         )
-        memory = (
-            _of_both(pair, lambda call: peak_bytes(call, setting.device))
-            if case.memory_goal
-            else None
-        )
-        launched = _of_both(pair, launches) if setting.device.type == "cuda" else (None, None)
-        difference = (
-            pair.difference() if pair.difference else None
-        )  # last: what it frees changes how memory is got
+        result = _with_times(result, timed, case)
+        if case.memory_goal:
+            ours, peer = _of_both(pair, lambda call: peak_bytes(call, setting.device))
+            result = replace(result, memory_ratio=ours / peer)
+        if setting.device.type == "cuda":
+            ours, peer = _of_both(pair, launches)
+            result = replace(result, ours_launches=ours, peer_launches=peer)
+        # The last: what it frees changes how memory is got.
+        if pair.difference:
+            result = replace(result, difference=pair.difference())
+    return replace(result, pairs=pairs, memory_goal=case.memory_goal)
+
+
+def _clock(case: Case, setting: Setting) -> Clock:
+    """Return the clock that a case is timed with."""
+    if case.wall:
+        return WallClock()
+    if case.host_only:
+        return HostClock()
+    return clock_for(setting.device)
+
+
+def _with_times(result: Result, timed: Paired, case: Case) -> Result:
+    """Return a result with times in milliseconds, and their ratio with its quartiles."""
+    ours, peer = timed.medians
+    low, high = timed.quartiles
     return replace(
         result,
-        pairs=pairs,
-        ours_ms=timed.medians[0] * 1000,
-        peer_ms=timed.medians[1] * 1000,
+        ours_ms=ours * 1000,
+        peer_ms=peer * 1000,
         ratio=timed.ratio / case.scale,
-        low=timed.quartiles[0] / case.scale,
-        high=timed.quartiles[1] / case.scale,
-        memory_ratio=memory[0] / memory[1] if memory else None,
-        memory_goal=case.memory_goal,
-        difference=difference,
-        ours_launches=launched[0],
-        peer_launches=launched[1],
+        low=low / case.scale,
+        high=high / case.scale,
     )
 
 
@@ -147,7 +161,7 @@ def _of_both(pair: Pair, look: Callable[[Callable[[], object]], int]) -> tuple[i
 def _built(case: Case, setting: Setting) -> Iterator[Pair]:
     """Build both sides, and detach them at the end."""
     with warnings.catch_warnings():
-        # A correction that is called without a forward pass says so, and some say that nothing changes.
+        # A correction that is called without a forward pass says so; some say that nothing changes.
         warnings.simplefilter("ignore", RegradWarning)
         pair = case.build(setting)
         try:

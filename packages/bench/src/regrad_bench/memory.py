@@ -1,22 +1,23 @@
-"""The largest memory that a call holds beyond what was there before it, and the kernels it launches."""
+"""The largest memory that a call holds beyond what was there, and the kernels it launches."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[], object]
+from regrad_bench.timing import Call
+
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Return the most bytes that torch's allocator held for `call`, beyond what was there before it.
+    """Return the most bytes that torch's allocator held for `call`, beyond what was there.
 
     On a CPU every allocation and release is read from the profiler's trace; on CUDA
     it is the allocator's own count. Memory that libraries take for themselves is

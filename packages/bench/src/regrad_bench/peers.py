@@ -77,7 +77,9 @@ def _centralization_of_pytorch_optimizer(parameter: nn.Parameter) -> None:
     centralize_gradient(_gradient(parameter))
 
 
-AGC, TIMM, OTHER = "agc:head=none", "timm", "pytorch-optimizer"
+AGC = "agc:head=none"
+TIMM = "timm"
+OTHER = "pytorch-optimizer"
 TRIALS = (
     Trial(
         distribution=OTHER,

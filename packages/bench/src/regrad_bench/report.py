@@ -125,24 +125,17 @@ def to_csv(results: Sequence[Result]) -> str:
 def to_markdown(
     results: Sequence[Result], found: Sequence[Finding], about: Mapping[str, str]
 ) -> str:
-    """Return the generated part of the documentation's page: machine, tables, goals, what peers got wrong."""
+    """Return the generated part of the page: machine, tables, goals, what peers got wrong."""
     lines = [f"- {name}: {text}" for name, text in about.items()]
     for device in dict.fromkeys(result.device for result in results):
         of_device = [result for result in results if result.device == device]
-        lines += [
-            "",
-            f"## On {'the CPU' if device == 'cpu' else 'a GPU (CUDA)'}",
-            "",
-            *_summary(of_device),
-        ]
+        name = "the CPU" if device == "cpu" else "a GPU (CUDA)"
+        lines += ["", f"## On {name}", "", *_summary(of_device)]
         if any(result.ratio is not None for result in of_device):
-            lines += [line for section in SECTIONS for line in _section(section, of_device)]
-    lines += [
-        "",
-        "## Where peers compute something else",
-        "",
-        *_markdown_table(_FOUND, map(_found, found)),
-    ]
+            for section in SECTIONS:
+                lines += _section(section, of_device)
+    lines += ["", "## Where peers compute something else", ""]
+    lines += _markdown_table(_FOUND, map(_found, found))
     return "\n".join(lines) + "\n"
 
 
@@ -174,11 +167,12 @@ def _summary(results: Sequence[Result]) -> list[str]:
     """Return which goals were met and missed, in a list."""
     if (why := why_nothing(results)) is not None:
         return [f"Not measured: {why}."]
-    named = {
-        v: [f"`{r.name}`" for r in results if r.verdict == v and r.goal is not None]
-        for v in ("met", "missed")
-    }
-    return [f"- Goals {verdict}: {', '.join(names) or 'none'}." for verdict, names in named.items()]
+    lines = []
+    with_goal = [result for result in results if result.goal is not None]
+    for verdict in ("met", "missed"):
+        names = [f"`{result.name}`" for result in with_goal if result.verdict == verdict]
+        lines.append(f"- Goals {verdict}: {', '.join(names) or 'none'}.")
+    return lines
 
 
 def _section(section: str, results: Sequence[Result]) -> list[str]:
@@ -187,8 +181,14 @@ def _section(section: str, results: Sequence[Result]) -> list[str]:
         return []
     on_device = any(result.ours_launches is not None for result in rows)
     compared = any(result.difference is not None for result in rows)
-    headings = [*HEADINGS, *["difference"] * compared, *["launches"] * on_device]
-    lines = [cells(r) + [_difference(r)] * compared + [_launches(r)] * on_device for r in rows]
+    headings = [*HEADINGS]
+    lines = [cells(result) for result in rows]
+    if compared:
+        headings.append("difference")
+        lines = [[*line, _difference(r)] for line, r in zip(lines, rows, strict=True)]
+    if on_device:
+        headings.append("launches")
+        lines = [[*line, _launches(r)] for line, r in zip(lines, rows, strict=True)]
     return ["", f"### {SECTIONS[section]}", "", *_markdown_table(headings, lines)]
 
 
@@ -211,11 +211,15 @@ def _found(finding: Finding) -> list[str]:
 
 
 def _ratio(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3f}" if value < 10 else f"{value:.0f}"
+    if value is None:
+        return NONE
+    return f"{value:.3f}" if value < 10 else f"{value:.0f}"
 
 
 def _milliseconds(value: float | None) -> str:
-    return NONE if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    if value is None:
+        return NONE
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _goal(result: Result) -> str:
@@ -227,6 +231,6 @@ def _difference(result: Result) -> str:
 
 
 def _launches(result: Result) -> str:
-    return (
-        NONE if result.ours_launches is None else f"{result.ours_launches} / {result.peer_launches}"
-    )
+    if result.ours_launches is None:
+        return NONE
+    return f"{result.ours_launches} / {result.peer_launches}"

@@ -36,4 +36,5 @@ def _build(arguments: list[str]) -> Callable[[Setting], Pair]:
 
 
 def _run(arguments: list[str]) -> None:
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own words
+    words = [sys.executable, *arguments]  # our own, no user's
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)  # noqa: S603

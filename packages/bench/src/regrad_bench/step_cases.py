@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import regrad
 import torch
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 
 from regrad_bench.cases import Attached, Case, Pair, Setting
 
-BATCH, IMAGE, CLASSES = 128, 32, 10
-# What the project set itself, as largest ratios to the plain step. A correction without a line has no goal.
+BATCH = 128
+IMAGE = 32
+CLASSES = 10
+# What the project set itself, as largest ratios to the plain step; not every correction has one.
 GOALS = {"powergrad": 1.01, "gcode": 1.35} | dict.fromkeys(
     ("xgrad", "agc", "centralization", "adanorm", "gcw"), 1.05
 )
@@ -81,5 +84,6 @@ class Trainer:
     def step(self) -> None:
         """Take one step."""
         self.optimizer.zero_grad()
-        self.criterion(self.model(self.images), self.labels).backward()  # type: ignore[no-untyped-call]
+        loss: Any = self.criterion(self.model(self.images), self.labels)
+        loss.backward()
         self.optimizer.step()

@@ -1,4 +1,4 @@
-"""ResNet-50's tensors with gradients of a chosen size, and models of a chosen number of parameters."""
+"""ResNet-50's tensors with gradients of a chosen size, and models of a chosen size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Gradients:
 def resnet50_gradients(
     device: torch.device, *, quick: bool, relative_size: float = 0.1
 ) -> Gradients:
-    """Return torchvision's ResNet-50, 161 tensors of 25.6 M parameters together; with `quick` some layers."""
+    """Return torchvision's ResNet-50, 161 tensors of 25.6 M parameters, or with `quick` a few."""
     with torch.device("meta"):
         model = nn.Sequential(OrderedDict(few_layers())) if quick else resnet50()
     return Gradients(model.to_empty(device=device), relative_size=relative_size)
@@ -72,12 +72,20 @@ def few_layers() -> dict[str, nn.Module]:
 
 
 def square_layers(millions: int, device: torch.device, *, quick: bool) -> Gradients:
-    """Return `millions` linear layers of 1024 × 1024 weights, with gradients; with `quick` at most four of 8 × 8."""
-    width, millions = (8, min(millions, 4)) if quick else (WIDTH, millions)
-    layers = nn.Sequential(
-        *(nn.Linear(width, width, bias=False, device="meta") for _ in range(millions))
-    )
-    return Gradients(layers.to_empty(device=device), relative_size=0.1)
+    """Return linear layers with gradients.
+
+    Args:
+        millions: How many layers of 1024 × 1024 weights.
+        device: Where.
+        quick: Take at most four layers, of 8 × 8 weights.
+    """
+    width = WIDTH
+    count = millions
+    if quick:
+        width = 8
+        count = min(millions, 4)
+    layers = [nn.Linear(width, width, bias=False, device="meta") for _ in range(count)]
+    return Gradients(nn.Sequential(*layers).to_empty(device=device), relative_size=0.1)
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

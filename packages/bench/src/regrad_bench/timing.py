@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class Paired:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and third quartile of `ratios`; the ratio itself twice where there is only one."""
+        """The first and third quartile of `ratios`; where there is one ratio, that, twice."""
         if len(self.ratios) == 1:
             return self.ratio, self.ratio
         first, _, third = statistics.quantiles(self.ratios, n=4, method="inclusive")
@@ -84,7 +85,9 @@ class DeviceClock:
 
     def seconds(self, call: Call) -> float:
         """Run `call` once, wait for the device, and return the seconds between its events."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event
+        start = event(enable_timing=True)
+        end = event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
         call()
@@ -141,7 +144,8 @@ def interleave(
             call()
     with _without_collector():
         for pair in range(pairs):
-            for name, call in sides if pair % 2 == 0 else sides[::-1]:
+            order = sides if pair % 2 == 0 else sides[::-1]
+            for name, call in order:
                 prepare()
                 seconds[name].append(clock.seconds(call) / repeats)
     return Paired(tuple(seconds["ours"]), tuple(seconds["peer"]))

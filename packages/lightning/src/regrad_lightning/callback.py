@@ -1,4 +1,4 @@
-"""The callback: attach when a fit starts, detach when it ends, and be in every checkpoint between."""
+"""The callback: attach when a fit starts, detach when it ends, be in every checkpoint."""
 
 import json
 import posixpath
@@ -9,7 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from regrad import Attachment, Correction, attach, optimizer_state, refusals
-from regrad.errors import RegradError, refuse_if
+from regrad.errors import RegradError
 from regrad.registry import as_list, create_all
 from regrad.wrappers import optimizer_layers
 from torch import nn
@@ -55,7 +55,8 @@ class RegradCallback(Callback):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[RegradCallback([])], logger=False, enable_checkpointing=False)
+        >>> callback = RegradCallback([])
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class RegradCallback(Callback):
         self.corrections = as_list(corrections)
         self.module = module
         self.criterion = criterion
-        self.optimizer, self.strict = optimizer, strict
+        self.optimizer = optimizer
+        self.strict = strict
         self.attachment: Attachment | None = None
         self._borrowed: BorrowedCriterion | None = None
         self._loaded: Any = None
@@ -91,7 +93,7 @@ class RegradCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the state in a checkpoint's optimizer; refuse to go on with a fit where there is none."""
+        """Keep the state in a checkpoint's optimizer; refuse to resume where there is none."""
         if trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]:
             return
         saved = checkpoint.get("optimizer_states", [])[self.optimizer or 0 :]
@@ -131,13 +133,18 @@ class RegradCallback(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: optimizers are made and restored, and nothing was called yet.
 
-        Not earlier: torch steps an optimizer of shards to restore it, and a search for the rate trains in between.
+        Not earlier: torch steps an optimizer of shards to restore it, and a search for
+        the rate trains in between.
         """
-        optimizer, made = self._chosen(trainer.optimizers), create_all(self.corrections)
+        optimizer = self._chosen(trainer.optimizers)
+        made = create_all(self.corrections)
         target = self._target(pl_module)
         outside = _outside(optimizer, target)
-        rule = f"module must hold all that the optimizer trains, {self.module!r} lacks {outside} parameters"
-        refuse_if(outside, rule)
+        if outside:
+            raise RegradError(
+                "module must hold all that the optimizer trains, "
+                f"{self.module!r} lacks {outside} parameters"
+            )
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
         # The wrapper is what says how the weights lie; the target alone would look unwrapped.
         layers = optimizer_layers(optimizer)
@@ -145,40 +152,41 @@ class RegradCallback(Callback):
         optimizer_state.take_out(layers[-1].param_groups)  # the same as in self._loaded
         self.attachment = attach(target, optimizer, made, borrowed.original)
         borrowed.replace(self.attachment)
-        self._borrowed, self._kept = borrowed, None
-        self._folder = (
-            trainer.log_dir or trainer.default_root_dir
-        )  # asks all processes, so not in an exception
+        self._borrowed = borrowed
+        self._kept = None
+        # This asks all processes, so it is not left for an exception.
+        self._folder = trainer.log_dir or trainer.default_root_dir
         if self._loaded is not None:
             shards.load_state(self.attachment, self._loaded, strict=self.strict)
 
     def _chosen(self, optimizers: Sequence[Optimizer]) -> Optimizer:
         """Return the optimizer to attach to."""
-        several = f"optimizer must be an index below {len(optimizers)}, got {self.optimizer!r}"
-        fits = self.optimizer in range(len(optimizers)) or (
-            self.optimizer is None and len(optimizers) == 1
-        )
-        refuse_if(
-            not fits,
-            f"{several}; give each optimizer that is to be corrected a RegradCallback of its own",
-        )
-        return optimizers[self.optimizer or 0]
+        index = self.optimizer
+        if index is None and len(optimizers) == 1:
+            index = 0
+        if index is None or index not in range(len(optimizers)):
+            raise RegradError(
+                f"optimizer must be an index below {len(optimizers)}, got {self.optimizer!r}; "
+                "give each optimizer that is to be corrected a RegradCallback of its own"
+            )
+        return optimizers[index]
 
     def _target(self, pl_module: LightningModule) -> nn.Module:
-        """Return the module to attach to: `training_step` may call a child and never the LightningModule."""
+        """Return the module to attach to: `training_step` may call a child alone."""
         children = {
             name: child
             for name, child in pl_module.named_children()
-            if any(True for _ in child.parameters())
+            if _has_parameters(child, recurse=True)
         }
         if self.module is None:
-            alone = len(children) == 1 and not any(
-                True for _ in pl_module.parameters(recurse=False)
-            )
-            return next(iter(children.values())) if alone else pl_module
+            has_one_child = len(children) == 1 and not _has_parameters(pl_module, recurse=False)
+            return next(iter(children.values())) if has_one_child else pl_module
         modules: dict[str, nn.Module] = dict(pl_module.named_modules())
-        rule = f"module must name a submodule of {type(pl_module).__name__}, got {self.module!r}"
-        refuse_if(self.module not in modules, f"{rule}; it has {', '.join(children)}")
+        if self.module not in modules:
+            raise RegradError(
+                f"module must name a submodule of {type(pl_module).__name__}, "
+                f"got {self.module!r}; it has {', '.join(children)}"
+            )
         return modules[self.module]
 
     def on_train_batch_start(
@@ -191,25 +199,25 @@ class RegradCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log after a step, when Lightning logs; refuse where what a correction must see was not called."""
+        """Log after a step, when Lightning logs; refuse where a correction saw no forward."""
         if (live := self._live()) is None:
             return
-        engine, blind = (
-            live.engine,
-            live.record is not None and not live.record.calls and live.engine.applied,
-        )
-        rule = f"{', '.join(c.name for c in engine.corrections if c.needs.record)} must see what training_step calls"
-        refuse_if(
-            blind,
-            f"{rule}, got no forward of {self.module or 'the LightningModule'}; name it with module='…'",
-        )
-        if (
-            engine.forwards == 0
-            and trainer.loggers
-            and trainer._logger_connector.should_update_logs
-        ):
+        self._refuse_blindness(live)
+        is_after_a_step = live.engine.forwards == 0
+        logs_now = trainer.loggers and trainer._logger_connector.should_update_logs
+        if is_after_a_step and logs_now:
             prefix = "regrad" if self.optimizer is None else f"regrad/{self.optimizer}"
             pl_module.log_dict({f"{prefix}/{key}": value for key, value in live.metrics().items()})
+
+    def _refuse_blindness(self, live: Attachment) -> None:
+        """Refuse to go on where corrections record forwards, and a step was taken without any."""
+        if live.record is None or live.record.calls or not live.engine.applied:
+            return
+        names = ", ".join(c.name for c in live.engine.corrections if c.needs.record)
+        raise RegradError(
+            f"{names} must see what training_step calls, got no forward of "
+            f"{self.module or 'the LightningModule'}; name it with module='…'"
+        )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the true weights, also in the middle of an accumulation."""
@@ -226,9 +234,9 @@ class RegradCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Restore the weights, leave the receipt and detach."""
-        if (
-            live := self._live()
-        ) is not None and not live.engine.is_sharded():  # others may not answer any more
+        live = self._live()
+        # Of shards other processes would have to answer, which may be gone.
+        if live is not None and not live.engine.is_sharded():
             self._kept = live.state_dict()
         self._end(trainer)
 
@@ -244,23 +252,31 @@ class RegradCallback(Callback):
         if self._borrowed is not None:
             self._borrowed.give_back()
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            name = (
-                "regrad-receipt.json"
-                if self.optimizer is None
-                else f"regrad-receipt-{self.optimizer}.json"
-            )
-            files = get_filesystem(self._folder)
-            files.makedirs(self._folder, exist_ok=True)
-            # Renamed, so that a link of that name is replaced and not followed; "x": not through one either.
-            aside = posixpath.join(self._folder, f".{name}.{secrets.token_hex(8)}.part")
-            with files.open(aside, "x") as file:
-                json.dump(receipt, file, indent=2)
-            files.mv(aside, posixpath.join(self._folder, name))
+            self._write(receipt)
+
+    def _write(self, receipt: Any) -> None:
+        """Write the receipt beside the logs, on whatever file system they are."""
+        name = "regrad-receipt.json"
+        if self.optimizer is not None:
+            name = f"regrad-receipt-{self.optimizer}.json"
+        files = get_filesystem(self._folder)
+        files.makedirs(self._folder, exist_ok=True)
+        # Renamed, so that a link of that name is replaced, not followed; nor does "x" follow one.
+        aside = posixpath.join(self._folder, f".{name}.{secrets.token_hex(8)}.part")
+        with files.open(aside, "x") as file:
+            json.dump(receipt, file, indent=2)
+        files.mv(aside, posixpath.join(self._folder, name))
 
 
 def _outside(optimizer: Optimizer, module: nn.Module) -> int:
     """Return how many of the optimizer's parameters are not in `module`."""
     own = set(module.parameters())
-    return sum(
-        parameter not in own for group in optimizer.param_groups for parameter in group["params"]
-    )
+    outside = 0
+    for group in optimizer.param_groups:
+        outside += sum(parameter not in own for parameter in group["params"])
+    return outside
+
+
+def _has_parameters(module: nn.Module, *, recurse: bool) -> bool:
+    """Say whether a module has parameters, those of its children counted with `recurse`."""
+    return any(True for _ in module.parameters(recurse=recurse))

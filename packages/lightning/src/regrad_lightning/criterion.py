@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from regrad import Attachment, Correction
-from regrad.errors import refuse_if
+from regrad.errors import RegradError
 from torch import nn
 
-TYPED = "self.criterion = nn.CrossEntropyLoss()"
+HOW = (
+    "keep it as self.criterion = nn.CrossEntropyLoss() in __init__, call it in training_step, "
+    "and pass criterion='criterion'"
+)
 
 
 class BorrowedCriterion:
@@ -32,14 +35,16 @@ class BorrowedCriterion:
     def __init__(
         self, owner: nn.Module, name: str | None, corrections: Sequence[Correction]
     ) -> None:
-        lost = ", ".join(
-            repr(c.name) for c in corrections if name is None and "criterion" in c.needs.stages
-        )
-        how = f"keep it as {TYPED} in __init__, call it in training_step, and pass criterion='criterion'"
-        refuse_if(lost, f"{lost} corrects the criterion; {how} to RegradCallback")
-        self._held: Any = None if name is None else getattr(owner, name, None)
-        rule = f"criterion must name a loss module of {type(owner).__name__}, got {name!r}"
-        refuse_if(name is not None and not isinstance(self._held, nn.Module), f"{rule}; {how}")
+        self._held: Any = None
+        if name is None:
+            _refuse_without_criterion(corrections)
+        else:
+            self._held = getattr(owner, name, None)
+            if not isinstance(self._held, nn.Module):
+                raise RegradError(
+                    f"criterion must name a loss module of {type(owner).__name__}, "
+                    f"got {name!r}; {HOW}"
+                )
         self.original = copy.copy(self._held)
 
     def replace(self, attachment: Attachment) -> None:
@@ -58,3 +63,10 @@ class BorrowedCriterion:
         """Let the loss module's forward be its own again."""
         if self._held is not None:
             vars(self._held).pop("forward")
+
+
+def _refuse_without_criterion(corrections: Sequence[Correction]) -> None:
+    """Refuse corrections of the criterion where no criterion is named."""
+    names = [repr(c.name) for c in corrections if "criterion" in c.needs.stages]
+    if names:
+        raise RegradError(f"{', '.join(names)} corrects the criterion; {HOW} to RegradCallback")

@@ -1,9 +1,9 @@
-"""The corrections' state where the weights are shards: each process has a part of it, and the first one writes all."""
+"""The corrections' state of shards: each process has a part of it, and the first writes all."""
 
 from typing import Any
 
 from regrad import Attachment
-from regrad.errors import refuse_if
+from regrad.errors import RegradError
 from torch import distributed
 
 
@@ -21,16 +21,18 @@ def load_state(attachment: Attachment, state: Any, *, strict: bool) -> None:
     """Take back what `state_of` returned.
 
     Raises:
-        RegradError: If the weights were cut for another number of processes, or if `strict` and corrections or
-            options differ.
+        RegradError: If the weights were cut for another number of processes, or if
+            `strict` and corrections or options differ.
     """
     then = len(state) if isinstance(state, list) else 0
     now = distributed.get_world_size() if attachment.engine.is_sharded() else 0
-    rule = (
-        f"the state must come from {now} processes with shards"
-        if now
-        else "the state must be of whole weights"
-    )
-    got = f"got that of {then} processes with shards" if then else "got that of whole weights"
-    refuse_if(then != now, f"{rule}, {got}; resume as it was saved")
-    attachment.load_state_dict(state[distributed.get_rank()] if then else state, strict=strict)
+    if then != now:
+        rule = "be of whole weights"
+        if now:
+            rule = f"come from {now} processes with shards"
+        got = "of whole weights"
+        if then:
+            got = f"of {then} processes with shards"
+        raise RegradError(f"the state must {rule}, got that {got}; resume as it was saved")
+    own = state[distributed.get_rank()] if then else state
+    attachment.load_state_dict(own, strict=strict)

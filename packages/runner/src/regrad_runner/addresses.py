@@ -19,7 +19,7 @@ SECRET_VARIABLES = (
     "PGPASSWORD",
     "MYSQL_PWD",
 )
-SHORTEST_SECRET = 4  # a shorter one would hide half of every text
+SHORTEST_SECRET = 4  # hiding a shorter one would hide half of every text
 NAMES_OF_KEYS = (
     r"passw|passphrase|\bpass\b|pwd|token(?!s)|secret|credential|api_?key|access_?key|\bauth(orization)?\b|"
     r"signature|\bsig\b"
@@ -62,7 +62,7 @@ def check_address(address: str, name: str = "tracking_uri") -> str:
         raise ValueError(
             f"{name} must hold no user or password, got {shown_address(address)!r}; {hint}"
         )
-    # The default of MLflow and a relative file depend on the working directory, a plain folder it refuses.
+    # MLflow's default and relative files depend on the working directory; plain folders it refuses.
     if not ABSOLUTE.match(address):
         raise ValueError(
             f"{name} must be an absolute address, got {shown_address(address)!r}; "
@@ -77,8 +77,10 @@ def holds_secret(address: str) -> bool:
     Example:
         >>> holds_secret("https://me:word@host"), holds_secret("http://host?token=word")
         (True, True)
-        >>> holds_secret("postgresql://me@host/runs"), holds_secret("sqlite:////data/me@work/runs.db")
-        (False, False)
+        >>> holds_secret("postgresql://me@host/runs")
+        False
+        >>> holds_secret("sqlite:////data/me@work/runs.db")
+        False
     """
     scheme, _, rest = address.partition(":")
     if scheme.lower() == "sqlite" and "?" not in rest:
@@ -109,7 +111,7 @@ def shown_address(address: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text, such as a traceback, in which passwords of addresses and of the environment are hidden.
+    """Return a text, such as a traceback, without the passwords of addresses and environment.
 
     Example:
         >>> without_secrets("no answer from http://me:word@host/?token=word")
@@ -133,4 +135,5 @@ def _secrets_of_environment() -> list[str]:
             user_info = value.partition("://")[2].rpartition("@")[0]
             found |= {user_info, user_info.partition(":")[2]}
     found |= {unquote(value) for value in found}
-    return sorted((v for v in found if len(v) >= SHORTEST_SECRET), key=len, reverse=True)
+    secrets = [value for value in found if len(value) >= SHORTEST_SECRET]
+    return sorted(secrets, key=len, reverse=True)

@@ -11,44 +11,51 @@ from regrad.text import printable
 
 from regrad_runner.addresses import without_secrets
 
-KEPT = "\n\t"
-LONGEST_LINE, SHOWN_FIRST, SHOWN_LAST = 2000, 1500, 400
+KEPT_CHARACTERS = "\n\t"
+# Characters of an error in one line: the most, and what is shown of a longer one.
+LONGEST_LINE = 2000
+SHOWN_FIRST = 1500
+SHOWN_LAST = 400
 
 
 class DiskError(RegradError):
-    """The disk does not take a file, or what lies in a folder is not what may be written to: one line, no traceback."""
+    """A file cannot be written: the disk does not take it, or something else has its name."""
 
 
 class BadInput(Exception):  # noqa: N818 - it says what is wrong, and with whom
-    """What was asked for cannot be done: one line, exit code 2, nothing written."""
+    """What was asked for cannot be done: one line, exit code 2, nothing is written."""
 
 
 @contextmanager
 def checking_input() -> Iterator[None]:
-    """Turn what the block raises about its arguments into `BadInput`: for everything before the first step."""
+    """Turn what the block raises about its arguments into `BadInput`.
+
+    It is for everything before the first step of training.
+    """
     try:
         yield
     except (ValueError, TypeError, RegradError, OSError) as problem:
-        line = " ".join(without_secrets(in_words(problem)).split())
-        whole = len(line) <= LONGEST_LINE
-        raise BadInput(
-            line if whole else f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}"
-        ) from problem
+        line = " ".join(without_secrets(error_in_words(problem)).split())
+        if len(line) > LONGEST_LINE:
+            line = f"{line[:SHOWN_FIRST]} … {line[-SHOWN_LAST:]}"
+        raise BadInput(line) from problem
 
 
 def in_one_line(problem: BaseException) -> str:
-    """Return the first line of what an exception says; of one in a loader's process, what it said there.
+    """Return the first line of what an exception says.
 
-    torch puts the process's traceback in front of it, and the words themselves at the end.
+    Where it comes from a loader's process, torch puts the traceback of that process in front of
+    what it said: then that is returned, from the last line.
     """
     lines = str(problem).splitlines() or [type(problem).__name__]
-    if not lines[0].startswith("Caught ") or "DataLoader worker" not in lines[0]:
-        return lines[0]
-    return lines[-1].partition(": ")[2] or lines[-1]
+    is_from_loader = lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]
+    if is_from_loader:
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return lines[0]
 
 
-def in_words(problem: Exception) -> str:
-    """Return what an error says: of an `OSError` the file and the reason, without its number."""
+def error_in_words(problem: Exception) -> str:
+    """Return what an error says; for an `OSError` the file and the reason, without its number."""
     if not isinstance(problem, OSError) or problem.strerror is None:
         return str(problem) or type(problem).__name__
     if problem.filename is None:
@@ -59,10 +66,8 @@ def in_words(problem: Exception) -> str:
 def format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
 ) -> str:
-    """Write our own warnings for people, and others as Python does."""
-    from regrad_runner.addresses import without_secrets  # noqa: PLC0415
-
-    text = printable(without_secrets(str(message)), keep=KEPT)
+    """Return our own warnings as people read them, and others as Python writes them."""
+    text = printable(without_secrets(str(message)), keep=KEPT_CHARACTERS)
     if issubclass(category, RegradWarning):
         return f"warning: {text}\n"
     return f"{printable(filename)}:{lineno}: {category.__name__}: {text}\n"

@@ -1,14 +1,18 @@
-"""Files that are there whole or not at all. Every file of an output folder is written, and removed, by this module.
+"""Files that are there whole or not at all: what output folders are written, read and emptied by.
 
-A file is written aside under a name that cannot be foreseen, made anew and never through a link, forced to the disk
-and renamed. So a kill leaves the old file or the new one, and what lies in a folder cannot lead a writer out of it.
+A file is written aside, under a name that nobody can foresee, made anew and never through a link,
+then forced to the disk and renamed. So a kill leaves the old file or the new one, and nothing that
+lies in a folder can lead a writer out of it. What is read is a regular file: a pipe is not waited
+for, and a device is not read without end.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +20,16 @@ from typing import IO
 
 from regrad_runner.errors import DiskError
 
-PART, OLD = ".part", ".old"
-# What Windows lacks is not needed there: it makes links for administrators only.
+# Endings of what is written aside, and of what is about to be removed.
+PART = ".part"
+OLD = ".old"
+# Windows has none of these flags, and needs none: there only administrators make links.
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 BINARY = getattr(os, "O_BINARY", 0)
-OPEN_TO_ALL, OWN = 0o666, 0o600
+# Who may read and write a new file, as far as the process allows: everybody, or its owner alone.
+OPEN_TO_ALL = 0o666
+OWN = 0o600
 
 
 @contextmanager
@@ -32,7 +40,7 @@ def disk_errors(
 
     Args:
         path: What is written.
-        next_step: What helps.
+        next_step: What to do about it, as the error says.
     """
     try:
         yield
@@ -65,8 +73,7 @@ def file_aside(path: Path, *, mode: int = OPEN_TO_ALL) -> Iterator[IO[bytes]]:
         try:
             with file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
+                force_content(file)
             aside.replace(path)
         except BaseException:
             with suppress(OSError):
@@ -75,7 +82,10 @@ def file_aside(path: Path, *, mode: int = OPEN_TO_ALL) -> Iterator[IO[bytes]]:
 
 
 def unforeseeable(path: Path, ending: str) -> Path:
-    """Return a hidden name beside a path, which nobody can have prepared; the path's own may be as long as may be."""
+    """Return a hidden name beside a path, which nobody can have prepared.
+
+    It is short enough for every file system, however long the path's own name is.
+    """
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}{ending}")
 
 
@@ -89,30 +99,50 @@ def new_file(path: Path, *, mode: int = OPEN_TO_ALL) -> IO[bytes]:
     return os.fdopen(os.open(path, flags, mode), "wb")
 
 
-def append(path: Path, text: str, *, mode: int = OPEN_TO_ALL) -> None:
-    """Add text at the end of a file, which is made if there is none.
+def append(path: Path, text: str, *, at: int | None = None, mode: int = OPEN_TO_ALL) -> None:
+    """Add text at the end of a file, which is made if there is none: all of it, or nothing.
 
     Args:
         path: The file.
         text: To add.
+        at: Length in bytes to which the file is cut first: what stands behind was broken off. None to cut nothing.
         mode: Who may read a file that is made, as far as the process allows.
 
     Raises:
-        DiskError: If the disk does not take it, or there is a link of that name.
+        DiskError: If the disk does not take it, or there is something else than a file of that name.
     """
     with disk_errors(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK | NO_WAIT | BINARY
-        with os.fdopen(os.open(path, flags, mode), "ab") as file:
-            file.write(text.encode())
+        file = os.open(path, flags, mode)
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", str(path))
+            _add_all(file, text.encode(), size=found.st_size if at is None else at)
+        finally:
+            os.close(file)
+
+
+def _add_all(file: int, content: bytes, *, size: int) -> None:
+    """Write at the end of an open file that is cut to a size first, and on a failure to that size again."""
+    if os.fstat(file).st_size != size:
+        os.ftruncate(file, size)
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[os.write(file, rest) :]
+    except OSError:
+        os.ftruncate(file, size)
+        raise
 
 
 def make_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
     """Make a folder below an output folder, and return it.
 
     Args:
-        root: The output folder; made if it does not exist, and may be a link.
-        *names: Of the folders below it, each in the one before; none of them may be a link.
-        mode: Who may look into those that are made, as far as the process allows.
+        root: The output folder. It is made if it does not exist, and may be a link.
+        *names: The folders below it, each in the one before. None of them may be a link.
+        mode: Who may look into the folders that are made, as far as the process allows.
 
     Raises:
         DiskError: If the disk does not take it, or there is a file or link of that name.
@@ -129,7 +159,7 @@ def make_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
 
 
 def check_own_folder(folder: Path) -> None:
-    """Raise a `DiskError` where something else than a folder has its name: nothing is written through a link."""
+    """Raise a `DiskError` if the name is taken by a link, which could lead out, or by a file."""
     if folder.is_symlink():
         raise DiskError(f"'{folder}' must be a folder, got a link; move the link away")
     if folder.exists() and not folder.is_dir():
@@ -138,10 +168,10 @@ def check_own_folder(folder: Path) -> None:
 
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
-    """Give a folder to fill, which gets its name at the end of the block; one that has the name is removed then.
+    """Give a folder to fill, which gets its name at the end of the block.
 
     Args:
-        path: The folder; what it lies in is made if need be.
+        path: The folder. An older one of that name is removed; folders above it are made.
 
     Raises:
         OSError: If the disk does not take it; what was there is as it was.
@@ -163,15 +193,21 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Give a new file of a folder that is written aside itself, and force it to the disk at the end of the block."""
+    """Give a new file of a folder that is written aside, and force its content to the disk."""
     with new_file(path) as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
+        force_content(file)
+
+
+def move_aside(path: Path, other: Path) -> None:
+    """Rename a folder; whatever had the other name is removed."""
+    if os.path.lexists(other):
+        remove_folder(other)
+    path.rename(other)
 
 
 def remove_folder(path: Path) -> None:
-    """Take a folder away in one go: a kill must not leave half of it under its name. Of a link the link goes."""
+    """Remove a folder, a file, or a link alone; a kill leaves no half of it under its name."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
@@ -181,34 +217,62 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_left_over(folder: Path, prefix: str) -> None:
-    """Remove what a kill left in a folder: hidden names that begin with a prefix and end as names written aside do.
+    """Remove what a kill left of files and folders that were written aside.
 
     Args:
-        folder: That only one process writes.
-        prefix: Of the names that the files and folders were to get.
+        folder: Written by this process alone.
+        prefix: How the names begin that they were to get.
     """
     for ending in (PART, OLD):
         for left in folder.glob(f".{prefix}*{ending}"):
             with suppress(OSError):
-                remove_folder(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                remove_folder(left)
 
 
 def read_bytes(path: Path) -> bytes:
     """Return what a file holds.
 
+    Args:
+        path: A file, or a link to one.
+
     Raises:
-        OSError: If there is no file of that name, or something else, such as a pipe that would be waited for.
+        OSError: If it cannot be read, or is a pipe, a socket or a device.
     """
-    if os.path.lexists(path) and not path.is_file():
-        raise OSError(f"'{path}' is no file")
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder the system itself says so
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return path.read_bytes()
+
+
+def force_content(file: IO[bytes]) -> None:
+    """Force what was written to a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_regular_file(path: Path, *, largest: int) -> bytes:
+    """Return what a file of an output folder holds.
+
+    Args:
+        path: The file.
+        largest: Bytes that it may have.
+
+    Raises:
+        OSError: If there is none, or a link, a pipe or another thing that is no file, or if it is larger.
+    """
+    file = os.open(path, os.O_RDONLY | NO_LINK | NO_WAIT | BINARY)
+    with os.fdopen(file, "rb") as opened:
+        found = os.fstat(opened.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if found.st_size > largest:
+            raise OSError(errno.EFBIG, f"more than {largest} bytes", str(path))
+        return opened.read(largest + 1)[:largest]
 
 
 def force_names(folder: Path) -> None:
     """Force the names in a folder to the disk."""
-    if (
-        os.name != "posix"
-    ):  # there a folder cannot be opened, and a renaming is on the disk when it returns
+    if os.name != "posix":  # a folder cannot be opened there, and a rename waits for the disk
         return
     number = os.open(folder, os.O_RDONLY)
     try:

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: they end what is under way as killed, and never leave a tracked run open.
+"""Ctrl-C and SIGTERM: they end what is under way as killed, and leave no run open.
 
-Where a checkpoint can be saved, the first one acts after the step under way and the second one at once. Several
-processes hear a signal at different steps, or one alone hears it: after each step they agree, and stop together.
+Where a checkpoint can be saved, the first signal acts after the step under way, and the second one
+at once. Several processes hear a signal at different steps, or only one of them hears it: so after
+each step they agree, and stop together.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
+T = TypeVar("T")
 STOPPING = b"\nstopping after this step; once more leaves at once\n"
 
 
 @dataclass
 class _Signals:
-    """What is to be done with signals.
+    """What is to be done with signals, and what came.
 
     Attributes:
         wait: Whether they act later.
         after_step: Whether the first one acts after the step under way.
         came: The one that waits.
-        agree: Gives what the processes make of the one that came to this one, 0 for none.
+        agree: Takes the signal that came to this process, 0 for none, and returns the one that all
+            processes act on.
         together: Whether every process was ended by `stop`.
     """
 
@@ -36,7 +40,9 @@ class _Signals:
 
     def stop_waiting(self) -> int | None:
         """Let signals act at once, and return the one that waited."""
-        came, self.came, self.wait = self.came, None, False
+        came = self.came
+        self.came = None
+        self.wait = False
         return came
 
 
@@ -45,7 +51,10 @@ _signals = _Signals()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait. Main thread only."""
+    """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait.
+
+    It works in the main thread only.
+    """
     _signals.together = False
     before = {
         number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)
@@ -70,35 +79,53 @@ def signals_wait() -> Iterator[None]:
 
 
 @contextmanager
-def stops_after_steps(agree: Callable[[int], int] = int) -> Iterator[None]:
-    """Let the first signal in the block act where `stop` is called for it, and the second one at once.
+def begun(begin: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+    """Begin what ends with the block; no signal comes between its beginning and the block.
 
     Args:
-        agree: Called on every process with the number of the signal that came to it, 0 for none; returns the one
-            that all act on.
+        begin: Returns a context manager, such as a run that ends with its block. A signal waits meanwhile.
     """
-    _signals.after_step, _signals.agree, _signals.together = True, agree, False
+    with ExitStack() as stack:
+        with signals_wait():
+            value = stack.enter_context(begin())
+        yield value
+
+
+@contextmanager
+def stops_after_steps(agree: Callable[[int], int] = int) -> Iterator[None]:
+    """Let the first signal in the block act when `stop` is called, and the second one at once.
+
+    Args:
+        agree: Called on every process with the number of the signal that came to it, 0 for none;
+            returns the one that all act on.
+    """
+    _signals.after_step = True
+    _signals.agree = agree
+    _signals.together = False
     try:
         yield
         stop(asked_to_stop())
     finally:
-        _signals.after_step, _signals.came, _signals.agree = False, None, int
+        _signals.after_step = False
+        _signals.agree = int
+        _signals.came = None
 
 
 def asked_to_stop() -> int:
-    """Return the signal to stop for, 0 for none. Call it on every process, after the same steps."""
+    """Return the signal to stop for, 0 for none; call it on every process, after the same steps."""
     return _signals.agree(_signals.came or 0)
 
 
 def stop(number: int) -> None:
-    """Raise what a signal means, on every process; nothing where it is 0."""
-    if number:
-        _signals.together = True
-        _raise(number)
+    """Raise what a signal means, on every process; 0 means nothing."""
+    if number == 0:
+        return
+    _signals.together = True
+    _raise(number)
 
 
 def stopped_together() -> bool:
-    """Say whether every process ends for a signal, so that they can still do something together."""
+    """Say whether every process ends for a signal, so that they can still act together."""
     return _signals.together
 
 
@@ -120,7 +147,7 @@ def _raise(number: int) -> None:
 
 
 class Terminated(SystemExit):
-    """The process was asked to end (SIGTERM); raise it in the signal handler and open runs become KILLED."""
+    """The process was asked to end (SIGTERM), and tracked runs that are open end as killed."""
 
     def __init__(self, code: int = 143) -> None:
         super().__init__(code)

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.errors import checking_input
-from regrad_runner.files import write_whole
 from regrad_runner.reporting.progress import Display
+from regrad_runner.reporting.report import export_tables
 from regrad_runner.results.folder import ResultsFolder, check_folder, start_folder
-from regrad_runner.results.outcomes import Result
-from regrad_runner.results.points import Point
+from regrad_runner.results.outcomes import Result, numbers_of
+from regrad_runner.results.points import (
+    EVALUATION,
+    METRICS,
+    Point,
+    curves_of,
+    keep_point,
+    lines_of,
+)
+from regrad_runner.results.run import (
+    RECEIPT,
+    RunLog,
+    as_json_text,
+    begin_run,
+    read_points,
+    run_path,
+    run_values,
+)
+from regrad_runner.results.view import tracking
 from regrad_runner.settings.arms import BASELINE, Arm, parts_of
 from regrad_runner.settings.config import TrainConfig
-from regrad_runner.settings.environment import in_words
-from regrad_runner.signals import asked_to_stop, stop, stops_after_steps
-from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker, tracked
+from regrad_runner.settings.environment import environment_in_words
+from regrad_runner.signals import asked_to_stop, begun, signals_wait, stop, stops_after_steps
 from regrad_runner.training.nonfinite import keeping_norms
 from regrad_runner.training.outcome import finished_result
 from regrad_runner.training.preparation import default_folder, load_data, try_on
@@ -29,7 +44,7 @@ from regrad_runner.workloads.workload import Workload, name_on_validation
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A run that was checked and can start.
 
     Attributes:
@@ -47,7 +62,9 @@ class Plan:
     reports: bool
 
 
-def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = False) -> Plan:
+def make_training_plan(
+    config: TrainConfig, *, out: Path | None = None, resume: bool = False
+) -> TrainingPlan:
     """Check everything that can be checked before the first step. Writes nothing.
 
     Args:
@@ -68,14 +85,14 @@ def make_plan(config: TrainConfig, *, out: Path | None = None, resume: bool = Fa
     parts = tuple(part for text in config.corrections for part in parts_of(text))
     arm = Arm("+".join(parts) or BASELINE, corrections=parts)
     try_on(arm, config, workload, lr=config.lr or 0.0)
-    return Plan(config, workload, arm, path, accelerator.is_main_process)
+    return TrainingPlan(config, workload, arm, path, accelerator.is_main_process)
 
 
-def train(plan: Plan, display: Display) -> Result:
+def train(plan: TrainingPlan, display: Display) -> Result:
     """Run to the end, from the latest checkpoint in the folder if there is one.
 
     Args:
-        plan: From `make_plan`.
+        plan: From `make_training_plan`.
         display: Told how far it is.
 
     Returns:
@@ -84,55 +101,65 @@ def train(plan: Plan, display: Display) -> Result:
     Raises:
         BadInput: If there are checkpoints and none can be gone on from; nothing is written.
     """
-    config, tracker = plan.config, Tracker()
-    for line in in_words(config):
+    config = plan.config
+    for line in environment_in_words(config):
         display.say(line)
     run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
-    with closing(run):
+    with ExitStack() as stack:
+        stack.enter_context(closing(run))
         with checking_input():  # a checkpoint that is refused leaves the folder as it is
-            loaded = load_latest(run, plan.path / "checkpoints")
+            latest, notes = load_latest(run, plan.path / "checkpoints")
+        for note in notes:
+            display.say(note)
+        if latest is not None:
+            display.say(f"continuing from step {run.position.step} ({latest})")
         if plan.reports:
-            about = {
-                "kind": "run",
-                "workload": plan.workload.name,
-                "measure": asdict(plan.workload.measure),
-            }
-            start_folder(plan.path, config, about)
-            tracker = open_tracker(config.tracker, folder=plan.path, uri=config.tracking_uri)
-        settings, name = config.model_dump(mode="json"), f"regrad {plan.workload.name}"
-        with tracker, tracked(lambda: tracker.start(name, plan.path.name, settings)) as shown:
-            return _follow(run, plan, shown, display, loaded)
+            _start_folder(plan)
+            stack.enter_context(
+                tracking(config.tracker, plan.path, config.tracking_uri, say=display.say)
+            )
+        record = stack.enter_context(begun(lambda: _begin(run, plan)))
+        return _follow(run, plan, record, display)
 
 
-def _follow(
-    run: TrainingRun,
-    plan: Plan,
-    shown: Run,
-    display: Display,
-    loaded: tuple[Path | None, list[str]],
-) -> Result:
+def _start_folder(plan: TrainingPlan) -> None:
+    about = {
+        "kind": "run",
+        "workload": plan.workload.name,
+        "measure": asdict(plan.workload.measure),
+    }
+    start_folder(plan.path, plan.config, about)
+
+
+def _begin(run: TrainingRun, plan: TrainingPlan) -> RunLog:
+    """Begin the record of the run, with the curve up to its checkpoint: what came after that comes again."""
+    if not plan.reports:
+        return RunLog()
+    times: dict[int, int] = {}
+    with suppress(ValueError):  # the checkpoint has the curve itself
+        earlier = read_points(run_path(plan.path, plan.arm.name, run.seed))
+        times = {line.step: line.time for line in earlier if line.kind == EVALUATION}
+    values = run_values(
+        plan.config,
+        plan.arm,
+        name=plan.path.resolve().name,
+        seed=run.seed,
+        lr=run.lr,
+        curves={EVALUATION: curves_of(plan.workload.measure)},
+    )
+    return begin_run(plan.path, values, lines=lines_of(run.position.points, times))
+
+
+def _follow(run: TrainingRun, plan: TrainingPlan, record: RunLog, display: Display) -> Result:
     """Train, keep checkpoints on the way and the result at the end."""
     started = time.perf_counter()
     checkpoints = plan.path / "checkpoints"
     every = plan.config.checkpoint_every or run.steps_per_epoch
-    latest, notes = loaded
-    for note in notes:
-        display.say(note)
-    if latest is not None:
-        display.say(f"continuing from step {run.position.step} ({latest})")
     measure = plan.workload.measure
     validation = name_on_validation(measure)
 
-    def log(point: Point) -> None:
-        shown.log(point.step, point.as_metrics(measure))
-
-    for (
-        point
-    ) in run.position.points:  # the curve up to the checkpoint, which an earlier tracked run has
-        log(point)
-
-    def keep_point(point: Point) -> None:
-        log(point)
+    def keep(point: Point) -> None:
+        keep_point(record, point)
         display.note(
             f"step {point.step}/{run.total_steps}: loss {point.loss:.4f}, {validation} {measure.written(point.value)}"
         )
@@ -145,18 +172,15 @@ def _follow(
         stop(signal)
 
     display.begin(plan.arm.name, steps=run.total_steps)
-    with (
-        stops_after_steps(run.largest),
-        keeping_norms(lambda: plan.path, shown, writes=plan.reports),
-    ):
-        run.train(on_point=keep_point, on_step=keep_step)
+    with stops_after_steps(run.largest), keeping_norms(record):
+        run.train(on_point=keep, on_step=keep_step)
     result = finished_result(
         run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started
     )
+    record.keep(RECEIPT, as_json_text(run.receipt()))
+    record.log(METRICS, result.steps, {**run.metrics(), measure.name: result.value})
+    with signals_wait():
+        record.end("finished", result=numbers_of(result))
     if plan.reports:
-        ResultsFolder(plan.path).add(result, run.position.points)
-        receipt = plan.path / "receipt.json"
-        write_whole(receipt, json.dumps(run.receipt(), indent=2) + "\n")
-        shown.artifact(receipt)
-        shown.log(result.steps, run.metrics() | {measure.name: result.value})
+        export_tables(ResultsFolder(plan.path))
     return result

@@ -71,7 +71,7 @@ def live(folder, corrections, pipe):
     checkpoint.write_checkpoint = announced(checkpoint.write_checkpoint, "w", pipe)  # its files
     module.load_latest = announced(module.load_latest, "l", pipe)
     resume = (folder / "config.yaml").is_file()
-    plan = module.make_plan(
+    plan = module.make_training_plan(
         TrainConfig(**SETTINGS, corrections=corrections), out=folder, resume=resume
     )
     module.train(plan, Display(Console(file=io.StringIO()), runs=1))

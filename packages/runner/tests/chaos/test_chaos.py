@@ -1,9 +1,11 @@
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import regrad
 import torch
 from regrad_runner.checkpoints.folder import checkpoints, read_checkpoint
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.sync import sync
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -77,6 +80,18 @@ def assert_same_end(folder, other):
     )
 
 
+def assert_shown_once(folder):
+    """Check that a sync leaves every point of the run in the store exactly once."""
+    assert sync(folder).is_complete
+    assert not sync(folder).sent
+    kept = Counter((point.step, "training loss") for point in ResultsFolder(folder).curves)
+    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        found = database.execute("SELECT step, key FROM metrics WHERE key = 'training loss'")
+        assert Counter(found.fetchall()) == kept
+        statuses = database.execute("SELECT status FROM runs").fetchall()
+    assert statuses == [("FINISHED",)]
+
+
 @pytest.fixture(scope="module")
 def ten_kills(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chaos")
@@ -94,6 +109,12 @@ def test_a_run_killed_ten_times_ends_in_the_weights_of_the_uninterrupted_one(ten
         "loading",
     }
     assert_same_end(folder / "killed-0", folder / "whole")
+
+
+@pytest.mark.usefixtures("ready_schema")
+def test_a_run_killed_ten_times_is_shown_once(ten_kills):
+    folder, _ = ten_kills
+    assert_shown_once(folder / "killed-0")
 
 
 def test_a_fresh_process_killed_while_it_saves_goes_on_to_the_same_end(ten_kills, tmp_path):
@@ -131,10 +152,12 @@ def test_a_difference_would_be_seen(ten_kills, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("corrections", [STACK, []], ids=["stack", "none"])
+@pytest.mark.usefixtures("ready_schema")
 def test_two_hundred_kills_change_no_bit(tmp_path, corrections):
     hits = killed(tmp_path, seed=5, runs=10, kills=10, corrections=corrections)
     for run, _ in enumerate(hits):
         assert_same_end(tmp_path / f"killed-{run}", tmp_path / "whole")
+        assert_shown_once(tmp_path / f"killed-{run}")
     hit = Counter(one["hit"] for run in hits for one in run)
     halves = sum(one["left_half"] for run in hits for one in run)
     sys.stdout.write(

@@ -1,11 +1,6 @@
-import importlib
 import json
-import os
-import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import regrad
@@ -16,10 +11,12 @@ from regrad_runner.checkpoints.checkpoint import load_checkpoint, load_latest, s
 from regrad_runner.checkpoints.folder import checkpoints
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload
+from regrad_testing import load_beside, run_on_processes
 
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
@@ -278,36 +275,20 @@ def test_points_survive_json(tmp_path, digits, config):
 def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_process_and_back(
     tmp_path, monkeypatch
 ):
-    here = Path(__file__).parent
-    monkeypatch.syspath_prepend(here)
-    two = importlib.import_module("resume_on_two_processes")
-    monkeypatch.setattr(training, "make_model", two.in_float64)
-    names, whole = ["", *regrad.available()], {}
+    resuming = load_beside(__file__, "resuming")
+    monkeypatch.setattr(building, "make_model", resuming.in_float64)
+    names = ["", *regrad.available()]
+    whole = {}
     for name in names:
-        with closing(two.make(name)) as run:
-            whole[name] = two.trained(run, save=tmp_path / (name or "none") / "one")[1]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*launch, str(here / "resume_on_two_processes.py"), str(tmp_path), *names],
-        env={**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+        with closing(resuming.make(name)) as run:
+            whole[name] = resuming.trained(run, save=tmp_path / (name or "none") / "one")[1]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run_on_processes(resuming.outcomes, tmp_path, names, patience=600)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     assert [name for name in names if not results[name]["exact"]] == []
     for name in names:
-        from_two, lines = two.continued(name, tmp_path / (name or "none") / "two")[1:]
+        from_two, lines = resuming.continued(name, tmp_path / (name or "none") / "two")[1:]
         assert lines[0].startswith(
             "the checkpoint is of 2 processes and goes on with 1: the same images in the same"
         )
@@ -315,9 +296,7 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
             "the checkpoint is of 1 processes and goes on with 2"
         )
         for seen in (from_two, results[name]["from_one"]):
-            differences = [
-                (seen[key] - tensor).abs().max().item() for key, tensor in whole[name].items()
-            ]
-            assert max(differences) <= 1e-10, (
-                name
-            )  # float64: sums in another order, repeated over the steps
+            pairs = whole[name].items()
+            differences = [(seen[key] - tensor).abs().max().item() for key, tensor in pairs]
+            # float64: sums in another order, repeated over the steps
+            assert max(differences) <= 1e-10, name

@@ -13,7 +13,7 @@ from regrad_runner.checkpoints.folder import (
     Content,
     checkpoints,
     checksum,
-    fault_of,
+    damage_of,
     read_checkpoint,
     read_latest,
     write_checkpoint,
@@ -73,9 +73,9 @@ def test_a_byte_that_changed_anywhere_is_found(tmp_path, name):
     for place in range(0, len(original), max(1, len(original) // 40)):
         changed = bytes([*original[:place], original[place] ^ 1, *original[place + 1 :]])
         (path / name).write_bytes(changed)
-        assert fault_of(path) is not None
+        assert damage_of(path) is not None
     (path / name).write_bytes(original)
-    assert fault_of(path) is None
+    assert damage_of(path) is None
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,9 +84,9 @@ def test_a_file_that_is_cut_short_empty_or_missing_is_found(tmp_path, name):
     original = (path / name).read_bytes()
     for length in (0, 1, len(original) // 2, len(original) - 1):
         (path / name).write_bytes(original[:length])
-        assert fault_of(path) is not None
+        assert damage_of(path) is not None
     (path / name).unlink()
-    assert fault_of(path) == f"{name} is missing"
+    assert damage_of(path) == f"{name} is missing"
     with pytest.raises(
         RegradError,
         match=f"must be as it was written, got '.*step-00000001' where {name} is missing",
@@ -98,7 +98,7 @@ def test_a_file_that_is_cut_short_empty_or_missing_is_found(tmp_path, name):
 def test_checksums_of_another_shape_are_damage(tmp_path, text):
     path = write(tmp_path, 1)
     (path / "checksums.json").write_text(text)
-    assert fault_of(path) is not None
+    assert damage_of(path) is not None
 
 
 def test_damaged_ones_are_passed_over_renamed_and_named(tmp_path):

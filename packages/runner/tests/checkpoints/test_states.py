@@ -1,8 +1,4 @@
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +10,7 @@ from regrad_runner.checkpoints.states import (
     random_state,
     set_random_state,
 )
+from regrad_testing import load_beside, run_on_processes
 
 
 def two_layers(*, swapped=False):
@@ -63,36 +60,17 @@ def test_random_states_come_back():
     assert draws() == first
 
 
-SCRIPT = Path(__file__).with_name("one_of_two_processes.py")
-
-
 @pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
 )
-def test_shards_are_gathered_and_cut_again_exactly_and_go_to_one_process_and_back(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    commands = [
-        [sys.executable, str(SCRIPT), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)
-    ]
-    processes = [
-        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands
-    ]
-    try:
-        outputs = [process.communicate(timeout=280)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
-    for output in outputs:
-        differences = {
-            name: float(value) for name, value in (line.split() for line in output.splitlines())
-        }
-        assert len([name for name in differences if ":exact:" in name]) >= 6
-        assert all(value == 0 for name, value in differences.items() if ":exact:" in name), output
+def test_shards_are_gathered_and_cut_again_exactly_and_go_to_one_process_and_back():
+    shards = load_beside(__file__, "shards")
+    for seen in run_on_processes(shards.differences):
+        exact = [value for name, value in seen.items() if ":exact:" in name]
+        assert len(exact) >= 6
+        assert all(value == 0 for value in exact), seen
         # float64: the mean of two half batches and of the whole round differently
-        assert all(value < 1e-12 for value in differences.values()), output
+        assert all(value < 1e-12 for value in seen.values()), seen
 
 
 @pytest.mark.parametrize(

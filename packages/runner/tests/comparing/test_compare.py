@@ -10,7 +10,7 @@ import regrad
 import torch
 import yaml
 from regrad.correction import Control, Correction, Needs
-from regrad_runner.comparing import compare as module
+from regrad_runner.comparing import running as module
 from regrad_runner.comparing.compare import Plan, compare, make_plan
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import show_comparison
@@ -85,7 +85,7 @@ def test_the_folder_holds_settings_rows_curves_receipts_and_figures(plan):
         assert len(list(csv.DictReader(file))) == 4
     with (path / "curves.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 4 * 8
-    receipt = json.loads((path / "runs" / "nesterov-seed1" / "receipt.json").read_text())
+    receipt = json.loads((path / "runs" / "nesterov" / "1" / "receipt.json").read_text())
     assert (receipt["run"]["arm"], receipt["run"]["seed"], receipt["run"]["lr"]) == (
         "nesterov",
         1,

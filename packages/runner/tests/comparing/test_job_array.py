@@ -67,7 +67,7 @@ def test_a_run_before_the_trials_of_its_arm_is_refused_and_writes_nothing(here, 
         "cell must come after the trials of its arm 'none', got none of the cells 1; run them first"
         in said
     )
-    assert len(list((here / "out" / "cells").iterdir())) == 1
+    assert len(list((here / "out" / "runs").glob("*/*"))) == 1
 
 
 def test_a_cell_that_is_none_or_of_another_comparison_is_refused(here, capsys):
@@ -83,7 +83,7 @@ def test_a_cell_that_is_none_or_of_another_comparison_is_refused(here, capsys):
     assert "out must be given" in capsys.readouterr().err
     assert main(["compare", "--cell", "0", "--jobs", "2", "--out", "out"]) == 2
     assert "--jobs must be given without --cell" in capsys.readouterr().err
-    assert not (here / "out" / "cells").exists()
+    assert not (here / "out" / "runs").exists()
 
 
 def test_a_cell_that_ended_is_not_run_again_and_one_that_failed_is(here, capsys, monkeypatch):
@@ -114,31 +114,38 @@ def test_a_comparison_goes_on_from_what_cells_left(here, capsys):
     assert [result.seed for result in ResultsFolder(here / "out").results] == [0, 1]
 
 
-def test_a_file_that_no_cell_left_is_one_clear_line(here, capsys):
+def test_a_record_that_no_run_left_is_one_clear_line(here, capsys):
     prepared(capsys, "--tracker", "none")
-    (here / "out" / "cells").mkdir()
-    (here / "out" / "cells" / "x.json").write_text('{"result": 3}')
+    (here / "out" / "runs" / "none" / "0").mkdir(parents=True)
+    (here / "out" / "runs" / "none" / "0" / "run.json").write_text('{"result": 3}')
     assert main(["report", "out"]) == 2
     said = capsys.readouterr().err
-    assert "x.json' must hold what came out of a cell" in said
+    assert "run.json' must be the record of a run, got id: Field required" in said
     assert said.count("\n") == 1
 
 
-def test_what_cells_track_waits_in_the_folder_and_is_shown_under_the_comparison(here, capsys):
+@pytest.mark.usefixtures("ready_schema")
+def test_what_cells_track_is_shown_under_the_comparison_by_sync(here, capsys):
     prepared(capsys, "--lr", "0.05")
     assert run_cell(0) == 0
-    assert list((here / "out" / "unsent").iterdir())
+    assert not (here / "out" / "mlflow.db").exists()  # nodes share a database's file badly
     assert main(["sync", "out"]) == 0
     with closing(sqlite3.connect(here / "out" / "mlflow.db")) as database:
         runs = dict(
             database.execute("select name, run_uuid from runs where status = 'FINISHED'").fetchall()
         )
+        (comparison,) = database.execute(
+            "select run_uuid from runs where name = 'out' and status = 'RUNNING'"
+        ).fetchone()
         parents = database.execute(
             "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
         ).fetchall()
-    assert set(runs) == {"out", "none, seed 0"}
-    assert parents == [(runs["none, seed 0"], runs["out"])]
-    assert not (here / "out" / "unsent").exists()
+    assert set(runs) == {"none, seed 0"}
+    assert parents == [(runs["none, seed 0"], comparison)]
+    assert run_cell(1) == 0
+    assert main(["sync", "out"]) == 0
+    with closing(sqlite3.connect(here / "out" / "mlflow.db")) as database:
+        assert database.execute("select distinct status from runs").fetchall() == [("FINISHED",)]
 
 
 def test_the_cells_of_a_folder_can_be_asked_for_again_and_more_seeds_come_last(here, capsys):

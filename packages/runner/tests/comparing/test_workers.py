@@ -46,8 +46,7 @@ def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, caps
     )
     assert tables(here / "out") == tables(here / "serial")
     assert {row["lr"] for row in tables(here / "out")["results.csv"]} == {"0.05"}
-    assert not (here / "out" / "cells").exists()
-    assert (here / "out" / "runs" / "none-seed1" / "receipt.json").is_file()
+    assert (here / "out" / "runs" / "none" / "1" / "receipt.json").is_file()
     runs = {
         name: (run, status)
         for name, run, status in tracked(here / "out", "select name, run_uuid, status from runs")

@@ -7,7 +7,8 @@ import torch
 from regrad.correction import Correction, Needs
 from regrad_runner.diagnostics.effects import Effect, EffectTrace, keep_effects, kept_effects
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.outcomes import Result
+from regrad_runner.results.outcomes import Result, numbers_of
+from regrad_runner.results.run import begin_run
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.training import run as training
@@ -98,17 +99,23 @@ def test_looking_changes_no_result(run):
 
 
 def test_effects_are_kept_run_by_run_and_read_back(tmp_path):
-    folder = ResultsFolder(tmp_path)
     rows = [
         Effect(arm="agc", seed=seed, step=8, correction="agc", stage="gradient", **NUMBERS)
         for seed in (0, 1)
     ]
-    keep_effects(folder, rows[:1])
-    folder.add(Result(arm="agc", seed=0, value=0.5))
-    keep_effects(folder, rows[1:])
-    assert kept_effects(ResultsFolder(tmp_path)) == rows[:1]  # the other run did not end
     again = replace(rows[0], cosine=math.pi / 4)
-    keep_effects(folder, [again])
+
+    def keep(row, *, ends=True):
+        values = {"name": "agc", "arm": "agc", "seed": row.seed, "lr": 0.1}
+        with begin_run(tmp_path, values) as record:
+            keep_effects(record, [row])
+            if ends:
+                record.end("finished", result=numbers_of(Result(arm="agc", seed=row.seed)))
+
+    keep(rows[0])
+    keep(rows[1], ends=False)
+    assert kept_effects(ResultsFolder(tmp_path)) == rows[:1]
+    keep(again)
     assert kept_effects(ResultsFolder(tmp_path)) == [again]
 
 

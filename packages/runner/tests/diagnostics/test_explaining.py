@@ -190,17 +190,17 @@ def test_relations_come_from_both_sides_declarations():
 
 def test_a_composition_that_contains_a_correction_is_not_to_stand_beside_it(monkeypatch):
     monkeypatch.setattr(
-        "regrad_runner.diagnostics.explaining.created", lambda name: (Weights(), Later())
+        "regrad_runner.diagnostics.explaining.create_all", lambda names: [Weights(), Later()]
     )
     monkeypatch.setattr(regrad, "available", lambda: {"both": None})
     assert relations(Weights()) == ({"both": "it contains 'weights'"}, {})
 
 
 def test_a_plugin_that_cannot_be_loaded_says_nothing(monkeypatch):
-    def broken(name):
-        raise regrad.PluginLoadError(name)
+    def broken(names):
+        raise regrad.PluginLoadError(names[0])
 
-    monkeypatch.setattr("regrad_runner.diagnostics.explaining.created", broken)
+    monkeypatch.setattr("regrad_runner.diagnostics.explaining.create_all", broken)
     assert relations(Weights()) == ({}, {})
 
 

@@ -6,9 +6,8 @@ import json
 import math
 import os
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import regrad
 import torch
 from accelerate.state import AcceleratorState
 from regrad.correction import Control, Correction, Needs
-from regrad_runner.comparing import compare as comparing
+from regrad_runner.comparing import running
 from regrad_runner.comparing.compare import Plan, compare, make_plan
 from regrad_runner.diagnostics import gradient_quality as probing
 from regrad_runner.diagnostics.gradient_quality import Probe, Quality, mean_qualities
@@ -25,10 +24,12 @@ from regrad_runner.reporting.report import show_comparison
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
+from regrad_testing import run_on_processes
 from rich.console import Console
 from torch import nn
 
@@ -93,9 +94,7 @@ def own_corrections(monkeypatch):
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    monkeypatch.setattr(
-        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
-    )
+    monkeypatch.setattr(building, "make_model", float64_model)
 
 
 @pytest.fixture
@@ -161,9 +160,11 @@ def test_the_first_probe_is_what_gradients_by_hand_say(digits, config, norm):
     with closing(TrainingRun(settings, digits, BASELINE, seed=0, lr=0.05)) as run:
         images, labels = run.next_batch()
         model = run.model
-    order = np.random.default_rng(probing.SEED).permutation(100)[:60]
+    order = np.random.default_rng(probing.LARGE_BATCH_SEED).permutation(100)[:60]
     large = by_hand(
-        model, *digits.train.with_seed(probing.SEED).__getitems__(order.tolist()), parts=3
+        model,
+        *digits.train.with_seed(probing.LARGE_BATCH_SEED).__getitems__(order.tolist()),
+        parts=3,
     )
     raw = by_hand(model, images, labels)
     with torch.no_grad():
@@ -233,7 +234,7 @@ class Dropping(nn.Module):
 
 
 def test_dropout_is_that_of_the_step_and_the_run_draws_what_it_would(digits, config, monkeypatch):
-    monkeypatch.setattr(training, "make_model", lambda *args, **kwargs: Dropping())
+    monkeypatch.setattr(building, "make_model", lambda *args, **kwargs: Dropping())
     _, points, state = probed(config(), digits, BASELINE, every=None)
     qualities, probed_points, probed_state = probed(config(), digits, BASELINE)
     assert probed_points == points
@@ -328,7 +329,7 @@ def run(plan):
 
 
 def rows_of(folder):
-    with (folder.path / probing.FILE).open() as file:
+    with (folder.path / probing.QUALITY_FILE).open() as file:
         return [(row["arm"], int(row["seed"]), int(row["step"])) for row in csv.DictReader(file)]
 
 
@@ -339,7 +340,7 @@ def outcomes(folder):
 def test_a_comparison_keeps_probes_and_shows_their_means_and_its_results_are_the_same(plan, capsys):
     plain, with_probes = run(plan(name="plain")), run(plan(probe_every=4, probe_size=50))
     assert outcomes(plain) == outcomes(with_probes)
-    assert not (plain.path / probing.FILE).exists()
+    assert not (plain.path / probing.QUALITY_FILE).exists()
     expected = [
         (arm, seed, step) for seed in (0, 1) for arm in ("none", "halve") for step in (4, 8)
     ]
@@ -372,7 +373,7 @@ def test_a_resumed_comparison_has_the_probes_of_every_run_once(plan, monkeypatch
             super().train(on_point=on_point, on_step=on_step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparing, "TrainingRun", Stopping)
+        patch.setattr(running, "TrainingRun", Stopping)
         with pytest.raises(KeyboardInterrupt):
             run(plan(probe_every=4))
     assert len(rows_of(ResultsFolder(whole.path.parent / "out"))) == 4
@@ -396,7 +397,9 @@ def test_probes_are_curves_of_the_tracked_run_and_an_artifact_of_the_comparison(
         )
         steps = [step for (step,) in database.execute(query)]
     assert steps == [4, 4, 8, 8]
-    assert [p.name for p in (folder.path / "artifacts").rglob(probing.FILE)] == [probing.FILE]
+    assert [p.name for p in (folder.path / "artifacts").rglob(probing.QUALITY_FILE)] == [
+        probing.QUALITY_FILE
+    ]
 
 
 def test_trials_of_learning_rates_are_not_probed(plan):
@@ -410,62 +413,42 @@ def test_a_large_batch_smaller_than_a_step_is_refused_before_anything_is_written
     assert list(tmp_path.iterdir()) == []
 
 
-TWO_PROCESSES = """
-import json, os, sys
-from dataclasses import asdict
-from pathlib import Path
+def float64_model(*args, **kwargs):
+    return make_model(*args, **kwargs).double()
 
-from regrad_runner.training import run as training
-from regrad_runner.settings.arms import Arm
-from regrad_runner.settings.config import CompareConfig
-from regrad_runner.training.preparation import leave_processes
-from regrad_runner.diagnostics.gradient_quality import Probe
-from regrad_runner.workloads import load_workload, make_model
 
-training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
-digits = load_workload("digits", train_size=100)
-values = {"batch_size": 20, "epochs": 1, "width": 4, "threads": 1, "evaluations_per_epoch": 2, "norm": "group"}
-config = resolved(CompareConfig(**values, accumulate=2, processes=2), digits)
-run = training.TrainingRun(config, digits, Arm("none"), seed=0, lr=0.05)
-probe, found = Probe(run, every=2, size=60), []
-run.train(on_point=lambda point: None, on_step=lambda step: found.append(probe.finish_step()))
-Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps([asdict(q) for q in found if q]))
-run.close()
-del run, probe
-leave_processes()
-sys.stdout.flush()
-os._exit(0)
-"""
+def probes_of_one_of_two(rank):
+    """Train as one of two processes; return what its probes measured."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    building.make_model = float64_model
+    digits = load_workload("digits", train_size=100)
+    asked = CompareConfig(
+        batch_size=20,
+        epochs=1,
+        width=4,
+        threads=1,
+        evaluations_per_epoch=2,
+        norm="group",
+        accumulate=2,
+        processes=2,
+    )
+    found = []
+    with closing(TrainingRun(resolved(asked, digits), digits, BASELINE, seed=0, lr=0.05)) as run:
+        probe = Probe(run, every=2, size=60)
+        run.train(
+            on_point=lambda point: None, on_step=lambda step: found.append(probe.finish_step())
+        )
+    return [asdict(quality) for quality in found if quality]
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_two_processes_probe_like_one_and_agree(tmp_path, digits, config):
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "two.py",
-        ],
-        cwd=tmp_path,
-        env={**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+def test_two_processes_probe_like_one_and_agree(digits, config):
+    first, second = run_on_processes(probes_of_one_of_two)
     assert first == second
     one, _, _ = probed(config(epochs=1), digits, BASELINE, every=2)
     assert [q["step"] for q in first] == [q.step for q in one] == [2, 4]
     for theirs, ours in zip(first, one, strict=True):
-        assert [theirs[name] for name in probing.MEASURES] == pytest.approx(
+        assert [theirs[name] for name in probing.QUALITY_MEASURES] == pytest.approx(
             list(ours.measures.values()), abs=1e-12
         )
 

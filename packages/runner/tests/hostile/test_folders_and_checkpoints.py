@@ -285,7 +285,16 @@ def finished(tmp_path_factory):
 
 @cases.hostile(
     30,
-    st.sampled_from(("about.json", "config.yaml", "receipt.json", "results.csv", "curves.csv")),
+    st.sampled_from(
+        (
+            "about.json",
+            "config.yaml",
+            "results.csv",
+            "runs/none/0/run.json",
+            "runs/none/0/points.jsonl",
+            "runs/none/0/receipt.json",
+        )
+    ),
     contents,
 )
 def test_any_altered_folder_is_shown_or_one_clear_line_and_is_left_as_it_is(

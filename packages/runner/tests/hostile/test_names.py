@@ -5,18 +5,20 @@ import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import strategies as st
-from regrad_runner.reporting.figures import write_figures
+from regrad_runner.reporting.figures.png import write_pngs
 from regrad_runner.reporting.progress import Display
+from regrad_runner.reporting.report_data import ReportData
 from regrad_runner.reporting.table import print_comparison
 from regrad_runner.results.outcomes import CurvePoint, Result
+from regrad_runner.results.run import folder_name, run_path
 from regrad_runner.results.tables import COMPUTED, read_rows, write_rows
-from regrad_runner.settings.arms import Arm
-from regrad_runner.statistics.rows import RunRow
 from regrad_runner.statistics.verdicts import summarize
-from regrad_runner.tracking.mlflow_ import MlflowTracker
+from regrad_runner.tracking.mlflow import MetricPoint, TrackedRun, project
+from regrad_runner.tracking.stores import Store
 from regrad_runner.workloads.workload import Measure
 from regrad_testing.files import load_beside
 from rich.console import Console
@@ -63,11 +65,10 @@ names = (
 
 @cases.hostile(130, names, st.integers(0, 9))
 def test_any_name_stays_in_its_folder_and_in_its_cell_and_comes_back(tmp_path, name, seed):
-    folder = Arm(name).folder_name
-    assert (tmp_path / "runs" / f"{folder}-seed{seed}").resolve().parent == (
-        tmp_path / "runs"
-    ).resolve()
-    assert re.fullmatch(r"[A-Za-z0-9._=+-]{1,110}", folder)
+    path = run_path(tmp_path, name, seed)
+    assert path.resolve() == path
+    assert path.parent.parent == tmp_path / "runs"
+    assert re.fullmatch(r"[a-z0-9_][a-z0-9._=+-]{0,110}", path.parent.name)
     row = Result(arm=name, seed=seed, value=-0.5, must_beat=name)
     write_rows(tmp_path / "results.csv", [row], Result)
     assert read_rows(tmp_path / "results.csv", Result) == [row]
@@ -80,16 +81,16 @@ def test_any_name_stays_in_its_folder_and_in_its_cell_and_comes_back(tmp_path, n
 
 def test_two_names_never_share_a_folder():
     folders = [
-        Arm(name).folder_name
+        folder_name(name)
         for name in ["a/b", "a b", "a_b", "a\\b", "a//b", *("y" * 300 + end for end in "12")]
     ]
     assert len(set(folders)) == len(folders)
     assert folders[2] == "a_b"
 
 
-def rows_of(arms):
+def results_of(arms):
     return [
-        RunRow(
+        Result(
             arm=arm,
             seed=seed,
             value=0.5 + 0.01 * seed,
@@ -105,16 +106,25 @@ def rows_of(arms):
 
 def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
     arms, measure = ["none", *filter(str.isprintable, HOSTILE[:-1])], Measure(target=0.5)
-    rows = rows_of(arms)
+    results = results_of(arms)
+    rows = [result.as_run_row() for result in results]
     summaries = summarize(rows, controls=dict.fromkeys(arms[1:]), higher_is_better=True)
     curves = [
         CurvePoint(arm=r.arm, seed=r.seed, step=s, epoch=s, loss=1.0, value=0.1 * s, lr=0.1)
         for r in rows
         for s in (1, 2)
     ]
-    assert (
-        len(write_figures(curves, tmp_path, rows=rows, summaries=summaries, measure=measure)) == 3
+    data = ReportData(
+        folder=SimpleNamespace(results=results, curves=curves),
+        measure=measure,
+        summaries=summaries,
+        effects=[],
+        qualities=[],
+        about={},
+        settings={},
+        receipts={},
     )
+    assert len(write_pngs(data, tmp_path)) == 3
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=3000)
         print_comparison(console, summaries, measure)
@@ -127,7 +137,8 @@ def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
         assert all(name in shown for name in HOSTILE if name.isprintable())
 
 
-def test_any_name_reaches_the_tracker_and_nothing_waits(tmp_path):
+@pytest.mark.usefixtures("ready_schema")
+def test_any_name_reaches_the_tracker_and_is_found_there(tmp_path):
     odd = [
         *HOSTILE[::3],
         "../../x",
@@ -140,12 +151,22 @@ def test_any_name_reaches_the_tracker_and_nothing_waits(tmp_path):
         "\x1b[31m",
         "two\nlines",
     ]
-    with MlflowTracker(folder=tmp_path) as tracker:
-        for name in odd:
-            with tracker.start("regrad digits", name, {name: name}) as run:
-                run.log(1, {name: 0.5})
-        assert tracker.flush(240)
-    assert not (tmp_path / "unsent").exists()
+    store = Store(tmp_path)
+    for number, name in enumerate(odd):
+        point = MetricPoint(name, 0.5, 1_700_000_000_000, 1)
+        run = TrackedRun(
+            id=f"{number:032x}",
+            experiment="regrad digits",
+            name=name,
+            status="FINISHED",
+            started=1_700_000_000_000 + number,
+            ended=1_700_000_000_000 + number,
+            parameters={name: name},
+            points=[point],
+            folder=tmp_path,
+        )
+        assert project(store, run)
+        assert not project(store, run)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         told = [name for (name,) in database.execute("select name from runs order by start_time")]
         count = database.execute("select count(*) from metrics").fetchone()[0]

@@ -132,7 +132,7 @@ def test_everything_is_printed_for_people(capsys, monkeypatch):
         "acts on: gradient",
         "exact on: plain, ddp",
         "acts after: agc",
-        "bears closures that run several times: yes",
+        "supports closures that run several times: yes",
         "conflicts with xgrad: it turns too",
         "must beat on sgd:momentum=0.9: turned (optimizer maximize=True, head_lr -1.0)",
         "must beat on adamw: nothing but the baseline",

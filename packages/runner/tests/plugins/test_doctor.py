@@ -12,7 +12,8 @@ import pytest
 from regrad_runner.cli.main import main
 from regrad_runner.plugins import doctor, doctor_imports
 from regrad_runner.plugins.doctor import examine, imports, show_findings
-from regrad_runner.tracking.mlflow_ import MlflowTracker
+from regrad_runner.tracking.mlflow import HOST_TAG, TrackedRun, project
+from regrad_runner.tracking.stores import Store
 
 SOURCE = """
 from regrad import Correction
@@ -84,7 +85,7 @@ def wrong(tmp_path, **options):
 def test_nothing_is_wrong_with_what_is_right(tmp_path, unimported, capsys):
     assert wrong(tmp_path) == {}
     assert show_findings(examine(tmp_path)) == 0
-    assert "0 of " in capsys.readouterr().out
+    assert " checks, no problems" in capsys.readouterr().out
 
 
 def test_a_plugin_that_breaks_on_import_or_ends_the_process_is_named_and_hides_no_other(install):
@@ -146,7 +147,7 @@ def test_a_slow_import_is_measured_twice(monkeypatch):
 @pytest.mark.parametrize(("load", "slow"), [(0.0, True), (1e9, False)])
 def test_waiting_counts_unless_the_machine_is_busy(monkeypatch, capsys, load, slow):
     monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
-    doctor_imports.report("sleeps", lambda: time.sleep(0.2))
+    doctor_imports.run_job("sleeps", lambda: time.sleep(0.2))
     (line,) = [
         json.loads(text)
         for text in capsys.readouterr().out.splitlines()
@@ -301,13 +302,21 @@ def test_a_missing_gpu_is_wrong_only_where_one_is_asked_for(tmp_path, unimported
     assert wrong(tmp_path, gpu=True) == {}
 
 
-def test_a_database_that_two_hosts_write_is_found(tmp_path, unimported, monkeypatch):
+@pytest.mark.usefixtures("ready_schema")
+def test_a_database_that_two_hosts_write_is_found(tmp_path, unimported):
     folder = tmp_path / "outcome"
     folder.mkdir()
-    for host in ("alpha", "beta"):
-        monkeypatch.setattr("platform.node", lambda host=host: host)
-        with MlflowTracker(folder=folder) as tracker, tracker.start("digits", "run"):
-            pass
+    for number, host in enumerate(("alpha", "beta")):
+        run = TrackedRun(
+            id=f"{number:032x}",
+            experiment="digits",
+            name="run",
+            status="RUNNING",
+            started=1_700_000_000_000,
+            tags={HOST_TAG: host},
+            folder=folder,
+        )
+        project(Store(folder), run)
         found = wrong(tmp_path)
         assert list(found) == ([f"database {folder / 'mlflow.db'}"] if host == "beta" else [])
     assert found[f"database {folder / 'mlflow.db'}"].said.startswith("alpha, beta have written it")

@@ -15,7 +15,7 @@ import pytest
 import regrad
 from regrad_runner.cli.main import main
 from regrad_runner.plugins.check import run_check
-from regrad_runner.plugins.names import NAME
+from regrad_runner.plugins.names import NAME_PATTERN
 from regrad_runner.plugins.new import COPIED, new_plugin
 
 ROOT = Path(__file__).parents[4]
@@ -190,7 +190,7 @@ def test_the_card_has_the_headings_of_every_card_and_claims_nothing(made):
     ],
 )
 def test_a_name_that_cannot_be_one_is_refused_before_anything_is_written(tmp_path, name):
-    assert not NAME.fullmatch(name)
+    assert not NAME_PATTERN.fullmatch(name)
     with pytest.raises(ValueError, match="name must be lower-case words with hyphens between them"):
         new_plugin(name, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,7 @@ import json
 
 import pytest
 from regrad_runner.diagnostics.explaining import Cost, Explained, Explanation
-from regrad_runner.reporting.explanation import SHOWN, as_json, as_text
+from regrad_runner.reporting.explanation import TENSORS_SHOWN, as_json, as_text
 
 
 def row(index, *, change, why="changed", stage="gradient"):
@@ -59,12 +59,12 @@ def test_a_long_table_shows_what_changes_most_and_what_a_note_speaks_of_and_coun
     table = [line.split()[0] for line in lines if line.startswith("    ")]
     assert table == [
         "tensor",
-        *(f"layer{19 - i}.weight" for i in range(SHOWN)),
+        *(f"layer{19 - i}.weight" for i in range(TENSORS_SHOWN)),
         "layer90.weight",
         "…",
     ]
     assert lines[3].split() == ["layer19.weight", "4×3", "0.02", "0.5000", "changed"]
-    assert f"    … and {31 - SHOWN - 1} more; --all shows them" in lines
+    assert f"    … and {31 - TENSORS_SHOWN - 1} more; --all shows them" in lines
 
 
 def test_every_tensor_is_shown_in_the_models_order_if_asked_for():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import regrad_runner.reporting.page
-from regrad_runner.reporting.page.svg import SHAPES
+from regrad_runner.reporting.figures.svg import SHAPES
 from regrad_runner.reporting.styles import MARKERS, PALETTE, arm_styles, colours
 from regrad_runner.statistics.verdicts import ArmSummary
 

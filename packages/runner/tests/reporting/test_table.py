@@ -4,7 +4,8 @@ import re
 from dataclasses import replace
 
 import pytest
-from regrad_runner.reporting.table import comparison_table, print_comparison, sentence, to_json
+from regrad_runner.reporting.sentences import sentence
+from regrad_runner.reporting.table import comparison_table, print_comparison, to_json
 from regrad_runner.statistics.rows import RunRow
 from regrad_runner.statistics.verdicts import summarize
 from regrad_runner.workloads.workload import Measure
@@ -77,8 +78,12 @@ def test_where_lower_is_better_the_table_says_so_and_a_fall_is_better():
     )
     said = printed(falling, measure=measure)
     assert "lower is better" in said
-    assert "agc: better than none (-.20 [-.20, -.20], p < .001 after Holm, 10 seeds)" in said
-    assert "slow: worse than none (+.20 [+.20, +.20], p < .001 after Holm, 10 seeds)" in said
+    assert (
+        "agc: better than the baseline (-.20 [-.20, -.20], p < .001 after Holm, 10 seeds)" in said
+    )
+    assert (
+        "slow: worse than the baseline (+.20 [+.20, +.20], p < .001 after Holm, 10 seeds)" in said
+    )
     assert "lower is better" not in printed(falling)
 
 
@@ -175,21 +180,34 @@ def test_without_a_target_there_is_no_word_of_steps(summaries):
         (
             "xgrad",
             [
-                "better than none (+.0082 [",
+                "better than the baseline (+.0082 [",
                 "10 seeds) and than its control nesterov (",
                 "0.81 times",
             ],
         ),
         (
             "powergrad",
-            ["better than none (", "but not shown to be better than its control scaled-head ("],
+            [
+                "better than the baseline (",
+                "but not shown to be better than its control scaled-head (",
+            ],
         ),
-        ("agc:axis=[0,1]", ["changed nothing in 10 runs; it is none under another name."]),
+        ("agc:axis=[0,1]", ["changed nothing in 10 runs: it equals the baseline."]),
         (
             "slow",
-            ["worse than none (-.01", "0 of 9 runs reached .96", "1 run failed and is left out."],
+            [
+                "worse than the baseline (-.01",
+                "0 of 9 runs reached .96",
+                "1 run failed and is left out.",
+            ],
         ),
-        ("nesterov", ["a control; difference to none +.00", "1.00 times the steps of none to .96"]),
+        (
+            "nesterov",
+            [
+                "a control; difference from the baseline +.00",
+                "takes 1.00 times the baseline's steps to reach .96",
+            ],
+        ),
     ],
 )
 def test_each_verdict_has_a_sentence_that_says_why(summaries, arm, words):
@@ -207,21 +225,24 @@ def test_a_control_that_was_not_run_is_named():
     )
     assert "but no control was run" in sentence_about("xgrad", summarize(rows, controls={}))
     text = sentence_about("xgrad", summarize(rows, controls={"xgrad": None}))
-    assert "; there is no control that it must beat" in text
+    assert "; it has no control to beat" in text
 
 
 def test_no_evidence_says_so_with_its_numbers():
     rows = [*BASELINE, *rows_of("xgrad", 0.0)]
     text = sentence_about("xgrad", summarize(rows, controls={}))
     assert text.startswith(
-        "xgrad: no evidence of a difference to none (+.0002 [-.0007, +.0011], p = ."
+        "xgrad: no evidence of a difference from the baseline (+.0002 [-.0007, +.0011], p = ."
     )
 
 
 def test_few_seeds_are_counted():
     rows = [*BASELINE, *rows_of("xgrad", seeds=1)]
     text = sentence_about("xgrad", summarize(rows, controls={}))
-    assert text == "xgrad: 1 seed in common with none cannot decide; 6 are the fewest that can."
+    assert (
+        text
+        == "xgrad: too few seeds for a verdict: 1 shared with the baseline, at least 6 are needed."
+    )
 
 
 def test_a_sentence_says_who_diverged_and_what_the_verdict_then_rests_on():
@@ -230,14 +251,14 @@ def test_a_sentence_says_who_diverged_and_what_the_verdict_then_rests_on():
         for row in rows_of("xgrad", 0.008)
     ]
     text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
-    assert "no evidence of a difference to none (+.008" in text
-    assert "10 seeds, by ranks: in 2 one run diverged)" in text
-    assert text.endswith("; 2 runs diverged, worse than any number.")
+    assert "no evidence of a difference from the baseline (+.008" in text
+    assert "10 seeds, 2 of them with one diverged run: tested by ranks)" in text
+    assert text.endswith("; 2 runs diverged and count as worse than any number.")
     lost = [replace(row, status="diverged") for row in rows_of("xgrad")]
     text = sentence_about("xgrad", summarize([*BASELINE, *lost], controls={}))
     assert (
-        "worse than none (no seed with two numbers, p = .002 after Holm, 10 seeds, by ranks: in 10"
-        in text
+        "worse than the baseline (no seed with both numbers, p = .002 after Holm, 10 seeds, "
+        "10 of them with one diverged run: tested by ranks" in text
     )
 
 

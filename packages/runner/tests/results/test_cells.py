@@ -28,14 +28,16 @@ def test_one_rate_needs_no_trials():
     assert all(cell.lr is None for cell in cells_of(["none"], CompareConfig(seeds=3, lr=[0.1])))
 
 
-def test_a_cell_has_a_name_and_a_file_of_its_own():
+def test_a_cell_has_a_name_and_a_folder_of_its_own():
     cells = cells_of(
         ["agc:max_ratio=.1", "agc max_ratio=.1", "../agc"], CompareConfig(seeds=2, lr=[0.1, 0.2])
     )
     assert (
-        len({cell.file_name for cell in cells}) == len({cell.name for cell in cells}) == len(cells)
+        len({cell.folder_names for cell in cells})
+        == len({cell.name for cell in cells})
+        == len(cells)
     )
-    assert not any("/" in cell.file_name or cell.file_name.startswith("/") for cell in cells)
+    assert not any("/" in name or name == ".." for cell in cells for name in cell.folder_names)
     assert Cell("agc", FIRST_TUNING_SEED + 1, 0.1).name == "agc, lr 0.1, trial 2"
     assert Cell("agc", 3).name == "agc, seed 3"
 

@@ -1,16 +1,12 @@
 import pytest
 from regrad.correction import Control
-from regrad_runner.results.folder import (
-    ResultsFolder,
-    check_arms,
-    check_folder,
-    read_rows,
-    start_folder,
-    write_rows,
-    write_whole,
-)
+from regrad_runner.files import write_whole
+from regrad_runner.results.cells import Cell
+from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
 from regrad_runner.results.outcomes import Result, Trial
 from regrad_runner.results.points import Point
+from regrad_runner.results.run import begin_run
+from regrad_runner.results.tables import read_rows, write_rows
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig, TrainConfig
 
@@ -44,40 +40,68 @@ def test_a_file_of_other_rows_is_refused(tmp_path, text):
         read_rows(tmp_path / "results.csv", Result)
 
 
-def test_a_folder_holds_every_run_after_it_was_added(tmp_path):
+def test_a_folder_holds_every_run_that_ended(tmp_path, ended_run):
+    ended_run(tmp_path, result(seed=0), [POINT])
+    ended_run(tmp_path, result(seed=1), [POINT])
     folder = ResultsFolder(tmp_path)
-    folder.add(result(seed=0), [POINT])
-    folder.add(result(seed=1), [POINT])
-    again = ResultsFolder(tmp_path)
-    assert again.results == folder.results
-    assert [(p.arm, p.seed, p.step) for p in again.curves] == [("none", 0, 4), ("none", 1, 4)]
-    assert again.is_finished("none", 1)
-    assert not again.is_finished("none", 2)
+    assert folder.results == [result(seed=0), result(seed=1)]
+    assert [(p.arm, p.seed, p.step) for p in folder.curves] == [("none", 0, 4), ("none", 1, 4)]
+    assert folder.is_finished("none", 1)
+    assert not folder.is_finished("none", 2)
 
 
-def test_a_failed_run_is_not_finished_and_gives_way_to_its_repetition(tmp_path):
+def test_a_run_is_taken_when_it_has_ended(tmp_path, ended_run):
     folder = ResultsFolder(tmp_path)
-    folder.add(result(seed=0, status="failed", value=None))
-    assert not folder.is_finished("none", 0)
-    folder.add(result(seed=0), [POINT])
+    with begin_run(tmp_path, {"name": "none", "arm": "none", "seed": 0, "lr": 0.1}):
+        with pytest.raises(ValueError, match="must hold a run that ended, got one that has not"):
+            folder.take(Cell("none", 0))
+        assert ResultsFolder(tmp_path).results == []
+    ended_run(tmp_path, result(), [POINT])
+    assert folder.take(Cell("none", 0)) == result()
+    assert len(folder.curves) == 1
+
+
+def test_a_failed_run_is_not_finished_and_gives_way_to_its_repetition(tmp_path, ended_run):
+    ended_run(tmp_path, result(seed=0, status="failed", value=None))
+    assert not ResultsFolder(tmp_path).is_finished("none", 0)
+    ended_run(tmp_path, result(seed=0), [POINT])
     assert [r.status for r in ResultsFolder(tmp_path).results] == ["finished"]
 
 
-def test_a_run_that_diverged_is_not_repeated(tmp_path):
-    ResultsFolder(tmp_path).add(result(seed=0, status="diverged", value=None))
+def test_a_run_that_diverged_is_not_repeated(tmp_path, ended_run):
+    ended_run(tmp_path, result(seed=0, status="diverged", value=None))
     again = ResultsFolder(tmp_path)
     assert again.is_finished("none", 0)
     assert again.results[0].as_run_row().diverged
 
 
-def test_the_curve_of_a_run_without_a_result_is_dropped(tmp_path):
-    folder = ResultsFolder(tmp_path)
-    folder.add(result(seed=0), [POINT])
-    folder.add(result(seed=1), [POINT])
-    write_rows(
-        tmp_path / "results.csv", folder.results[:1], Result
-    )  # as if killed between the two files
+def test_the_curve_of_a_run_without_a_result_is_left_out(tmp_path, ended_run):
+    ended_run(tmp_path, result(seed=0), [POINT])
+    ended_run(tmp_path, result(seed=1, status="failed", value=None), [POINT])
     assert [p.seed for p in ResultsFolder(tmp_path).curves] == [0]
+
+
+def test_runs_come_in_the_order_of_the_cells_whoever_came_first(tmp_path, ended_run):
+    start_folder(tmp_path, CompareConfig(seeds=2), {"arms": {"none": {}, "agc": {}}})
+    for arm, seed in (("agc", 1), ("none", 1), ("agc", 0), ("none", 0)):
+        ended_run(tmp_path, result(arm, seed))
+    folder = ResultsFolder(tmp_path)
+    assert [(r.seed, r.arm) for r in folder.results] == [
+        (0, "none"),
+        (0, "agc"),
+        (1, "none"),
+        (1, "agc"),
+    ]
+    assert folder.missing == []
+
+
+def test_a_folder_of_an_earlier_version_is_one_clear_line(tmp_path):
+    (tmp_path / "about.json").write_text('{"kind": "comparison"}')
+    with pytest.raises(
+        ValueError,
+        match=r"folder must be of layout 2, with a folder for every run, got .* of another version",
+    ):
+        ResultsFolder(tmp_path)
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
@@ -179,10 +203,10 @@ def test_an_arm_that_would_mean_something_else_is_refused(tmp_path):
         check_arms(tmp_path, [Arm("clip-norm", control=Control(name="clip-norm", head_lr=0.5))])
 
 
-def test_runs_say_what_their_arms_are_after_corrections_were_added(tmp_path):
-    folder = ResultsFolder(tmp_path)
-    folder.add(result("clip-norm", control=True))
-    folder.name_anew([Arm("clip-norm", corrections=("clip-norm",), must_beat="smaller-rate")])
+def test_runs_say_what_their_arms_are_after_corrections_were_added(tmp_path, ended_run):
+    ended_run(tmp_path, result("clip-norm", control=True))
+    roles = {"clip-norm": {"must_beat": "smaller-rate", "control": False}}
+    start_folder(tmp_path, CompareConfig(), {"roles": roles})
     (row,) = ResultsFolder(tmp_path).results
     assert (row.control, row.must_beat, row.value) == (False, "smaller-rate", 0.1 + 0.2)
 

@@ -4,7 +4,17 @@ import sys
 import pytest
 from regrad_runner.cli.main import main
 from regrad_runner.errors import DiskError
-from regrad_runner.results.locks import LOCK, drawing, is_lock, running_cell, writing
+from regrad_runner.files import make_folder
+from regrad_runner.results.locks import (
+    LOCK,
+    drawing,
+    is_held,
+    is_lock,
+    running_cell,
+    syncing,
+    writing,
+    writing_run,
+)
 
 SMALL = [
     "--train-size",
@@ -20,6 +30,7 @@ SMALL = [
     "--tracker",
     "none",
 ]
+A, B = ("runs", "none", "0"), ("runs", "none", "1")
 BUSY = "must be written by one command at a time, and another one writes it; wait for its end"
 
 
@@ -61,19 +72,40 @@ def test_a_folder_in_which_nothing_was_written_is_gone_afterwards(tmp_path):
 
 
 def test_cells_run_beside_each_other_each_alone_and_keep_others_away(tmp_path):
-    with running_cell(tmp_path, "a.json"), running_cell(tmp_path, "b.json"):
-        with (
-            pytest.raises(ValueError, match=f"this cell of .* {BUSY}"),
-            running_cell(tmp_path, "a.json"),
-        ):
+    with running_cell(tmp_path, *A), running_cell(tmp_path, *B):
+        with pytest.raises(ValueError, match=f"this cell of .* {BUSY}"), running_cell(tmp_path, *A):
             pass
+        assert is_held(tmp_path.joinpath(*A))
         with pytest.raises(ValueError, match=BUSY), writing(tmp_path):
             pass
         with drawing(tmp_path):  # a report of what there is
             pass
-    with writing(tmp_path), pytest.raises(ValueError, match=BUSY), running_cell(tmp_path, "a.json"):
+    with writing(tmp_path), pytest.raises(ValueError, match=BUSY), running_cell(tmp_path, *A):
         pass
-    assert list((tmp_path / "cells").iterdir()) == []
+    assert not is_held(tmp_path.joinpath(*A))
+    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] == []
+
+
+def test_a_run_is_held_by_its_writer_and_keeps_commands_away(tmp_path):
+    run = make_folder(tmp_path, *A)
+    with writing_run(run):
+        assert is_held(run)
+        with pytest.raises(ValueError, match=f"'{tmp_path}' {BUSY}"), writing(tmp_path):
+            pass
+    assert not is_held(run)
+    with writing(tmp_path), writing_run(run):
+        pass
+    assert list(run.iterdir()) == []
+
+
+def test_a_folder_that_is_written_is_not_synced_and_one_sync_is_enough(tmp_path):
+    with writing(tmp_path), pytest.raises(ValueError, match=BUSY), syncing(tmp_path):
+        pass
+    with syncing(tmp_path):
+        with pytest.raises(ValueError, match=f"the tracking of .* {BUSY}"), syncing(tmp_path):
+            pass
+        with running_cell(tmp_path, *A):  # cells begin and run meanwhile
+            pass
 
 
 def test_a_killed_process_bars_nobody(tmp_path):
@@ -83,9 +115,12 @@ from pathlib import Path
 from regrad_runner.results.locks import running_cell, writing
 with writing(Path({str(tmp_path / "out")!r})):
     (Path({str(tmp_path / "out")!r}) / "config.yaml").touch()
-with running_cell(Path({str(tmp_path / "out")!r}), "a.json"):
+with running_cell(Path({str(tmp_path / "out")!r}), "runs", "none", "0"):
     pass
-held = [writing(Path({str(tmp_path / "out")!r})), running_cell(Path({str(tmp_path / "cells")!r}), "a.json")]
+held = [
+    writing(Path({str(tmp_path / "out")!r})),
+    running_cell(Path({str(tmp_path / "cells")!r}), "runs", "none", "0"),
+]
 for lock in held:
     lock.__enter__()
 os.kill(os.getpid(), signal.SIGKILL)
@@ -156,7 +191,7 @@ def test_of_two_that_start_in_one_new_folder_the_second_is_refused(tmp_path, cap
 def test_a_folder_that_was_begun_after_it_was_checked_is_refused(tmp_path, capsys, monkeypatch):
     from regrad_runner import training_command as train
 
-    make_plan = train.make_plan
+    make_plan = train.make_training_plan
 
     def slow(*args, **options):
         plan = make_plan(*args, **options)
@@ -164,7 +199,7 @@ def test_a_folder_that_was_begun_after_it_was_checked_is_refused(tmp_path, capsy
         (tmp_path / "out" / "config.yaml").write_text("of another command")
         return plan
 
-    monkeypatch.setattr(train, "make_plan", slow)
+    monkeypatch.setattr(train, "make_training_plan", slow)
     assert main(["train", *SMALL, "--out", str(tmp_path / "out")]) == 2
     assert "out must be a new or empty folder, got" in capsys.readouterr().err
     assert (tmp_path / "out" / "config.yaml").read_text() == "of another command"

@@ -9,6 +9,7 @@ def test_a_machine_is_told_with_its_versions_and_without_its_name():
     assert here["versions"]["torch"] == version("torch")
     assert here["cores"] >= 1
     assert here["processor"]
+    assert here["memory_gib"] > 0
     assert set(here) == {
         "system",
         "processor",

@@ -6,7 +6,7 @@ import regrad
 import torch
 from regrad.correction import Control
 from regrad_runner.settings import arms as module
-from regrad_runner.settings.arms import Arm, created, expand, merged, must_beat, parts_of
+from regrad_runner.settings.arms import created, expand, merged, must_beat, parts_of
 
 NESTEROV = Control(name="nesterov", optimizer={"nesterov": True})
 HEAD = Control(name="scaled-head", head_init=0.25, head_lr=0.25, body_lr=4.0)
@@ -208,13 +208,6 @@ def test_an_unknown_option_becomes_a_value_error(monkeypatch):
     monkeypatch.setattr(regrad, "create", create)
     with pytest.raises(ValueError, match="agc has no option 'h'"):
         module.created("agc:h=1")
-
-
-def test_folder_names_hold_nothing_that_a_file_name_cannot():
-    assert Arm("agc+xgrad").folder_name == "agc+xgrad"
-    assert re.fullmatch(
-        r"agc_max_ratio=0\.1\+x_y_z-[0-9a-f]{8}", Arm("agc:max_ratio=0.1+x y/z").folder_name
-    )
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,17 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from regrad_runner.settings.config import CompareConfig, RunConfig, TrainConfig
+from regrad_runner.settings.config import CompareConfig, TrainConfig
 from regrad_runner.settings.continuing import first_difference
+from regrad_runner.settings.flag import (
+    HOW_IT_IS_TRAINED,
+    WHAT_IS_TRAINED,
+    WHERE_IT_GOES,
+    Flag,
+)
 from regrad_runner.settings.loading import load_config, write_config
 from regrad_runner.training.resolving import resolved
 from regrad_runner.workloads.loading import load_workload
@@ -152,8 +159,10 @@ def test_the_first_difference_that_matters_is_named():
 
 def test_every_setting_is_documented():
     for kind in (CompareConfig, TrainConfig):
-        described = f"{RunConfig.__doc__}{kind.__doc__}"
-        assert [name for name in kind.model_fields if f" {name}: " not in described] == []
+        for name, field in kind.model_fields.items():
+            (flag,) = (item for item in field.metadata if isinstance(item, Flag))
+            assert re.fullmatch(r"\w.*\w\.", flag.meaning), name
+            assert flag.group in {WHAT_IS_TRAINED, HOW_IT_IS_TRAINED, WHERE_IT_GOES}, name
 
 
 def test_a_workload_of_few_images_has_a_batch_that_fits_and_one_that_is_asked_for_is_kept():

@@ -54,7 +54,7 @@ def test_what_is_not_used_is_said_with_the_setting_that_wins(monkeypatch):
     for name, value in LEFT_BEHIND.items():
         monkeypatch.setenv(name, value)
     not_used = "not used from the environment: ACCELERATE_"
-    assert environment.in_words(TrainConfig()) == [
+    assert environment.environment_in_words(TrainConfig()) == [
         f"{not_used}GRADIENT_ACCUMULATION_STEPS=4; the setting accumulate is 1",
         f"{not_used}MIXED_PRECISION=bf16; the setting mixed_precision is no",
         f"{not_used}DYNAMO_BACKEND=inductor; models are not compiled",
@@ -63,19 +63,19 @@ def test_what_is_not_used_is_said_with_the_setting_that_wins(monkeypatch):
 
 
 def test_what_says_the_same_as_the_settings_or_nothing_is_not_worth_a_line(monkeypatch):
-    assert environment.in_words(TrainConfig()) == []
+    assert environment.environment_in_words(TrainConfig()) == []
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch says unasked
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert environment.in_words(TrainConfig(accumulate=2, batch_size=8)) == []
-    assert environment.in_words(TrainConfig(accumulate=2, mixed_precision="bf16")) == []
+    assert environment.environment_in_words(TrainConfig(accumulate=2, batch_size=8)) == []
+    assert environment.environment_in_words(TrainConfig(accumulate=2, mixed_precision="bf16")) == []
 
 
 def test_what_decides_about_numbers_is_said_and_torn_no_terminal(monkeypatch):
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1\x1b[2J")
-    assert environment.in_words(TrainConfig()) == [
+    assert environment.environment_in_words(TrainConfig()) == [
         "used from the environment: ATEN_CPU_CAPABILITY=default, NVIDIA_TF32_OVERRIDE='1\\x1b[2J'"
     ]
 
@@ -118,7 +118,7 @@ def test_a_run_makes_the_steps_of_its_settings_and_its_receipt_says_what_was_use
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     assert main(["train", *SMALL, "--out", str(tmp_path / "out")]) == 0
-    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    receipt = json.loads((tmp_path / "out" / "runs" / "none" / "0" / "receipt.json").read_text())
     assert receipt["steps_applied"] == 2
     assert receipt["run"]["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     said = capsys.readouterr().err

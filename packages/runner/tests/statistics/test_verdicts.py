@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from regrad_runner.models.building import build_model
-from regrad_runner.statistics.intervals import median_interval
 from regrad_runner.statistics.paired import holm, paired_difference, sign_flip_p
 from regrad_runner.statistics.rows import RunRow
 from regrad_runner.statistics.verdicts import summarize
@@ -459,24 +458,3 @@ def test_two_real_sets_of_baseline_runs_show_no_evidence():
     summary = summary_of("the same again", rows, controls={"the same again": None})
     assert summary.verdict == "no evidence"
     assert summary.sd > 0
-
-
-@pytest.mark.parametrize(
-    ("count", "rank"), [(5, None), (6, 1), (8, 1), (9, 2), (10, 2), (12, 3), (20, 6)]
-)  # the table in Conover, "Practical Nonparametric Statistics": 2 P(B < k) <= .05
-def test_the_interval_of_a_median_takes_the_ranks_of_the_binomial_table(count, rank):
-    values = [float(v) for v in range(1, count + 1)][::-1]
-    assert median_interval(values) == (None if rank is None else (rank, count + 1 - rank))
-
-
-def test_the_interval_of_a_median_holds_it_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    draws = generator.exponential(size=(4000, 10))  # far from normal; its median is log 2
-    hits = [low <= math.log(2) <= high for low, high in map(median_interval, draws.tolist())]
-    assert np.mean(hits) == pytest.approx(
-        1 - 2 * 11 / 1024, abs=0.006
-    )  # of ten the second to the ninth: .979
-
-
-def test_a_miss_leaves_the_interval_of_a_median_open():
-    assert median_interval([3.0, math.inf, 1.0, 2.0, math.inf, 4.0]) == (1.0, math.inf)

@@ -1,6 +1,7 @@
 """Tracking with a real MLflow server on this machine, and what can happen to it."""
 
 import http.server
+import json
 import os
 import signal
 import socket
@@ -10,13 +11,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import warnings
 from contextlib import suppress
 
 import pytest
-from regrad.errors import RegradWarning
 from regrad_runner.cli.main import main
-from regrad_runner.tracking.mlflow_ import open_tracker
+from regrad_runner.results.about import LAYOUT
+from regrad_runner.results.run import begin_run
+from regrad_runner.results.sync import sync
+from regrad_runner.results.view import tracking
+from regrad_runner.tracking import projector
 
 STEPS = 300
 
@@ -91,7 +94,7 @@ class Server:
         client, (run,) = self.runs()
         history = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
         assert history == [(step, 1.0 / (step + 1)) for step in range(STEPS)]
-        assert (run.info.status, run.data.params) == (status, {"lr": "0.1"})
+        assert (run.info.status, run.data.params) == (status, {"seeds": "1"})
         return run
 
 
@@ -106,8 +109,11 @@ def server(tmp_path):
 
 @pytest.fixture
 def quickly_again(monkeypatch):
-    """Let failed attempts be repeated soon."""
-    monkeypatch.setattr("regrad_runner.tracking.delivery.LONGEST_PAUSE", 1.0)
+    """Let rounds follow each other closely, also after failures, and the end wait long."""
+    monkeypatch.setattr(projector, "SECONDS_BETWEEN_ROUNDS", 0.1)
+    monkeypatch.setattr(projector, "LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr(projector, "SECONDS_AT_THE_END", 240.0)
+    monkeypatch.setattr(projector, "SECONDS_IN_VAIN", 240.0)
 
 
 @pytest.fixture
@@ -124,46 +130,60 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-def train(tracker, meanwhile=lambda step: None):
-    """Log a run of some steps, as a training would."""
-    with tracker.start("digits", "run", {"lr": 0.1}) as run:
+SETTINGS = {"seeds": 1}
+
+
+@pytest.fixture
+def out(tmp_path):
+    """The folder of a run that is about to begin."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("tracker: mlflow\n")
+    about = {"layout": LAYOUT, "kind": "run", "workload": "digits"}
+    (folder / "about.json").write_text(json.dumps(about))
+    return folder
+
+
+def train(out, uri, meanwhile=lambda step: None):
+    """Log a run of some steps, as a training does, and return what is said of its tracking."""
+    said = []
+    values = {"name": "run", "arm": "none", "seed": 0, "lr": 0.1, "settings": SETTINGS}
+    values["curves"] = {"evaluation": {"loss": "loss"}}
+    with tracking("mlflow", out, uri, say=said.append), begin_run(out, values) as record:
         for step in range(STEPS):
-            run.log(step, {"loss": 1.0 / (step + 1)})
+            record.log("evaluation", step, {"loss": 1.0 / (step + 1)})
             meanwhile(step)
+        record.keep("receipt.json", "{}")
+        record.end("finished")
+    return said
 
 
 def test_a_server_that_comes_late_gets_everything_and_the_training_never_touches_the_network(
-    server, tmp_path, quickly_again, no_network
+    server, out, quickly_again, no_network
 ):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RegradWarning)
-        tracker = open_tracker("mlflow", folder=tmp_path / "out", uri=server.uri)
-        receipt = tmp_path / "receipt.json"
-        receipt.write_text("{}")
-        with tracker.start("digits", "run", {"lr": 0.1}) as run:
-            assert not tracker.flush(60)
-            for step in range(STEPS):
-                run.log(step, {"loss": 1.0 / (step + 1)})
-            run.artifact(receipt)
-    server.start()
-    for _ in range(2400):
-        if not tracker._spool.waiting:
-            break
-        time.sleep(0.1)
-    tracker.close()
+    begun = time.perf_counter()
+    took = []
+
+    def come_late(step):
+        if step == STEPS - 1:
+            took.append(time.perf_counter() - begun)
+            time.sleep(1.0)  # long enough for an attempt in vain
+            server.start()
+
+    said = train(out, server.uri, come_late)
+    assert took[0] < 60
+    assert len(said) == 1
+    assert said[0].startswith(f"tracking at {server.uri} failed")
     server.check()
     assert [path.name for path in (server.folder / "files").rglob("*.json")] == ["receipt.json"]
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_and_restarted_during_a_run_gets_everything_once(
-    server, tmp_path, quickly_again, no_network, monkeypatch
+    server, out, quickly_again, no_network
 ):
-    monkeypatch.setattr("regrad_runner.tracking.delivery.SECONDS_BETWEEN_CALLS", 0.01)
-
     def faults(step):
-        time.sleep(0.01)
+        time.sleep(0.05)
         if step in (50, 150):
             server.kill()
         if step in (100, 200):
@@ -177,51 +197,37 @@ def test_a_server_that_is_killed_and_restarted_during_a_run_gets_everything_once
     starting = threading.Thread(target=start_and_wait)
     starting.start()
     starting.join()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RegradWarning)
-        tracker = open_tracker("mlflow", folder=tmp_path / "out", uri=server.uri)
-        train(tracker, faults)
-        for _ in range(2400):
-            if not tracker._spool.waiting:
-                break
-            time.sleep(0.1)
-        tracker.close()
+    train(out, server.uri, faults)
     server.check()
-    assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.slow
-def test_a_run_killed_without_a_server_is_delivered_by_sync_and_marked_killed(
-    server, tmp_path, capsys
-):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.yaml").touch()
+def test_a_run_killed_without_a_server_is_shown_by_sync_and_marked_killed(server, out, capsys):
     code = f"""
 import os, signal
 from pathlib import Path
-from regrad_runner.tracking.mlflow_ import open_tracker
-tracker = open_tracker("mlflow", folder=Path({str(out)!r}), uri={server.uri!r})
-with tracker.start("digits", "run", {{"lr": 0.1}}) as run:
-    for step in range({STEPS}):
-        run.log(step, {{"loss": 1.0 / (step + 1)}})
-    os.kill(os.getpid(), signal.SIGKILL)
+from regrad_runner.results.run import begin_run
+values = {{"name": "run", "arm": "none", "seed": 0, "lr": 0.1, "settings": {SETTINGS}}}
+values["curves"] = {{"evaluation": {{"loss": "loss"}}}}
+record = begin_run(Path({str(out)!r}), values)
+for step in range({STEPS}):
+    record.log("evaluation", step, {{"loss": 1.0 / (step + 1)}})
+os.kill(os.getpid(), signal.SIGKILL)
 """
     assert (
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == -9
     )
-    assert main(["sync", str(out)]) == 1
-    assert f"{STEPS + 3} records wait in {out / 'unsent'}" in capsys.readouterr().out
+    assert main(["sync", str(out), "--tracking-uri", server.uri]) == 1
+    assert f"not all of {out} is at {server.uri}" in capsys.readouterr().out
     server.start()
     server.wait()
-    assert main(["sync", str(out)]) == 0
+    assert main(["sync", str(out), "--tracking-uri", server.uri]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{STEPS + 3} records delivered to {server.uri}",
-        "1 runs that never ended are marked KILLED",
+        f"{STEPS} numbers and 0 files of 1 runs sent to {server.uri}",
+        "1 runs that never ended are shown as KILLED",
     ]
     server.check("KILLED")
-    assert main(["sync", str(out)]) == 0
-    assert capsys.readouterr().out == f"nothing waits in {out}\n"
+    assert main(["sync", str(out), "--tracking-uri", server.uri]) == 0
+    assert capsys.readouterr().out.startswith(f"everything of {out} is at {server.uri}\n")
     server.check("KILLED")
 
 
@@ -279,22 +285,17 @@ class Faulty:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["error", "lost", "slow"])
 def test_a_server_that_answers_errors_or_late_or_not_at_all_gets_everything_once(
-    server, tmp_path, quickly_again, monkeypatch, fault
+    server, out, quickly_again, monkeypatch, fault
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("regrad_runner.tracking.delivery.SECONDS_BETWEEN_CALLS", 0.01)
-    monkeypatch.setattr("regrad_runner.tracking.mlflow_.SECONDS_IN_VAIN", 60.0)
     server.start()
     server.wait()
     faulty = Faulty(server, ["", fault] * 12)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RegradWarning)
-        with open_tracker("mlflow", folder=tmp_path / "out", uri=faulty.uri) as tracker:
-            train(tracker, lambda step: time.sleep(0.01))
+    train(out, faulty.uri, lambda step: time.sleep(0.05))
     faulty.proxy.shutdown()
     faulty.proxy.server_close()
     happened = [path.rpartition("/")[2] for path, what in faulty.seen if what]
     assert len(happened) >= 5, faulty.seen
+    sync(out, server.uri)  # what a slow server made after all
     server.check()
-    assert list((tmp_path / "out").iterdir()) == []

@@ -5,22 +5,25 @@ from contextlib import closing
 import pytest
 from regrad_runner.cli.main import main
 from regrad_runner.errors import DiskError
+from regrad_runner.results.about import LAYOUT
+from regrad_runner.results.outcomes import Result
+from regrad_runner.results.sync import sync
 from regrad_runner.tracking import stores as module
-from regrad_runner.tracking.delivery import Delivery
-from regrad_runner.tracking.spool import new_spool
-from regrad_runner.tracking.stores import fault_of, prepare
-from regrad_runner.tracking.sync import sync
-
-WHEN = 1_700_000_000_000
+from regrad_runner.tracking.mlflow import project
+from regrad_runner.tracking.stores import Store, fault_of, prepare
 
 
 @pytest.fixture
-def out(tmp_path, schema, monkeypatch):
+def out(tmp_path, schema, ready_schema, ended_run):
     """The folder of a run, in which a new database is a copy of one that was made before."""
-    (tmp_path / "config.yaml").write_text("tracker: mlflow\n")
-    shutil.copyfile(schema, tmp_path / "mlflow.db")
-    monkeypatch.setattr(module, "_make", lambda path: shutil.copyfile(schema, path))
-    return tmp_path
+    folder = tmp_path / "out"
+    ended_run(folder, Result(arm="none", seed=0, value=0.5, lr=0.1))
+    (folder / "config.yaml").write_text("tracker: mlflow\n")
+    (folder / "about.json").write_text(
+        f'{{"layout": {LAYOUT}, "kind": "run", "workload": "digits"}}'
+    )
+    shutil.copyfile(schema, folder / "mlflow.db")
+    return folder
 
 
 def cut(path):
@@ -44,18 +47,30 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_database_is_put_aside_said_and_made_anew_from_the_records(out, damage, capsys):
-    spool = new_spool(out / "unsent")
-    spool.append({"op": "start", "run": "r", "time": WHEN, "experiment": "digits", "name": "r"})
-    spool.leave()
+def test_a_damaged_database_is_put_aside_said_and_made_anew_from_the_folders(out, damage, capsys):
     DAMAGES[damage](out / "mlflow.db")
     damaged = (out / "mlflow.db").read_bytes()
     assert main(["sync", str(out)]) == 0
     said = capsys.readouterr().out
     assert f"the database '{out / 'mlflow.db'}' cannot be used: it" in said
-    assert "2 records delivered to" in said
+    assert "of 1 runs sent to" in said
     assert (out / "mlflow.db.damaged-1").read_bytes() == damaged
     assert fault_of(out / "mlflow.db") is None
+    assert main(["sync", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("everything of")
+
+
+def test_a_database_that_is_damaged_under_way_is_put_aside_and_filled_again(
+    out, tracked_run, held, wanted
+):
+    store = Store(out)
+    project(store, tracked_run)
+    cut(out / "mlflow.db")
+    with pytest.raises(Exception, match=r"malformed|disk image|database"):
+        project(store, tracked_run)
+    store.forget()
+    project(store, tracked_run)
+    assert held(store.client(), tracked_run) == wanted
 
 
 @pytest.mark.filterwarnings("ignore:Unnamed CHECK constraint:UserWarning")
@@ -64,29 +79,10 @@ def test_a_schema_that_mlflow_cannot_go_on_with_is_put_aside(out):
         database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
         database.execute("DROP TABLE inputs")
         database.commit()
-    delivery = Delivery(out, None)
-    assert delivery.connect().search_experiments()
-    assert any(words in delivery.notes[0] for words in module.HALF_MADE), delivery.notes
+    store = Store(out)
+    assert store.client().search_experiments()
+    assert any(words in store.notes[0] for words in module.HALF_MADE), store.notes
     assert (out / "mlflow.db.damaged-1").is_file()
-
-
-def test_what_was_delivered_to_a_database_that_is_lost_is_sent_again(out, schema):
-    spool = new_spool(out / "unsent")
-    spool.append({"op": "start", "run": "r", "time": WHEN, "experiment": "digits", "name": "r"})
-    for step in range(3):
-        spool.append({"op": "metrics", "run": "r", "values": [["loss", 0.5, WHEN, step]]})
-    assert Delivery(out, None).send(spool) == 4
-    (out / "mlflow.db").unlink()
-    shutil.copyfile(schema, out / "new.db")
-    (out / "new.db").rename(out / "mlflow.db")
-    spool.append({"op": "finish", "run": "r", "status": "FINISHED", "time": WHEN})
-    delivery = Delivery(out, None)
-    delivery.uri = f"sqlite:///{out}/./mlflow.db"  # another process would open the new file too
-    delivery.send(spool)
-    (run,) = delivery.connect().search_runs([spool.sent.runs["r"][0]], "attributes.run_name = 'r'")
-    history = delivery.connect().get_metric_history(run.info.run_id, "loss")
-    assert ([point.step for point in history], run.info.status) == ([0, 1, 2], "FINISHED")
-    spool.leave()
 
 
 def test_a_kill_while_the_schema_is_made_leaves_no_database(tmp_path, monkeypatch):
@@ -116,12 +112,35 @@ def test_a_damaged_database_that_somebody_named_stays_as_it_is(out):
     assert (out / "mlflow.db").read_bytes() == before
 
 
-def test_a_folder_in_the_place_of_the_database_has_the_records_wait(out):
+def test_a_folder_in_the_place_of_the_database_is_said_and_nothing_is_lost(out):
     (out / "mlflow.db").unlink()
     (out / "mlflow.db").mkdir()
-    spool = new_spool(out / "unsent")
-    spool.append({"op": "start", "run": "r", "time": WHEN, "experiment": "digits", "name": "r"})
-    spool.leave()
     done = sync(out)
-    assert (done.waiting, done.delivered) == (2, {})
-    assert "must be a file, got a link or a folder" in done.problem
+    assert (done.sent.points, done.is_complete) == (0, False)
+    assert "must be a file, got a link or a folder" in done.problems[0]
+    (out / "mlflow.db").rmdir()
+    assert sync(out).is_complete
+
+
+@pytest.mark.parametrize("ending", ["", "-journal", "-wal", "-shm", ".lock"])
+def test_a_database_that_is_a_link_or_has_one_beside_it_is_not_opened(out, tmp_path, ending):
+    victim = tmp_path / "thesis.txt"
+    victim.write_text("mine")
+    (out / f"mlflow.db{ending}").unlink(missing_ok=True)
+    (out / f"mlflow.db{ending}").symlink_to(victim)
+    done = sync(out)
+    assert not done.is_complete
+    assert "must be a file, got a link or a folder" in done.problems[0]
+    assert victim.read_text() == "mine"
+
+
+def test_a_database_of_another_program_is_not_changed(out, tmp_path, capsys):
+    theirs = tmp_path / "theirs.db"
+    with closing(sqlite3.connect(theirs)) as database:
+        database.execute("CREATE TABLE books (title TEXT)")
+        database.commit()
+    before = theirs.read_bytes()
+    assert main(["sync", str(out), "--tracking-uri", f"sqlite:///{theirs}"]) == 1
+    said = capsys.readouterr().out
+    assert "must be one of MLflow, but it is not whole, or of another program" in said
+    assert theirs.read_bytes() == before

@@ -13,9 +13,10 @@ from regrad_runner.cli.main import main
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import nonfinite
 from regrad_runner.training.nonfinite import SKIPS_IN_A_ROW, STEPS_KEPT, NonFiniteError, Watch
 from regrad_runner.training.resolving import resolved
-from regrad_runner.training.run import TrainingRun, nonfinite
+from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload
 
 SHAPE = [
@@ -102,7 +103,7 @@ def spoil(monkeypatch, steps):
 
     def spoiled(self, step, loss):
         if step in steps:
-            self._named[0][1].grad.fill_(math.inf)
+            self._parameters[0].grad.fill_(math.inf)
         return original(self, step, loss)
 
     monkeypatch.setattr(Watch, "is_finite", spoiled)
@@ -148,7 +149,8 @@ def test_a_run_that_stays_infinite_ends_as_failed_with_its_last_norms_in_a_file(
     assert last.startswith(
         "regrad: loss or gradients were not finite in 10 steps in a row, the last is step 13; lower"
     )
-    kept = rows((tmp_path / "out" / "nonfinite.csv").read_text())
+    (table,) = (tmp_path / "out" / "runs").rglob("nonfinite.csv")
+    kept = rows(table.read_text())
     assert [row["step"] for row in kept] == list(range(1, 14))
     assert math.isinf(list(kept[-1].values())[2])
     assert all(math.isfinite(value) for value in kept[2].values())
@@ -212,6 +214,6 @@ def test_in_a_comparison_such_a_run_has_diverged_and_its_norms_stand_beside_it(
     assert main(["compare", "--resume", "--out", "out"]) == 0
     assert len(runs) == 2  # it would diverge again
     (path,) = (tmp_path / "out").rglob("nonfinite.csv")
-    assert path.parent.name == "none-seed0"
-    receipt = json.loads((tmp_path / "out" / "runs" / "none-seed1" / "receipt.json").read_text())
+    assert path.parent == tmp_path / "out" / "runs" / "none" / "0"
+    receipt = json.loads((tmp_path / "out" / "runs" / "none" / "1" / "receipt.json").read_text())
     assert receipt["run"]["steps_not_finite"] == 0

@@ -1,32 +1,44 @@
 import copy
 import hashlib
 import os
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 import regrad
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from regrad.correction import Control, Correction, Needs
+from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from regrad_runner.checkpoints.states import model_state
 from regrad_runner.models.heads import head_of
 from regrad_runner.results.points import Point, steps_to_target
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training import building
 from regrad_runner.training import run as training
 from regrad_runner.training.building import build_training
+from regrad_runner.training.processes import make_accelerator
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.training.schedule import schedule
 from regrad_runner.workloads.loading import load_workload, make_model
 from regrad_runner.workloads.workload import Measure
+from regrad_testing import run_on_processes
 
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
     reason="regrad-xgrad and regrad-powergrad are not installed",
 )
+SMALL = {
+    "batch_size": 32,
+    "epochs": 2,
+    "width": 4,
+    "norm": "group",
+    "threads": 1,
+    "evaluations_per_epoch": 1,
+}
 ARMS = [
     Arm("none"),
     pytest.param(Arm("xgrad", ("xgrad",)), marks=needs_plugins),
@@ -42,24 +54,14 @@ def digits():
 @pytest.fixture
 def config(digits):
     def make(**values):
-        small = {
-            "batch_size": 32,
-            "epochs": 2,
-            "width": 4,
-            "norm": "group",
-            "threads": 1,
-            "evaluations_per_epoch": 1,
-        }
-        return resolved(TrainConfig(**{**small, **values}), digits)
+        return resolved(TrainConfig(**{**SMALL, **values}), digits)
 
     return make
 
 
 @pytest.fixture
 def in_float64(monkeypatch):
-    monkeypatch.setattr(
-        training, "make_model", lambda *args, **kwargs: make_model(*args, **kwargs).double()
-    )
+    monkeypatch.setattr(building, "make_model", float64_model)
 
 
 @pytest.fixture
@@ -223,14 +225,6 @@ def test_leftover_images_wait_for_the_next_epoch(digits, config):
         assert (run.steps_per_epoch, run.position.step) == (3, 6)
 
 
-def test_only_laps_after_the_metered_steps_count_for_the_time(digits, config):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
-        run._laps = [(0, 9.0), (10, 8.0)]
-        assert run.step_seconds() == 8.5
-        run._laps += [(20, 1.0), (30, 2.0), (40, 4.0)]
-        assert run.step_seconds() == 2.0
-
-
 def test_a_run_that_was_not_touched_says_so(digits, config):
     with closing(TrainingRun(config(epochs=1), digits, Arm("none"), seed=0, lr=0.05)) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)
@@ -246,67 +240,47 @@ def test_a_run_that_was_touched_says_so(digits, config):
         assert run.touched()
 
 
-TWO_PROCESSES = """
-import copy
-import sys
-from pathlib import Path
-
-import torch
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
-from regrad_runner.training import run as training
-from regrad_runner.settings.arms import Arm
-from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from regrad_runner.settings.config import TrainConfig
-from regrad_runner.training.processes import make_accelerator
-from regrad_runner.training.preparation import leave_processes
-from regrad_runner.checkpoints.states import model_state
-from regrad_runner.workloads import load_workload, make_model
-
-training.make_model = lambda *args, **kwargs: make_model(*args, **kwargs).double()
-digits = load_workload("digits", train_size=100)
-config = resolved(TrainConfig(
-    batch_size=32, epochs=2, width=4, norm="group", threads=1, evaluations_per_epoch=1,
-    accumulate=2, clip_norm=1.0, processes=2,
-), digits)
-results = {}
+def float64_model(*args, **kwargs):
+    return make_model(*args, **kwargs).double()
 
 
 def sharding(config):
-    # What accelerate does where there are devices.
+    """Return an accelerator that shards, as accelerate does where there are devices."""
     accelerator = make_accelerator(config)
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=500, cpu_ram_efficient_loading=False
+        fsdp_version=2,
+        auto_wrap_policy="size_based_wrap",
+        min_num_params=500,
+        cpu_ram_efficient_loading=False,
     )
     return accelerator
 
 
-def first_of(images, size):
-    part = copy.copy(images)
-    part.images, part.labels = images.images[:size], images.labels[:size]
-    return part
-
-
 def outcome(names, folder):
-    arm = Arm(names, tuple(filter(None, names.split("+"))))
-    run = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
+    """Train with some corrections as one of two processes, and go on from a checkpoint."""
+    digits = load_workload("digits", train_size=100)
+    asked = TrainConfig(**SMALL, accumulate=2, clip_norm=1.0, processes=2)
+    setting = (resolved(asked, digits), digits, Arm(names, tuple(filter(None, names.split("+")))))
     paths = []
-    run.train(
-        on_point=lambda point: None,
-        on_step=lambda step: paths.append(save_checkpoint(run, folder)) if step == 4 else None,
-    )
+
+    def save(step):
+        if step == 4:
+            paths.append(save_checkpoint(run, folder))
+
+    run = TrainingRun(*setting, seed=0, lr=0.05)
+    run.train(on_point=lambda point: None, on_step=save)
     weights = model_state(run.accelerator.unwrap_model(run.model))
     came = {
         "weights": weights,
         "losses": [p.loss for p in run.position.points],
         "values": [p.value for p in run.position.points],
-        "parts": [run.value_on(part) for part in (first_of(digits.test, 1), first_of(digits.test, 359))],
+        "parts": parts_of(run, digits),
         "sharded": run.attachment.engine.is_sharded(),
         "norms": run.watch.table(),
     }
     run.close()
-    again = training.TrainingRun(config, digits, arm, seed=0, lr=0.05)
+    again = TrainingRun(*setting, seed=0, lr=0.05)
     load_checkpoint(again, paths[0])
     again.train(on_point=lambda point: None, on_step=lambda step: None)
     other = model_state(again.accelerator.unwrap_model(again.model))
@@ -315,14 +289,22 @@ def outcome(names, folder):
     return {**came, "resumed_exactly": same and again.position.points == run.position.points}
 
 
-for layout in ("ddp", "fsdp2"):
-    training.make_accelerator = {"ddp": make_accelerator, "fsdp2": sharding}[layout]
-    for names in sys.argv[2:]:
-        results[layout, names] = outcome(names, Path(f"{layout}-{names or 'none'}"))
-if torch.distributed.get_rank() == 0:
-    torch.save(results, sys.argv[1])
-leave_processes()
-"""
+def outcomes(rank, folder, all_names):
+    """Train on both layouts as one of two processes; the first writes what came of it."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    building.make_model = float64_model
+    results = {}
+    for layout, make in (("ddp", make_accelerator), ("fsdp2", sharding)):
+        training.make_accelerator = make
+        for names in all_names:
+            results[layout, names] = outcome(names, folder / f"{layout}-{names or 'none'}")
+    if rank == 0:
+        torch.save(results, folder / "out.pt")
+
+
+def parts_of(run, digits):
+    """Return the value on very few images, and on an odd number of them."""
+    return [run.value_on(first_of(digits.test, size)) for size in (1, 359)]
 
 
 def first_of(images, size):
@@ -336,40 +318,18 @@ def norms_in(table):
     return [float(cell) for cell in table.splitlines()[-1].split(",")[2:]]
 
 
-def launched(
-    command: list[str], folder: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MASTER_"))}
-    environment = {**clean, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("in_float64")
 def test_two_processes_train_like_one_and_resume_exactly(tmp_path, digits, config):
     names = ["", "xgrad+powergrad"] if {"xgrad", "powergrad"} <= regrad.available().keys() else [""]
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = launched([*launch, "two.py", "out.pt", *names], tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_on_processes(outcomes, tmp_path, names, patience=600)
     two = torch.load(tmp_path / "out.pt", weights_only=True)
     for name in names:
         arm = Arm(name, tuple(filter(None, name.split("+"))))
         with closing(TrainingRun(config(clip_norm=1.0), digits, arm, seed=0, lr=0.05)) as run:
             run.train(on_point=lambda point: None, on_step=lambda step: None)
             one, points = dict(run.model.named_parameters()), run.position.points
-            parts = [
-                run.value_on(part)
-                for part in (first_of(digits.test, 1), first_of(digits.test, 359))
-            ]
+            parts = parts_of(run, digits)
             norms = norms_in(run.watch.table())
         for layout in ("ddp", "fsdp2"):
             came = two[layout, name]

@@ -14,6 +14,7 @@ from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Trial
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.training.evaluation import Evaluator
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
@@ -149,7 +150,7 @@ def config(workload):
     return resolved(TrainConfig(**SMALL, evaluations_per_epoch=2), workload)
 
 
-def part_of(run, samples, rank, processes, monkeypatch):
+def part_of(run, samples, rank, processes):
     """Return the sum and the number that one of several processes finds."""
     found = []
 
@@ -161,14 +162,19 @@ def part_of(run, samples, rank, processes, monkeypatch):
         process_index=rank, num_processes=processes, device=torch.device("cpu"), reduce=reduce
     )
     fake.unwrap_model = lambda model: model
-    with monkeypatch.context() as patched:
-        patched.setattr(run, "accelerator", fake)
-        run.value_on(samples)
+    Evaluator(
+        fake,
+        run.model,
+        run.workload,
+        attachment=run.attachment,
+        dtype=torch.float32,
+        workers=0,
+    ).value_on(samples)
     return found[0]
 
 
 @torch.no_grad()
-def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config, monkeypatch):
+def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config):
     with closing(TrainingRun(config, workload, Arm("none"), seed=0, lr=0.01)) as run:
         value = run.value_on(workload.test)
         nats = 0.0
@@ -181,10 +187,7 @@ def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config
             )
         assert value == pytest.approx(nats / math.log(2) / (len(workload.test.text) - 1), abs=1e-6)
         for processes in (2, 3, 5):
-            parts = [
-                part_of(run, workload.test, rank, processes, monkeypatch)
-                for rank in range(processes)
-            ]
+            parts = [part_of(run, workload.test, rank, processes) for rank in range(processes)]
             bits, count = torch.stack(parts).sum(0).tolist()
             assert count == len(workload.test.text) - 1
             assert bits / count == pytest.approx(value, abs=1e-12)

@@ -11,7 +11,7 @@ from regrad_runner.cli.main import main
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.resolving import resolved
-from regrad_runner.workloads.loading import GROUP, load_workload
+from regrad_runner.workloads.loading import WORKLOADS_GROUP, load_workload
 from regrad_runner.workloads.samples import TensorSamples
 
 EXAMPLE = Path(__file__).parents[4] / "docs" / "examples" / "workload_plugin"
@@ -63,7 +63,7 @@ def install(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 0.1.0\n")
         lines = "".join(f"{key} = {value}\n" for key, value in entries.items())
-        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}")
+        (info / "entry_points.txt").write_text(f"[{WORKLOADS_GROUP}]\n{lines}")
         if text is not None:
             (site / f"{module}.py").write_text(text)
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -78,7 +78,7 @@ def example(install, monkeypatch):
     """Install the example of the documentation as its own pyproject.toml says."""
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
     monkeypatch.syspath_prepend(str(EXAMPLE / "src"))
-    install(project["name"], "regrad_decay", project["entry-points"][GROUP])
+    install(project["name"], "regrad_decay", project["entry-points"][WORKLOADS_GROUP])
 
 
 @pytest.mark.usefixtures("example")

@@ -5,6 +5,7 @@ from regrad_testing.files import load_beside
 from regrad_testing.optimizer_rules import OptimizerStep
 from regrad_testing.optimizers import OptimizerSuite
 from regrad_testing.problem import Problem, StagedImages
+from regrad_testing.processes import run_on_processes
 from regrad_testing.references import ReferenceStep
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "ReferenceStep",
     "StagedImages",
     "load_beside",
+    "run_on_processes",
 ]

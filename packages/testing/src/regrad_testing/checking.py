@@ -26,6 +26,11 @@ from regrad_testing.reporting import Recorder, Row
 
 GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers"}
 SUITES = Path("tests", "test_conformance.py")
+ENDED = (
+    pytest.ExitCode.OK,
+    pytest.ExitCode.TESTS_FAILED,
+    pytest.ExitCode.NO_TESTS_COLLECTED,
+)
 
 
 def check(spec: str, suite: Path | None = None) -> dict[str, Any]:
@@ -60,20 +65,27 @@ def check(spec: str, suite: Path | None = None) -> dict[str, Any]:
         "distribution": entry.distribution,
         "version": entry.version,
     }
-    own = suite or (None if ":" in spec else own_suite(entry))
-    rows = run_suites(own, lambda cls, _: is_suite_of(cls, name, loaded)) if own else []
+    file = suite
+    if file is None and ":" not in spec:
+        file = own_suite(entry)
+    rows = []
+    if file is not None:
+        rows = run_suites(file, lambda cls, _: is_suite_of(cls, name, loaded))
     if suite and not rows:
         raise ValueError(f"suite must hold a suite for {name!r}, got '{suite}', which has none")
+    used = str(file)
     if not rows:
-        own, wanted = (
-            None,
-            "TestInstalledOptimizer" if kind == "optimizer" else "TestInstalledCorrection",
-        )
-        os.environ["REGRAD_TESTING_SPEC"] = spec  # read by the file, here and in worker processes
-        rows = run_suites(
-            Path(__file__).with_name("generic.py"), lambda cls, _: cls.__name__ == wanted
-        )
-    return {**told, "suite": str(own or "generic"), "clauses": [asdict(row) for row in rows]}
+        used = "generic"
+        rows = _run_generic_suite(spec, kind)
+    return {**told, "suite": used, "clauses": [asdict(row) for row in rows]}
+
+
+def _run_generic_suite(spec: str, kind: str) -> list[Row]:
+    """Run the kit's own suite on a correction or an optimizer."""
+    wanted = "TestInstalledOptimizer" if kind == "optimizer" else "TestInstalledCorrection"
+    os.environ["REGRAD_TESTING_SPEC"] = spec  # read by the file, here and in worker processes
+    file = Path(__file__).with_name("generic.py")
+    return run_suites(file, lambda cls, _: cls.__name__ == wanted)
 
 
 def own_suite(entry: Entry) -> Path | None:
@@ -81,7 +93,8 @@ def own_suite(entry: Entry) -> Path | None:
     found = distributions.find(entry.distribution, entry.version)
     try:
         told = json.loads(found.read("direct_url.json") if found else "{}")
-        editable, url = told.get("dir_info", {}).get("editable"), str(told.get("url"))
+        editable = told.get("dir_info", {}).get("editable")
+        url = str(told.get("url"))
     except (ValueError, AttributeError):  # no JSON, or of another form: it names no source tree
         return None
     if not editable:
@@ -115,26 +128,15 @@ def run_suites(path: Path, chosen: Callable[[Any, str], bool]) -> list[Row]:
     Raises:
         RuntimeError: If the file cannot be imported.
     """
-    recorder, printed = Recorder(chosen), io.StringIO()
+    recorder = Recorder(chosen)
+    printed = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder, "pytest.ini")
         settings.write_text("[pytest]\n")
-        plain = [
-            "--rootdir",
-            folder,
-            "-c",
-            str(settings),
-            "-p",
-            "no:cacheprovider",
-            "--import-mode=importlib",
-        ]
+        words = ["-q", "--rootdir", folder, "-c", str(settings)]
+        words += ["-p", "no:cacheprovider", "--import-mode=importlib", str(path.resolve())]
         with contextlib.redirect_stdout(printed):
-            code = pytest.main(["-q", *plain, str(path.resolve())], plugins=[recorder])
-    ended = code in (
-        pytest.ExitCode.OK,
-        pytest.ExitCode.TESTS_FAILED,
-        pytest.ExitCode.NO_TESTS_COLLECTED,
-    )
-    if not ended:
+            code = pytest.main(words, plugins=[recorder])
+    if code not in ENDED:
         raise RuntimeError(f"suite '{path}' could not be run:\n{printed.getvalue()}")
     return list(recorder.rows.values())

@@ -1,4 +1,4 @@
-"""A clause: one thing that must be true of every correction, its name, and how its failure is said."""
+"""A clause: one thing that must be true of every correction, and how its failure is said."""
 
 from __future__ import annotations
 
@@ -52,14 +52,11 @@ def refused(kinds: type[Exception] | tuple[type[Exception], ...], message: str) 
 
 
 def same_bits(one: object, other: object) -> bool:
-    """Compare nested containers of tensors and plain values bit for bit, NaN and signed zero included."""
+    """Compare nested tensors and plain values bit for bit, NaN and signed zero included."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.dtype != other.dtype or one.shape != other.shape:
             return False
-        first, second = (
-            t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)
-        )
-        return torch.equal(first, second)
+        return torch.equal(_bytes_of(one), _bytes_of(other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same_bits(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
@@ -69,8 +66,13 @@ def same_bits(one: object, other: object) -> bool:
     return type(one) is type(other) and one == other
 
 
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's bits, shape [bytes]."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Return the largest absolute difference between tensors of the same names, and the name it is in.
+    """Return the largest absolute difference between tensors of the same names, and its name.
 
     A value that is not finite on one side only counts as infinitely far.
     """
@@ -110,9 +112,8 @@ def require_same(
     worst, where = difference(got, wanted)
     bound = tolerance
     if scale and where:
-        bound += scale * max(
-            (w.double().abs().max().item() for w in wanted.values() if w.numel()), default=0.0
-        )
+        sizes = [w.double().abs().max().item() for w in wanted.values() if w.numel()]
+        bound += scale * max(sizes, default=0.0)
     if bound == 0.0:
         require(
             not where, f"{what}: {where!r} differs by {worst:.1e}, and every bit must be the same"
@@ -136,8 +137,7 @@ def tensors_in(state: object, name: str = "") -> dict[str, Tensor]:
         items = state.items()
     elif isinstance(state, list | tuple):
         items = enumerate(state)
-    return {
-        path: t
-        for key, value in items
-        for path, t in tensors_in(value, f"{name}.{key}".lstrip(".")).items()
-    }
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        found |= tensors_in(value, f"{name}.{key}".lstrip("."))
+    return found

@@ -5,10 +5,11 @@ from __future__ import annotations
 from regrad_testing.layout_clauses import LayoutClauses
 from regrad_testing.loop_clauses import LoopClauses
 from regrad_testing.rule_clauses import RuleClauses
+from regrad_testing.state_clauses import StateClauses
 
 
-class CorrectionSuite(LayoutClauses, LoopClauses, RuleClauses):
-    """One test per clause that a correction must satisfy: subclass it in a test file, set `correction`.
+class CorrectionSuite(LayoutClauses, StateClauses, LoopClauses, RuleClauses):
+    """One test per clause that a correction must satisfy: subclass it and set `correction`.
 
     What a correction must bear follows from its `needs`, never from its name. A
     clause that does not apply is skipped with the reason.

@@ -1,4 +1,4 @@
-"""Suites for a correction or an optimizer that is only known by its name, which the environment holds."""
+"""Suites for a correction or an optimizer of which only the name is known, from the environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ LONGEST_WARMUP = 40
 
 
 def fitting_problem(spec: str) -> Problem:
-    """Return the first of the kit's problems on which attaching is not refused, long enough for a short warm-up."""
+    """Return the first problem on which attaching is not refused, and a short warm-up ends."""
+    is_correction = ":" in spec or spec in regrad.available()
+    if not is_correction:
+        return Problem()
     for problem in (Problem(), StagedImages()):
         suite: Any = type("Trial", (CorrectionSuite,), {"correction": spec, "problem": problem})
         try:
@@ -35,12 +38,10 @@ def fitting_problem(spec: str) -> Problem:
 
 
 class TestInstalledCorrection(CorrectionSuite):
-    """A correction with its default options, or those given with its name; there is no reference."""
+    """A correction with its default options or those given with its name, without a reference."""
 
     correction: ClassVar[Any] = SPEC
-    problem: ClassVar[Problem] = (
-        fitting_problem(SPEC) if SPEC in regrad.available() or ":" in SPEC else Problem()
-    )
+    problem: ClassVar[Problem] = fitting_problem(SPEC)
 
     @clause("effect")
     def test_it_changes_the_training_and_the_meter_sees_it(self) -> None:
@@ -51,7 +52,8 @@ class TestInstalledCorrection(CorrectionSuite):
             if any(correction.idle_reason() is not None for correction in self.make()):
                 raise
             skip(
-                "it changed nothing here and says that this is normal; give options under which it acts"
+                "it changed nothing here and says that this is normal; "
+                "give options under which it acts"
             )
 
 
@@ -61,4 +63,6 @@ class TestInstalledOptimizer(OptimizerSuite):
     @staticmethod
     def optimizer(parameters: Any, **options: Any) -> Optimizer:
         """Return the optimizer that the entry point names."""
-        return regrad.load(SPEC, "regrad.optimizers")(parameters, **options)  # type: ignore[no-any-return]
+        make: Any = regrad.load(SPEC, "regrad.optimizers")
+        made: Optimizer = make(parameters, **options)
+        return made

@@ -15,9 +15,10 @@ from torch import nn
 from regrad_testing.clauses import clause, difference, require, same_bits, skip
 from regrad_testing.processes import launch
 from regrad_testing.settings import MORE, SuiteBase
-from regrad_testing.worker import WORLD
+from regrad_testing.worker import WORLD, Case
 
 Results = list[dict[str, Any]]
+Wrap = Callable[[nn.Module], nn.Module]
 
 
 def ddp(model: nn.Module) -> nn.Module:
@@ -27,7 +28,8 @@ def ddp(model: nn.Module) -> nn.Module:
 
 def fsdp2(model: nn.Module) -> Any:
     """Shard every parameter along its rows, child by child."""
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - only workers need it
+    # only workers need these
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -38,13 +40,19 @@ def fsdp2(model: nn.Module) -> Any:
 
 
 def fsdp2_by_columns(model: nn.Module) -> Any:
-    """Shard parameters along dimension 1 where its size allows it: units are split between processes."""
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - only workers need it
+    """Shard parameters along dimension 1 where its size allows it: units are split."""
+    # only workers need these
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
     from torch.distributed.tensor import Shard  # noqa: PLC0415
 
-    even = lambda p: Shard(1) if p.dim() > 1 and p.shape[1] % WORLD == 0 else None  # noqa: E731
-    return fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), shard_placement_fn=even)
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        if parameter.dim() > 1 and parameter.shape[1] % WORLD == 0:
+            return Shard(1)
+        return None  # along dimension 0
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    return fully_shard(model, mesh=mesh, shard_placement_fn=placement)
 
 
 LAYOUTS: dict[str, dict[str, Callable[[nn.Module], nn.Module]]] = {
@@ -67,18 +75,25 @@ class LayoutClauses(SuiteBase):
 
     @classmethod
     def cases(cls) -> dict[str, Callable[[int], Any]]:
-        """Return what every one of two processes runs, by layout and optimizer: called with the rank."""
+        """Return what each of two processes runs with its rank, by layout and optimizer."""
         declared = cls.declared_layouts()
         found: dict[str, Callable[[int], Any]] = {}
         for layout, ways in LAYOUTS.items():
-            for way, wrap in ways.items():
-                for name in cls.trains_on() if layout in declared else ():
-                    found[f"{layout}{way} on {name}"] = functools.partial(
-                        cls.train_apart, name, wrap
-                    )
-            if layout not in declared:
+            if layout in declared:
+                found |= cls._trainings_apart(layout, ways)
+            else:
                 wrap = next(iter(ways.values()))
                 found[f"{layout} refused"] = functools.partial(cls.is_refused, wrap)
+        return found
+
+    @classmethod
+    def _trainings_apart(cls, layout: str, ways: Mapping[str, Wrap]) -> dict[str, Case]:
+        """Return a training on one layout, in each of its ways, on each optimizer."""
+        found: dict[str, Case] = {}
+        for way, wrap in ways.items():
+            for name in cls.trains_on():
+                case = functools.partial(cls.train_apart, name, wrap)
+                found[f"{layout}{way} on {name}"] = case
         return found
 
     @classmethod
@@ -91,9 +106,8 @@ class LayoutClauses(SuiteBase):
         training = cls.train(name, parallel=parallel, rows=mine)
         for index in range(cls.problem.steps):
             training.run([index])
-            training.evaluate(
-                index
-            )  # which leaves shards gathered, and must not hide what comes next
+            # An evaluation leaves shards gathered, and must not hide what comes next.
+            training.evaluate(index)
         far, where = difference(training.weights(), cls.corrected(name).weights())
         # What the optimizer carries besides is measured on each rank's own rows.
         states = [training.correction_state(), training.optimizer.state_dict()["state"]]
@@ -111,12 +125,12 @@ class LayoutClauses(SuiteBase):
 
     @clause("ddp")
     def test_two_processes_under_ddp_train_as_one(self) -> None:
-        """Two gloo processes under DDP end within 1e-12 of one, with one state; or attaching is refused."""
+        """Two processes under DDP end within 1e-12 of one, with one state; or attach refuses."""
         require_layout(self.on_two_processes(), "ddp")
 
     @clause("fsdp2")
     def test_two_processes_under_fsdp2_train_as_one(self) -> None:
-        """Two gloo processes with DTensor shards, by rows and by columns, end within 1e-12 of one; or it is refused."""
+        """Two processes with shards end within 1e-12 of one, cut either way; or attach refuses."""
         require_layout(self.on_two_processes(), "fsdp2")
 
 
@@ -128,29 +142,32 @@ def digest(state: Any) -> str:
 
 
 def require_layout(results: Results, layout: str) -> None:
-    """Fail the clause unless both ranks got through all cases of a layout with the numbers of one process."""
+    """Fail the clause unless, on both ranks, all cases of a layout gave one process's numbers."""
     __tracebackhide__ = True
     cases = [case for case in results[0] if case.startswith(layout)]
     require(cases, f"nothing was run on layout {layout!r}")
     for case in cases:
         seen: list[Mapping[str, Any]] = [result[case] for result in results]
         errors = [said["error"] for said in seen if "error" in said]
-        require(
-            not errors,
-            f"{case}: {errors[0].strip().splitlines()[-1] if errors else ''}\n{''.join(errors)}",
-        )
+        if errors:
+            last_line = errors[0].strip().splitlines()[-1]
+            raise AssertionError(f"{case}: {last_line}\n{''.join(errors)}")
         if case.endswith("refused"):
             said = f"{layout!r} is not declared, but attaching is not refused"
             require(all(one["refused"] for one in seen), said)
-            continue
-        for rank, one in enumerate(seen):
-            near = f"{case}, rank {rank}: {one['where']!r} ends {one['far']:.1e} from one process"
-            require(one["far"] <= MORE, f"{near}, more than {MORE:.0e}")
-        require(
-            seen[0]["weights"] == seen[1]["weights"],
-            f"{case}: the ranks end with different weights",
-        )
-        same = same_bits(seen[0]["state"], seen[1]["state"])
-        require(
-            same, f"{case}: the ranks end with different states, and a checkpoint holds rank 0's"
-        )
+        else:
+            _require_one_process(case, seen)
+
+
+def _require_one_process(case: str, seen: list[Mapping[str, Any]]) -> None:
+    """Fail the clause unless both ranks end near one process, and with the same bits."""
+    __tracebackhide__ = True
+    for rank, one in enumerate(seen):
+        near = f"{case}, rank {rank}: {one['where']!r} ends {one['far']:.1e} from one process"
+        require(one["far"] <= MORE, f"{near}, more than {MORE:.0e}")
+    first, second = seen
+    require(first["weights"] == second["weights"], f"{case}: the ranks end with different weights")
+    require(
+        same_bits(first["state"], second["state"]),
+        f"{case}: the ranks end with different states, and a checkpoint holds rank 0's",
+    )

@@ -1,7 +1,8 @@
-"""The training loops that people have, on one problem: parts of a batch, closures, scalers, several processes."""
+"""The training loops that people have: parts of a batch, closures, scalers, several processes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -51,12 +52,13 @@ class Training:
         **options: Any,
     ) -> None:
         model = problem.make_model(dtype)
-        self.problem, self.dtype, self.rows = problem, dtype, rows
+        self.problem = problem
+        self.dtype = dtype
+        self.rows = rows
         self.model = wrap(model) if wrap else model
         self.outer = parallel(self.model) if parallel else self.model
-        self.optimizer = make_optimizer(
-            ordered_parameters(self.model, options.pop("order", None)), **options
-        )
+        parameters = ordered_parameters(self.model, options.pop("order", None))
+        self.optimizer = make_optimizer(parameters, **options)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.criterion: Any = type(problem).criterion
         self.attachment: Any = None
@@ -74,21 +76,28 @@ class Training:
 
     def run(self, indices: Iterable[int] | None = None, **how: Any) -> Training:
         """Take the steps `indices` (all of the problem's by default) and return self."""
-        for index in range(self.problem.steps) if indices is None else indices:
+        if indices is None:
+            indices = range(self.problem.steps)
+        for index in indices:
             self.step(index, **how)
             self.weights_after.append(self.weights())
         return self
 
     def step(self, index: int, *, closure: bool = False, **how: Any) -> None:
         """Take one step; `how` is that of `backward`."""
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=False):
-            group["lr"] = base * self.problem.rate(index)
+        self.set_rates(index)
         if closure:
-            self.optimizer.step(lambda: self.backward(index, **how))  # type: ignore[arg-type, return-value]
+            call: Any = functools.partial(self.backward, index, **how)
+            self.optimizer.step(call)
             return
         self.backward(index, **how)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def set_rates(self, index: int) -> None:
+        """Set the learning rate of each group for the step `index`."""
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=False):
+            group["lr"] = base * self.problem.rate(index)
 
     def backward(
         self,
@@ -160,7 +169,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def ordered_parameters(model: nn.Module, order: str | None) -> list[Any]:
-    """Return a model's parameters for an optimizer: in their order, "reversed", or as "groups" of two kinds."""
+    """Return a model's parameters for an optimizer: as they are, "reversed", or in two "groups"."""
     parameters = list(model.parameters())
     if order == "reversed":
         return parameters[::-1]

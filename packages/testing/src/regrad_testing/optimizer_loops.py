@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any
 
 import torch
 
 from regrad_testing.clauses import clause, require, require_same, same_bits, skip, tensors_in
-from regrad_testing.loop_clauses import LOST, OVERFLOW, SCALE, STOP, through_a_file
+from regrad_testing.loop_clauses import LOST, OVERFLOW, SCALE
 from regrad_testing.loops import Training
 from regrad_testing.optimizer_rules import OptimizerSettings
+from regrad_testing.rule_clauses import global_random_state
 from regrad_testing.settings import MORE
+from regrad_testing.state_clauses import STOP, through_a_file
 
 
 class OptimizerLoops(OptimizerSettings):
@@ -20,13 +21,12 @@ class OptimizerLoops(OptimizerSettings):
 
     @clause("determinism")
     def test_two_trainings_are_the_same_bit_for_bit_and_draw_no_global_random_number(self) -> None:
-        """A second training gives the same bits, and Python's and torch's random numbers are left alone."""
+        """A second training gives the same bits, and global random numbers are left alone."""
         for name in self.trains_on():
-            before = [torch.get_rng_state(), list(random.getstate()[1])]
+            before = global_random_state()
             self.require_as_corrected(name, self.train(name).run(), "a second time")
-            after = [torch.get_rng_state(), list(random.getstate()[1])]
             require(
-                same_bits(before, after),
+                same_bits(before, global_random_state()),
                 f"on {name} a global random number was drawn: batches differ",
             )
 
@@ -39,25 +39,28 @@ class OptimizerLoops(OptimizerSettings):
 
     @clause("groups")
     def test_groups_have_their_own_options_and_may_come_later(self) -> None:
-        """Two groups are one, in any order; a group has its own rate; a group added later trains."""
+        """Two groups are one, in any order; each has its own rate; one may be added later."""
         for name, make in self.trains_on().items():
             for order in ("groups", "reversed"):
-                self.require_as_corrected(
-                    name, self.train(name, order=order).run(), f"with parameters {order}", MORE
-                )
-            halves = self.train(name, order="groups")
-            halves.base_rates[1] = 0.0
-            still, moving = (halves.optimizer.param_groups[i]["params"][0] for i in (1, 0))
-            before = [p.detach().clone() for p in (still, moving)]
-            halves.run()
-            require(same_bits(still.detach(), before[0]), f"on {name} a group at rate 0 moved")
-            require(
-                not same_bits(moving.detach(), before[1]),
-                f"on {name} a group was held by another's rate",
-            )
-            self._added_later(name, make)
+                ordered = self.train(name, order=order).run()
+                self.require_as_corrected(name, ordered, f"with parameters {order}", MORE)
+            self._require_own_rates(name)
+            self._require_later_group_trains(name, make)
 
-    def _added_later(self, name: str, make: Any) -> None:
+    def _require_own_rates(self, name: str) -> None:
+        """Fail unless a group at rate 0 stands still while the other moves."""
+        halves = self.train(name, order="groups")
+        halves.base_rates[1] = 0.0
+        moving, still = (group["params"][0] for group in halves.optimizer.param_groups)
+        moving_before = moving.detach().clone()
+        still_before = still.detach().clone()
+        halves.run()
+        require(same_bits(still.detach(), still_before), f"on {name} a group at rate 0 moved")
+        moved = not same_bits(moving.detach(), moving_before)
+        require(moved, f"on {name} a group was held by another's rate")
+
+    def _require_later_group_trains(self, name: str, make: Any) -> None:
+        """Fail unless parameters stand still until the optimizer gets them, and then move."""
         model = self.problem.make_model()
         late, *rest = model.parameters()
         training = self.train(name)
@@ -77,81 +80,65 @@ class OptimizerLoops(OptimizerSettings):
     def test_four_parts_of_a_batch_are_the_batch(self) -> None:
         """Four micro-batches of 8 rows give the training of batches of 32 rows."""
         for name in self.trains_on():
-            self.require_as_corrected(
-                name, self.train(name).run(parts=4), "four parts of a batch", MORE
-            )
+            in_parts = self.train(name).run(parts=4)
+            self.require_as_corrected(name, in_parts, "four parts of a batch", MORE)
 
     @clause("skipped steps")
     def test_a_step_skipped_after_an_overflow_is_as_if_the_batch_had_not_been(self) -> None:
-        """Under a GradScaler training is what it is without, and after an overflow goes on as if it had not been."""
+        """A GradScaler changes nothing, and after an overflow training goes on as before it."""
         for name in self.trains_on():
             training = self.train(name, scale=SCALE).run(range(OVERFLOW))
             training.step(LOST, overflow=True)
             training.run(range(OVERFLOW, self.problem.steps))
             self.require_as_corrected(name, training, "after an overflow", MORE)
-            got, want = (
-                tensors_in(t.optimizer.state_dict()["state"])
-                for t in (training, self.corrected(name))
-            )
-            require_same(got, want, f"on {name}, after an overflow, its state", tolerance=1e-9)
+            got = tensors_in(training.optimizer.state_dict()["state"])
+            wanted = tensors_in(self.corrected(name).optimizer.state_dict()["state"])
+            require_same(got, wanted, f"on {name}, after an overflow, its state", tolerance=1e-9)
 
     @clause("closures")
     def test_a_closure_is_called_once_with_gradients_on_and_its_loss_is_returned(self) -> None:
-        """`step(closure)` gives the plain loop, under `no_grad` too, and returns what the closure returned."""
+        """`step(closure)` is the plain loop, under `no_grad` too, and returns its loss."""
         for name in self.trains_on():
-            training, losses = self.train(name), list[Any]()
+            training = self.train(name)
             for index in range(self.problem.steps):
-                for group, base in zip(
-                    training.optimizer.param_groups, training.base_rates, strict=True
-                ):
-                    group["lr"] = base * self.problem.rate(index)
-
-                def closure(
-                    index: int = index, training: Training = training, losses: list[Any] = losses
-                ) -> Any:
-                    losses.append(training.backward(index))
-                    return losses[-1]
-
-                with torch.no_grad():
-                    returned = training.optimizer.step(closure)
-                require(
-                    returned is losses[-1],
-                    f"on {name} step(closure) must return the closure's loss",
-                )
-                require(
-                    len(losses) == index + 1, f"on {name} the closure must be called once per step"
-                )
+                training.set_rates(index)
+                losses = _step_with_closure(training, index, name)
+                once = len(losses) == 1
+                require(once, f"on {name} the closure must be called once per step")
                 training.weights_after.append(training.weights())
             self.require_as_corrected(name, training, "with a closure")
 
     @clause("resume")
     def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(self) -> None:
-        """Model and optimizer, saved and loaded with `weights_only`, go on to the same bits in every dtype."""
+        """Model and optimizer, saved and loaded, go on to the same bits in every dtype."""
         for name in self.trains_on():
             for dtype in (torch.float64, torch.float32, torch.bfloat16):
-                whole = self.train(name, dtype=dtype).run()
-                first = self.train(name, dtype=dtype).run(range(STOP))
-                parts = [
-                    through_a_file(part.state_dict()) for part in (first.model, first.optimizer)
-                ]
-                kept = copy.deepcopy(parts[1])
-                resumed = self.train(name, dtype=dtype)
-                resumed.model.load_state_dict(parts[0])
-                resumed.optimizer.load_state_dict(parts[1])
-                again = resumed.optimizer.state_dict()
-                require(
-                    same_bits(again["state"], kept["state"]),
-                    f"on {name} in {dtype} the loaded state is another",
-                )
-                resumed.run(range(STOP, self.problem.steps))
-                same = same_bits(resumed.weights_after, whole.weights_after[STOP:])
-                require(
-                    same, f"on {name} in {dtype} the resumed training is not the uninterrupted one"
-                )
+                self._require_exact_resume(name, dtype)
+
+    def _require_exact_resume(self, name: str, dtype: torch.dtype) -> None:
+        """Fail unless a training in one dtype goes on, from a file, to the same bits."""
+        uninterrupted = self.train(name, dtype=dtype).run()
+        first = self.train(name, dtype=dtype).run(range(STOP))
+        model = through_a_file(first.model.state_dict())
+        optimizer = through_a_file(first.optimizer.state_dict())
+        saved = copy.deepcopy(optimizer)
+        resumed = self.train(name, dtype=dtype)
+        resumed.model.load_state_dict(model)
+        resumed.optimizer.load_state_dict(optimizer)
+        loaded = resumed.optimizer.state_dict()
+        require(
+            same_bits(loaded["state"], saved["state"]),
+            f"on {name} in {dtype} the loaded state is another",
+        )
+        resumed.run(range(STOP, self.problem.steps))
+        require(
+            same_bits(resumed.weights_after, uninterrupted.weights_after[STOP:]),
+            f"on {name} in {dtype} the resumed training is not the uninterrupted one",
+        )
 
     @clause("attached")
     def test_under_regrad_it_takes_the_same_steps(self) -> None:
-        """Attached with an empty list the training is the same bit for bit, and every step is counted."""
+        """Attached with an empty list, training is the same bit for bit and steps are counted."""
         for name, make in self.trains_on().items():
             training = Training(self.problem, make, []).run()
             self.require_as_corrected(name, training, "attached to regrad")
@@ -160,3 +147,17 @@ class OptimizerLoops(OptimizerSettings):
                 counted == self.problem.steps,
                 f"on {name} {counted:.0f} of {self.problem.steps} steps were seen",
             )
+
+
+def _step_with_closure(training: Training, index: int, name: str) -> list[Any]:
+    """Take a step with a closure, under `no_grad`; return the losses that the closure returned."""
+    losses: list[Any] = []
+
+    def closure() -> Any:
+        losses.append(training.backward(index))
+        return losses[-1]
+
+    with torch.no_grad():
+        returned: Any = training.optimizer.step(closure)
+    require(returned is losses[-1], f"on {name} step(closure) must return the closure's loss")
+    return losses

@@ -8,7 +8,7 @@ from regrad_testing.optimizer_rules import OptimizerRules
 
 
 class OptimizerSuite(LayoutClauses, OptimizerLoops, OptimizerRules):
-    """One test per clause that an optimizer must satisfy: subclass it in a test file, set `optimizer`.
+    """One test per clause that an optimizer must satisfy: subclass it and set `optimizer`.
 
     What is asked follows from the arguments that the optimizer takes (`foreach`,
     `maximize`, `weight_decay`). A clause that does not apply is skipped with the
@@ -33,6 +33,8 @@ class OptimizerSuite(LayoutClauses, OptimizerLoops, OptimizerRules):
         ...     optimizer = torch.optim.SGD
         ...     options = {"lr": 0.1}
         ...     def reference(self, step):
-        ...         return [w - step.options["lr"] * g for w, g in zip(step.weights, step.gradients, strict=True)]
+        ...         rate = step.options["lr"]
+        ...         pairs = zip(step.weights, step.gradients, strict=True)
+        ...         return [weight - rate * gradient for weight, gradient in pairs]
         >>> TestSGD().test_the_first_steps_are_those_of_the_reference()
     """

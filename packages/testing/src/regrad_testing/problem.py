@@ -1,4 +1,4 @@
-"""The small problems on which suites train: a model, batches that depend on their index alone, a criterion."""
+"""The small problems on which suites train: a model, a criterion, and the same batches always."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Problem:
         return torch.randn(size, 6, generator=generator, dtype=torch.float64)
 
     def make_model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
-        """Return the model with the same weights every time, whatever the global random numbers are."""
+        """Return the model with the same weights every time, whatever was drawn before."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = self.model()
@@ -131,7 +131,7 @@ class Staged(nn.Module):
 
 
 class WithRareParameters(nn.Module):
-    """A model, a parameter that never gets a gradient, and one that gets none before it is asked for.
+    """A model with a parameter that never gets a gradient, and one that gets some when asked for.
 
     Args:
         net: The model.
@@ -143,14 +143,17 @@ class WithRareParameters(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         like = next(net.parameters())
-        self.net, self.late_is_used = net, False
+        self.net = net
+        self.late_is_used = False
         self.never = nn.Parameter(torch.full((2, 3), 0.5, dtype=like.dtype))
         self.late = nn.Parameter(torch.full((2, 1), 0.25, dtype=like.dtype))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits."""
         logits: Tensor = self.net(inputs)
-        return logits * self.late.square().sum().exp() if self.late_is_used else logits
+        if self.late_is_used:
+            return logits * self.late.square().sum().exp()
+        return logits
 
 
 class WithSparseTable(nn.Module):

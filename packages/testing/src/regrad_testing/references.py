@@ -57,7 +57,7 @@ Reference = Callable[[ReferenceStep], Any]
 def _sgd(
     group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor, first: Tensor
 ) -> Tensor:
-    """Return the weight after torch's SGD with momentum; `first` goes into the buffer in the gradient's place."""
+    """Return the weight after torch's SGD; `first` goes into the buffer for the gradient."""
     decayed = first + group["weight_decay"] * weight
     old = state.get("momentum_buffer")
     state["momentum_buffer"] = (
@@ -70,8 +70,9 @@ def _sgd(
 def _adamw(
     group: dict[str, Any], state: dict[str, Any], weight: Tensor, gradient: Tensor, first: Tensor
 ) -> Tensor:
-    """Return the weight after torch's AdamW; `first` goes into the first moment in the gradient's place."""
-    (beta1, beta2), zero = group["betas"], torch.zeros_like(weight)
+    """Return the weight after torch's AdamW; `first` goes into the first moment."""
+    beta1, beta2 = group["betas"]
+    zero = torch.zeros_like(weight)
     state["step"] = state.get("step", 0) + 1
     state["exp_avg"] = beta1 * state.get("exp_avg", zero) + (1 - beta1) * first
     state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * gradient**2
@@ -86,7 +87,7 @@ UPDATES: dict[type[Optimizer], Callable[..., Tensor]] = {SGD: _sgd, AdamW: _adam
 
 
 def can_follow(optimizer: Optimizer) -> bool:
-    """Say whether the optimizer is written out here: torch's own SGD or AdamW, with their plain options."""
+    """Say whether the optimizer is written out here: torch's SGD or AdamW with plain options."""
     group = optimizer.param_groups[0]
     plain = not (group["maximize"] or group.get("nesterov") or group.get("amsgrad"))
     return type(optimizer) in UPDATES and plain
@@ -111,13 +112,12 @@ class ReferenceTraining:
         stages: Sequence[str],
         options: Any,
     ) -> None:
-        self.problem, self.reference, self.stages, self.options = (
-            problem,
-            reference,
-            stages,
-            options,
-        )
-        self.model, self.kind = problem.make_model(), type(optimizer)
+        self.problem = problem
+        self.reference = reference
+        self.stages = stages
+        self.options = options
+        self.model = problem.make_model()
+        self.kind = type(optimizer)
         self.group = dict(optimizer.param_groups[0])
         self.base_rate = self.group["lr"]
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -132,12 +132,8 @@ class ReferenceTraining:
         seen = []
         for index in range(self.problem.steps):
             self._step(index)
-            seen.append(
-                {
-                    name: weight.clone()
-                    for name, weight in zip(self.names, self.weights, strict=True)
-                }
-            )
+            pairs = zip(self.names, self.weights, strict=True)
+            seen.append({name: weight.clone() for name, weight in pairs})
         return seen
 
     def _step(self, index: int) -> None:
@@ -153,9 +149,8 @@ class ReferenceTraining:
         """Return the gradients of the loss at `points`."""
         batch: Batch = self.problem.batch(index)
         leaves = [point.detach().clone().requires_grad_() for point in points]
-        logits = functional_call(
-            self.model, dict(zip(self.names, leaves, strict=True)), (batch.inputs,)
-        )
+        named = dict(zip(self.names, leaves, strict=True))
+        logits = functional_call(self.model, named, (batch.inputs,))
         slope = self._ask("criterion", index, logits=logits.detach().clone(), targets=batch.targets)
         if slope is not None:
             return list(torch.autograd.grad(logits, leaves, slope * batch.weight))
@@ -163,7 +158,7 @@ class ReferenceTraining:
         return list(torch.autograd.grad(loss, leaves))
 
     def _ask(self, stage: str, index: int, **known: Any) -> Any:
-        """Return what the reference says in one stage, None where the correction does not act in it."""
+        """Return what the reference says in a stage; None where the correction does not act."""
         if stage not in self.stages:
             return None
         own = {"gradients": [g.clone() for g in known.pop("gradients", [])], **known}

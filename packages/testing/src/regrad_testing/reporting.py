@@ -40,47 +40,48 @@ class Recorder:
     """
 
     def __init__(self, chosen: Callable[[Any, str], bool]) -> None:
-        self.chosen, self.rows = chosen, dict[str, Row]()
+        self.chosen = chosen
+        self.rows: dict[str, Row] = {}
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         """Leave out what is not a test of a chosen suite."""
-        kept = [
-            item for item in items if self._is_chosen(getattr(item, "cls", None), clause_of(item))
-        ]
+        kept = [item for item in items if self._is_chosen(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
 
-    def _is_chosen(self, kind: Any, clause: str) -> bool:
-        return isinstance(kind, type) and issubclass(kind, SuiteBase) and self.chosen(kind, clause)
+    def _is_chosen(self, item: pytest.Item) -> bool:
+        kind = getattr(item, "cls", None)
+        if not isinstance(kind, type) or not issubclass(kind, SuiteBase):
+            return False
+        return self.chosen(kind, clause_of(item))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         """Note the outcome of one phase of one test."""
         report: pytest.TestReport = yield
-        clause = clause_of(item)
-        says = (
-            (getattr(getattr(item, "function", None), "__doc__", None) or clause)
-            .strip()
-            .splitlines()[0]
-        )
-        cls: Any = item.cls  # type: ignore[attr-defined]
-        row = self.rows.setdefault(item.nodeid, Row(cls.__name__, clause, says))
+        row = self.rows.setdefault(item.nodeid, _new_row(item))
+        raised = _first_line(str(call.excinfo.value)) if call.excinfo else ""
         if report.failed:
-            row.outcome, row.details = "failed", report.longreprtext
-            row.reason = (
-                _first_line(str(call.excinfo.value) if call.excinfo else "")
-                or "it raised without a word"
-            )
+            row.outcome = "failed"
+            row.details = report.longreprtext
+            row.reason = raised or "it raised without a word"
         elif report.skipped:
             row.outcome = "skipped"
-            row.reason = _first_line(str(call.excinfo.value) if call.excinfo else "")
+            row.reason = raised
         elif call.when == "call":
-            row.reason = "; ".join(
-                str(value) for key, value in report.user_properties if key == "said"
-            )
+            said = [str(value) for key, value in report.user_properties if key == "said"]
+            row.reason = "; ".join(said)
         return report
+
+
+def _new_row(item: pytest.Item) -> Row:
+    """Return the row of a test before it has run."""
+    suite: Any = item.cls  # type: ignore[attr-defined]
+    clause = clause_of(item)
+    told = getattr(getattr(item, "function", None), "__doc__", None) or clause
+    return Row(suite.__name__, clause, told.strip().splitlines()[0])
 
 
 def clause_of(item: pytest.Item) -> str:

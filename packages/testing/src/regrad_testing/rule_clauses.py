@@ -1,4 +1,4 @@
-"""Clauses about the rule itself: what it changes, that it is the reference's, and that nothing else matters."""
+"""Clauses about the rule itself: it acts, as the reference does, and nothing else matters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ import torch
 from regrad import Correction, hookimpl
 from regrad.correction import HOOK_OF_STAGE
 from regrad.hookspecs import HOOKS
+from torch import Tensor
 
 from regrad_testing.clauses import clause, require, require_same, same_bits, skip
 from regrad_testing.references import ReferenceTraining, can_follow
 from regrad_testing.settings import MORE, Settings, without_regrad
 
-PER_STEP = {
-    "gradient": "correct_gradients",
-    "moment": "correct_moments",
-    "weights": "predict_weights",
-}
+HOOKS_OF_A_STEP = ("predict_weights", "correct_gradients", "correct_moments", "after_step")
 
 
 class Observer:
@@ -34,18 +31,18 @@ class Observer:
         self.moved: list[str] = []
 
     def _watch(self, step: Any, hook: str) -> Any:
+        """Count a call, and keep the names of gradients replaced and weights moved by it."""
         self.calls[step.correction.name, hook] += 1
-        before = {name: (id(g), g.data_ptr()) for name, g in _present(step)}
-        weights = {
-            name: p.detach().clone() for name, p in zip(step.names, step.parameters, strict=True)
-        }
+        places_before = _places_of_gradients(step)
+        weights_before = _weights(step)
         result = yield
         if hook in ("correct_gradients", "correct_moments"):
-            self.rebound += [
-                name for name, g in _present(step) if before.get(name) != (id(g), g.data_ptr())
-            ]
-            pairs = zip(step.names, step.parameters, strict=True)
-            self.moved += [name for name, p in pairs if not same_bits(p.detach(), weights[name])]
+            for name, place in _places_of_gradients(step).items():
+                if places_before.get(name) != place:
+                    self.rebound.append(name)
+            for name, weight in _weights(step).items():
+                if not same_bits(weight, weights_before[name]):
+                    self.moved.append(name)
         return result
 
     @hookimpl(wrapper=True)
@@ -69,20 +66,29 @@ class Observer:
         return (yield from self._watch(step, "after_step"))
 
 
-def _present(step: Any) -> list[tuple[str, Any]]:
-    return [(n, g) for n, g in zip(step.names, step.gradients, strict=True) if g is not None]
+def _places_of_gradients(step: Any) -> dict[str, tuple[int, int]]:
+    """Return which object and which memory each gradient is."""
+    pairs = zip(step.names, step.gradients, strict=True)
+    return {name: (id(g), g.data_ptr()) for name, g in pairs if g is not None}
+
+
+def _weights(step: Any) -> dict[str, Tensor]:
+    """Return copies of the weights."""
+    pairs = zip(step.names, step.parameters, strict=True)
+    return {name: parameter.detach().clone() for name, parameter in pairs}
 
 
 def misspelt_hooks(kind: type[Correction]) -> dict[str, str]:
-    """Return public methods of a correction that are nearly called like a hook, with the hook's name."""
+    """Return public methods of a correction that are nearly named like a hook, and that hook."""
     known = {*HOOKS, *dir(Correction)}
-    public = [
-        n
-        for n in dir(kind)
-        if not n.startswith("_") and n not in known and callable(getattr(kind, n))
-    ]
-    near = {name: difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85) for name in public}
-    return {name: hooks[0] for name, hooks in near.items() if hooks}
+    found = {}
+    for name in dir(kind):
+        if name.startswith("_") or name in known or not callable(getattr(kind, name)):
+            continue
+        near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=0.85)
+        if near:
+            found[name] = near[0]
+    return found
 
 
 class RuleClauses(Settings):
@@ -90,40 +96,42 @@ class RuleClauses(Settings):
 
     @clause("hooks")
     def test_every_hook_runs_marked_or_not_and_none_is_misspelt(self) -> None:
-        """Stages and hooks agree; each hook of its stages runs once per step; a name nearly a hook's is an error."""
+        """Stages and hooks agree, each hook runs once per step, and no hook is misspelt."""
         for correction in self.make():
             correction.check_class()
             for name, hook in misspelt_hooks(type(correction)).items():
-                message = f"{name!r} is no hook and never called; did you mean {hook!r}? Else begin it with '_'"
-                raise AssertionError(message)
+                raise AssertionError(
+                    f"{name!r} is no hook and never called; did you mean {hook!r}? "
+                    "Else begin it with '_'"
+                )
         for name in self.trains_on():
-            observer, training = Observer(), self.train(name)
+            observer = Observer()
+            training = self.train(name)
             training.attachment.engine.registry.register(observer)
             training.run()
             for correction in training.attachment.corrections:
-                acts = {"after_step", *(HOOK_OF_STAGE[stage] for stage in correction.needs.stages)}
-                for hook in (
-                    "predict_weights",
-                    "correct_gradients",
-                    "correct_moments",
-                    "after_step",
-                ):
-                    wanted = self.problem.steps * (hook in acts and hasattr(correction, hook))
-                    seen = observer.calls[correction.name, hook]
-                    require(
-                        seen == wanted,
-                        f"on {name}, {hook!r} ran {seen} times in {self.problem.steps} steps",
-                    )
+                self._require_calls(correction, observer, name)
+
+    def _require_calls(self, correction: Correction, observer: Observer, name: str) -> None:
+        """Fail unless each hook of a correction ran once per step, and no other did."""
+        acts = {"after_step", *(HOOK_OF_STAGE[stage] for stage in correction.needs.stages)}
+        steps = self.problem.steps
+        for hook in HOOKS_OF_A_STEP:
+            seen = observer.calls[correction.name, hook]
+            runs = hook in acts and hasattr(correction, hook)
+            wanted = steps if runs else 0
+            require(seen == wanted, f"on {name}, {hook!r} ran {seen} times in {steps} steps")
 
     @clause("reference")
     def test_training_is_that_of_the_reference(self) -> None:
-        """Weights after every step are those of the author's reference, with optimizers written out, in float64."""
+        """Weights after every step are the reference's, in float64, with optimizers written out."""
         if self.reference is None:
             skip("the suite gives no reference")
         followed = [n for n, make in self.trains_on().items() if can_follow(without_regrad(make))]
         if not followed:
             skip(
-                "the kit has no written-out optimizer among those of the suite; it has torch's SGD and AdamW"
+                "the kit has no written-out optimizer among those of the suite; "
+                "it has torch's SGD and AdamW"
             )
         if len(self.make()) > 1:
             skip("several corrections together have no single reference; each has its own suite")
@@ -132,9 +140,8 @@ class RuleClauses(Settings):
             (correction,) = training.attachment.corrections
             told = (self.reference, correction.needs.stages, correction.options)
             wanted = ReferenceTraining(self.problem, training.optimizer, *told).run()
-            for index, (got, want) in enumerate(
-                zip(training.run().weights_after, wanted, strict=True)
-            ):
+            pairs = zip(training.run().weights_after, wanted, strict=True)
+            for index, (got, want) in enumerate(pairs):
                 require_same(got, want, f"on {name}, after step {index}", tolerance=self.tolerance)
 
     @clause("effect")
@@ -150,34 +157,28 @@ class RuleClauses(Settings):
             for correction in training.attachment.corrections:
                 if correction.needs.stages == ("hidden",):
                     continue
-                rates = [
-                    metrics.get(f"{correction.name}/{s}/trigger_rate", 0.0)
-                    for s in correction.needs.stages
-                ]
-                require(
-                    any(rates), f"on {name} the effect meter saw {correction.name!r} change nothing"
-                )
+                keys = [f"{correction.name}/{s}/trigger_rate" for s in correction.needs.stages]
+                acted = any(metrics.get(key, 0.0) for key in keys)
+                require(acted, f"on {name} the effect meter saw {correction.name!r} change nothing")
 
     @clause("no effect")
     def test_at_its_neutral_setting_it_changes_no_bit(self) -> None:
-        """With the options `no_effect` training is bit for bit what it is without the correction."""
+        """With the options `no_effect` training is, bit for bit, the uncorrected one."""
         if self.no_effect is None:
             skip("the suite names no neutral setting (no_effect)")
         for name in self.trains_on():
             neutral = self.train(name, self.no_effect).run()
             pairs = zip(neutral.weights_after, self.plain(name).weights_after, strict=True)
             for index, (got, want) in enumerate(pairs):
-                require_same(
-                    got, want, f"on {name}, with {dict(self.no_effect)}, after step {index}"
-                )
+                what = f"on {name}, with {dict(self.no_effect)}, after step {index}"
+                require_same(got, want, what)
 
     @clause("invariances")
     def test_neither_the_order_of_rows_nor_the_kind_of_loop_in_the_optimizer_matters(self) -> None:
-        """The rows of a batch in the opposite order, and the optimizer's foreach form, give the same training."""
+        """Rows in the opposite order, and the optimizer's foreach form, give the same training."""
         for name in self.trains_on():
-            self.require_as_corrected(
-                name, self.train(name).run(backwards=True), "with rows in another order", MORE
-            )
+            backwards = self.train(name).run(backwards=True)
+            self.require_as_corrected(name, backwards, "with rows in another order", MORE)
             try:
                 foreach = self.train(name, foreach=True)
             except TypeError:  # an optimizer without such a form
@@ -186,9 +187,10 @@ class RuleClauses(Settings):
 
     @clause("in place")
     def test_gradients_are_changed_in_place_and_never_kept(self) -> None:
-        """`.grad` stays the same tensor, weights stay where they are, and clearing in place changes nothing."""
+        """`.grad` stays the same tensor, no weight moves, and clearing in place changes nothing."""
         for name in self.trains_on():
-            observer, training = Observer(), self.train(name)
+            observer = Observer()
+            training = self.train(name)
             training.attachment.engine.registry.register(observer)
             training.run()
             require(
@@ -208,39 +210,37 @@ class RuleClauses(Settings):
         for name in self.trains_on():
             again = self.train(name).run()
             self.require_as_corrected(name, again, "a second time")
-            states = [training.correction_state() for training in (again, self.corrected(name))]
-            require(
-                same_bits(*states), f"on {name} the correction's state differs in a second training"
-            )
+            same = same_bits(again.correction_state(), self.corrected(name).correction_state())
+            require(same, f"on {name} the correction's state differs in a second training")
 
     @clause("paired seeds")
     def test_no_global_random_number_is_drawn(self) -> None:
-        """Attach, every step, metrics and receipt leave Python's and torch's global random numbers alone."""
+        """Attach, steps, metrics and receipt leave the global random numbers alone."""
         for name in self.trains_on():
             with torch.random.fork_rng(devices=[]):
-                before = _global_random_state()
-                training = self.train(name)
-                require(
-                    same_bits(before, _global_random_state()),
-                    f"on {name} attaching drew a global random number",
-                )
-                for index in range(self.problem.steps):
-                    training.run([index])
-                    drawn = not same_bits(before, _global_random_state())
-                    require(
-                        not drawn,
-                        f"on {name} a global random number was drawn in step {index}: batches differ",
-                    )
-                training.attachment.metrics()
-                training.attachment.receipt()
-                require(
-                    same_bits(before, _global_random_state()),
-                    f"on {name} asking for metrics drew one",
-                )
+                self._require_nothing_drawn(name)
+
+    def _require_nothing_drawn(self, name: str) -> None:
+        """Train on one optimizer; fail when the state of a global generator changes."""
+        before = global_random_state()
+
+        def require_unchanged(message: str) -> None:
+            require(same_bits(before, global_random_state()), message)
+
+        training = self.train(name)
+        require_unchanged(f"on {name} attaching drew a global random number")
+        for index in range(self.problem.steps):
+            training.run([index])
+            require_unchanged(
+                f"on {name} a global random number was drawn in step {index}: batches differ"
+            )
+        training.attachment.metrics()
+        training.attachment.receipt()
+        require_unchanged(f"on {name} asking for metrics drew one")
 
     @clause("registration order")
     def test_neither_the_order_of_parameters_nor_that_of_observers_matters(self) -> None:
-        """Parameters in the opposite order or in two groups, and an observer more, give the same training."""
+        """Parameters in another order or two groups, or one more observer, change nothing."""
         for name in self.trains_on():
             for order in ("reversed", "groups"):
                 other = self.train(name, order=order).run()
@@ -251,7 +251,7 @@ class RuleClauses(Settings):
 
     @clause("report")
     def test_metrics_are_numbers_and_the_receipt_is_json(self) -> None:
-        """Metrics are finite floats, the receipt goes through JSON unchanged, and `print` shows the options."""
+        """Metrics are finite floats, the receipt survives JSON, and `print` shows the options."""
         for name in self.trains_on():
             attachment = self.corrected(name).attachment
             for key, value in attachment.metrics().items():
@@ -280,7 +280,8 @@ class RuleClauses(Settings):
             )
 
 
-def _global_random_state() -> list[Any]:
+def global_random_state() -> list[Any]:
+    """Return the state of Python's and torch's global generators."""
     state = [torch.get_rng_state(), list(random.getstate()[1])]
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state.append(torch.cuda.get_rng_state())

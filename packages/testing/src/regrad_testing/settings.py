@@ -113,30 +113,27 @@ class Settings(SuiteBase):
         """
         if "trains_on" not in cls._kept:
             reasons = {name: cls._refusal(make) for name, make in cls.optimizers.items()}
-            cls._kept["trains_on"] = {
-                n: make for n, make in cls.optimizers.items() if reasons[n] is None
-            }
+            accepted = {n: make for n, make in cls.optimizers.items() if reasons[n] is None}
             told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            require(
-                cls._kept["trains_on"],
-                f"attaching is refused on every optimizer of the suite: {told}",
-            )
+            require(accepted, f"attaching is refused on every optimizer of the suite: {told}")
+            cls._kept["trains_on"] = accepted
         return dict(cls._kept["trains_on"])
 
     @classmethod
     def _refusal(cls, make: MakeOptimizer) -> str | None:
+        """Return why attaching is refused on an optimizer, or None."""
         model = cls.problem.make_model()
+        optimizer = make(list(model.parameters()))
+        criterion = type(cls.problem).criterion
         try:
-            regrad.attach(
-                model, make(list(model.parameters())), cls.make(), type(cls.problem).criterion
-            ).detach()
+            regrad.attach(model, optimizer, cls.make(), criterion).detach()
         except RegradError as refusal:
             return str(refusal)
         return None
 
     @classmethod
     def train(cls, name: str, options: Mapping[str, Any] | None = None, **how: Any) -> Training:
-        """Return a training on the optimizer `name` with the correction attached, before its first step."""
+        """Return a training on the optimizer `name` with the correction, before its first step."""
         return Training(cls.problem, cls.optimizers[name], cls.make(**(options or {})), **how)
 
     @classmethod

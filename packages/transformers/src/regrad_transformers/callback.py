@@ -8,7 +8,7 @@ from typing import Any
 
 import regrad
 from regrad import optimizer_state
-from regrad.errors import RegradError, refuse_if
+from regrad.errors import RegradError
 from regrad.inside import CrossEntropyInside
 from regrad.module_hooks import add_hook
 from regrad.registry import as_list, create_all
@@ -24,36 +24,36 @@ PREFIX = "regrad/"
 ANEW = "RegradCallback(…, restore=False) begins corrections anew"
 WITHOUT = f"checkpoint must be of a training with corrections, got one without; {ANEW}"
 SHARDS = (
-    "checkpoints must not be of shards, whose corrections this callback cannot save; pass save_strategy='no' or "
-    "save_only_model=True"
+    "checkpoints must not be of shards, whose corrections this callback cannot save; "
+    "pass save_strategy='no' or save_only_model=True"
 )
 NO_CROSS_ENTROPY = (
-    "{} corrects cross entropy, and the first training batch had none that it could reach: where the "
-    "model is compiled, or returns no loss, pass Trainer(…, callbacks=[callback], "
-    "compute_loss_func=callback.compute_loss); where the loss is another (regression, several labels "
-    "per row, a fused one), leave {} out, or call callback.criterion in a compute_loss_func of your own"
+    "{} corrects cross entropy, and the first training batch had none that it could reach: "
+    "where the model is compiled, or returns no loss, pass Trainer(…, callbacks=[callback], "
+    "compute_loss_func=callback.compute_loss); where the loss is another (regression, several "
+    "labels per row, a fused one), leave {} out, or call callback.criterion in a "
+    "compute_loss_func of your own"
 )
 NEEDS_WIRE = (
     "{} corrects cross entropy, and the Trainer computes {} beside the model; pass Trainer(…, "
     "callbacks=[callback], compute_loss_func=callback.compute_loss), or callback.add_to(trainer)"
 )
 ONE_MICRO_BATCH = (
-    "compute_loss must know how many micro-batches the Trainer divides the loss of {} by, and it does "
-    f"not; {loss.INSIDE}"
+    "compute_loss must know how many micro-batches the Trainer divides the loss of {} by, "
+    f"and it does not; {loss.INSIDE}"
 )
 
 
 class RegradCallback(TrainerCallback):
-    """Attach corrections when a `transformers.Trainer` begins to train, and detach them when it ends.
+    """Attach corrections when a `transformers.Trainer` begins to train, and detach at the end.
 
     A correction of the criterion acts on every cross entropy that the model computes
     in its own training forward, so the loss stays the model's own in all else. Their
     state is in every checkpoint, within the optimizer's (`optimizer.pt`), and is
     restored by `train(resume_from_checkpoint=…)`; the receipt is beside it for people
     (`regrad.json`). What each really changed is in the Trainer's logs, under "regrad/".
-    Corrections act on
-    gradients that are accumulated, averaged over processes and clipped by
-    `max_grad_norm`. Every `train()` begins them anew unless it resumes.
+    Corrections act on gradients that are accumulated, averaged over processes and
+    clipped by `max_grad_norm`. Every `train()` begins them anew unless it resumes.
 
     Args:
         corrections: As for `regrad.attach`.
@@ -109,16 +109,14 @@ class RegradCallback(TrainerCallback):
     def criterion(self) -> Callable[..., Tensor]:
         """The criterion for a `compute_loss_func` of your own; ask for it at every call."""
         self._was_called = True
-        return (
-            self.attachment.criterion
-            if self.attachment is not None and self._needed
-            else self._plain
-        )
+        if self.attachment is not None and self._needed:
+            return self.attachment.criterion
+        return self._plain
 
     def compute_loss(
         self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the cross entropy that the Trainer would use without this; give it as `compute_loss_func`.
+        """Return the cross entropy that the Trainer would use: give it as `compute_loss_func`.
 
         For what is computed beside the model: `label_smoothing_factor`, or a
         `criterion` of your own. The model's target is learnt from the first training
@@ -151,7 +149,7 @@ class RegradCallback(TrainerCallback):
         )
 
     def _learn_target(self, labels: Any, items: Tensor | int | None) -> loss.Target:
-        """Return what the Trainer would compare the logits with; kept once a training batch has told."""
+        """Return what the Trainer would compare logits with, kept once a training batch told."""
         if self._inside is not None:  # the loss is computed here
             self._inside.remove()
             self._inside = None
@@ -168,9 +166,9 @@ class RegradCallback(TrainerCallback):
             target = loss.Target(self._shifts and has_positions, counts=True)
         if inputs is None:  # an evaluation
             return target
-        if items is not None and self._micro_batches > 1 and not target.counts:
-            kind = type(self._model).__name__
-            refuse_if(not loss.accepts_loss_kwargs(self._model), ONE_MICRO_BATCH.format(kind))
+        divides = items is not None and self._micro_batches > 1 and not target.counts
+        if divides and not loss.accepts_loss_kwargs(self._model):
+            raise RegradError(ONE_MICRO_BATCH.format(type(self._model).__name__))
         self._target = target
         return target
 
@@ -215,7 +213,10 @@ class RegradCallback(TrainerCallback):
         )
 
     def detach(self) -> None:
-        """Restore the weights and remove every hook: what the end of training does, for use after an exception."""
+        """Restore the weights and remove every hook, as the end of training does.
+
+        For use after an exception.
+        """
         if self._input_handle is not None:
             self._input_handle.remove()
         if self.attachment is not None:
@@ -224,27 +225,30 @@ class RegradCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Note the model and its settings, so that evaluation without training is right too."""
         self._model = None if model is None else innermost_module(model)
-        self._target = self._inputs = self._shifts = None
+        self._target = None
+        self._inputs = None
+        self._shifts = None
         self._smoothing = float(args.label_smoothing_factor)
         self._micro_batches = args.gradient_accumulation_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Attach, and restore the corrections' state where training goes on."""
         self.detach()
-        model, optimizer = objects["model"], objects["optimizer"]
+        model = objects["model"]
+        optimizer = objects["optimizer"]
         self.on_init_end(args, state, control, model=model)
         resumable = args.save_strategy != "no" and not args.save_only_model
-        refuse_if(resumable and any(is_sharded(p) for p in model.parameters()), SHARDS)
+        if resumable and any(is_sharded(p) for p in model.parameters()):
+            raise RegradError(SHARDS)
         groups = innermost_optimizer(optimizer).param_groups
         if not self._restore:
             optimizer_state.take_out(groups)
         is_carried = optimizer_state.carries(groups)
         if state.global_step and self._restore and not is_carried:
             raise RegradError(WITHOUT)
+        criterion = self._plain if self._needed else None
         try:
-            self.attachment = regrad.attach(
-                model, optimizer, self._made(), self._plain if self._needed else None
-            )
+            self.attachment = regrad.attach(model, optimizer, self._made(), criterion)
         except RegradError as problem:
             if not is_carried:
                 raise
@@ -253,7 +257,7 @@ class RegradCallback(TrainerCallback):
         self._was_called = False
 
     def _watch(self, attachment: regrad.Attachment) -> None:
-        """Correct the loss inside the model, and keep what `compute_loss` needs if it is called instead."""
+        """Correct the loss inside the model, and keep what `compute_loss` needs."""
         model = attachment.model
         acts_inside = self._needed and not self._has_own_criterion
         self._inside = CrossEntropyInside(attachment) if acts_inside else None
@@ -282,14 +286,14 @@ class RegradCallback(TrainerCallback):
             storage.write_receipt(folder, self.attachment.receipt())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Add what each correction changed to a log of training, for the history and the callbacks after this."""
-        training = logs is not None and ("loss" in logs or "train_loss" in logs)
-        if training and self.attachment is not None and f"{PREFIX}steps_applied" not in logs:
-            found = {f"{PREFIX}{name}": value for name, value in self.attachment.metrics().items()}
-            logs.update(found)
-            state.log_history[-1].update(
-                found
-            )  # the Trainer has copied its logs there before it tells callbacks
+        """Add what each correction changed to a log of training, and to the history."""
+        is_training = logs is not None and ("loss" in logs or "train_loss" in logs)
+        if not is_training or self.attachment is None or f"{PREFIX}steps_applied" in logs:
+            return
+        found = {f"{PREFIX}{name}": value for name, value in self.attachment.metrics().items()}
+        logs.update(found)
+        # The Trainer has copied its logs there before it tells callbacks.
+        state.log_history[-1].update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach, and write the receipt beside the checkpoints."""

@@ -19,11 +19,12 @@ from transformers.trainer_utils import unwrap_peft_model
 IGNORED = -100
 INSIDE = "leave compute_loss_func out, then the correction acts inside of the model"
 OWN_LOSS = (
-    f"{INSIDE}, or write a compute_loss_func of your own that calls callback.criterion for the part "
-    "that is cross entropy"
+    f"{INSIDE}, or write a compute_loss_func of your own that calls callback.criterion for the "
+    "part that is cross entropy"
 )
-QUESTION, ANSWER = (2, 3, 3, 2, 3), (0, 0, 0, 0, 0)
-"""Tokens and labels on which a model is asked for its own loss: every model has these classes."""
+# A model is asked for its own loss on these tokens and labels: every model has these classes.
+QUESTION = (2, 3, 3, 2, 3)
+ANSWER = (0, 0, 0, 0, 0)
 
 
 class Target(NamedTuple):
@@ -53,7 +54,8 @@ def shifts_labels(model: Any) -> bool:
     """
     if isinstance(model, nn.Module):
         weight = next(model.parameters(), torch.zeros(()))
-        tokens, labels = (torch.tensor([row], device=weight.device) for row in (QUESTION, ANSWER))
+        tokens = torch.tensor([QUESTION], device=weight.device)
+        labels = torch.tensor([ANSWER], device=weight.device)
         try:
             target = own_target(model, (), {"input_ids": tokens}, labels)
         except (RegradError, TypeError, ValueError, RuntimeError, LookupError, AttributeError):
@@ -75,7 +77,7 @@ def accepts_loss_kwargs(model: nn.Module) -> bool:
 
 
 def smoothed_target(model: nn.Module) -> Target:
-    """Return the target that the Trainer itself takes where it smooths labels, which it decides by class."""
+    """Return the target that the Trainer takes where it smooths labels, by the model's class."""
     name = type(_without_adapters(model)).__name__
     shift = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return Target(shift, counts=accepts_loss_kwargs(model))
@@ -85,7 +87,7 @@ def smoothed_target(model: nn.Module) -> Target:
 def own_target(
     model: nn.Module, arguments: tuple[Any, ...], inputs: Mapping[str, Any], labels: Tensor
 ) -> Target | None:
-    """Return the target of the model's own loss on one batch, found by comparing with each that is possible.
+    """Return the target of the model's own loss on one batch, found by comparing with each.
 
     Args:
         model: The innermost module. Its weights, buffers and modes, and the random
@@ -114,13 +116,7 @@ def own_target(
     own = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
     if not isinstance(outputs, dict):
         outputs = outputs[1:]
-    counts = (False,) if items is None else (False, True)
-    found = {}
-    for target in itertools.starmap(Target, itertools.product((False, True), counts)):
-        count = items if target.counts else None
-        found[target] = cross_entropy(
-            F.cross_entropy, outputs, labels, count, shift=target.shift, label_smoothing=0.0
-        )
+    found = _losses_of_targets(outputs, labels, items)
     far = {target: (loss - own).abs().item() for target, loss in found.items()}
     nearest = min(far, key=lambda target: far[target])
     # a model in half precision may sum its loss there; untrained ones have all losses near log C
@@ -134,6 +130,24 @@ def own_target(
     if any(far[other] == far[nearest] for other in far if other.shift != nearest.shift):
         return None
     return nearest
+
+
+def _losses_of_targets(
+    outputs: Any, labels: Tensor, items: Tensor | int | None
+) -> dict[Target, Tensor]:
+    """Return the cross entropy with every target that is possible."""
+    counts = (False,) if items is None else (False, True)
+    found = {}
+    for shift, is_counted in itertools.product((False, True), counts):
+        found[Target(shift, is_counted)] = cross_entropy(
+            F.cross_entropy,
+            outputs,
+            labels,
+            items if is_counted else None,
+            shift=shift,
+            label_smoothing=0.0,
+        )
+    return found
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
@@ -157,6 +171,7 @@ def _nothing_changed(model: nn.Module) -> Iterator[None]:
 
 
 def _logits_of(outputs: Any) -> Tensor:
+    """Return the logits among a model's outputs."""
     logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
     return logits
 
@@ -196,7 +211,8 @@ def cross_entropy(
     if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
         got = "none" if labels is None else f"{list(labels.shape)} of {labels.dtype}"
         raise RegradError(
-            f"labels must be class indices of shape {list(logits.shape[:-1])}, got {got}; {OWN_LOSS}"
+            f"labels must be class indices of shape {list(logits.shape[:-1])}, "
+            f"got {got}; {OWN_LOSS}"
         )
     if isinstance(outputs, dict) and outputs.get("aux_loss") is not None:
         raise RegradError(
@@ -216,4 +232,6 @@ def cross_entropy(
     )
     if items is None:
         return loss
-    return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
+    if isinstance(items, Tensor):
+        items = items.to(loss.device)
+    return loss / items

@@ -16,13 +16,13 @@ RECEIPT = "regrad.json"
 def write_receipt(folder: Path, receipt: Mapping[str, Any]) -> None:
     """Write what really happened into a folder, for people.
 
-    It is written aside, forced to the disk, and renamed: a kill leaves the file that was there, or none.
+    A kill leaves the file that was there, or none.
     """
     _write(folder / RECEIPT, json.dumps(receipt, indent=1).encode())
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write aside, force it to the disk, and rename: a kill leaves the file that was there, or none.
+    """Write aside, force it to the disk, and rename.
 
     The name aside cannot be foreseen, and is never opened through a link.
     """

@@ -25,7 +25,7 @@ def load(
     train_size: int | None = None,
     detectors: int = 4,
 ) -> DecayWorkload:
-    """Return samples of up to 2.5 mean lifetimes, whose decays several detectors of different size count.
+    """Return samples of up to 2.5 mean lifetimes, whose decays several detectors count.
 
     Args:
         seed_of_split: Fixes every sample, at least 0.
@@ -74,18 +74,17 @@ class DecayWorkload(Workload):
     def build_model(
         self, name: str, *, width: int = 32, layers: int = 1, seed: int = 0
     ) -> nn.Module:
-        """Return a network with `layers` hidden layers of `width`: `--model mlp:layers=2 --width 16`."""
+        """Return a network with hidden layers, as `--model mlp:layers=2 --width 16` asks for."""
         if name != "mlp":
             raise ValueError(f"no model named {name!r} for workload 'decay'; there is mlp")
         sizes = [self.detectors, *[width] * layers]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                seed
-            )  # torch.manual_seed would seed every device's generator as well
-            hidden = [(nn.Linear(before, after), nn.Tanh()) for before, after in pairwise(sizes)]
-            return nn.Sequential(
-                *(module for pair in hidden for module in pair), nn.Linear(sizes[-1], 1)
-            )
+            # torch.manual_seed would seed every device's generator as well.
+            torch.default_generator.manual_seed(seed)
+            parts: list[nn.Module] = []
+            for before, after in pairwise(sizes):
+                parts += [nn.Linear(before, after), nn.Tanh()]
+            return nn.Sequential(*parts, nn.Linear(sizes[-1], 1))
 
     def model_settings(self, name: str) -> dict[str, int]:
         """Return the width that a model has unless told otherwise."""

@@ -34,17 +34,26 @@ from regrad_runner.results.points import Point
 from regrad_runner.training.position import Position
 from regrad_runner.training.run import TrainingRun
 
-KEPT = 2
+CHECKPOINTS_KEPT = 2
 LONGEST_REASON = 200
-LARGEST_NUMBER = 2**53  # up to which every whole number is a float
+LARGEST_WHOLE_NUMBER = 2**53  # up to which every whole number is a float
+# What is raised by a checkpoint whose content is of another kind than was written.
+UNFIT_CONTENT = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
 Value = TypeVar("Value")
 
 
-def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = KEPT) -> Path:
+def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_KEPT) -> Path:
     """Write where a run is, so that it can be continued exactly.
 
-    The checkpoint is written under another name, forced to the disk and renamed: a kill leaves it whole or absent.
-    Call it on every process; the first one writes.
+    The checkpoint is written under another name, forced to the disk and renamed: a kill leaves it
+    whole or absent. Call it on every process; the first one writes.
 
     Args:
         run: After an optimizer step.
@@ -52,17 +61,18 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = KEPT) -> Path
         keep: How many of the last checkpoints stay, at least 1.
 
     Returns:
-        The checkpoint's folder: `tensors.pt`, which `torch.load(weights_only=True)` reads, `state.json`,
-        `receipt.json`, and `checksums.json` of these three.
+        The checkpoint's folder: `tensors.pt`, which `torch.load(weights_only=True)` reads,
+        `state.json`, `receipt.json`, and `checksums.json` of these three.
 
     Raises:
-        RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold, or if the disk
-            does not take it.
+        RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold,
+            or if the disk does not take it.
     """
     done = run.position.batch % run.config.accumulate
     if done:
         raise RegradError(
-            f"checkpoint must be saved after an optimizer step, got micro-batch {done} of {run.config.accumulate}"
+            "checkpoint must be saved after an optimizer step, "
+            f"got micro-batch {done} of {run.config.accumulate}"
         )
     content = _content(run)
     return _on_first(
@@ -71,19 +81,22 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = KEPT) -> Path
 
 
 def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
-    """Put a run where it was when `path` was written. Call it on every process; the first one reads.
+    """Put a run where it was when `path` was written.
+
+    Call it on every process; the first one reads.
 
     Args:
         run: Freshly made, of the same configuration; the number of processes may be another.
         path: A checkpoint's folder.
 
     Returns:
-        What is no longer exact, in words: nothing with as many processes as then. And where the data were, if they
-        were moved.
+        What is no longer exact, in words: nothing with as many processes as then. And where the
+        data were, if they were moved.
 
     Raises:
-        RegradError: If the checkpoint is damaged, of another format or would run code, if settings, parameters, the
-            optimizer's options or corrections differ, or if weights are not finite; says what, there and here.
+        RegradError: If the checkpoint is damaged, of another format or would run code, if settings,
+            parameters, the optimizer's options or corrections differ, or if weights are not finite;
+            says what, there and here.
     """
     return _take(run, _on_first(run.accelerator, lambda: read_checkpoint(path)))
 
@@ -96,10 +109,12 @@ def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]
         folder: Holds the run's checkpoints, or does not exist.
 
     Returns:
-        The checkpoint, and what is to be told: damaged ones that were passed over, what is no longer exact.
+        The checkpoint, and what is to be told: damaged ones that were passed over, what is no
+        longer exact.
 
     Raises:
-        RegradError: If there are checkpoints and none of them is whole, or as for `load_checkpoint`.
+        RegradError: If there are checkpoints and none of them is whole, or as for
+            `load_checkpoint`.
     """
     found = _on_first(run.accelerator, lambda: read_latest(folder))
     if found is None:
@@ -110,15 +125,15 @@ def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]
 
 def _content(run: TrainingRun) -> Content:
     """Collect everything; what is sharded is whole on the first process alone."""
-    model, scaler = run.accelerator.unwrap_model(run.model), run.accelerator.scaler
+    model = run.accelerator.unwrap_model(run.model)
+    scaler = run.accelerator.scaler
     corrections = corrections_state(run.attachment)
+    own = {"random": random_state(), "loss_sum": run.loss_sum.item()}
     tensors = {
         "model": model_state(model),
         "optimizer": optimizer_state(model, run.optimizer.optimizer),
         "corrections": {key: value for key, value in corrections.items() if key != "receipt"},
-        "of_each_process": gather_object(
-            [{"random": random_state(), "loss_sum": run.loss_sum.item()}]
-        ),
+        "of_each_process": gather_object([own]),
     }
     state = {
         "identity": identity(run),
@@ -143,14 +158,7 @@ def _take(run: TrainingRun, content: Content) -> list[str]:
         return _take_all(run, content)
     except RegradError:
         raise
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as problem:
+    except UNFIT_CONTENT as problem:
         why = " ".join(str(problem).split())[:LONGEST_REASON]
         raise RegradError(
             f"checkpoint must hold what this run needs, got {type(problem).__name__}: {why}"
@@ -158,20 +166,13 @@ def _take(run: TrainingRun, content: Content) -> list[str]:
 
 
 def _take_all(run: TrainingRun, content: Content) -> list[str]:
-    """Put everything back; what may refuse comes first."""
-    tensors, state = content.tensors, content.state
+    """Put everything back; what may be refused comes first."""
+    tensors = content.tensors
+    state = content.state
     lines = check_settings(run, state)
     check_tensors(run, tensors, state)
     position = _position(run, state)
-    fresh = run.scheduler.state_dict()
-    scheduler = _alike(state["scheduler"], fresh, "scheduler")
-    if (
-        scheduler["base_lrs"] != fresh["base_lrs"]
-        or not 0 <= scheduler["last_epoch"] <= position.step
-    ):
-        raise RegradError(
-            f"checkpoint must hold the scheduler of this run at step {position.step}, got {scheduler}"
-        )
+    scheduler = _scheduler_state(run, state, position)
     check_optimizer(run, tensors["optimizer"]["groups"], scheduler["last_epoch"])
     model = run.accelerator.unwrap_model(run.model)
     load_model(model, tensors["model"])
@@ -181,77 +182,105 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
     run.scheduler.load_state_dict(scheduler)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.watch.load_state_dict(_alike(state["watch"], run.watch.state_dict(), "watch"))
-    run.position = position
-    run.begin_lap()
+    run.watch.load_state_dict(_checked(state["watch"], run.watch.state_dict(), "watch"))
+    run.continue_from(position)
     return [*lines, *_take_own(run, tensors["of_each_process"])]
 
 
 def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:
-    """Return how far the run was, or raise `RegradError` where a run of this configuration cannot be."""
-    step, epoch, batch = (state[name] for name in ("step", "epoch", "batch"))
-    per_step = run.config.accumulate
-    if not all(type(number) is int and number >= 0 for number in (step, epoch, batch)) or not (
-        step * per_step == epoch * run.steps_per_epoch * per_step + batch
-        and step <= run.total_steps
-    ):
+    """Return how far the run was, or raise `RegradError` if this one cannot come there."""
+    step = state["step"]
+    epoch = state["epoch"]
+    batch = state["batch"]
+    if not _is_place(run, step, epoch, batch):
         place = f"step {step!r}, epoch {epoch!r}, batch {batch!r}"
         raise RegradError(
             f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps"
         )
     like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0, seconds=0.0))
-    points = [Point(**_alike(point, like, "points")) for point in state["points"]]
-    return Position(
-        step, epoch, batch, seconds=_alike(state["seconds"], 0.0, "seconds"), points=points
-    )
+    points = [Point(**_checked(point, like, "points")) for point in state["points"]]
+    seconds = _checked(state["seconds"], 0.0, "seconds")
+    return Position(step, epoch, batch, seconds=seconds, points=points)
 
 
-def _alike(value: Any, like: Any, what: str) -> Any:
-    """Return a value of JSON, or raise `RegradError` unless it has the shape and the types of another."""
-    if isinstance(like, dict):
-        same = isinstance(value, dict) and value.keys() == like.keys()
-        pairs = [(value[key], like[key]) for key in like] if same else []
-    elif isinstance(like, list):
-        same = isinstance(value, list) and len(value) == len(like)
-        pairs = list(zip(value, like, strict=True)) if same else []
-    else:
-        number = isinstance(like, float) and type(value) is int
-        fits = type(value) is not int or abs(value) < LARGEST_NUMBER
-        same, pairs = fits and (number or type(value) is type(like)), []
-    if not same:
+def _is_place(run: TrainingRun, step: Any, epoch: Any, batch: Any) -> bool:
+    """Say whether a run of these settings comes to this step, epoch and micro-batch."""
+    if not all(type(number) is int and number >= 0 for number in (step, epoch, batch)):
+        return False
+    per_step = run.config.accumulate
+    per_epoch = run.steps_per_epoch * per_step
+    return bool(step * per_step == epoch * per_epoch + batch and step <= run.total_steps)
+
+
+def _scheduler_state(
+    run: TrainingRun, state: Mapping[str, Any], position: Position
+) -> dict[str, Any]:
+    """Return the scheduler's state; raise `RegradError` if it is not of this run and position."""
+    fresh = run.scheduler.state_dict()
+    saved: dict[str, Any] = _checked(state["scheduler"], fresh, "scheduler")
+    is_of_run = saved["base_lrs"] == fresh["base_lrs"]
+    if not is_of_run or not 0 <= saved["last_epoch"] <= position.step:
+        raise RegradError(
+            f"checkpoint must hold the scheduler of this run at step {position.step}, got {saved}"
+        )
+    return saved
+
+
+def _checked(value: Any, like: Any, what: str) -> Any:
+    """Return a value of JSON; raise `RegradError` unless it has the shape and types of another."""
+    if not _is_alike(value, like):
         raise RegradError(
             f"checkpoint must hold the {what} of this run, got {str(value)[:LONGEST_REASON]}"
         )
-    for one, other in pairs:
-        _alike(one, other, what)
+    if isinstance(like, dict):
+        for key in like:
+            _checked(value[key], like[key], what)
+    elif isinstance(like, list):
+        for one, other in zip(value, like, strict=True):
+            _checked(one, other, what)
     return value
 
 
+def _is_alike(value: Any, like: Any) -> bool:
+    """Say whether a value of JSON is of the kind of another; what is in them is not compared."""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and value.keys() == like.keys()
+    if isinstance(like, list):
+        return isinstance(value, list) and len(value) == len(like)
+    if type(value) is int:
+        is_number = type(like) is int or isinstance(like, float)
+        return is_number and abs(value) < LARGEST_WHOLE_NUMBER
+    return type(value) is type(like)
+
+
 def _take_own(run: TrainingRun, then: Sequence[Any]) -> list[str]:
-    """Put back what each process has for itself; with another number of processes, what comes closest."""
-    now, index = run.accelerator.num_processes, run.accelerator.process_index
+    """Put back what each process has for itself; for another number of them what comes closest."""
+    now = run.accelerator.num_processes
+    index = run.accelerator.process_index
     set_random_state(then[index % len(then)]["random"])
     if len(then) == now:
         run.loss_sum.fill_(then[index]["loss_sum"])
         return []
     run.loss_sum.fill_(sum(own["loss_sum"] for own in then) / len(then))
     return [
-        f"the checkpoint is of {len(then)} processes and goes on with {now}: the same images in the same order, but "
-        "sums in another order (the last digits differ), statistics of batch normalisation over other parts of a "
-        "batch, and other random numbers where a model or correction draws them"
+        f"the checkpoint is of {len(then)} processes and goes on with {now}: "
+        "the same images in the same order, but sums in another order (the last digits differ), "
+        "statistics of batch normalisation over other parts of a batch, "
+        "and other random numbers where a model or correction draws them"
     ]
 
 
 def _on_first(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
-    """Do something on the first process and return on every process what came out, or raise there what went wrong."""
-    outcome: list[Any] = [None, None]
+    """Do something on the first process; every process returns its result, or raises its error."""
+    shared: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            outcome[0] = action()
+            shared[0] = action()
         except RegradError as problem:
-            outcome[1] = problem
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    result: Value = outcome[0]
+            shared[1] = problem
+    broadcast_object_list(shared)
+    result: Value = shared[0]
+    error: RegradError | None = shared[1]
+    if error is not None:
+        raise error
     return result

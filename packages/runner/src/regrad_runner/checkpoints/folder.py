@@ -1,10 +1,13 @@
-"""The folder of a checkpoint: written whole or not at all, every file with its checksum, the last few kept."""
+"""The folder of a checkpoint: whole or absent, with a checksum of every file.
+
+Written by hand: neither `torch.distributed.checkpoint` nor accelerate's `save_state` puts a whole
+folder in the place of an old one at once, or keeps checksums by which a damaged file is found.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +21,19 @@ from regrad_runner.errors import DiskError
 from regrad_runner.files import (
     check_own_folder,
     folder_aside,
+    move_aside,
     remove_folder,
     remove_left_over,
     whole_file,
 )
 
 FORMAT = 3
-PREFIX, DAMAGED = "step-", "damaged-"
-TENSORS, CHECKSUMS = "tensors.pt", "checksums.json"
+CHECKPOINT_PREFIX = "step-"
+DAMAGED_PREFIX = "damaged-"
+TENSORS = "tensors.pt"
+STATE = "state.json"
+CHECKPOINT_RECEIPT = "receipt.json"
+CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,11 @@ class Content:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the one with the most steps last."""
-    return sorted(folder.glob(f"{PREFIX}*"))
+    return sorted(folder.glob(f"{CHECKPOINT_PREFIX}*"))
 
 
 def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) -> Path:
-    """Write a checkpoint under another name, force it to the disk, rename it, and remove the oldest.
+    """Write a checkpoint, whole or not at all, and remove the oldest.
 
     Args:
         folder: Holds the run's checkpoints; made if it does not exist.
@@ -63,18 +71,19 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
     Raises:
         RegradError: If the disk does not take it; what was there before is as it was.
     """
-    path = folder / f"{PREFIX}{step:08d}"
+    path = folder / f"{CHECKPOINT_PREFIX}{step:08d}"
     check_own_folder(folder)
     try:
         with folder_aside(path) as aside:
             _fill(aside, content)
     except OSError as problem:
         raise DiskError(
-            f"checkpoint must be written, got {problem}; those before it are whole: make room and --resume"
+            f"checkpoint must be written, got {problem}; "
+            "those before it are whole: make room and --resume"
         ) from problem
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
-    remove_left_over(folder, PREFIX)
+    remove_left_over(folder, CHECKPOINT_PREFIX)
     return path
 
 
@@ -82,13 +91,15 @@ def read_checkpoint(path: Path) -> Content:
     """Read a checkpoint without running anything that it holds.
 
     Raises:
-        RegradError: If it is damaged, of another format, or holds more than tensors and plain values.
+        RegradError: If it is damaged, of another format, or holds more than tensors and plain
+            values.
     """
-    fault = fault_of(path)
+    fault = damage_of(path)
     if fault is not None:
         raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
     try:
-        state, receipt = _read_json(path / "state.json"), _read_json(path / "receipt.json")
+        state = _read_json(path / STATE)
+        receipt = _read_json(path / CHECKPOINT_RECEIPT)
     except (ValueError, RecursionError) as problem:
         raise RegradError(
             f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'"
@@ -101,11 +112,13 @@ def read_checkpoint(path: Path) -> Content:
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
+    """Read the tensors of a checkpoint; nothing in them is run."""
     try:
         tensors = torch.load(path / TENSORS, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as problem:
         raise RegradError(
-            f"checkpoint must hold tensors and plain values only, got '{path / TENSORS}', which would run code; "
+            f"checkpoint must hold tensors and plain values only, got '{path / TENSORS}', "
+            "which would run code; "
             "it is not loaded: remove it if you do not know where it comes from"
         ) from problem
     except Exception as problem:
@@ -114,7 +127,8 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         ) from problem
     if not isinstance(tensors, dict):
         raise RegradError(
-            f"checkpoint must hold tensors by name, got {type(tensors).__name__} in '{path / TENSORS}'"
+            f"checkpoint must hold tensors by name, "
+            f"got {type(tensors).__name__} in '{path / TENSORS}'"
         )
     return tensors
 
@@ -125,14 +139,15 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     Damaged ones that come after it are renamed, so that they no longer count.
 
     Returns:
-        Where it is, what it holds, and a line for each damaged one; None where there is no checkpoint.
+        Where it is, what it holds, and a line for each damaged one; None where there is no
+        checkpoint.
 
     Raises:
         RegradError: If all are damaged, or the one to be read is refused.
     """
     faults: list[tuple[Path, str]] = []
     for path in reversed(checkpoints(folder)):
-        fault = fault_of(path)
+        fault = damage_of(path)
         if fault is None:
             content = read_checkpoint(path)
             return path, content, [_set_aside(old, why, instead=path) for old, why in faults]
@@ -145,11 +160,11 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     return None
 
 
-def fault_of(path: Path) -> str | None:
+def damage_of(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None where every file is as it was written."""
     try:
         sums = _read_json(path / CHECKSUMS)
-        for name in (TENSORS, "state.json", "receipt.json"):
+        for name in (TENSORS, STATE, CHECKPOINT_RECEIPT):
             if checksum(path / name) != sums.get(name):
                 return f"{name} is not what was written"
     except FileNotFoundError as problem:
@@ -169,29 +184,32 @@ def _fill(folder: Path, content: Content) -> None:
     """Write the files, and last the checksums: of what the disk took, not of what was meant."""
     with whole_file(folder / TENSORS) as file:
         torch.save(dict(content.tensors), file)
-    _write_json(folder / "state.json", {"format": FORMAT, **content.state})
-    _write_json(folder / "receipt.json", content.receipt)
-    _write_json(
-        folder / CHECKSUMS, {file.name: checksum(file) for file in sorted(folder.iterdir())}
-    )
+    _write_json(folder / STATE, {"format": FORMAT, **content.state})
+    _write_json(folder / CHECKPOINT_RECEIPT, content.receipt)
+    sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+    _write_json(folder / CHECKSUMS, sums)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object to a file of a folder that is written aside."""
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1).encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is a `ValueError`."""
     read = json.loads(path.read_bytes())
     if not isinstance(read, dict):
-        raise ValueError(f"'{path}' must hold a JSON object, got {type(read).__name__}")  # noqa: TRY004 - of the file
+        message = f"'{path}' must hold a JSON object, got {type(read).__name__}"
+        raise ValueError(message)  # noqa: TRY004 - it is the file that is wrong
     return read
 
 
 def _set_aside(path: Path, fault: str, *, instead: Path) -> str:
     """Rename a damaged checkpoint and say so."""
-    kept = path.with_name(DAMAGED + path.name)
-    if os.path.lexists(kept):
-        remove_folder(kept)
-    path.rename(kept)
-    return f"checkpoint {path.name} is damaged: {fault}; it is now '{kept}', and {instead.name} is used instead"
+    kept = path.with_name(DAMAGED_PREFIX + path.name)
+    move_aside(path, kept)
+    return (
+        f"checkpoint {path.name} is damaged: {fault}; "
+        f"it is now '{kept}', and {instead.name} is used instead"
+    )

@@ -1,10 +1,10 @@
-"""Whether a checkpoint is of the run that wants to go on from it: settings, weights, optimizer, all of it finite."""
+"""Whether a checkpoint fits the run that wants to go on from it: settings, weights, optimizer."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from regrad.errors import RegradError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from regrad_runner.checkpoints.states import group_of_names
 from regrad_runner.settings.checking import shown
 from regrad_runner.settings.continuing import WITHOUT_EFFECT_ON_RESULTS
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 # Data may be moved, and corrections are compared with their options by the attachment.
 NOT_COMPARED = WITHOUT_EFFECT_ON_RESULTS | {"data_dir", "corrections"}
 MOVED = "data_dir"
-KEPT = ("model", "optimizer", "corrections")  # of which the inventory says what there is
+INVENTORIED = ("model", "optimizer", "corrections")  # of which the inventory says what there is
 ABSENT = "nothing"
 
 
@@ -44,17 +45,19 @@ def identity(run: TrainingRun) -> dict[str, Any]:
 
 
 def inventory(tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Return number format and shape of every tensor in weights, optimizer and corrections, by its way there.
+    """Return the number format and shape of every tensor in weights, optimizer and corrections.
+
+    Each goes by the way to it, such as "model/fc.weight".
 
     Example:
         >>> inventory({"model": {"fc.weight": torch.zeros(2, 3)}})
         {'model/fc.weight': 'float32 [2, 3]'}
     """
-    return {
-        f"{part}/{way}": _form(tensor)
-        for part in KEPT
-        for way, tensor in _tensors(tensors.get(part, {}))
-    }
+    found: dict[str, str] = {}
+    for part in INVENTORIED:
+        for way, tensor in _tensors(tensors.get(part, {}), part):
+            found[way] = _form(tensor)
+    return found
 
 
 def check_settings(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
@@ -77,18 +80,20 @@ def check_settings(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
             "it is of an earlier version: start anew in another folder"
         )
     now = identity(run)
-    for name in (*now, *(name for name in then if name not in now)):
+    for name in now | then:
         if then.get(name) != now.get(name):
             raise RegradError(
-                f"checkpoint must be of the settings of this run, got {name} {shown(then.get(name))} there and "
-                f"{shown(now.get(name))} here; set it back, or start anew in another folder"
+                f"checkpoint must be of the settings of this run, "
+                f"got {name} {shown(then.get(name))} there and {shown(now.get(name))} here; "
+                "set it back, or start anew in another folder"
             )
     place = state.get(MOVED)
     here = run.config.data_dir
     if place == here:
         return []
     return [
-        f"the data were in {shown(place)} when the checkpoint was written, and are in {shown(here)} now"
+        f"the data were in {shown(place)} when the checkpoint was written, "
+        f"and are in {shown(here)} now"
     ]
 
 
@@ -101,7 +106,8 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
         state: Of the checkpoint, as JSON held it.
 
     Raises:
-        RegradError: If a tensor is missing, added, of another shape or number format, or not finite; names it.
+        RegradError: If a tensor is missing, added, of another shape or number format, or not
+            finite; names it.
     """
     _check_same(state["inventory"], inventory(tensors), "as it was written")
     model = run.accelerator.unwrap_model(run.model)
@@ -109,7 +115,8 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
     held = inventory({"model": tensors["model"]})
     _check_same(needed, held, "of this model")
     weights = {name for name, _ in model.named_parameters()}
-    # Batch normalisation has seen the batches of steps that were skipped: its statistics may be of any size.
+    # Batch normalisation has seen the batches of steps that were skipped: its statistics may be of
+    # any size.
     clean = run.accelerator.scaler is None and state["watch"]["skipped"] == 0
     for name, tensor in _tensors(tensors["model"]):
         if (clean or name in weights) and not tensor.isfinite().all():
@@ -120,7 +127,7 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
 
 
 def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
-    """Compare the options of each group of parameters with those that this run's optimizer was made with.
+    """Compare the options of each group of parameters with those of this run's optimizer.
 
     Args:
         run: That wants to go on.
@@ -132,41 +139,42 @@ def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
     """
     optimizer = run.optimizer.optimizer
     options = inspect.signature(type(optimizer)).parameters.keys() - {"params", "lr"}
-    names = {p: n for n, p in run.accelerator.unwrap_model(run.model).named_parameters()}
+    model = run.accelerator.unwrap_model(run.model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
     factor = run.factor(last_epoch)
-    for index, (group, base) in enumerate(
-        zip(optimizer.param_groups, run.scheduler.scheduler.base_lrs, strict=True)
-    ):
-        here = {names[parameter] for parameter in group["params"]}
-        old = next((g for g in groups if set(g["params"]) == here), None)
+    base_rates = run.scheduler.scheduler.base_lrs
+    for index, group in enumerate(optimizer.param_groups):
+        old = group_of_names(groups, {names[parameter] for parameter in group["params"]})
         if old is None:
             continue  # refused when the optimizer takes its state
         for key in sorted(options & group.keys()):
             if not _same(old.get(key), group[key]):
                 raise RegradError(
-                    f"checkpoint must be of the optimizer of this run, got {key} {shown(old.get(key))} there and "
-                    f"{shown(group[key])} here in group {index}"
+                    f"checkpoint must be of the optimizer of this run, "
+                    f"got {key} {shown(old.get(key))} there and {shown(group[key])} here "
+                    f"in group {index}"
                 )
+        base = base_rates[index]
         for key, rate in (("lr", base * factor), ("initial_lr", base)):
             if not math.isclose(old.get(key, math.nan), rate, rel_tol=1e-9):
                 raise RegradError(
-                    f"checkpoint must be of the learning rates of this run, got {key} {shown(old.get(key))} there "
-                    f"and {rate!r} here in group {index}"
+                    f"checkpoint must be of the learning rates of this run, "
+                    f"got {key} {shown(old.get(key))} there and {rate!r} here in group {index}"
                 )
 
 
 def _check_same(wanted: Mapping[str, str], got: Mapping[str, str], what: str) -> None:
     """Raise a `RegradError` that says how many entries differ, and the first of them."""
-    differing = [
-        name for name in {**wanted, **got} if wanted.get(name, ABSENT) != got.get(name, ABSENT)
-    ]
-    if differing:
-        first = differing[0]
-        others = f" and {len(differing) - 1} more that differ" if len(differing) > 1 else ""
-        raise RegradError(
-            f"checkpoint must hold the tensors {what}, got {got.get(first, ABSENT)} for '{first}' instead of "
-            f"{wanted.get(first, ABSENT)}{others}"
-        )
+    names = {**wanted, **got}
+    differing = [name for name in names if wanted.get(name, ABSENT) != got.get(name, ABSENT)]
+    if not differing:
+        return
+    first = differing[0]
+    others = f" and {len(differing) - 1} more that differ" if len(differing) > 1 else ""
+    raise RegradError(
+        f"checkpoint must hold the tensors {what}, got {got.get(first, ABSENT)} for '{first}' "
+        f"instead of {wanted.get(first, ABSENT)}{others}"
+    )
 
 
 def _tensors(value: Any, way: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -174,20 +182,22 @@ def _tensors(value: Any, way: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield way, value
         return
-    pairs: Any = ()
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
-        pairs = value.items()
+        items = value.items()
     elif isinstance(value, list | tuple):
-        pairs = enumerate(value)
-    for key, item in pairs:
+        items = enumerate(value)
+    for key, item in items:
         yield from _tensors(item, f"{way}/{key}" if way else str(key))
 
 
 def _form(tensor: Tensor) -> str:
+    """Return number format and shape of a tensor in words."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Say whether two values of an option are equal; either may be a tensor."""
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         return bool(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
     return bool(one == other)

@@ -1,4 +1,7 @@
-"""What a shell offers for half a word: from metadata and source files, so that no torch is imported for a keystroke."""
+"""What a shell offers for half a word.
+
+All of it comes from metadata and source files, so that no torch is imported for a keystroke.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,20 @@ import regrad
 from regrad_runner.plugins.sources import names_in_source, torch_optimizers
 
 OWN_MODELS = ("resnet8", "resnet20", "resnet32", "resnet56", "gpt")
+PLUGIN_GROUPS = ("regrad", "regrad.optimizers", "regrad.workloads")
 
 
 def corrections(incomplete: str) -> list[str]:
-    """Return names of corrections, "all" too; behind a "+" those that can be stacked on what stands before it.
+    """Return names of corrections, and "all"; after a "+" those that can be stacked.
 
     Example:
         >>> corrections("al")
         ['all']
     """
     before, plus, last = incomplete.rpartition("+")
-    names = [*_installed("regrad"), *(() if plus else ("all",))]
+    names = _installed("regrad")
+    if not plus:
+        names.append("all")
     return [f"{before}{plus}{name}" for name in _starting(last, names)]
 
 
@@ -34,7 +40,7 @@ def workloads(incomplete: str) -> list[str]:
 
 
 def models(incomplete: str) -> list[str]:
-    """Return names of models: those for small images, the one for text, and torchvision's classifiers."""
+    """Return names of models: for small images, for text, and torchvision's classifiers."""
     builders = names_in_source(
         "torchvision", "models/*.py", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\("
     )
@@ -43,8 +49,10 @@ def models(incomplete: str) -> list[str]:
 
 def plugins(incomplete: str) -> list[str]:
     """Return what `regrad plugins list` lists."""
-    groups = ("regrad", "regrad.optimizers", "regrad.workloads")
-    return _starting(incomplete, [name for group in groups for name in _installed(group)])
+    names: list[str] = []
+    for group in PLUGIN_GROUPS:
+        names += _installed(group)
+    return _starting(incomplete, names)
 
 
 def _installed(group: str) -> list[str]:

@@ -13,10 +13,12 @@ from regrad.distributions import hide_broken
 from regrad.errors import RegradError
 from regrad.text import printable
 
-from regrad_runner.errors import KEPT, format_warning
+from regrad_runner.errors import KEPT_CHARACTERS, format_warning
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 130
-# What a disk answers that is full, read-only or broken: no traceback tells more.
+FAILED = 1
+BAD_INPUT = 2
+STOPPED = 130
+# What a full, read-only or broken disk answers: no traceback tells more.
 OF_THE_DISK = {
     errno.EACCES,
     errno.EDQUOT,
@@ -36,15 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words after the command's name; None for those of the process.
 
     Returns:
-        The exit code: 0, 1 where a run failed, 2 for bad input with nothing written, 130 after Ctrl-C.
+        The exit code: 0; 1 where a run failed; 2 for bad input, with nothing written; 130 after
+        Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:2] == ["plugins", "list"] and set(words[2:]) <= {"--json"}:
-        from regrad_runner.plugins.listing import show_plugins  # noqa: PLC0415 - the parser imports pydantic, this does not
+    if _is_plugins_list(words):
+        # The parser imports pydantic, the list does not.
+        from regrad_runner.plugins.listing import show_plugins  # noqa: PLC0415
 
         show_plugins(as_json="--json" in words)
         return 0
     return _run(words)
+
+
+def _is_plugins_list(words: list[str]) -> bool:
+    return words[:2] == ["plugins", "list"] and set(words[2:]) <= {"--json"}
 
 
 def _run(words: list[str]) -> int:
@@ -52,9 +60,10 @@ def _run(words: list[str]) -> int:
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.cli.app import app  # noqa: PLC0415
-    from regrad_runner.errors import BadInput, in_one_line, in_words  # noqa: PLC0415
+    from regrad_runner.errors import BadInput, error_in_words, in_one_line  # noqa: PLC0415
 
-    # Typer has its own copy of click since some version: its usage error goes by no public name in every one.
+    # Typer has had its own copy of click since some version: in none of them does its usage error
+    # have a public name.
     usage_error: Any = typer.BadParameter.__base__
     warnings.formatwarning = format_warning
     try:
@@ -67,7 +76,7 @@ def _run(words: list[str]) -> int:
     except OSError as problem:
         if problem.errno not in OF_THE_DISK:
             raise
-        return _complain(in_words(problem), code=FAILED)
+        return _complain(error_in_words(problem), code=FAILED)
     except usage_error as problem:
         return _complain(_with_value(problem, words))
     except (typer.Abort, KeyboardInterrupt):
@@ -78,18 +87,30 @@ def _with_value(problem: Any, words: Sequence[str]) -> str:
     """Return what the parser says, with the value that it refused: it names the flag alone."""
     message = str(problem.format_message())
     for flag in getattr(getattr(problem, "param", None), "opts", ()):
-        for word, following in zip(words, [*words[1:], ""], strict=True):
-            value = following if word == flag else word.removeprefix(f"{flag}=")
-            if (word == flag or value != word) and value not in message:
+        for value in _values_of(flag, words):
+            if value not in message:
                 return f"{message.rstrip('.')}, got {value!r}"
     return message
 
 
+def _values_of(flag: str, words: Sequence[str]) -> list[str]:
+    """Return what was typed as the values of a flag, as `--flag VALUE` or `--flag=VALUE`."""
+    values: list[str] = []
+    for place, word in enumerate(words):
+        if word == flag:
+            values += words[place + 1 : place + 2] or [""]
+        elif word.startswith(f"{flag}="):
+            values.append(word.removeprefix(f"{flag}="))
+    return values
+
+
 def _complain(problem: str, code: int = BAD_INPUT) -> int:
-    # A RANK that a launcher left behind makes nobody else speak.
+    """Print one line, from the first process alone, and return the exit code."""
+    # A RANK that a launcher left behind silences nobody where there is one process.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if problem and (alone or os.environ.get("RANK", "0") == "0"):
+    speaks = alone or os.environ.get("RANK", "0") == "0"
+    if problem and speaks:
         from regrad_runner.addresses import without_secrets  # noqa: PLC0415
 
-        sys.stderr.write(f"regrad: {printable(without_secrets(problem), keep=KEPT)}\n")
+        sys.stderr.write(f"regrad: {printable(without_secrets(problem), keep=KEPT_CHARACTERS)}\n")
     return code

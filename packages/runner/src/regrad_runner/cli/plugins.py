@@ -10,59 +10,69 @@ from typing import Annotated
 import typer
 from regrad.text import printable
 
-from regrad_runner.cli import flags as o
-from regrad_runner.cli.completion import plugins as offered
+from regrad_runner.cli import completion
+from regrad_runner.cli.flags import UngroupedJson
+from regrad_runner.cli.help import Plain, PlainGroup, examples
 from regrad_runner.errors import checking_input
 
-LIKE = "Start from this one's code; an example by default."
-AS_LISTED = "As plugins list has it."
-CHECKED = "A correction or optimizer, with options if you like."
-
-plugins = typer.Typer(
+plugin_commands = typer.Typer(
     help="List, show, check and make plugins.",
-    epilog=o.examples("regrad plugins list", "regrad plugins show xgrad"),
-    cls=o.PlainGroup,
+    epilog=examples("regrad plugins list", "regrad plugins show xgrad"),
+    cls=PlainGroup,
     no_args_is_help=True,
 )
 
 
-@plugins.command(
-    "list", cls=o.Plain, epilog=o.examples("regrad plugins list", "regrad plugins list --json")
+@plugin_commands.command(
+    "list", cls=Plain, epilog=examples("regrad plugins list", "regrad plugins list --json")
 )
-def list_plugins(json: o.JsonAlone = False) -> int:
-    """List corrections, optimizers and workloads that are installed."""
+def list_command(json: UngroupedJson = False) -> int:
+    """List the corrections, optimizers and workloads that are installed."""
     from regrad_runner.plugins.listing import show_plugins  # noqa: PLC0415
 
     show_plugins(as_json=json)
     return 0
 
 
-@plugins.command("show", cls=o.Plain, epilog=o.examples("regrad plugins show xgrad"))
-def show_plugin(
+@plugin_commands.command("show", cls=Plain, epilog=examples("regrad plugins show xgrad"))
+def show_command(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help=AS_LISTED, show_default=False, autocompletion=offered),
+        typer.Argument(
+            metavar="NAME",
+            help="As plugins list prints it.",
+            show_default=False,
+            autocompletion=completion.plugins,
+        ),
     ],
-    json: o.JsonAlone = False,
+    json: UngroupedJson = False,
 ) -> int:
     """Show what a plugin does, its options, where it acts and what it must beat."""
     with checking_input():
-        from regrad_runner.plugins.details import show_plugin as show  # noqa: PLC0415
+        from regrad_runner.plugins.details import show_plugin  # noqa: PLC0415
 
-        show(name, as_json=json)
+        show_plugin(name, as_json=json)
     return 0
 
 
-@plugins.command("check", cls=o.Plain, epilog=o.examples("regrad plugins check agc:max_ratio=0.02"))
-def check_plugin(
+@plugin_commands.command(
+    "check", cls=Plain, epilog=examples("regrad plugins check agc:max_ratio=0.02")
+)
+def check_command(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help=CHECKED, show_default=False, autocompletion=offered),
+        typer.Argument(
+            metavar="NAME",
+            help="A correction or optimizer, with options if you like.",
+            show_default=False,
+            autocompletion=completion.plugins,
+        ),
     ],
     suite: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its suites, if not its own tests.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Its suites, if not in its own tests."),
     ] = None,
-    json: o.JsonAlone = False,
+    json: UngroupedJson = False,
 ) -> int:
     """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
     from rich.markup import escape  # noqa: PLC0415
@@ -76,45 +86,51 @@ def check_plugin(
     return show_check(report, as_json=json)
 
 
-@plugins.command(
+@plugin_commands.command(
     "new",
-    cls=o.Plain,
-    epilog=o.examples(
-        "regrad plugins new my-method", "regrad plugins new my-method --like adanorm"
-    ),
+    cls=Plain,
+    epilog=examples("regrad plugins new my-method", "regrad plugins new my-method --like adanorm"),
 )
-def new_plugin(
+def new_command(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Of your method.", show_default=False)
     ],
     out: Annotated[
         Path,
         typer.Option(
-            metavar="DIR", help="Where its folder is made; here by default.", show_default=False
+            metavar="DIR",
+            help="Where to make its folder; here by default.",
+            show_default=False,
         ),
     ] = Path(),
-    like: Annotated[str | None, typer.Option(metavar="NAME", help=LIKE)] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Plugin whose code to start from; an example by default.",
+        ),
+    ] = None,
 ) -> int:
-    """Write a distribution with a correction of your own: an example that passes the kit as it is."""
+    """Write a distribution with your own correction: an example that passes the kit as it is."""
     with checking_input():
-        from regrad_runner.plugins.new import new_plugin as make  # noqa: PLC0415
+        from regrad_runner.plugins.new import new_plugin  # noqa: PLC0415
 
-        folder = make(name, out, like)
+        folder = new_plugin(name, out, like)
     place = shlex.quote(printable(folder))
     sys.stdout.write(
         f"{printable(folder)} holds a correction {name!r} that works. Next:\n"
         f"  pip install --editable {place}\n"
         f"  regrad plugins check {name}\n"
-        "  write the rule: first tests/reference.py, then the package in src, its tests and its card\n"
-        "  grep -rn 'fill in' for what is yours to say: the source, the card, your name\n"
+        "  write the rule: first tests/reference.py, then the package in src, its tests and card\n"
+        "  grep -rn 'fill in' for what only you can say: the source, the card, your name\n"
         f"  pytest {place}\n"
         f"  regrad compare --corrections {name}\n"
     )
     return 0
 
 
-@plugins.command("doctor", cls=o.Plain, epilog=o.examples("regrad plugins doctor"))
-def doctor(
+@plugin_commands.command("doctor", cls=Plain, epilog=examples("regrad plugins doctor"))
+def doctor_command(
     folder: Annotated[
         Path,
         typer.Argument(
@@ -122,9 +138,9 @@ def doctor(
         ),
     ] = Path(),
     gpu: Annotated[bool, typer.Option("--gpu", help="Expect a GPU.")] = False,
-    json: o.JsonAlone = False,
+    json: UngroupedJson = False,
 ) -> int:
-    """Find what is wrong with what is installed, and say how to mend it; exit code 1 if anything is."""
+    """Find what is wrong with an installation and how to fix it; exit code 1 if anything is."""
     from regrad_runner.plugins.doctor import examine, show_findings  # noqa: PLC0415
     from regrad_runner.terminal import Terminal  # noqa: PLC0415
 

@@ -9,21 +9,15 @@ from regrad_runner.comparing.plan import Plan, agreed, make_plan, open_folder
 from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.comparing.running import Comparison, Runner
 from regrad_runner.comparing.workers import Workers
-from regrad_runner.diagnostics.effects import FILE as EFFECTS
-from regrad_runner.diagnostics.effects import Effect, keep_effects
-from regrad_runner.diagnostics.gradient_quality import FILE, Quality, keep_qualities
 from regrad_runner.reporting.progress import Display
-from regrad_runner.reporting.report import draw, merge
-from regrad_runner.results.about import read_about
+from regrad_runner.reporting.report import draw, export_tables
 from regrad_runner.results.cells import Cell
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.outcomes import Outcome
-from regrad_runner.results.tables import checked
-from regrad_runner.tracking.mlflow_ import Tracker, open_tracker, tracked
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.view import tracking
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
 __all__ = ["Comparison", "Plan", "Runner", "compare", "make_plan"]
-TRACKED = "tracked"  # the run, by our id, under which job arrays show theirs
 
 
 def compare(plan: Plan, display: Display) -> ResultsFolder:
@@ -39,85 +33,64 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
     Returns:
         The folder with every run.
     """
-    tracker, folder = Tracker(), ResultsFolder(plan.path)
-    if plan.reports:
-        known = read_about(plan.path)
-        folder = merge(open_folder(plan, **{key: known[key] for key in (TRACKED,) if key in known}))
-        tracker = open_tracker(plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri)
-    settings = plan.config.model_dump(mode="json")
-    with (
-        tracker,
-        tracked(lambda: tracker.start(plan.experiment, plan.path.name, settings)) as parent,
-    ):
-        comparison = Comparison(plan, folder, tracker, parent, display)
+    if not plan.reports:
+        folder = ResultsFolder(plan.path)
+        _run_pending(plan, folder, display)
+        return folder
+    folder = open_folder(plan)
+    export_tables(folder)
+    config = plan.config
+    with tracking(config.tracker, plan.path, config.tracking_uri, say=display.say):
         display.skip(
             len(folder.trials) + sum(result.status != "failed" for result in folder.results)
         )
-        with _runner(comparison) as runner:
-            _run_pending(plan, folder, display, runner)
-        if plan.reports:
-            more = [path for name in (FILE, EFFECTS) if (path := plan.path / name).is_file()]
-            for path in [plan.path / "results.csv", *more, *draw(folder, plan.workload.measure)]:
-                parent.artifact(path)
-        if any(result.status == "failed" for result in folder.results):
-            parent.finish("FAILED")
+        _run_pending(plan, folder, display)
+        draw(folder, plan.workload.measure)
     return folder
 
 
-def _runner(comparison: Comparison) -> AbstractContextManager[Runner]:
+def _runner(plan: Plan, display: Display) -> AbstractContextManager[Runner]:
     """Return what runs the cells, as many at once as planned."""
-    if comparison.plan.jobs == 1:
-        return nullcontext(comparison)
-    # the workers find the database made and the comparison's run in it
-    comparison.tracker.flush()
-    return Workers(comparison.plan, comparison.parent.id, comparison.display)
+    if plan.jobs == 1:
+        return nullcontext(Comparison(plan, display))
+    return Workers(plan, display)
 
 
-def _run_pending(plan: Plan, folder: ResultsFolder, display: Display, runner: Runner) -> None:
+def _run_pending(plan: Plan, folder: ResultsFolder, display: Display) -> None:
     """Run what the folder does not have: the trials of learning rates, and then the runs with the chosen ones."""
-    trials = [
-        (cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)
-    ]
-    _keep_all(plan, folder, display, runner.outcomes(agreed(trials)))
-    rates = agreed(chosen_rates(plan, folder.trials))
-    runs = [
-        (c, rates[c.arm])
-        for c in plan.cells
-        if c.lr is None and not folder.is_finished(c.arm, c.seed)
-    ]
-    _keep_all(plan, folder, display, runner.outcomes(agreed(runs)))
+    with _runner(plan, display) as runner:
+        trials = [
+            (cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)
+        ]
+        _follow(plan, folder, display, runner.run_cells(agreed(trials)))
+        rates = agreed(chosen_rates(plan, folder.trials))
+        runs = [
+            (cell, rates[cell.arm])
+            for cell in plan.cells
+            if cell.lr is None and not folder.is_finished(cell.arm, cell.seed)
+        ]
+        _follow(plan, folder, display, runner.run_cells(agreed(runs)))
 
 
-def _keep_all(
-    plan: Plan, folder: ResultsFolder, display: Display, outcomes: Iterable[tuple[Cell, Outcome]]
-) -> None:
-    for cell, outcome in outcomes:
+def _follow(plan: Plan, folder: ResultsFolder, display: Display, ended: Iterable[Cell]) -> None:
+    """Read each cell as it ends, and write the tables anew."""
+    for cell in ended:
         if plan.reports:
-            keep_outcome(folder, outcome)
-        display.end(f"{cell.name}: {in_words(outcome, plan.workload.measure)}")
+            outcome = folder.take(cell)
+            export_tables(folder)
+            display.end(f"{cell.name}: {outcome_in_words(outcome, plan.workload.measure)}")
 
 
-def keep_outcome(folder: ResultsFolder, outcome: Outcome) -> None:
-    """Put what came out of a cell into the folder's tables."""
-    if outcome.trial is not None:
-        folder.add_trial(outcome.trial)
-    if outcome.result is not None:
-        keep_qualities(folder, [checked(Quality, row) for row in outcome.tables.get(FILE, ())])
-        keep_effects(folder, [checked(Effect, row) for row in outcome.tables.get(EFFECTS, ())])
-        folder.add(outcome.result, outcome.points)
-
-
-def in_words(outcome: Outcome, measure: Measure) -> str:
+def outcome_in_words(outcome: Result | Trial, measure: Measure) -> str:
     """Say what came out of a cell."""
-    result, trial = outcome.result, outcome.trial
-    if trial is not None:
-        return f"{name_on_validation(measure)} {measure.written(trial.validation)}"
-    if result is None or result.value is None:
-        return "failed" if result is None else result.status
-    words = [f"{measure.name} {measure.written(result.value)}"]
+    if isinstance(outcome, Trial):
+        return f"{name_on_validation(measure)} {measure.written(outcome.validation)}"
+    if outcome.value is None:
+        return outcome.status
+    words = [f"{measure.name} {measure.written(outcome.value)}"]
     if measure.target is not None:
-        reached = (
-            "missed" if result.steps_to_target is None else f"after {result.steps_to_target} steps"
-        )
+        reached = "missed"
+        if outcome.steps_to_target is not None:
+            reached = f"after {outcome.steps_to_target} steps"
         words.append(f"{measure.target:g} {reached}")
-    return ", ".join([*words, f"{result.seconds:.1f} s"])
+    return ", ".join([*words, f"{outcome.seconds:.1f} s"])

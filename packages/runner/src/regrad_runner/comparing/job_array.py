@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from regrad_runner.comparing.compare import TRACKED
 from regrad_runner.comparing.plan import Plan, agreed, open_folder, plan_of
 from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.comparing.running import Comparison
 from regrad_runner.reporting.progress import Display
-from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import Cell, in_ranges
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.outcomes import Outcome, write_outcome
+from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.run import run_path
+from regrad_runner.results.view import tracking
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.settings.continuing import first_difference
-from regrad_runner.settings.environment import in_words
+from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.settings.loading import load_config
-from regrad_runner.tracking.mlflow_ import Run, Tracker, open_tracker
 from regrad_runner.training.preparation import try_on
 
 
-def prepare(plan: Plan) -> dict[str, str]:
+def prepare_cells(plan: Plan, *, say: Callable[[str], None]) -> dict[str, str]:
     """Make a comparison's folder without running anything, so that its cells can run in any number of processes.
 
     Args:
         plan: Checked.
+        say: Told what goes wrong with tracking.
 
     Returns:
         The numbers of its cells by what they are, as a job array takes them: trials of learning rates where there is
         a choice, then the runs, which need all trials of their arm.
     """
     if plan.reports:
-        known = read_about(plan.path).get(TRACKED)
-        open_folder(plan, **{TRACKED: known or _tracked(plan)})
+        open_folder(plan, job_array=True)
+        if is_server(plan.config.tracking_uri):  # its cells find the comparison there
+            with _tracked(plan, say):
+                pass
     trials = sum(cell.lr is not None for cell in plan.cells)
     numbers = {"trials": range(trials), "runs": range(trials, plan.runs)}
     return {what: in_ranges(cells) for what, cells in numbers.items() if cells}
@@ -46,7 +50,7 @@ def show_prepared(path: Path, cells: dict[str, str], *, as_json: bool) -> str:
 
     Args:
         path: The comparison's folder.
-        cells: From `prepare`.
+        cells: From `prepare_cells`.
         as_json: For programs; else one line for each.
     """
     if as_json:
@@ -99,31 +103,29 @@ def make_cell_plan(config: CompareConfig, number: int, path: Path) -> CellPlan:
     return CellPlan(plan, cell, lr, agreed(done))
 
 
-def run_cell(cell_plan: CellPlan, display: Display) -> Outcome:
-    """Run a cell and leave what came out in a file of its own.
+def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
+    """Run a cell in its own folder, and return what came out; None on a process that does not write.
 
     Args:
         cell_plan: Of a cell that did not end before.
         display: Told how far it is.
     """
     plan, cell = cell_plan.plan, cell_plan.cell
-    for line in in_words(plan.config):
+    for line in environment_in_words(plan.config):
         display.say(line)
-    tracker, parent = Tracker(), read_about(plan.path).get(TRACKED, "")
-    if plan.reports:
-        # Nodes share a database's file badly: what is for it waits in the folder, and regrad sync delivers it.
-        sends = (plan.config.tracking_uri or "sqlite").partition(":")[0] != "sqlite"
-        tracker = open_tracker(
-            plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri, sends=sends
-        )
-    with tracker:
-        comparison = Comparison(
-            plan, ResultsFolder(plan.path), tracker, Run(tracker, parent), display
-        )
-        outcome = comparison.outcome(cell, lr=cell_plan.lr)
-        if plan.reports:
-            write_outcome(plan.path, cell, outcome)
-    return outcome
+    with ExitStack() as stack:
+        if plan.reports and is_server(plan.config.tracking_uri):
+            stack.enter_context(_tracked(plan, display.say, cell))
+        Comparison(plan, display).run_cell(cell, lr=cell_plan.lr)
+    return ResultsFolder(plan.path).take(cell) if plan.reports else None
+
+
+def is_server(address: str | None) -> bool:
+    """Say whether runs on several nodes can be tracked at an address at once; a file is shared badly.
+
+    Of what is tracked elsewhere nothing is lost: `regrad sync` shows the whole folder.
+    """
+    return address is not None and not address.startswith("sqlite")
 
 
 def _rate(plan: Plan, cell: Cell, folder: ResultsFolder) -> float:
@@ -142,11 +144,12 @@ def _rate(plan: Plan, cell: Cell, folder: ResultsFolder) -> float:
     return chosen_rates(plan, folder.trials)[cell.arm]
 
 
-def _tracked(plan: Plan) -> str:
-    """Begin and end the tracked run under which those of the cells are shown, and return our id of it."""
-    with open_tracker(
-        plan.config.tracker, folder=plan.path, uri=plan.config.tracking_uri
-    ) as tracker:
-        run = tracker.start(plan.experiment, plan.path.name, plan.config.model_dump(mode="json"))
-        run.finish()
-    return run.id
+def _tracked(
+    plan: Plan, say: Callable[[str], None], cell: Cell | None = None
+) -> AbstractContextManager[None]:
+    """Show the comparison, and with it one of its cells, while that runs."""
+    only = plan.path
+    if cell is not None:
+        only = run_path(plan.path, cell.arm, cell.seed, cell.lr)
+    config = plan.config
+    return tracking(config.tracker, plan.path, config.tracking_uri, say=say, only=only)

@@ -1,4 +1,4 @@
-"""What a comparison will do: checked before anything is written, and the folder that it is written to."""
+"""What a comparison will do, checked before anything is written, and the folder for it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import Cell, cells_of
 from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
 from regrad_runner.results.machine import surroundings
-from regrad_runner.settings import environment
 from regrad_runner.settings.arms import Arm, expand
 from regrad_runner.settings.config import MOST_THREADS, CompareConfig
+from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.training.preparation import (
     default_folder,
     every_correction,
@@ -27,7 +27,7 @@ from regrad_runner.training.preparation import (
 from regrad_runner.training.processes import check_task, make_accelerator
 from regrad_runner.workloads.workload import Workload
 
-T = TypeVar("T")
+Agreed = TypeVar("Agreed")
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Plan:
         path: Folder to write.
         reports: Whether this is the process that writes and prints.
         processes: How many there are.
-        left_out: Installed corrections that cannot work here, with the reason, where all were asked for.
-        jobs: How many runs are under way at once, each in a process of its own.
+        left_out: Installed corrections that cannot work here, with the reason, where all were
+            asked for.
+        jobs: How many runs take place at once, each in a process of its own.
     """
 
     config: CompareConfig
@@ -56,7 +57,7 @@ class Plan:
 
     @property
     def cells(self) -> list[Cell]:
-        """Runs in all, first those of the choice of learning rates."""
+        """All runs; those that choose learning rates come first."""
         return cells_of([arm.name for arm in self.arms], self.config)
 
     @property
@@ -70,17 +71,25 @@ class Plan:
 
     def in_words(self) -> str:
         """Say what will be done."""
-        config, train = self.config, self.workload.train
-        trials = sum(cell.lr is not None for cell in self.cells)
-        tuning = f" after {trials} runs to choose learning rates" if trials else ""
-        lines = (
-            f"{self.workload.name}, {len(train):,} training {train.kind}: {len(self.arms)} arms × {config.seeds} seeds"
-            f"{tuning}",
+        config = self.config
+        lines = [
+            f"{self._data_in_words()}: {self._runs_in_words()}",
             f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
-            *(f"left out: {name} ({why})" for name, why in self.left_out.items()),
-            *environment.in_words(config),
-        )
+        ]
+        lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        lines += environment_in_words(config)
         return "\n".join(lines)
+
+    def _data_in_words(self) -> str:
+        train = self.workload.train
+        return f"{self.workload.name}, {len(train):,} training {train.kind}"
+
+    def _runs_in_words(self) -> str:
+        compared = f"{len(self.arms)} arms × {self.config.seeds} seeds"
+        trials = sum(cell.lr is not None for cell in self.cells)
+        if not trials:
+            return compared
+        return f"{compared} after {trials} runs to choose learning rates"
 
     @property
     def experiment(self) -> str:
@@ -102,7 +111,8 @@ def make_plan(
         config: Settings; what is None is filled in from the workload.
         out: Folder to write; None for a new one in the current folder.
         resume: Whether to continue the comparison that is in `out`.
-        jobs: How many runs shall be under way at once, each in a process of its own; they share the CPU's threads.
+        jobs: How many runs to have at once, each in a process of its own; they share the CPU's
+            threads.
 
     Raises:
         ValueError: If anything is unknown, missing or does not fit.
@@ -110,32 +120,48 @@ def make_plan(
     """
     if not 1 <= jobs <= MOST_THREADS:
         raise ValueError(f"jobs must be from 1 to {MOST_THREADS}, got {jobs}")
-    threads = config.threads
+    shares_threads = config.threads is None and jobs > 1
     workload, config = load_data(config)
-    if threads is None and jobs > 1:
-        config = config.model_copy(update={"threads": max(1, (config.threads or 1) // jobs)})
+    if shares_threads:
+        share = max(1, (config.threads or 1) // jobs)
+        config = config.model_copy(update={"threads": share})
     check_task()
     accelerator = make_accelerator(config)
-    if jobs > 1 and accelerator.num_processes > 1:
-        raise ValueError(
-            f"jobs must be 1 on several processes, got {jobs} on {accelerator.num_processes}"
-        )
-    check_probing(config, processes=accelerator.num_processes, samples=len(workload.train))
+    processes = accelerator.num_processes
+    is_first = accelerator.is_main_process
+    if jobs > 1 and processes > 1:
+        raise ValueError(f"jobs must be 1 on several processes, got {jobs} on {processes}")
+    check_probing(config, processes=processes, samples=len(workload.train))
     path = out or default_folder("", workload.name)
-    lr = (config.lr or (0.0,))[0]
+    lr = _first_rate(config)
     config, left_out = every_correction(config, workload, lr=lr)
-    if accelerator.is_main_process:
+    if is_first:
         config = check_folder(path, config, resume=resume)
     config = agreed(config)
     arms = expand(config.corrections, example_optimizer(config, lr=lr), controls=config.controls)
-    if accelerator.is_main_process and resume:
+    if is_first and resume:
         check_arms(path, arms)
-        left_out = read_about(path).get("left_out", {}) | left_out
-        left_out = {name: why for name, why in left_out.items() if name not in config.corrections}
+        left_out = _still_left_out(path, config, left_out)
     for arm in arms:
         try_on(arm, config, workload, lr=lr)
-    first, processes = accelerator.is_main_process, accelerator.num_processes
-    return Plan(config, workload, tuple(arms), path, first, processes, left_out, jobs)
+    return Plan(config, workload, tuple(arms), path, is_first, processes, left_out, jobs)
+
+
+def _first_rate(config: CompareConfig) -> float:
+    """Return a learning rate with which to try arms on."""
+    return config.lr[0] if config.lr else 0.0
+
+
+def _still_left_out(path: Path, config: CompareConfig, now: Mapping[str, str]) -> dict[str, str]:
+    """Return what a resumed comparison leaves out, with the reasons.
+
+    Args:
+        path: Its folder, which says what was left out before.
+        config: Its settings now; what they name is not left out any more.
+        now: What is left out for the first time.
+    """
+    left_out = read_about(path).get("left_out", {}) | now
+    return {name: why for name, why in left_out.items() if name not in config.corrections}
 
 
 def plan_of(path: Path, config: CompareConfig) -> Plan:
@@ -146,43 +172,51 @@ def plan_of(path: Path, config: CompareConfig) -> Plan:
         config: Its settings.
 
     Raises:
-        ValueError: If the data are not there, or the arms are others than they were.
+        ValueError: If the data are not there, or the arms are not the same as before.
     """
     workload, config = load_data(config)
     accelerator = make_accelerator(config)
-    optimizer = example_optimizer(config, lr=(config.lr or (0.0,))[0])
+    optimizer = example_optimizer(config, lr=_first_rate(config))
     arms = expand(config.corrections, optimizer, controls=config.controls)
     check_arms(path, arms)
     return Plan(
-        config, workload, tuple(arms), path, accelerator.is_main_process, accelerator.num_processes
+        config=config,
+        workload=workload,
+        arms=tuple(arms),
+        path=path,
+        reports=accelerator.is_main_process,
+        processes=accelerator.num_processes,
     )
 
 
-def open_folder(plan: Plan, **more: str) -> ResultsFolder:
+def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
     """Make a plan's folder, or take up what is in it.
 
     Args:
         plan: Checked.
-        **more: What the folder shall say about itself besides.
+        job_array: Whether its cells are run by other commands.
     """
+    earlier = read_about(plan.path)
     about = {
         "kind": "comparison",
         "workload": plan.workload.name,
         "measure": asdict(plan.workload.measure),
-    }
-    about |= {
         "samples": plan.workload.train.kind,
         "left_out": dict(plan.left_out),
         "arms": {arm.name: arm.recipe for arm in plan.arms},
-        **more,
+        # Of the runs that are there too: corrections that were added may change what their arms are.
+        "roles": {
+            arm.name: {"must_beat": arm.must_beat, "control": arm.control is not None}
+            for arm in plan.arms
+        },
+        "job_array": job_array,
+        **surroundings(processes=plan.processes, earlier=earlier),
     }
-    about |= surroundings(processes=plan.processes, earlier=read_about(plan.path))
-    folder = start_folder(plan.path, plan.config, about)
-    folder.name_anew(plan.arms)
-    return folder
+    start_folder(plan.path, plan.config, about)
+    return ResultsFolder(plan.path)
 
 
-def agreed(value: T) -> T:
+def agreed(value: Agreed) -> Agreed:
     """Return the first process's value."""
     values = [value]
     broadcast_object_list(values)

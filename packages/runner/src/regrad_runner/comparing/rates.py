@@ -1,4 +1,4 @@
-"""The choice of learning rates."""
+"""The choice of each arm's learning rate."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from regrad_runner.settings.arms import Arm
 
 
 def chosen_rates(plan: Plan, trials: Sequence[Trial]) -> dict[str, float]:
-    """Return each arm's learning rate: the best mean of its trials, by the validation split at its end."""
+    """Return each arm's learning rate: that of the best mean, at the end, on the validation split.
+
+    Args:
+        plan: Has the arms and the rates to choose from.
+        trials: What came of each rate. A rate of which a trial diverged is the worst.
+    """
     sign = 1 if plan.workload.measure.higher_is_better else -1
 
     def score(arm: Arm, lr: float) -> float:
-        values = [trial.validation for trial in trials if (trial.arm, trial.lr) == (arm.name, lr)]
-        return sign * fmean(values) if values and all(map(math.isfinite, values)) else -math.inf
+        values = [t.validation for t in trials if t.arm == arm.name and t.lr == lr]
+        if not values or not all(map(math.isfinite, values)):
+            return -math.inf
+        return sign * fmean(values)
 
     return {arm.name: max(plan.rates, key=partial(score, arm)) for arm in plan.arms}

@@ -1,32 +1,26 @@
-"""Runs of a comparison, one after the other: what each comes to, and a failure kept inside its run."""
+"""Runs of a comparison, one after the other, each in a folder of its own; one that fails does not end the others."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, replace
-from functools import partial
-from typing import Protocol
+from contextlib import closing, contextmanager
+from typing import Any, Protocol
 
 from regrad_runner.addresses import without_secrets
 from regrad_runner.comparing.plan import Plan
-from regrad_runner.diagnostics.effects import FILE as EFFECTS
-from regrad_runner.diagnostics.effects import Effect, EffectTrace
-from regrad_runner.diagnostics.gradient_quality import FILE, Probe, Quality
+from regrad_runner.diagnostics.effects import EffectTrace, keep_effects
+from regrad_runner.diagnostics.gradient_quality import PROBE_CURVES, PROBE_LINE, Probe, keep_quality
 from regrad_runner.errors import DiskError, in_one_line
-from regrad_runner.files import append, write_whole
+from regrad_runner.files import append
 from regrad_runner.reporting.progress import Display
 from regrad_runner.results.cells import Cell
-from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.outcomes import Outcome, Result, Trial
-from regrad_runner.results.points import Point
-from regrad_runner.settings.arms import Arm
-from regrad_runner.tracking.mlflow_ import Run, Tracker, tracked
-from regrad_runner.training.nonfinite import NonFiniteError, keeping_norms
+from regrad_runner.results.outcomes import Result, numbers_of
+from regrad_runner.results.points import EVALUATION, METRICS, Point, curves_of, keep_point
+from regrad_runner.results.run import RECEIPT, RunLog, as_json_text, begin_run, run_values
+from regrad_runner.signals import begun, signals_wait
+from regrad_runner.training.nonfinite import keeping_norms
 from regrad_runner.training.outcome import finished_result
 from regrad_runner.training.run import TrainingRun
 
@@ -34,8 +28,8 @@ from regrad_runner.training.run import TrainingRun
 class Runner(Protocol):
     """What runs cells: this process one after the other, or several at once."""
 
-    def outcomes(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[tuple[Cell, Outcome]]:
-        """Run cells, each with its learning rate, and yield what came out, as they end."""
+    def run_cells(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[Cell]:
+        """Run cells, each with its learning rate, and yield them as they end; their folders say what came out."""
 
 
 class Comparison:
@@ -43,145 +37,115 @@ class Comparison:
 
     Args:
         plan: What to do.
-        folder: What was done.
-        tracker: Where runs are shown.
-        parent: The tracked run that stands for the comparison.
         display: Told what is under way.
     """
 
-    def __init__(
-        self, plan: Plan, folder: ResultsFolder, tracker: Tracker, parent: Run, display: Display
-    ) -> None:
-        self.plan, self.folder, self.tracker, self.parent, self.display = (
-            plan,
-            folder,
-            tracker,
-            parent,
-            display,
-        )
+    def __init__(self, plan: Plan, display: Display) -> None:
+        self.plan = plan
+        self.display = display
 
-    def outcomes(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[tuple[Cell, Outcome]]:
+    def run_cells(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[Cell]:
         """Run cells one after the other; see `Runner`."""
         for cell, lr in todo:
-            yield cell, self.outcome(cell, lr=lr)
+            self.run_cell(cell, lr=lr)
+            yield cell
 
-    def outcome(self, cell: Cell, *, lr: float) -> Outcome:
-        """Run a cell and return what came out; a failure is an outcome too."""
+    def run_cell(self, cell: Cell, *, lr: float) -> None:
+        """Run a cell in its own folder; a failure is an outcome too.
+
+        Args:
+            cell: To run.
+            lr: Its learning rate.
+        """
         arm = self.plan.arm(cell.arm)
-        return self._run(arm, cell, lr=lr) if cell.lr is None else self._try_rate(arm, cell, lr=lr)
-
-    def _run(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
-        points, qualities, effects = list[Point](), list[Quality](), list[Effect]()
-        result = failed_result(arm, cell, lr=lr)
-        with (
-            self._alone(cell.name) as problems,
-            self._tracked(cell.name, arm, seed=cell.seed, lr=lr) as shown,
-        ):
-            started = time.perf_counter()
-            with closing(
-                TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)
-            ) as run:
-                self._train(run, cell.name, shown, qualities, effects)
-                result = finished_result(run, result, started=started)
-                self._keep_receipt(run, result, shown)
-                points = run.position.points
-        if any(isinstance(problem, NonFiniteError) for problem in problems):
-            result = replace(result, status="diverged")
-        tables = {
-            FILE: [asdict(row) for row in qualities],
-            EFFECTS: [asdict(row) for row in effects],
-        }
-        return Outcome(result=result, points=points, tables=tables if points else {})
-
-    def _try_rate(self, arm: Arm, cell: Cell, *, lr: float) -> Outcome:
-        """Run a trial; one that fails says that this learning rate is not the one to choose."""
-        validation = math.nan
+        values = values_of(self.plan, cell, lr=lr)
+        started = time.perf_counter()
         with (
             self._alone(cell.name),
-            self._tracked(cell.name, arm, seed=cell.seed, lr=lr, trial=True) as shown,
+            begun(lambda: self._begin(values)) as record,
             closing(
                 TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)
             ) as run,
         ):
-            self._train(run, cell.name, shown)
-            validation = run.position.points[-1].value
-        return Outcome(trial=Trial(arm=arm.name, lr=lr, seed=cell.seed, validation=validation))
+            self.display.begin(cell.name, steps=run.total_steps)
+            with keeping_norms(record):
+                self._train(run, record, with_diagnostics=cell.lr is None)
+            if cell.lr is None:
+                self._end_run(run, record, started)
+            else:
+                with signals_wait():
+                    validation = run.position.points[-1].value
+                    record.end("finished", result={"validation": validation})
 
-    def _train(
-        self,
-        run: TrainingRun,
-        name: str,
-        shown: Run,
-        qualities: list[Quality] | None = None,
-        effects: list[Effect] | None = None,
-    ) -> None:
-        """Train to the end; where there are lists, keep effects and, if that was asked for, gradient quality."""
-        config, probe, trace = self.plan.config, None, EffectTrace(run)
-        if qualities is not None and config.probe_every is not None:
+    def _begin(self, values: dict[str, Any]) -> RunLog:
+        return begin_run(self.plan.path, values) if self.plan.reports else RunLog()
+
+    def _train(self, run: TrainingRun, record: RunLog, *, with_diagnostics: bool) -> None:
+        """Train to the end; keep evaluations, and of a run that is compared effects and probes."""
+        config = self.plan.config
+        trace = EffectTrace(run)
+        probe: Probe | None = None
+        if with_diagnostics and config.probe_every is not None:
             probe = Probe(run, every=config.probe_every, size=config.probe_size)
 
         def keep(point: Point) -> None:
-            shown.log(point.step, point.as_metrics(self.plan.workload.measure))
-            if effects is not None:
-                effects.extend(trace.look())
+            keep_point(record, point)
+            if with_diagnostics:
+                keep_effects(record, trace.look())
 
         def end_step(step: int) -> None:
             self.display.step(step)
             quality = probe.finish_step() if probe is not None else None
-            if quality is not None and qualities is not None:
-                qualities.append(quality)
-                shown.log(step, quality.as_metrics())
+            if quality is not None:
+                keep_quality(record, quality)
 
-        self.display.begin(name, steps=run.total_steps)
-        folder = partial(self.folder.run_folder, run.arm, run.seed)
-        with keeping_norms(folder, shown, writes=self.plan.reports):
-            run.train(on_point=keep, on_step=end_step)
+        run.train(on_point=keep, on_step=end_step)
 
-    def _tracked(
-        self, name: str, arm: Arm, *, trial: bool = False, **params: float
-    ) -> AbstractContextManager[Run]:
-        change = {"control": arm.control} if arm.control else {}
-        about = {
-            "arm": arm.name,
-            "corrections": " ".join(arm.corrections),
-            "trial": trial,
-            **params,
-            **change,
-        }
-        return tracked(
-            lambda: self.tracker.start(self.plan.experiment, name, about, parent=self.parent)
+    def _end_run(self, run: TrainingRun, record: RunLog, started: float) -> None:
+        """Look at the test samples, and keep the result and the receipt."""
+        result = finished_result(
+            run, Result(arm=run.arm.name, seed=run.seed, lr=run.lr), started=started
         )
-
-    def _keep_receipt(self, run: TrainingRun, result: Result, shown: Run) -> None:
-        if not self.plan.reports:
-            return
-        path = self.folder.run_folder(run.arm, result.seed) / "receipt.json"
-        write_whole(path, json.dumps(run.receipt(), indent=2) + "\n")
-        shown.artifact(path)
-        shown.log(result.steps, run.metrics() | {self.plan.workload.measure.name: result.value})
+        measure = self.plan.workload.measure
+        record.keep(RECEIPT, as_json_text(run.receipt()))
+        record.log(METRICS, result.steps, {**run.metrics(), measure.name: result.value})
+        with signals_wait():
+            record.end("finished", result=numbers_of(result))
 
     @contextmanager
-    def _alone(self, name: str) -> Iterator[list[Exception]]:
-        """Keep a failure inside its run: noted and put into what is yielded, and the next run starts.
-
-        On several processes it ends them all.
-        """
-        problems: list[Exception] = []
+    def _alone(self, name: str) -> Iterator[None]:
+        """Keep a failure inside its run: noted, and the next run starts. On several processes it ends them all."""
         try:
-            yield problems
+            yield
         except DiskError:  # not the run's own failure, and those that follow would meet it too
             raise
         except Exception as problem:
             if self.plan.processes > 1:
                 raise
-            problems.append(problem)
             reason = in_one_line(problem)
             self.display.say(without_secrets(f"{name} failed: {type(problem).__name__}: {reason}"))
             told = without_secrets(f"{name}\n{traceback.format_exc()}\n")
             append(self.plan.path / "failures.txt", told)
 
 
-def failed_result(arm: Arm, cell: Cell, *, lr: float) -> Result:
-    """Return the row of a run that did not end."""
-    result = Result(arm=arm.name, seed=cell.seed, status="failed", lr=lr, must_beat=arm.must_beat)
-    return replace(result, control=arm.control is not None)
+def values_of(plan: Plan, cell: Cell, *, lr: float) -> dict[str, Any]:
+    """Return what the record of a cell's run says before it begins.
+
+    Args:
+        plan: Of the comparison.
+        cell: To run.
+        lr: Its learning rate.
+    """
+    curves = {
+        EVALUATION: curves_of(plan.workload.measure),
+        PROBE_LINE: PROBE_CURVES,
+    }
+    return run_values(
+        plan.config,
+        plan.arm(cell.arm),
+        name=cell.name,
+        seed=cell.seed,
+        lr=lr,
+        trial=cell.lr is not None,
+        curves=curves,
+    )

@@ -1,4 +1,4 @@
-"""Several runs of a comparison at once on one machine: worker processes that take its cells one by one."""
+"""Several runs of a comparison at once on one machine, each in a worker process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import nan
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,20 +20,16 @@ import torch
 from regrad.errors import RegradError
 
 from regrad_runner.comparing.plan import Plan, plan_of
-from regrad_runner.comparing.running import Comparison, failed_result
+from regrad_runner.comparing.running import Comparison, values_of
 from regrad_runner.errors import format_warning
 from regrad_runner.reporting.progress import Display
 from regrad_runner.results.cells import Cell
-from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.locks import CELLS
-from regrad_runner.results.outcomes import Outcome, Trial, cell_file, read_outcome, write_outcome
+from regrad_runner.results.run import end_abandoned
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.settings.loading import load_config
 from regrad_runner.signals import stoppable
-from regrad_runner.tracking.mlflow_ import SECONDS_AT_THE_END, Run, open_tracker
 
-# What a worker needs beyond the delivery of its last numbers to end.
-SECONDS_TO_END = SECONDS_AT_THE_END + 15
+SECONDS_TO_END = 15.0
 SAYS, DONE, BROKEN = "says", "done", "broken"
 
 
@@ -54,20 +49,20 @@ class Worker:
 
 
 class Workers:
-    """Worker processes, as a context manager: they end with it, at once and with their runs killed after an error.
+    """Worker processes, as a context manager: they end with it, after an error at once.
 
     Args:
         plan: Of the comparison; its folder is there.
-        parent: Our id of the tracked run that stands for the comparison.
         display: Told what is under way.
     """
 
-    def __init__(self, plan: Plan, parent: str, display: Display) -> None:
-        self._plan, self._parent, self._display = plan, parent, display
+    def __init__(self, plan: Plan, display: Display) -> None:
+        self._plan = plan
+        self._display = display
         self._workers: list[Worker] = []
         self._started = 0
 
-    def outcomes(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[tuple[Cell, Outcome]]:
+    def run_cells(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[Cell]:
         """Run cells at the same time; see `compare.Runner`."""
         waiting = deque(todo)
         while waiting or self._busy():
@@ -97,8 +92,6 @@ class Workers:
             for worker in self._workers:
                 worker.process.kill()  # where it has not ended, or Ctrl-C came again
                 worker.line.close()
-            with suppress(OSError):  # there is none, or what came out of a cell was not taken
-                (self._plan.path / CELLS).rmdir()
 
     def _busy(self) -> list[Worker]:
         return [worker for worker in self._workers if worker.task is not None]
@@ -116,8 +109,8 @@ class Workers:
         names = [worker.task[0].name for worker in self._workers if worker.task is not None]
         self._display.begin("; ".join(names), steps=None)
 
-    def _hear(self, worker: Worker) -> Iterator[tuple[Cell, Outcome]]:
-        """Take what a worker says; yield what came out of its cell, where that is said."""
+    def _hear(self, worker: Worker) -> Iterator[Cell]:
+        """Take what a worker says; yield its cell, where that has ended."""
         try:
             what, text = worker.line.recv()
         except (EOFError, OSError):
@@ -130,31 +123,29 @@ class Workers:
         elif worker.task is not None:
             cell, _ = worker.task
             worker.task = None
-            path = cell_file(self._plan.path, cell)
-            yield cell, read_outcome(path)
-            path.unlink()  # it is in the tables now
+            yield cell
 
-    def _bury(self, worker: Worker) -> tuple[Cell, Outcome]:
-        """Return the failure of the cell whose process is gone, such as one that took more memory than there is."""
+    def _bury(self, worker: Worker) -> Cell:
+        """Say that a cell failed whose process is gone, such as one that took more memory than there is."""
         worker.process.join()
         worker.line.close()
         self._workers.remove(worker)
         if worker.task is None:
             raise RegradError("a worker process ended before it was given anything to do")
         cell, lr = worker.task
-        self._display.say(
-            f"{cell.name} failed: its process ended with exit code {worker.process.exitcode}"
+        why = f"its process ended with exit code {worker.process.exitcode}"
+        self._display.say(f"{cell.name} failed: {why}")
+        end_abandoned(
+            self._plan.path, values_of(self._plan, cell, lr=lr), status="failed", error=why
         )
-        if cell.lr is not None:
-            return cell, Outcome(trial=Trial(arm=cell.arm, lr=lr, seed=cell.seed, validation=nan))
-        return cell, Outcome(result=failed_result(self._plan.arm(cell.arm), cell, lr=lr))
+        return cell
 
     def _start(self) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        place = (self._plan.path, self._started, self._parent, theirs)
+        place = (self._plan.path, self._started, theirs)
         process = context.Process(target=work, args=place, name=f"regrad-worker-{self._started}")
-        with _deaf_to_ctrl_c():
+        with _ignoring_interrupts():
             process.start()
         theirs.close()  # so that its end is heard
         self._started += 1
@@ -163,8 +154,11 @@ class Workers:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Let processes started in the block not hear Ctrl-C, which a terminal sends to all: the first process decides."""
+def _ignoring_interrupts() -> Iterator[None]:
+    """Let processes that start in the block ignore Ctrl-C.
+
+    A terminal sends it to all of them, but the first process decides.
+    """
     resource_tracker.ensure_running()  # starting it would let the signal through again
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -193,13 +187,12 @@ class Relay(Display):
         """Show nothing."""
 
 
-def work(path: Path, number: int, parent: str, line: Connection) -> None:
+def work(path: Path, number: int, line: Connection) -> None:
     """Run the cells that come through a line, until None comes or nobody is there any more.
 
     Args:
         path: The comparison's folder.
         number: Of this worker, from 0: where there are several devices, they take turns.
-        parent: Our id of the tracked run that stands for the comparison.
         line: To the first process.
     """
     warnings.formatwarning = format_warning
@@ -212,12 +205,7 @@ def work(path: Path, number: int, parent: str, line: Connection) -> None:
         except (ValueError, TypeError, RuntimeError) as problem:
             line.send((BROKEN, str(problem)))
             return
-        with open_tracker(
-            plan.config.tracker, folder=path, uri=plan.config.tracking_uri
-        ) as tracker:
-            comparison = Comparison(
-                plan, ResultsFolder(path), tracker, Run(tracker, parent), Relay(line)
-            )
-            for cell, lr in iter(line.recv, None):
-                write_outcome(path, cell, comparison.outcome(cell, lr=lr))
-                line.send((DONE, ""))
+        comparison = Comparison(plan, Relay(line))
+        for cell, lr in iter(line.recv, None):
+            comparison.run_cell(cell, lr=lr)
+            line.send((DONE, ""))

@@ -1,4 +1,4 @@
-"""The effect of corrections over training: what the effect meter saw between one evaluation and the next."""
+"""The effect of corrections over training, as the effect meter saw it between evaluations."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import RunLog
 from regrad_runner.training.run import TrainingRun
 
-FILE = "effects.csv"
+EFFECTS_FILE = "effects.csv"
+EFFECT_LINE = "effect"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     r"""What one correction did in one stage since the last evaluation, as `effects.csv` keeps it.
 
-    Means over the steps that the meter looked at in between: the first 20, those after a warm-up, every 50th. With
-    what the correction was given, a, and what it left, b, over all tensors as one vector, the relative change is
-    :math:`|b - a| / |a|` and the cosine :math:`\langle a, b\rangle / (|a|\,|b|)`.
+    The numbers are means over the steps that the meter looked at in between: the first 20, those
+    after a warm-up, and every 50th. Let a be what the correction was given, and b what it left,
+    each over all tensors as one vector. The relative change is :math:`|b - a| / |a|`, and the
+    cosine is :math:`\langle a, b\rangle / (|a|\,|b|)`.
 
     Attributes:
         arm: Name of the arm.
@@ -47,11 +50,13 @@ class Effect:
     non_finite: float
 
 
-MEASURES = tuple(field.name for field in fields(Effect) if field.type == "float")
+EFFECT_MEASURES = tuple(field.name for field in fields(Effect) if field.type == "float")
 
 
 class EffectTrace:
-    """Reads a run's effect meter piece by piece, without changing what the meter says of the whole run.
+    """Reads a run's effect meter piece by piece.
+
+    What the meter says about the whole run stays as it is.
 
     Args:
         run: Before its first step.
@@ -62,31 +67,44 @@ class EffectTrace:
         self._before: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def look(self) -> list[Effect]:
-        """Return what was seen since the last look; nothing for a stage that was not looked at. Synchronises."""
-        run, now = self._run, dict(self._run.attachment.engine.meter.sums)
-        seen = []
-        for (correction, stage), (total, count) in now.items():
-            earlier, looks = self._before.get((correction, stage), (total * 0, count * 0))
-            new_looks = count.to(earlier.device) - looks
-            if new_looks.max() > 0:
-                # A measure that was never finite in between is not a number.
-                means = ((total - earlier) / new_looks).tolist()
-                numbers: dict[str, Any] = dict(zip(MEASURES, means, strict=True))
-                where: dict[str, Any] = {
-                    "arm": run.arm.name,
-                    "seed": run.seed,
-                    "step": run.position.step,
-                }
-                seen.append(Effect(**where, correction=correction, stage=stage, **numbers))
-        self._before = now
+        """Return what the meter saw since the last look, without the stages that it did not see.
+
+        The device is waited for.
+        """
+        run = self._run
+        sums = dict(run.attachment.engine.meter.sums)
+        seen: list[Effect] = []
+        for (correction, stage), (total, count) in sums.items():
+            earlier_total, earlier_count = self._before.get(
+                (correction, stage), (total * 0, count * 0)
+            )
+            looks = count.to(earlier_total.device) - earlier_count
+            if looks.max() == 0:
+                continue
+            # A measure that was never finite in between is not a number.
+            means = ((total - earlier_total) / looks).tolist()
+            numbers: dict[str, Any] = dict(zip(EFFECT_MEASURES, means, strict=True))
+            effect = Effect(
+                arm=run.arm.name,
+                seed=run.seed,
+                step=run.position.step,
+                correction=correction,
+                stage=stage,
+                **numbers,
+            )
+            seen.append(effect)
+        self._before = sums
         return seen
 
 
+def keep_effects(record: RunLog, rows: Sequence[Effect]) -> None:
+    """Add what was seen at one evaluation to the points of a run."""
+    for row in rows:
+        numbers = {name: getattr(row, name) for name in EFFECT_MEASURES}
+        labels = {"correction": row.correction, "stage": row.stage}
+        record.log(EFFECT_LINE, row.step, numbers, labels)
+
+
 def kept_effects(folder: ResultsFolder) -> list[Effect]:
-    """Return the effects over training of the runs that ended; nothing in folders of before they were kept."""
-    return folder.kept(FILE, Effect)
-
-
-def keep_effects(folder: ResultsFolder, rows: Sequence[Effect]) -> None:
-    """Add the effects of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(FILE, rows, Effect)
+    """Return the effects over training of the runs that ended."""
+    return folder.kept(EFFECT_LINE, Effect)

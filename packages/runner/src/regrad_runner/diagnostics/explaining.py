@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,7 @@ from regrad import RegradError
 from regrad.correction import Correction
 from regrad.meter import Meter
 from regrad.order import resolve_order
-from regrad.registry import created, origin
+from regrad.registry import create_all, origin
 from torch import Tensor
 
 from regrad_runner.diagnostics.memory import bytes_held
@@ -25,8 +25,9 @@ from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.preparation import load_data
 from regrad_runner.training.run import TrainingRun
 
-TIMED_STEPS, WARM_UP = 10, 2
-Row = dict[str, Any]
+TIMED_STEPS = 10
+UNTIMED_STEPS = 2  # before these: the first steps are slower
+TensorRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,9 @@ class Explained:
         version: Distribution and version that it comes from.
         settings: It with its options, as Python writes it.
         stages: Where it acts.
-        rows: One per stage and tensor that it could change: "stage", "tensor", "shape", "relative_change" (norm of
-            the change over the norm before), "cosine" (before with after), "why".
+        rows: One per stage and tensor that it could change: "stage", "tensor", "shape",
+            "relative_change" (norm of the change over the norm before), "cosine" (before with
+            after), "why".
         cost: What it takes; None where it was not measured.
         refuses: Installed corrections that it cannot work with, each with the reason.
         ordered: Installed corrections with which the order is declared, each with the declaration.
@@ -67,14 +69,14 @@ class Explained:
     version: str
     settings: str
     stages: tuple[str, ...]
-    rows: list[Row]
+    rows: list[TensorRow]
     cost: Cost | None
     refuses: dict[str, str]
     ordered: dict[str, str]
     notes: list[str]
 
     @property
-    def changed(self) -> list[Row]:
+    def changed(self) -> list[TensorRow]:
         """The rows of the tensors that it changes."""
         return [row for row in self.rows if row["relative_change"]]
 
@@ -97,23 +99,24 @@ class Explanation:
 
 
 def explain(config: TrainConfig, *, after_steps: int = 1) -> Explanation:
-    """Train some steps, then say what each correction changes on the next batch, why, and at what cost.
+    """Train some steps, then explain what each correction does on the next batch.
+
+    That is what it changes, why, and at what cost.
 
     Args:
         config: Settings, the corrections among them.
-        after_steps: Optimizer steps to train first: a correction that reads the optimizer's state needs one.
+        after_steps: Optimizer steps to train first: a correction that reads the optimizer's state
+            needs one.
 
     Raises:
         ValueError: If anything is unknown, missing or does not fit, or the run has fewer steps.
         RegradError: If the corrections cannot work together, or not on this model and optimizer.
     """
     workload, config = load_data(config)
-    parts = tuple(part for text in config.corrections for part in parts_of(text))
-    with closing(
-        TrainingRun(
-            config, workload, Arm("+".join(parts), parts), seed=config.seed, lr=config.lr or 0.0
-        )
-    ) as run:
+    parts = tuple(chain.from_iterable(parts_of(text) for text in config.corrections))
+    arm = Arm("+".join(parts), parts)
+    lr = config.lr or 0.0
+    with closing(TrainingRun(config, workload, arm, seed=config.seed, lr=lr)) as run:
         if not 0 <= after_steps < run.total_steps:
             raise ValueError(
                 f"after_steps must be from 0 to {run.total_steps - 1}, got {after_steps}"
@@ -125,64 +128,67 @@ def explain(config: TrainConfig, *, after_steps: int = 1) -> Explanation:
 
 
 def effects_of(run: TrainingRun) -> tuple[list[Explained], list[str]]:
-    """Return what each correction changes on the next batch, and notes on all of them; the run stays as it is.
+    """Return what each correction changes on the next batch, and notes on all of them.
+
+    The run stays as it is.
 
     Args:
         run: With corrections attached, before its last step.
     """
-    attachment, told = run.attachment, run.attachment.explain(run.next_batch())
-    by_name = {
-        c.name: [row for row in told.rows if row["correction"] == c.name]
-        for c in attachment.corrections
-    }
-    notes = {
-        c.name: [note for note in told.notes if repr(c.name) in note]
-        for c in attachment.corrections
-    }
-    explained = [
-        _explained(run, correction, by_name[correction.name], notes[correction.name])
-        for correction in attachment.corrections
-    ]
-    return explained, [
-        note for note in told.notes if not any(note in own for own in notes.values())
-    ]
+    told = run.attachment.explain(run.next_batch())
+    explained: list[Explained] = []
+    common_notes = list(told.notes)
+    for correction in run.attachment.corrections:
+        rows = [row for row in told.rows if row["correction"] == correction.name]
+        notes = [note for note in told.notes if repr(correction.name) in note]
+        explained.append(_explained(run, correction, rows, notes))
+        common_notes = [note for note in common_notes if note not in notes]
+    return explained, common_notes
 
 
 def _explained(
-    run: TrainingRun, correction: Correction, rows: Sequence[Row], notes: list[str]
+    run: TrainingRun, correction: Correction, rows: Sequence[TensorRow], notes: Sequence[str]
 ) -> Explained:
-    parameters = dict(run.attachment.model.named_parameters())
-    refuses, ordered = relations(correction, beside=[c.name for c in run.attachment.corrections])
-    about, began = (
-        origin(correction),
-        run.attachment.engine.applied >= correction.needs.warmup_steps,
-    )
-    idle = (
-        correction.idle_reason()
-        if began and not any(row["relative_change"] for row in rows)
-        else None
-    )
+    """Return one correction explained, its cost aside."""
+    about = origin(correction)
+    attached = [other.name for other in run.attachment.corrections]
+    refuses, ordered = relations(correction, beside=attached)
     return Explained(
         name=correction.name,
         version=f"{about['distribution']} {about['version']}".rstrip(),
         settings=repr(correction),
         stages=correction.needs.stages,
-        rows=list(_rows(run, correction, rows, parameters, notes)),
+        rows=list(_rows(run, correction, rows, notes)),
         cost=None,
         refuses=refuses,
         ordered=ordered,
-        notes=notes + ([f"nothing may have changed because {idle}"] if idle and rows else []),
+        notes=[*notes, *_idle_notes(run, correction, rows)],
     )
+
+
+def _idle_notes(
+    run: TrainingRun, correction: Correction, rows: Sequence[TensorRow]
+) -> Iterator[str]:
+    """Yield why a correction that began may have changed nothing, if it can tell."""
+    began = run.attachment.engine.applied >= correction.needs.warmup_steps
+    if not began or not rows or any(row["relative_change"] for row in rows):
+        return
+    reason = correction.idle_reason()
+    if reason:
+        yield f"nothing may have changed because {reason}"
 
 
 def _rows(
     run: TrainingRun,
     correction: Correction,
-    rows: Sequence[Row],
-    parameters: Mapping[str, Tensor],
+    rows: Sequence[TensorRow],
     notes: Sequence[str],
-) -> Iterator[Row]:
-    """Yield the core's rows with shape and reason. A stage in which nothing changed is left out if another did."""
+) -> Iterator[TensorRow]:
+    """Yield the core's rows with shape and reason.
+
+    If a stage changed something, those that changed nothing are left out.
+    """
+    parameters = dict(run.attachment.model.named_parameters())
     acting = {row["stage"] for row in rows if row["relative_change"]}
     for row in rows:
         if acting and row["stage"] not in acting:
@@ -196,19 +202,20 @@ def _rows(
 def _why(
     run: TrainingRun,
     correction: Correction,
-    row: Row,
+    row: TensorRow,
     parameter: Tensor | None,
     notes: Sequence[str],
 ) -> str:
     """Say why a tensor is changed or is not."""
-    name, warmup = row["tensor"].partition(": ")[0], correction.needs.warmup_steps
     if row["relative_change"]:
         return "changed"
-    note = next((note for note in notes if name in note.replace(",", " ").split()), None)
-    if note is not None:
-        return note
+    name = row["tensor"].partition(": ")[0]
+    for note in notes:
+        if name in note.replace(",", " ").split():
+            return note
     if parameter is not None and not correction.selects(name, parameter):
         return "unchanged: not one of its tensors"
+    warmup = correction.needs.warmup_steps
     if run.attachment.engine.applied < warmup:
         return f"unchanged: it begins after {warmup} steps"
     return "unchanged: nothing to correct at this step"
@@ -217,41 +224,38 @@ def _why(
 def relations(
     correction: Correction, *, beside: Sequence[str] = ()
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return with which installed corrections this one refuses to work, and with which it declares an order.
+    """Return which installed corrections a correction refuses, and with which it has an order.
 
     Args:
         correction: With its options.
         beside: Names that are not asked about: what is attached with it already.
 
     Returns:
-        Reasons of refusals, and declarations, by the other's name. Plugins that cannot be loaded are left out.
+        Reasons of refusals, and declarations, by the other's name. Plugins that cannot be loaded
+        are left out.
     """
-    refuses, ordered = dict[str, str](), dict[str, str]()
+    refuses: dict[str, str] = {}
+    ordered: dict[str, str] = {}
     for name in regrad.available():
         if name in beside:
             continue
         try:
-            others = created(name)
-        except (
-            RegradError,
-            ValueError,
-            TypeError,
-        ):  # it cannot be attached as it is, so there is nothing to say of it
-            continue
+            others = create_all([name])
+        except (RegradError, ValueError, TypeError):
+            continue  # it cannot be attached without options, so there is nothing to say about it
         if any(other.name == correction.name for other in others):
             refuses[name] = f"it contains {correction.name!r}"
             continue
         try:
-            moves = [
-                *resolve_order([correction, *others])[1],
-                *resolve_order([*others, correction])[1],
-            ]
+            _, moves_as_first = resolve_order([correction, *others])
+            _, moves_as_last = resolve_order([*others, correction])
         except RegradError as refusal:
             refuses[name] = str(refusal).partition(" cannot work together: ")[2] or str(refusal)
             continue
-        about = [move for move in moves if repr(correction.name) in move]
-        if about:
-            ordered[name] = "; ".join(dict.fromkeys(about))
+        moves = [*moves_as_first, *moves_as_last]
+        declared = [move for move in moves if repr(correction.name) in move]
+        if declared:
+            ordered[name] = "; ".join(dict.fromkeys(declared))
     return refuses, ordered
 
 
@@ -267,43 +271,51 @@ class _Silent(Meter):
 
 
 def _with_costs(run: TrainingRun, explained: Sequence[Explained], notes: list[str]) -> Explanation:
-    """Measure time and memory on the next batch, over and over: first with the corrections, then without."""
-    engine, batch = run.attachment.engine, run.next_batch()
+    """Measure time and memory on the next batch: first with the corrections, then without them."""
+    attachment = run.attachment
+    engine = attachment.engine
+    batch = run.next_batch()
     engine.registry.unregister(engine.meter)
     engine.meter = _Silent()
-    for _ in range(WARM_UP):
+    for _ in range(UNTIMED_STEPS):
         _timed_step(run, batch)
     before = dict(engine.seconds)
-    corrected = median(_timed_step(run, batch) for _ in range(TIMED_STEPS))
-    hooks = {
-        name: (seconds - before.get(name, 0.0)) / TIMED_STEPS
-        for name, seconds in engine.seconds.items()
+    corrected = _median_step(run, batch)
+    after = dict(engine.seconds)
+    held = {
+        correction.name: bytes_held(correction, besides=attachment)
+        for correction in attachment.corrections
     }
-    held = {c.name: bytes_held(c, besides=run.attachment) for c in run.attachment.corrections}
-    window = bytes_held(engine.window, besides=run.attachment)
+    window = bytes_held(engine.window, besides=attachment)
     run.close()
-    for _ in range(WARM_UP):
+    for _ in range(UNTIMED_STEPS):
         _timed_step(run, batch)
-    plain = median(_timed_step(run, batch) for _ in range(TIMED_STEPS))
-    costs = {
-        one.name: Cost(
-            seconds=hooks.get(one.name, 0.0),
-            share_of_step=hooks.get(one.name, 0.0) / plain,
+    plain = _median_step(run, batch)
+    with_costs: list[Explained] = []
+    for one in explained:
+        seconds = (after.get(one.name, 0.0) - before.get(one.name, 0.0)) / TIMED_STEPS
+        cost = Cost(
+            seconds=seconds,
+            share_of_step=seconds / plain,
             state_bytes=held[one.name],
             window_bytes=window if "weights" in one.stages else 0,
         )
-        for one in explained
-    }
-    with_costs = [Explained(**{**vars(one), "cost": costs[one.name]}) for one in explained]
+        with_costs.append(replace(one, cost=cost))
     return Explanation(
         corrections=with_costs, plain_step_seconds=plain, step_seconds=corrected, notes=notes
     )
 
 
+def _median_step(run: TrainingRun, batch: tuple[Tensor, Tensor]) -> float:
+    """Return the median time of some steps."""
+    return median(_timed_step(run, batch) for _ in range(TIMED_STEPS))
+
+
 def _timed_step(run: TrainingRun, batch: tuple[Tensor, Tensor]) -> float:
     """Train one step and return its time."""
+    inputs, targets = batch
     started = time.perf_counter()
-    run.accelerator.backward(run.attachment.criterion(run.model(batch[0]), batch[1]))
+    run.accelerator.backward(run.attachment.criterion(run.model(inputs), targets))
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.accelerator.device.type != "cpu":

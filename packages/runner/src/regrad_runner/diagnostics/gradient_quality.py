@@ -1,7 +1,7 @@
-"""Gradient quality: the gradients of single steps against the gradient of many samples at the same weights.
+"""Gradient quality: gradients of single steps against that of many samples at the same weights.
 
-A diagnostic. It says whether a correction turns the single step towards the full gradient, which is neither
-necessary nor sufficient for training better: no verdict reads it.
+A diagnostic. It says whether a correction turns the single step towards the full gradient, which is
+neither necessary nor sufficient for training better: no verdict reads it.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from regrad.errors import refuse_if
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
+from regrad.errors import RegradError
+from torch import Tensor, nn
 
 from regrad_runner.checkpoints.states import random_state, set_random_state
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import RunLog
 from regrad_runner.settings.config import CompareConfig, RunConfig
 from regrad_runner.training.run import TrainingRun
 
-FILE = "gradient_quality.csv"
-SEED = 3_141_592  # of the samples of the large batch and their augmentation: the same in every arm and at every probe
+QUALITY_FILE = "gradient_quality.csv"
+PROBE_LINE = "probe"
+# Of the large batch's samples and their augmentation: the same in every arm and at every probe.
+LARGE_BATCH_SEED = 3_141_592
 Gradient = list[Tensor | None]
 
 
@@ -37,8 +37,8 @@ class Quality:
     r"""One probe of one run, as `gradient_quality.csv` keeps it.
 
     With the large batch's gradient :math:`\bar g`, the cosine is
-    :math:`\langle g, \bar g\rangle / (|g|\,|\bar g|)` and the norm ratio :math:`|g| / |\bar g|`, over all parameters
-    as one vector.
+    :math:`\langle g, \bar g\rangle / (|g|\,|\bar g|)` and the norm ratio
+    :math:`|g| / |\bar g|`, over all parameters as one vector.
 
     Attributes:
         arm: Name of the arm.
@@ -61,17 +61,12 @@ class Quality:
     @property
     def measures(self) -> dict[str, float]:
         """The four numbers by name."""
-        return {name: getattr(self, name) for name in MEASURES}
-
-    def as_metrics(self) -> dict[str, float]:
-        """Return the numbers by the names of curves."""
-        return {
-            f"gradient quality/{name.replace('_', ' ')}": value
-            for name, value in self.measures.items()
-        }
+        return {name: getattr(self, name) for name in QUALITY_MEASURES}
 
 
-MEASURES = tuple(field.name for field in fields(Quality) if field.type == "float")
+QUALITY_MEASURES = tuple(field.name for field in fields(Quality) if field.type == "float")
+# What the numbers are called where curves are shown.
+PROBE_CURVES = {name: f"gradient quality/{name.replace('_', ' ')}" for name in QUALITY_MEASURES}
 
 
 def check_probing(config: CompareConfig, *, processes: int, samples: int) -> None:
@@ -85,8 +80,8 @@ def check_probing(config: CompareConfig, *, processes: int, samples: int) -> Non
     share = _share(config, processes) * processes
     if config.probe_every is not None and min(config.probe_size, samples) < share:
         raise ValueError(
-            f"probe_size must be at least {share} (the samples that all processes work through at once), "
-            f"got {config.probe_size}"
+            f"probe_size must be at least {share} "
+            f"(the samples that all processes work through at once), got {config.probe_size}"
         )
 
 
@@ -96,11 +91,14 @@ def _share(config: RunConfig, processes: int) -> int:
 
 
 class Probe:
-    """Compares gradients of a run with those of a large batch, on a copy of the model: the run does not notice.
+    """Compares gradients of a run with those of a large batch.
 
-    The samples of the large batch are drawn once from the training set, augmented as in training but always in the
-    same way, and worked through in parts of the size of a micro-batch, each normalised by its own statistics, as in
-    training. Weights are the true ones before the step; random numbers are put back.
+    It works on a copy of the model: the run goes on as without it.
+
+    The samples of the large batch are drawn once from the training set, augmented as in training
+    but always in the same way, and worked through in parts of the size of a micro-batch, each
+    normalised by its own statistics, as in training. Weights are the true ones before the step;
+    random numbers are put back.
 
     Args:
         run: Before its first step. Its model is copied, and its optimizer gets a hook.
@@ -112,176 +110,185 @@ class Probe:
     """
 
     def __init__(self, run: TrainingRun, *, every: int, size: int) -> None:
-        refuse_if(
-            run.attachment.engine.is_sharded(),
-            "gradient quality works on a copy of the model; FSDP2 has none",
-        )
-        self._run, self._every = run, every
+        if run.attachment.engine.is_sharded():
+            raise RegradError("gradient quality works on a copy of the model; FSDP2 has none")
+        self._run = run
+        self._every = every
         self._twin = copy.deepcopy(run.attachment.model).train()
-        self._samples = run.workload.train.with_seed(SEED)
-        processes, rank = run.accelerator.num_processes, run.accelerator.process_index
-        share = _share(run.config, processes)
-        order = np.random.default_rng(SEED).permutation(len(self._samples))
-        parts = min(size, len(order)) // (share * processes)
-        mine = order[rank : parts * share * processes : processes]
-        self._parts = [part.tolist() for part in np.split(mine, parts)]
+        self._samples = run.workload.train.with_seed(LARGE_BATCH_SEED)
+        self._parts = self._own_parts(size)
         self._batches: list[tuple[Tensor, Tensor, Any]] = []
         self._corrected: Gradient = []
         run.on_micro_batch = self._see
         run.attachment.optimizer.register_step_pre_hook(self._keep)
 
+    def _own_parts(self, size: int) -> list[list[int]]:
+        """Return which samples of the large batch this process works through, in micro-batches."""
+        processes = self._run.accelerator.num_processes
+        first = self._run.accelerator.process_index
+        at_once = _share(self._run.config, processes) * processes
+        order = np.random.default_rng(LARGE_BATCH_SEED).permutation(len(self._samples))
+        count = min(size, len(order)) // at_once
+        own = order[first : count * at_once : processes]
+        return [part.tolist() for part in np.split(own, count)]
+
     @property
     def _due(self) -> bool:
+        """Whether the step under way is probed."""
         return (self._run.position.step + 1) % self._every == 0
 
     def _see(self, inputs: Tensor, targets: Tensor) -> None:
-        """Keep a micro-batch of a step that is probed, with the random numbers that its forward pass will draw."""
+        """Keep a micro-batch of a probed step, with the random state of its forward pass."""
         if self._due:
             self._batches.append((inputs, targets, random_state()))
 
     @torch.no_grad()
     def _keep(self, optimizer: Any, *_: Any) -> None:
-        """Copy gradients and weights just before the update: after every correction, which attached its hook before."""
-        overflow, scale = (
-            getattr(optimizer, "found_inf", None),
-            getattr(optimizer, "grad_scale", None),
-        )
-        if not self._due or (overflow is not None and bool(overflow != 0)):
+        """Copy gradients and weights just before the update.
+
+        Corrections have acted by then: they registered their hooks first.
+        """
+        overflow = getattr(optimizer, "found_inf", None)
+        is_skipped = overflow is not None and bool(overflow != 0)
+        if not self._due or is_skipped:
             return
         model = self._run.attachment.model
-        for theirs, ours in (
-            (model.parameters(), self._twin.parameters()),
-            (model.buffers(), self._twin.buffers()),
-        ):
-            for live, kept in zip(theirs, ours, strict=True):
-                kept.copy_(live)
-        divisor = (
-            1.0 if scale is None else scale
-        )  # a fused optimizer divides by it itself, after this
-        self._corrected = [None if p.grad is None else p.grad / divisor for p in model.parameters()]
+        live = chain(model.parameters(), model.buffers())
+        kept = chain(self._twin.parameters(), self._twin.buffers())
+        for source, copied in zip(live, kept, strict=True):
+            copied.copy_(source)
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer divides by it later
+        self._corrected = _divided(model, 1.0 if scale is None else scale)
 
     def finish_step(self) -> Quality | None:
-        """Return what a probed step came to, after it; None for the others, and for a step that was skipped."""
-        batches, corrected = self._batches, self._corrected
-        self._batches, self._corrected = [], []
+        """Return what a probed step came to, after it; None for a step that was not, or skipped."""
+        batches = self._batches
+        corrected = self._corrected
+        self._batches = []
+        self._corrected = []
         if not corrected:
             return None
-        run, before = self._run, random_state()
+        run = self._run
+        before = random_state()
         try:
             raw = self._gradient(batches, len(batches))
-            torch.manual_seed(SEED)
+            torch.manual_seed(LARGE_BATCH_SEED)
             large = self._gradient(self._large_batch(), len(self._parts))
         finally:
             set_random_state(before)
-        own, theirs = _against(raw, large), _against(corrected, large)
+        cosine_raw, ratio_raw = _against(raw, large)
+        cosine_corrected, ratio_corrected = _against(corrected, large)
         return Quality(
             arm=run.arm.name,
             seed=run.seed,
             step=run.position.step,
-            cosine_raw=own[0],
-            cosine_corrected=theirs[0],
-            norm_ratio_raw=own[1],
-            norm_ratio_corrected=theirs[1],
+            cosine_raw=cosine_raw,
+            cosine_corrected=cosine_corrected,
+            norm_ratio_raw=ratio_raw,
+            norm_ratio_corrected=ratio_corrected,
         )
 
     def _large_batch(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """Yield this process's micro-batches of the large batch."""
         device = self._run.accelerator.device
         for part in self._parts:
             inputs, targets = self._samples.__getitems__(part)
             yield inputs.to(device), targets.to(device), None
 
     def _gradient(self, batches: Iterable[tuple[Tensor, Tensor, Any]], count: int) -> Gradient:
-        """Return the gradient of the plain loss, the mean over batches and processes, in the run's precision."""
-        run, criterion = self._run, self._run.attachment.criterion
+        """Return the plain loss's gradient at the copied weights, in the run's precision.
+
+        It is the mean over batches and processes.
+
+        Args:
+            batches: Inputs, targets, and the random state of the forward pass, or None to go on.
+            count: Number of batches.
+        """
+        run = self._run
+        criterion = run.attachment.criterion
         plain: Any = getattr(criterion, "original", criterion)
         scaler = run.accelerator.scaler
-        scale = (
-            scaler.get_scale() if scaler is not None else 1.0
-        )  # float16 loses small gradients without
+        # Without a scale float16 loses small gradients.
+        scale = 1.0 if scaler is None else scaler.get_scale()
         self._twin.zero_grad()
         for inputs, targets, drawn in batches:
             if drawn is not None:
                 set_random_state(drawn)
             loss = plain(self._twin(run.as_inputs(inputs)), targets)
             (loss * (scale / count)).backward()
-        gradients = [None if p.grad is None else p.grad / scale for p in self._twin.parameters()]
-        return [None if g is None else run.accelerator.reduce(g, "mean") for g in gradients]
+        return [
+            None if gradient is None else run.accelerator.reduce(gradient, "mean")
+            for gradient in _divided(self._twin, scale)
+        ]
+
+
+def _divided(model: nn.Module, divisor: float | Tensor) -> Gradient:
+    """Return the gradients of a model's parameters, divided."""
+    return [
+        None if parameter.grad is None else parameter.grad / divisor
+        for parameter in model.parameters()
+    ]
 
 
 def _against(gradient: Gradient, large: Gradient) -> tuple[float, float]:
-    """Return cosine and norm ratio of a gradient against the large batch's; NaN where one of them is zero."""
-    norm, other = math.sqrt(_inner(gradient, gradient)), math.sqrt(_inner(large, large))
-    ratio = norm / other if other else math.nan
-    return (_inner(gradient, large) / (norm * other) if norm * other else math.nan), ratio
+    """Return cosine and norm ratio of a gradient to the large batch's; NaN where a norm is zero."""
+    norm = math.sqrt(_inner(gradient, gradient))
+    large_norm = math.sqrt(_inner(large, large))
+    if large_norm == 0:
+        return math.nan, math.nan
+    ratio = norm / large_norm
+    if norm * large_norm == 0:
+        return math.nan, ratio
+    return _inner(gradient, large) / (norm * large_norm), ratio
 
 
 def _inner(one: Gradient, other: Gradient) -> float:
-    """Return the inner product of two gradients; a missing tensor is zero."""
-    pairs = [
-        (a.float(), b.float()) if a.dtype.itemsize < 4 else (a, b) for a, b in _present(one, other)
-    ]
-    return math.fsum((a * b).sum().item() for a, b in pairs)
+    """Return the inner product of two gradients, where a missing tensor is zero."""
+    products: list[float] = []
+    for a, b in zip(one, other, strict=True):
+        if a is not None and b is not None:
+            products.append((_at_least_float32(a) * _at_least_float32(b)).sum().item())
+    return math.fsum(products)
 
 
-def _present(one: Gradient, other: Gradient) -> list[tuple[Tensor, Tensor]]:
-    return [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def keep_quality(record: RunLog, row: Quality) -> None:
+    """Add a probe to the points of a run."""
+    record.log(PROBE_LINE, row.step, row.measures)
 
 
 def kept_qualities(folder: ResultsFolder) -> list[Quality]:
     """Return the probes of the runs that ended."""
-    return folder.kept(FILE, Quality)
-
-
-def keep_qualities(folder: ResultsFolder, rows: Sequence[Quality]) -> None:
-    """Add the probes of a run to the folder, before the run's own row says that it is whole."""
-    folder.keep(FILE, rows, Quality)
+    return folder.kept(PROBE_LINE, Quality)
 
 
 def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:
-    """Return per arm, in the order of the rows, the number of probes and the means; None for what no probe could tell.
+    """Return the number of probes and the means per arm, in the order of the rows.
+
+    A mean is None where no probe has a finite number.
 
     Example:
-        >>> numbers = {"cosine_raw": 0.5, "cosine_corrected": 0.6, "norm_ratio_raw": 2.0, "norm_ratio_corrected": 1.0}
-        >>> mean_qualities([Quality(arm="agc", seed=0, step=10, **numbers)])[0]["cosine_corrected"]
+        >>> quality = Quality(
+        ...     arm="agc",
+        ...     seed=0,
+        ...     step=10,
+        ...     cosine_raw=0.5,
+        ...     cosine_corrected=0.6,
+        ...     norm_ratio_raw=2.0,
+        ...     norm_ratio_corrected=1.0,
+        ... )
+        >>> mean_qualities([quality])[0]["cosine_corrected"]
         0.6
     """
     means: list[dict[str, Any]] = []
     for arm in dict.fromkeys(row.arm for row in rows):
-        own = [asdict(row) for row in rows if row.arm == arm]
-        told = {name: [row[name] for row in own if math.isfinite(row[name])] for name in MEASURES}
-        means.append(
-            {
-                "arm": arm,
-                "probes": len(own),
-                **{n: fmean(v) if v else None for n, v in told.items()},
-            }
-        )
+        own = [row for row in rows if row.arm == arm]
+        mean: dict[str, Any] = {"arm": arm, "probes": len(own)}
+        for name in QUALITY_MEASURES:
+            values = [value for row in own if math.isfinite(value := row.measures[name])]
+            mean[name] = fmean(values) if values else None
+        means.append(mean)
     return means
-
-
-def print_qualities(console: Console, rows: Sequence[Quality]) -> None:
-    """Print the means per arm, where anything was probed."""
-    if not rows:
-        return
-    title = "\ngradients against that of a large batch at the same weights: a diagnostic, no verdict reads it"
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        header_style="bold",
-    )
-    for heading in (
-        "arm",
-        "probes",
-        "cosine\nraw",
-        "cosine\ncorrected",
-        "norm ratio\nraw",
-        "norm ratio\ncorrected",
-    ):
-        table.add_column(heading, overflow="fold")
-    for mean in mean_qualities(rows):
-        numbers = ("–" if mean[name] is None else f"{mean[name]:.3f}" for name in MEASURES)
-        table.add_row(Text(mean["arm"]), str(mean["probes"]), *numbers)
-    console.print(title, highlight=False, soft_wrap=True)
-    console.print(table)

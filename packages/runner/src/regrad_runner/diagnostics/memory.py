@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from regrad import Attachment
 
-# What leads from an object to the whole program.
+# They lead from an object to the whole program, and are not followed.
 ELSEWHERE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 
 
@@ -20,7 +19,8 @@ def bytes_held(root: Any, *, besides: Attachment) -> int:
     """Return the bytes of all tensors that can be reached from an object, each storage once.
 
     Args:
-        root: Such as a correction: dictionaries, dataclasses, modules and optimizers of its own are followed.
+        root: Such as a correction: dictionaries, dataclasses, modules and optimizers of its own are
+            followed.
         besides: An attachment. What belongs to its model and optimizer is not counted.
 
     Example:
@@ -30,30 +30,35 @@ def bytes_held(root: Any, *, besides: Attachment) -> int:
         >>> bytes_held({"own": torch.zeros(5), "theirs": [model.weight]}, besides=attachment)
         20
     """
-    model, optimizer = besides.model, besides.optimizer
-    owned: list[Any] = [
-        *model.parameters(),
-        *model.buffers(),
-        *(p.grad for p in model.parameters()),
-    ]
-    owned += chain.from_iterable(state.values() for state in optimizer.state.values())
-    theirs = {_storage(tensor) for tensor in owned if isinstance(tensor, Tensor)}
-    seen = {
-        id(thing)
-        for thing in (besides, besides.engine, optimizer, optimizer.state, *model.modules())
-    }
-    waiting, found = [root], dict[int, int]()
+    model = besides.model
+    optimizer = besides.optimizer
+    not_followed = [besides, besides.engine, optimizer, optimizer.state, *model.modules()]
+    seen = {id(thing) for thing in not_followed}
+    sizes: dict[int, int] = {}  # of the storages, in bytes
+    waiting = [root]
     while waiting:
         thing = waiting.pop()
         if id(thing) in seen or isinstance(thing, ELSEWHERE):
             continue
         seen.add(id(thing))
         if isinstance(thing, Tensor):
-            found[_storage(thing)] = thing.untyped_storage().nbytes()
+            sizes[_storage(thing)] = thing.untyped_storage().nbytes()
         else:
             waiting += gc.get_referents(thing)
-    return sum(size for storage, size in found.items() if storage not in theirs)
+    theirs = {_storage(tensor) for tensor in _tensors_of(besides)}
+    return sum(size for storage, size in sizes.items() if storage not in theirs)
+
+
+def _tensors_of(attachment: Attachment) -> list[Tensor]:
+    """Return weights, buffers, gradients and the optimizer's state."""
+    tensors: list[Any] = [*attachment.model.buffers()]
+    for parameter in attachment.model.parameters():
+        tensors += [parameter, parameter.grad]
+    for state in attachment.optimizer.state.values():
+        tensors += state.values()
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int:
+    """Return what tells the storage of a tensor from others."""
     return tensor.untyped_storage().data_ptr()

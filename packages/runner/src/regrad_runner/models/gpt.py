@@ -1,4 +1,8 @@
-"""A small transformer that predicts the next byte."""
+"""A small transformer that predicts the next byte.
+
+Written by hand: a hundred lines are no reason to depend on transformers, whose models draw their
+first weights from the global random state.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,10 @@ def build_gpt(
 
     Token and learned position embeddings, then `layers` blocks
     :math:`x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x))`,
-    :math:`x \leftarrow x + \mathrm{mlp}(\mathrm{norm}(x))` (four times as wide inside, GELU), a last normalisation,
-    a linear head without bias. No dropout. Weights start from a normal distribution of deviation .02, those that end a
-    branch from :math:`.02/\sqrt{2\,\mathrm{layers}}`; biases from zero.
+    :math:`x \leftarrow x + \mathrm{mlp}(\mathrm{norm}(x))` (four times as wide inside, GELU), a
+    last normalisation, a linear head without bias. No dropout. Weights start from a normal
+    distribution of deviation .02, those that end a branch from
+    :math:`.02/\sqrt{2\,\mathrm{layers}}`; biases from zero.
 
     Args:
         vocabulary: Number of tokens, at least 2.
@@ -36,12 +41,12 @@ def build_gpt(
         layers: Number of blocks, at least 1.
         heads: Attention heads per block, at least 1.
         tied: Whether the head's weight is that of the token embedding.
-        seed: Fixes the initial weights; two calls with one seed return equal models. No global random number is
-            drawn.
+        seed: Fixes the initial weights; two calls with one seed return equal models. No global
+            random number is drawn.
 
     Returns:
-        The model in training mode, on the CPU, in float32: tokens [B, T] to logits [B, vocabulary, T], the classes in
-        the dimension where `torch.nn.CrossEntropyLoss` wants them.
+        The model in training mode, on the CPU, in float32: tokens [B, T] to logits [B, vocabulary,
+        T], the classes in the dimension where `torch.nn.CrossEntropyLoss` wants them.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -54,19 +59,20 @@ def build_gpt(
         42368
 
     References:
-        Radford, Wu, Child, Luan, Amodei and Sutskever, 2019, "Language Models are Unsupervised Multitask Learners",
-        section 2.3. Theirs has dropout and biases in every layer; our head may be untied, as PowerGrad's control
-        rescales it alone.
+        Radford, Wu, Child, Luan, Amodei and Sutskever, 2019, "Language Models are Unsupervised
+        Multitask Learners", section 2.3. Theirs has dropout and biases in every layer; our head may
+        be untied, as PowerGrad's control rescales it alone.
     """
-    for what, value, least in (
-        ("vocabulary", vocabulary, 2),
-        ("context", context, 1),
-        ("width", width, 1),
-        ("layers", layers, 1),
-        ("heads", heads, 1),
-    ):
+    smallest = {
+        "vocabulary": (vocabulary, 2),
+        "context": (context, 1),
+        "width": (width, 1),
+        "layers": (layers, 1),
+        "heads": (heads, 1),
+    }
+    for option, (value, least) in smallest.items():
         if value < least:
-            raise ValueError(f"{what} must be at least {least}, got {value!r}")
+            raise ValueError(f"{option} must be at least {least}, got {value!r}")
     if width % heads:
         raise ValueError(f"width must be a multiple of heads ({heads}), got {width!r}")
     # Modules draw their default weights when they are made; the fork puts the global state back.
@@ -112,7 +118,8 @@ class Block(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return features [B, T, width] of features [B, T, width]."""
         features = features + self.attention(self.norm1(features))
-        return features + self.mlp_out(F.gelu(self.mlp_in(self.norm2(features))))  # type: ignore[no-any-return]
+        inside = F.gelu(self.mlp_in(self.norm2(features)))
+        return features + self.mlp_out(inside)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -130,11 +137,13 @@ class Attention(nn.Module):
         split = self.project_in(features).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.project_out(seen.transpose(1, 2).reshape(batch, length, width))  # type: ignore[no-any-return]
+        joined = seen.transpose(1, 2).reshape(batch, length, width)
+        return self.project_out(joined)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
 def _initialize(model: GPT, generator: torch.Generator) -> None:
+    """Draw the weights anew, from the generator."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=DEVIATION, generator=generator)

@@ -8,7 +8,8 @@ from torch import nn
 def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
     """Return the output layer: the last `torch.nn.Linear` that the model registered.
 
-    Where there is none it is the last convolution, as in SqueezeNet. Seen to hold for every classifier of torchvision.
+    Where there is none it is the last convolution, as in SqueezeNet. Seen to hold for every
+    classifier of torchvision.
 
     Args:
         model: Any module with such an output layer, bare or wrapped (DDP).
@@ -20,6 +21,7 @@ def head_of(model: nn.Module) -> nn.Linear | nn.Conv2d:
         ValueError: If the model has neither.
 
     Example:
+        >>> from regrad_runner.models.building import build_model
         >>> head_of(build_model("resnet8", classes=10))
         Linear(in_features=64, out_features=10, bias=True)
     """
@@ -43,17 +45,13 @@ def own_head(model: nn.Module, *, whose: str) -> list[nn.Parameter]:
         ValueError: If the model has no such layer, or another layer holds its weights too.
     """
     head = list(head_of(model).parameters())
-    names = [
-        (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(parameter is own for own in head)
-    ]
-    if len(names) > len(head):
-        shared = " and ".join(
-            name for name, parameter in names if sum(parameter is p for _, p in names) > 1
-        )
-        raise ValueError(
-            f"head must have weights of its own for {whose}, got one tensor as {shared}; "
-            "untie them, or leave controls out (--no-controls)"
-        )
+    named = list(model.named_parameters(remove_duplicate=False))
+    for own in head:
+        names = [name for name, parameter in named if parameter is own]
+        if len(names) > 1:
+            raise ValueError(
+                f"head must have weights of its own for {whose}, "
+                f"got one tensor as {' and '.join(names)}; "
+                "untie them, or leave controls out (--no-controls)"
+            )
     return head

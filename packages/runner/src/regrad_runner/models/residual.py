@@ -1,4 +1,7 @@
-"""Residual networks for small images."""
+"""Residual networks for small images.
+
+Written by hand: torchvision has those for ImageNet only, with another stem and other widths.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 Norm = Literal["batch", "group", "none"]
 BLOCKS_PER_STAGE = {f"resnet{6 * blocks + 2}": blocks for blocks in (1, 3, 5, 9)}
+STAGES = 3
 GROUPS = 8
 
 
@@ -22,13 +26,10 @@ def residual_network(
     name: str, *, width: int, norm: Norm, classes: int, channels: int, image_size: int, seed: int
 ) -> nn.Module:
     """Return a residual network; `regrad_runner.models.building.build_model` says what it takes."""
-    for what, value, least in (
-        ("channels", channels, 1),
-        ("image_size", image_size, 4),
-        ("width", width, 1),
-    ):
+    smallest = {"channels": (channels, 1), "image_size": (image_size, 4), "width": (width, 1)}
+    for option, (value, least) in smallest.items():
         if value < least:
-            raise ValueError(f"{what} must be at least {least}, got {value!r}")
+            raise ValueError(f"{option} must be at least {least}, got {value!r}")
     # Modules draw their default weights when they are made; the fork puts the global state back.
     with torch.random.fork_rng(devices=[]):
         model = ResidualNetwork(
@@ -43,21 +44,27 @@ class ResidualNetwork(nn.Module):
 
     def __init__(self, blocks: int, *, classes: int, channels: int, width: int, norm: Norm) -> None:
         super().__init__()
-        widths = [width * 2**stage for stage in range(3)]
         self.conv = _conv3x3(channels, width, bias=norm == "none")
         self.norm = _norm(norm, width)
         self.stages = nn.Sequential()
-        previous = width
-        for index, current in enumerate(widths):
+        channels_in = width
+        for index in range(STAGES):
+            channels_out = width * 2**index
             stage = nn.Sequential()
             for block in range(blocks):
-                stride = 2 if index > 0 and block == 0 else 1
+                halves = index > 0 and block == 0
                 stage.append(
-                    ResidualBlock(previous, current, stride=stride, norm=norm, depth=3 * blocks)
+                    ResidualBlock(
+                        channels_in,
+                        channels_out,
+                        stride=2 if halves else 1,
+                        norm=norm,
+                        depth=STAGES * blocks,
+                    )
                 )
-                previous = current
+                channels_in = channels_out
             self.stages.append(stage)
-        self.fc = nn.Linear(previous, classes)
+        self.fc = nn.Linear(channels_in, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, classes] of images [B, C, H, W]."""
@@ -81,13 +88,16 @@ class ResidualBlock(nn.Module):
         self.new_channels = channels_out - channels_in
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, channels_out, ⌈H / stride⌉, ⌈W / stride⌉] of features [B, channels_in, H, W]."""
+        """Return features [B, channels_out, H', W'] of features [B, channels_in, H, W].
+
+        H' is ⌈H / stride⌉, and W' is ⌈W / stride⌉.
+        """
         residual = torch.relu(self.norm1(self.conv1(images)))
         residual = self.norm2(self.conv2(residual))
         return torch.relu(residual + self.shortcut(images))
 
     def shortcut(self, images: Tensor) -> Tensor:
-        """Return every `stride`-th pixel, with zeros as the channels that the input does not have (option A)."""
+        """Return every `stride`-th pixel, with zeros for the channels that are new (option A)."""
         if self.stride > 1:
             images = images[:, :, :: self.stride, :: self.stride]
         if self.new_channels:
@@ -108,7 +118,7 @@ class Scale(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a group normalisation of the most groups, at most 8, that divide the channels alike."""
+    """Return a group normalisation with as many groups as divide the channels evenly, at most 8."""
     return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
 
 
@@ -117,13 +127,17 @@ def _conv3x3(channels_in: int, channels_out: int, *, stride: int = 1, bias: bool
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:
+    """Return the normalisation of a layer."""
     if norm == "none":
         return nn.Identity()
-    return nn.BatchNorm2d(channels) if norm == "batch" else group_norm(channels)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    return group_norm(channels)
 
 
 @torch.no_grad()
 def _initialize(model: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights anew, from the generator."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
@@ -131,6 +145,5 @@ def _initialize(model: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, ResidualBlock) and isinstance(module.norm2, Scale):
-            module.conv2.weight.mul_(
-                math.sqrt(0.5)
-            )  # no rectifier follows that would halve the second moment
+            # No rectifier follows that would halve the second moment.
+            module.conv2.weight.mul_(math.sqrt(0.5))

@@ -34,27 +34,31 @@ def build_classifier(
 ) -> nn.Module:
     """Return a classifier of torchvision, without pretrained weights and without auxiliary outputs.
 
-    It is initialised as torchvision does, from `seed`. No global random number is drawn. Grey images are repeated
-    to the three channels that all of them expect.
+    It is initialised as torchvision does, from `seed`. No global random number is drawn. Grey
+    images are repeated to the three channels that all of them expect.
 
     Args:
         name: One of `classifier_names`.
         classes: Number of outputs.
         channels: Channels of the images, 1 or 3.
         image_size: Height and width of the images in pixels.
-        group_norm: Makes, from a number of channels, what is put in place of every batch normalisation; None
-            leaves them.
+        group_norm: Makes, from a number of channels, what is put in place of every batch
+            normalisation; None leaves them.
         bare: Whether a network with any normalisation is refused.
         seed: Fixes the initial weights.
 
     Returns:
-        The model in training mode, on the CPU: images [B, channels, image_size, image_size] to logits [B, classes].
+        The model in training mode, on the CPU: images [B, channels, image_size, image_size] to
+        logits [B, classes].
 
     Raises:
-        ValueError: If the channels, the size of the images or the normalisation do not fit this classifier.
+        ValueError: If the channels, the size of the images or the normalisation do not fit this
+            classifier.
 
     Example:
-        >>> model = build_classifier("mobilenet_v3_small", classes=7, channels=1, image_size=32, seed=0)
+        >>> model = build_classifier(
+        ...     "mobilenet_v3_small", classes=7, channels=1, image_size=32, seed=0
+        ... )
         >>> model(torch.zeros(2, 1, 32, 32)).shape
         torch.Size([2, 7])
     """
@@ -63,8 +67,9 @@ def build_classifier(
     network = _seeded(name, classes, seed)
     if bare and any(_of_kind(network, NORMALISATIONS)):
         raise ValueError(
-            f"norm must be 'batch' or 'group' for model {name!r}, got 'none'; it cannot be left out there, "
-            "and only resnet8, resnet20, resnet32 and resnet56 have an initialisation that does without"
+            f"norm must be 'batch' or 'group' for model {name!r}, got 'none'; "
+            "it cannot be left out there, and only resnet8, resnet20, resnet32 and resnet56 have "
+            "an initialisation that does without"
         )
     if group_norm is not None:
         network = _with_groups(name, network, group_norm, classes, seed)
@@ -86,18 +91,18 @@ class GreyImages(nn.Module):
 
 
 def _seeded(name: str, classes: int, seed: int, **options: Any) -> nn.Module:
+    """Return a classifier whose weights a seed fixes."""
     fixed = {"aux_logits": False, "init_weights": True}
     options |= {key: value for key, value in fixed.items() if key in _parameters(name)}
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed would seed every device's generator as well
+        # `torch.manual_seed` would seed the generators of all devices as well.
+        torch.default_generator.manual_seed(seed)
         network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
     return network
 
 
 def _parameters(name: str) -> typing.Mapping[str, inspect.Parameter]:
-    """Return what the constructor of the classifier's class takes; the builders hide it behind **kwargs."""
+    """Return what a classifier's constructor takes, which its builder hides behind **kwargs."""
     kind = typing.get_type_hints(models.get_model_builder(name))["return"]
     return inspect.signature(kind).parameters
 
@@ -121,21 +126,21 @@ def _with_groups(
 
 
 def _of_kind(network: nn.Module, kind: Any) -> Iterator[bool]:
+    """Yield for every module whether it is of a kind."""
     return (isinstance(module, kind) for module in network.modules())
 
 
 def _check_size(name: str, model: nn.Module, channels: int, size: int) -> None:
+    """Raise a `ValueError` that suggests another size if images of this one do not go through."""
     if _takes(model, channels, size):
         return
-    fits = next(
-        (other for other in SIZES_TO_SUGGEST if _takes(model, channels, other)),
-        "none that was tried",
-    )
-    raise ValueError(f"image_size must fit model {name!r}, such as {fits}, got {size}")
+    fitting = (other for other in SIZES_TO_SUGGEST if _takes(model, channels, other))
+    suggested = next(fitting, "none that was tried")
+    raise ValueError(f"image_size must fit model {name!r}, such as {suggested}, got {size}")
 
 
 def _takes(model: nn.Module, channels: int, size: int) -> bool:
-    """Say whether images of this size go through. Only shapes are computed, on tensors without content."""
+    """Say whether images of this size go through; only shapes are computed, without content."""
     tensors = chain(model.named_parameters(), model.named_buffers())
     shapes = {name: tensor.to("meta") for name, tensor in tensors}
     images = torch.empty(2, channels, size, size, device="meta")

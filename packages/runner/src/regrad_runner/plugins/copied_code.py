@@ -1,4 +1,4 @@
-"""The code of an installed plugin under other names, without a word of its prose."""
+"""The code of an installed plugin under other names, without its docstrings and comments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
-BLANK = '"""(fill in)"""'
+BLANK_DOCSTRING = '"""(fill in)"""'
 PRAGMA = re.compile(r"#\s*(noqa|type:|pragma:)")
 
 
@@ -23,7 +23,7 @@ class Edit(NamedTuple):
 
 
 def without_prose(source: str) -> str:
-    """Return Python code with blank docstrings and without comments: what they say is of the original.
+    """Return Python code with blank docstrings and no comments: they describe the original.
 
     Example:
         >>> without_prose("pass  # as Someone and Other, 2020, have it")
@@ -53,17 +53,18 @@ def _docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
 def _without_comment(source: str, starts: list[int], token: tokenize.TokenInfo) -> Edit:
     """Return the edit that takes out a comment, with its line where it stands alone."""
     line, column = token.start
-    before = source[starts[line - 1] : starts[line - 1] + column]
+    line_start = starts[line - 1]
+    before = source[line_start : line_start + column]
     if before.strip():
-        return Edit(starts[line - 1] + len(before.rstrip()), starts[line - 1] + token.end[1], "")
-    return Edit(starts[line - 1], starts[line], "")
+        return Edit(line_start + len(before.rstrip()), line_start + token.end[1], "")
+    return Edit(line_start, starts[line], "")
 
 
 def renamed(source: str, names: Mapping[str, str], words: Mapping[str, str]) -> str:
     """Return Python code with other names.
 
     Args:
-        source: Without prose: what stands in a string is code's own, such as an error's text.
+        source: Without prose, so that every string belongs to the code, such as an error's text.
         names: New identifiers by old ones.
         words: What to write in strings, by the pattern of what stands there.
 
@@ -74,16 +75,29 @@ def renamed(source: str, names: Mapping[str, str], words: Mapping[str, str]) -> 
     starts = _line_starts(source)
     edits = []
     for token in _tokens(source):
-        new = token.string
-        if token.type == tokenize.NAME:
-            new = names.get(new, new)
-        elif token.type == tokenize.STRING or tokenize.tok_name[token.type] == "FSTRING_MIDDLE":
-            for old, word in words.items():
-                new = re.sub(old, word, new)
+        new = _renamed_token(token, names, words)
         if new != token.string:
-            (line, column), (last, end) = token.start, token.end
-            edits.append(Edit(starts[line - 1] + column, starts[last - 1] + end, new))
+            edits.append(Edit(_place(starts, token.start), _place(starts, token.end), new))
     return _edited(source, edits)
+
+
+def _renamed_token(
+    token: tokenize.TokenInfo, names: Mapping[str, str], words: Mapping[str, str]
+) -> str:
+    """Return what to write for a token: names change in code, words in strings."""
+    text = token.string
+    if token.type == tokenize.NAME:
+        return names.get(text, text)
+    if token.type == tokenize.STRING or tokenize.tok_name[token.type] == "FSTRING_MIDDLE":
+        for pattern, word in words.items():
+            text = re.sub(pattern, word, text)
+    return text
+
+
+def _place(starts: list[int], position: tuple[int, int]) -> int:
+    """Return where a position, a line counted from 1 and a column, is in the text."""
+    line, column = position
+    return starts[line - 1] + column
 
 
 def _tokens(source: str) -> Iterator[tokenize.TokenInfo]:
@@ -104,12 +118,13 @@ def _blank(source: str, starts: list[int], node: ast.Constant) -> Edit:
         return starts[line - 1] + len(before.decode())
 
     start = place(node.lineno, node.col_offset)
-    return Edit(start, place(node.end_lineno or 0, node.end_col_offset or 0), BLANK)
+    return Edit(start, place(node.end_lineno or 0, node.end_col_offset or 0), BLANK_DOCSTRING)
 
 
 def _edited(source: str, edits: list[Edit]) -> str:
     """Return a text with edits made, none inside another."""
-    pieces, end = [], 0
+    pieces = []
+    end = 0
     for edit in sorted(edits):
         pieces += [source[end : edit.start], edit.text]
         end = edit.end

@@ -1,4 +1,4 @@
-"""Everything that one installed plugin says of itself: its metadata, its docstrings, its declarations."""
+"""What an installed plugin says about itself in metadata, docstrings and declarations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from email.message import Message
 from typing import Any
 
+import docstring_parser
 import regrad
 import torch
+from docstring_parser.google import DEFAULT_SECTIONS, GoogleParser, Section, SectionType
 from regrad.correction import Control, Correction, did_you_mean
 from regrad.distributions import find
 from regrad.errors import PluginLoadError
@@ -20,8 +22,9 @@ from regrad.text import printable
 from rich.table import Table
 from rich.text import Text
 
+from regrad_runner.errors import KEPT_CHARACTERS
 from regrad_runner.settings.arms import created, merged
-from regrad_runner.terminal import KEPT, Terminal
+from regrad_runner.terminal import Terminal, plain_table
 
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
@@ -30,30 +33,34 @@ FACTS = {  # a correction's declarations, in words
     "exclusive": "alone with",
     "before": "acts before",
     "after": "acts after",
-    "closures": "bears closures that run several times",
-    "sparse": "bears sparse gradients",
+    "closures": "supports closures that run several times",
+    "sparse": "supports sparse gradients",
     "warmup_steps": "changes nothing in the first steps",
     "record": "reads the first forward pass",
 }
+REFERENCES = Section("References", "references", SectionType.SINGULAR)
+DOCSTRINGS = GoogleParser([*DEFAULT_SECTIONS, REFERENCES])
 
 
 def show_plugin(name: str, *, as_json: bool = False) -> None:
-    """Print what a plugin does, its options, where it acts, what it must beat and where it comes from.
+    """Print what a plugin does, its options, where it acts, what it must beat and its source.
 
     Args:
         name: Of a correction, an optimizer or a workload.
-        as_json: For programs: a list with one object for each kind that has this name; else text for people.
+        as_json: For programs: a list with one object for each kind that has this name. Otherwise
+            text for people.
 
     Raises:
         ValueError: If nothing of that name is installed.
         PluginLoadError: If it cannot be imported.
     """
     installed = {kind: regrad.available(group) for kind, group in GROUPS.items()}
-    found = [
-        describe(kind, entries[name]) for kind, entries in installed.items() if name in entries
-    ]
+    found = []
+    for kind, entries in installed.items():
+        if name in entries:
+            found.append(describe(kind, entries[name]))
     if not found:
-        names = sorted({name for entries in installed.values() for name in entries})
+        names = sorted(set().union(*installed.values()))
         known = ", ".join(map(printable, names))
         raise ValueError(f"no plugin named {name!r}; installed: {known}{did_you_mean(name, names)}")
     console = Terminal(soft_wrap=as_json)
@@ -72,9 +79,9 @@ def describe(kind: str, entry: Entry) -> dict[str, Any]:
         entry: What its metadata say.
 
     Returns:
-        `kind`, the fields of `entry`, `description` (of its docstring), `options` (name, type, default, meaning),
-        `links`, `card` (the first section of its distribution's README); for corrections also `needs`, `parts` and
-        `controls`, by optimizer.
+        `kind`, the fields of `entry`, `description` (of its docstring), `options` (name, type,
+        default, meaning), `links`, `card` (the first section of its distribution's README). For
+        corrections also `needs`, `parts`, and `controls` by optimizer.
 
     Raises:
         PluginLoadError: If it cannot be imported.
@@ -83,79 +90,88 @@ def describe(kind: str, entry: Entry) -> dict[str, Any]:
     details = {
         "kind": kind,
         **dataclasses.asdict(entry),
-        "description": _opening(inspect.getdoc(loaded) or ""),
+        "description": _description(_docstring(loaded)),
     }
     if isinstance(loaded, regrad.Composition):
-        details |= _composition(loaded) | {"controls": _controls(entry.name)}
+        details |= _composition(loaded)
+        details["controls"] = _controls(entry.name)
     elif kind == "correction":
-        details |= {
-            "options": _options_of(loaded),
-            "needs": _needs(loaded),
-            "controls": _controls(entry.name),
-        }
+        details["options"] = _options_of(loaded)
+        details["needs"] = _needs(loaded)
+        details["controls"] = _controls(entry.name)
     else:
         details["options"] = _arguments_of(loaded)
-    about: Any = _metadata_of(entry)
-    urls = (line.partition(", ") for line in about.get_all("Project-URL") or [])
-    details["links"] = {label: address for label, _, address in urls}
-    details["card"] = "" if kind == "workload" else _first_section(about.get("Description") or "")
+    metadata: Any = _metadata_of(entry)
+    details["links"] = _links(metadata.get_all("Project-URL") or [])
+    if kind == "workload":
+        details["card"] = ""  # its distribution offers many, and the README is about others too
+    else:
+        details["card"] = _first_section(metadata.get("Description") or "")
     return details
 
 
+def _links(lines: list[str]) -> dict[str, str]:
+    """Return addresses by their labels, from lines "LABEL, ADDRESS"."""
+    links = {}
+    for line in lines:
+        label, _, address = line.partition(", ")
+        links[label] = address
+    return links
+
+
 def _metadata_of(entry: Entry) -> Any:
-    """Return the metadata of the distribution behind an entry; empty ones where it is gone meanwhile."""
+    """Return the metadata of the distribution behind an entry; empty if it has gone since."""
     found = find(entry.distribution, entry.version)
     return found.source.metadata if found else Message()
 
 
 def _composition(loaded: regrad.Composition) -> dict[str, Any]:
-    """Describe corrections that go by one name: their options have the part's name in front."""
-    parts = {part: regrad.load(part) for part in loaded.parts}
-    options = [
-        {**option, "name": f"{part}.{option['name']}"}
-        for part, kind in parts.items()
-        for option in _options_of(kind)
-    ]
+    """Describe corrections under one name: their options have the part's name in front."""
+    options = []
+    stages: list[str] = []
+    for part in loaded.parts:
+        kind = regrad.load(part)
+        options += [{**option, "name": f"{part}.{option['name']}"} for option in _options_of(kind)]
+        stages += kind.needs.stages
     return {
-        "description": f"{' and '.join(parts)} together.",
-        "parts": list(parts),
+        "description": f"{' and '.join(loaded.parts)} together.",
+        "parts": list(loaded.parts),
         "options": options,
-        "needs": {
-            "stages": list(
-                dict.fromkeys(stage for kind in parts.values() for stage in kind.needs.stages)
-            )
-        },
+        "needs": {"stages": list(dict.fromkeys(stages))},
     }
 
 
 def _options_of(kind: type[Correction]) -> list[dict[str, Any]]:
-    meanings = _meanings(inspect.getdoc(kind) or "")
-    return [
-        {
-            "name": f.name,
-            "type": _type(f.type),
-            "default": f.default,
-            "meaning": meanings.get(f.name, ""),
-        }
-        for f in dataclasses.fields(kind.Options)
-    ]
+    """Return the options of a correction."""
+    meanings = _meanings(_docstring(kind))
+    options = []
+    for field in dataclasses.fields(kind.Options):
+        meaning = meanings.get(field.name, "")
+        options.append(_option(field.name, field.type, field.default, meaning))
+    return options
 
 
 def _arguments_of(loaded: Any) -> list[dict[str, Any]]:
     """Return what a class or a function takes, where it can be chosen."""
-    meanings = _meanings(inspect.getdoc(loaded) or "")
+    meanings = _meanings(_docstring(loaded))
     if not inspect.isroutine(loaded) and not isinstance(loaded, type):
-        meanings |= _meanings(inspect.getdoc(type(loaded).__call__) or "")
-    return [
-        {
-            "name": name,
-            "type": _type(parameter.annotation),
-            "default": None if parameter.default is parameter.empty else parameter.default,
-            "meaning": meanings.get(name, ""),
-        }
-        for name, parameter in inspect.signature(loaded).parameters.items()
-        if name not in NOT_OPTIONS
-    ]
+        meanings |= _meanings(_docstring(type(loaded).__call__))
+    options = []
+    for name, parameter in inspect.signature(loaded).parameters.items():
+        if name in NOT_OPTIONS:
+            continue
+        default = None if parameter.default is parameter.empty else parameter.default
+        options.append(_option(name, parameter.annotation, default, meanings.get(name, "")))
+    return options
+
+
+def _option(name: str, annotation: Any, default: Any, meaning: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "type": _type_in_words(annotation),
+        "default": default,
+        "meaning": meaning,
+    }
 
 
 def _needs(kind: type[Correction]) -> dict[str, Any]:
@@ -172,10 +188,9 @@ def _controls(name: str) -> dict[str, dict[str, Any] | None]:
     }
     try:
         made = created(name)
-        controls = {
-            text: merged([c.control(optimizer) for c in made])
-            for text, optimizer in optimizers.items()
-        }
+        controls = {}
+        for text, optimizer in optimizers.items():
+            controls[text] = merged([correction.control(optimizer) for correction in made])
     except Exception as cause:  # a plugin may fail in any way: it is named, and the cause chained
         said = f"{type(cause).__name__}: {printable(cause)}"
         raise PluginLoadError(f"plugin {name!r} cannot say what it must beat: {said}") from cause
@@ -193,33 +208,38 @@ def _changes(control: Control) -> dict[str, Any]:
     }
 
 
-def _type(annotation: Any) -> str:
+def _type_in_words(annotation: Any) -> str:
     if annotation is inspect.Parameter.empty:
         return ""
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
 
 
-def _opening(text: str) -> str:
+def _docstring(documented: Any) -> docstring_parser.Docstring:
+    """Return the parts of a docstring; one whose sections cannot be read is all description."""
+    text = _without_roles(inspect.getdoc(documented) or "")
+    try:
+        return DOCSTRINGS.parse(text)
+    except docstring_parser.ParseError:
+        whole = docstring_parser.Docstring()
+        whole.short_description = text
+        return whole
+
+
+def _description(docstring: docstring_parser.Docstring) -> str:
     """Return what a docstring says before its sections, a paragraph a line."""
-    before = re.split(
-        r"^(?:Args|Attributes|Returns|Raises|Example|References):",
-        text,
-        maxsplit=1,
-        flags=re.MULTILINE,
-    )
-    return re.sub(r"(?<=\S)\n(?=\S)", " ", _plain(before[0]).strip())
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", docstring.description or "")
 
 
-def _meanings(text: str) -> dict[str, str]:
-    """Return what the section Args of a docstring says of each argument."""
-    section = re.search(r"^Args:\n((?:[ ].*\n?|\n)*)", text, flags=re.MULTILINE)
-    items = re.findall(
-        r"^ {4}(\w+): ((?:.*)(?:\n {5,}.*)*)", section[1] if section else "", flags=re.MULTILINE
-    )
-    return {name: " ".join(_plain(meaning).split()) for name, meaning in items}
+def _meanings(docstring: docstring_parser.Docstring) -> dict[str, str]:
+    """Return what a docstring says about each argument, in one line."""
+    meanings = {}
+    for parameter in docstring.params:
+        if parameter.args[0] == "param":
+            meanings[parameter.arg_name] = " ".join((parameter.description or "").split())
+    return meanings
 
 
-def _plain(text: str) -> str:
+def _without_roles(text: str) -> str:
     """Return reStructuredText without the names of its roles."""
     return re.sub(r":\w+:`([^`]*)`", r"\1", text)
 
@@ -231,32 +251,32 @@ def _first_section(readme: str) -> str:
 
 
 def _print(console: Terminal, details: Mapping[str, Any]) -> None:
-    source = f"{details['distribution']} {details['version']}, {details['value']}"
-    console.print(
-        Text(printable(f"{details['name']}: {details['kind']}"), style="bold"),
-        Text(printable(f"from {source}")),
-        sep="\n",
-    )
-    about_itself = (
-        details["kind"] != "workload"
-    )  # one distribution offers many, and speaks of other things
-    for text in (details["summary"] * about_itself, details["description"], details["card"]):
+    title = f"{details['name']}: {details['kind']}"
+    source = f"from {details['distribution']} {details['version']}, {details['value']}"
+    console.print(Text(printable(title), style="bold"))
+    console.print(Text(printable(source)))
+    texts = [details["description"], details["card"]]
+    if details["kind"] != "workload":
+        texts.insert(0, details["summary"])  # that of a workload is about its distribution
+    for text in texts:
         if text:
-            console.print("", Text(printable(text, keep=KEPT)), sep="\n")
+            console.print("", Text(printable(text, keep=KEPT_CHARACTERS)), sep="\n")
     if details["options"]:
-        console.print("", _table(details["options"]), "", sep="\n")
+        console.print()
+        console.print(_table(details["options"]))
+        console.print()
     for name, value in _facts(details).items():
         console.print(Text(printable(f"{name}: {value}")))
     console.print()
 
 
 def _table(options: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("option", "default", "type", "meaning"):
-        table.add_column(name, overflow="fold", ratio=1 if name == "meaning" else None)
-    for option in options:
-        cells = (option["name"], str(option["default"]), option["type"], option["meaning"])
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+    rows = [
+        (option["name"], str(option["default"]), option["type"], option["meaning"])
+        for option in options
+    ]
+    table = plain_table(("option", "default", "type", "meaning"), rows)
+    table.columns[-1].ratio = 1  # the meaning takes the width that is left
     return table
 
 
@@ -264,20 +284,32 @@ def _facts(details: Mapping[str, Any]) -> dict[str, str]:
     """Return what is declared, in words; what is empty, false or zero is left out."""
     needs = details.get("needs", {})
     facts = {"parts": ", ".join(details.get("parts", []))}
-    facts |= {words: _in_words(needs.get(key)) for key, words in FACTS.items()}
-    facts |= {f"conflicts with {name}": why for name, why in needs.get("conflicts", {}).items()}
+    for key, words in FACTS.items():
+        facts[words] = _value_in_words(needs.get(key))
+    for name, reason in needs.get("conflicts", {}).items():
+        facts[f"conflicts with {name}"] = reason
     for optimizer, control in details.get("controls", {}).items():
-        change = {key: _in_words(value) for key, value in (control or {}).items() if key != "name"}
-        said = ", ".join(f"{key} {value}" for key, value in change.items())
-        facts[f"must beat on {optimizer}"] = (
-            f"{control['name']} ({said})" if control else "nothing but the baseline"
-        )
-    return {name: value for name, value in (facts | details["links"]).items() if value}
+        facts[f"must beat on {optimizer}"] = _control_in_words(control)
+    facts |= details["links"]
+    return {name: value for name, value in facts.items() if value}
 
 
-def _in_words(value: Any) -> str:
+def _control_in_words(control: Mapping[str, Any] | None) -> str:
+    """Say what a correction must beat, and what that changes."""
+    if control is None:
+        return "nothing but the baseline"
+    changes = []
+    for key, value in control.items():
+        if key != "name":
+            changes.append(f"{key} {_value_in_words(value)}")
+    return f"{control['name']} ({', '.join(changes)})"
+
+
+def _value_in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={inner}" for key, inner in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value or "")

@@ -1,4 +1,6 @@
-"""Import plugins one by one and say, a line of JSON each, how it went: run by the doctor in a process of its own.
+"""Import plugins one by one and write a line of JSON about each.
+
+The doctor runs this in a process of its own.
 
 Usage: python -m regrad_runner.plugins.doctor_imports GROUP/NAME …
 """
@@ -11,43 +13,46 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from regrad.distributions import hide_broken
 
-LIBRARIES, DEVICE = "libraries", "device"
+LIBRARY_BUILDS = "libraries"
+DEVICE = "device"
 
 
 def main(wanted: list[str]) -> None:
-    """Import torch and torchvision, look for a device, then import each plugin that was asked for."""
+    """Import torch and torchvision, look for a device, then import each plugin asked for."""
     hide_broken()  # torch would end with the first of them; the doctor names them on its own
-    report(LIBRARIES, _libraries)
-    report(DEVICE, _device)
+    run_job(LIBRARY_BUILDS, _libraries)
+    run_job(DEVICE, _device)
     for name in wanted:
-        report(name, lambda name=name: _load(name))  # type: ignore[misc]
+        run_job(name, partial(_load, name))
 
 
-def report(name: str, job: Callable[[], Any]) -> None:
+def run_job(name: str, job: Callable[[], Any]) -> None:
     """Write one line when a job starts, since it may end the process, and one with how it went."""
     _write({"starts": name})
     clock = time.process_time if is_busy() else time.perf_counter
-    start, problem, found = clock(), "", None
+    start = clock()
+    problem = ""
+    found = None
     try:
         found = job()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - what a foreign module does on import is what we report
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever an import does is reported
         problem = " ".join(f"{type(error).__name__}: {error}".split())
     _write({"name": name, "seconds": clock() - start, "problem": problem, "found": found})
 
 
 def is_busy() -> bool:
-    """Say whether more wants to run here than can: then a clock on the wall says nothing of a plugin."""
+    """Say whether the machine has more to do than cores: then the wall clock proves nothing."""
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def _write(line: dict[str, Any]) -> None:
-    sys.stdout.write(
-        "\n" + json.dumps(line) + "\n"
-    )  # what a plugin prints on import ends before it
+    """Write a line of its own, whatever a plugin has printed on import."""
+    sys.stdout.write(f"\n{json.dumps(line)}\n")
     sys.stdout.flush()
 
 
@@ -65,8 +70,10 @@ def _build(cuda: Any) -> str:
     """Name what a library is built for; torchvision may write CUDA 13.2 as 13020."""
     if not cuda:
         return "the CPU"
-    number = int(cuda) if str(cuda).isdigit() else 0
-    return f"CUDA {number // 1000}.{number % 1000 // 10}" if number else f"CUDA {cuda}"
+    if not str(cuda).isdigit():
+        return f"CUDA {cuda}"
+    number = int(cuda)
+    return f"CUDA {number // 1000}.{number % 1000 // 10}"
 
 
 def _device() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The list of installed plugins, from metadata alone: no torch, no parser, no plugin is imported."""
+"""The list of installed plugins, from metadata alone: imports no torch, no parser, no plugin."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from dataclasses import asdict
 
 import regrad
 from regrad.registry import GROUPS
-from regrad.text import printable
-from rich.table import Table
-from rich.text import Text
 
-from regrad_runner.terminal import Terminal
+from regrad_runner.terminal import Terminal, plain_table
 
 
 def show_plugins(*, as_json: bool = False) -> None:
@@ -20,26 +17,19 @@ def show_plugins(*, as_json: bool = False) -> None:
     Args:
         as_json: For programs; else a table for people.
     """
-    entries = [
-        (kind, entry)
-        for kind, group in GROUPS.items()
-        for entry in regrad.available(group).values()
-    ]
+    entries = []
+    for kind, group in GROUPS.items():
+        entries += [(kind, entry) for entry in regrad.available(group).values()]
     console = Terminal(soft_wrap=as_json)
     if as_json:
-        console.out(
-            json.dumps([{"kind": kind, **asdict(entry)} for kind, entry in entries], indent=2),
-            highlight=False,
-        )
+        listed = [{"kind": kind, **asdict(entry)} for kind, entry in entries]
+        console.out(json.dumps(listed, indent=2), highlight=False)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("kind", "name", "from", "what it is"):
-        table.add_column(name, overflow="fold")
+    rows = []
     for kind, entry in entries:
         source = f"{entry.distribution} {entry.version}".strip()
         about = f"refused: {entry.refused}" if entry.refused else entry.summary
-        cells = (kind, entry.name, source, about)
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    console.print(table)
+        rows.append((kind, entry.name, source, about))
+    console.print(plain_table(("kind", "name", "from", "what it is"), rows))
     if not any(kind == "correction" for kind, _ in entries):
         console.print("no correction is installed; for example: pip install regrad-xgrad")

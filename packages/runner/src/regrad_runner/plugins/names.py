@@ -17,15 +17,16 @@ from regrad.text import printable
 
 from regrad_runner.plugins.sources import NOT_OFFERED, torch_optimizers
 
-NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
-LONGEST = 50
+NAME_PATTERN = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+LONGEST_PLUGIN_NAME = 50
 WORDS = {"none", "all", "true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
 LAYOUTS = {"plain", "ddp", "fsdp2"}
-DEVICES = {"con", "prn", "aux", "nul"} | {
-    f"{port}{n}" for port in ("com", "lpt") for n in range(10)
+DEVICES = {
+    *("con", "prn", "aux", "nul"),
+    *(f"com{number}" for number in range(10)),
+    *(f"lpt{number}" for number in range(10)),
 }
-# Distributions and plugins of ours, whether they are installed or not.
-OURS = {
+OUR_DISTRIBUTIONS = {
     "regrad",
     "core",
     "runner",
@@ -35,8 +36,6 @@ OURS = {
     "bench",
     "deepspeed",
     "accelerate",
-}
-OURS |= {
     "adanorm",
     "centralization",
     "clipping",
@@ -47,8 +46,21 @@ OURS |= {
     "tom",
     "xgrad",
 }
-OURS |= {"agc", "clip-norm", "clip-value", "adam3", "cifar10", "cifar100", "digits", "text"}
-OURS |= {"fashion-mnist", "imagefolder", "parquet"}
+OUR_PLUGINS = {
+    "adam3",
+    "agc",
+    "cifar10",
+    "cifar100",
+    "clip-norm",
+    "clip-value",
+    "digits",
+    "fashion-mnist",
+    "imagefolder",
+    "parquet",
+    "text",
+}
+# Of distributions and plugins, whether they are installed or not.
+OURS = OUR_DISTRIBUTIONS | OUR_PLUGINS
 
 
 def package_of(name: str) -> str:
@@ -73,12 +85,13 @@ def check_name(name: str, sources: Iterable[str]) -> None:
         name: Of the correction.
         sources: The Python files that its class's name will stand in.
     """
-    if not NAME.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name):
         raise ValueError(
-            f"name must be lower-case words with hyphens between them, such as 'my-method', got {name!r}"
+            "name must be lower-case words with hyphens between them, such as 'my-method', "
+            f"got {name!r}"
         )
-    if len(name) > LONGEST:
-        raise ValueError(f"name must have at most {LONGEST} characters, got {name!r}")
+    if len(name) > LONGEST_PLUGIN_NAME:
+        raise ValueError(f"name must have at most {LONGEST_PLUGIN_NAME} characters, got {name!r}")
     taken = _owner(name)
     if taken:
         raise ValueError(f"name must be a new one, got {name!r}, which {taken}")
@@ -92,9 +105,8 @@ def _owner(name: str) -> str:
     for kind, group in GROUPS.items():
         entry = regrad.available(group).get(name)
         if entry is not None:
-            return (
-                f"{printable(entry.distribution)} offers as {'an' * (kind[0] == 'o') or 'a'} {kind}"
-            )
+            article = "an" if kind == "optimizer" else "a"
+            return f"{printable(entry.distribution)} offers as {article} {kind}"
     distribution = f"regrad-{name}"
     for one in distributions.every():
         folder_name = re.split(r"-\d|\.dist-info$|\.egg-info$", one.name)[0]
@@ -111,27 +123,32 @@ def _owner(name: str) -> str:
 
 def _misread_by(name: str, sources: Iterable[str]) -> str:
     """Say what would read the name as something else; nothing where it is a plain name."""
-    kind = class_of(name)
+    class_name = class_of(name)
     if name in WORDS | LAYOUTS:
         return "which settings read as a word of their own"
     if name in DEVICES:
         return "which is a device on Windows"
     if name.startswith("regrad-"):
         return "whose distribution would be called regrad twice"
-    if kind in identifiers(sources):
-        return f"whose class {kind} is another in its own files"
-    return _misread_by_python(name.replace("-", "_"), kind)
+    if class_name in identifiers(sources):
+        return f"whose class {class_name} is another in its own files"
+    return _misread_by_python(name.replace("-", "_"), class_name)
 
 
-def _misread_by_python(spoken: str, kind: str) -> str:
-    """Say what Python or pytest would read a name or its class as; nothing where it is a plain name."""
+def _misread_by_python(spoken: str, class_name: str) -> str:
+    """Say what Python or pytest would take a name or its class for; nothing if neither does.
+
+    Args:
+        spoken: The name with underscores.
+        class_name: That of its class.
+    """
     if spoken in {word.lower() for word in (*keyword.kwlist, *keyword.softkwlist)}:
         return "which is a keyword of Python"
-    for word in (spoken, kind):
+    for word in (spoken, class_name):
         if word in dir(builtins):
             return f"which Python has as {word}"
-    if kind.startswith("Test"):
-        return f"whose class {kind} pytest would take for tests"
+    if class_name.startswith("Test"):
+        return f"whose class {class_name} pytest would take for tests"
     return ""
 
 

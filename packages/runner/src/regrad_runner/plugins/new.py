@@ -1,4 +1,4 @@
-"""`regrad plugins new`: a distribution of one's own that works before anything is edited."""
+"""`regrad plugins new`: your own distribution, which works before anything is edited."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -37,8 +38,8 @@ NEEDS = ["regrad>=0.1,<0.2", "torch>=2.12"]
 EXAMPLE = "| `bound` | what no element of a gradient exceeds | 1.0 | positive |"
 
 
-class Source(NamedTuple):
-    """A plugin whose whole distribution is here.
+class CopiedPlugin(NamedTuple):
+    """A plugin whose code is copied: its whole distribution is here.
 
     Attributes:
         entry: What its metadata say.
@@ -54,21 +55,21 @@ class Source(NamedTuple):
 def new_plugin(name: str, out: Path, like: str | None = None) -> Path:
     """Write a distribution that offers a correction of a new name.
 
-    It holds a small example with a reference, tests and a card, in words of its own and
-    with blanks for the author's, so that it installs and passes the conformance kit
-    before anything is edited. Nothing is cited.
+    It holds a small example with a reference, tests and a card, and blanks for the author
+    to fill in. It installs and passes the conformance kit before anything is edited.
+    Nothing is cited.
 
     Args:
         name: Of the correction: lower-case words, with hyphens between them.
         out: Folder in which the distribution's folder "regrad-NAME" is made.
-        like: An installed correction whose code to start from instead of the example. What
-            its author says of it in docstrings, comments and its card is left out.
+        like: An installed correction whose code to start from instead of the example. Its
+            docstrings, comments and card are left out.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the name is taken or cannot be one, the folder is there or cannot be
+        ValueError: If the name is taken or not allowed, the folder exists or cannot be
             written, or `like` cannot be copied. Nothing is written then.
     """
     source = _source_of(like) if like is not None else None
@@ -80,7 +81,7 @@ def new_plugin(name: str, out: Path, like: str | None = None) -> Path:
         )
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"out must be a folder, got '{out}', which is none")
-    _write_whole(folder, lambda made: _write(made, name, source))
+    _write_whole(folder, partial(_write, name=name, source=source))
     return folder
 
 
@@ -91,7 +92,8 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         ValueError: If it cannot be written.
     """
     out = folder.parent
-    missing = [place for place in (out, *out.parents) if not os.path.exists(place)]  # noqa: PTH110 - no error for a name that is too long
+    # os.path does not raise for a name that is too long
+    missing = [place for place in (out, *out.parents) if not os.path.exists(place)]  # noqa: PTH110
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".new-plugin-") as aside:
@@ -108,7 +110,7 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         raise ValueError(f"{rule}, got '{out}': {problem.strerror or problem}") from problem
 
 
-def _write(made: Path, name: str, source: Source | None) -> None:
+def _write(made: Path, name: str, source: CopiedPlugin | None) -> None:
     """Write the files of a distribution."""
     values = _values(name, source)
     for file, text in _templates():
@@ -134,14 +136,18 @@ def _write_file(made: Path, file: Path, text: str, name: str) -> None:
     target.write_text(text, encoding="utf-8")
 
 
-def _values(name: str, source: Source | None) -> dict[str, str]:
-    """Return what stands in the skeleton's blanks."""
+def _values(name: str, source: CopiedPlugin | None) -> dict[str, str]:
+    """Return what fills the skeleton's blanks."""
     author = _author()
     origin = "The example that `regrad plugins new` writes: replace it by your rule."
-    dependencies, options = NEEDS, EXAMPLE
+    dependencies = NEEDS
+    options = EXAMPLE
     if source is not None:
         entry = source.entry
-        origin = f"Started from the code of {entry.distribution} {entry.version}, whose licence is kept beside ours."
+        origin = (
+            f"Started from the code of {entry.distribution} {entry.version}, "
+            "whose licence is kept beside ours."
+        )
         project = tomllib.loads((source.rest / "pyproject.toml").read_text(encoding="utf-8"))
         dependencies = project.get("project", {}).get("dependencies", NEEDS)
         options = _option_rows(entry.name)
@@ -176,11 +182,11 @@ def _option_rows(name: str) -> str:
     if isinstance(loaded, regrad.Composition):
         raise TypeError(f"like must be one correction, got {name!r}, which is several together")
     fields = dataclasses.fields(loaded.Options)
-    rows = [f"| `{f.name}` | {BLANK} | {f.default} | {BLANK} |" for f in fields]
+    rows = [f"| `{field.name}` | {BLANK} | {field.default} | {BLANK} |" for field in fields]
     return "\n".join(rows) or "| none | | | |"
 
 
-def _source_of(like: str) -> Source:
+def _source_of(like: str) -> CopiedPlugin:
     """Return the plugin to start from.
 
     Raises:
@@ -205,7 +211,7 @@ def _source_of(like: str) -> Source:
     return source
 
 
-def _whole(entry: Entry) -> Source | None:
+def _whole(entry: Entry) -> CopiedPlugin | None:
     """Return where a plugin's whole distribution lies, or None where it cannot be copied."""
     found = distributions.find(entry.distribution, entry.version)
     module, _, attribute = entry.value.partition(":")
@@ -221,7 +227,9 @@ def _whole(entry: Entry) -> Source | None:
     if package is None:
         return None
     rest = _editable(found) or package / CARRIED
-    return Source(entry, package, rest) if all((rest / f).exists() for f in COPIED) else None
+    if not all((rest / name).exists() for name in COPIED):
+        return None
+    return CopiedPlugin(entry, package, rest)
 
 
 def _folder_of(module: str) -> Path | None:
@@ -236,41 +244,41 @@ def _folder_of(module: str) -> Path | None:
 def _editable(found: distributions.Installed) -> Path | None:
     """Return the source folder of a distribution that is installed from one, as it is edited."""
     try:
-        told: dict[str, Any] = json.loads(found.read("direct_url.json") or "{}")
-        editable, url = told.get("dir_info", {}).get("editable"), str(told.get("url"))
+        direct_url: dict[str, Any] = json.loads(found.read("direct_url.json") or "{}")
+        is_editable = direct_url.get("dir_info", {}).get("editable")
+        url = str(direct_url.get("url"))
     except (ValueError, AttributeError):  # no JSON, or of another form
         return None
-    return Path(url2pathname(urlparse(url).path)) if editable else None
+    return Path(url2pathname(urlparse(url).path)) if is_editable else None
 
 
-def _python_of(source: Source | None) -> list[str]:
-    """Return the Python files that are written, the author's names still to come."""
+def _python_of(source: CopiedPlugin | None) -> list[str]:
+    """Return the texts of the Python files to write, before the author's names are in them."""
     if source is not None:
         return [path.read_text(encoding="utf-8") for _, path in _code_of(source)]
     values = _values("a-name-that-nobody-has", None)
-    return [
-        Template(text).substitute(values) for file, text in _templates() if file.suffix == ".py"
-    ]
+    templates = [Template(text) for file, text in _templates() if file.suffix == ".py"]
+    return [template.substitute(values) for template in templates]
 
 
-def _code_of(source: Source) -> Iterator[tuple[Path, Path]]:
+def _code_of(source: CopiedPlugin) -> Iterator[tuple[Path, Path]]:
     """Return the Python files of a plugin: where each goes, and where it is."""
     for part, folder in (("package", source.package), ("tests", source.rest / "tests")):
         for path in sorted(folder.rglob("*.py")):
             place = path.relative_to(folder)
-            if CARRIED not in place.parts and not any(p.startswith(".") for p in place.parts):
+            is_hidden = any(name.startswith(".") for name in place.parts)
+            if CARRIED not in place.parts and not is_hidden:
                 yield Path(part, place), path
 
 
-def _copy_code(made: Path, name: str, source: Source) -> None:
-    """Write a plugin's code under other names and without its prose, and its licence under its own."""
-    old_name, old_distribution = source.entry.name, source.entry.distribution
-    old_package, _, old_kind = source.entry.value.partition(":")
-    names = {old_package: package_of(name), old_kind: class_of(name)}
-    words = _renames(old_name, name) | {
-        rf"\b{re.escape(old)}\b": new
-        for old, new in ({old_distribution: f"regrad-{name}"} | names).items()
-    }
+def _copy_code(made: Path, name: str, source: CopiedPlugin) -> None:
+    """Write a plugin's code under new names and without its prose, and its licence beside ours."""
+    old_distribution = source.entry.distribution
+    old_package, _, old_class = source.entry.value.partition(":")
+    names = {old_package: package_of(name), old_class: class_of(name)}
+    words = _renames(source.entry.name, name)
+    for old, new in {old_distribution: f"regrad-{name}", **names}.items():
+        words[rf"\b{re.escape(old)}\b"] = new
     for file, path in _code_of(source):
         code = without_prose(path.read_text(encoding="utf-8"))
         _write_file(made, file, renamed(code, names, words), name)
@@ -280,6 +288,12 @@ def _copy_code(made: Path, name: str, source: Source) -> None:
 
 
 def _renames(old: str, new: str) -> dict[str, str]:
-    """Return what to write for a correction's name in the strings of code."""
-    plain, under = re.escape(old), new.replace("-", "_")
-    return {rf"(?<=_){plain}\b|\b{plain}(?=_)": under, rf"\b{plain}\b": new}
+    """Return what to write for a correction's name in strings, by pattern.
+
+    Beside an underscore it is a part of an identifier.
+    """
+    name = re.escape(old)
+    return {
+        rf"(?<=_){name}\b|\b{name}(?=_)": new.replace("-", "_"),
+        rf"\b{name}\b": new,
+    }

@@ -16,8 +16,19 @@ def torch_optimizers() -> list[str]:
 
 
 def names_in_source(package: str, files: str, pattern: str) -> set[str]:
-    """Return what a pattern finds in a package's files, without importing it: that would take seconds."""
+    """Return the names that a pattern finds in a package's files.
+
+    The package is not imported: that would take seconds.
+
+    Args:
+        package: Its name; one that is not installed has no names.
+        files: Pattern of their paths in the package's folder.
+        pattern: With one group, the name.
+    """
     spec = find_spec(package)
-    folder = Path(spec.origin).parent if spec and spec.origin else None
-    texts = (path.read_text(encoding="utf-8") for path in folder.glob(files)) if folder else ()
-    return {name for text in texts for name in re.findall(pattern, text, flags=re.MULTILINE)}
+    if spec is None or spec.origin is None:
+        return set()
+    names: set[str] = set()
+    for path in Path(spec.origin).parent.glob(files):
+        names.update(re.findall(pattern, path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    return names

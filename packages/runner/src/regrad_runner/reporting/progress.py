@@ -20,34 +20,24 @@ REFRESHES_PER_SECOND = 4
 
 
 class Display:
-    """Show how far a number of runs is.
+    """Show how many of a number of runs are done, and how far the current one is.
 
     Args:
-        console: Where to; bars if it is a terminal, one line per finished run if not.
+        console: Where to show it: bars if it is a terminal, one line per finished run if not.
         runs: How many there will be.
         quiet: Show nothing: for the processes that do not report.
     """
 
     def __init__(self, console: Console, *, runs: int, quiet: bool = False) -> None:
-        self._console, self._runs, self._quiet = console, runs, quiet
-        self._bars: Progress | None = None
+        self._console = console
+        self._runs = runs
+        self._quiet = quiet
         self._done = 0
+        self._bars: Progress | None = None
         self._all: TaskID | None = None
         self._current: TaskID | None = None
         if console.is_terminal and not quiet:
-            self._bars = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=console,
-                refresh_per_second=REFRESHES_PER_SECOND,
-                transient=True,
-                expand=True,
-            )
+            self._bars = _bars(console)
 
     def __enter__(self) -> Self:
         if self._bars is not None:
@@ -66,7 +56,7 @@ class Display:
             self._bars.stop()
 
     def say(self, text: str) -> None:
-        """Print a line, above the bars where there are any."""
+        """Print a line, above the bars if there are any."""
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -77,7 +67,12 @@ class Display:
             self._bars.update(self._all, completed=self._done)
 
     def begin(self, name: str, *, steps: int | None) -> None:
-        """Say which run starts, or which runs are under way; these have no common number of steps."""
+        """Say which run starts.
+
+        Args:
+            name: Of the run, or of the runs that are under way at once.
+            steps: How many optimizer steps it has; None for several runs.
+        """
         if self._bars is not None and self._current is not None:
             self._bars.reset(self._current, description=name, total=steps)
 
@@ -87,7 +82,7 @@ class Display:
             self._bars.update(self._current, completed=step)
 
     def note(self, text: str) -> None:
-        """Say how the run under way is doing: beside its bar, or as a line where there are no bars."""
+        """Say how the current run is doing: beside its bar, or as a line if there are no bars."""
         if self._bars is not None and self._current is not None:
             self._bars.update(self._current, description=text)
         else:
@@ -99,4 +94,21 @@ class Display:
         if self._bars is not None and self._all is not None:
             self._bars.update(self._all, completed=self._done)
         else:
-            self.say(f"[{self._done:>{len(str(self._runs))}}/{self._runs}] {outcome}")
+            width = len(str(self._runs))
+            self.say(f"[{self._done:>{width}}/{self._runs}] {outcome}")
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=REFRESHES_PER_SECOND,
+        transient=True,
+        expand=True,
+    )

@@ -5,92 +5,106 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from regrad_runner.addresses import shown_address
-from regrad_runner.diagnostics.effects import FILE as EFFECTS
-from regrad_runner.diagnostics.effects import Effect
+from regrad_runner.diagnostics.effects import EFFECTS_FILE, Effect, kept_effects
 from regrad_runner.diagnostics.explaining import Explanation
 from regrad_runner.diagnostics.gradient_quality import (
-    FILE,
+    QUALITY_FILE,
     Quality,
     kept_qualities,
     mean_qualities,
-    print_qualities,
 )
 from regrad_runner.reporting.explanation import as_json as explanation_as_json
 from regrad_runner.reporting.explanation import as_text
-from regrad_runner.reporting.table import print_comparison, to_json
+from regrad_runner.reporting.report_data import read_report_data
+from regrad_runner.reporting.summaries import summarize_results
+from regrad_runner.reporting.table import print_comparison, print_qualities, to_json
 from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import in_ranges
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.locks import CELLS, drawing
-from regrad_runner.results.outcomes import Result
+from regrad_runner.results.locks import drawing
+from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.receipts import read_receipt
 from regrad_runner.results.tables import write_rows
 from regrad_runner.settings.loading import read_settings
-from regrad_runner.statistics.verdicts import ArmSummary, summarize
+from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.terminal import Terminal
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
 
 def show(path: Path, *, as_json: bool = False) -> None:
-    """Show what is in a folder, whichever command wrote it; draw the figures of a comparison again.
+    """Show what is in a folder, whichever command wrote it; draw a comparison's figures again.
 
     Args:
         path: What `compare` or `train` wrote.
         as_json: Print JSON instead of text.
 
     Raises:
-        ValueError: If it is no such folder, holds no finished run or something damaged, or a command writes it.
+        ValueError: If it is no such folder, if it holds no finished run or something damaged, or
+            while a command writes it.
         DiskError: If the figures cannot be written.
     """
-    if _about(path)["kind"] != "comparison":
+    about = _read_about(path)
+    if about["kind"] != "comparison":
         show_run(path, as_json=as_json)
         return
     with drawing(path):
-        draw(merge(ResultsFolder(path)), _about(path)["measure"])
+        folder = ResultsFolder(path)
+        export_tables(folder)
+        draw(folder, about["measure"])
     show_comparison(path, as_json=as_json)
 
 
 def check_whole(path: Path) -> None:
-    """Raise a `ValueError` where a table or a receipt that a comparison or run goes on with is damaged.
+    """Raise a `ValueError` if a run or a receipt is damaged that a comparison or run goes on with.
 
     Args:
         path: What `compare` or `train` wrote.
     """
     folder = ResultsFolder(path)
-    folder.kept(FILE, Quality)
-    folder.kept(EFFECTS, Effect)
+    kept_effects(folder)
+    kept_qualities(folder)
     for result in folder.results:
         receipt = folder.receipt_file(result.arm, result.seed)
         if os.path.lexists(receipt):
             read_receipt(receipt)
 
 
-def merge(folder: ResultsFolder) -> ResultsFolder:
-    """Write a comparison's tables anew if cells left something in files of their own; return the folder."""
-    if (folder.path / CELLS).is_dir():
-        for name, kind in ((FILE, Quality), (EFFECTS, Effect)):
-            if name in folder.tables:
-                write_rows(folder.path / name, folder.kept(name, kind), kind)
-        folder.write()
-    return folder
+def export_tables(folder: ResultsFolder) -> None:
+    """Write the tables of a folder from its runs; one that would be empty is left out.
+
+    Args:
+        folder: Of a comparison or run.
+
+    Raises:
+        DiskError: If the disk does not take them.
+    """
+    tables: dict[str, tuple[Sequence[Any], type[Any]]] = {
+        "tuning.csv": (folder.trials, Trial),
+        "curves.csv": (folder.curves, CurvePoint),
+        QUALITY_FILE: (kept_qualities(folder), Quality),
+        EFFECTS_FILE: (kept_effects(folder), Effect),
+        "results.csv": (folder.results, Result),
+    }
+    for name, (rows, kind) in tables.items():
+        if rows:
+            write_rows(folder.path / name, rows, kind)
 
 
 def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
-    """Draw the figures of a comparison and its page into its folder and return the files."""
-    from regrad_runner.reporting.figures import write_figures  # noqa: PLC0415 - matplotlib takes a second to load
-    from regrad_runner.reporting.page.write import write_page  # noqa: PLC0415 - as above
+    """Draw a comparison's figures and its page into its folder, and return the files."""
+    # matplotlib takes a second to load
+    from regrad_runner.reporting.figures.png import write_pngs  # noqa: PLC0415
+    from regrad_runner.reporting.page.write import write_page  # noqa: PLC0415
 
-    rows = [result.as_run_row() for result in folder.results]
     summaries = summarize_results(folder.results, measure)
-    pictures = write_figures(
-        folder.curves, folder.path, rows=rows, summaries=summaries, measure=measure
-    )
-    return [*pictures, *write_page(folder, measure, summaries)]
+    data = read_report_data(folder, measure, summaries)
+    return [*write_pngs(data, folder.path), *write_page(data)]
 
 
 def show_comparison(path: Path, *, as_json: bool = False) -> None:
@@ -99,60 +113,24 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     Raises:
         ValueError: If the folder holds no comparison, or no run.
     """
-    measure, left_out = _about(path)["measure"], _about(path).get("left_out", {})
-    folder, console = ResultsFolder(path), Terminal()
+    about = _read_about(path)
+    measure = about["measure"]
+    left_out = about.get("left_out", {})
+    folder = ResultsFolder(path)
     summaries = summarize_results(folder.results, measure)
-    qualities = kept_qualities(folder)
+    console = Terminal()
     if as_json:
-        more: dict[str, Any] = {"gradient_quality": mean_qualities(qualities)} if qualities else {}
-        more["missing_cells"] = folder.missing
-        console.out(to_json(summaries, measure, left_out=left_out, **more), highlight=False)
+        text = _comparison_as_json(folder, summaries, measure, left_out)
+        console.out(text, highlight=False)
         return
     print_comparison(console, summaries, measure)
-    print_qualities(console, qualities)
+    print_qualities(console, kept_qualities(folder))
     for name, why in left_out.items():
-        console.print(
-            f"left out: {name} ({why})",
-            highlight=False,
-            markup=False,
-            soft_wrap=not console.is_terminal,
-        )
+        console.print_line(f"left out: {name} ({why})", wrap=True)
     _print_rates(console, folder)
-    failed = sum(result.status == "failed" for result in folder.results)
-    if failed:
-        where = (
-            f"{path / 'failures.txt'} says why; regrad compare --resume --out {path} repeats them"
-        )
-        line = f"{failed} of {len(folder.results)} runs failed: {where}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if folder.missing:
-        which = f"{len(folder.missing)} of {len(folder.cells)} runs are missing: cells {in_ranges(folder.missing)}"
-        goes_on = f"regrad compare --resume --out {path} runs them, or --cell each of them"
-        console.print(f"{which}; {goes_on}", highlight=False, markup=False, soft_wrap=True)
+    _print_failures(console, folder)
+    _print_missing(console, folder)
     _print_places(console, path)
-
-
-def summarize_results(results: list[Result], measure: Measure) -> list[ArmSummary]:
-    """Return one summary per arm, in the order in which the arms first ran.
-
-    Raises:
-        ValueError: If there is no run.
-    """
-    if not results:
-        raise ValueError(
-            "folder must hold runs, got none; regrad compare --resume --out starts them"
-        )
-    beaten = {result.must_beat for result in results}
-    alone = {
-        result.arm
-        for result in results
-        if result.control or (result.control is None and result.arm in beaten)
-    }
-    return summarize(
-        [result.as_run_row() for result in results],
-        controls={result.arm: result.must_beat for result in results if result.arm not in alone},
-        higher_is_better=measure.higher_is_better,
-    )
 
 
 def show_run(path: Path, *, as_json: bool = False) -> None:
@@ -161,52 +139,47 @@ def show_run(path: Path, *, as_json: bool = False) -> None:
     Raises:
         ValueError: If the folder holds no run, or it has not ended.
     """
-    measure = _about(path)["measure"]
+    measure = _read_about(path)["measure"]
     folder = ResultsFolder(path)
-    if not folder.results or None in (folder.results[-1].value, folder.results[-1].validation):
-        raise ValueError(
-            f"folder must hold a run that ended, got '{path}'; regrad train --resume --out goes on"
-        )
-    result, console = folder.results[-1], Terminal()
+    result = _ended_run(folder)
+    console = Terminal()
     if as_json:
-        console.out(
-            json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2),
-            highlight=False,
-        )
+        text = json.dumps({"measure": asdict(measure), "run": asdict(result)}, indent=2)
+        console.out(text, highlight=False)
         return
-    lines = {
-        measure.name: measure.written(result.value),
-        name_on_validation(measure): measure.written(result.validation),
-        "optimizer steps": f"{result.steps:,}",
-        "time per step": f"{result.step_seconds * 1e3:.2f} ms",
-    }
-    if measure.target is not None:
-        reached = "never" if result.steps_to_target is None else f"{result.steps_to_target:,}"
-        lines[f"steps to {measure.target:g}"] = reached
-    effects = _effects(path)
+    effects = _effects_in_words(folder.receipt_file(result.arm, result.seed))
     title = f"{result.arm}, seed {result.seed}, learning rate {result.lr:g}"
-    console.print(title, style="bold", highlight=False, markup=False)
-    for name, value in lines.items():
-        console.print(f"  {name:<24} {value}", highlight=False, markup=False)
+    console.print_line(title, style="bold", wrap=True)
+    for name, value in _run_in_words(result, measure).items():
+        console.print_line(f"  {name:<24} {value}", wrap=True)
     for name, value in effects.items():
-        console.print(f"  {name:<24} {value}", highlight=False, markup=False, soft_wrap=True)
+        console.print_line(f"  {name:<24} {value}")
     _print_places(console, path)
 
 
 def show_explanation(
     explanation: Explanation, *, as_json: bool = False, every_tensor: bool = False
 ) -> None:
-    """Print what corrections would change, and at what cost; all of it as JSON."""
-    text = (
-        explanation_as_json(explanation)
-        if as_json
-        else as_text(explanation, every_tensor=every_tensor)
-    )
-    Terminal(soft_wrap=True).out(text, highlight=False)
+    """Print what corrections would change, and at what cost.
+
+    Args:
+        explanation: From `regrad_runner.diagnostics.explaining.explain`.
+        as_json: Print all of it as JSON.
+        every_tensor: Show all tensors instead of those that change most.
+    """
+    console = Terminal(soft_wrap=True)
+    if as_json:
+        console.out(explanation_as_json(explanation), highlight=False)
+        return
+    console.out(as_text(explanation, every_tensor=every_tensor), highlight=False)
 
 
 def open_ui(path: Path) -> str | None:
-    """Return the command that shows a folder's tracked runs, or where they are; None if they were not tracked."""
+    """Return the command that shows a folder's tracked runs, or where they are.
+
+    Returns:
+        None if they were not tracked.
+    """
     try:
         settings = read_settings(path / "config.yaml")
     except ValueError:
@@ -220,48 +193,114 @@ def open_ui(path: Path) -> str | None:
     return f"mlflow ui --backend-store-uri {shlex.quote(uri or database)}"
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """Return what the folder says about itself."""
+def _read_about(path: Path) -> dict[str, Any]:
+    """Return what the folder says about itself, with its measure as a `Measure`."""
     about = read_about(path)
-    measure = about.get("measure")
-    try:
-        made = Measure(**measure) if isinstance(measure, dict) else None
-    except TypeError:
-        made = None
-    if made is None or not made.is_whole or "kind" not in about:
+    measure = _measure_from(about.get("measure"))
+    if measure is None or "kind" not in about:
         raise ValueError(f"folder must be one that compare or train wrote, got '{path}'")
-    return {**about, "measure": made}
+    return {**about, "measure": measure}
 
 
-def _effects(path: Path) -> dict[str, str]:
+def _measure_from(values: Any) -> Measure | None:
+    """Return the measure that was written as these values; None if it was not."""
+    if not isinstance(values, dict):
+        return None
+    try:
+        measure = Measure(**values)
+    except TypeError:
+        return None
+    return measure if measure.is_whole else None
+
+
+def _comparison_as_json(
+    folder: ResultsFolder,
+    summaries: list[ArmSummary],
+    measure: Measure,
+    left_out: dict[str, str],
+) -> str:
+    more: dict[str, Any] = {"left_out": left_out}
+    qualities = kept_qualities(folder)
+    if qualities:
+        more["gradient_quality"] = mean_qualities(qualities)
+    more["missing_cells"] = folder.missing
+    return to_json(summaries, measure, **more)
+
+
+def _ended_run(folder: ResultsFolder) -> Result:
+    """Return the run of a folder that `train` wrote.
+
+    Raises:
+        ValueError: If there is none, or it has not ended.
+    """
+    results = folder.results
+    if not results or results[-1].value is None or results[-1].validation is None:
+        raise ValueError(
+            f"folder must hold a run that ended, got '{folder.path}'; regrad train --resume --out goes on"
+        )
+    return results[-1]
+
+
+def _run_in_words(result: Result, measure: Measure) -> dict[str, str]:
+    """Return what a run came to, by name."""
+    values = {measure.name: result.value, name_on_validation(measure): result.validation}
+    lines = {name: measure.written(value) for name, value in values.items() if value is not None}
+    lines["optimizer steps"] = f"{result.steps:,}"
+    lines["time per step"] = f"{result.step_seconds * 1e3:.2f} ms"
+    if measure.target is not None:
+        reached = "never" if result.steps_to_target is None else f"{result.steps_to_target:,}"
+        lines[f"steps to {measure.target:g}"] = reached
+    return lines
+
+
+def _effects_in_words(file: Path) -> dict[str, str]:
     """Return one line per correction and stage of a run's receipt."""
-    receipt = read_receipt(path / "receipt.json")
-    return {
-        f"{name} on {stage}": f"{100 * seen['share_touched']:.0f} % of tensors, relative change "
-        f"{seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
-        for name, stages in receipt.get("effects", {}).items()
-        for stage, seen in stages.items()
-    }
+    lines = {}
+    for name, stages in read_receipt(file).get("effects", {}).items():
+        for stage, seen in stages.items():
+            lines[f"{name} on {stage}"] = (
+                f"{100 * seen['share_touched']:.0f} % of tensors, relative change "
+                f"{seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
+            )
+    return lines
 
 
 def _print_rates(console: Terminal, folder: ResultsFolder) -> None:
-    """Say which learning rate each arm chose, where there was a choice."""
-    if folder.trials:
-        chosen = {result.arm: result.lr for result in folder.results}
-        rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
-        wrap = not console.is_terminal
-        line = f"learning rates chosen on the validation split: {rates}"
-        console.print(line, highlight=False, markup=False, soft_wrap=wrap)
+    """Say which learning rate each arm chose, if there was a choice."""
+    if not folder.trials:
+        return
+    chosen = {result.arm: result.lr for result in folder.results}
+    rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
+    console.print_line(f"learning rates chosen on the validation split: {rates}", wrap=True)
+
+
+def _print_failures(console: Terminal, folder: ResultsFolder) -> None:
+    """Say how many runs failed, and where the reason is."""
+    failed = sum(result.status == "failed" for result in folder.results)
+    if failed:
+        console.print_line(
+            f"{failed} of {len(folder.results)} runs failed: {folder.path / 'failures.txt'} says "
+            f"why; regrad compare --resume --out {folder.path} repeats them"
+        )
+
+
+def _print_missing(console: Terminal, folder: ResultsFolder) -> None:
+    """Say which runs are still to come."""
+    if folder.missing:
+        console.print_line(
+            f"{len(folder.missing)} of {len(folder.cells)} runs are missing: cells "
+            f"{in_ranges(folder.missing)}; regrad compare --resume --out {folder.path} runs them, "
+            "or --cell each of them"
+        )
 
 
 def _print_places(console: Terminal, path: Path) -> None:
+    """Say where everything is."""
+    console.print_line("")
     page = path / "report.html"
     if page.is_file():
-        line = f"\nfigures and everything else to look at: {page}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True, end="")
-    line = f"\neverything is in {path}; regrad report {path} shows this again"
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print_line(f"report with all figures: {page}")
+    console.print_line(f"everything is in {path}; regrad report {path} shows this again")
     command = open_ui(path)
     if command is not None:
-        line = f"curves and receipts of every run: {command}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print_line(f"curves and receipts of every run: {command}")

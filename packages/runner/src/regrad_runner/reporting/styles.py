@@ -1,4 +1,4 @@
-"""How arms look in figures: one colour, marker and line each, the same in every figure."""
+"""How an arm looks: its colour, marker and dashes are the same in every figure."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from dataclasses import dataclass, replace
 
 from regrad_runner.statistics.verdicts import ArmSummary
 
-# After Okabe and Ito, distinct with every common colour blindness; the three light ones are darker here, so that each
-# has a contrast of at least 3 to white.
+# After Okabe and Ito, distinct with every common colour blindness. The three light ones are darker
+# here, so that each has a contrast of at least 3 to white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#B85C93", "#A87000", "#3A8FC4")
-INK, QUIET, GRID, PAPER = "#1F2328", "#666666", "#E6E6E6", "#FFFFFF"
+INK = "#1F2328"
+QUIET = "#666666"
+GRID = "#E6E6E6"
+PAPER = "#FFFFFF"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ((), (5, 2), (1, 1.6), (5, 1.6, 1, 1.6))
-BASELINE, PLAIN = "ink", "quiet"  # roles of the baseline, and of a control that no arm must beat
+CONTROL_DASHES = DASHES[1]
+SECOND_ROUND_DASHES = DASHES[3]  # of arms beyond the colours of the palette
+BASELINE_ROLE = "ink"
+UNCLAIMED_ROLE = "quiet"  # of a control that no arm must beat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +29,8 @@ class Style:
     Attributes:
         role: Name of its colour: "arm-1" to "arm-6", "ink" or "quiet".
         marker: In matplotlib's letters.
-        control: Whether it is a control: dashed, hollow and without a band.
-        dashes: Lengths of dashes and gaps; none for a whole line.
+        control: Whether it is a control: dashed, with hollow markers and without a band.
+        dashes: Lengths of dashes and gaps, in line widths; empty for a solid line.
     """
 
     role: str
@@ -39,28 +45,39 @@ class Style:
 
 
 def colours() -> dict[str, str]:
-    """Return the colours on white by role; in a dark theme the page gives the roles other ones."""
+    """Return the colours on white by role; the page has others in its dark theme."""
     arms = {f"arm-{number}": colour for number, colour in enumerate(PALETTE, start=1)}
     return {"ink": INK, "quiet": QUIET, "grid": GRID, "paper": PAPER, **arms}
 
 
 def arm_styles(summaries: Sequence[ArmSummary]) -> dict[str, Style]:
-    """Return the style of each arm: a control has the colour of the first arm that must beat it.
+    """Return the style of each arm; a control has the colour of the first arm that must beat it.
 
-    Colours and markers repeat at different periods: 42 corrections have different pairs of them.
+    Colours and markers repeat with different periods, so 42 corrections have different pairs of
+    them.
     """
-    styles = {
-        summary.arm: Style(role=BASELINE)
-        if summary.verdict == "baseline"
-        else Style(role=PLAIN, control=True, dashes=DASHES[1])
-        for summary in summaries
-    }
+    styles = {summary.arm: _style_without_colour(summary) for summary in summaries}
     corrected = [summary for summary in summaries if summary.verdict not in ("baseline", "control")]
     for index, summary in enumerate(corrected):
-        style = Style(
-            role=f"arm-{index % len(PALETTE) + 1}", marker=MARKERS[(index + 1) % len(MARKERS)]
-        )
-        styles[summary.arm] = replace(style, dashes=DASHES[3] if index >= len(PALETTE) else ())
-        if summary.control in styles and styles[summary.control].role == PLAIN:
-            styles[summary.control] = replace(style, control=True, dashes=DASHES[1])
+        style = _style_of_correction(index)
+        styles[summary.arm] = style
+        control = summary.control
+        if control in styles and styles[control].role == UNCLAIMED_ROLE:
+            styles[control] = replace(style, control=True, dashes=CONTROL_DASHES)
     return styles
+
+
+def _style_without_colour(summary: ArmSummary) -> Style:
+    """Return how the baseline looks, and every other arm as long as it has no colour."""
+    if summary.verdict == "baseline":
+        return Style(role=BASELINE_ROLE)
+    return Style(role=UNCLAIMED_ROLE, control=True, dashes=CONTROL_DASHES)
+
+
+def _style_of_correction(index: int) -> Style:
+    """Return how the correction at a place among the corrections looks."""
+    return Style(
+        role=f"arm-{index % len(PALETTE) + 1}",
+        marker=MARKERS[(index + 1) % len(MARKERS)],
+        dashes=SECOND_ROUND_DASHES if index >= len(PALETTE) else (),
+    )

@@ -7,9 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from regrad_runner.files import read_bytes
+
+LAYOUT = 2  # of the folder; 1 kept its numbers in tables alone
+
+
+class Role(BaseModel):
+    """What an arm is in a comparison.
+
+    Attributes:
+        must_beat: Name of the arm with the trivial change that this one must beat, or None.
+        control: Whether it is a control and no correction of its own.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    must_beat: str | None
+    control: bool
 
 
 class About(BaseModel):
@@ -17,13 +33,17 @@ class About(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
+    layout: int | None = None
+    id: str = Field(default="", pattern="^([0-9a-f]{32})?$")
+    started: int = 0
+    job_array: bool = False
+    roles: dict[str, Role] = {}
     kind: str | None = None
     workload: str | None = None
     measure: Any = None
     samples: str | None = None
     left_out: dict[str, str] = {}
     arms: dict[str, dict[str, Any]] = {}
-    tracked: str = ""
     processes: int = 1
     machines: list[dict[str, Any]] = []
 
@@ -45,4 +65,9 @@ def read_about(path: Path) -> dict[str, Any]:
             f"'{file}' must be as compare or train wrote it, got something else: {type(problem).__name__}; "
             "take it from a copy of the folder"
         ) from None
+    if about.get("layout") != LAYOUT:
+        raise ValueError(
+            f"folder must be of layout {LAYOUT}, with a folder for every run, got '{path}' of another version of "
+            "regrad; its tables can be read as they are: start again in another folder"
+        )
     return about

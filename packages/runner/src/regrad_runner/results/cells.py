@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 
+from regrad_runner.results.run import run_names
 from regrad_runner.settings.config import FIRST_TUNING_SEED, CompareConfig
 
 
@@ -33,11 +32,9 @@ class Cell:
         return f"{self.arm}, lr {self.lr:g}, trial {self.seed - FIRST_TUNING_SEED + 1}"
 
     @property
-    def file_name(self) -> str:
-        """Another one for every cell, whatever cells the comparison has besides."""
-        words = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.arm)[:60]
-        rate = "" if self.lr is None else f"-lr{self.lr!r}"
-        return f"{words}-{hashlib.sha256(self.arm.encode()).hexdigest()[:8]}{rate}-seed{self.seed}.json"
+    def folder_names(self) -> tuple[str, str, str]:
+        """Of the folders that lead to its run, from the comparison's."""
+        return run_names(self.arm, self.seed, self.lr)
 
 
 def cells_of(arms: Iterable[str], config: CompareConfig) -> list[Cell]:

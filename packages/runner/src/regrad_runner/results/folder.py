@@ -1,22 +1,34 @@
-"""The folder that a comparison writes: whole after every run, and enough to show or continue it."""
+"""An output folder: its settings, what it says about itself, and the runs in it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from regrad_runner.files import make_folder, write_whole
-from regrad_runner.results.about import read_about
+from regrad_runner.files import check_own_folder, make_folder, write_whole
+from regrad_runner.results.about import LAYOUT, read_about
 from regrad_runner.results.cells import Cell, cells_of
-from regrad_runner.results.locks import is_lock
-from regrad_runner.results.outcomes import CurvePoint, Outcome, Result, Trial, read_outcomes
-from regrad_runner.results.points import Point
-from regrad_runner.results.tables import checked, read_rows, write_rows
+from regrad_runner.results.locks import RUNS, is_lock
+from regrad_runner.results.outcomes import CurvePoint, Result, Trial
+from regrad_runner.results.points import EVALUATION
+from regrad_runner.results.run import (
+    RECEIPT,
+    Line,
+    RunRecord,
+    read_points,
+    read_record,
+    run_path,
+    run_paths,
+)
+from regrad_runner.results.tables import checked
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.checking import validated
 from regrad_runner.settings.config import CompareConfig, Config, RunConfig
@@ -39,157 +51,164 @@ class OfARun(Protocol):
 RunPart = TypeVar("RunPart", bound=OfARun)
 
 
-class ResultsFolder:
-    """A comparison's or run's folder: its tables, and what cells left beside them in files of their own.
-
-    Args:
-        path: Where it is.
+@dataclass(frozen=True)
+class EndedRun:
+    """A run that ended.
 
     Attributes:
-        results: Runs that ended or failed.
-        curves: Evaluations of those that ended.
-        trials: Runs of the choice of learning rates.
-        tables: What cells left for other tables, as plain values, by the table's file.
+        record: What it says of itself.
+        lines: Its points; none where it failed or diverged.
+        outcome: What came out.
+    """
+
+    record: RunRecord
+    lines: Sequence[Line]
+    outcome: Result | Trial
+
+
+class ResultsFolder:
+    """The runs of a comparison, or the one run, as their folders hold them.
+
+    Args:
+        path: The output folder.
+
+    Attributes:
+        cells: Of the comparison; none where the folder does not say what they are.
+
+    Raises:
+        ValueError: If something in it is damaged, or an earlier version wrote it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.cells = _cells_in(path)
-        outcomes = read_outcomes(path)  # first: what is put into a table meanwhile is then in both
-        self.results = read_rows(path / "results.csv", Result)
-        self.trials = read_rows(path / "tuning.csv", Trial)
-        finished = {
-            (result.arm, result.seed) for result in self.results if result.status == "finished"
-        }
-        curves = read_rows(path / "curves.csv", CurvePoint)
-        self.curves = [point for point in curves if (point.arm, point.seed) in finished]
-        self.tables: dict[str, list[Mapping[str, Any]]] = {}
-        for outcome in outcomes:
-            self._take(outcome)
+        about = read_about(path)
+        self._roles = about.get("roles", {})
+        self.cells = cells_in(path, about.get("arms", {}))
+        self._runs: dict[Path, EndedRun] = {}
+        check_own_folder(path / RUNS)
+        for run in run_paths(path):
+            self._read(run)
+
+    @property
+    def results(self) -> list[Result]:
+        """Runs that ended or failed, in the order of the cells."""
+        return [run.outcome for run in self._in_order() if isinstance(run.outcome, Result)]
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Runs of the choice of learning rates."""
+        return [run.outcome for run in self._in_order() if isinstance(run.outcome, Trial)]
+
+    @property
+    def curves(self) -> list[CurvePoint]:
+        """Evaluations of the runs that ended."""
+        return self.kept(EVALUATION, CurvePoint)
 
     @property
     def missing(self) -> list[int]:
         """Numbers of the cells that neither ended nor failed."""
         return [number for number, cell in enumerate(self.cells) if not self.holds(cell)]
 
+    def kept(self, line_kind: str, kind: type[RunPart]) -> list[RunPart]:
+        """Return rows for the lines of one kind in the runs that ended.
+
+        Args:
+            line_kind: Of the lines in `points.jsonl`.
+            kind: Of the rows, with fields named as the lines' numbers and labels.
+        """
+        return [
+            _row(kind, run.record, line)
+            for run in self._in_order()
+            for line in run.lines
+            if line.kind == line_kind
+        ]
+
     def holds(self, cell: Cell) -> bool:
         """Say whether a cell ended or failed before."""
-        if cell.lr is None:
-            return any(
-                (result.arm, result.seed) == (cell.arm, cell.seed) for result in self.results
-            )
-        return cell in {Cell(trial.arm, trial.seed, trial.lr) for trial in self.trials}
+        return run_path(self.path, cell.arm, cell.seed, cell.lr) in self._runs
 
     def is_finished(self, arm: str, seed: int) -> bool:
         """Say whether this run ended or diverged before, and would again."""
-        return any(r.arm == arm and r.seed == seed and r.status != "failed" for r in self.results)
+        run = self._runs.get(run_path(self.path, arm, seed))
+        return run is not None and run.record.status != "failed"
 
-    def run_folder(self, arm: Arm, seed: int) -> Path:
-        """Return the folder of one run, made if need be."""
-        return make_folder(self.path, "runs", f"{arm.folder_name}-seed{seed}")
+    def take(self, cell: Cell) -> Result | Trial:
+        """Read a run that has ended meanwhile, and return what came out.
+
+        Raises:
+            ValueError: If it has not ended, or is damaged.
+        """
+        path = run_path(self.path, cell.arm, cell.seed, cell.lr)
+        self._read(path)
+        if path not in self._runs:
+            raise ValueError(f"'{path}' must hold a run that ended, got one that has not")
+        return self._runs[path].outcome
 
     def receipt_file(self, arm: str, seed: int) -> Path:
-        """Return where the receipt of a run of a comparison is, if it has one."""
-        return self.path / "runs" / f"{Arm(arm).folder_name}-seed{seed}" / "receipt.json"
+        """Return where the receipt of a run is, if it has one."""
+        return run_path(self.path, arm, seed) / RECEIPT
 
-    def add(self, result: Result, points: Sequence[Point] = ()) -> None:
-        """Keep a run; one that failed before is replaced. The row comes last: it says that the rest is there."""
-        self._put(result, points)
-        if points:
-            write_rows(self.path / "curves.csv", self.curves, CurvePoint)
-        write_rows(self.path / "results.csv", self.results, Result)
+    def _read(self, path: Path) -> None:
+        """Read a run's folder; a run that has not ended counts as none."""
+        record = read_record(path)
+        self._runs.pop(path, None)
+        if record.status in ("running", "killed"):
+            return
+        lines = read_points(path, record)
+        if record.trial or record.status != "finished":
+            lines = []
+        self._runs[path] = EndedRun(record, lines, self._outcome(path, record))
 
-    def kept(self, name: str, kind: type[RunPart]) -> list[RunPart]:
-        """Return the rows of a CSV file that are of runs that ended, and what cells left for it."""
-        rows = [
-            row for row in read_rows(self.path / name, kind) if self.is_finished(row.arm, row.seed)
-        ]
-        return [
-            *rows,
-            *(
-                row
-                for row in (checked(kind, left) for left in self.tables.get(name, ()))
-                if row not in rows
-            ),
-        ]
+    def _outcome(self, path: Path, record: RunRecord) -> Result | Trial:
+        numbers = record.result or {}
+        try:
+            if record.trial:
+                return Trial(
+                    arm=record.arm,
+                    lr=record.lr,
+                    seed=record.seed,
+                    validation=float(numbers.get("validation", math.nan)),
+                )
+            values = {"must_beat": None, "control": None, **numbers}
+            values |= self._roles.get(record.arm, {})
+            values |= {"arm": record.arm, "seed": record.seed, "lr": record.lr}
+            return checked(Result, {**values, "status": record.status})
+        except (TypeError, ValueError) as problem:
+            raise ValueError(
+                f"'{path}' must hold the result of a run, got another: {problem}; take it from a copy of the "
+                "folder, or remove it and run it again"
+            ) from None
 
-    def keep(self, name: str, rows: Sequence[RunPart], kind: type[RunPart]) -> None:
-        """Add the rows of one run to a CSV file; those that the run had before are replaced."""
-        if rows:
-            others = [
-                row
-                for row in self.kept(name, kind)
-                if (row.arm, row.seed) != (rows[0].arm, rows[0].seed)
-            ]
-            write_rows(self.path / name, [*others, *rows], kind)
-
-    def name_anew(self, arms: Iterable[Arm]) -> None:
-        """Let the runs that are there say what their arms are now: corrections that were added may change it."""
-        now = {arm.name: arm for arm in arms}
-        renamed = [
-            replace(result, must_beat=arm.must_beat, control=arm.control is not None)
-            for result in self.results
-            if (arm := now.get(result.arm))
-        ]
-        if renamed != self.results:
-            self.results = renamed
-            write_rows(self.path / "results.csv", self.results, Result)
-
-    def add_trial(self, trial: Trial) -> None:
-        """Keep a run of the choice of a learning rate."""
-        self.trials.append(trial)
-        self._sort()
-        write_rows(self.path / "tuning.csv", self.trials, Trial)
-
-    def write(self) -> None:
-        """Write the tables with all that the folder holds."""
-        self._sort()
-        for name, rows, kind in (
-            ("tuning.csv", self.trials, Trial),
-            ("curves.csv", self.curves, CurvePoint),
-            ("results.csv", self.results, Result),
-        ):
-            if rows:
-                write_rows(self.path / name, rows, kind)
-
-    def _put(self, result: Result, points: Sequence[Point]) -> None:
-        self.results = [r for r in self.results if (r.arm, r.seed) != (result.arm, result.seed)] + [
-            result
-        ]
-        if points:
-            others = [
-                point
-                for point in self.curves
-                if (point.arm, point.seed) != (result.arm, result.seed)
-            ]
-            self.curves = others + [
-                CurvePoint(arm=result.arm, seed=result.seed, **asdict(p)) for p in points
-            ]
-        self._sort()
-
-    def _take(self, outcome: Outcome) -> None:
-        """Take what a cell left, unless a table has it."""
-        result, trial = outcome.result, outcome.trial
-        if result is not None and not self.is_finished(result.arm, result.seed):
-            self._put(result, outcome.points)
-            for name, rows in outcome.tables.items():
-                self.tables.setdefault(name, []).extend(rows)
-        if trial is not None and not self.holds(Cell(trial.arm, trial.seed, trial.lr)):
-            self.trials.append(trial)
-            self._sort()
-
-    def _sort(self) -> None:
-        """Put the rows into the order of the cells: not that in which several processes came to them."""
+    def _in_order(self) -> list[EndedRun]:
+        """Return the runs in the order of the cells: not that in which several processes came to them."""
         place = {cell: number for number, cell in enumerate(self.cells)}
-        last = len(place)
-        self.results.sort(key=lambda row: place.get(Cell(row.arm, row.seed), last))
-        self.curves.sort(key=lambda row: place.get(Cell(row.arm, row.seed), last))
-        self.trials.sort(key=lambda row: place.get(Cell(row.arm, row.seed, row.lr), last))
+
+        def key(run: EndedRun) -> tuple[int, int]:
+            record = run.record
+            cell = Cell(record.arm, record.seed, record.lr if record.trial else None)
+            return place.get(cell, len(place)), record.started
+
+        return sorted(self._runs.values(), key=key)
 
 
-def _cells_in(path: Path) -> list[Cell]:
-    """Return the cells of a comparison's folder; nothing where it does not say what they are."""
-    arms, file = read_about(path).get("arms", {}), path / "config.yaml"
+def _row(kind: type[RunPart], record: RunRecord, line: Line) -> RunPart:
+    """Return the row that a line stands for."""
+    values = {**line.labels, **line.numbers(), "step": line.step}
+    return checked(kind, {**values, "arm": record.arm, "seed": record.seed})
+
+
+def cells_in(path: Path, arms: Iterable[str]) -> list[Cell]:
+    """Return the cells of a comparison's folder; nothing where it does not say what they are.
+
+    Args:
+        path: The folder.
+        arms: Names of the arms.
+
+    Raises:
+        ValueError: If its settings cannot be read.
+    """
+    arms = list(arms)
+    file = path / "config.yaml"
     if not arms or not os.path.lexists(file):
         return []
     settings = read_settings(file)
@@ -289,9 +308,20 @@ def check_arms(path: Path, arms: Iterable[Arm]) -> None:
             )
 
 
-def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> ResultsFolder:
-    """Make the folder, with the settings and what else a report needs, and return what it holds."""
+def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> None:
+    """Make the folder, with the settings and what else a report needs; its id stays the same.
+
+    Args:
+        path: The output folder.
+        config: Resolved settings.
+        about: What it says about itself.
+    """
     make_folder(path)
+    earlier = read_about(path)
+    known = {
+        "layout": LAYOUT,
+        "id": earlier.get("id") or uuid.uuid4().hex,
+        "started": earlier.get("started") or time.time_ns() // 1_000_000,
+    }
     write_whole(path / "config.yaml", write_config(config))
-    write_whole(path / "about.json", json.dumps(about, indent=2) + "\n")
-    return ResultsFolder(path)
+    write_whole(path / "about.json", json.dumps(known | dict(about), indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Who may write a folder: one command at a time, or any number of a job array's cells, each alone.
+"""Who may write a folder: one command at a time, or any number of a job array's cells, each in its run's folder.
 
 The system lets go of a lock when its process ends, however it ends, so that a kill bars nobody.
 """
@@ -15,10 +15,12 @@ from filelock import FileLock, Timeout
 from regrad_runner.errors import DiskError
 from regrad_runner.files import check_own_folder, disk_errors, make_folder
 
-LOCK, ENDING = ".regrad.lock", ".lock"
-CELLS = "cells"
-# A cell that begins holds the folder for a moment only.
-SECONDS_FOR_A_CELL_TO_BEGIN = 2.0
+LOCK, SYNC_LOCK = ".regrad.lock", ".regrad.sync.lock"
+# In the folder of a run: held by its writer, and by the command that runs it as a cell.
+RUN_LOCK, CELL_LOCK = ".lock", ".cell.lock"
+RUNS = "runs"
+# A cell that begins holds the folder for a moment only, as does whoever looks whether a run is under way.
+SECONDS_FOR_A_MOMENT = 2.0
 
 
 @contextmanager
@@ -36,7 +38,7 @@ def writing(folder: Path) -> Iterator[None]:
     make_folder(folder)
     try:
         with _folder_held(folder):
-            _check_no_cell_runs(folder)
+            _check_no_run_is_written(folder)
             yield
     finally:
         if not was_there:
@@ -56,20 +58,34 @@ def drawing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def running_cell(folder: Path, file_name: str) -> Iterator[None]:
+def syncing(folder: Path) -> Iterator[None]:
+    """Hold the tracking of a folder that no command writes; its cells may run meanwhile.
+
+    Raises:
+        ValueError: If another command writes the folder, or syncs it.
+        DiskError: If it cannot be locked.
+    """
+    with _held(folder / SYNC_LOCK, f"the tracking of '{folder}'"):
+        with _folder_held(folder):
+            pass
+        yield
+
+
+@contextmanager
+def running_cell(folder: Path, *names: str) -> Iterator[None]:
     """Hold one cell of a folder, beside which others may run.
 
     Args:
         folder: Of the comparison.
-        file_name: Of the file in which the cell leaves what came out of it.
+        *names: Of the folders that lead to the cell's run.
 
     Raises:
         ValueError: If another process runs this cell, or a command writes the folder.
         DiskError: If it cannot be locked.
     """
     with ExitStack() as stack:
-        with _folder_held(folder):
-            path = make_folder(folder, CELLS) / f".{file_name}{ENDING}"
+        with _folder_held(folder, seconds=SECONDS_FOR_A_MOMENT):
+            path = make_folder(folder, *names) / CELL_LOCK
             stack.enter_context(_held(path, f"this cell of '{folder}'"))
         try:
             yield
@@ -81,17 +97,57 @@ def running_cell(folder: Path, file_name: str) -> Iterator[None]:
                     path.unlink()
 
 
+@contextmanager
+def writing_run(run: Path, *, seconds: float = SECONDS_FOR_A_MOMENT) -> Iterator[None]:
+    """Hold the folder of one run while it is written.
+
+    Args:
+        run: The run's folder, in an output folder that this command or cell holds.
+        seconds: To wait for a process that holds it.
+
+    Raises:
+        ValueError: If another process writes it.
+        DiskError: If it cannot be locked.
+    """
+    path = run / RUN_LOCK
+    with _held(path, f"'{run}'", seconds=seconds):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def is_held(run: Path) -> bool:
+    """Say whether a process runs a run.
+
+    Args:
+        run: The run's folder.
+    """
+    for name in (RUN_LOCK, CELL_LOCK):
+        if not (run / name).is_file():
+            continue
+        try:
+            with _held(run / name, f"'{run}'"):
+                pass
+        except ValueError:
+            return True
+    return False
+
+
 def is_lock(path: Path) -> bool:
     """Say whether a file is the lock of its folder, which stays when a process is killed: an empty file, no link."""
-    if path.name != LOCK:
+    if path.name not in (LOCK, SYNC_LOCK):
         return False
     found = path.lstat()
     return stat.S_ISREG(found.st_mode) and found.st_size == 0
 
 
 @contextmanager
-def _folder_held(folder: Path) -> Iterator[None]:
-    seconds = SECONDS_FOR_A_CELL_TO_BEGIN if (folder / CELLS).is_dir() else 0.0
+def _folder_held(folder: Path, *, seconds: float = 0.0) -> Iterator[None]:
+    """Hold a folder; where cells run, of which one may begin just now, they are waited for."""
+    if next((folder / RUNS).glob(f"*/*/{CELL_LOCK}"), None) is not None:
+        seconds = SECONDS_FOR_A_MOMENT
     with _held(folder / LOCK, f"'{folder}'", seconds=seconds):
         yield
 
@@ -115,14 +171,17 @@ def _held(path: Path, what: str, *, seconds: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
-def _check_no_cell_runs(folder: Path) -> None:
-    """Raise a `ValueError` if a process runs a cell of the folder, which is held."""
-    check_own_folder(folder / CELLS)
-    for path in sorted((folder / CELLS).glob(f".*{ENDING}")):
-        with _held(path, f"'{folder}'"):
-            pass
-        with suppress(OSError):  # nobody holds it, and nobody can begin while the folder is held
-            path.unlink()
+def _check_no_run_is_written(folder: Path) -> None:
+    """Raise a `ValueError` if a process writes a run of the folder, which is held."""
+    check_own_folder(folder / RUNS)
+    for name in (RUN_LOCK, CELL_LOCK):
+        for path in sorted((folder / RUNS).glob(f"*/*/{name}")):
+            with _held(path, f"'{folder}'"):
+                pass
+            with suppress(
+                OSError
+            ):  # nobody holds it, and nobody can begin while the folder is held
+                path.unlink()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from regrad.distributions import version
 
-LIBRARIES = ("regrad", "regrad-runner", "torch", "torchvision", "accelerate", "numpy")
+LIBRARIES_TOLD = ("regrad", "regrad-runner", "torch", "torchvision", "accelerate", "numpy")
 
 
 def surroundings(*, processes: int, earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,17 +21,18 @@ def surroundings(*, processes: int, earlier: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         processes: Number of processes of this start.
-        earlier: What `about.json` said before: a comparison that is continued may have run elsewhere too.
+        earlier: What `about.json` said before: a comparison that is continued may have run
+            elsewhere too.
 
     Returns:
-        The keys "processes", of this start, and "machines": one entry per place, in the order of the first start
-        there, each with "since" (UTC), "system", "processor", "cores", "memory_gib", "devices", "python" and
-        "versions".
+        The keys "processes", of this start, and "machines": one entry per place, in the order of
+        the first start there, each with "since" (UTC), "system", "processor", "cores",
+        "memory_gib", "devices", "python" and "versions".
     """
-    here, seen = machine(), list(earlier.get("machines", []))
-    if here not in [
-        {key: value for key, value in place.items() if key != "since"} for place in seen
-    ]:
+    here = machine()
+    seen = list(earlier.get("machines", []))
+    known = [{key: value for key, value in place.items() if key != "since"} for place in seen]
+    if here not in known:
         seen.append({"since": datetime.now(UTC).isoformat(timespec="seconds"), **here})
     return {"processes": processes, "machines": seen}
 
@@ -41,31 +43,31 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "memory_gib": _memory(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "devices": _devices(),
         "python": platform.python_version(),
-        "versions": {name: found for name in LIBRARIES if (found := version(name))},
+        "versions": {name: found for name in LIBRARIES_TOLD if (found := version(name))},
     }
 
 
 def _processor() -> str:
-    """Return the processor's model; the platform module knows only its family on Linux."""
+    """Return the processor's model; the platform module knows only its family on Linux.
+
+    Read by hand: psutil does not tell it, and `torch.utils.collect_env` returns all that lscpu
+    prints, in the language of the user.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def _memory() -> float | None:
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" not in names:
-        return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _devices() -> list[str]:
+    """Return the names of the CUDA devices."""
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,24 +1,17 @@
-"""What came out of one cell of a comparison: a result, a trial, their points."""
+"""What came out of a run: a result, a trial of a learning rate, their rows in tables."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from regrad_runner.files import check_own_folder, make_folder, read_bytes, write_whole
-from regrad_runner.results.cells import Cell
-from regrad_runner.results.locks import CELLS
 from regrad_runner.results.points import Point
-from regrad_runner.results.tables import checked
 from regrad_runner.statistics.rows import RunRow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One run of a comparison, as `results.csv` keeps it.
+    """One run of a comparison, as `results.csv` shows it.
 
     Attributes:
         arm: Name of the arm.
@@ -65,7 +58,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint(Point):
-    """One evaluation of one run, as `curves.csv` keeps it."""
+    """One evaluation of one run, as `curves.csv` shows it."""
 
     arm: str
     seed: int
@@ -73,13 +66,13 @@ class CurvePoint(Point):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One run of the choice of a learning rate, as `tuning.csv` keeps it.
+    """One run of the choice of a learning rate, as `tuning.csv` shows it.
 
     Attributes:
         arm: Name of the arm.
         lr: Learning rate tried.
         seed: A seed that is not compared on.
-        validation: The measure on the validation split at the end.
+        validation: The measure on the validation split at the end; not a number where the run failed.
     """
 
     arm: str
@@ -88,66 +81,7 @@ class Trial:
     validation: float
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came out of one cell.
-
-    Attributes:
-        result: Of a run.
-        trial: Of a run of the choice of a learning rate.
-        points: Evaluations of a run that ended.
-        tables: Its rows in other tables, as plain values, by the table's file.
-    """
-
-    result: Result | None = None
-    trial: Trial | None = None
-    points: Sequence[Point] = ()
-    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Rows of a cell by the file of their table, as they are read back."""
-
-    rows: dict[str, list[dict[str, Any]]]
-
-
-def cell_file(folder: Path, cell: Cell) -> Path:
-    """Return where a cell's process leaves what came out of it."""
-    return folder / CELLS / cell.file_name
-
-
-def write_outcome(folder: Path, cell: Cell, outcome: Outcome) -> None:
-    """Leave what came out of a cell in a file of its own: processes that run others at the same time do not meet."""
-    make_folder(folder, CELLS)
-    write_whole(cell_file(folder, cell), json.dumps(asdict(outcome)))
-
-
-def read_outcomes(folder: Path) -> list[Outcome]:
-    """Read what cells left.
-
-    Raises:
-        ValueError: If a file holds something else.
-    """
-    check_own_folder(folder / CELLS)
-    return [read_outcome(path) for path in sorted((folder / CELLS).glob("*.json"))]
-
-
-def read_outcome(path: Path) -> Outcome:
-    """Read what a cell left.
-
-    Raises:
-        ValueError: If the file holds something else.
-    """
-    try:
-        kept = json.loads(read_bytes(path))
-        return Outcome(
-            result=checked(Result, kept["result"]) if kept["result"] else None,
-            trial=checked(Trial, kept["trial"]) if kept["trial"] else None,
-            points=[checked(Point, point) for point in kept["points"]],
-            tables=checked(Tables, {"rows": kept["tables"]}).rows,
-        )
-    except (KeyError, TypeError, ValueError, OSError, RecursionError) as problem:
-        raise ValueError(
-            f"'{path}' must hold what came out of a cell: {problem}; remove it and run that cell again"
-        ) from problem
+def numbers_of(result: Result) -> dict[str, Any]:
+    """Return what a run's record keeps of its result: what the record does not say elsewhere."""
+    elsewhere = ("arm", "seed", "lr", "status")
+    return {name: value for name, value in asdict(result).items() if name not in elsewhere}

@@ -1,12 +1,15 @@
-"""Evaluations of a run, and when one of them reached the target."""
+"""Evaluations of a run: how its record keeps them, and when one of them reached the target."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median
 
+from regrad_runner.results.run import Line, RunLog, now
 from regrad_runner.workloads.workload import Measure, name_on_validation
+
+EVALUATION, METRICS = "evaluation", "metrics"  # kinds of lines in `points.jsonl`
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,34 @@ class Point:
     lr: float
     seconds: float | None = field(default=None, compare=False)
 
-    def as_metrics(self, measure: Measure) -> dict[str, float]:
-        """Return the numbers by the names of curves."""
-        return {"training loss": self.loss, name_on_validation(measure): self.value, "lr": self.lr}
+
+def keep_point(record: RunLog, point: Point) -> None:
+    """Add an evaluation to the points of a run."""
+    record.log(EVALUATION, point.step, _numbers_of_point(point))
+
+
+def lines_of(points: Iterable[Point], times: Mapping[int, int]) -> list[Line]:
+    """Return the lines of evaluations that a checkpoint holds.
+
+    Args:
+        points: The evaluations.
+        times: When they were made, by step, as far as it is known.
+    """
+    return [
+        Line.of(EVALUATION, point.step, _numbers_of_point(point), time=times.get(point.step, now()))
+        for point in points
+    ]
+
+
+def _numbers_of_point(point: Point) -> dict[str, float | None]:
+    numbers = asdict(point)
+    del numbers["step"]
+    return numbers
+
+
+def curves_of(measure: Measure) -> dict[str, str]:
+    """Return what the numbers of an evaluation are called where curves are shown."""
+    return {"loss": "training loss", "value": name_on_validation(measure), "lr": "lr"}
 
 
 def steps_to_target(points: Sequence[Point], measure: Measure) -> int | None:

@@ -14,14 +14,13 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from regrad_runner.files import read_bytes, write_whole
-from regrad_runner.results.seals import check_seal, sealed
 
 Row = TypeVar("Row")
 COMPUTED = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
-    """Write dataclass rows as CSV; None is an empty cell. The folder keeps its checksum.
+    """Write dataclass rows as CSV; None is an empty cell.
 
     Raises:
         DiskError: If the disk does not take it; the old file is as it was.
@@ -32,8 +31,7 @@ def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
     table.writeheader()
     table.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
     content = text.getvalue().encode()
-    with sealed(path, content):
-        write_whole(path, content)
+    write_whole(path, content)
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
@@ -48,7 +46,6 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
         content = read_bytes(path)
     except OSError as problem:
         raise ValueError(f"'{path}' must be a file that can be read, got {problem}") from None
-    check_seal(path, content)
     hints = get_type_hints(kind)
     try:
         text = content.decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,6 @@ from regrad.correction import Control, Correction
 from regrad.registry import several_in
 from torch.optim import Optimizer
 
-LONGEST_FOLDER_NAME = 100
 BASELINE = "none"
 ALL = "all"
 
@@ -27,8 +25,8 @@ class Arm:
         name: As printed.
         corrections: Strings for `regrad.create`, in order.
         control: The trivial change to make, for a control arm.
-        must_beat: Name of the arm with the trivial change that this one must beat, whether or not it runs; None
-            where the corrections declare none.
+        must_beat: Name of the arm with the trivial change that this one must beat, whether or
+            not that arm runs; None if the corrections declare none.
     """
 
     name: str
@@ -38,26 +36,19 @@ class Arm:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What is done in this arm, as plain values: arms of equal recipes give equal runs, whatever their names."""
+        """What is done in this arm, as plain values.
+
+        Arms of equal recipes give equal runs, whatever their names.
+        """
         change = asdict(self.control or Control(name=""))
         del change["name"]
         return {**change, "corrections": [*self.corrections, *change["corrections"]]}
-
-    @property
-    def folder_name(self) -> str:
-        """The name without what a file name cannot hold; a name that this changes gets digits of its own."""
-        plain = re.sub(r"[^A-Za-z0-9._=+-]+", "_", self.name)[:LONGEST_FOLDER_NAME]
-        return (
-            plain
-            if plain == self.name
-            else f"{plain}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
-        )
 
 
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
     """Return the arms: the baseline, one per string, then their controls, equal controls once.
 
-    A control that is one of the arms already, such as clipping by the norm, is that arm and not a second one.
+    A control that is an arm already, such as clipping by the norm, is not added again.
 
     Args:
         corrections: One string per arm, as for `regrad.create`; "+" stacks corrections.
@@ -79,30 +70,50 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
     for text in corrections:
         parts = parts_of(text)
         name = "+".join(parts)
-        if name == BASELINE:
-            raise ValueError(
-                f"corrections must not name the baseline, got {name!r}; it runs anyway: leave it out"
-            )
-        if name in arms:
-            raise ValueError(f"corrections must be different, got {name!r} twice")
-        stack = [correction for part in parts for correction in created(part)]
-        for other, known in stacks.items():
-            if _recipes(known) == _recipes(stack):
-                raise ValueError(
-                    f"corrections must be different, got {other!r} and {name!r}, which are the same"
-                )
+        _check_name_is_free(name, arms)
+        stack = list(chain.from_iterable(created(part) for part in parts))
+        _check_differs(name, stack, stacks)
         stacks[name] = stack
         arms[name] = Arm(name, corrections=parts)
         change = merged([correction.control(optimizer) for correction in stack])
         if change is not None:
             changes[name] = change
-    extra: dict[str, Arm] = {}
+    added: dict[str, Arm] = {}
     for name, change in changes.items():
-        control = _control_arm(change, name, [*arms.values(), *extra.values()])
+        control = _control_arm(change, name, [*arms.values(), *added.values()])
         arms[name] = replace(arms[name], must_beat=control.name)
         if control.name not in arms:
-            extra[control.name] = control
-    return [*arms.values(), *(extra.values() if controls else ())]
+            added[control.name] = control
+    if not controls:
+        return list(arms.values())
+    return [*arms.values(), *added.values()]
+
+
+def _check_name_is_free(name: str, arms: Mapping[str, Arm]) -> None:
+    """Raise a `ValueError` if an arm has the name of the baseline or of an arm before it."""
+    if name == BASELINE:
+        raise ValueError(
+            f"corrections must not name the baseline, got {name!r}; it runs anyway: leave it out"
+        )
+    if name in arms:
+        raise ValueError(f"corrections must be different, got {name!r} twice")
+
+
+def _check_differs(
+    name: str, stack: Sequence[Correction], stacks: Mapping[str, Sequence[Correction]]
+) -> None:
+    """Raise a `ValueError` if an arm does the same as one before it.
+
+    Args:
+        name: Of the arm.
+        stack: Its corrections.
+        stacks: Those of the arms before it, by their names.
+    """
+    for other, known in stacks.items():
+        if _recipes(known) == _recipes(stack):
+            raise ValueError(
+                f"corrections must be different, got {other!r} and {name!r}, which are the same"
+            )
 
 
 def parts_of(text: str) -> tuple[str, ...]:
@@ -120,12 +131,14 @@ def parts_of(text: str) -> tuple[str, ...]:
 
 
 def _check_alone(part: str) -> None:
-    """Raise a `ValueError` if one part of a stack names several corrections, as "xgrad,agc" does."""
-    several = several_in(part) if re.search(r"[,;&|\s]", part) else []
+    """Raise a `ValueError` if a part of a stack names several corrections, as "xgrad,agc" does."""
+    if not re.search(r"[,;&|\s]", part):
+        return
+    several = several_in(part)
     if several:
-        apart, stacked = " ".join(several), "+".join(several)
         raise ValueError(
-            f"corrections must be apart, or stacked by '+', got {part!r}; write {apart} or {stacked}"
+            f"corrections must be apart, or stacked by '+', got {part!r}; "
+            f"write {' '.join(several)} or {'+'.join(several)}"
         )
 
 
@@ -133,13 +146,15 @@ def created(text: str) -> tuple[Correction, ...]:
     """Return the corrections behind one string.
 
     Raises:
-        ValueError: If it cannot be read, names several, or the correction or an option is unknown or unfit.
+        ValueError: If it cannot be read, names several, or a correction or an option is unknown
+            or has a value that it may not have.
     """
     several = _separated(text)
     if len(several) > 1:
         raise ValueError(
             f"corrections must be separated by spaces, got {text!r}; "
-            f"use --corrections {' '.join(several)}, or {'+'.join(several)} for all of them together"
+            f"use --corrections {' '.join(several)}, "
+            f"or {'+'.join(several)} for all of them together"
         )
     try:
         correction = regrad.create(text)
@@ -154,7 +169,9 @@ def _recipes(stack: Iterable[Correction]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _separated(text: str) -> list[str]:
-    """Return the corrections that a text with commas means: one begins wherever no option of the last one stands.
+    """Return the corrections that a text with commas means.
+
+    What stands after a comma belongs to the correction before it if it can be an option.
 
     Example:
         >>> _separated("xgrad:horizon=2,decay=[1,2],agc")
@@ -196,10 +213,11 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
         return None
     together = present[0]
     for control in present[1:]:
+        name = together.name
+        if control.name != name:
+            name = f"{name}+{control.name}"
         together = Control(
-            name=together.name
-            if control.name == together.name
-            else f"{together.name}+{control.name}",
+            name=name,
             optimizer=_united(together.optimizer, control.optimizer),
             head_init=together.head_init * control.head_init,
             head_lr=together.head_lr * control.head_lr,
@@ -210,6 +228,7 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
 
 
 def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of both, or raise a `ValueError` where they differ."""
     for key in one.keys() & other.keys():
         if one[key] != other[key]:
             raise ValueError(
@@ -224,8 +243,6 @@ def _control_arm(change: Control, corrected: str, arms: Sequence[Arm]) -> Arm:
     for arm in arms:
         if arm.recipe == new.recipe:
             return arm
-    return (
-        replace(new, name=f"{change.name} ({corrected})")
-        if new.name in {arm.name for arm in arms}
-        else new
-    )
+    if new.name in {arm.name for arm in arms}:
+        return replace(new, name=f"{change.name} ({corrected})")
+    return new

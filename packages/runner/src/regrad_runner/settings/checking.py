@@ -8,10 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -22,7 +19,7 @@ _SHORT.maxlevel = 3
 
 
 def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Return the settings, or raise a `ValueError` of one line that names setting, rule and value."""
+    """Return the settings, or raise a `ValueError` of one line with setting, rule and value."""
     try:
         return kind.model_validate(dict(values))
     except ValidationError as problems:
@@ -30,15 +27,18 @@ def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def shown(value: object) -> str:
-    """Return what an error shows of a value, in one short line: YAML of a few bytes can stand for gigabytes."""
+    """Return a value in one short line, for an error.
+
+    A few bytes of YAML can stand for gigabytes.
+    """
     try:
         return _SHORT.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python prints
         return f"a very long {type(value).__name__}"
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise a `ValueError` where a text is empty, too long, or would tear a terminal."""
+    """Raise a `ValueError` if a text is empty, too long, or would break a terminal."""
     if not (text.isprintable() and len(text) <= LONGEST_TEXT):
         raise ValueError(
             f"{name} must be at most {LONGEST_TEXT} printable characters, got {shown(text)}"
@@ -50,12 +50,20 @@ def check_text(name: str, text: str) -> None:
 def _line(kind: type[BaseModel], problems: ValidationError) -> str:
     """Say the first problem in one line."""
     problem = problems.errors()[0]
-    name, message, value = str(next(iter(problem["loc"]), "")), problem["msg"], problem["input"]
+    location = problem["loc"]
+    name = str(location[0]) if location else ""
+    message = problem["msg"]
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, kind.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(kind.model_fields)}"
-        return f"no setting named {shown(name)}; {hint}"
+        return f"no setting named {shown(name)}; {_hint(name, kind)}"
     if problem["type"] == "value_error":
         return message.removeprefix("Value error, ")
     rule = re.split(r", (?:unable|got) ", message.replace("Input should", "must"))[0]
-    return f"{name} {rule}, got {shown(value)}"
+    return f"{name} {rule}, got {shown(problem['input'])}"
+
+
+def _hint(name: str, kind: type[BaseModel]) -> str:
+    """Say which setting a name may stand for."""
+    near = difflib.get_close_matches(name, kind.model_fields, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"allowed: {', '.join(kind.model_fields)}"

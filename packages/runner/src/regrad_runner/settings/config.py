@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -15,81 +15,125 @@ from pydantic import (
 
 from regrad_runner.addresses import check_address
 from regrad_runner.settings.checking import check_text, shown
+from regrad_runner.settings.flag import (
+    HOW_IT_IS_TRAINED,
+    WHAT_IS_TRAINED,
+    WHERE_IT_GOES,
+    Flag,
+)
 
 FIRST_TUNING_SEED = 1_000_000
-LAST_SEED = 2**32 - 1  # that NumPy takes
-MOST_THREADS = 1024  # more end the process without a word
-LARGEST_NUMBER = (
-    2**53
-)  # Python writes no number of more than 4,300 digits, but reads one in hexadecimal
+LAST_SEED = 2**32 - 1  # the largest that NumPy takes
+MOST_THREADS = 1024  # with more, the process ends without a word
+# Python refuses to print a number of more than 4,300 digits, but reads one in hexadecimal.
+LARGEST_INTEGER = 2**53
 
 
 class RunConfig(BaseModel):
-    """What `compare` and `train` share. None stands for what suits the workload until `resolved` fills it in.
+    """What `compare` and `train` share.
 
-    Attributes:
-        workload: Name of the workload, with options such as "text:context=256".
-        data_dir: Folder or file with its data, for workloads that need one.
-        download: Whether missing data may be fetched.
-        image_size: Height and width to give the images, for workloads whose images have many sizes.
-        train_size: Training samples to keep; of images the same share of each class.
-        model: Name of the model, with options such as "gpt:layers=2".
-        width: Channels of its first stage, or of every layer, where it can be chosen.
-        norm: Normalisation; "group" does not mix the samples of a batch, "none" is none at all.
-        epochs: Passes over the training samples.
-        batch_size: Samples per optimizer step, over all processes and micro-batches.
-        optimizer: Name with options, such as "sgd:momentum=0.9".
-        warmup_steps: Optimizer steps in which the learning rate rises linearly.
-        accumulate: Micro-batches per optimizer step.
-        mixed_precision: Number format of the forward pass.
-        clip_norm: Largest gradient norm, or None for no clipping.
-        evaluations_per_epoch: How often the validation samples are looked at.
-        threads: CPU threads of each process.
-        workers: Processes beside each that make samples for it.
-        processes: Processes that must have been started, or None for any number.
-        tracker: Where metrics go.
-        tracking_uri: An MLflow server or database, or None for a database in the output folder.
+    None stands for what suits the workload, until `resolved` fills it in.
     """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
 
-    workload: str = "digits"
-    data_dir: str | None = None
-    download: bool = False
-    image_size: int | None = Field(default=None, gt=0)
-    train_size: int | None = Field(default=None, gt=0)
-    model: str | None = None
-    width: int | None = Field(default=None, gt=0)
-    norm: Literal["batch", "group", "none"] | None = None
-    epochs: int | None = Field(default=None, gt=0)
-    batch_size: int | None = Field(default=None, gt=0)
-    optimizer: str | None = None
-    warmup_steps: int | None = Field(default=None, ge=0)
-    accumulate: int = Field(default=1, gt=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    clip_norm: float | None = Field(default=None, gt=0)
-    evaluations_per_epoch: int | None = Field(default=None, gt=0)
-    threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
-    processes: int | None = Field(default=None, gt=0)
-    workers: int = Field(default=0, ge=0, le=MOST_THREADS)
-    tracker: Literal["mlflow", "none"] = "mlflow"
-    tracking_uri: str | None = None
+    workload: Annotated[
+        str, Flag("Data to train on; digits by default.", WHAT_IS_TRAINED, "NAME")
+    ] = "digits"
+    data_dir: Annotated[
+        str | None,
+        Flag("Folder or file with the data, if it needs one.", WHAT_IS_TRAINED, "PATH"),
+    ] = None
+    download: Annotated[bool, Flag("Download published data that is missing.", WHAT_IS_TRAINED)] = (
+        False
+    )
+    image_size: Annotated[
+        int | None,
+        Flag("Resize images to N by N pixels, where sizes differ.", WHAT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    train_size: Annotated[
+        int | None,
+        Flag("Training samples to keep; all by default.", WHAT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    model: Annotated[
+        str | None,
+        Flag("resnet8, gpt, or a classifier of torchvision.", WHAT_IS_TRAINED, "NAME"),
+    ] = None
+    width: Annotated[
+        int | None,
+        Flag("Channels of the first stage, or of every layer of a gpt.", WHAT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    norm: Annotated[
+        Literal["batch", "group", "none"] | None,
+        Flag("Normalization: batch (the default), group or none.", WHAT_IS_TRAINED, "NORM"),
+    ] = None
+    epochs: Annotated[
+        int | None, Flag("Passes over the training samples.", HOW_IT_IS_TRAINED, "N")
+    ] = Field(default=None, gt=0)
+    batch_size: Annotated[
+        int | None,
+        Flag("Samples per optimizer step, over all processes.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    optimizer: Annotated[
+        str | None, Flag("Such as adamw or sgd:nesterov=true.", HOW_IT_IS_TRAINED, "NAME")
+    ] = None
+    warmup_steps: Annotated[
+        int | None, Flag("Steps over which the learning rate rises.", HOW_IT_IS_TRAINED, "N")
+    ] = Field(default=None, ge=0)
+    accumulate: Annotated[
+        int, Flag("Micro-batches per optimizer step; 1 by default.", HOW_IT_IS_TRAINED, "N")
+    ] = Field(default=1, gt=0)
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"],
+        Flag("no (the default), bf16 or fp16.", HOW_IT_IS_TRAINED, "FORMAT"),
+    ] = "no"
+    clip_norm: Annotated[
+        float | None,
+        Flag("Largest gradient norm; no clipping by default.", HOW_IT_IS_TRAINED, "X"),
+    ] = Field(default=None, gt=0)
+    evaluations_per_epoch: Annotated[
+        int | None,
+        Flag("How often per epoch to evaluate on validation data.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    threads: Annotated[int | None, Flag("CPU threads of each process.", HOW_IT_IS_TRAINED, "N")] = (
+        Field(default=None, gt=0, le=MOST_THREADS)
+    )
+    processes: Annotated[
+        int | None,
+        Flag("Fail unless this many processes were launched.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    workers: Annotated[
+        int, Flag("Data-loading processes; 0 by default.", HOW_IT_IS_TRAINED, "N")
+    ] = Field(default=0, ge=0, le=MOST_THREADS)
+    tracker: Annotated[
+        Literal["mlflow", "none"],
+        Flag("mlflow (the default) or none.", WHERE_IT_GOES, "KIND"),
+    ] = "mlflow"
+    tracking_uri: Annotated[
+        str | None,
+        Flag("MLflow server; by default a database in the folder.", WHERE_IT_GOES, "URI"),
+    ] = None
 
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse what would tear a terminal, a table or a file of settings, and yes or no where a number belongs."""
+        """Check each value before it is converted.
+
+        Refused are texts that would break a terminal, a table or a settings file, and yes or no
+        where a number belongs.
+        """
         name = str(info.field_name)
         takes_yes = cls.model_fields[name].annotation is bool
-        for item in value if isinstance(value, list | tuple) else (value,):
+        items = value if isinstance(value, list | tuple) else (value,)
+        for item in items:
             if isinstance(item, str):
                 check_text(name, item)
             if isinstance(item, bool) and not takes_yes:
                 raise ValueError(f"{name} must not be yes or no, got {item!r}")
-            if isinstance(item, int) and abs(item) > LARGEST_NUMBER:
-                raise ValueError(f"{name} must be at most {LARGEST_NUMBER}, got {shown(item)}")
+            if isinstance(item, int) and abs(item) > LARGEST_INTEGER:
+                raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got {shown(item)}")
         return value
 
     @field_validator("tracking_uri")
@@ -101,31 +145,44 @@ class RunConfig(BaseModel):
     def _micro_batches_fill_the_batch(self) -> Self:
         if self.batch_size is not None and self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size must be a multiple of accumulate ({self.accumulate}), got {self.batch_size}"
+                f"batch_size must be a multiple of accumulate ({self.accumulate}), "
+                f"got {self.batch_size}"
             )
         return self
 
 
 class CompareConfig(RunConfig):
-    """Settings of a comparison.
+    """Settings of a comparison: each of its `corrections` is an arm, run on the same seeds."""
 
-    Attributes:
-        corrections: One string per arm; "+" stacks corrections.
-        controls: Whether the trivial changes that corrections must beat run too.
-        seeds: Number of paired seeds, counted from 0.
-        lr: One learning rate for every arm, or several among which every arm chooses on the validation split.
-        tuning_seeds: Seeds per learning rate and arm in that choice; none of them is compared on.
-        probe_every: Optimizer steps between probes of gradient quality, or None for none.
-        probe_size: Training samples of the large batch that gradients are compared with there.
-    """
-
-    corrections: tuple[str, ...] = ("powergrad", "xgrad", "xgrad+powergrad")
-    controls: bool = True
-    seeds: int = Field(default=10, gt=0, le=FIRST_TUNING_SEED)
-    lr: tuple[float, ...] | None = None
-    tuning_seeds: int = Field(default=2, gt=0, le=FIRST_TUNING_SEED)
-    probe_every: int | None = Field(default=None, gt=0)
-    probe_size: int = Field(default=2048, gt=0)
+    corrections: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Such as xgrad:horizon=2 agc; a+b combines two; all: every one.",
+            WHAT_IS_TRAINED,
+            "NAME...",
+        ),
+    ] = ("powergrad", "xgrad", "xgrad+powergrad")
+    controls: Annotated[bool, Flag("Leave out the trivial changes to beat.", WHAT_IS_TRAINED)] = (
+        True
+    )
+    seeds: Annotated[int, Flag("Paired runs of each arm; 10 by default.", WHAT_IS_TRAINED, "N")] = (
+        Field(default=10, gt=0, le=FIRST_TUNING_SEED)
+    )
+    lr: Annotated[
+        tuple[float, ...] | None,
+        Flag("Learning rate; of several, each arm chooses its best.", HOW_IT_IS_TRAINED, "X,X"),
+    ] = None
+    tuning_seeds: Annotated[
+        int, Flag("Runs per rate in that choice; 2 by default.", HOW_IT_IS_TRAINED, "N")
+    ] = Field(default=2, gt=0, le=FIRST_TUNING_SEED)
+    probe_every: Annotated[
+        int | None,
+        Flag("Steps between probes of gradient quality; none by default.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    probe_size: Annotated[
+        int,
+        Flag("Samples in a probe's large batch; 2048 by default.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=2048, gt=0)
 
     @field_validator("lr", mode="before")
     @classmethod
@@ -135,33 +192,41 @@ class CompareConfig(RunConfig):
     @field_validator("lr")
     @classmethod
     def _positive_and_different(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        return value if value is None else _learning_rates(value)
+        if value is not None:
+            _check_learning_rates(value)
+        return value
 
 
 class TrainConfig(RunConfig):
-    """Settings of one run.
+    """Settings of one run: its `corrections` are attached together, in their order."""
 
-    Attributes:
-        corrections: Attached together, in this order.
-        lr: Learning rate at the start of the cosine.
-        seed: Fixes initial weights, order of the data and augmentation.
-        checkpoint_every: Optimizer steps between checkpoints, or None for one at the end of each epoch.
-        keep_checkpoints: How many of the last ones stay.
-    """
-
-    corrections: tuple[str, ...] = ()
-    lr: float | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0, le=LAST_SEED)
-    checkpoint_every: int | None = Field(default=None, gt=0)
-    keep_checkpoints: int = Field(default=2, gt=0)
+    corrections: Annotated[
+        tuple[str, ...],
+        Flag("Such as xgrad:horizon=2 agc; all: every one.", WHAT_IS_TRAINED, "NAME..."),
+    ] = ()
+    lr: Annotated[float | None, Flag("Initial learning rate.", HOW_IT_IS_TRAINED, "X")] = Field(
+        default=None, gt=0
+    )
+    seed: Annotated[
+        int,
+        Flag("Fixes weights, data order and augmentation; 0 by default.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=0, ge=0, le=LAST_SEED)
+    checkpoint_every: Annotated[
+        int | None,
+        Flag("Steps between checkpoints; an epoch by default.", WHERE_IT_GOES, "N"),
+    ] = Field(default=None, gt=0)
+    keep_checkpoints: Annotated[
+        int, Flag("Checkpoints to keep; 2 by default.", WHERE_IT_GOES, "N")
+    ] = Field(default=2, gt=0)
 
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def _learning_rates(values: tuple[float, ...]) -> tuple[float, ...]:
-    if not values or min(values) <= 0 or len(set(values)) < len(values):
-        raise ValueError(
-            f"lr must be different positive numbers, got {', '.join(f'{v:g}' for v in values) or 'none'}"
-        )
-    return values
+def _check_learning_rates(values: tuple[float, ...]) -> None:
+    """Raise a `ValueError` unless these are positive numbers, none of them twice."""
+    is_positive = bool(values) and min(values) > 0
+    is_different = len(set(values)) == len(values)
+    if not (is_positive and is_different):
+        said = ", ".join(f"{value:g}" for value in values) or "none"
+        raise ValueError(f"lr must be different positive numbers, got {said}")

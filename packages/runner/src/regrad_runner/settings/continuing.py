@@ -21,27 +21,28 @@ WITHOUT_EFFECT_ON_RESULTS = frozenset(
 
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
-    """Name the first setting in which two configurations would give different results, with both values."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for name, value in after.items():
+    """Name the first setting that would change results, with both values; None if there is none."""
+    before = old.model_dump(mode="json")
+    for name, value in new.model_dump(mode="json").items():
         if name not in WITHOUT_EFFECT_ON_RESULTS and before.get(name) != value:
             return f"{name} {before.get(name)!r} there and {value!r} here"
     return None
 
 
 def continued(old: Config, new: Config) -> Config:
-    """Return settings that continue a folder: as `old`, with more corrections or seeds if `new` has them.
+    """Return settings that continue a folder: `old` with the corrections and seeds that `new` adds.
 
     Args:
         old: The folder's settings.
         new: What is asked for now.
 
     Returns:
-        `new`, its corrections in the order of `old` and those that it adds after them, so that arms and controls
-        that were there keep their names.
+        `new`, with the corrections of `old` in front, in their order, so that earlier arms and
+        controls keep their names.
 
     Raises:
-        ValueError: If `new` leaves out a correction or a seed, or differs in anything else that has an effect.
+        ValueError: If `new` leaves out a correction or a seed, or differs in anything else that
+            has an effect.
     """
     more: dict[str, Any] = {}
     if isinstance(old, CompareConfig) and isinstance(new, CompareConfig):
@@ -50,9 +51,8 @@ def continued(old: Config, new: Config) -> Config:
             more["corrections"] = (*old.corrections, *added)
         if new.seeds > old.seeds:
             more["seeds"] = new.seeds
-    difference = first_difference(
-        old, new.model_copy(update={name: getattr(old, name) for name in more})
-    )
+    without_more = new.model_copy(update={name: getattr(old, name) for name in more})
+    difference = first_difference(old, without_more)
     if difference:
         raise ValueError(
             f"out must hold the same configuration, got {difference}; choose another folder"

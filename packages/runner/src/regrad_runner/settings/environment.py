@@ -1,4 +1,4 @@
-"""What the environment may decide and what it may not: settings win over what a launcher left behind."""
+"""What the environment may decide and what not: settings win over what a launcher left behind."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from regrad_runner.settings.checking import shown
 from regrad_runner.settings.config import RunConfig
 
-PREFIX = "ACCELERATE_"
-FSDP, ONLY_CPUS = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_CPU"
+LONGEST_VALUE = 60  # characters of a value that are shown
+ACCELERATE_PREFIX = "ACCELERATE_"
+FSDP = "ACCELERATE_USE_FSDP"
+ONLY_CPUS = "ACCELERATE_USE_CPU"
 FLAGS = (FSDP, ONLY_CPUS, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 ON = ("true", "1", "yes", "y", "t", "on")  # as accelerate reads them
 OFF = ("false", "0", "no", "n", "f", "off")
-# What a launcher says of processes and shards, and what changes no number. Accelerate reads nothing else that begins
-# with ACCELERATE_: it would win over the settings.
+# What a launcher says about processes and shards, and what changes no number. Other variables of
+# accelerate are hidden from it, or they would win over the settings.
 LET_THROUGH = frozenset(
     {
         *FLAGS,
@@ -31,7 +33,8 @@ ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
-# They choose kernels, number formats or orders of summation in torch and its libraries. No setting names these.
+# These choose kernels, number formats or orders of summation in torch and its libraries, which no
+# setting does.
 CHANGE_NUMBERS = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -56,7 +59,7 @@ CHANGE_NUMBERS = (
     "TORCH_LINALG_PREFER_CUSOLVER",
     "TORCH_LINALG_PREFER_MAGMA",
 )
-# What they decide is the setting `threads`, which is recorded whoever chose it.
+# These decide the setting `threads`, which is recorded whoever chose it.
 THREADS = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -66,7 +69,7 @@ def settings_win() -> Iterator[None]:
     hidden = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(PREFIX) and name not in LET_THROUGH
+        if name.startswith(ACCELERATE_PREFIX) and name not in LET_THROUGH
     }
     for name in hidden:
         del os.environ[name]
@@ -94,13 +97,13 @@ def check_launcher() -> None:
     for name, engine in ENGINES.items():
         if _is_on(name):
             raise ValueError(
-                f"{name} must be left out, got {shown(os.environ[name])}: runs are data-parallel or sharded by FSDP2, "
-                f"not trained with {engine}; unset it"
+                f"{name} must be left out, got {shown(os.environ[name])}: "
+                f"runs are data-parallel or sharded by FSDP2, not trained with {engine}; unset it"
             )
 
 
 def used() -> dict[str, str]:
-    """Return what of the environment decides about numbers beside the settings, by name."""
+    """Return the variables that affect numbers, besides the settings, by name."""
     names = {*CHANGE_NUMBERS, *THREADS}
     if asked_to_shard():
         names |= {FSDP, *(name for name in os.environ if name.startswith("FSDP_"))}
@@ -110,7 +113,7 @@ def used() -> dict[str, str]:
 
 
 def not_used(config: RunConfig) -> dict[str, str]:
-    """Return why variables that ask for something else than the settings are not followed, by name.
+    """Return why variables that disagree with the settings are not followed, by name.
 
     Args:
         config: Resolved settings.
@@ -130,8 +133,8 @@ def not_used(config: RunConfig) -> dict[str, str]:
     return reasons
 
 
-def in_words(config: RunConfig) -> list[str]:
-    """Say what of the environment is used and what is not, a line each; nothing where it says nothing.
+def environment_in_words(config: RunConfig) -> list[str]:
+    """Say which variables are used and which are not, a line each; no lines if none is set.
 
     Args:
         config: Resolved settings.
@@ -150,8 +153,10 @@ def _listed(variables: Mapping[str, str]) -> str:
 
 
 def _word(value: str) -> str:
-    """Return a value as it stands, or shortened and without what would tear a terminal."""
-    return value if value.isprintable() and len(value) <= 60 else shown(value)
+    """Return a value as it is, or shortened and without what would break a terminal."""
+    if value.isprintable() and len(value) <= LONGEST_VALUE:
+        return value
+    return shown(value)
 
 
 def _is_on(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from regrad_runner.reading import read_regular
+from regrad_runner.files import read_bytes
 from regrad_runner.settings.checking import shown, validated
 from regrad_runner.settings.config import Config, RunConfig
 from regrad_runner.settings.yaml_text import read_yaml, write_yaml
@@ -16,13 +16,14 @@ from regrad_runner.settings.yaml_text import read_yaml, write_yaml
 # What PyYAML's own readers of numbers, dates and deep nesting raise beside its YAMLError.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # The first and the last line of settings that regrad wrote: without its last line a file was cut.
-WRITTEN, LAST_LINE = "# Written by regrad. The last line is three dots.", "..."
+FIRST_LINE = "# Written by regrad. The last line is three dots."
+LAST_LINE = "..."
 
 
 def load_config(
     kind: type[Config], *, file: Path | None = None, flags: Mapping[str, Any]
 ) -> Config:
-    """Return the settings in `file`, with the flags that were given in their place.
+    """Return the settings in `file`, with the flags that were given instead of theirs.
 
     Args:
         kind: `CompareConfig` or `TrainConfig`.
@@ -32,13 +33,16 @@ def load_config(
     Raises:
         ValueError: If the file cannot be read, or a setting is unknown or out of its range.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
-    return validated(kind, {**(read_settings(file) if file else {}), **given})
+    settings = read_settings(file) if file else {}
+    for name, value in flags.items():
+        if value is not None:
+            settings[name] = value
+    return validated(kind, settings)
 
 
 def write_config(config: RunConfig) -> str:
-    """Return the settings as YAML that `load_config` reads back, or refuses where a part of it is missing."""
-    return f"{WRITTEN}\n{write_yaml(config.model_dump(mode='json'))}{LAST_LINE}\n"
+    """Return the settings as YAML that `load_config` reads, or refuses if a part is missing."""
+    return f"{FIRST_LINE}\n{write_yaml(config.model_dump(mode='json'))}{LAST_LINE}\n"
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: If it cannot be read or is no mapping.
     """
     try:
-        text = read_regular(file).decode("utf-8")
+        text = read_bytes(file).decode("utf-8")
         _check_is_whole(text)
         loaded = read_yaml(text)
     except OSError as problem:
@@ -64,12 +68,16 @@ def read_settings(file: Path) -> dict[str, Any]:
         )
     for name in loaded:
         if not isinstance(name, str):
-            raise ValueError(f"no setting named {shown(name)} in '{file}'")  # noqa: TRY004 - as above
+            raise ValueError(f"no setting named {shown(name)} in '{file}'")  # noqa: TRY004
     return loaded
 
 
 def _check_is_whole(text: str) -> None:
-    """Raise a `ValueError` for a part of what `write_config` wrote: fewer settings would read as others."""
-    first, last = text.partition("\n")[0].strip(), text.rstrip().rpartition("\n")[2]
-    if first == WRITTEN and last != LAST_LINE:
+    """Raise a `ValueError` for a part of what `write_config` wrote.
+
+    The settings that are missing would be read as their defaults.
+    """
+    first = text.partition("\n")[0].strip()
+    last = text.rstrip().rpartition("\n")[2]
+    if first == FIRST_LINE and last != LAST_LINE:
         raise ValueError(f"its last line is not {LAST_LINE!r}: a part of it is missing")

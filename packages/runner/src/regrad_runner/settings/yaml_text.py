@@ -1,7 +1,7 @@
 """YAML 1.2 by its core schema: `no` is a text, `010` is ten, and no key stands twice.
 
-PyYAML speaks YAML 1.1, in which `no` is False, `010` is eight, `1:30` is ninety, and the last of two equal keys wins.
-Its scanner and parser serve both versions; what a plain word means is said here.
+PyYAML speaks YAML 1.1, in which `no` is False, `010` is eight, `1:30` is ninety, and the last of
+two equal keys wins. Its scanner and parser serve both versions; this says what a plain word means.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import yaml
 from yaml.constructor import BaseConstructor, ConstructorError
 from yaml.nodes import MappingNode, ScalarNode
 
-TAG = "tag:yaml.org,2002:"
+YAML_TAG = "tag:yaml.org,2002:"
 NULL = re.compile(r"~|null|Null|NULL|")
-TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
+TRUE = ("true", "True", "TRUE")
+FALSE = ("false", "False", "FALSE")
 BOOLEAN = re.compile("|".join((*TRUE, *FALSE)))
 INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-# What a plain word is, by the first pattern that fits all of it, and the characters with which it can begin.
+# What a plain word is: the first pattern that fits all of it, and the characters it can begin with.
 PLAIN_WORDS = (
     ("null", NULL, ["~", "n", "N", ""]),
     ("bool", BOOLEAN, list("tTfF")),
@@ -32,10 +33,11 @@ PLAIN_WORDS = (
 
 
 def read_yaml(text: str) -> Any:
-    """Return what a document says: nothing in it is run, and numbers and booleans are those of YAML 1.2.
+    """Return what a document says; nothing in it is run.
 
     Raises:
-        yaml.YAMLError: If it cannot be read, holds a key twice or a tag that the core schema does not know.
+        yaml.YAMLError: If it cannot be read, or has a key twice or a tag that is not in the core
+            schema.
         ValueError: If a number has more digits than Python reads.
         RecursionError: If it is nested too deeply.
 
@@ -64,8 +66,8 @@ def write_yaml(value: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """Knows the plain words and the tags of the core schema, and no others."""
 
-    # In place of those of YAML 1.1.
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - an instance variable to PyYAML's stubs
+    # Instead of those of YAML 1.1. PyYAML's stubs take this for an instance variable.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -96,7 +98,7 @@ class _Loader(yaml.SafeLoader):
         return self._matched(node, BOOLEAN) in TRUE
 
     def integer(self, node: ScalarNode) -> int:
-        """Read a whole number: decimal whatever zeros it begins with, octal after 0o, hexadecimal after 0x."""
+        """Read an integer: octal after 0o, hexadecimal after 0x, or decimal, with leading zeros."""
         text = self._matched(node, INTEGER)
         bases = {"0o": 8, "0x": 16}
         return int(text, bases.get(text[:2], 10))
@@ -114,7 +116,7 @@ class _Loader(yaml.SafeLoader):
         """Return a node's text, which a tag may have promised to be something that it is not."""
         text = str(self.construct_scalar(node))
         if not pattern.fullmatch(text):
-            kind = node.tag.removeprefix(TAG)
+            kind = node.tag.removeprefix(YAML_TAG)
             raise ConstructorError(None, None, f"{text!r} is no {kind}", node.start_mark)
         return text
 
@@ -125,8 +127,8 @@ class _Dumper(yaml.SafeDumper):
 
 for name, pattern, beginnings in PLAIN_WORDS:
     whole = re.compile(rf"(?:{pattern.pattern})\Z")
-    _Loader.add_implicit_resolver(f"{TAG}{name}", whole, beginnings)
-    _Dumper.add_implicit_resolver(f"{TAG}{name}", whole, beginnings)
+    _Loader.add_implicit_resolver(f"{YAML_TAG}{name}", whole, beginnings)
+    _Dumper.add_implicit_resolver(f"{YAML_TAG}{name}", whole, beginnings)
 for name, construct in (
     ("null", _Loader.null),
     ("bool", _Loader.boolean),
@@ -136,5 +138,5 @@ for name, construct in (
     ("seq", _Loader.construct_yaml_seq),
     ("map", _Loader.construct_yaml_map),
 ):
-    _Loader.add_constructor(f"{TAG}{name}", construct)
+    _Loader.add_constructor(f"{YAML_TAG}{name}", construct)
 _Loader.add_constructor(None, _Loader.unknown)

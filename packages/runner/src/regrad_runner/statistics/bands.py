@@ -32,7 +32,8 @@ def bands(rows: Iterable[tuple[str, int, float]]) -> dict[str, Band]:
     """Return one band per series, in the order in which they come first.
 
     Args:
-        rows: (series, step, value), at most one per seed. Steps that not every seed of a series has are left out.
+        rows: (series, step, value), at most one per seed. Steps that not every seed of a series has
+            are left out.
 
     Example:
         >>> band = bands([("agc", 10, value) for value in (0.1, 0.2, 0.9)])["agc"]

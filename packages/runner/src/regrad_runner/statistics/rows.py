@@ -15,11 +15,12 @@ class RunRow:
         arm: Name of the arm.
         seed: Runs of two arms with one seed are a pair: same first weights, same batches.
         value: The workload's primary measure; ignored where the run failed.
-        steps_to_target: Optimizer steps until the target was reached first, at least 1; None if it never was.
+        steps_to_target: Optimizer steps until the target was reached first, at least 1; None if it
+            never was.
         step_seconds: Time of one training step, in seconds, positive.
         touched: Whether the arm's corrections changed any tensor.
-        status: "finished"; "diverged", which is an outcome, the worst of all; or "failed" for any other reason, which
-            says nothing of the arm.
+        status: "finished"; "diverged", which is an outcome, the worst of all; or "failed" for any
+            other reason, which says nothing of the arm.
     """
 
     arm: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -37,14 +37,17 @@ class ArmSummary:
         mean: Mean of the measure over those runs; None without any.
         sd: Their sample standard deviation; None for fewer than two.
         pairs: Seeds that say something in comparison with the baseline, as in `PairedDifference`.
-        diverged_pairs: Those in which one run alone diverged; `p_value` is then that of the signed ranks.
-        difference: Mean paired difference to the baseline, over seeds that both finished; None without any.
+        diverged_pairs: Those in which one run alone diverged; `p_value` is then that of the signed
+            ranks.
+        difference: Mean paired difference to the baseline, over seeds that both finished; None
+            without any.
         interval: Student-t interval of it at 1 - level.
         p_value: Of the two-sided paired test.
         p_adjusted: The same after Holm over the correction arms; None for baseline and controls.
         steps_to_target: Median over the arm's runs; None where the median run missed the target.
         misses: Runs that never reached the target.
-        steps_ratio: Median paired ratio to the baseline's steps; None where the median is a miss of either.
+        steps_ratio: Median paired ratio to the baseline's steps; None where the median is a miss of
+            either.
         steps_p: Exact sign-flip test of the paired log ratios' signed ranks.
         time_ratio: Median paired ratio of the time per step to the baseline's.
         touched: Runs in which a correction changed something.
@@ -86,36 +89,41 @@ def summarize(
 ) -> list[ArmSummary]:
     r"""Compare every arm with the baseline over paired seeds, and say what follows.
 
-    With :math:`p_b` of the paired test against the baseline and :math:`p_c` of that against the arm's control,
-    each adjusted by Holm over the correction arms (all arms but the baseline and the controls):
+    Let :math:`p_b` be the p-value of the paired test against the baseline, and :math:`p_c` that of
+    the test against the arm's control. Each is adjusted by Holm over the correction arms, which are
+    all arms but the baseline and the controls.
 
-    =====================  ==========================================================================================
-    baseline, control      the arms that the others are compared with
-    inert                  no run was touched: the arm is the baseline under another name
-    too few seeds          fewer than 6 pairs
-    worse                  :math:`p_b` ≤ level, on the wrong side
-    better than nothing    :math:`p_b` ≤ level, on the right side, but the control was not run or not beaten
-    better                 :math:`\max(p_b, p_c)` ≤ level, both on the right side; where no control exists, the
-                           baseline alone
-    no evidence            everything else
-    =====================  ==========================================================================================
+    ===================  ===========================================================================
+    baseline, control    the arms that the others are compared with
+    inert                no run was touched: the arm is the baseline under another name
+    too few seeds        fewer than 6 pairs
+    worse                :math:`p_b` ≤ level, on the wrong side
+    better than nothing  :math:`p_b` ≤ level, on the right side, but the control was not run or not
+                         beaten
+    better               :math:`\max(p_b, p_c)` ≤ level, both on the right side; where no control
+                         exists, against the baseline alone
+    no evidence          everything else
+    ===================  ===========================================================================
 
-    The chance that arms identical to the baseline get any of worse, better than nothing and better is at most
-    `level` for the whole table (seen at .05: 4.4 % of 8,000 simulated tables of three arms with their controls).
-    With 10 seeds, one arm whose mean is truly shifted by d standard deviations of the paired difference is told
-    from the baseline with probability .80 (d = 1), .987 (d = 1.5) or 1.00 (d = 2); as one of three arms, the default,
-    with at least .60, .94 or .998; and at d = 1.5 with at least .85 among up to seven (noncentral t, Bonferroni).
-    An arm that must beat its control too needs both to succeed.
+    The chance that arms identical to the baseline get any of worse, better than nothing and better
+    is at most `level` for the whole table (seen at .05: 4.4 % of 8,000 simulated tables of three
+    arms with their controls). With 10 seeds, one arm whose mean is truly shifted by d standard
+    deviations of the paired difference is told from the baseline with probability .80 (d = 1), .987
+    (d = 1.5) or 1.00 (d = 2); as one of three arms, the default, with at least .60, .94 or .998;
+    and at d = 1.5 with at least .85 among up to seven (noncentral t, Bonferroni). An arm that must
+    beat its control too needs both to succeed.
 
-    A run that diverged ranks behind every number. Left out it would flatter the arm that diverges: its other seeds
-    are a selection. Where in a pair one run alone diverged, the exact test of the signed ranks replaces the t-test.
+    A run that diverged ranks behind every number. Left out it would flatter the arm that diverges:
+    its other seeds are a selection. Where in a pair one run alone diverged, the exact test of the
+    signed ranks replaces the t-test.
 
     Args:
-        rows: One per run. Rows that failed or ended without a finite value count as failed and are left out.
+        rows: One per run. Rows that failed or ended without a finite value count as failed and are
+            left out.
         baseline: Name of the arm without corrections.
-        controls: Correction arm to the name of its control arm, or to None where no control exists. An arm that is
-            missing here counts as one whose control was not run. A control that is a correction of its own is
-            tested like one.
+        controls: Correction arm to the name of its control arm, or to None where no control exists.
+            An arm that is missing here counts as one whose control was not run. A control that is a
+            correction of its own is tested like one.
         higher_is_better: The direction of better.
         level: Probability of a false verdict per table, in (0, 1).
 
@@ -123,7 +131,8 @@ def summarize(
         One summary per arm, in the order of their first rows.
 
     Raises:
-        ValueError: If the baseline has no row, a run is there twice, or `level` is out of its range.
+        ValueError: If the baseline has no row, a run is there twice, or `level` is out of its
+            range.
 
     Example:
         >>> rows = [
@@ -136,53 +145,42 @@ def summarize(
         ('better than nothing', 0.5, 0.03125)
 
     References:
-        Holm, 1979, "A Simple Sequentially Rejective Multiple Test Procedure". Student, 1908, "The Probable Error of
-        a Mean". Where all paired differences are equal a t-test has no spread to judge by: there the exact sign-flip
-        probability 2^(1 - n) is used.
+        Holm, 1979, "A Simple Sequentially Rejective Multiple Test Procedure". Student, 1908, "The
+        Probable Error of a Mean". Where all paired differences are equal a t-test has no spread to
+        judge by: there the exact sign-flip probability 2^(1 - n) is used.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level!r}")
     arms = _by_arm(rows)
     if baseline not in arms:
         raise ValueError(
-            f"baseline must be one of {', '.join(arms) or 'the arms (there are none)'}, got {baseline!r}"
+            f"baseline must be one of {', '.join(arms) or 'the arms (there are none)'}, "
+            f"got {baseline!r}"
         )
     # An arm may be both: a correction of its own, and the change that another one must beat.
-    others = {arm for arm in controls.values() if arm is not None and arm not in controls} | {
-        baseline
-    }
-    tested = [arm for arm in arms if arm not in others]
-    difference = partial(paired_difference, higher_is_better=higher_is_better, level=level)
-    against = {arm: difference(_pairs(arms[arm], arms[baseline])) for arm in arms}
+    only_controls = {arm for arm in controls.values() if arm is not None and arm not in controls}
+    compare = partial(paired_difference, higher_is_better=higher_is_better, level=level)
+    against = {arm: compare(_pairs(runs, arms[baseline])) for arm, runs in arms.items()}
     against_control = {
-        arm: difference(_pairs(arms[arm], arms.get(controls.get(arm) or "", {}))) for arm in tested
+        arm: compare(_pairs(runs, arms.get(controls.get(arm) or "", {})))
+        for arm, runs in arms.items()
+        if arm != baseline and arm not in only_controls
     }
-    p_baseline = {
-        arm: test.p_value for arm in tested if (test := against[arm]) and test.p_value is not None
-    }
-    adjusted = _holm_by_arm(p_baseline)
-    p_both = {
-        arm: max(p, _p_of_control(arm, controls, against_control[arm]))
-        for arm, p in p_baseline.items()
-    }
-    beats_both = {arm for arm, p in _holm_by_arm(p_both).items() if p <= level}
-    sign = 1 if higher_is_better else -1
+    adjusted, adjusted_both = _adjusted(against, against_control, controls)
 
     def verdict_of(arm: str) -> Verdict:
-        if arm in others:
-            return "baseline" if arm == baseline else "control"
-        test, control = against[arm], against_control[arm]
-        finished = [run for run in arms[arm].values() if run.usable]
-        if finished and not any(run.touched for run in finished):
-            return "inert"
-        if test is None or test.pairs < FEWEST_SEEDS:
-            return "too few seeds"
-        if adjusted[arm] > level:
-            return "no evidence"
-        if sign * test.side < 0:
-            return "worse"
-        enough = control is None or (control.pairs >= FEWEST_SEEDS and sign * control.side > 0)
-        return "better" if arm in beats_both and enough else "better than nothing"
+        if arm == baseline:
+            return "baseline"
+        if arm in only_controls:
+            return "control"
+        return _verdict(
+            arms[arm].values(),
+            against[arm],
+            against_control[arm],
+            differs=adjusted.get(arm, 1.0) <= level,
+            differs_from_both=adjusted_both.get(arm, 1.0) <= level,
+            better_side=1 if higher_is_better else -1,
+        )
 
     return [
         _summary(
@@ -199,7 +197,69 @@ def summarize(
     ]
 
 
+def _adjusted(
+    against: Mapping[str, PairedDifference | None],
+    against_control: Mapping[str, PairedDifference | None],
+    controls: Mapping[str, str | None],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the p-values of the correction arms after Holm, by the name of the arm.
+
+    Args:
+        against: The tests against the baseline.
+        against_control: The tests of the correction arms against their controls.
+        controls: As in `summarize`.
+
+    Returns:
+        Those against the baseline, and the larger one of these and those against the control.
+        Arms without a p-value against the baseline are left out.
+    """
+    p_baseline: dict[str, float] = {}
+    p_both: dict[str, float] = {}
+    for arm, control_test in against_control.items():
+        test = against[arm]
+        if test is None or test.p_value is None:
+            continue
+        p_baseline[arm] = test.p_value
+        p_both[arm] = max(test.p_value, _p_of_control(arm, controls, control_test))
+    return _holm_by_arm(p_baseline), _holm_by_arm(p_both)
+
+
+def _verdict(
+    runs: Iterable[RunRow],
+    test: PairedDifference | None,
+    control_test: PairedDifference | None,
+    *,
+    differs: bool,
+    differs_from_both: bool,
+    better_side: int,
+) -> Verdict:
+    """Return the verdict on an arm that is neither baseline nor control: see `summarize`.
+
+    Args:
+        runs: Of the arm.
+        test: Against the baseline.
+        control_test: Against the arm's control; None where there is none, or no pair.
+        differs: Whether the first test, adjusted, is at most at the level.
+        differs_from_both: Whether both tests, adjusted, are.
+        better_side: The side of a better arm in a test, 1 or -1.
+    """
+    finished = [run for run in runs if run.usable]
+    if finished and not any(run.touched for run in finished):
+        return "inert"
+    if test is None or test.pairs < FEWEST_SEEDS:
+        return "too few seeds"
+    if not differs:
+        return "no evidence"
+    if test.side == -better_side:
+        return "worse"
+    beats_control = control_test is None or (
+        control_test.pairs >= FEWEST_SEEDS and control_test.side == better_side
+    )
+    return "better" if differs_from_both and beats_control else "better than nothing"
+
+
 def _by_arm(rows: Sequence[RunRow]) -> dict[str, dict[int, RunRow]]:
+    """Return the rows by arm and seed."""
     arms: dict[str, dict[int, RunRow]] = {}
     for row in rows:
         runs = arms.setdefault(row.arm, {})
@@ -220,13 +280,16 @@ def _pairs(runs: Mapping[int, RunRow], others: Mapping[int, RunRow]) -> list[tup
 def _p_of_control(
     arm: str, controls: Mapping[str, str | None], test: PairedDifference | None
 ) -> float:
-    """Return the p-value against the control: 0 where none exists, 1 where it was not run often enough."""
+    """Return the p-value against the control: 0 if there is none, 1 if it was run too rarely."""
     if arm in controls and controls[arm] is None:
         return 0.0
-    return 1.0 if test is None or test.p_value is None else test.p_value
+    if test is None or test.p_value is None:
+        return 1.0
+    return test.p_value
 
 
 def _holm_by_arm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Return the adjusted p-values by the name of the arm."""
     return dict(zip(p_values, holm(list(p_values.values())), strict=True))
 
 
@@ -241,27 +304,30 @@ def _summary(
     against_control: PairedDifference | None,
     verdict: Verdict,
 ) -> ArmSummary:
+    """Describe the runs of an arm, alone and in pairs with those of the baseline."""
     finished = [run for run in runs.values() if run.usable]
+    diverged = [run for run in runs.values() if run.diverged]
     values = [run.value for run in finished]
-    pairs = [
-        pair for pair in _pairs(runs, baseline_runs) if test and all(run.usable for run in pair)
-    ]
-    diverged = sum(run.diverged for run in runs.values())
+    steps = [math.inf if run.steps_to_target is None else run.steps_to_target for run in finished]
+    pairs: list[tuple[RunRow, RunRow]] = []
+    if test is not None:
+        compared = _pairs(runs, baseline_runs)
+        pairs = [(one, other) for one, other in compared if one.usable and other.usable]
     log_ratios = [_log_ratio(one.steps_to_target, other.steps_to_target) for one, other in pairs]
     log_median = _median(log_ratios)
-    steps = [math.inf if run.steps_to_target is None else run.steps_to_target for run in finished]
+    found = test or PairedDifference(pairs=0)
     return ArmSummary(
         arm=arm,
         seeds=len(finished),
-        failed=len(runs) - len(finished) - diverged,
-        diverged=diverged,
+        failed=len(runs) - len(finished) - len(diverged),
+        diverged=len(diverged),
         mean=statistics.fmean(values) if values else None,
         sd=statistics.stdev(values) if len(values) > 1 else None,
-        pairs=test.pairs if test else 0,
-        diverged_pairs=test.diverged if test else 0,
-        difference=test.difference if test else None,
-        interval=test.interval if test else None,
-        p_value=test.p_value if test else None,
+        pairs=found.pairs,
+        diverged_pairs=found.diverged,
+        difference=found.difference,
+        interval=found.interval,
+        p_value=found.p_value,
         p_adjusted=p_adjusted,
         steps_to_target=_median(steps),
         misses=sum(math.isinf(count) for count in steps),
@@ -276,14 +342,19 @@ def _summary(
 
 
 def _log_ratio(steps: int | None, other_steps: int | None) -> float:
+    """Return log(steps / other_steps), where None is a miss and longer than everything else."""
     if steps == other_steps:
         return 0.0
     if steps is None:
         return math.inf
-    return -math.inf if other_steps is None else math.log(steps / other_steps)
+    if other_steps is None:
+        return -math.inf
+    return math.log(steps / other_steps)
 
 
 def _median(values: Sequence[float]) -> float | None:
     """Return the median; None where there is none or it is not finite."""
-    median = statistics.median(values) if values else math.inf
+    if not values:
+        return None
+    median = statistics.median(values)
     return median if math.isfinite(median) else None

@@ -1,19 +1,168 @@
-"""The SQLite file that MLflow keeps runs in: made whole or not at all, and never opened through a link."""
+"""Stores of MLflow: a server, a database that somebody named, or the SQLite file in an output folder.
+
+The folder's own file is made whole or not at all, is never opened through a link, and is put aside when it is
+damaged: it holds nothing that the runs' folders do not hold.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import sqlite3
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
+
+from regrad_runner.addresses import shown_address
 from regrad_runner.errors import DiskError
 from regrad_runner.files import PART, remove_left_over, unforeseeable, write_whole
 
+DATABASE, ARTIFACTS = "mlflow.db", "artifacts"
 # What SQLite reads and writes beside a database.
 BESIDE = ("", "-journal", "-wal", "-shm", ".lock")
-SECONDS_FOR_OTHERS = 30.0
+SECONDS_FOR_OTHERS, SECONDS_FOR_THE_SCHEMA = 30.0, 300.0
 # What MLflow's migrations say of a schema whose making was broken off.
 HALF_MADE = ("duplicate column name", "already exists")
+
+# Set before MLflow is imported and only where the user has not: no telemetry, no links printed, and one attempt per
+# request, given up after seconds. The next projection is the next attempt.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+# The files that this process has opened at a path: MLflow keeps its connection to an address for good.
+_opened: dict[Path, list[tuple[int, int]]] = {}
+
+
+class Store:
+    """A way to one MLflow server or database. Making one connects to nothing.
+
+    Args:
+        folder: The output folder.
+        address: The server's or database's; None for the database in the folder.
+
+    Attributes:
+        uri: The address.
+        shown: The address as it may be shown.
+        artifacts: Where the folder's own database keeps files; None for another store.
+        notes: What is to be told, such as that a damaged database was put aside.
+    """
+
+    def __init__(self, folder: Path, address: str | None = None) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import mlflow.tracking  # noqa: F401, PLC0415  (seconds, and not while two threads import)
+
+        # A failure reaches the user as one line of ours; lines of others would tear a live display.
+        for name in ("mlflow", "alembic", "urllib3"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        folder = folder.resolve()
+        self.uri = address or f"sqlite:///{(folder / DATABASE).as_posix()}"
+        self.shown = shown_address(self.uri)
+        self.artifacts = None if address else folder / ARTIFACTS
+        self.notes: list[str] = []
+        self._noted: set[str] = set()
+        self._client: Any = None
+        self._identity: tuple[int, int] | None = None
+
+    @property
+    def artifact_location(self) -> str | None:
+        """Address at which runs keep their files; None where the store decides."""
+        return self.artifacts.as_uri() if self.artifacts else None
+
+    @property
+    def file(self) -> Path | None:
+        """The SQLite file; None for another kind of database or a server."""
+        scheme, _, path = self.uri.partition(":///")
+        return Path(path.partition("?")[0]) if scheme == "sqlite" else None
+
+    def client(self) -> Any:
+        """Return MLflow's client; the folder's database is made, or made anew, if need be.
+
+        Raises:
+            DiskError: If there is something else in the place of the database.
+            Exception: What MLflow or its connection raises.
+        """
+        if self._client is None or self._is_another_file():
+            self._client = self._connected()
+        return self._client
+
+    def note(self, text: str) -> None:
+        """Have something told, once."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self.notes.append(text)
+
+    def forget(self) -> None:
+        """Look at the database again before it is used the next time: something failed."""
+        self._client = None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other processes from a SQLite file; a server looks after itself."""
+        if self.file is None:
+            yield
+            return
+        check_is_file(self.file, own=self._is_own)
+        with FileLock(f"{self.file}.lock", timeout=SECONDS_FOR_THE_SCHEMA):
+            yield
+
+    @property
+    def _is_own(self) -> bool:
+        return self.artifacts is not None
+
+    def _is_another_file(self) -> bool:
+        """Say whether the file was removed or replaced since it was opened."""
+        return self.file is not None and _identity_of(self.file) != self._identity
+
+    def _connected(self) -> Any:
+        from mlflow.tracking import MlflowClient  # noqa: PLC0415 - it takes seconds
+
+        file = self.file
+        if file is None:
+            return MlflowClient(self.uri)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with self.alone():
+            told = prepare(file, own=self._is_own)
+            if told:
+                self.note(told)
+            try:
+                client = MlflowClient(_own_uri(file, self.uri))
+            except Exception as problem:
+                if not (self._is_own and is_half_made(problem)):
+                    raise
+                self.note(put_aside(file, str(problem).partition("\n")[0]))
+                prepare(file, own=True)
+                client = MlflowClient(_own_uri(file, self.uri))
+            self._identity = _identity_of(file)
+        return client
+
+
+def _own_uri(file: Path, uri: str) -> str:
+    """Return an address under which MLflow has opened no other file: an earlier one of this path, perhaps."""
+    identities = _opened.setdefault(file, [])
+    identity = _identity_of(file)
+    if identity is None:
+        return uri
+    if identity not in identities:
+        identities.append(identity)
+    steps = "./" * identities.index(identity)
+    _, question, query = uri.partition("?")
+    return f"sqlite:///{file.parent.as_posix()}/{steps}{file.name}{question}{query}"
+
+
+def _identity_of(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def prepare(path: Path, *, own: bool) -> str | None:
@@ -86,8 +235,8 @@ def put_aside(path: Path, fault: str) -> str:
             path.with_name(path.name + ending).rename(kept.with_name(kept.name + ending))
     path.rename(kept)
     return (
-        f"the database '{path}' cannot be used: {fault}; it is now '{kept}', and a new one takes what is still "
-        "in the folder's records"
+        f"the database '{path}' cannot be used: {fault}; it is now '{kept}', and the runs' "
+        "folders are shown in a new one"
     )
 
 

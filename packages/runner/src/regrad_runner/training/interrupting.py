@@ -7,14 +7,21 @@ from contextlib import contextmanager
 from traceback import clear_frames
 from typing import TYPE_CHECKING
 
+from regrad_runner.signals import stoppable, stopped_together
+
 if TYPE_CHECKING:
     from rich.console import Console
-from regrad_runner.signals import stoppable, stopped_together
 
 
 @contextmanager
 def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on."""
+    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on.
+
+    Args:
+        console: To print on.
+        again: Command that goes on from here.
+        quiet: Whether nothing is said.
+    """
     try:
         with stoppable():
             yield
@@ -27,8 +34,9 @@ def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
                 soft_wrap=True,
             )
         if stopped_together():
-            from regrad_runner.training.processes import leave_processes  # noqa: PLC0415 - it imports torch
+            # Only here, because it imports torch.
+            from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
             clear_frames(end.__traceback__)  # they hold the model
-            leave_processes()
+            destroy_process_group()
         raise

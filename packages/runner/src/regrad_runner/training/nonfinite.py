@@ -1,14 +1,14 @@
-"""Steps whose loss or gradients are not finite: skipped, counted, and after several in a row the end of the run."""
+"""Steps whose loss or gradients are not finite are skipped; several in a row end the run."""
 
 from __future__ import annotations
 
 import csv
 import io
+import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +16,8 @@ from regrad.errors import RegradError, RegradWarning
 from regrad.sharding import is_sharded, local
 from torch import Tensor, nn
 
-from regrad_runner.files import write_whole
-from regrad_runner.tracking.mlflow_ import Run
+from regrad_runner.addresses import without_secrets
+from regrad_runner.results.run import NOT_FINITE, RunLog
 
 STEPS_KEPT = 50
 SKIPS_IN_A_ROW = 10
@@ -27,7 +27,8 @@ class NonFiniteError(RegradError):
     """Too many steps in a row were not finite.
 
     Attributes:
-        table: CSV of the last steps: step, loss, and the norm of each tensor's gradient by its name.
+        table: CSV of the last steps: step, loss, and the norm of each tensor's gradient by its
+            name.
     """
 
     def __init__(self, message: str, table: str) -> None:
@@ -52,22 +53,24 @@ class Watch:
         self, parameters: Iterable[tuple[str, nn.Parameter]], accelerator: Accelerator
     ) -> None:
         self.skipped = 0
-        self._named = [
-            (name, parameter) for name, parameter in parameters if parameter.requires_grad
-        ]
         self._accelerator = accelerator
+        trained = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+        self._names = [name for name, _ in trained]
+        self._parameters = [parameter for _, parameter in trained]
         self._in_a_row = 0
         self._steps: deque[int] = deque(maxlen=STEPS_KEPT)
-        self._ring = torch.zeros(STEPS_KEPT, 1 + len(self._named), device=accelerator.device)
+        # Of the last steps, one row each: loss and norms. `_next` is the row that is written next.
+        self._ring = torch.zeros(STEPS_KEPT, 1 + len(trained), device=accelerator.device)
         self._next = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return the counts that a resumed run goes on with; the norms before it are not among them."""
+        """Return the counts that a resumed run goes on with, without the norms."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take back what `state_dict` returned."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped = state["skipped"]
+        self._in_a_row = state["in_a_row"]
 
     @torch.no_grad()
     def is_finite(self, step: int, loss: Tensor) -> bool:
@@ -78,85 +81,95 @@ class Watch:
             loss: Of its last micro-batch, one element.
 
         Raises:
-            NonFiniteError: If it is the last of too many in a row that may not.
+            NonFiniteError: If too many in a row were not finite, this one the last of them.
         """
         row = self._ring[self._next]
         row[0] = loss.detach()
         row[1:] = self._norms()
         self._next = (self._next + 1) % STEPS_KEPT
         self._steps.append(step)
-        unfit = (~row.isfinite().all()).float()
-        if self._accelerator.num_processes > 1:
-            unfit = self._accelerator.reduce(unfit, "sum")
-        if not unfit.item():
+        if self._is_finite_everywhere(row):
             self._in_a_row = 0
             return True
         self._count(step)
         return False
 
+    def _is_finite_everywhere(self, row: Tensor) -> bool:
+        """Say whether numbers are finite on every process."""
+        unfit = (~row.isfinite().all()).float()
+        if self._accelerator.num_processes > 1:
+            unfit = self._accelerator.reduce(unfit, "sum")
+        return unfit.item() == 0
+
     def _norms(self) -> Tensor:
-        gradients = [
-            parameter.grad if parameter.grad is None else local(parameter.grad)
-            for _, parameter in self._named
-        ]
-        there = [index for index, gradient in enumerate(gradients) if gradient is not None]
-        norms = torch.zeros(len(gradients), device=self._ring.device)
-        found = torch._foreach_norm([g.float() for g in gradients if g is not None])
-        norms[there] = torch.stack(list(found)) if there else norms[there]
+        """Return the norms of the gradients that this process has, 0 where there is none."""
+        norms = torch.zeros(len(self._parameters), device=self._ring.device)
+        places: list[int] = []
+        gradients: list[Tensor] = []
+        for place, parameter in enumerate(self._parameters):
+            if parameter.grad is not None:
+                places.append(place)
+                gradients.append(local(parameter.grad).float())
+        if gradients:
+            norms[places] = torch.stack(list(torch._foreach_norm(gradients)))
         return norms
 
     def _count(self, step: int) -> None:
+        """Count a step that is skipped, and end the run if there were too many in a row."""
         self.skipped += 1
         self._in_a_row += 1
         if self.skipped == 1:
-            what = f"loss or gradients of step {step} are not finite; it is skipped"
             warnings.warn(
-                f"{what}, and {SKIPS_IN_A_ROW} in a row end the run", RegradWarning, stacklevel=4
+                f"loss or gradients of step {step} are not finite; it is skipped, "
+                f"and {SKIPS_IN_A_ROW} in a row end the run",
+                RegradWarning,
+                stacklevel=4,
             )
         if self._in_a_row >= SKIPS_IN_A_ROW:
-            what = f"loss or gradients were not finite in {SKIPS_IN_A_ROW} steps in a row, the last is step {step}"
             raise NonFiniteError(
-                f"{what}; lower lr, clip the gradients, or look at nonfinite.csv", self.table()
+                f"loss or gradients were not finite in {SKIPS_IN_A_ROW} steps in a row, "
+                f"the last is step {step}; "
+                "lower lr, clip the gradients, or look at nonfinite.csv",
+                self.table(),
             )
 
     def table(self) -> str:
-        """Return the kept steps as CSV, oldest first: step, loss, and each gradient's norm by its tensor's name.
+        """Return the kept steps as CSV, oldest first. Call it on every process.
 
-        Call it on every process.
+        The columns are the step, the loss, and the norm of each gradient by its tensor's name.
         """
+        oldest_first = torch.roll(self._ring, -self._next, 0)[-len(self._steps) :]
+        kept = self._of_whole_tensors(oldest_first).tolist()
         text = io.StringIO(newline="")
         rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["step", "loss", *(name for name, _ in self._named)])
-        kept = self._of_whole_tensors(
-            torch.roll(self._ring, -self._next, 0)[-len(self._steps) :]
-        ).tolist()
+        rows.writerow(["step", "loss", *self._names])
         rows.writerows([step, *row] for step, row in zip(self._steps, kept, strict=True))
         return text.getvalue()
 
     def _of_whole_tensors(self, rows: Tensor) -> Tensor:
-        """Return norms of tensors where the processes kept those of their shards."""
+        """Return norms of whole tensors where the processes kept those of their shards."""
+        loss_is_sharded = False
         sharded = torch.tensor(
-            [False, *(is_sharded(p) for _, p in self._named)], device=rows.device
+            [loss_is_sharded, *(is_sharded(parameter) for parameter in self._parameters)],
+            device=rows.device,
         )
         if not sharded.any():
             return rows
-        return torch.where(sharded, self._accelerator.reduce(rows.square(), "sum").sqrt(), rows)
+        whole = self._accelerator.reduce(rows.square(), "sum").sqrt()
+        return torch.where(sharded, whole, rows)
 
 
 @contextmanager
-def keeping_norms(folder: Callable[[], Path], shown: Run, *, writes: bool) -> Iterator[None]:
-    """Write the last steps' norms of a run that ends by `NonFiniteError`.
+def keeping_norms(record: RunLog) -> Iterator[None]:
+    """Keep the last steps' norms of a run that ends by `NonFiniteError`, and say that it diverged.
 
     Args:
-        folder: Gives where to write `nonfinite.csv`.
-        shown: Tracked run that gets it too.
-        writes: Whether this is the process that writes.
+        record: Of the run.
     """
     try:
         yield
     except NonFiniteError as problem:
-        if writes:
-            path = folder() / "nonfinite.csv"
-            write_whole(path, problem.table)
-            shown.artifact(path)
+        record.keep(NOT_FINITE, problem.table)
+        told = without_secrets("".join(traceback.format_exception(problem)))
+        record.end("diverged", error=told)
         raise

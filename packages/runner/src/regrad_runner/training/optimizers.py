@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from regrad_runner.settings.specs import read_spec
 from regrad_runner.workloads.workload import Defaults
 
-GROUP = "regrad.optimizers"
+OPTIMIZERS_GROUP = "regrad.optimizers"
 # They need a closure, sparse gradients or only matrices: not what the loop here offers.
 UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
 
@@ -24,52 +24,48 @@ UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
 def spec_of(text: str | None, defaults: Defaults) -> tuple[str, float]:
     """Return the optimizer's complete spec and the learning rate that suits it.
 
-    The workload's momentum, weight decay and learning rate belong to its own optimizer; any other one starts from
-    its class's defaults.
+    The workload's momentum, weight decay and learning rate belong to its own optimizer; any other
+    one starts from its class's defaults.
 
     Raises:
         ValueError: If the optimizer is unknown or `text` cannot be read.
     """
     name, options = read_spec(text or defaults.optimizer)
-    kind = optimizer_class(name)
-    lr = inspect.signature(kind).parameters["lr"].default
-    if name == defaults.optimizer:
-        own = {"momentum": defaults.momentum, "weight_decay": defaults.weight_decay}
-        options = {
-            **{key: own[key] for key in own if key in inspect.signature(kind).parameters},
-            **options,
-        }
-        lr = defaults.lr
+    taken = inspect.signature(optimizer_class(name)).parameters
     if "lr" in options:
         raise ValueError(f"optimizer must not set lr, got {text!r}; use the setting lr")
+    if name == defaults.optimizer:
+        lr = float(defaults.lr)
+        suitable = {"momentum": defaults.momentum, "weight_decay": defaults.weight_decay}
+        options = {key: suitable[key] for key in suitable if key in taken} | options
+    else:
+        lr = float(taken["lr"].default)
     written = ",".join(f"{key}={value}" for key, value in options.items())
     spec = f"{name}:{written}" if written else name
-    _try_step(spec, lr=float(lr))
-    return spec, float(lr)
+    _try_step(spec, lr=lr)
+    return spec, lr
 
 
 def check_rate(spec: str, lr: float) -> None:
-    """Raise a `ValueError` where an optimizer cannot step with a learning rate that torch cannot hold."""
+    """Raise a `ValueError` unless an optimizer can step with this learning rate."""
     try:
         parameter = _stepped(spec, lr=lr)
     except Exception as problem:
-        reason = " ".join(str(problem).split()) or type(problem).__name__
         raise ValueError(
-            f"lr must be one that {spec!r} can step with, got {lr!r}: {reason}"
+            f"lr must be one that {spec!r} can step with, got {lr!r}: {_reason(problem)}"
         ) from problem
     if not parameter.isfinite().all():
         raise ValueError(f"lr must keep weights finite, got {lr!r} with {spec!r}")
 
 
 def _try_step(spec: str, *, lr: float) -> None:
-    """Step on a parameter of its own: torch looks at some options only there, in the middle of a run."""
+    """Raise a `ValueError` unless an optimizer can step: some options torch checks only there."""
     build_optimizer(spec, [nn.Parameter(torch.zeros(2, 2))], lr=lr)  # it says what is wrong itself
     try:
         parameter = _stepped(spec, lr=lr)
     except Exception as problem:
-        reason = " ".join(str(problem).split()) or type(problem).__name__
         raise ValueError(
-            f"optimizer must be one that can step, got {spec!r}: {reason}"
+            f"optimizer must be one that can step, got {spec!r}: {_reason(problem)}"
         ) from problem
     if not parameter.isfinite().all():
         raise ValueError(f"optimizer must have options that keep weights finite, got {spec!r}")
@@ -84,27 +80,38 @@ def _stepped(spec: str, *, lr: float) -> nn.Parameter:
     return parameter
 
 
+def _reason(problem: Exception) -> str:
+    """Return in one line what an exception says."""
+    return " ".join(str(problem).split()) or type(problem).__name__
+
+
 def optimizer_class(name: str) -> type[Optimizer]:
     """Return the optimizer's class.
 
     Raises:
         ValueError: If neither torch nor a plugin has it.
     """
-    known = {
-        key.lower(): value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and key not in UNFIT
-    }
-    if name in known:
-        return known[name]
-    plugins = regrad.available(GROUP)
+    classes = _classes_of_torch()
+    if name in classes:
+        return classes[name]
+    plugins = regrad.available(OPTIMIZERS_GROUP)
     if name in plugins:
-        loaded: type[Optimizer] = regrad.load(name, GROUP)
+        loaded: type[Optimizer] = regrad.load(name, OPTIMIZERS_GROUP)
         return loaded
-    there = ", ".join(map(printable, sorted([*known, *plugins])))
-    is_correction = name in regrad.available()
-    mend = f"; {name!r} is a correction: give it to --corrections" if is_correction else ""
-    raise ValueError(f"no optimizer named {name!r}; there are: {there}{mend}")
+    there = ", ".join(map(printable, sorted([*classes, *plugins])))
+    next_step = ""
+    if name in regrad.available():
+        next_step = f"; {name!r} is a correction: give it to --corrections"
+    raise ValueError(f"no optimizer named {name!r}; there are: {there}{next_step}")
+
+
+def _classes_of_torch() -> dict[str, type[Optimizer]]:
+    """Return torch's optimizers by their names in lower case."""
+    return {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, Optimizer) and name not in UNFIT
+    }
 
 
 def build_optimizer(
@@ -131,7 +138,7 @@ def build_optimizer(
                 f"optimizer {name!r} has no option {key!r}; allowed: {', '.join(allowed)}"
             )
     for key, value in options.items():
-        if any(isinstance(number, float) and not math.isfinite(number) for number in _flat(value)):
+        if not _is_finite(value):
             raise ValueError(f"{key} must be finite, got {value!r} in optimizer {spec!r}")
     try:
         return kind(parameters, lr=lr, **options)  # type: ignore[call-arg]
@@ -141,5 +148,7 @@ def build_optimizer(
         ) from problem
 
 
-def _flat(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
+def _is_finite(value: Any) -> bool:
+    """Say whether an option holds no number that is not finite."""
+    numbers = value if isinstance(value, tuple | list) else [value]
+    return all(math.isfinite(number) for number in numbers if isinstance(number, float))

@@ -26,7 +26,7 @@ def finished_result(run: TrainingRun, result: Result, *, started: float) -> Resu
         validation=run.position.points[-1].value,
         steps=run.position.step,
         steps_to_target=steps_to_target(run.position.points, measure),
-        step_seconds=run.step_seconds(),
+        step_seconds=run.timer.step_seconds(),
         seconds=time.perf_counter() - started,
         touched=run.touched(),
     )

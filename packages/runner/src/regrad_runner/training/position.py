@@ -15,7 +15,8 @@ class Position:
         step: Optimizer steps done.
         epoch: The epoch under way, from 0.
         batch: Micro-batches of that epoch done.
-        seconds: Time spent in training steps up to the last evaluation or checkpoint that was loaded.
+        seconds: Time spent in training steps up to the last evaluation or checkpoint that was
+            loaded.
         points: The evaluations so far.
     """
 

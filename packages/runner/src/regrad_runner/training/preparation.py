@@ -1,8 +1,7 @@
-"""What every command checks and sets before its first step. Nothing here writes a file."""
+"""What every command checks and sets before its first step, without writing a file."""
 
 from __future__ import annotations
 
-from collections import deque
 from contextlib import closing
 from datetime import datetime
 from itertools import islice
@@ -26,7 +25,7 @@ from regrad_runner.workloads.workload import Workload
 
 
 def load_data(config: Config) -> tuple[Workload, Config]:
-    """Load the workload and return it with the settings that it completes; set the number of CPU threads.
+    """Load the workload, complete the settings with what suits it, and set the CPU threads.
 
     Raises:
         ValueError: If the workload, its data or a setting is unknown or unfit.
@@ -45,7 +44,9 @@ def load_data(config: Config) -> tuple[Workload, Config]:
 
 
 def example_optimizer(config: RunConfig, *, lr: float) -> Optimizer:
-    """Return an optimizer like those of the runs, with a parameter of its own: corrections name their controls by it.
+    """Return an optimizer like those of the runs, with a parameter of its own.
+
+    Corrections choose their controls by it.
 
     Raises:
         ValueError: If it cannot be made.
@@ -54,27 +55,27 @@ def example_optimizer(config: RunConfig, *, lr: float) -> Optimizer:
 
 
 def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> None:
-    """Attach an arm's corrections to a model like those of the runs, show it two samples, and detach them.
+    """Attach an arm's corrections to a model like those of the runs, on trial, with two samples.
 
     Raises:
-        ValueError: If model, optimizer or a correction cannot be made, or samples, model and loss do not fit.
+        ValueError: If model, optimizer or a correction cannot be made, or samples, model and loss
+            do not fit.
         RegradError: If the corrections cannot work here.
     """
     if asked_to_shard():  # corrections that need whole weights refuse shards
         TrainingRun(config, workload, arm, seed=0, lr=lr).close()
         return
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
+    dtype = next(model.parameters()).dtype
+    corrections = create_all(arm)
     with (
         torch.random.fork_rng(devices=[]),
-        regrad.attach(
-            model, optimizer, create_all(arm), criterion=workload.criterion()
-        ) as attachment,
+        regrad.attach(model, optimizer, corrections, criterion=workload.criterion()) as attachment,
     ):
-        inputs, targets = workload.train.with_seed(0).__getitems__(
-            list(range(min(2, len(workload.train))))
-        )
+        first_two = list(range(min(2, len(workload.train))))
+        inputs, targets = workload.train.with_seed(0).__getitems__(first_two)
         try:
-            attachment.criterion(model(as_inputs(inputs, next(model.parameters()).dtype)), targets)
+            attachment.criterion(model(as_inputs(inputs, dtype)), targets)
         except RegradError:  # of a correction that looks at the first forward pass
             raise
         except RuntimeError as problem:
@@ -87,9 +88,9 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
 def every_correction(
     config: CompareConfig, workload: Workload, *, lr: float
 ) -> tuple[CompareConfig, dict[str, str]]:
-    """Put every installed correction in the place of "all" among the corrections.
+    """Replace "all" among the corrections by every installed one that works here.
 
-    Each is tried on a model and an optimizer like those of the runs, for two steps.
+    Each is tried for two steps, on a model and an optimizer like those of the runs.
 
     Args:
         config: Resolved settings.
@@ -101,27 +102,29 @@ def every_correction(
     """
     if ALL not in config.corrections:
         return config, {}
+    fit: list[str] = []
     left_out: dict[str, str] = {}
-    fit = []
     for name in regrad.available():
         if name in config.corrections:
             continue
         try:
-            with closing(TrainingRun(config, workload, Arm(name, (name,)), seed=0, lr=lr)) as run:
-                deque(islice(run.steps(), 2), maxlen=0)
+            _take_two_steps(config, workload, Arm(name, (name,)), lr=lr)
         except (ValueError, TypeError, RuntimeError) as problem:
             left_out[name] = " ".join(str(problem).split())
         else:
             fit.append(name)
     place = config.corrections.index(ALL)
-    names = (
-        *config.corrections[:place],
-        *fit,
-        *(text for text in config.corrections[place:] if text != ALL),
-    )
-    return config.model_copy(update={"corrections": names}), left_out
+    before = config.corrections[:place]
+    after = [text for text in config.corrections[place:] if text != ALL]
+    return config.model_copy(update={"corrections": (*before, *fit, *after)}), left_out
+
+
+def _take_two_steps(config: RunConfig, workload: Workload, arm: Arm, *, lr: float) -> None:
+    with closing(TrainingRun(config, workload, arm, seed=0, lr=lr)) as run:
+        for _ in islice(run.steps(), 2):
+            pass
 
 
 def default_folder(kind: str, workload: str) -> Path:
-    """Return a folder name under the current folder that says what, on what, and when."""
+    """Return a folder in the current one, whose name says what, on what workload, and when."""
     return Path(f"regrad-{kind}{workload}-{datetime.now():%Y%m%d-%H%M%S}")

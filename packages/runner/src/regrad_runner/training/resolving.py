@@ -21,29 +21,42 @@ def resolved(config: Config, workload: Workload) -> Config:
         ValueError: If a value does not fit the workload.
     """
     defaults = workload.defaults
-    names = ("epochs", "batch_size", "model", "evaluations_per_epoch")
-    values = {name: getattr(config, name) or getattr(defaults, name) for name in names}
-    if config.batch_size is None:  # a folder of a few images is a workload too
-        values["batch_size"] = min(values["batch_size"], len(workload.train))
-    values |= settings_of_model(
-        workload, values["model"], {"width": config.width, "norm": config.norm}
-    )
-    values["threads"] = config.threads or _threads(values["batch_size"] * workload.train.work)
-    steps = values["epochs"] * (len(workload.train) // values["batch_size"])
-    usual = min(defaults.warmup_steps, steps // 10)
-    values["warmup_steps"] = usual if config.warmup_steps is None else config.warmup_steps
-    values["optimizer"], lr = spec_of(config.optimizer, defaults)
+    samples = len(workload.train)
+    epochs = config.epochs or defaults.epochs
+    model = config.model or defaults.model
+    # A folder of a few images is a workload too.
+    batch_size = config.batch_size or min(defaults.batch_size, samples)
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        total_steps = epochs * (samples // batch_size)
+        warmup_steps = min(defaults.warmup_steps, total_steps // 10)
+    of_model = settings_of_model(workload, model, {"width": config.width, "norm": config.norm})
+    optimizer, suitable_lr = spec_of(config.optimizer, defaults)
     given = config.model_dump()
-    values["lr"] = lr if given["lr"] is None else given["lr"]
-    for rate in values["lr"] if isinstance(values["lr"], tuple) else (values["lr"],):
-        check_rate(values["optimizer"], rate)
-    if values["batch_size"] > len(workload.train):
+    lr = suitable_lr if given["lr"] is None else given["lr"]
+    rates = lr if isinstance(lr, tuple) else (lr,)
+    for rate in rates:
+        check_rate(optimizer, rate)
+    if batch_size > samples:
         raise ValueError(
-            f"batch_size must be at most {len(workload.train)} (the training {workload.train.kind}), "
-            f"got {values['batch_size']}"
+            f"batch_size must be at most {samples} (the training {workload.train.kind}), "
+            f"got {batch_size}"
         )
-    return validated(type(config), {**given, **values})
+    complete = {
+        **given,
+        **of_model,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "model": model,
+        "evaluations_per_epoch": config.evaluations_per_epoch or defaults.evaluations_per_epoch,
+        "threads": config.threads or _threads(batch_size * workload.train.work),
+        "warmup_steps": warmup_steps,
+        "optimizer": optimizer,
+        "lr": lr,
+    }
+    return validated(type(config), complete)
 
 
 def _threads(pixels: int) -> int:
+    """Return how many CPU threads suit batches of so many pixels."""
     return 1 if pixels < PIXELS_FOR_ONE_THREAD else torch.get_num_threads()

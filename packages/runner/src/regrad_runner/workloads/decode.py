@@ -17,20 +17,22 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from regrad.errors import RegradError
 from torch import Tensor
 
-from regrad_runner.reading import read_regular
+from regrad_runner.errors import in_one_line
+from regrad_runner.files import read_bytes
 
 LARGEST_SIDE = 64
-LONGEST = 1000
+LARGEST_ASPECT_RATIO = 1000
 # Pillow's own limit, a quarter of a GiB; a few kilobytes can claim billions.
 MOST_PIXELS = 89_478_485
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L")  # Pillow's names
 LARGEST_LEVEL = 65_535
+IMAGES_LOOKED_AT = 100  # to find a format that suits all
 # Pillow knows more, and for some of them starts programs, such as Ghostscript for EPS.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class UnreadableImage(RegradError, ValueError):  # noqa: N818 - said of the image
-    """An image is missing, damaged or of a kind that is not read; its message names it in one line."""
+    """An image is missing, damaged or of a kind that is not read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class EncodedImage:
         """Return the image as a Pillow image, upright.
 
         Raises:
-            UnreadableImage: If it is missing, of another format, damaged, a thin strip, or without pixels or with
-                too many.
+            UnreadableImage: If it is missing, of another format, damaged, a thin strip, or without
+                pixels or with too many.
         """
         if not self.content:
             raise UnreadableImage(
@@ -66,12 +68,14 @@ class EncodedImage:
         """Return the image in mode "L" or "RGB", upright and in its own size.
 
         Raises:
-            UnreadableImage: As `decoded`, or if its levels have no black and white, as floating-point numbers.
+            UnreadableImage: As `decoded`, or if its levels have no black and white, as
+                floating-point numbers.
         """
         image = self.decoded()
         if image.mode == "F":
             raise UnreadableImage(
-                f"image must have whole numbers as pixels, got floating-point ones in {self.where}; convert it first"
+                "image must have whole numbers as pixels, "
+                f"got floating-point ones in {self.where}; convert it first"
             )
         with _named(self.where):
             if image.mode.startswith("I"):
@@ -85,8 +89,8 @@ class EncodedImage:
         low, high = image.getextrema()
         if low < 0 or high > LARGEST_LEVEL:  # type: ignore[operator]
             raise UnreadableImage(
-                f"image must have levels from 0 to {LARGEST_LEVEL}, got {low} to {high} in {self.where}; "
-                "convert it first"
+                f"image must have levels from 0 to {LARGEST_LEVEL}, "
+                f"got {low} to {high} in {self.where}; convert it first"
             )
         return image.point(lambda level: level * (1 / 257) + 0.5)
 
@@ -108,7 +112,7 @@ class ImageFile:
             UnreadableImage: If it cannot be read.
         """
         try:
-            return EncodedImage(where=f"'{self.path}'", content=read_regular(self.path))
+            return EncodedImage(where=f"'{self.path}'", content=read_bytes(self.path))
         except OSError as problem:
             raise self._unreadable(problem) from problem
 
@@ -116,8 +120,8 @@ class ImageFile:
         """Read the head of the file alone.
 
         Raises:
-            UnreadableImage: If it cannot be read, is of another format, a thin strip, or without pixels or with too
-                many. What is damaged behind its head is not found.
+            UnreadableImage: If it cannot be read, is of another format, a thin strip, or without
+                pixels or with too many. What is damaged behind its head is not found.
         """
         try:
             with self.path.open("rb") as stream:
@@ -153,7 +157,9 @@ class Format:
 
 
 def common_format(encoded: Sequence[Encoded]) -> Format:
-    """Return the format that suits images: the median of their shorter sides, at most 64; grey if all are.
+    """Return the format that suits images.
+
+    Its side is the median of their shorter sides, at most 64. It is grey if all of them are.
 
     Args:
         encoded: At least one image.
@@ -163,13 +169,14 @@ def common_format(encoded: Sequence[Encoded]) -> Format:
     """
     images = [read(file).decoded() for file in encoded]
     side = int(statistics.median(min(image.size) for image in images))
-    return Format(
-        side=min(side, LARGEST_SIDE), grey=all(image.mode in GREY_MODES for image in images)
-    )
+    grey = all(image.mode in GREY_MODES for image in images)
+    return Format(side=min(side, LARGEST_SIDE), grey=grey)
 
 
 def decode_images(encoded: Sequence[Encoded], form: Format) -> Tensor:
-    """Return images in one format; where one differs its shorter side is resized and its middle cut out.
+    """Return images in one format.
+
+    Of one that differs the shorter side is resized, and the middle is cut out.
 
     Args:
         encoded: N images.
@@ -204,7 +211,9 @@ def read(file: Encoded) -> EncodedImage:
     Raises:
         UnreadableImage: If it cannot be read.
     """
-    return file.read() if isinstance(file, ImageFile) else file
+    if isinstance(file, ImageFile):
+        return file.read()
+    return file
 
 
 def _opened(stream: IO[bytes], where: str) -> Image.Image:
@@ -215,8 +224,10 @@ def _opened(stream: IO[bytes], where: str) -> Image.Image:
     size = f"{width} × {height} in {where}"
     if min(image.size) < 1 or width * height > MOST_PIXELS:
         raise UnreadableImage(f"image must have 1 to {MOST_PIXELS:,} pixels, got {size}")
-    if max(image.size) > LONGEST * min(image.size):
-        raise UnreadableImage(f"image must be at most {LONGEST} times as long as wide, got {size}")
+    if max(image.size) > LARGEST_ASPECT_RATIO * min(image.size):
+        raise UnreadableImage(
+            f"image must be at most {LARGEST_ASPECT_RATIO} times as long as wide, got {size}"
+        )
     return image
 
 
@@ -231,8 +242,7 @@ def _named(where: str) -> Iterator[None]:
     except UnidentifiedImageError as problem:
         raise UnreadableImage(f"{rule}; read are {', '.join(_formats())}") from problem
     except Exception as problem:
-        cause = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UnreadableImage(f"{rule}: {cause}") from problem
+        raise UnreadableImage(f"{rule}: {in_one_line(problem)}") from problem
 
 
 @cache
@@ -244,7 +254,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Let Pillow open the head of an image of any size, without a warning: `EncodedImage.opened` looks at it."""
+    """Let Pillow open the head of an image of any size without a warning: `_opened` checks it."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -254,11 +264,12 @@ def _any_size() -> Iterator[None]:
 
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:
-    """Resize a Pillow image, bicubic, to a shorter side of `side` pixels and cut out its middle square."""
+    """Resize a Pillow image, bicubic, to a shorter side of `side` pixels; cut out its middle."""
     width, height = image.size
     if width == height == side:
         return image
     scale = side / min(width, height)
     image = image.resize((round(width * scale), round(height * scale)))
-    left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

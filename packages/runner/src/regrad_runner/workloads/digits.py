@@ -14,7 +14,7 @@ from regrad_runner.workloads.workload import Defaults, Measure
 
 TEST_SIZE = 360
 VALIDATION_SIZE = 360
-DEFAULTS = Defaults(
+DIGITS_DEFAULTS = Defaults(
     epochs=20, batch_size=64, lr=0.05, momentum=0.9, model="resnet8", evaluations_per_epoch=4
 )
 
@@ -22,11 +22,12 @@ DEFAULTS = Defaults(
 def load(
     *, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None
 ) -> ImageWorkload:
-    """Return the 1,797 digits of 8×8 pixels and 17 levels of grey: 1,077 to train, 360 to validate, 360 to test.
+    """Return the digits: 1,077 to train, 360 to validate, 360 to test.
 
-    Every split holds each digit in the same proportion. Training images are shifted by up to one pixel, what moves
-    in is black; never mirrored, a mirrored digit is another one. All are standardised with the mean and the
-    standard deviation of the training pixels.
+    These are 1,797 images of 8×8 pixels in 17 levels of grey. Every split holds each digit in the
+    same proportion. Training images are shifted by up to one pixel, what moves in is black; never
+    mirrored, a mirrored digit is another one. All are standardised with the mean and the standard
+    deviation of the training pixels.
 
     Args:
         seed_of_split: Fixes the three splits, at least 0.
@@ -37,19 +38,18 @@ def load(
         ValueError: If a folder is given, or `train_size` is out of its range.
 
     References:
-        Alpaydin and Kaynak, 1998, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository:
-        its test set, which is what scikit-learn holds.
+        Alpaydin and Kaynak, 1998, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+        Repository: its test set, which is what scikit-learn holds.
     """
     if data_dir is not None:
         raise ValueError(f"data_dir must be left out for workload 'digits', got {str(data_dir)!r}")
     pixels, labels = load_digits(return_X_y=True)
     test, rest = take_stratified(labels, TEST_SIZE, seed=seed_of_split, what="test size")
-    validation, train = (
-        rest[part]
-        for part in take_stratified(
-            labels[rest], VALIDATION_SIZE, seed=seed_of_split, what="validation size"
-        )
+    of_rest, others = take_stratified(
+        labels[rest], VALIDATION_SIZE, seed=seed_of_split, what="validation size"
     )
+    validation = rest[of_rest]
+    train = rest[others]
     train = train[keep_stratified(labels[train], train_size, seed=seed_of_split)]
     images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8)
     targets = torch.from_numpy(labels.astype(np.int64))
@@ -62,5 +62,5 @@ def load(
         validation=validation_set,
         test=test_set,
         classes=10,
-        defaults=DEFAULTS,
+        defaults=DIGITS_DEFAULTS,
     )

@@ -13,17 +13,20 @@ from torchvision.transforms import v2
 from regrad_runner.workloads.decode import ImageFile, eight_bit_image
 from regrad_runner.workloads.images import LabelledImages
 
-# Of ImageNet's training pixels, as the pretrained models of torchvision have them: red, green, blue.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Of ImageNet's training pixels in red, green and blue, as torchvision's pretrained models have
+# them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 RESIZED = 256 / 224  # the shorter side before the middle is cut out, per side of the cut
 
 
 class FileSet(LabelledImages):
     """Labelled image files, decoded when a batch is asked for: ImageNet's usual pipeline.
 
-    Images become RGB. Training images: a random part of .08 to 1 of the area, with an aspect ratio from 3/4 to 4/3,
-    resized to the square; half of them mirrored. Others: the shorter side is resized to 256/224 of the square's, and
-    the middle is cut out. All are standardised with ImageNet's moments.
+    Images become RGB. Training images: a random part of .08 to 1 of the area, with an aspect ratio
+    from 3/4 to 4/3, resized to the square; half of them mirrored. Others: the shorter side is
+    resized to 256/224 of the square's, and the middle is cut out. All are standardised with
+    ImageNet's moments.
 
     Args:
         paths: Image files, N.
@@ -33,8 +36,9 @@ class FileSet(LabelledImages):
         seed: Of the augmentation, at least 0.
 
     References:
-        Szegedy et al., 2015, "Going Deeper with Convolutions", section 6, for the random part; the pipeline is that
-        of torchvision's reference training, except that each image's draw is a function of (seed, epoch, index).
+        Szegedy et al., 2015, "Going Deeper with Convolutions", section 6, for the random part; the
+        pipeline is that of torchvision's reference training, except that each image's draw is a
+        function of (seed, epoch, index).
     """
 
     def __init__(
@@ -43,10 +47,12 @@ class FileSet(LabelledImages):
         super().__init__(labels, channels=3, image_size=side, seed=seed)
         self.paths = list(paths)
         self.augment = augment
-        chosen = [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
-        middle = [v2.Resize(round(side * RESIZED), antialias=True), v2.CenterCrop(side)]
-        scaled = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        self.transform = v2.Compose([*(chosen if augment else middle), *scaled])
+        if augment:
+            cut = [v2.RandomResizedCrop(side, antialias=True), v2.RandomHorizontalFlip()]
+        else:
+            cut = [v2.Resize(round(side * RESIZED), antialias=True), v2.CenterCrop(side)]
+        scale = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        self.transform = v2.Compose([*cut, *scale])
 
     def pixels(self, indices: list[int]) -> Tensor:
         """Return the images [B, 3, H, W], float32, normalised and augmented.
@@ -64,6 +70,6 @@ class FileSet(LabelledImages):
         return images
 
     def _seed_of(self, index: int) -> int:
-        """Return a seed that is a function of (seed, epoch, index), for changes that nothing else may change."""
+        """Return a seed for an image's changes: a function of (seed, epoch, index) alone."""
         drawn = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1, np.uint64)
         return int(drawn[0])

@@ -1,10 +1,11 @@
-"""What of a folder is data: regular files, each of them once, nothing hidden, and no link that leads out of it."""
+"""What of a folder is data: regular files, each once, none hidden, and no link that leads out."""
 
 from __future__ import annotations
 
 import os
 import stat
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 # What systems put into folders of images without a dot in front.
@@ -13,16 +14,16 @@ Identity = tuple[int, int]  # device and inode
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether a file or folder of this name is none of the data, such as `.ipynb_checkpoints`."""
+    """Say whether a file or folder of this name is not data, such as `.ipynb_checkpoints`."""
     return name.startswith(".") or name in OF_SYSTEMS
 
 
 class DataFolder:
     """A folder of data whose files are looked for; it knows what it found before.
 
-    A link is followed where it leads to a file or folder inside of the folder that is read nowhere else. One that
-    leads out of it, or back into what is read already, is refused: the same images would be trained on twice, or
-    validate what they trained.
+    A link is followed where it leads to a file or folder inside of the folder that is read nowhere
+    else. One that leads out of it, or back into what is read already, is refused: the same images
+    would be trained on twice, or validate what they trained.
 
     Args:
         root: The folder. It may be a link itself.
@@ -60,8 +61,8 @@ class DataFolder:
             is_data: Says of a name whether a file of that name is data.
 
         Raises:
-            ValueError: If a folder cannot be read, or what is named as data is no regular file, stands twice, or is a
-                link that leads out or nowhere.
+            ValueError: If a folder cannot be read, or what is named as data is no regular file,
+                stands twice, or is a link that leads out or nowhere.
         """
         found: dict[str, list[Path]] = {}
         waiting = [folder]
@@ -69,15 +70,16 @@ class DataFolder:
             place = waiting.pop()
             waiting += self.folders(place)
             found[str(place)] = self.files_in(place, is_data)
-        return [path for place in sorted(found) for path in found[place]]
+        return list(chain.from_iterable(found[place] for place in sorted(found)))
 
     def files_in(self, folder: Path, is_data: Callable[[str], bool]) -> list[Path]:
         """Return the files in a folder, not those below it; see `files`."""
-        named = [entry for entry in _listed(folder) if is_data(entry.name)]
-        kept = [entry for entry in named if not stat.S_ISDIR(_mode(entry))]
-        for entry in kept:
-            self._keep(entry)
-        return [Path(entry.path) for entry in kept]
+        found: list[Path] = []
+        for entry in _listed(folder):
+            if is_data(entry.name) and not stat.S_ISDIR(_mode(entry)):
+                self._keep(entry)
+                found.append(Path(entry.path))
+        return found
 
     def _keep(self, entry: os.DirEntry[str]) -> None:
         """Note a file, or raise where it must not be read."""
@@ -95,8 +97,9 @@ class DataFolder:
             self._links.add(entry.path)
         status = entry.stat()
         other = self._files.setdefault((status.st_dev, status.st_ino), entry.path)
-        # Some network file systems number their files anew: only where there can be two names are they one file.
-        if other != entry.path and (status.st_nlink > 1 or self._links & {entry.path, other}):
+        # Some network file systems use a number again: it is one file only if it has two names.
+        may_have_two_names = status.st_nlink > 1 or bool(self._links & {entry.path, other})
+        if other != entry.path and may_have_two_names:
             raise ValueError(
                 f"data_dir must hold each file once, got one file as '{other}' and '{entry.path}'; "
                 "remove one of the names"
@@ -111,10 +114,12 @@ class DataFolder:
         other = self._folders.setdefault((status.st_dev, status.st_ino), folder)
         if other != folder:
             raise ValueError(
-                f"data_dir must hold each folder once, got one folder as '{other}' and '{folder}'; remove the link"
+                f"data_dir must hold each folder once, got one folder as '{other}' and '{folder}'; "
+                "remove the link"
             )
 
     def _refuse_leading_out(self, link: str) -> None:
+        """Raise where a link leads out of the root and may not."""
         target = Path(os.path.realpath(link))
         if not self._follows_links and not target.is_relative_to(self._real_root):
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from regrad_runner.workloads.decode import (
+    IMAGES_LOOKED_AT,
     LARGEST_SIDE,
     Format,
     ImageFile,
@@ -24,14 +25,16 @@ from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
-LOOKED_AT = 100
-OPENED = 10_000  # of the files that stay on the disk: a second here, minutes for more of them on a network's
+# Of the files that stay on the disk: a second here, where more would take minutes on a network's.
+OPENED = 10_000
 MOST_BYTES = 8 * 2**30
-LAYOUT = "a folder with train and val, or train and test, each with a folder of images per class"
-SMALL = Defaults(
+IMAGE_LAYOUT = (
+    "a folder with train and val, or train and test, each with a folder of images per class"
+)
+SMALL_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
-LARGE = Defaults(
+LARGE_DEFAULTS = Defaults(
     epochs=90, batch_size=256, lr=0.1, momentum=0.9, weight_decay=1e-4, model="resnet18"
 )
 
@@ -43,66 +46,63 @@ def load(
     train_size: int | None = None,
     image_size: int | None = None,
 ) -> ImageWorkload:
-    """Return the images under `train` and `val` or `test`, one folder per class, as ImageNet is laid out.
+    """Return the images under `train` and `val` or `test`, with a folder per class, like ImageNet.
 
-    Classes are the folders of `train`, numbered in sorted order. Images are the files below them whose names end as
-    images do. What is hidden, such as `.ipynb_checkpoints`, is none of them. A link that leads out of `data_dir` is
-    refused, and so is a file or folder that is read twice, through a link, a hard link or otherwise. Of `val` and
-    `test` the one that is there is the test split, and a tenth of the training images, but at most `train_size`,
-    validates, with the same share of each class. With both of them `val` validates.
+    Classes are the folders of `train`, numbered in sorted order. Images are the files below them
+    whose names end as images do. What is hidden, such as `.ipynb_checkpoints`, is none of them. A
+    link that leads out of `data_dir` is refused, and so is a file or folder that is read twice,
+    through a link, a hard link or otherwise. Of `val` and `test` the one that is there is the test
+    split, and a tenth of the training images, but at most `train_size`, validates, with the same
+    share of each class. With both of them `val` validates.
 
-    Up to 64 pixels images are decoded once, into memory, and treated as those of workload `parquet`: the shorter side
-    resized, the middle cut out, grey if the first 100 looked at are, shifted by up to an eighth and mirrored for
-    training, standardised with the training pixels' moments. Larger ones are read from the disk batch by batch and
-    treated as is usual for ImageNet: see `regrad_runner.workloads.files.FileSet`. Of these the head is read beforehand
-    of 10,000 in each split, so that what is no image is found before anything is trained.
+    Up to 64 pixels images are decoded once, into memory, and treated as those of workload
+    `parquet`: the shorter side resized, the middle cut out, grey if the first 100 looked at are,
+    shifted by up to an eighth and mirrored for training, standardised with the training pixels'
+    moments. Larger ones are read from the disk batch by batch and treated as is usual for ImageNet:
+    see `regrad_runner.workloads.files.FileSet`. Of these the head is read beforehand of 10,000 in
+    each split, so that what is no image is found before anything is trained.
 
     Args:
         seed_of_split: Fixes which images validate and which are kept, at least 0.
         data_dir: The folder.
         train_size: Number of training images to keep after the validation split; None for all.
-        image_size: Height and width in pixels, at least 4; None for the median shorter side of 100 training images,
-            but at most 64.
+        image_size: Height and width in pixels, at least 4; None for the median shorter side of 100
+            training images, but at most 64.
 
     Raises:
-        ValueError: If a folder, class or image is missing or cannot be read, if there are fewer than 2 classes or
-            too few images of one, if what is to be decoded into memory takes more than 8 GiB, or if `train_size` or
-            `image_size` is out of its range.
+        ValueError: If a folder, class or image is missing or cannot be read, if there are fewer
+            than 2 classes or too few images of one, if what is to be decoded into memory takes more
+            than 8 GiB, or if `train_size` or `image_size` is out of its range.
     """
     if image_size is not None and image_size < 4:
         raise ValueError(f"image_size must be at least 4, got {image_size!r}")
     folders = _folders(data_dir)
-    found = DataFolder(folders["train"].parent)
-    train = _Split.read(found, folders["train"])
-    held = {
-        name: _Split.read(found, folder, train.classes)
-        for name, folder in folders.items()
-        if name != "train"
-    }
+    data = DataFolder(folders["train"].parent)
+    all_train = _Split.read(data, folders.pop("train"))
+    held = {name: _Split.read(data, folder, all_train.classes) for name, folder in folders.items()}
     test = held.get("test") or held["val"]
     if len(held) == 2:
-        validation, kept = (
-            held["val"],
-            keep_stratified(train.labels, train_size, seed=seed_of_split),
-        )
+        validation = held["val"]
+        kept = keep_stratified(all_train.labels, train_size, seed=seed_of_split)
     else:
-        validating, kept = validation_and_training(train.labels, train_size, seed=seed_of_split)
-        validation = train.only(validating)
-    splits = (train.only(kept), validation, test)
-    lazy = (image_size or 0) > LARGEST_SIDE
-    sets = (
-        _on_disk(splits, image_size or 0)
-        if lazy
-        else _in_memory(splits, _format(train, image_size))
-    )
+        validating, kept = validation_and_training(all_train.labels, train_size, seed=seed_of_split)
+        validation = all_train.only(validating)
+    splits = (all_train.only(kept), validation, test)
+    if image_size is not None and image_size > LARGEST_SIDE:
+        sets = _on_disk(splits, image_size)
+        defaults = LARGE_DEFAULTS
+    else:
+        sets = _in_memory(splits, _format(all_train, image_size))
+        defaults = SMALL_DEFAULTS
+    train_set, validation_set, test_set = sets
     return ImageWorkload(
         name="imagefolder",
         measure=Measure(),
-        train=sets[0],
-        validation=sets[1],
-        test=sets[2],
-        classes=len(train.classes),
-        defaults=LARGE if lazy else SMALL,
+        train=train_set,
+        validation=validation_set,
+        test=test_set,
+        classes=len(all_train.classes),
+        defaults=defaults,
     )
 
 
@@ -122,10 +122,16 @@ class _Split:
 
     @classmethod
     def read(cls, data: DataFolder, folder: Path, classes: tuple[str, ...] = ()) -> _Split:
-        """Find the files; labels are the positions in `classes`, or in what is found where that is empty."""
+        """Find the files of a split.
+
+        Args:
+            data: Where the folder lies.
+            folder: With a folder per class.
+            classes: Whose positions are the labels; empty for the classes that are found.
+        """
         folders = data.folders(folder)
         if not folders:
-            raise ValueError(f"data_dir must be {LAYOUT}, got no folder in '{folder}'")
+            raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got no folder in '{folder}'")
         classes = classes or tuple(place.name for place in folders)
         if len(classes) < 2:
             raise ValueError(f"'{folder}' must have at least 2 classes, got {classes[0]!r} alone")
@@ -140,7 +146,8 @@ class _Split:
             if not images:
                 endings = ", ".join(IMG_EXTENSIONS)
                 raise ValueError(
-                    f"data_dir must be {LAYOUT}, got no image in '{place}'; their names end in {endings}"
+                    f"data_dir must be {IMAGE_LAYOUT}, got no image in '{place}'; "
+                    f"their names end in {endings}"
                 )
             paths += images
             labels += [classes.index(place.name)] * len(images)
@@ -148,9 +155,8 @@ class _Split:
 
     def only(self, chosen: Indices) -> _Split:
         """Return the files at these positions."""
-        return replace(
-            self, paths=tuple(self.paths[i] for i in chosen.tolist()), labels=self.labels[chosen]
-        )
+        paths = tuple(self.paths[place] for place in chosen.tolist())
+        return replace(self, paths=paths, labels=self.labels[chosen])
 
     def files(self) -> list[ImageFile]:
         """Return what can be decoded."""
@@ -164,25 +170,24 @@ def _is_image(name: str) -> bool:
 def _folders(data_dir: Path | None) -> dict[str, Path]:
     """Return the folders of the splits that are there: `train`, and `val` or `test` or both."""
     if data_dir is None:
-        raise ValueError(f"data_dir must be {LAYOUT}, got None; name it with --data-dir")
+        raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got None; name it with --data-dir")
     there = {
         name: data_dir / name for name in ("train", "val", "test") if (data_dir / name).is_dir()
     }
-    if "train" not in there or len(there) < 2:
-        got = (
-            f"only {', '.join(there)} in it"
-            if there
-            else "none of them in it"
-            if data_dir.is_dir()
-            else "no folder"
-        )
-        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}': {got}")
-    return there
+    if "train" in there and len(there) > 1:
+        return there
+    if there:
+        got = f"only {', '.join(there)} in it"
+    elif data_dir.is_dir():
+        got = "none of them in it"
+    else:
+        got = "no folder"
+    raise ValueError(f"data_dir must be {IMAGE_LAYOUT}, got '{data_dir}': {got}")
 
 
 def _format(train: _Split, image_size: int | None) -> Format:
     """Return the format of images in memory, from files all over the training split."""
-    form = common_format(_spread(train.files(), LOOKED_AT))
+    form = common_format(_spread(train.files(), IMAGES_LOOKED_AT))
     return form if image_size is None else replace(form, side=image_size)
 
 
@@ -193,12 +198,14 @@ def _spread(files: Sequence[ImageFile], count: int) -> list[ImageFile]:
 
 
 def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[LabelledImages, ...]:
+    """Return the images of each split, decoded now."""
     count = sum(len(split.paths) for split in splits)
     size = count * int(np.prod(form.shape))
     if size > MOST_BYTES:
         raise ValueError(
-            f"images must take at most {MOST_BYTES / 2**30:g} GiB in memory, got {size / 2**30:.1f} "
-            f"({count:,} of {form.side} pixels); use fewer with --train-size, or --image-size above {LARGEST_SIDE}, "
+            f"images must take at most {MOST_BYTES / 2**30:g} GiB in memory, "
+            f"got {size / 2**30:.1f} ({count:,} of {form.side} pixels); "
+            f"use fewer with --train-size, or --image-size above {LARGEST_SIDE}, "
             "which reads them from the disk"
         )
 
@@ -211,10 +218,18 @@ def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[Lab
 
 
 def _on_disk(splits: tuple[_Split, _Split, _Split], side: int) -> tuple[LabelledImages, ...]:
+    """Return the images of each split, decoded when a batch is asked for."""
     for split in splits:
         for file in _spread(split.files(), OPENED):
             file.check()
-    return tuple(
-        FileSet(split.paths, torch.from_numpy(split.labels), side=side, augment=position == 0)
-        for position, split in enumerate(splits)
+
+    def images_of(split: _Split, *, augment: bool) -> FileSet:
+        labels = torch.from_numpy(split.labels)
+        return FileSet(split.paths, labels, side=side, augment=augment)
+
+    train, validation, test = splits
+    return (
+        images_of(train, augment=True),
+        images_of(validation, augment=False),
+        images_of(test, augment=False),
     )

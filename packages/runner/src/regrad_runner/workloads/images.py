@@ -16,7 +16,7 @@ from regrad_runner.models.residual import Norm, is_own
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
 from regrad_runner.workloads.workload import Workload
 
-WIDTH = 16  # channels of the first stage of a CIFAR network, as in the paper
+RESNET_WIDTH = 16  # channels of the first stage of a CIFAR network, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Augmentation:
     """Random changes of a training image.
 
     Attributes:
-        shift: Largest shift in pixels, in each direction and in both axes; what moves in is zero (black). The same
-            as a random crop from the image padded by `shift`.
+        shift: Largest shift in pixels, in each direction and in both axes; what moves in is zero
+            (black). The same as a random crop from the image padded by `shift`.
         flip: Whether half of the images are mirrored left to right.
     """
 
@@ -34,7 +34,9 @@ class Augmentation:
 
 
 class LabelledImages(Samples):
-    """Labelled images of one size, normalised and augmented when a batch is asked for; a subclass says how.
+    """Labelled images of one size, normalised and augmented when a batch is asked for.
+
+    A subclass says how, in `pixels`.
 
     Args:
         labels: Classes from 0, int64, shape [N].
@@ -48,18 +50,19 @@ class LabelledImages(Samples):
     def __init__(self, labels: Tensor, *, channels: int, image_size: int, seed: int = 0) -> None:
         super().__init__(seed=seed)
         self.labels = labels
-        self.channels, self.image_size = channels, image_size
+        self.channels = channels
+        self.image_size = image_size
         self.work = image_size**2
 
     def pixels(self, indices: list[int]) -> Tensor:
-        """Return the images [B, C, H, W], float32, normalised and augmented. A subclass must implement it."""
+        """Return the images [B, C, H, W], float32, normalised and augmented; to be implemented."""
         raise TypeError(f"{type(self).__name__} must implement pixels")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Return the images [B, C, H, W], float32, and labels [B] of these samples, made in one go."""
+        """Return the images [B, C, H, W], float32, and labels [B] of these samples."""
         return self.pixels(indices), self.labels[torch.as_tensor(indices)]
 
 
@@ -79,7 +82,8 @@ class ImageSet(LabelledImages):
 
     Example:
         >>> pixels = torch.tensor([[[[0, 100], [200, 100]]]], dtype=torch.uint8)
-        >>> images = ImageSet(pixels, torch.tensor([3]), mean=torch.tensor([100.0]), std=torch.tensor([50.0]))
+        >>> mean, std = torch.tensor([100.0]), torch.tensor([50.0])
+        >>> images = ImageSet(pixels, torch.tensor([3]), mean=mean, std=std)
         >>> images[0]
         (tensor([[[-2.,  0.],
                  [ 2.,  0.]]]), tensor(3))
@@ -97,7 +101,8 @@ class ImageSet(LabelledImages):
     ) -> None:
         if images.ndim != 4 or images.dtype != torch.uint8:
             raise ValueError(
-                f"images must be uint8 of shape [N, C, H, W], got {images.dtype} {list(images.shape)}"
+                "images must be uint8 of shape [N, C, H, W], "
+                f"got {images.dtype} {list(images.shape)}"
             )
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must have shape {[len(images)]}, got {list(labels.shape)}")
@@ -121,7 +126,9 @@ class ImageSet(LabelledImages):
 def standardized(
     train: Batch, validation: Batch, test: Batch, *, augment: Augmentation
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """Return the three sets, scaled by the training pixels' moments per channel; the first is augmented.
+    """Return the three sets, scaled by the training pixels' moments per channel.
+
+    The first one is augmented.
 
     Args:
         train: Raw pixels, uint8, shape [N, C, H, W], and labels [N].
@@ -130,18 +137,21 @@ def standardized(
         augment: Random changes of the training images.
     """
     mean, std = _moments(train[0])
-    augments = (augment, None, None)
-    first, second, third = (
-        ImageSet(images, labels, mean=mean, std=std, augment=change)
-        for (images, labels), change in zip((train, validation, test), augments, strict=True)
+    return (
+        ImageSet(*train, mean=mean, std=std, augment=augment),
+        ImageSet(*validation, mean=mean, std=std),
+        ImageSet(*test, mean=mean, std=std),
     )
-    return first, second, third
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation [C] of uint8 images [N, C, H, W], from counts: no float copy is made."""
+    """Return mean and standard deviation [C] of uint8 images [N, C, H, W].
+
+    They are computed from counts of the 256 levels, without a copy in floating point.
+    """
+    channels = images.unbind(1)
     counts = torch.stack(
-        [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+        [torch.bincount(channel.flatten(), minlength=256) for channel in channels]
     ).double()
     shares = counts / counts.sum(1, keepdim=True)
     levels = torch.arange(256, dtype=torch.float64)
@@ -153,14 +163,18 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
 def _augmented(
     images: Tensor, augment: Augmentation, *, seed: int, epoch: int, indices: npt.NDArray[np.int64]
 ) -> Tensor:
+    """Return images [B, C, H, W], shifted and mirrored as a hash of (seed, epoch, index) says."""
     count, channels, height, width = images.shape
-    draws = [
-        hashed_integers(high, seed=seed, epoch=epoch, indices=indices, draw=draw)
-        for draw, high in enumerate(
-            (2 * augment.shift + 1, 2 * augment.shift + 1, 2 if augment.flip else 1)
-        )
-    ]
-    down, right, mirrored = (draw[:, None] for draw in draws)
+    shifts = 2 * augment.shift + 1
+    flips = 2 if augment.flip else 1
+
+    def drawn(high: int, draw: int) -> Tensor:
+        numbers = hashed_integers(high, seed=seed, epoch=epoch, indices=indices, draw=draw)
+        return numbers[:, None]
+
+    down = drawn(shifts, draw=0)
+    right = drawn(shifts, draw=1)
+    mirrored = drawn(flips, draw=2)
     column = torch.arange(width)
     rows = torch.arange(height) + down
     columns = torch.where(mirrored > 0, width - 1 - column, column) + right
@@ -196,7 +210,7 @@ class ImageWorkload(Workload):
 
     def model_settings(self, name: str) -> Mapping[str, Any]:
         """Return width and normalisation that a model has unless told otherwise."""
-        return {"norm": "batch", "width": WIDTH if is_own(name) else None}
+        return {"norm": "batch", "width": RESNET_WIDTH if is_own(name) else None}
 
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return which of the images are labelled right, each counting once."""

@@ -14,8 +14,8 @@ from regrad_runner.settings.specs import check_options, parameters_of, read_spec
 from regrad_runner.workloads.samples import Samples
 from regrad_runner.workloads.workload import MOST_DECIMALS, Measure, Workload
 
-GROUP = "regrad.workloads"
-# What a workload's function and its models are given by settings of their own: no options.
+WORKLOADS_GROUP = "regrad.workloads"
+# Arguments of a workload's function and of its models that are settings, not options of a name.
 OF_DATA = ("seed_of_split", "data_dir", "train_size", "download", "image_size")
 OF_MODELS = ("name", "seed", "width", "norm")
 
@@ -31,8 +31,9 @@ def load_workload(
 ) -> Workload:
     """Load a workload by its name among the entry points of group `regrad.workloads`.
 
-    An entry point is a function with these keyword arguments that returns a `Workload`. It may leave out the last
-    two, which are then refused, and have others, which are options of the name: "text:context=256".
+    An entry point is a function with these keyword arguments that returns a `Workload`. It may
+    leave out the last two, which are then refused, and have others, which are options of the name:
+    "text:context=256".
 
     Args:
         spec: Name such as "digits" or "cifar10", with options or without.
@@ -46,24 +47,29 @@ def load_workload(
         The workload, its data in memory unless they are large.
 
     Raises:
-        ValueError: If no workload has this name, or its data or options are missing or unfit: one line each.
-        PluginLoadError: If its distribution cannot be imported, fails, or returns no workload that can be trained.
+        ValueError: If no workload has this name, or its data or options are missing or unfit: one
+            line each.
+        PluginLoadError: If its distribution cannot be imported, fails, or returns no workload that
+            can be trained.
     """
     name, options = read_spec(spec, "workload")
-    load = regrad.load(name, group=GROUP)
+    load = regrad.load(name, group=WORKLOADS_GROUP)
     check_options(load, options, what=f"workload {name!r}", settings=OF_DATA)
-    asked: dict[str, Any] = {"download": download, "image_size": image_size}
-    asked = {key: value for key, value in asked.items() if value}
-    for key in asked.keys() - parameters_of(load).keys():
-        raise ValueError(f"{key} must be left out for workload {name!r}, got {asked[key]!r}")
-    asked |= {
+    arguments: dict[str, Any] = {
         "seed_of_split": seed_of_split,
         "data_dir": data_dir,
         "train_size": train_size,
         **options,
     }
-    entry = regrad.available(GROUP)[name]
-    return _made(load, asked, f"workload {name!r} ({entry.distribution} {entry.version})")
+    # A workload's function may do without these two.
+    for setting, value in (("download", download), ("image_size", image_size)):
+        if not value:
+            continue
+        if setting not in parameters_of(load):
+            raise ValueError(f"{setting} must be left out for workload {name!r}, got {value!r}")
+        arguments[setting] = value
+    entry = regrad.available(WORKLOADS_GROUP)[name]
+    return _make(load, arguments, f"workload {name!r} ({entry.distribution} {entry.version})")
 
 
 def make_model(
@@ -83,9 +89,11 @@ def make_model(
     """
     name, options = read_spec(spec, "model")
     check_options(workload.build_model, options, what=f"model {name!r}", settings=OF_MODELS)
-    settings = {
-        key: value for key, value in {"width": width, "norm": norm}.items() if value is not None
-    }
+    settings: dict[str, Any] = {}
+    if width is not None:
+        settings["width"] = width
+    if norm is not None:
+        settings["norm"] = norm
     return workload.build_model(name, seed=seed, **settings, **options)
 
 
@@ -95,20 +103,24 @@ def settings_of_model(workload: Workload, spec: str, given: Mapping[str, Any]) -
     Raises:
         ValueError: If one is given that no model of this workload takes.
     """
-    taken, usual = (
-        parameters_of(workload.build_model),
-        workload.model_settings(read_spec(spec, "model")[0]),
-    )
+    name, _ = read_spec(spec, "model")
+    suitable = workload.model_settings(name)
+    taken = parameters_of(workload.build_model)
+    settings: dict[str, Any] = {}
     for key, value in given.items():
         if value is not None and key not in taken:
             raise ValueError(
                 f"{key} must be left out for workload {workload.name!r}, got {value!r}"
             )
-    return {key: usual.get(key) if value is None else value for key, value in given.items()}
+        settings[key] = suitable.get(key) if value is None else value
+    return settings
 
 
-def _made(load: Callable[..., Any], arguments: Mapping[str, Any], whose: str) -> Workload:
-    """Return what a workload's function made. What it finds unfit is a `ValueError`; all else is its own fault."""
+def _make(load: Callable[..., Any], arguments: Mapping[str, Any], whose: str) -> Workload:
+    """Return what a workload's function makes.
+
+    What it finds unfit is a `ValueError` or `PluginLoadError` of its own; all else is its fault.
+    """
     try:
         made = load(**arguments)
     except (ValueError, PluginLoadError):

@@ -16,16 +16,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from regrad_runner.workloads.decode import EncodedImage, common_format, decode_images
+from regrad_runner.errors import in_one_line
+from regrad_runner.workloads.decode import (
+    IMAGES_LOOKED_AT,
+    EncodedImage,
+    common_format,
+    decode_images,
+)
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
+from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
-LOOKED_AT = 100
 ROWS_AT_ONCE = 1000
-LAYOUT = "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
-DEFAULTS = Defaults(
+PARQUET_LAYOUT = (
+    "a folder with train.parquet and test.parquet, or train-*.parquet and test-*.parquet"
+)
+PARQUET_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
 
@@ -33,22 +41,23 @@ DEFAULTS = Defaults(
 def load(
     *, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None
 ) -> ImageWorkload:
-    """Return the images of `train.parquet` and `test.parquet`, or of `train-*.parquet` and `test-*.parquet`.
+    """Return the images of a training and a test split in parquet files.
 
-    The files lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose `bytes` are a
-    file of one of `regrad_runner.workloads.decode.FORMATS`) and `label` (integers or strings; classes are numbered in
-    sorted order). A tenth of the training images, but at most `train_size`, is the validation split, with the same
-    share of each class.
+    These are `train.parquet` and `test.parquet`, or `train-*.parquet` and `test-*.parquet`. They
+    lie in the folder or in its subfolder `data`, and have the columns `image` (a struct whose
+    `bytes` are a file of one of `regrad_runner.workloads.decode.FORMATS`) and `label` (integers or
+    strings; classes are numbered in sorted order). A tenth of the training images, but at most
+    `train_size`, is the validation split, with the same share of each class.
 
-    Images become square: the shorter side is resized to the median shorter side of the first 100 training images,
-    but at most to 64 pixels, and the middle is cut out; images that fit already are left alone. They are grey if
-    those 100 are, else RGB. Training images are shifted by up to an eighth of their size, what moves in is black,
-    and half of them are mirrored. All are standardised with the mean and the standard deviation of the training
-    pixels per channel.
+    Images become square: the shorter side is resized to the median shorter side of the first 100
+    training images, but at most to 64 pixels, and the middle is cut out; images that fit already
+    are left alone. They are grey if those 100 are, else RGB. Training images are shifted by up to
+    an eighth of their size, what moves in is black, and half of them are mirrored. All are
+    standardised with the mean and the standard deviation of the training pixels per channel.
 
-    Only the images in use are decoded, once, into memory. The files are read where they lie: nothing is copied to
-    a cache, and nothing is asked of the network. Links are followed wherever they lead, because Hugging Face's own
-    cache is made of them, but no file is read twice.
+    Only the images in use are decoded, once, into memory. The files are read where they lie:
+    nothing is copied to a cache, and nothing is asked of the network. Links are followed wherever
+    they lead, because Hugging Face's own cache is made of them, but no file is read twice.
 
     Args:
         seed_of_split: Fixes which images validate and which are kept, at least 0.
@@ -56,32 +65,36 @@ def load(
         train_size: Number of training images to keep after the validation split; None for all.
 
     Raises:
-        ValueError: If the folder, a file, a column or an image is missing or cannot be read, if there are fewer
-            than 2 classes or too few images of one, or if `train_size` is out of its range.
+        ValueError: If the folder, a file, a column or an image is missing or cannot be read, if
+            there are fewer than 2 classes or too few images of one, or if `train_size` is out of
+            its range.
 
     References:
-        He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2, for the
-        augmentation: theirs pads after subtracting the mean, this before, so that what moves in is black.
+        He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2,
+        for the
+        augmentation: theirs pads after subtracting the mean, this before, so that what moves in is
+            black.
     """
     data = _data_folder(data_dir)
-    train_split, test_split = _Split.find(data, "train"), _Split.find(data, "test")
+    train_split = _Split.find(data, "train")
+    test_split = _Split.find(data, "test")
     classes, labels = _numbered(train_split.labels())
     validation, train = validation_and_training(labels, train_size, seed=seed_of_split)
     test_labels = _looked_up(test_split.labels(), classes)
 
-    looked_at = np.arange(min(LOOKED_AT, len(labels)))
+    looked_at = np.arange(min(IMAGES_LOOKED_AT, len(labels)))
     encoded = train_split.encoded(np.unique(np.concatenate([looked_at, train, validation])))
     form = common_format([encoded[row] for row in looked_at.tolist()])
+
+    def batch_of(rows: Indices) -> Batch:
+        images = decode_images([encoded[row] for row in rows.tolist()], form)
+        return images, torch.from_numpy(labels[rows])
+
+    test_images = decode_images(list(test_split.encoded().values()), form)
     train_set, validation_set, test_set = standardized(
-        (
-            decode_images([encoded[row] for row in train.tolist()], form),
-            torch.from_numpy(labels[train]),
-        ),
-        (
-            decode_images([encoded[row] for row in validation.tolist()], form),
-            torch.from_numpy(labels[validation]),
-        ),
-        (decode_images(list(test_split.encoded().values()), form), torch.from_numpy(test_labels)),
+        batch_of(train),
+        batch_of(validation),
+        (test_images, torch.from_numpy(test_labels)),
         augment=Augmentation(shift=form.side // 8, flip=True),
     )
     return ImageWorkload(
@@ -91,28 +104,35 @@ def load(
         validation=validation_set,
         test=test_set,
         classes=len(classes),
-        defaults=DEFAULTS,
+        defaults=PARQUET_DEFAULTS,
     )
 
 
 @dataclass(frozen=True)
 class _Split:
-    """The parquet files of one split, in order; rows are counted from 0 over all of them."""
+    """The parquet files of one split, in order.
+
+    Attributes:
+        name: Of the split.
+        files: Where they are. Rows are counted from 0 over all of them.
+    """
 
     name: str
     files: tuple[str, ...]
 
     @classmethod
     def find(cls, data: DataFolder, name: str) -> _Split:
-        """Find the files of a split, whole or in shards, in the folder or in its subfolder `data`."""
+        """Find the files of a split, whole or in shards, in the folder or its subfolder `data`."""
         for folder in (data.root, data.root / "data"):
+            if not folder.is_dir():
+                continue
             for pattern in (f"{name}.parquet", f"{name}-*.parquet"):
-                if not folder.is_dir():
-                    continue
                 found = data.files_in(folder, partial(fnmatch, pat=pattern))
                 if found:
                     return cls(name, tuple(map(str, found)))
-        raise ValueError(f"data_dir must be {LAYOUT}, got '{data.root}' without {name} files")
+        raise ValueError(
+            f"data_dir must be {PARQUET_LAYOUT}, got '{data.root}' without {name} files"
+        )
 
     def labels(self) -> npt.NDArray[Any]:
         """Return the column `label`, shape [N], at least one row."""
@@ -127,39 +147,43 @@ class _Split:
         labels = np.concatenate([column.to_numpy() for column in columns])
         if labels.dtype.kind not in "iub" and not all(isinstance(label, str) for label in labels):
             raise ValueError(
-                f"label must be an integer or a string, got {labels.tolist()[0]!r} in the {self.name} split"
+                f"label must be an integer or a string, got {labels.tolist()[0]!r} "
+                f"in the {self.name} split"
             )
         return labels
 
     def encoded(self, rows: Indices | None = None) -> dict[int, EncodedImage]:
-        """Return the image files in these rows, sorted without repetition, or in all; others are passed over."""
+        """Return image files by their rows.
+
+        Args:
+            rows: Which of them, sorted without repetition; None for all.
+        """
         found: dict[int, EncodedImage] = {}
         with self._column("image") as (feature, tables):
-            if not (
-                isinstance(feature, datasets.Image)
-                or (isinstance(feature, dict) and "bytes" in feature)
-            ):
+            is_struct = isinstance(feature, dict) and "bytes" in feature
+            if not is_struct and not isinstance(feature, datasets.Image):
                 raise ValueError(f"image must be a struct with bytes, got {feature}")
             start = 0
             for table in tables:
-                inside = np.arange(start, start + len(table))
+                end = start + len(table)
+                inside = np.arange(start, end)
                 if rows is not None:
-                    inside = rows[
-                        np.searchsorted(rows, start) : np.searchsorted(rows, start + len(table))
-                    ]
-                for row, image in zip(
-                    inside.tolist(), table["image"].take(inside - start).to_pylist(), strict=True
-                ):
-                    where = f"row {row} of the {self.name} split"
+                    inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)]
+                images = table["image"].take(inside - start).to_pylist()
+                for row, image in zip(inside.tolist(), images, strict=True):
                     found[row] = EncodedImage(
-                        where=where, content=image["bytes"] if image else None
+                        where=f"row {row} of the {self.name} split",
+                        content=image["bytes"] if image else None,
                     )
-                start += len(table)
+                start = end
         return found
 
     @contextlib.contextmanager
     def _column(self, column: str) -> Iterator[tuple[Any, Iterator[Any]]]:
-        """Give a column's type and its content as pyarrow tables; what `datasets` logs or raises becomes one line."""
+        """Give a column's type and its content as pyarrow tables.
+
+        What `datasets` raises becomes one line, and what it logs is not shown.
+        """
         verbosity = datasets.utils.logging.get_verbosity()
         datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
         try:
@@ -168,19 +192,14 @@ class _Split:
                 features = self._open(folder).features
                 if column not in features:
                     raise ValueError(f"columns must be image and label, got {', '.join(features)}")
-                tables = (
-                    self._open(folder, columns=[column])
-                    .with_format("arrow")
-                    .iter(batch_size=ROWS_AT_ONCE)
-                )
+                opened = self._open(folder, columns=[column]).with_format("arrow")
+                tables = opened.iter(batch_size=ROWS_AT_ONCE)
                 # A reader that is left open can keep the interpreter from ending.
                 with contextlib.closing(tables):
                     yield features[column], tables
-        except (
-            Exception
-        ) as problem:  # Arrow, Parquet's codecs and datasets each raise their own kinds
-            cause = (str(problem).splitlines() or [type(problem).__name__])[0]
-            raise ValueError(f"{self.files[0]}: {cause}") from problem
+        except Exception as problem:
+            # Arrow, Parquet's codecs and datasets each raise their own kinds.
+            raise ValueError(f"{self.files[0]}: {in_one_line(problem)}") from problem
         finally:
             datasets.utils.logging.set_verbosity(verbosity)
 
@@ -191,25 +210,29 @@ class _Split:
 
 
 def _data_folder(data_dir: Path | None) -> DataFolder:
+    """Return the folder, or raise a `ValueError` where there is none."""
     if data_dir is None:
-        raise ValueError(f"data_dir must be {LAYOUT}, got None; name the folder")
+        raise ValueError(f"data_dir must be {PARQUET_LAYOUT}, got None; name the folder")
     if not data_dir.is_dir():
-        raise ValueError(f"data_dir must be {LAYOUT}, got '{data_dir}'; there is no such folder")
+        raise ValueError(
+            f"data_dir must be {PARQUET_LAYOUT}, got '{data_dir}'; there is no such folder"
+        )
     return DataFolder(data_dir, follows_links=True)
 
 
 def _numbered(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], Indices]:
-    """Return the sorted classes of the training images, at least two, and each label's position there."""
+    """Return the classes of the training images, sorted, and the number of each label's class."""
     classes, numbers = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
-            f"label must have at least 2 classes in the train split, got {classes.tolist()[0]!r} alone"
+            "label must have at least 2 classes in the train split, "
+            f"got {classes.tolist()[0]!r} alone"
         )
     return classes, numbers.astype(np.int64)
 
 
 def _looked_up(labels: npt.NDArray[Any], classes: npt.NDArray[Any]) -> Indices:
-    """Return the position of each test label among the classes of the training images."""
+    """Return the number of each test label's class among those of the training images."""
     number_of = {label: number for number, label in enumerate(classes.tolist())}
     unknown = [label for label in labels.tolist() if label not in number_of]
     if unknown:

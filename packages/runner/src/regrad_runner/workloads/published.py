@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from filelock import FileLock
 from torchvision import datasets
 
+from regrad_runner.errors import in_one_line
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
 FOLDER = Path("data")
-DEFAULTS = Defaults(
+PUBLISHED_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
 
@@ -27,10 +29,10 @@ DEFAULTS = Defaults(
 class Published:
     """A workload on a data set that torchvision knows.
 
-    A tenth of the training images, but at most `train_size`, is the validation split, with the same share of each
-    class; the published test images are the test split. Training images are shifted by up to an eighth of their
-    size, what moves in is black, and half of them are mirrored. All are standardised with the mean and the standard
-    deviation of the training pixels per channel.
+    A tenth of the training images, but at most `train_size`, is the validation split, with the same
+    share of each class; the published test images are the test split. Training images are shifted
+    by up to an eighth of their size, what moves in is black, and half of them are mirrored. All are
+    standardised with the mean and the standard deviation of the training pixels per channel.
 
     Attributes:
         name: Of the workload.
@@ -56,23 +58,20 @@ class Published:
 
         Args:
             seed_of_split: Fixes which images validate and which are kept, at least 0.
-            data_dir: Folder that holds the data set's own, or that one itself; None for `data` in the working
-                directory.
+            data_dir: Folder that holds the data set's own, or that one itself; None for `data` in
+                the working directory.
             train_size: Number of training images to keep after the validation split; None for all.
             download: Whether to fetch what is missing, to that folder.
 
         Raises:
-            ValueError: If the data are not there, are damaged or cannot be fetched, or `train_size` is out of its
-                range.
+            ValueError: If the data are not there, are damaged or cannot be fetched, or `train_size`
+                is out of its range.
         """
         root = self._root(data_dir or FOLDER)
         if download:
             self._fetch(root)
         pixels, labels = self._read(root, train=True)
-        validation, train = (
-            torch.from_numpy(part)
-            for part in validation_and_training(labels.numpy(), train_size, seed=seed_of_split)
-        )
+        validation, train = validation_and_training(labels.numpy(), train_size, seed=seed_of_split)
         train_set, validation_set, test_set = standardized(
             (pixels[train], labels[train]),
             (pixels[validation], labels[validation]),
@@ -86,13 +85,15 @@ class Published:
             validation=validation_set,
             test=test_set,
             classes=int(labels.max()) + 1,
-            defaults=DEFAULTS,
+            defaults=PUBLISHED_DEFAULTS,
         )
 
     def _root(self, folder: Path) -> Path:
-        """Return the folder to give to torchvision, which wants the one around the data set's own."""
-        own = folder.name == Path(self.files).parts[0] and not (folder / self.files).is_dir()
-        return folder.parent if own else folder
+        """Return the folder to give to torchvision: the one around the data set's own."""
+        has_own_name = folder.name == Path(self.files).parts[0]
+        if has_own_name and not (folder / self.files).is_dir():
+            return folder.parent
+        return folder
 
     def _fetch(self, root: Path) -> None:
         """Fetch what is missing; processes that were started together do it one after the other."""
@@ -102,26 +103,29 @@ class Published:
             with FileLock(root / f".{self.name}.lock"), contextlib.redirect_stdout(sys.stderr):
                 self.kind(root, download=True)
         except (OSError, RuntimeError) as problem:
-            cause = next(iter(str(problem).splitlines()), type(problem).__name__)
             raise ValueError(
-                f"download must reach the publisher of {self.title}, got: {cause}; "
+                f"download must reach the publisher of {self.title}, got: {in_one_line(problem)}; "
                 f"or copy {self.files} into '{root}' by other means"
             ) from problem
 
     def _read(self, root: Path, *, train: bool) -> Batch:
-        """Return the images, uint8, shape [N, C, H, W], and labels, int64, shape [N], of one split."""
+        """Return images, uint8, shape [N, C, H, W], and labels, int64, shape [N], of one split."""
         try:
             found = self.kind(root, train=train)
         except (RuntimeError, OSError, ValueError, AssertionError) as problem:
             raise ValueError(self._missing(root)) from problem
-        pixels, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
-        channels_first = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        return channels_first.contiguous(), labels.long()
+        pixels = torch.as_tensor(found.data)
+        labels = torch.as_tensor(found.targets)
+        # Grey images come without a dimension of channels, others with it as the last one.
+        pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        return pixels.contiguous(), labels.long()
 
     def _missing(self, root: Path) -> str:
-        there = (root / self.files).is_dir()
-        got = f"'{root}' with a damaged or incomplete one" if there else f"'{root}' without it"
-        if any(found for folder in (root, root / "data") for found in folder.glob("*.parquet")):
+        """Say what is missing in a folder, and what helps."""
+        is_there = (root / self.files).is_dir()
+        state = "with a damaged or incomplete one" if is_there else "without it"
+        got = f"'{root}' {state}"
+        if any(chain(root.glob("*.parquet"), (root / "data").glob("*.parquet"))):
             got += "; it holds parquet files, which --workload parquet reads"
         return (
             f"data_dir must be a folder with {self.files} ({self.title}), got {got}; "

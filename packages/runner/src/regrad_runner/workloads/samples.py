@@ -17,10 +17,11 @@ Sample = TypeVar("Sample")
 
 
 class Samples(Dataset[Batch]):
-    """The samples of one split, made when a batch is asked for. A subclass implements `__len__`, `__getitems__`.
+    """The samples of one split, made when a batch is asked for.
 
-    What is random in a sample must be a function of (`seed`, `epoch`, index of the sample) alone: not of the batch
-    it is in, the process, the order, or anything drawn before; see `hashed_integers`. No global random number is
+    A subclass implements `__len__` and `__getitems__`. What is random in a sample must be a
+    function of (`seed`, `epoch`, index of the sample) alone: not of the batch it is in, the
+    process, the order, or anything drawn before; see `hashed_integers`. No global random number is
     drawn. So batch k is the same in every arm of a comparison.
 
     Args:
@@ -28,8 +29,10 @@ class Samples(Dataset[Batch]):
 
     Attributes:
         kind: What samples are called in sentences, in the plural.
-        evaluation_batch: Samples that go through a model at once where no gradient is taken, at least 1.
-        work: How much of it a sample is, counted in the pixels of an image: what CPU threads are chosen by.
+        evaluation_batch: Samples that go through a model at once where no gradient is taken, at
+            least 1.
+        work: How much of it a sample is, counted in the pixels of an image: what CPU threads are
+            chosen by.
     """
 
     kind: ClassVar[str] = "samples"
@@ -37,7 +40,8 @@ class Samples(Dataset[Batch]):
     work: int = 1
 
     def __init__(self, *, seed: int = 0) -> None:
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         raise TypeError(f"{type(self).__name__} must implement __len__")
@@ -59,7 +63,8 @@ class Samples(Dataset[Batch]):
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed!r}")
         view = copy.copy(self)
-        view.seed, view.epoch = seed, 0
+        view.seed = seed
+        view.epoch = 0
         return view
 
     def batches(
@@ -121,7 +126,8 @@ class EpochSampler(Sampler[int]):
     """All samples of a set in an order that is a function of (seed, epoch) alone.
 
     Args:
-        samples: The set; `set_epoch` reaches it too, so that order and random changes move together.
+        samples: The set; `set_epoch` reaches it too, so that order and random changes move
+            together.
         seed: Of the order, at least 0.
     """
 
@@ -136,16 +142,15 @@ class EpochSampler(Sampler[int]):
         self.samples.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        yield from (
-            np.random.default_rng((self.seed, self.epoch)).permutation(len(self.samples)).tolist()
-        )
+        generator = np.random.default_rng((self.seed, self.epoch))
+        yield from generator.permutation(len(self.samples)).tolist()
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
 class TrainingLoader(DataLoader[Batch]):
-    """A `torch.utils.data.DataLoader` over an `EpochSampler`, with the `set_epoch` that accelerate's loaders have."""
+    """A loader over an `EpochSampler`, with the `set_epoch` that accelerate's loaders have."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, whose batches the next iteration yields."""
@@ -159,10 +164,11 @@ def training_loader(
 ) -> TrainingLoader:
     """Return a loader whose k-th batch is a function of (seed, epoch, k) alone.
 
-    So batch k is the same in every arm of a comparison, however many random numbers an arm draws; on any number of
-    processes (`accelerate.Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))` splits this
-    very batch); and after `accelerate.skip_first_batches`. Call `set_epoch(epoch)` on the loader, or on what
-    `Accelerator.prepare` made of it, before each epoch and before skipping.
+    So batch k is the same in every arm of a comparison, however many random numbers an arm draws;
+    on any number of processes
+    (`accelerate.Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))` splits
+    this very batch); and after `accelerate.skip_first_batches`. Call `set_epoch(epoch)` on the
+    loader, or on what `Accelerator.prepare` made of it, before each epoch and before skipping.
 
     Args:
         samples: The training set; the loader works on its own view of it, changed with `seed`.
@@ -179,7 +185,8 @@ def training_loader(
     """
     if not 1 <= batch_size <= len(samples):
         raise ValueError(
-            f"batch_size must be from 1 to {len(samples)} (the training {samples.kind}), got {batch_size!r}"
+            f"batch_size must be from 1 to {len(samples)} (the training {samples.kind}), "
+            f"got {batch_size!r}"
         )
     view = samples.with_seed(seed)
     return TrainingLoader(
@@ -194,6 +201,7 @@ def training_loader(
 
 
 def _identity(batch: Sample) -> Sample:
+    """Return what `__getitems__` made: it is a batch already."""
     return batch
 
 
@@ -203,7 +211,8 @@ def hashed_integers(
     """Return one integer in [0, high) per index, int64: a hash of (seed, epoch, draw, index).
 
     References:
-        Steele, Lea and Flood, 2014, "Fast Splittable Pseudorandom Number Generators", figure 17 (SplitMix64).
+        Steele, Lea and Flood, 2014, "Fast Splittable Pseudorandom Number Generators", figure 17
+        (SplitMix64).
     """
     key = np.random.SeedSequence((seed, epoch, draw)).generate_state(1, np.uint64)
     bits = key + indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -211,6 +220,6 @@ def hashed_integers(
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     bits ^= bits >> np.uint64(31)
     # The upper 32 bits as a fraction of 2^32: the bias is below high / 2^32.
-    return torch.from_numpy(
-        (((bits >> np.uint64(32)) * np.uint64(high)) >> np.uint64(32)).astype(np.int64)
-    )
+    upper = bits >> np.uint64(32)
+    integers = (upper * np.uint64(high)) >> np.uint64(32)
+    return torch.from_numpy(integers.astype(np.int64))

@@ -30,7 +30,8 @@ def take_stratified(
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise ValueError(
-            f"every class must have at least 2 training images, got 1 of class {classes[counts.argmin()]}"
+            "every class must have at least 2 training images, "
+            f"got 1 of class {classes[counts.argmin()]}"
         )
     most = len(labels) - len(classes)
     if not len(classes) <= size <= most:
@@ -46,27 +47,34 @@ def take_stratified(
 def validation_and_training(
     labels: npt.NDArray[np.int64], train_size: int | None, *, seed: int
 ) -> tuple[Indices, Indices]:
-    """Divide the training images of a data set: a tenth of them, but at most `train_size`, validates.
+    """Divide the training images of a data set into those that validate and those that train.
+
+    A tenth of them validates, but at most `train_size`.
 
     Args:
         labels: Class of each image, shape [N].
-        train_size: Number of images to keep of the others, the same share of each class; None for all.
+        train_size: Number of images to keep of the others, the same share of each class; None for
+            all.
         seed: Fixes the choice, at least 0.
 
     Returns:
-        Sorted positions of the images that validate and of those that train, with each class in proportion.
+        Sorted positions of the images that validate and of those that train, with each class in
+        proportion.
 
     Raises:
         ValueError: As `take_stratified`.
     """
-    share, classes = round(VALIDATION_SHARE * len(labels)), len(np.unique(labels))
-    size = max(classes, share if train_size is None else min(share, train_size))
+    size = round(VALIDATION_SHARE * len(labels))
+    if train_size is not None:
+        size = min(size, train_size)
+    classes = len(np.unique(labels))
+    size = max(size, classes)
     validation, train = take_stratified(labels, size, seed=seed, what="validation images")
     return validation, train[keep_stratified(labels[train], train_size, seed=seed)]
 
 
 def keep_stratified(labels: npt.NDArray[np.int64], train_size: int | None, *, seed: int) -> Indices:
-    """Return the sorted positions of `train_size` samples, or of all where it is None or their number.
+    """Return the sorted positions of `train_size` samples, chosen at random; of all if it is None.
 
     Raises:
         ValueError: As `take_stratified`.

@@ -74,7 +74,9 @@ class Defaults:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Data with model, loss and measure, and the settings to train on them. A subclass implements what raises here.
+    """Data with model, loss and measure, and the settings to train on them.
+
+    A subclass implements the methods that raise here.
 
     Attributes:
         name: As the user typed it, without options.
@@ -83,9 +85,10 @@ class Workload:
         validation: Samples for tuning and for curves.
         test: Samples that each run looks at once.
         defaults: Settings to start from.
-        reads_probabilities: Whether `score` reads more of logits than their order. Where a corrected criterion says
-            which probabilities it fits (its method `probabilities`), as PowerGrad's does, it is given their
-            logarithms instead: what a user who reads them would read.
+        reads_probabilities: Whether `score` reads more of logits than their order. Where a
+            corrected criterion says which probabilities it fits (its method `probabilities`), as
+            PowerGrad's does, it is given their logarithms instead: what a user who reads them would
+            read.
     """
 
     reads_probabilities: ClassVar[bool] = False
@@ -100,9 +103,10 @@ class Workload:
     def build_model(self, name: str, *, seed: int = 0) -> nn.Module:
         """Return a model in training mode, on the CPU, in float32; equal ones for equal seeds.
 
-        It draws no global random number. A subclass may take more keyword arguments, with defaults: those called
-        `width` and `norm` are the settings of that name, all others are options of the model's name, such as
-        "gpt:layers=2". What an argument is annotated with is checked before the call.
+        It draws no global random number. A subclass may take more keyword arguments, with defaults:
+        those called `width` and `norm` are the settings of that name, all others are options of the
+        model's name, such as "gpt:layers=2". What an argument is annotated with is checked before
+        the call.
 
         Args:
             name: Of the model, without options.
@@ -114,18 +118,19 @@ class Workload:
         raise TypeError(f"{type(self).__name__} must implement build_model")
 
     def model_settings(self, name: str) -> Mapping[str, Any]:
-        """Return the settings `width` and `norm` that a model has unless told otherwise, where it takes them."""
+        """Return `width` and `norm` that suit a model, where it takes them."""
         return {}
 
     def criterion(self) -> nn.Module:
-        """Return the loss: called with what the model returned and the targets, it returns a mean over samples."""
+        """Return the loss of what the model returned and the targets, a mean over samples."""
         return nn.CrossEntropyLoss()
 
     def score(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the measure is made of: a sum and a number for each sample.
 
-        The measure of a split is the sum of the first over all its samples by the sum of the second. So a sample
-        may hold several things that count, such as the bytes of a window, or part of one.
+        The measure of a split is the sum of the first over all its samples by the sum of the
+        second. So a sample may hold several things that count, such as the bytes of a window, or
+        part of one.
 
         Args:
             outputs: What the model returned in evaluation mode.

@@ -1,5 +1,4 @@
 import base64
-import csv
 import hashlib
 import json
 import math
@@ -16,14 +15,15 @@ import numpy as np
 import pytest
 import regrad
 from regrad_runner.cli.main import main
-from regrad_runner.reporting.page import curves, rows
-from regrad_runner.reporting.page.drawing import draw
-from regrad_runner.reporting.page.marks import Mark
+from regrad_runner.reporting.figures import curves, rows
+from regrad_runner.reporting.figures.drawing import draw_for_page
+from regrad_runner.reporting.figures.marks import Mark
 from regrad_runner.reporting.page.repeat import command_to_repeat
-from regrad_runner.reporting.page.source import read_source
 from regrad_runner.reporting.page.write import write_page
-from regrad_runner.reporting.report import show, summarize_results
-from regrad_runner.results.about import read_about
+from regrad_runner.reporting.report import show
+from regrad_runner.reporting.report_data import read_report_data
+from regrad_runner.reporting.summaries import summarize_results
+from regrad_runner.results.about import LAYOUT, read_about
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result
 from regrad_runner.results.tables import read_rows
@@ -95,31 +95,16 @@ def page(folder):
 
 @pytest.fixture(scope="module")
 def old(make_comparison, tmp_path_factory):
-    made = make_comparison(tmp_path_factory.mktemp("page") / "old", old=True, target=None)
-    for name in (
-        "curves.csv",
-        "results.csv",
-    ):  # as they were before there were times, and before controls were named
-        lines = list(csv.reader((made.path / name).read_text().splitlines()))
-        kept = [
-            place for place, column in enumerate(lines[0]) if column not in ("seconds", "control")
-        ]
-        text = "\n".join(
-            ",".join(f'"{line[k].replace(chr(34), chr(34) * 2)}"' for k in kept) for line in lines
-        )
-        (made.path / name).write_text(text + "\n")
-    (made.path / ".checksums.json").unlink()
-    return ResultsFolder(made.path)
+    return make_comparison(tmp_path_factory.mktemp("page") / "old", old=True, target=None)
+
+
+def data_of(folder):
+    measure = Measure(**read_about(folder.path)["measure"])
+    return read_report_data(folder, measure, summarize_results(folder.results, measure))
 
 
 def write(folder):
-    measure = Measure(**read_about(folder.path)["measure"])
-    return write_page(folder, measure, summarize_results(folder.results, measure))
-
-
-def source_of(folder):
-    measure = Measure(**read_about(folder.path)["measure"])
-    return read_source(folder, measure, summarize_results(folder.results, measure))
+    return write_page(data_of(folder))
 
 
 def marks(folder, figure, series, *, whole=True):
@@ -290,14 +275,17 @@ def test_gradient_quality_is_told_raw_and_corrected(folder, names):
 
 
 def test_what_is_drawn_is_what_the_rows_say(folder):
-    (drawing,) = [d for d in curves.training_curves(source_of(folder)) if d.name == "measure-time"]
-    lines = {line.get_label().removeprefix("\u200b"): line for line in draw(drawing).axes[0].lines}
+    (drawing,) = [d for d in curves.training_curves(data_of(folder)) if d.name == "measure-time"]
+    lines = {
+        line.get_label().removeprefix("\u200b"): line
+        for line in draw_for_page(drawing).axes[0].lines
+    }
     for series in drawing.styles:
         own = [mark for mark in drawing.marks if mark.series == series]
         assert list(lines[series].get_xdata()) == [mark.x for mark in own]
         assert list(lines[series].get_ydata()) == [mark.y for mark in own]
-    (overhead,) = rows.overhead_rows(source_of(folder))
-    widths = [patch.get_width() for patch in draw(overhead).axes[0].patches]
+    (overhead,) = rows.overhead_rows(data_of(folder))
+    widths = [patch.get_width() for patch in draw_for_page(overhead).axes[0].patches]
     assert widths == [mark.x for mark in overhead.marks if mark.seed is None]
 
 
@@ -341,19 +329,18 @@ def test_a_secret_of_the_tracking_address_is_not_on_the_page(page):
     assert "tracking_uri" not in page.source
 
 
-def test_failed_runs_and_a_baseline_alone_can_be_shown(tmp_path):
-    folder = ResultsFolder(tmp_path)
-    (tmp_path / "about.json").write_text(
-        json.dumps({"kind": "comparison", "measure": {"name": "loss", "target": None}})
-    )
-    folder.add(Result(arm="none", seed=0, status="failed", value=None))
-    assert [path.name for path in write(folder)] == ["report.html", "figures.csv"]
+def test_failed_runs_and_a_baseline_alone_can_be_shown(tmp_path, ended_run):
+    about = {"layout": LAYOUT, "kind": "comparison", "measure": {"name": "loss", "target": None}}
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    ended_run(tmp_path, Result(arm="none", seed=0, status="failed", value=None))
+    assert [path.name for path in write(ResultsFolder(tmp_path))] == ["report.html", "figures.csv"]
     assert "1 of 1 runs failed and are left out" in (tmp_path / "report.html").read_text()
-    folder.add(Result(arm="none", seed=2, status="diverged", value=None))
-    write(folder)
+    ended_run(tmp_path, Result(arm="none", seed=2, status="diverged", value=None))
+    write(ResultsFolder(tmp_path))
     assert "1 of 2 runs diverged: they have no number" in (tmp_path / "report.html").read_text()
-    folder.add(Result(arm="none", seed=1, value=0.5, step_seconds=0.1, steps=3))
-    assert [path.stem for path in write(folder)] == ["report", "figures", "overhead"]
+    ended_run(tmp_path, Result(arm="none", seed=1, value=0.5, step_seconds=0.1, steps=3))
+    written = write(ResultsFolder(tmp_path))
+    assert [path.stem for path in written] == ["report", "figures", "overhead"]
 
 
 SETTINGS = {

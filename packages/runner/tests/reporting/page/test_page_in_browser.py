@@ -2,7 +2,8 @@ import shutil
 
 import pytest
 from regrad_runner.reporting.page.write import write_page
-from regrad_runner.reporting.report import summarize_results
+from regrad_runner.reporting.report_data import read_report_data
+from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.workloads.workload import Measure
 
 sync_api = pytest.importorskip(
@@ -21,7 +22,8 @@ WAIT = 240_000  # milliseconds, for the same reason
 def address(make_comparison, tmp_path_factory):
     folder = make_comparison(tmp_path_factory.mktemp("browser") / "it's a <folder>")
     measure = Measure(target=0.9)
-    return write_page(folder, measure, summarize_results(folder.results, measure))[0].as_uri()
+    data = read_report_data(folder, measure, summarize_results(folder.results, measure))
+    return write_page(data)[0].as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_a_table_sorts_by_a_click_and_by_the_keyboard(page, names):
 
 def test_what_has_no_number_comes_last_in_either_direction(page):
     table = "#differences table"
-    heading = page.locator(f"{table} thead th", has_text="Difference to")
+    heading = page.locator(f"{table} thead th", has_text="Difference from")
     place = heading.evaluate("cell => cell.cellIndex")
     for _ in range(2):
         heading.locator("button").click()

@@ -1,36 +1,44 @@
-"""What the page says beside its figures: tables, sentences, what was run, what is missing."""
+"""What the page says beside its figures: verdicts, tables, and what is missing."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean, median
 from typing import Any
 
-from regrad_runner.diagnostics.gradient_quality import MEASURES, mean_qualities
-from regrad_runner.reporting.page.curves import times_are_estimated
-from regrad_runner.reporting.page.repeat import LEFT_OUT
-from regrad_runner.reporting.page.source import Source
-from regrad_runner.reporting.table import probability, sentence, short_number
+from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, mean_qualities
+from regrad_runner.reporting.figures.curves import times_are_estimated
+from regrad_runner.reporting.numbers import probability, short_number
+from regrad_runner.reporting.page.repeat import PRIVATE_SETTINGS
+from regrad_runner.reporting.report_data import ReportData
+from regrad_runner.reporting.sentences import reason
 from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure
 
-NOTHING, MINUS = "–", "−"
-SHORT = 24  # characters that stay on one line
-# Of each verdict's label: what kind of news it is.
+NOTHING = "–"
+MINUS = "−"
+ONE_LINE = 24  # characters that stay on one line
+# What kind of news each verdict is.
 TONES = {"better": "good", "better than nothing": "half", "worse": "bad", "inert": "bad"}
+EFFECT_COLUMNS = {
+    "share_touched": "Share of tensors",
+    "relative_change": "Relative change",
+    "cosine": "Cosine",
+    "trigger_rate": "Trigger rate",
+}
+QUALITY_COLUMNS = ["Cosine, raw", "Cosine, corrected", "Norm ratio, raw", "Norm ratio, corrected"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A cell of a table.
 
     Attributes:
         text: As shown.
-        key: By what the column sorts: a number or a text; None, which comes last, where there is nothing.
+        key: What the column sorts by: a number or a text; None, which comes last, for no value.
     """
 
     text: str
@@ -39,11 +47,11 @@ class Cell:
     @property
     def is_long(self) -> bool:
         """Whether it takes several lines."""
-        return len(self.text) > SHORT
+        return len(self.text) > ONE_LINE
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """A table of the page.
 
     Attributes:
@@ -55,138 +63,80 @@ class Table:
 
     caption: str
     columns: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
     words: frozenset[int] = frozenset({0})
 
 
-def verdicts(source: Source) -> list[dict[str, str]]:
-    """Return arm, verdict, its tone and a sentence for each arm: corrections first, then baseline and controls."""
-    order = sorted(source.summaries, key=lambda summary: summary.verdict in ("baseline", "control"))
-    return [
-        {
-            "arm": summary.arm,
-            "verdict": summary.verdict,
-            "tone": TONES.get(summary.verdict, "plain"),
-            "kind": "control" if summary.verdict in ("baseline", "control") else "correction",
-            "sentence": _without_name(
-                summary, sentence(summary, source.measure, baseline=source.baseline)
-            ),
-        }
-        for summary in order
-    ]
+def verdicts(data: ReportData) -> list[dict[str, str]]:
+    """Return what is said of each arm: of corrections first, then of baseline and controls."""
+    ordered = sorted(data.summaries, key=_is_control)
+    return [_verdict(summary, data.measure) for summary in ordered]
 
 
-def comparison_table(source: Source) -> Table:
+def arms_table(data: ReportData) -> PageTable:
     """Return the table of the arms."""
-    measure, target = source.measure, source.measure.target
+    rates = _tuned_rates(data)
     columns = [
         "Arm",
         "Verdict",
-        measure.name.capitalize(),
+        data.measure.name.capitalize(),
         "sd",
-        f"Difference to {source.baseline}",
+        "Difference from the baseline",
         "95 % interval",
+        "p, Holm",
     ]
-    columns += ["p, Holm", *([f"Steps to {target:g}", "Misses"] if target is not None else [])]
-    rates = {result.arm: result.lr for result in source.folder.results}
-    tuned = len(set(rates.values())) > 1
-    columns += [
-        "ms per step",
-        "Time ratio",
-        "Effect in runs",
-        *(["Learning rate"] if tuned else []),
-    ]
-    shown = rates if tuned else {}
-    rows = [_row(source, summary, shown.get(summary.arm)) for summary in source.summaries]
-    return Table(f"Every arm, {_seeds(source)}", columns, rows, frozenset({0, 1}))
+    if data.measure.target is not None:
+        columns += [f"Steps to {data.measure.target:g}", "Misses"]
+    columns += ["ms per step", "Time ratio", "Effect in runs"]
+    if rates:
+        columns.append("Learning rate")
+    rows = [_arm_row(data, summary, rates) for summary in data.summaries]
+    return PageTable(f"Every arm, {_seeds(data)}", columns, rows, frozenset({0, 1}))
 
 
-def effects_table(source: Source) -> Table | None:
+def effects_table(data: ReportData) -> PageTable | None:
     """Return what each correction did over whole runs, from the receipts of the first seeds."""
     rows = []
-    for arm in source.styles:
-        for name, stages in source.receipts.get(arm, {}).get("effects", {}).items():
+    for arm in data.styles:
+        for name, stages in data.receipts.get(arm, {}).get("effects", {}).items():
             for stage, seen in stages.items():
-                numbers = (
-                    seen[key]
-                    for key in ("share_touched", "relative_change", "cosine", "trigger_rate")
-                )
-                rows.append(
-                    [
-                        _word(arm),
-                        _word(name),
-                        _word(stage),
-                        *(_figure(number) for number in numbers),
-                    ]
-                )
-    columns = [
-        "Arm",
-        "Correction",
-        "Stage",
-        "Share of tensors",
-        "Relative change",
-        "Cosine",
-        "Trigger rate",
-    ]
+                numbers = [_significant(seen[key]) for key in EFFECT_COLUMNS]
+                rows.append([_word(arm), _word(name), _word(stage), *numbers])
+    columns = ["Arm", "Correction", "Stage", *EFFECT_COLUMNS.values()]
     caption = "Means over the whole run of the first seed, from its receipt"
-    return Table(caption, columns, rows, frozenset({0, 1, 2})) if rows else None
+    return PageTable(caption, columns, rows, frozenset({0, 1, 2})) if rows else None
 
 
-def quality_table(source: Source) -> Table | None:
+def quality_table(data: ReportData) -> PageTable | None:
     """Return the means of the probes."""
-    columns = [
-        "Arm",
-        "Probes",
-        "Cosine, raw",
-        "Cosine, corrected",
-        "Norm ratio, raw",
-        "Norm ratio, corrected",
-    ]
-    rows = [
-        [
-            _word(mean["arm"]),
-            Cell(f"{mean['probes']:,}", mean["probes"]),
-            *(_figure(mean[name]) for name in MEASURES),
-        ]
-        for mean in mean_qualities(source.qualities)
-    ]
-    return Table("Means over all probes of an arm", columns, rows) if rows else None
-
-
-def rates_table(source: Source) -> Table | None:
-    """Return the means of the trials by which learning rates were chosen; the chosen one is marked."""
-    trials, chosen = (
-        source.folder.trials,
-        {result.arm: result.lr for result in source.folder.results},
-    )
-    rates = sorted({trial.lr for trial in trials})
     rows = []
-    for arm in source.styles:
-        row = [_word(arm)]
-        for rate in rates:
-            values = [trial.validation for trial in trials if (trial.arm, trial.lr) == (arm, rate)]
-            cell = _figure(fmean(values) if values else None)
-            row.append(Cell(f"{cell.text} *", cell.key) if chosen.get(arm) == rate else cell)
-        rows.append(row)
+    for mean in mean_qualities(data.qualities):
+        probes = TableCell(f"{mean['probes']:,}", mean["probes"])
+        numbers = [_significant(mean[name]) for name in QUALITY_MEASURES]
+        rows.append([_word(mean["arm"]), probes, *numbers])
+    columns = ["Arm", "Probes", *QUALITY_COLUMNS]
+    return PageTable("Means over all probes of an arm", columns, rows) if rows else None
+
+
+def rates_table(data: ReportData) -> PageTable | None:
+    """Return the means of the trials by which learning rates were chosen, the chosen one marked."""
+    rates = sorted({trial.lr for trial in data.folder.trials})
+    if not rates:
+        return None
+    chosen = {result.arm: result.lr for result in data.folder.results}
+    rows = []
+    for arm in data.styles:
+        cells = [_trials_cell(data, arm, rate, chosen.get(arm)) for rate in rates]
+        rows.append([_word(arm), *cells])
     caption = "Choice of learning rates: mean on the validation split; * chosen"
-    return Table(caption, ["Arm", *(f"{rate:g}" for rate in rates)], rows) if rates else None
+    return PageTable(caption, ["Arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
-def corrections_table(source: Source) -> Table | None:
+def corrections_table(data: ReportData) -> PageTable | None:
     """Return what was attached in each arm, in the order in which it acted."""
     rows = []
-    for arm in source.styles:
-        receipt = source.receipts.get(arm, {})
-        parts = {part["name"]: part for part in receipt.get("corrections", [])}
-        for place, name in enumerate(receipt.get("order", parts), start=1):
-            part = parts.get(name, {})
-            options = ", ".join(f"{key}={value}" for key, value in part.get("options", {}).items())
-            version = f"{part.get('distribution', '')} {part.get('version', '')}".strip()
-            order = Cell(str(place), place)
-            cells = (
-                _word(text) for text in (name, version, options, ", ".join(part.get("stages", [])))
-            )
-            rows.append([_word(arm), order, *cells, _word("; ".join(receipt.get("notes", [])))])
+    for arm in data.styles:
+        rows += _attached_rows(arm, data.receipts.get(arm, {}))
     columns = [
         "Arm",
         "Order",
@@ -197,189 +147,294 @@ def corrections_table(source: Source) -> Table | None:
         "Notes of the arm",
     ]
     caption = "Corrections as they were attached, from the receipts"
-    return Table(caption, columns, rows, frozenset({0, 2, 3, 4, 5, 6})) if rows else None
+    words = frozenset({0, 2, 3, 4, 5, 6})
+    return PageTable(caption, columns, rows, words) if rows else None
 
 
-def controls_table(source: Source) -> Table | None:
+def controls_table(data: ReportData) -> PageTable | None:
     """Return what each control changed."""
     rows = []
-    for arm in source.styles:
-        control = source.receipts.get(arm, {}).get("run", {}).get("control") or {}
-        plain = {
-            key: value
+    for arm in data.styles:
+        control = data.receipts.get(arm, {}).get("run", {}).get("control") or {}
+        changes = [
+            f"{key}: {_plain(value)}"
             for key, value in control.items()
             if key != "name" and value not in (1.0, {}, [], ())
-        }
-        if plain:
-            rows.append(
-                [
-                    _word(arm),
-                    _word(", ".join(f"{key}: {_plain(value)}" for key, value in plain.items())),
-                ]
-            )
-    return (
-        Table("Changes of the controls", ["Arm", "Change"], rows, frozenset({0, 1}))
-        if rows
-        else None
-    )
+        ]
+        if changes:
+            rows.append([_word(arm), _word(", ".join(changes))])
+    return _table_of_words("Changes of the controls", ["Arm", "Change"], rows)
 
 
-def settings_table(source: Source) -> Table | None:
+def settings_table(data: ReportData) -> PageTable | None:
     """Return the settings, without the address that numbers were sent to."""
-    shown = {
-        key: value for key, value in source.settings.items() if key not in LEFT_OUT - {"controls"}
-    }
-    rows = [[_word(key), _word(_plain(value))] for key, value in shown.items()]
-    return Table("Settings", ["Setting", "Value"], rows, frozenset({0, 1})) if rows else None
-
-
-def machines_table(source: Source) -> Table | None:
-    """Return where it ran: from what the folder says, or from what the receipts say in older ones."""
-    machines = [dict(machine) for machine in source.about.get("machines", [])]
-    environments = [
-        receipt["environment"] for receipt in source.receipts.values() if "environment" in receipt
+    hidden = PRIVATE_SETTINGS - {"controls"}
+    rows = [
+        [_word(key), _word(_plain(value))]
+        for key, value in data.settings.items()
+        if key not in hidden
     ]
-    if not machines:
-        machines = [dict(environment) for environment in environments[:1]]
-    elif environments:
-        machines[0]["device of the runs"] = environments[0].get("device")
+    return _table_of_words("Settings", ["Setting", "Value"], rows)
+
+
+def machines_table(data: ReportData) -> PageTable | None:
+    """Return where it ran: as the folder says, or in older ones as the receipts say."""
+    machines = _machines(data)
     rows = []
     for number, machine in enumerate(machines, start=1):
+        prefix = f"{number}: " if len(machines) > 1 else ""
         versions = machine.pop("versions", {})
-        place = f"{number}: " if len(machines) > 1 else ""
-        told = {key: value for key, value in machine.items() if value not in (None, [])}
-        rows += [
-            [_word(f"{place}{key.replace('_', ' ')}"), _word(_plain(value))]
-            for key, value in told.items()
-        ]
-        rows += [[_word(f"{place}{name}"), _word(version)] for name, version in versions.items()]
-    return (
-        Table("Machine and versions", ["What", "Value"], rows, frozenset({0, 1})) if rows else None
-    )
+        for key, value in machine.items():
+            if value not in (None, []):
+                rows.append([_word(f"{prefix}{key.replace('_', ' ')}"), _word(_plain(value))])
+        for name, version in versions.items():
+            rows.append([_word(f"{prefix}{name}"), _word(version)])
+    return _table_of_words("Machine and versions", ["What", "Value"], rows)
 
 
-def missing(source: Source) -> list[str]:
+def missing(data: ReportData) -> list[str]:
     """Say what the folder does not hold and the page therefore does not show."""
-    failed, diverged = (
-        sum(r.status == end for r in source.folder.results) for end in ("failed", "diverged")
-    )
-    corrected = any(receipt.get("effects") for receipt in source.receipts.values())
-    facts = {
-        f"{failed} of {len(source.folder.results)} runs failed and are left out; failures.txt says why.": failed
-        > 0,
-        f"{diverged} of {len(source.folder.results)} runs diverged: they have no number and are in no figure. In the "
-        "verdicts they are worse than any number.": diverged > 0,
-        "This folder was written before times of evaluations were kept: in the figures against time they are "
-        "the number of steps times the run's median time per step.": times_are_estimated(source),
-        "This folder was written before the effect over training was kept: only means over whole runs are shown.": (
-            corrected and not source.effects
-        ),
-        "This folder was written before the machine was kept: only what the receipts say of it is shown.": (
-            not source.about.get("machines")
-        ),
-        "This folder holds no receipts.": not source.receipts,
-        "The workload has no target: there is no figure of the steps to it.": source.measure.target
-        is None,
-    }
-    left_out = [
-        f"Left out: {name} ({why})." for name, why in source.about.get("left_out", {}).items()
-    ]
-    return [*left_out, *(text for text, holds in facts.items() if holds)]
+    notes = [f"Left out: {name} ({why})." for name, why in data.about.get("left_out", {}).items()]
+    notes += _notes_on_runs(data)
+    notes += _notes_on_age(data)
+    if not data.receipts:
+        notes.append("This folder holds no receipts.")
+    if data.measure.target is None:
+        notes.append("The workload has no target: there is no figure of the steps to it.")
+    return notes
 
 
-def in_brief(source: Source) -> str:
+def in_brief(data: ReportData) -> str:
     """Say in one line what was compared."""
-    settings = source.settings
-    parts = [
-        f"{len(source.summaries)} arms",
-        _seeds(source),
-        *([f"{settings['model']}"] if settings.get("model") else []),
-        *([f"{settings['epochs']} epochs"] if settings.get("epochs") else []),
-        *([f"{settings['optimizer']}"] if settings.get("optimizer") else []),
-        f"by {source.measure.name}, {source.measure.direction}",
-    ]
+    parts = [f"{len(data.summaries)} arms", _seeds(data)]
+    settings = data.settings
+    if settings.get("model"):
+        parts.append(str(settings["model"]))
+    if settings.get("epochs"):
+        parts.append(f"{settings['epochs']} epochs")
+    if settings.get("optimizer"):
+        parts.append(str(settings["optimizer"]))
+    parts.append(f"by {data.measure.name}, {data.measure.direction}")
     return " · ".join(parts)
 
 
-def _row(source: Source, summary: ArmSummary, rate: float | None) -> list[Cell]:
-    low, high = summary.interval or (None, None)
-    signed = partial(_signed, source.measure)
-    interval = NOTHING if low is None or high is None else f"{signed(low)} to {signed(high)}"
-    runs = [
-        r.step_seconds
-        for r in source.folder.results
-        if r.arm == summary.arm and r.status == "finished"
-    ]
-    pace = median(runs) * 1e3 if runs else None
-    alone = summary.verdict in ("baseline", "control")
-    steps = [_number(summary.steps_to_target, "{:,.0f}"), Cell(str(summary.misses), summary.misses)]
-    ratio = 1.0 if summary.verdict == "baseline" else summary.time_ratio
-    adjusted = (
-        NOTHING
-        if summary.p_adjusted is None
-        else probability(summary.p_adjusted).removeprefix("p ")
-    )
-    return [
+def _is_control(summary: ArmSummary) -> bool:
+    return summary.verdict in ("baseline", "control")
+
+
+def _verdict(summary: ArmSummary, measure: Measure) -> dict[str, str]:
+    return {
+        "arm": summary.arm,
+        "verdict": summary.verdict,
+        "tone": TONES.get(summary.verdict, "plain"),
+        "kind": "control" if _is_control(summary) else "correction",
+        "sentence": _own_sentence(summary, measure),
+    }
+
+
+def _own_sentence(summary: ArmSummary, measure: Measure) -> str:
+    """Return the sentence of an arm without its name, with minus signs instead of hyphens."""
+    text = re.sub(r"(?<=[ (\[])-(?=\.?\d)", MINUS, reason(summary, measure))
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _tuned_rates(data: ReportData) -> dict[str, float]:
+    """Return the learning rate of each arm; nothing if all have the same."""
+    rates = {result.arm: result.lr for result in data.folder.results}
+    return rates if len(set(rates.values())) > 1 else {}
+
+
+def _arm_row(data: ReportData, summary: ArmSummary, rates: Mapping[str, float]) -> list[TableCell]:
+    measure = data.measure
+    cells = [
         _word(summary.arm),
         _word(summary.verdict),
-        Cell(
-            NOTHING if summary.mean is None else short_number(summary.mean, source.measure),
-            summary.mean,
-        ),
-        Cell(
-            NOTHING if summary.sd is None else short_number(summary.sd, source.measure), summary.sd
-        ),
-        Cell(
-            NOTHING if summary.difference is None else signed(summary.difference),
-            summary.difference,
-        ),
-        Cell(interval, low),
-        Cell(adjusted.removeprefix("= "), summary.p_adjusted),
-        *(steps if source.measure.target is not None else []),
-        _number(pace, "{:.2f}"),
-        _number(ratio, "{:.2f}×"),
-        Cell(NOTHING) if alone else Cell(f"{summary.touched}/{summary.seeds}", summary.touched),
-        *([] if rate is None else [Cell(f"{rate:g}", rate)]),
+        _measured(summary.mean, measure),
+        _measured(summary.sd, measure),
+        _signed_cell(summary.difference, measure),
+        _interval_cell(summary, measure),
+        _probability_cell(summary.p_adjusted),
     ]
+    if measure.target is not None:
+        cells.append(_number(summary.steps_to_target, "{:,.0f}"))
+        cells.append(TableCell(str(summary.misses), summary.misses))
+    ratio = 1.0 if summary.verdict == "baseline" else summary.time_ratio
+    cells += [
+        _number(_milliseconds_per_step(data, summary.arm), "{:.2f}"),
+        _number(ratio, "{:.2f}×"),
+        _effect_cell(summary),
+    ]
+    if rates:
+        rate = rates.get(summary.arm)
+        cells.append(_number(rate, "{:g}"))
+    return cells
 
 
-def _without_name(summary: ArmSummary, text: str) -> str:
-    text = text.removeprefix(f"{summary.arm}: ")
-    text = re.sub(r"(?<=[ (\[])-(?=\.?\d)", MINUS, text)
-    return f"{text[0].upper()}{text[1:]}"
+def _milliseconds_per_step(data: ReportData, arm: str) -> float | None:
+    """Return the median over the runs of an arm that finished."""
+    seconds = [
+        result.step_seconds
+        for result in data.folder.results
+        if result.arm == arm and result.status == "finished"
+    ]
+    return median(seconds) * 1e3 if seconds else None
 
 
-def _seeds(source: Source) -> str:
-    return f"{source.seeds} paired seeds" if source.seeds != 1 else "1 seed"
+def _measured(value: float | None, measure: Measure) -> TableCell:
+    if value is None:
+        return TableCell(NOTHING)
+    return TableCell(short_number(value, measure), value)
 
 
-def _signed(measure: Measure, value: float) -> str:
+def _signed_cell(value: float | None, measure: Measure) -> TableCell:
+    if value is None:
+        return TableCell(NOTHING)
+    return TableCell(_signed(value, measure), value)
+
+
+def _interval_cell(summary: ArmSummary, measure: Measure) -> TableCell:
+    if summary.interval is None:
+        return TableCell(NOTHING)
+    low, high = summary.interval
+    return TableCell(f"{_signed(low, measure)} to {_signed(high, measure)}", low)
+
+
+def _probability_cell(p_value: float | None) -> TableCell:
+    if p_value is None:
+        return TableCell(NOTHING)
+    return TableCell(probability(p_value).removeprefix("p ").removeprefix("= "), p_value)
+
+
+def _effect_cell(summary: ArmSummary) -> TableCell:
+    if _is_control(summary):
+        return TableCell(NOTHING)
+    return TableCell(f"{summary.touched}/{summary.seeds}", summary.touched)
+
+
+def _trials_cell(data: ReportData, arm: str, rate: float, chosen: float | None) -> TableCell:
+    """Return the mean of an arm's trials with a learning rate."""
+    values = [
+        trial.validation for trial in data.folder.trials if trial.arm == arm and trial.lr == rate
+    ]
+    cell = _significant(fmean(values) if values else None)
+    return TableCell(f"{cell.text} *", cell.key) if rate == chosen else cell
+
+
+def _attached_rows(arm: str, receipt: Mapping[str, Any]) -> list[list[TableCell]]:
+    """Return a row per correction of an arm's receipt."""
+    parts = {part["name"]: part for part in receipt.get("corrections", [])}
+    notes = _word("; ".join(receipt.get("notes", [])))
+    rows = []
+    for place, name in enumerate(receipt.get("order", parts), start=1):
+        part = parts.get(name, {})
+        version = f"{part.get('distribution', '')} {part.get('version', '')}".strip()
+        options = ", ".join(f"{key}={value}" for key, value in part.get("options", {}).items())
+        row = [
+            _word(arm),
+            TableCell(str(place), place),
+            _word(name),
+            _word(version),
+            _word(options),
+            _word(", ".join(part.get("stages", []))),
+            notes,
+        ]
+        rows.append(row)
+    return rows
+
+
+def _machines(data: ReportData) -> list[dict[str, Any]]:
+    """Return the facts of each machine, as the folder or the first receipt has them."""
+    machines = [dict(machine) for machine in data.about.get("machines", [])]
+    environments = [
+        receipt["environment"] for receipt in data.receipts.values() if "environment" in receipt
+    ]
+    if not machines:
+        return [dict(environment) for environment in environments[:1]]
+    if environments:
+        machines[0]["device of the runs"] = environments[0].get("device")
+    return machines
+
+
+def _notes_on_runs(data: ReportData) -> list[str]:
+    """Say which runs are not in the figures."""
+    results = data.folder.results
+    failed = sum(result.status == "failed" for result in results)
+    diverged = sum(result.status == "diverged" for result in results)
+    notes = []
+    if failed:
+        notes.append(
+            f"{failed} of {len(results)} runs failed and are left out; failures.txt says why."
+        )
+    if diverged:
+        notes.append(
+            f"{diverged} of {len(results)} runs diverged: they have no number and are in no "
+            "figure. In the verdicts they count as worse than any number."
+        )
+    return notes
+
+
+def _notes_on_age(data: ReportData) -> list[str]:
+    """Say what folders of older versions do not hold."""
+    notes = []
+    if times_are_estimated(data):
+        notes.append(
+            "This folder was written before times of evaluations were kept: in the figures "
+            "against time they are the number of steps times the run's median time per step."
+        )
+    corrected = any(receipt.get("effects") for receipt in data.receipts.values())
+    if corrected and not data.effects:
+        notes.append(
+            "This folder was written before the effect over training was kept: only means over "
+            "whole runs are shown."
+        )
+    if not data.about.get("machines"):
+        notes.append(
+            "This folder was written before the machine was kept: only what the receipts say of "
+            "it is shown."
+        )
+    return notes
+
+
+def _seeds(data: ReportData) -> str:
+    return "1 seed" if data.seeds == 1 else f"{data.seeds} paired seeds"
+
+
+def _table_of_words(
+    caption: str, columns: Sequence[str], rows: list[list[TableCell]]
+) -> PageTable | None:
+    """Return a table without numbers; None if it has no row."""
+    if not rows:
+        return None
+    return PageTable(caption, list(columns), rows, frozenset(range(len(columns))))
+
+
+def _signed(value: float, measure: Measure) -> str:
     return short_number(value, measure, sign="+").replace("-", MINUS)
 
 
-def _number(value: float | None, form: str) -> Cell:
-    return (
-        Cell(NOTHING)
-        if value is None or not math.isfinite(value)
-        else Cell(form.format(value), value)
-    )
+def _number(value: float | None, form: str) -> TableCell:
+    if value is None or not math.isfinite(value):
+        return TableCell(NOTHING)
+    return TableCell(form.format(value), value)
 
 
-def _figure(value: float | None) -> Cell:
+def _significant(value: float | None) -> TableCell:
+    """Return a number with three digits."""
     return _number(value, "{:.3g}")
 
 
-def _word(text: str) -> Cell:
-    return Cell(text, text)
+def _word(text: str) -> TableCell:
+    return TableCell(text, text)
 
 
 def _plain(value: Any) -> str:
+    """Return a setting as people write it."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={inner}" for key, inner in value.items())
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ", ".join(map(str, value))
-    return (
-        {None: NOTHING, True: "yes", False: "no"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    return str(value)

@@ -9,53 +9,64 @@ from typing import Any
 from regrad_runner.settings.config import CompareConfig
 
 # Where numbers are sent changes no result, and an address may hold a password.
-LEFT_OUT = {"tracking_uri", "processes", "controls"}
-ALWAYS = {"workload", "corrections", "seeds"}
+PRIVATE_SETTINGS = {"tracking_uri", "processes", "controls"}
+ALWAYS_NAMED = {"workload", "corrections", "seeds"}
 
 
 def command_to_repeat(settings: Mapping[str, Any], *, processes: int = 1) -> str:
-    r"""Return a command line, quoted for a shell, that runs the comparison with these settings again.
+    r"""Return a command line, quoted for a shell, that runs the comparison with these settings.
 
-    It names every setting that is not the command's own default, those that a workload chose among them. A folder
-    of data is named as it was: relative to the folder in which the comparison was started.
+    It names every setting that is not the command's own default, also those that a workload chose.
+    A folder of data is named as it was given: relative to the folder in which the comparison was
+    started.
 
     Args:
         settings: As `config.yaml` holds them.
         processes: How many there were.
 
     Returns:
-        The command; where nothing but the baseline was compared, one that reads the folder's `config.yaml`.
+        The command. If nothing but the baseline was compared it reads the folder's `config.yaml`.
 
     Example:
-        >>> print(command_to_repeat({"workload": "digits", "corrections": ["agc:axis=[0,1]"], "seeds": 6}))
+        >>> settings = {"workload": "digits", "corrections": ["agc:axis=[0,1]"], "seeds": 6}
+        >>> print(command_to_repeat(settings))
         regrad compare \
           --workload digits \
           --corrections 'agc:axis=[0,1]' \
           --seeds 6
     """
     if not settings.get("corrections"):
-        return "regrad compare --config config.yaml"  # a list without a value cannot be written as a flag
-    words, flags = ["regrad", "compare"], list[list[str]]()
-    if processes > 1:
-        words = ["torchrun", "--nproc-per-node", str(processes), "-m", "regrad_runner", "compare"]
+        # A list without a value cannot be written as a flag.
+        return "regrad compare --config config.yaml"
+    lines = [_program(processes)]
     for name, field in CompareConfig.model_fields.items():
         value = settings.get(name)
-        default = name not in ALWAYS and value == _plain(field.default)
-        if value is not None and name not in LEFT_OUT and not default:
-            flags.append(_words(name, value))
+        if value is None or name in PRIVATE_SETTINGS:
+            continue
+        if name in ALWAYS_NAMED or value != _as_in_yaml(field.default):
+            lines.append(_flag(name, value))
     if settings.get("controls") is False:
-        flags.append(["--no-controls"])
-    return " \\\n  ".join([shlex.join(words), *map(shlex.join, flags)])
+        lines.append(["--no-controls"])
+    return " \\\n  ".join(shlex.join(words) for words in lines)
 
 
-def _words(name: str, value: Any) -> list[str]:
+def _program(processes: int) -> list[str]:
+    if processes > 1:
+        return ["torchrun", "--nproc-per-node", str(processes), "-m", "regrad_runner", "compare"]
+    return ["regrad", "compare"]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    """Return a setting as the words of a flag."""
     flag = f"--{name.replace('_', '-')}"
     if name == "corrections":
         return [flag, *value]
     if value is True:
         return [flag]
-    return [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    if isinstance(value, list):
+        return [flag, ",".join(map(str, value))]
+    return [flag, str(value)]
 
 
-def _plain(value: Any) -> Any:
+def _as_in_yaml(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

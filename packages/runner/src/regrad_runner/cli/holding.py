@@ -1,0 +1,50 @@
+"""Folders held while a command writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from regrad_runner.errors import checking_input
+
+if TYPE_CHECKING:
+    from regrad_runner.comparing.plan import Plan
+    from regrad_runner.training_command import TrainingPlan
+
+
+@contextmanager
+def holding_folder(plan: Plan | TrainingPlan, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a plan, which may have changed since it was checked."""
+    from regrad_runner.reporting.report import check_whole  # noqa: PLC0415
+    from regrad_runner.results.folder import check_unchanged  # noqa: PLC0415
+    from regrad_runner.results.locks import writing  # noqa: PLC0415
+
+    def check() -> None:
+        check_unchanged(plan.path, plan.config, resume=resume)
+        if resume:
+            check_whole(plan.path)
+
+    if not plan.reports:
+        yield
+        return
+    with holding(writing(plan.path), check):
+        yield
+
+
+@contextmanager
+def holding(
+    lock: AbstractContextManager[None], check: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Hold a lock while the block runs; whoever cannot have it gets one line, nothing written.
+
+    Args:
+        lock: From `regrad_runner.results.locks`.
+        check: Called with the lock held; what it raises becomes one line too.
+    """
+    with ExitStack() as held:
+        with checking_input():
+            held.enter_context(lock)
+            if check is not None:
+                check()
+        yield

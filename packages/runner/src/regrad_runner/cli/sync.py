@@ -1,0 +1,28 @@
+"""The command `regrad sync`. What is heavy is imported when it is used."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from regrad_runner.cli.flags import FolderArgument, flag
+from regrad_runner.errors import checking_input
+
+SYNC_EXAMPLES = ("regrad sync DIR",)
+
+
+def sync_command(
+    folder: FolderArgument,
+    tracking_uri: Annotated[
+        str | None, flag("Another MLflow server or database to show it in.", None, metavar="URI")
+    ] = None,
+) -> int:
+    """Show a folder in MLflow: whatever is not there yet, such as after the server was down."""
+    with checking_input():
+        from regrad_runner.results.sync import sync  # noqa: PLC0415
+
+        done = sync(folder, tracking_uri)
+        for line in done.in_words(folder):
+            typer.echo(line)
+    return int(not done.is_complete)

@@ -1,0 +1,75 @@
+"""How numbers are written in tables and sentences."""
+
+from __future__ import annotations
+
+import re
+
+from regrad_runner.statistics.paired import PairedDifference
+from regrad_runner.statistics.verdicts import ArmSummary
+from regrad_runner.workloads.workload import Measure
+
+
+def short_number(value: float, measure: Measure, *, sign: str = "-") -> str:
+    """Return a number with the measure's decimals, without a zero before the point.
+
+    Args:
+        value: The number.
+        measure: It says how many decimals there are.
+        sign: "+" to write the sign of positive numbers too.
+
+    Example:
+        >>> short_number(0.98765, Measure(), sign="+"), short_number(-0.5, Measure(decimals=2))
+        ('+.9877', '-.50')
+    """
+    return without_zero(f"{value:{sign}.{measure.decimals}f}")
+
+
+def short_target(measure: Measure) -> str:
+    """Return the target of a measure that has one, without a zero before the point."""
+    return without_zero(f"{measure.target:g}")
+
+
+def without_zero(number: str) -> str:
+    """Return a written number without the zero before its point."""
+    return re.sub(r"^([+-]?)0\.", r"\1.", number)
+
+
+def difference_in_brackets(summary: ArmSummary | PairedDifference, measure: Measure) -> str:
+    """Return a difference and its interval in brackets, as far as they are known.
+
+    Example:
+        >>> test = PairedDifference(pairs=6, difference=0.01, interval=(0.002, 0.018), p_value=0.03)
+        >>> difference_in_brackets(test, Measure())
+        '+.0100 [+.0020, +.0180]'
+    """
+    if summary.difference is None:
+        return ""
+    difference = short_number(summary.difference, measure, sign="+")
+    if summary.interval is None:
+        return difference
+    low, high = (short_number(end, measure, sign="+") for end in summary.interval)
+    return f"{difference} [{low}, {high}]"
+
+
+def probability(p_value: float | None) -> str:
+    """Return a p-value in words.
+
+    Example:
+        >>> probability(0.03125), probability(1e-5)
+        ('p = .031', 'p < .001')
+    """
+    if p_value is None:
+        return "p unknown"
+    if p_value < 0.001:
+        return "p < .001"
+    return f"p = {without_zero(f'{p_value:.3f}')}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things.
+
+    Example:
+        >>> count(1, "seed"), count(2, "seed")
+        ('1 seed', '2 seeds')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

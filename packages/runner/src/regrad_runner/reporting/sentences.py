@@ -1,0 +1,132 @@
+"""The result of each arm in a sentence."""
+
+from __future__ import annotations
+
+from regrad_runner.reporting.numbers import (
+    count,
+    difference_in_brackets,
+    probability,
+    short_target,
+)
+from regrad_runner.statistics.verdicts import FEWEST_SEEDS, ArmSummary
+from regrad_runner.workloads.workload import Measure
+
+
+def sentence(summary: ArmSummary, measure: Measure) -> str:
+    """Say in one line what became of an arm, and why its verdict is what it is.
+
+    Args:
+        summary: The arm.
+        measure: What was compared.
+
+    Example:
+        >>> few = ArmSummary(
+        ...     arm="xgrad", seeds=3, failed=0, mean=0.98, sd=0.01, verdict="too few seeds", pairs=3
+        ... )
+        >>> sentence(few, Measure())
+        'xgrad: too few seeds for a verdict: 3 shared with the baseline, at least 6 are needed.'
+    """
+    return f"{summary.arm}: {reason(summary, measure)}."
+
+
+def reason(summary: ArmSummary, measure: Measure) -> str:
+    """Say the same without the name of the arm and without a full stop."""
+    parts = [
+        _verdict(summary, measure),
+        _target(summary, measure),
+        _failures(summary),
+        _divergences(summary),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def _verdict(summary: ArmSummary, measure: Measure) -> str:
+    """Return the verdict in words, with its evidence if it rests on a test."""
+    if summary.verdict == "baseline":
+        return f"the baseline, {count(summary.seeds, 'seed')}"
+    if summary.verdict == "control":
+        difference = difference_in_brackets(summary, measure) or "unknown"
+        return f"a control; difference from the baseline {difference}"
+    if summary.verdict == "inert":
+        return f"changed nothing in {count(summary.seeds, 'run')}: it equals the baseline"
+    if summary.verdict == "too few seeds":
+        return (
+            f"too few seeds for a verdict: {summary.pairs} shared with the baseline, at least "
+            f"{FEWEST_SEEDS} are needed"
+        )
+    return _tested_verdict(summary, measure)
+
+
+def _tested_verdict(summary: ArmSummary, measure: Measure) -> str:
+    evidence = _evidence(summary, measure)
+    if summary.verdict == "no evidence":
+        return f"no evidence of a difference from the baseline ({evidence})"
+    if summary.verdict == "worse":
+        return f"worse than the baseline ({evidence})"
+    better = f"better than the baseline ({evidence})"
+    if summary.verdict == "better":
+        return f"{better}{_better_than_control(summary, measure)}"
+    return f"{better}, but {_why_not_better(summary, measure)}"
+
+
+def _evidence(summary: ArmSummary, measure: Measure) -> str:
+    """Return what the comparison with the baseline came to."""
+    difference = difference_in_brackets(summary, measure) or "no seed with both numbers"
+    p_value = f"{probability(summary.p_adjusted)} after Holm"
+    seeds = count(summary.pairs, "seed")
+    if summary.diverged_pairs:
+        seeds += f", {summary.diverged_pairs} of them with one diverged run: tested by ranks"
+    return f"{difference}, {p_value}, {seeds}"
+
+
+def _better_than_control(summary: ArmSummary, measure: Measure) -> str:
+    if summary.against_control is None:
+        return "; it has no control to beat"
+    return f" and than its control {_control_evidence(summary, measure)}"
+
+
+def _why_not_better(summary: ArmSummary, measure: Measure) -> str:
+    """Say what keeps an arm that beats the baseline from the verdict "better"."""
+    if summary.against_control is not None:
+        control = _control_evidence(summary, measure)
+        return f"not shown to be better than its control {control}"
+    if summary.control is not None:
+        return f"its control {summary.control} was not run"
+    return "no control was run"
+
+
+def _control_evidence(summary: ArmSummary, measure: Measure) -> str:
+    """Return the control's name and what the comparison with it came to."""
+    test = summary.against_control
+    if test is None:
+        return str(summary.control)
+    difference = difference_in_brackets(test, measure)
+    return f"{summary.control} ({difference}, {probability(test.p_value)} before Holm)"
+
+
+def _target(summary: ArmSummary, measure: Measure) -> str:
+    """Say how fast the target was reached, if the measure has one."""
+    if measure.target is None or summary.verdict in ("inert", "too few seeds"):
+        return ""
+    target = short_target(measure)
+    if summary.steps_ratio is None or summary.verdict == "baseline":
+        hits = summary.seeds - summary.misses
+        return f"{hits} of {summary.seeds} runs reached {target}"
+    return (
+        f"takes {summary.steps_ratio:.2f} times the baseline's steps to reach {target} "
+        f"({probability(summary.steps_p)}, not adjusted)"
+    )
+
+
+def _failures(summary: ArmSummary) -> str:
+    if not summary.failed:
+        return ""
+    verb = "is" if summary.failed == 1 else "are"
+    return f"{count(summary.failed, 'run')} failed and {verb} left out"
+
+
+def _divergences(summary: ArmSummary) -> str:
+    if not summary.diverged:
+        return ""
+    verb = "counts" if summary.diverged == 1 else "count"
+    return f"{count(summary.diverged, 'run')} diverged and {verb} as worse than any number"
