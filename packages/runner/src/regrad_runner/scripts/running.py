@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-FAILED, INTERRUPTED = 1, 130
+SCRIPT_FAILED, INTERRUPTED = 1, 130
 
 
 def check_script(words: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ def run_script(words: Sequence[str]) -> int:
         return INTERRUPTED
     except BaseException as problem:  # noqa: BLE001 - Python shows whatever ends a script
         _show(problem)
-        return FAILED
+        return SCRIPT_FAILED
     return 0
 
 
@@ -73,7 +73,7 @@ def _exit_code(end: SystemExit) -> int:
     if isinstance(end.code, int):
         return end.code
     sys.stderr.write(f"{end.code}\n")
-    return FAILED
+    return SCRIPT_FAILED
 
 
 def _show(problem: BaseException) -> None:
