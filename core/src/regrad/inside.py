@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from collections.abc import Iterator
@@ -39,9 +40,15 @@ class CrossEntropyInside:
     Args:
         attachment: Made with `criterion=torch.nn.functional.cross_entropy`. Its
             `detach` ends this too.
+        in_the_loop: Correct also the calls outside of the model's forward, such as the
+            loop's own loss, while the model is in training mode and gradients are
+            computed. Of several such attachments the one whose model was called last
+            is meant.
 
     Attributes:
         calls: Cross entropies that were corrected so far.
+        in_the_loop: As given.
+        last_forward: When its model was called last: a larger number is later.
 
     Example:
         >>> import regrad, torch
@@ -58,22 +65,34 @@ class CrossEntropyInside:
         1
     """
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Attachment, *, in_the_loop: bool = False) -> None:
         self.calls = 0
+        self.in_the_loop = in_the_loop
+        self.last_forward = 0
+        self._roots = attachment.engine.roots
         self.model = attachment.model
         self.criterion = attachment.criterion
         self._takes_log_probabilities: bool | None = None
+        if in_the_loop:
+            for root in self._roots:
+                attachment.hook_forward(root, self._after_forward)
         attachment._handles.append(self)
         _LIVE.add(self)
-        F.cross_entropy = _cross_entropy
-        F.nll_loss = _nll_loss
+        install()
 
     def remove(self) -> None:
         """Leave the model's loss alone from here on."""
-        _LIVE.discard(self)
-        if not _LIVE:
-            F.cross_entropy = PLAIN_CROSS_ENTROPY
-            F.nll_loss = PLAIN_NLL_LOSS
+        if self in _LIVE:
+            _LIVE.discard(self)
+            uninstall()
+
+    @property
+    def is_training(self) -> bool:
+        """Whether any of the models that the loop calls is in training mode."""
+        return any(root.training for root in self._roots)
+
+    def _after_forward(self, *_: Any) -> None:
+        self.last_forward = next(_FORWARDS)
 
     def takes_log_probabilities(self, values: Tensor) -> bool:
         """Say whether the model gives `nll_loss` what it is made for, by the first that it gave.
@@ -87,6 +106,28 @@ class CrossEntropyInside:
 
 
 _LIVE: weakref.WeakSet[CrossEntropyInside] = weakref.WeakSet()
+_FORWARDS = itertools.count(1)
+_installed: list[bool] = []
+
+
+def install() -> None:
+    """Put the stand-ins in the place of torch's functions, until as many calls of `uninstall`.
+
+    They do what torch's functions do until somebody corrects. `F.cross_entropy(model(x), y)` looks
+    the function up before it calls the model: to correct the very first loss of a loop whose model
+    is attached in that call, install them before.
+    """
+    _installed.append(True)
+    F.cross_entropy = _cross_entropy
+    F.nll_loss = _nll_loss
+
+
+def uninstall() -> None:
+    """Undo one `install`; the last one puts torch's functions back."""
+    _installed.pop()
+    if not _installed:
+        F.cross_entropy = PLAIN_CROSS_ENTROPY
+        F.nll_loss = PLAIN_NLL_LOSS
 
 
 def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
@@ -171,7 +212,19 @@ def _caller() -> CrossEntropyInside | None:
             module = frame.f_locals["self"]
             if module in live:
                 return live[module] if module.training else None
-    return None
+    return _caller_in_a_loop()
+
+
+def _caller_in_a_loop() -> CrossEntropyInside | None:
+    """Return who corrects a call that no attached model makes, or None."""
+    if not torch.is_grad_enabled():
+        return None
+    candidates = [inside for inside in _LIVE if inside.in_the_loop and inside.is_training]
+    return max(candidates, key=_last_forward, default=None)
+
+
+def _last_forward(inside: CrossEntropyInside) -> int:
+    return inside.last_forward
 
 
 def _frames_from(frame: FrameType | None) -> Iterator[FrameType]:

@@ -37,12 +37,19 @@ class ManyValues(Plain):
 def repeat_flag(words: Sequence[str]) -> list[str]:
     """Put `--corrections` in front of each of its values; `--correction` is the same flag.
 
+    What stands behind `--` is left as it is.
+
     Example:
         >>> repeat_flag(["--corrections", "agc", "xgrad", "--seeds", "3"])
         ['--corrections', 'agc', '--corrections', 'xgrad', '--seeds', '3']
         >>> repeat_flag(["--correction=agc", "xgrad"])
         ['--corrections', 'agc', '--corrections', 'xgrad']
+        >>> repeat_flag(["--corrections", "agc", "--", "train.py", "--correction"])
+        ['--corrections', 'agc', '--', 'train.py', '--correction']
     """
+    if "--" in words:
+        end = list(words).index("--")
+        return [*repeat_flag(words[:end]), *words[end:]]
     repeated: list[str] = []
     flag = ""
     values = 0

@@ -1,0 +1,237 @@
+"""Corrections attached by themselves to the optimizers of a script, before their first step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import regrad
+from regrad import Attachment, RegradError, RegradWarning, inside, registry
+from regrad.inside import CrossEntropyInside
+from regrad.refusals import ATTACHED
+from regrad.wrappers import innermost_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from regrad_runner.scripts.controls import apply_control, control_named
+from regrad_runner.scripts.watching import ForwardWatch, OptimizerWatch
+
+
+@dataclass(eq=False)
+class Waiting:
+    """An optimizer that has no corrections yet.
+
+    Attributes:
+        optimizer: Weakly referenced: the script decides how long it lives.
+        name: Of its class.
+        called: Outermost modules that were called in training and hold some of its parameters.
+    """
+
+    optimizer: weakref.ref[Optimizer]
+    name: str
+    called: list[nn.Module] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An optimizer that has its corrections.
+
+    Attributes:
+        optimizer: Name of its class.
+        modules: Names of the classes of the modules that it was attached with.
+        attachment: What `regrad.attach` returned.
+        loss: What corrects the cross entropy, where a correction does.
+    """
+
+    optimizer: str
+    modules: tuple[str, ...]
+    attachment: Attachment
+    loss: CrossEntropyInside | None
+
+
+class AutomaticAttachment:
+    """Attaches corrections to every optimizer of this process, as a context manager.
+
+    An optimizer is attached together with the outermost module whose training forward comes first
+    and holds its parameters, before that forward runs: so its very first step is corrected. Where
+    the parameters are spread over several modules that are called by themselves, it is attached
+    to all of them, once the last of them is called. What the script attaches itself, and what is
+    no optimizer of the names asked for, is left alone.
+
+    Args:
+        corrections: Strings for `regrad.create`, in acting order. Created anew for each optimizer.
+        control: Name of a control whose change is made too.
+        classes: Names of optimizer classes; none stands for all.
+        trace: Told when an optimizer is met and attached, and why.
+
+    Attributes:
+        attached: In the order of attachment.
+        refused: Why optimizers were not attached.
+    """
+
+    def __init__(
+        self,
+        corrections: Sequence[str],
+        *,
+        control: str | None = None,
+        classes: Sequence[str] = (),
+        trace: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        # A name that is wrong is refused here, before anything runs.
+        made = registry.create_all(corrections)
+        self._corrects_loss = any("criterion" in correction.needs.stages for correction in made)
+        self._corrections = tuple(corrections)
+        self._control = control
+        self._classes = {name.lower() for name in classes}
+        self._trace = trace
+        self._waiting: list[Waiting] = []
+        self._optimizers = OptimizerWatch(self._on_new, self._on_step, lambda: bool(self._waiting))
+        self._forwards = ForwardWatch(self._on_forward)
+        self.attached: list[Attached] = []
+        self.refused: list[str] = []
+        self.left_out: list[str] = []
+
+    def __enter__(self) -> AutomaticAttachment:
+        self._optimizers.start()
+        if self._corrects_loss:
+            inside.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._optimizers.stop()
+        self._forwards.stop()
+        if self._corrects_loss:
+            inside.uninstall()
+
+    @property
+    def waiting(self) -> list[str]:
+        """Why optimizers have no corrections, a line each."""
+        lines = []
+        for waiting in self._waiting:
+            if waiting.called:
+                names = ", ".join(type(module).__name__ for module in waiting.called)
+                lines.append(
+                    f"{waiting.name}: some of its parameters are in no module that was called "
+                    f"in training mode (called: {names})"
+                )
+            else:
+                lines.append(
+                    f"{waiting.name}: no module that holds its parameters was called "
+                    "in training mode"
+                )
+        return lines
+
+    def detach(self) -> None:
+        """Detach every attachment, the last one first."""
+        for attached in reversed(self.attached):
+            attached.attachment.detach()
+
+    def _on_new(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        if self._classes and name.lower() not in self._classes:
+            self._trace(f"{name} is made; left alone, since other classes were asked for")
+            self.left_out.append(name)
+            return
+        self._trace(f"{name} is made; it waits for a training forward of what holds its parameters")
+        self._waiting.append(Waiting(weakref.ref(optimizer), name))
+        self._forwards.start()
+
+    def _on_forward(self, module: nn.Module) -> None:
+        held = set(module.parameters())
+        for waiting in list(self._waiting):
+            optimizer = waiting.optimizer()
+            if optimizer is None or optimizer in ATTACHED:
+                self._settle(waiting)
+                continue
+            trained = _trained(optimizer)
+            if not trained.isdisjoint(held):
+                if module not in waiting.called:
+                    waiting.called.append(module)
+                if trained <= _parameters_of(waiting.called):
+                    self._attach(optimizer, waiting, _fewest(waiting.called, trained), module)
+
+    def _on_step(self, optimizer: Optimizer) -> None:
+        """Attach after a step what holds some of the parameters, where nothing holds them all."""
+        for waiting in list(self._waiting):
+            if waiting.optimizer() is not optimizer:
+                continue
+            if optimizer in ATTACHED:
+                self._settle(waiting)
+            elif waiting.called:
+                self._attach(optimizer, waiting, waiting.called, None)
+
+    def _attach(
+        self,
+        optimizer: Optimizer,
+        waiting: Waiting,
+        modules: list[nn.Module],
+        under_way: nn.Module | None,
+    ) -> None:
+        self._settle(waiting)
+        model: Any = modules[0] if len(modules) == 1 else modules
+        names = tuple(type(innermost_module(module)).__name__ for module in modules)
+        try:
+            attachment, loss = self._attachment(model, optimizer, modules)
+        except (RegradError, ValueError, TypeError) as problem:
+            reason = " ".join(str(problem).split())
+            self.refused.append(f"{waiting.name}: {reason}")
+            self._trace(f"{waiting.name} stays as it is: {reason}")
+            warnings.warn(
+                f"{waiting.name} of {' and '.join(names)} trains uncorrected: {reason}",
+                RegradWarning,
+                stacklevel=2,
+            )
+            return
+        if under_way is not None:
+            # Torch took the list of this call's hooks before there was one of ours.
+            attachment.engine.before_forward(under_way)
+        self.attached.append(Attached(waiting.name, names, attachment, loss))
+        self._trace(f"{waiting.name} is attached, before a forward of {' and '.join(names)}")
+
+    def _attachment(
+        self, model: Any, optimizer: Optimizer, modules: Sequence[nn.Module]
+    ) -> tuple[Attachment, CrossEntropyInside | None]:
+        """Make the control's change and attach; correct the cross entropy where a correction does."""
+        names = [*self._corrections]
+        if self._control is not None:
+            control = control_named(self._control, optimizer)
+            whole = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+            apply_control(control, whole, optimizer)
+            names += control.corrections
+        corrections = registry.create_all(names)
+        if not any("criterion" in correction.needs.stages for correction in corrections):
+            return regrad.attach(model, optimizer, corrections), None
+        attachment = regrad.attach(model, optimizer, corrections, F.cross_entropy)
+        return attachment, CrossEntropyInside(attachment, in_the_loop=True)
+
+    def _settle(self, waiting: Waiting) -> None:
+        """Take an optimizer off the list; with the last one, forwards are left alone."""
+        self._waiting.remove(waiting)
+        if not self._waiting:
+            self._forwards.stop()
+
+
+def _trained(optimizer: Optimizer) -> set[Tensor]:
+    """Return the parameters of an optimizer that are trained."""
+    return {
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> set[Tensor]:
+    return {parameter for module in modules for parameter in module.parameters()}
+
+
+def _fewest(modules: Sequence[nn.Module], trained: set[Tensor]) -> list[nn.Module]:
+    """Return the one module that holds all that is trained, or else all of them."""
+    for module in modules:
+        if trained <= set(module.parameters()):
+            return [module]
+    return list(modules)

@@ -1,0 +1,123 @@
+"""What a script makes and calls: its optimizers, and the outermost modules of its forward passes."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from regrad.module_hooks import Handle
+from torch import nn
+from torch.nn.modules import module as global_hooks
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_hooks
+
+
+class OptimizerWatch:
+    """Reports every torch optimizer of the process once: when it is made, or at its first step.
+
+    The second is for those whose class does not call `Optimizer.__init__`, and for unpickled ones.
+
+    Args:
+        report: Called with the optimizer. Its groups may not be filled yet.
+        stepped: Called with an optimizer after each of its steps, while `steps_matter` says so.
+        steps_matter: Whether anything waits for a step.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[Optimizer], None],
+        stepped: Callable[[Optimizer], None],
+        steps_matter: Callable[[], bool],
+    ) -> None:
+        self._report = report
+        self._stepped = stepped
+        self._steps_matter = steps_matter
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._plain = Optimizer.__init__
+        self._handles: list[Handle] = []
+
+    def start(self) -> None:
+        """Watch from here on."""
+        plain = self._plain
+
+        @functools.wraps(plain)
+        def noted(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            plain(optimizer, *args, **kwargs)
+            self._note(optimizer)
+
+        Optimizer.__init__ = noted  # type: ignore[method-assign, assignment]
+        self._handles = [
+            optimizer_hooks.register_optimizer_step_pre_hook(self._before_step),
+            optimizer_hooks.register_optimizer_step_post_hook(self._after_step),
+        ]
+
+    def stop(self) -> None:
+        """Leave everything as it was before `start`."""
+        Optimizer.__init__ = self._plain  # type: ignore[method-assign]
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _note(self, optimizer: Optimizer) -> None:
+        if optimizer not in self._known:
+            self._known.add(optimizer)
+            self._report(optimizer)
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._note(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._steps_matter():
+            self._stepped(optimizer)
+
+
+class ForwardWatch:
+    """Reports the training forwards of outermost modules, before they run, while it is on.
+
+    A module is outermost where no other module's forward called it. A wrapper such as DDP or a
+    compiled module is one: what it wraps is called inside. Off, nothing is paid per call.
+
+    Args:
+        report: Called with the module, its gradient mode and training mode on.
+    """
+
+    def __init__(self, report: Callable[[nn.Module], None]) -> None:
+        self._report = report
+        self._handles: list[Handle] = []
+        self._depth = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether forwards are watched now."""
+        return bool(self._handles)
+
+    def start(self) -> None:
+        """Watch from here on."""
+        if self.is_on:
+            return
+        self._depth = 0
+        self._handles = [
+            global_hooks.register_module_forward_pre_hook(self._enter),
+            global_hooks.register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    def stop(self) -> None:
+        """Leave forwards alone."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        del inputs
+        self._depth += 1
+        if self._depth == 1 and module.training and torch.is_grad_enabled():
+            self._report(module)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        del module, inputs, output
+        self._depth = max(0, self._depth - 1)
