@@ -11,6 +11,7 @@ from typing import Any
 import regrad
 from regrad import Attachment, RegradError, RegradWarning, inside, registry
 from regrad.inside import CrossEntropyInside
+from regrad.optimizers import parameters_of
 from regrad.refusals import ATTACHED
 from regrad.wrappers import innermost_module
 from torch import Tensor, nn
@@ -195,7 +196,7 @@ class AutomaticAttachment:
     def _attachment(
         self, model: Any, optimizer: Optimizer, modules: Sequence[nn.Module]
     ) -> tuple[Attachment, CrossEntropyInside | None]:
-        """Make the control's change and attach; correct the cross entropy where a correction does."""
+        """Make the control's change and attach; correct the cross entropy if a correction does."""
         names = [*self._corrections]
         if self._control is not None:
             control = control_named(self._control, optimizer)
@@ -217,16 +218,14 @@ class AutomaticAttachment:
 
 def _trained(optimizer: Optimizer) -> set[Tensor]:
     """Return the parameters of an optimizer that are trained."""
-    return {
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad
-    }
+    return {parameter for parameter in parameters_of(optimizer) if parameter.requires_grad}
 
 
 def _parameters_of(modules: Sequence[nn.Module]) -> set[Tensor]:
-    return {parameter for module in modules for parameter in module.parameters()}
+    found: set[Tensor] = set()
+    for module in modules:
+        found |= set(module.parameters())
+    return found
 
 
 def _fewest(modules: Sequence[nn.Module], trained: set[Tensor]) -> list[nn.Module]:

@@ -77,7 +77,9 @@ def run(script: ScriptRun) -> int:
 
 def summary(automatic: AutomaticAttachment) -> list[str]:
     """Return what was corrected, what was not, and why, a line each."""
-    lines = [line for attached in automatic.attached for line in _lines_of(attached)]
+    lines: list[str] = []
+    for attached in automatic.attached:
+        lines += _lines_of(attached)
     lines += [f"not attached: {reason}" for reason in automatic.refused]
     lines += [f"not attached: {reason}" for reason in automatic.waiting]
     if automatic.attached:

@@ -6,6 +6,7 @@ import regrad
 import torch
 from regrad import RegradError, registry
 from regrad.correction import Control
+from regrad.optimizers import parameters_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -62,7 +63,7 @@ def apply_control(control: Control, model: nn.Module, optimizer: Optimizer) -> N
     factors = dict.fromkeys(head, control.head_lr)
     if control.body_lr != 1:
         in_head = set(head)
-        body = [p for group in optimizer.param_groups for p in group["params"] if p not in in_head]
+        body = [parameter for parameter in parameters_of(optimizer) if parameter not in in_head]
         factors |= dict.fromkeys(body, control.body_lr)
     scaled = {parameter: factor for parameter, factor in factors.items() if factor != 1}
     if scaled:

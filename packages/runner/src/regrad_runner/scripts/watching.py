@@ -1,4 +1,4 @@
-"""What a script makes and calls: its optimizers, and the outermost modules of its forward passes."""
+"""What a script makes and calls: its optimizers, and the outermost modules of its forwards."""
 
 from __future__ import annotations
 
