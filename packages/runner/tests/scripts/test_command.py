@@ -110,6 +110,28 @@ torch.save(model.layers.state_dict(), sys.argv[1])
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_a_step_whose_closure_makes_the_first_forward_pass_is_corrected(script, tmp_path):
+    text = (
+        DATA
+        + """
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+for x, y in batches:
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+torch.save(model.state_dict(), sys.argv[1])
+"""
+    )
+    corrections = ("powergrad", "centralization", "xgrad")
+    assert script(text, str(tmp_path / "weights"), corrections=corrections) == 0
+    found, wanted = torch.load(tmp_path / "weights"), by_hand(corrections)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_every_optimizer_of_a_script_is_attached_with_its_own_model(script, capsys):
     text = (
         DATA

@@ -10,10 +10,11 @@ from typing import Any
 
 import regrad
 from regrad import Attachment, RegradError, RegradWarning, inside, registry
+from regrad.engine import Engine
 from regrad.inside import CrossEntropyInside
 from regrad.optimizers import parameters_of
 from regrad.refusals import ATTACHED
-from regrad.wrappers import innermost_module
+from regrad.wrappers import innermost_module, wrap_closure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -90,7 +91,7 @@ class AutomaticAttachment:
         self._classes = {name.lower() for name in classes}
         self._trace = trace
         self._waiting: list[Waiting] = []
-        self._optimizers = OptimizerWatch(self._on_new, self._on_step, lambda: bool(self._waiting))
+        self._optimizers = OptimizerWatch(self._on_new, self._before_step, self._after_step)
         self._forwards = ForwardWatch(self._on_forward)
         self.attached: list[Attached] = []
         self.refused: list[str] = []
@@ -155,7 +156,35 @@ class AutomaticAttachment:
                 if trained <= _parameters_of(waiting.called):
                     self._attach(optimizer, waiting, _fewest(waiting.called, trained), module)
 
-    def _on_step(self, optimizer: Optimizer) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Correct the first step also where its closure makes the first forward pass."""
+        if not self._waits(optimizer):
+            return None
+        engines: list[Engine] = []
+
+        def correct() -> None:
+            if engines:
+                engines[0].correct()
+                return
+            engine = self._engine_of(optimizer)
+            if engine is not None:
+                engines.append(engine)
+                engine.before_step(optimizer, (optimizer,), {})
+
+        return wrap_closure(args, kwargs, correct)
+
+    def _waits(self, optimizer: Optimizer) -> bool:
+        return any(waiting.optimizer() is optimizer for waiting in self._waiting)
+
+    def _engine_of(self, optimizer: Optimizer) -> Engine | None:
+        for attached in self.attached:
+            if attached.attachment.optimizer is optimizer:
+                return attached.attachment.engine
+        return None
+
+    def _after_step(self, optimizer: Optimizer) -> None:
         """Attach after a step what holds some of the parameters, where nothing holds them all."""
         for waiting in list(self._waiting):
             if waiting.optimizer() is not optimizer:

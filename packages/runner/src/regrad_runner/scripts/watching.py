@@ -22,19 +22,20 @@ class OptimizerWatch:
 
     Args:
         report: Called with the optimizer. Its groups may not be filled yet.
-        stepped: Called with an optimizer after each of its steps, while `steps_matter` says so.
-        steps_matter: Whether anything waits for a step.
+        before_step: Called with an optimizer and the arguments of its `step`, before it; may
+            return other ones, as a hook of torch may.
+        after_step: Called with an optimizer after its step.
     """
 
     def __init__(
         self,
         report: Callable[[Optimizer], None],
-        stepped: Callable[[Optimizer], None],
-        steps_matter: Callable[[], bool],
+        before_step: Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any],
+        after_step: Callable[[Optimizer], None],
     ) -> None:
         self._report = report
-        self._stepped = stepped
-        self._steps_matter = steps_matter
+        self._before = before_step
+        self._after = after_step
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._plain = Optimizer.__init__
         self._handles: list[Handle] = []
@@ -66,12 +67,14 @@ class OptimizerWatch:
             self._known.add(optimizer)
             self._report(optimizer)
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         self._note(optimizer)
+        return self._before(optimizer, args, kwargs)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._steps_matter():
-            self._stepped(optimizer)
+        self._after(optimizer)
 
 
 class ForwardWatch:
