@@ -24,8 +24,8 @@ def run_command(
     script: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="-- SCRIPT ARGS…",
-            help="As python would get it; '-m MODULE ARGS…' too.",
+            metavar="-- SCRIPT ARGS...",
+            help="As python would get it; '-m MODULE ARGS...' too.",
             show_default=False,
         ),
     ] = None,

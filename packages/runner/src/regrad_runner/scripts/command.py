@@ -22,7 +22,7 @@ class ScriptRun:
     """A script, and what is to be done with it.
 
     Attributes:
-        words: "SCRIPT ARGS…" or "-m MODULE ARGS…".
+        words: "SCRIPT ARGS..." or "-m MODULE ARGS...".
         corrections: Strings for `regrad.create`, in acting order.
         control: Name of a control to make instead.
         optimizer_classes: Names of the classes of optimizers to attach to; none stands for all.

@@ -15,7 +15,7 @@ def check_script(words: Sequence[str]) -> None:
     """Raise a `ValueError` where these words name no script that can be run.
 
     Args:
-        words: "SCRIPT ARGS…" or "-m MODULE ARGS…".
+        words: "SCRIPT ARGS..." or "-m MODULE ARGS...".
     """
     if not words:
         raise ValueError("script must be given after '--', such as: -- train.py --lr 0.001")
