@@ -194,11 +194,13 @@ def _draw_target(axes: Axes, target: float) -> None:
     low, high = axes.get_ylim()
     axes.axhline(target, color=QUIET, linewidth=0.9, linestyle=(0, (1, 2)))
     axes.set_ylim(min(low, target), max(high, target))
+    is_below_the_title = target >= high
     axes.annotate(
         f"target {target:g}",
         xy=(0, target),
         xycoords=("axes fraction", "data"),
-        xytext=(4, 3),
+        xytext=(4, -3 if is_below_the_title else 3),
+        verticalalignment="top" if is_below_the_title else "bottom",
         textcoords="offset points",
         color=QUIET,
         fontsize=SMALL_TEXT,
