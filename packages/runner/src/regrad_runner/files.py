@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -231,6 +232,17 @@ def remove_left_over(folder: Path, prefix: str) -> None:
         for left in folder.glob(f".{prefix}*{ending}"):
             with suppress(OSError):
                 remove_folder(left)
+
+
+def is_left_over(file: Path, name: str) -> bool:
+    """Say whether a file is what a kill left of one that was written aside, and no link.
+
+    Args:
+        file: There it is.
+        name: That the file was to get.
+    """
+    parts = rf"\.{re.escape(name)}\.[0-9a-f]{{16}}{re.escape(PART)}"
+    return re.fullmatch(parts, file.name) is not None and stat.S_ISREG(file.lstat().st_mode)
 
 
 def read_bytes(path: Path) -> bytes:

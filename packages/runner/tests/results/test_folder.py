@@ -122,6 +122,34 @@ def test_a_new_or_empty_folder_may_be_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_settings_whose_writing_a_kill_broke_off_bar_nobody_and_are_removed(tmp_path):
+    left = tmp_path / ".config.yaml.0123456789abcdef.part"
+    left.write_text("workload: di")
+    check_folder(tmp_path, CompareConfig(), resume=False)
+    assert left.is_file()
+    start_folder(tmp_path, CompareConfig(), {"kind": "comparison"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["about.json", "config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "name", [".config.yaml.0123.part", ".notes.txt.0123456789abcdef.part", ".hidden"]
+)
+def test_another_hidden_file_is_somebody_elses(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="out must be a new or empty folder"):
+        check_folder(tmp_path, CompareConfig(), resume=False)
+
+
+def test_a_link_with_the_name_of_broken_off_settings_is_refused(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (out / ".config.yaml.0123456789abcdef.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match="out must be a new or empty folder"):
+        check_folder(out, CompareConfig(), resume=False)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_file_or_a_folder_with_something_in_it_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="out must be a folder, got the file"):

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from regrad_runner.files import check_own_folder, make_folder, write_whole
+from regrad_runner.files import (
+    check_own_folder,
+    is_left_over,
+    make_folder,
+    remove_left_over,
+    write_whole,
+)
 from regrad_runner.results.about import LAYOUT, read_about
 from regrad_runner.results.cells import Cell, cells_of
 from regrad_runner.results.locks import RUNS, is_lock
@@ -34,6 +40,8 @@ from regrad_runner.settings.checking import validated
 from regrad_runner.settings.config import CompareConfig, Config, RunConfig
 from regrad_runner.settings.continuing import continued
 from regrad_runner.settings.loading import load_config, read_settings, write_config
+
+SETTINGS_FILE = "config.yaml"
 
 
 class OfARun(Protocol):
@@ -207,7 +215,7 @@ def cells_in(path: Path, arms: Iterable[str]) -> list[Cell]:
         ValueError: If its settings cannot be read.
     """
     arms = list(arms)
-    file = path / "config.yaml"
+    file = path / SETTINGS_FILE
     if not arms or not os.path.lexists(file):
         return []
     settings = read_settings(file)
@@ -258,7 +266,7 @@ def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
     if not resume:
         _check_empty(path)
         return config
-    saved = path / "config.yaml"
+    saved = path / SETTINGS_FILE
     if not saved.is_file():
         raise ValueError(
             f"out must be the folder of an earlier run to resume it, got '{path}' "
@@ -279,11 +287,19 @@ def _check_place(path: Path) -> None:
 
 
 def _check_empty(path: Path) -> None:
-    """Raise a `ValueError` if there is anything but a lock in a folder, which may be missing."""
+    """Raise a `ValueError` if a command wrote a folder, or somebody else; it may be missing.
+
+    A lock does not count, and neither do settings whose writing a kill broke off: nothing else was
+    written then.
+    """
     if not path.is_dir():
         return
-    found = sorted(found.name for found in path.iterdir() if not is_lock(found))
-    if (path / "config.yaml").is_file():
+    found = sorted(
+        found.name
+        for found in path.iterdir()
+        if not is_lock(found) and not is_left_over(found, SETTINGS_FILE)
+    )
+    if (path / SETTINGS_FILE).is_file():
         raise ValueError(f"out must be a new or empty folder, got '{path}'; --resume continues it")
     if found:
         raise ValueError(
@@ -327,11 +343,12 @@ def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> Non
         about: What it says about itself.
     """
     make_folder(path)
+    remove_left_over(path, SETTINGS_FILE)
     earlier = read_about(path)
     known = {
         "layout": LAYOUT,
         "id": earlier.get("id") or uuid.uuid4().hex,
         "started": earlier.get("started") or time.time_ns() // 1_000_000,
     }
-    write_whole(path / "config.yaml", write_config(config))
+    write_whole(path / SETTINGS_FILE, write_config(config))
     write_whole(path / "about.json", json.dumps(known | dict(about), indent=2) + "\n")
