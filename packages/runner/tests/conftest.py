@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from regrad_runner.diagnostics.effects import Effect, keep_effects
 from regrad_runner.diagnostics.gradient_quality import Quality, keep_quality
 from regrad_runner.results.about import LAYOUT
@@ -17,6 +18,8 @@ from regrad_runner.results.points import Point, keep_point
 from regrad_runner.results.run import begin_run
 from regrad_runner.tracking import stores
 from regrad_runner.tracking.stores import Store
+from regrad_runner.training import building
+from regrad_runner.workloads.loading import make_model
 from regrad_runner.workloads.workload import Measure
 
 SCRIPT, IMAGE = "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'
@@ -217,3 +220,21 @@ def write_receipt(record, arm, *, corrected):
         "run": {"control": control if arm == "nesterov" else None},
     }
     record.keep("receipt.json", json.dumps(receipt))
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Let every model be one of float64."""
+
+    def make(*args, **kwargs):
+        return make_model(*args, **kwargs).double()
+
+    monkeypatch.setattr(building, "make_model", make)
+
+
+@pytest.fixture
+def fresh_precision():
+    """Forget the precision that Accelerate was asked for first, before and after the test."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)

@@ -4,6 +4,7 @@ import regrad
 import torch
 from regrad.sharding import is_sharded
 from regrad_testing import run_on_processes
+from regrad_testing.layout_clauses import fsdp2, fsdp2_by_columns
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,42 +70,16 @@ def farthest(seen, wanted):
     return max((a.detach() - b.detach()).abs().max().item() for a, b in pairs)
 
 
-def by_row(model, *layers):
-    """Cut every weight along its first dimension."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def by_column(model):
-    """Cut every weight along its second dimension, where the size allows it: units are split between processes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard
-
-    def placement(parameter):
-        if parameter.dim() > 1 and parameter.shape[1] % 2 == 0:
-            return Shard(1)
-        return None
-
-    return fully_shard(model, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=placement)
-
-
 def differences(rank):
     """Return how far every layout ends from one process, for each way to clip."""
     part = slice(4 * rank, 4 * rank + 4)
     seen = {}
     for spec in SPECS:
         alone = train(make_model(), spec, slice(None))
-        rows = make_model()
         models = {
             "ddp": DistributedDataParallel(make_model()),
-            "rows": by_row(rows, rows.attention, rows.spread),
-            "columns": by_column(make_model()),
+            "rows": fsdp2(make_model()),
+            "columns": fsdp2_by_columns(make_model()),
         }
         for layout, model in models.items():
             seen[f"{layout}-{spec.partition(':')[0]}"] = farthest(train(model, spec, part), alone)

@@ -4,6 +4,7 @@ import regrad
 import torch
 from regrad.sharding import is_sharded
 from regrad_testing import run_on_processes
+from regrad_testing.layout_clauses import fsdp2
 from regrad_xgrad import AdaM3
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,27 +66,15 @@ def farthest(seen, wanted):
     return max((a.detach() - b.detach()).abs().max().item() for a, b in pairs)
 
 
-def by_row(model, *layers):
-    """Cut every weight along its first dimension."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 def differences(rank):
     """Return how far both layouts end from one process, for each optimizer."""
     part = slice(4 * rank, 4 * rank + 4)
     seen = {}
     for name, make_optimizer in OPTIMIZERS.items():
         alone = train(make_model(), make_optimizer, slice(None))
-        sharded = make_model()
         models = {
             "ddp": DistributedDataParallel(make_model()),
-            "fsdp2": by_row(sharded, sharded[0], sharded[3]),
+            "fsdp2": fsdp2(make_model()),
         }
         for layout, model in models.items():
             ends = train(model, make_optimizer, part)

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -209,6 +209,23 @@ def move_aside(path: Path, other: Path) -> None:
     if os.path.lexists(other):
         remove_folder(other)
     path.rename(other)
+
+
+def keep_damaged(path: Path, *, endings: Sequence[str] = ()) -> Path:
+    """Rename a damaged file to the first free "NAME.damaged-N" and return where it is now.
+
+    Args:
+        path: The file.
+        endings: Of the names of files beside it that belong to it, and go with it if they are there.
+    """
+    number = 1
+    while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    for ending in endings:
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + ending).rename(kept.with_name(kept.name + ending))
+    path.rename(kept)
+    return kept
 
 
 def remove_folder(path: Path) -> None:

@@ -92,18 +92,6 @@ def own_corrections(monkeypatch):
     monkeypatch.setattr(training, "create_all", chosen)
 
 
-@pytest.fixture
-def in_float64(monkeypatch):
-    monkeypatch.setattr(building, "make_model", float64_model)
-
-
-@pytest.fixture
-def fresh_precision():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 @pytest.fixture(scope="module")
 def digits():
     return load_workload("digits", train_size=100)

@@ -7,7 +7,6 @@ import pytest
 import regrad
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from regrad.correction import Control, Correction, Needs
 from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
@@ -57,18 +56,6 @@ def config(digits):
         return resolved(TrainConfig(**{**SMALL, **values}), digits)
 
     return make
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    monkeypatch.setattr(building, "make_model", float64_model)
-
-
-@pytest.fixture
-def fresh_precision():
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def trained(config, workload, arm, *, lr=0.05, seed=0):

@@ -78,18 +78,12 @@ def run_command(
     was corrected. Exit code: the script's own, or 3 where nothing was attached.
     """
     with checking_input():
-        from regrad_runner.scripts.attaching import AutomaticAttachment  # noqa: PLC0415
-        from regrad_runner.scripts.command import ScriptRun, run  # noqa: PLC0415
-        from regrad_runner.scripts.running import check_script  # noqa: PLC0415
+        from regrad_runner.scripts.command import ScriptRun, check, run  # noqa: PLC0415
 
         words = tuple(script or ())
         names = tuple(corrections or ())
         if not words and any(name.endswith(".py") for name in names):
             raise ValueError(f"script must come after '--', got --corrections {' '.join(names)}")
-        check_script(words)
-        if shift_seeds and seed is None:
-            raise ValueError("shift_seeds must be given with --seed: it says how far")
-        AutomaticAttachment(names)  # a correction that is not there is said before the script runs
         given = ScriptRun(
             words=words,
             corrections=names,
@@ -100,5 +94,6 @@ def run_command(
             receipt=receipt,
             traces=trace,
         )
+        check(given)
     warnings.formatwarning = PLAIN_FORMAT  # the script's warnings look as they always do
     return run(given)

@@ -46,13 +46,11 @@ class Attached:
         optimizer: Name of its class.
         modules: Names of the classes of the modules that it was attached with.
         attachment: What `regrad.attach` returned.
-        loss: What corrects the cross entropy, where a correction does.
     """
 
     optimizer: str
     modules: tuple[str, ...]
     attachment: Attachment
-    loss: CrossEntropyInside | None
 
 
 class AutomaticAttachment:
@@ -73,6 +71,7 @@ class AutomaticAttachment:
     Attributes:
         attached: In the order of attachment.
         refused: Why optimizers were not attached.
+        left_out: Names of the classes of optimizers that were not asked for.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class AutomaticAttachment:
         classes: Sequence[str] = (),
         trace: Callable[[str], None] = lambda line: None,
     ) -> None:
-        # A name that is wrong is refused here, before anything runs.
         made = registry.create_all(corrections)
         self._corrects_loss = any("criterion" in correction.needs.stages for correction in made)
         self._corrections = tuple(corrections)
@@ -205,7 +203,7 @@ class AutomaticAttachment:
         model: Any = modules[0] if len(modules) == 1 else modules
         names = tuple(type(innermost_module(module)).__name__ for module in modules)
         try:
-            attachment, loss = self._attachment(model, optimizer, modules)
+            attachment = self._attachment(model, optimizer, modules)
         except (RegradError, ValueError, TypeError) as problem:
             reason = " ".join(str(problem).split())
             self.refused.append(f"{waiting.name}: {reason}")
@@ -216,15 +214,17 @@ class AutomaticAttachment:
                 stacklevel=2,
             )
             return
+        when = "after its first step"
         if under_way is not None:
             # Torch took the list of this call's hooks before there was one of ours.
             attachment.engine.before_forward(under_way)
-        self.attached.append(Attached(waiting.name, names, attachment, loss))
-        self._trace(f"{waiting.name} is attached, before a forward of {' and '.join(names)}")
+            when = f"before a forward of {type(innermost_module(under_way)).__name__}"
+        self.attached.append(Attached(waiting.name, names, attachment))
+        self._trace(f"{waiting.name} is attached with {' and '.join(names)}, {when}")
 
     def _attachment(
         self, model: Any, optimizer: Optimizer, modules: Sequence[nn.Module]
-    ) -> tuple[Attachment, CrossEntropyInside | None]:
+    ) -> Attachment:
         """Make the control's change and attach; correct the cross entropy if a correction does."""
         names = [*self._corrections]
         if self._control is not None:
@@ -234,9 +234,10 @@ class AutomaticAttachment:
             names += control.corrections
         corrections = registry.create_all(names)
         if not any("criterion" in correction.needs.stages for correction in corrections):
-            return regrad.attach(model, optimizer, corrections), None
+            return regrad.attach(model, optimizer, corrections)
         attachment = regrad.attach(model, optimizer, corrections, F.cross_entropy)
-        return attachment, CrossEntropyInside(attachment, in_the_loop=True)
+        CrossEntropyInside(attachment, in_the_loop=True)  # the attachment keeps it until detach
+        return attachment
 
     def _settle(self, waiting: Waiting) -> None:
         """Take an optimizer off the list; with the last one, forwards are left alone."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrad import registry
+
 from regrad_runner.files import write_whole
 from regrad_runner.scripts.attaching import Attached, AutomaticAttachment
 from regrad_runner.scripts.running import check_script, run_script
@@ -42,6 +44,14 @@ class ScriptRun:
     traces: bool = False
 
 
+def check(script: ScriptRun) -> None:
+    """Raise a `ValueError` where the script or a correction is not there; runs nothing."""
+    check_script(script.words)
+    registry.create_all(script.corrections)
+    if script.shifts_seeds and script.seed is None:
+        raise ValueError("shift_seeds must be given with --seed: it says how far")
+
+
 def run(script: ScriptRun) -> int:
     """Run a script with corrections and say on stderr what happened.
 
@@ -51,7 +61,7 @@ def run(script: ScriptRun) -> int:
     Raises:
         ValueError: If the script or a correction is not there; before anything runs.
     """
-    check_script(script.words)
+    check(script)
     automatic = AutomaticAttachment(
         script.corrections,
         control=script.control,

@@ -84,7 +84,7 @@ class ForwardWatch:
     compiled module is one: what it wraps is called inside. Off, nothing is paid per call.
 
     Args:
-        report: Called with the module, its gradient mode and training mode on.
+        report: Called with a module that is in training mode, while gradients are computed.
     """
 
     def __init__(self, report: Callable[[nn.Module], None]) -> None:

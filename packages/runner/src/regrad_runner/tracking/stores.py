@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from regrad_runner.addresses import shown_address
 from regrad_runner.errors import DiskError
-from regrad_runner.files import PART, remove_left_over, unforeseeable, write_whole
+from regrad_runner.files import PART, keep_damaged, remove_left_over, unforeseeable, write_whole
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "artifacts"
@@ -231,13 +231,7 @@ def fault_of(path: Path) -> str | None:
 
 def put_aside(path: Path, fault: str) -> str:
     """Rename a damaged database and what belongs to it, and return what is to be told."""
-    number = 1
-    while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
-    for ending in ("-journal", "-wal", "-shm"):
-        with suppress(FileNotFoundError):
-            path.with_name(path.name + ending).rename(kept.with_name(kept.name + ending))
-    path.rename(kept)
+    kept = keep_damaged(path, endings=("-journal", "-wal", "-shm"))
     return (
         f"the database '{path}' cannot be used: {fault}; it is now '{kept}', and the runs' "
         "folders are shown in a new one"
