@@ -3,6 +3,7 @@
 import pytest
 import regrad
 import torch
+from regrad.engine import Engine
 from regrad_bench.all_cases import chosen_cases
 from regrad_bench.alone_cases import alone_cases
 from regrad_bench.cases import BEYOND_THE_METER, Attached, Setting
@@ -21,6 +22,7 @@ EQUAL = {
     "alone/clip-norm": 1e-6,
     "alone/centralization": 1e-5,
 }
+QUICK_WEIGHTS = resnet50_gradients(QUICK.device, quick=True).parameters
 EQUAL |= {"alone/adanorm": 1e-4} | {name: 1e-6 for name in ALONE if "powergrad" in name}
 
 
@@ -65,6 +67,24 @@ def test_what_both_sides_agree_on_is_not_the_untouched_gradient(name):
     pair.ours()
     changed = largest_difference([p.grad for p in model.parameters()], before)
     assert changed == 0 if name == "alone/agc-idle" else changed > 0.01
+    pair.close()
+
+
+@pytest.mark.parametrize("name", ["alone/xgrad", "alone/xgrad-looped"])
+def test_the_weights_move_in_every_call_that_is_timed(name, monkeypatch):
+    moved = []
+    close_window = Engine.close_window
+
+    def counted(engine):
+        moved.append(len(engine.window.moved))
+        close_window(engine)
+
+    monkeypatch.setattr(Engine, "close_window", counted)
+    pair = ALONE[name].build(QUICK)
+    for _ in range(4):  # beside the peer's steps
+        pair.ours()
+        pair.peer()
+    assert moved[-4:] == [len(QUICK_WEIGHTS)] * 4
     pair.close()
 
 

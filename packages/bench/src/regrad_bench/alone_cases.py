@@ -164,12 +164,16 @@ def _xgrad_looped(setting: Setting) -> Pair:
 
 
 def _xgrad_against(setting: Setting, **kind: bool) -> Pair:
+    """Time the window beside a plain step on weights of its own.
+
+    On the same weights the plain step would be another optimizer's, and the prediction would pause.
+    """
     gradients = resnet50_gradients(setting.device, quick=setting.quick)
-    attached_to, plain = (
-        AdamW(gradients.parameters, lr=1e-6, betas=BETAS, **kind) for _ in range(2)
-    )
+    attached_to = AdamW(gradients.parameters, lr=1e-6, betas=BETAS, **kind)
     attached_to.step()
     attached = Attached(gradients.model, attached_to, ["xgrad"])
+    others = resnet50_gradients(setting.device, quick=setting.quick)
+    plain = AdamW(others.parameters, lr=1e-6, betas=BETAS, **kind)
     return Pair(
         ours=attached.predict_and_restore,
         peer=plain.step,
