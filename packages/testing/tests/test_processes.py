@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,19 @@ def die_on_the_second(rank):
     if rank == 1:
         os._exit(3)
     time.sleep(60)
+
+
+def abort_once(rank, folder):
+    """Abort, as a thread of gloo does now and then; the next attempt finds the file."""
+    file = Path(folder) / str(rank)
+    if rank == 1 and not file.exists():
+        file.touch()
+        os.abort()
+    return file.exists()
+
+
+def abort_always(rank):
+    os.abort()
 
 
 def sleep(rank):
@@ -58,6 +72,17 @@ def test_a_process_that_dies_is_said_with_what_was_printed_and_ends_the_others_s
         run_on_processes(die_on_the_second)
     assert "before the end" in str(caught.value)
     assert time.monotonic() - begin < 55
+
+
+def test_a_process_that_native_code_aborted_is_started_once_more(tmp_path):
+    assert run_on_processes(abort_once, str(tmp_path)) == [False, True]
+
+
+def test_what_aborts_every_time_is_said_with_the_place():
+    with pytest.raises(AssertionError, match=r"2 processes ended with \[-6, -6\]") as caught:
+        run_on_processes(abort_always)
+    assert "Fatal Python error: Aborted" in str(caught.value)
+    assert "in abort_always" in str(caught.value)
 
 
 def test_processes_that_take_too_long_are_ended():

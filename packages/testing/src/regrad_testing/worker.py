@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -112,6 +113,7 @@ def _exit_codes(processes: list[Any], patience: float) -> list[int | None]:
 def work(task: Task, rank: int) -> None:
     """Run the cases of a task as one rank, write the results to FOLDER/RANK.json, and exit."""
     _print_to(task.folder / f"{rank}.txt")
+    faulthandler.enable()  # where torch's native code ends this process, it says where
     torch.set_num_threads(1)
     _say_who_this_is(rank, task.processes)
     results = {}
@@ -146,6 +148,7 @@ def run_case(case: Case, store: Any, rank: int, world: int) -> Any:
     # Whatever an author's code raises is the result, and the next case runs.
     except BaseException:  # noqa: BLE001
         result = {"error": traceback.format_exc()}
+    gc.collect()  # wrappers are cycles, and must not outlive the group that they use
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(world)], GROUP_PATIENCE)
     if distributed.is_initialized():
