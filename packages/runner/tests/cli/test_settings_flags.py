@@ -8,7 +8,7 @@ from regrad_runner.settings.config import CompareConfig, RunConfig, TrainConfig
 
 
 def parameters(kind, *names):
-    @takes_settings(kind, *names)
+    @takes_settings(kind, names=names)
     def command(given, *, json: bool = False):
         return given, json
 
@@ -36,7 +36,9 @@ def test_a_command_is_given_the_settings_that_were_typed_and_its_own_flags():
 
 
 def test_a_flag_that_turns_a_setting_off_and_several_rates_become_settings():
-    given = given_settings(CompareConfig, {"no_controls": True, "lr": "0.1,0.2", "seeds": None})
+    given = given_settings(
+        CompareConfig.model_fields, {"no_controls": True, "lr": "0.1,0.2", "seeds": None}
+    )
     assert given == {"controls": False, "lr": ["0.1", "0.2"]}
     assert load_settings(CompareConfig, given).lr == (0.1, 0.2)
 

@@ -73,7 +73,10 @@ def test_a_bad_setting_is_one_line_with_name_rule_and_value(flags, message):
 
 
 def test_a_setting_without_a_near_match_lists_what_there_is():
-    with pytest.raises(ValueError, match="no setting named 'zzz'; allowed: workload, data_dir"):
+    with pytest.raises(
+        ValueError,
+        match="no setting named 'zzz'; allowed: tracker, tracking_uri, workload, data_dir",
+    ):
         load_config(TrainConfig, flags={"zzz": 1})
 
 

@@ -12,25 +12,45 @@ from regrad_runner.cli.flags import ConfigFile, Json, Out, Resume, flag, switch
 from regrad_runner.cli.holding import holding, holding_folder
 from regrad_runner.cli.settings_flags import CHECKING, load_settings, takes_settings
 from regrad_runner.errors import checking_input
-from regrad_runner.settings.config import CompareConfig
-from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, WHERE_IT_GOES
+from regrad_runner.settings.config import CompareConfig, ComparisonSettings
+from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, THE_SCRIPT, WHERE_IT_GOES
+from regrad_runner.settings.script_config import ScriptConfig, comparison_settings_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from regrad_runner.comparing.plan import Plan
+    from regrad_runner.comparing.plan import Planned
 
 COMPARE_EXAMPLES = (
     "regrad compare --corrections xgrad agc xgrad+agc --lr 0.02,0.05,0.1",
+    "regrad compare --measure 'loss=val loss ([0-9.]+)' --lower-is-better "
+    "-- train.py --seed {seed}",
     "regrad compare --workload imagefolder --data-dir DIR --seeds 6",
     "regrad compare --resume --out DIR --seeds 12",
 )
 
 
-@takes_settings(CompareConfig)
+@takes_settings(CompareConfig, ScriptConfig)
 def compare_command(
     given: dict[str, Any],
+    script: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- SCRIPT ARGS...]",
+            help="A script of your own to compare instead of a workload; {seed}, {lr}, {out} and "
+            "{arm} are filled in.",
+            show_default=False,
+        ),
+    ] = None,
     *,
+    higher_is_better: Annotated[
+        bool,
+        switch("Higher values of --measure are better.", THE_SCRIPT, "--higher-is-better"),
+    ] = False,
+    lower_is_better: Annotated[
+        bool,
+        switch("Lower values of --measure are better.", THE_SCRIPT, "--lower-is-better"),
+    ] = False,
     jobs: Annotated[
         int | None,
         flag("Runs in parallel, one process each; 1 by default.", HOW_IT_IS_TRAINED, metavar="N"),
@@ -56,19 +76,90 @@ def compare_command(
 
     console = Terminal(stderr=True)  # results go elsewhere, perhaps into another program
     with checking_input(), console.status(CHECKING):
-        from regrad_runner.comparing.plan import make_plan  # noqa: PLC0415
-
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
         continues = resume or cell is not None
-        settings = load_settings(CompareConfig, given, config=config, out=out, resume=continues)
+        if script:
+            given["script"] = script
+        given |= _direction(higher=higher_is_better, lower=lower_is_better)
+        kind = _kind(given, config=config, out=out if continues else None)
+        settings = load_settings(kind, given, config=config, out=out, resume=continues)
         if cell is None:
-            plan = make_plan(settings, out=out, resume=resume, jobs=1 if jobs is None else jobs)
+            plan = _make_plan(settings, out=out, resume=resume, jobs=1 if jobs is None else jobs)
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())
     with holding_folder(plan, resume=resume):
         if cells:
             return _prepare_cells(console, plan, as_json=json)
         return _compare(console, plan, jobs=jobs, as_json=json)
+
+
+def _direction(*, higher: bool, lower: bool) -> dict[str, str]:
+    """Return the setting that two flags stand for."""
+    if higher and lower:
+        raise ValueError("--higher-is-better must be given without --lower-is-better")
+    if higher:
+        return {"better": "higher"}
+    if lower:
+        return {"better": "lower"}
+    return {}
+
+
+def _kind(
+    given: dict[str, Any], *, config: Path | None, out: Path | None
+) -> type[ComparisonSettings]:
+    """Return which settings a command is about: of a script or of a workload.
+
+    Args:
+        given: Those that were given as flags.
+        config: The file with others.
+        out: A folder to continue.
+    """
+    from regrad_runner.settings.loading import read_settings  # noqa: PLC0415
+
+    known = dict(given)
+    file = config or (out / "config.yaml" if out is not None else None)
+    if file is not None and file.is_file():
+        known = {**read_settings(file), **given}
+    kind = comparison_settings_of(known)
+    for name in given:
+        if name not in kind.model_fields:
+            raise ValueError(_out_of_place(name, kind))
+    if kind is ScriptConfig:
+        _check_is_complete(known)
+    return kind
+
+
+def _out_of_place(name: str, kind: type[ComparisonSettings]) -> str:
+    """Say why a flag does not belong to what is compared."""
+    flag_name = "--higher-is-better" if name == "better" else f"--{name.replace('_', '-')}"
+    if kind is ScriptConfig:
+        return f"{flag_name} must be left out with a script, which decides that itself"
+    return f"{flag_name} must be given with a script of your own behind '--'"
+
+
+def _check_is_complete(known: dict[str, Any]) -> None:
+    """Raise a `ValueError` where a comparison of a script lacks what only the user knows."""
+    if "measure" not in known:
+        raise ValueError(
+            "--measure must be given with a script, such as --measure 'loss=val loss ([0-9.]+)'"
+        )
+    if "better" not in known:
+        raise ValueError(
+            "--higher-is-better or --lower-is-better must be given with --measure, got neither"
+        )
+
+
+def _make_plan(
+    settings: ComparisonSettings, *, out: Path | None, resume: bool, jobs: int
+) -> Planned[Any]:
+    """Check a comparison of whatever kind, and return its plan."""
+    if isinstance(settings, ScriptConfig):
+        from regrad_runner.comparing.script_plan import make_script_plan  # noqa: PLC0415
+
+        return make_script_plan(settings, out=out, resume=resume, jobs=jobs)
+    from regrad_runner.comparing.plan import make_plan  # noqa: PLC0415
+
+    return make_plan(settings, out=out, resume=resume, jobs=jobs)
 
 
 def _check_at_most_one(*, jobs: int | None, cell: int | None, cells: bool) -> None:
@@ -84,7 +175,7 @@ def _check_at_most_one(*, jobs: int | None, cell: int | None, cells: bool) -> No
         raise ValueError(f"{given[0]} must be given without {given[1]}")
 
 
-def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -> int:
+def _compare(console: Console, plan: Planned[Any], *, jobs: int | None, as_json: bool) -> int:
     """Run a comparison and show it."""
     from regrad_runner.comparing.compare import compare  # noqa: PLC0415
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
@@ -105,7 +196,7 @@ def _compare(console: Console, plan: Plan, *, jobs: int | None, as_json: bool) -
     return int(any(result.status == "failed" for result in folder.results))
 
 
-def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path) -> int:
+def _run_cell(console: Console, settings: ComparisonSettings, number: int, out: Path) -> int:
     """Run one cell of a job array."""
     with checking_input(), console.status(CHECKING):
         from regrad_runner.comparing.job_array import make_cell_plan, run_cell  # noqa: PLC0415
@@ -131,12 +222,12 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     with lock, going_on(console, again, quiet=not plan.reports), display:
         outcome = run_cell(cell_plan, display)
         if outcome is not None:
-            display.end(f"{name}: {outcome_in_words(outcome, plan.workload.measure)}")
+            display.end(f"{name}: {outcome_in_words(outcome, plan.measure)}")
     destroy_process_group()
     return int(isinstance(outcome, Result) and outcome.status == "failed")
 
 
-def _prepare_cells(console: Console, plan: Plan, *, as_json: bool) -> int:
+def _prepare_cells(console: Console, plan: Planned[Any], *, as_json: bool) -> int:
     """Make the folder of a job array and say what its cells are."""
     from regrad_runner.comparing.job_array import prepare_cells, show_prepared  # noqa: PLC0415
 

@@ -30,7 +30,7 @@ EXPLAINED_SETTINGS = (
 )
 
 
-@takes_settings(TrainConfig, *EXPLAINED_SETTINGS)
+@takes_settings(TrainConfig, names=EXPLAINED_SETTINGS)
 def explain_command(
     given: dict[str, Any],
     *,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regrad_runner.errors import checking_input
 
 if TYPE_CHECKING:
-    from regrad_runner.comparing.plan import Plan
+    from regrad_runner.comparing.plan import Planned
     from regrad_runner.training_command import TrainingPlan
 
 
 @contextmanager
-def holding_folder(plan: Plan | TrainingPlan, *, resume: bool) -> Iterator[None]:
+def holding_folder(plan: Planned[Any] | TrainingPlan, *, resume: bool) -> Iterator[None]:
     """Hold the folder of a plan, which may have changed since it was checked."""
     from regrad_runner.reporting.report import check_whole  # noqa: PLC0415
     from regrad_runner.results.folder import check_unchanged  # noqa: PLC0415

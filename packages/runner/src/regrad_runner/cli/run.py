@@ -43,6 +43,15 @@ def run_command(
         str | None,
         flag("Make a control's change instead, such as nesterov.", WHAT_IS_TRAINED, metavar="NAME"),
     ] = None,
+    control_of: Annotated[
+        list[str] | None,
+        flag(
+            "Make the control's change of this correction instead; may be repeated.",
+            WHAT_IS_TRAINED,
+            metavar="NAME",
+            completion=offered_corrections,
+        ),
+    ] = None,
     optimizer_class: Annotated[
         list[str] | None,
         flag(
@@ -88,6 +97,7 @@ def run_command(
             words=words,
             corrections=names,
             control=control,
+            control_of=tuple(control_of or ()),
             optimizer_classes=tuple(optimizer_class or ()),
             seed=seed,
             shifts_seeds=shift_seeds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from regrad_runner.cli import completion
 from regrad_runner.cli.flags import flag, switch
-from regrad_runner.settings.config import Config, RunConfig
+from regrad_runner.settings.config import Config, RunConfig, Settings
 from regrad_runner.settings.flag import Flag
 
 COMPLETIONS = {
@@ -27,18 +27,19 @@ LONGEST_SHOWN = 100
 
 
 def takes_settings(
-    kind: type[RunConfig], *names: str
+    *kinds: type[Settings], names: Sequence[str] = ()
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Give a command a flag for each setting.
+    """Give a command a flag for each setting that declares one.
 
     The command's first parameter is a mapping: the settings that were given, by name. Its other
     parameters are flags of its own.
 
     Args:
-        kind: Has the settings.
-        *names: Those that the command takes; all by default.
+        *kinds: Have the settings; what several have is declared by the first.
+        names: Those that the command takes; all by default.
     """
-    flags = [_parameter(name, kind.model_fields[name]) for name in names or _own_first(kind)]
+    fields = _fields_of(kinds)
+    flags = [_parameter(name, fields[name]) for name in names or fields]
 
     def with_flags(function: Callable[..., int]) -> Callable[..., int]:
         signature = inspect.signature(function, eval_str=True)
@@ -47,25 +48,27 @@ def takes_settings(
         @functools.wraps(function)
         def command(**values: Any) -> int:
             others = {parameter.name: values[parameter.name] for parameter in own}
-            return function(given_settings(kind, values), **others)
+            return function(given_settings(fields, values), **others)
 
-        shown = signature.replace(parameters=[*flags, *own])
+        arguments = [item for item in own if item.kind is not inspect.Parameter.KEYWORD_ONLY]
+        of_its_own = [item for item in own if item.kind is inspect.Parameter.KEYWORD_ONLY]
+        shown = signature.replace(parameters=[*arguments, *flags, *of_its_own])
         command.__signature__ = shown  # type: ignore[attr-defined]
         return command
 
     return with_flags
 
 
-def given_settings(kind: type[RunConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+def given_settings(fields: Mapping[str, FieldInfo], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that were given as flags, by name.
 
     Args:
-        kind: Has the settings.
+        fields: Of the settings, by name.
         values: What the parser made of a command's flags, by parameter. A flag that was not given
             is None; one that can be repeated is then an empty list.
     """
     given: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
+    for name, field in fields.items():
         value = values.get(_parameter_name(name, field))
         if value is None or value in ([], ()):
             continue
@@ -105,10 +108,24 @@ def load_settings(
     return load_config(kind, file=config, flags=given)
 
 
-def _own_first(kind: type[RunConfig]) -> list[str]:
+def _fields_of(kinds: Sequence[type[Settings]]) -> dict[str, FieldInfo]:
+    """Return the fields that declare a flag; those that only one kind has in front, as they matter.
+
+    Fields that every command has come last.
+    """
+    fields: dict[str, FieldInfo] = {}
+    for kind in kinds:
+        for name in _own_first(kind):
+            field = kind.model_fields[name]
+            if any(isinstance(item, Flag) for item in field.metadata):
+                fields.setdefault(name, field)
+    return fields
+
+
+def _own_first(kind: type[Settings]) -> list[str]:
     """Return the settings, those that only this kind has in front: they matter most."""
-    own = [name for name in kind.model_fields if name not in RunConfig.model_fields]
-    return [*own, *RunConfig.model_fields]
+    shared = [name for name in kind.model_fields if name in RunConfig.model_fields]
+    return [*(name for name in kind.model_fields if name not in shared), *shared]
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from regrad_runner.comparing.plan import Plan, agreed, make_plan, open_folder
+from regrad_runner.comparing.plan import Plan, Planned, agreed, make_plan, open_folder
 from regrad_runner.comparing.rates import chosen_rates
+from regrad_runner.comparing.runners import runner_of
 from regrad_runner.comparing.running import Comparison, Runner
-from regrad_runner.comparing.workers import Workers
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import draw, export_tables
 from regrad_runner.results.cells import Cell
@@ -20,7 +20,7 @@ from regrad_runner.workloads.workload import Measure, name_on_validation
 __all__ = ["Comparison", "Plan", "Runner", "compare", "make_plan"]
 
 
-def compare(plan: Plan, display: Display) -> ResultsFolder:
+def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
     """Run what is not finished yet; after every run the folder holds it.
 
     A run that fails is kept as failed and the others go on. On several processes each run is
@@ -45,20 +45,13 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
             len(folder.trials) + sum(result.status != "failed" for result in folder.results)
         )
         _run_pending(plan, folder, display)
-        draw(folder, plan.workload.measure)
+        draw(folder, plan.measure)
     return folder
 
 
-def _runner(plan: Plan, display: Display) -> AbstractContextManager[Runner]:
-    """Return what runs the cells, as many at once as planned."""
-    if plan.jobs == 1:
-        return nullcontext(Comparison(plan, display))
-    return Workers(plan, display)
-
-
-def _run_pending(plan: Plan, folder: ResultsFolder, display: Display) -> None:
+def _run_pending(plan: Planned[Any], folder: ResultsFolder, display: Display) -> None:
     """Run what the folder lacks: trials of learning rates, then runs with the chosen rates."""
-    with _runner(plan, display) as runner:
+    with runner_of(plan, display) as runner:
         trials = [
             (cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)
         ]
@@ -72,13 +65,15 @@ def _run_pending(plan: Plan, folder: ResultsFolder, display: Display) -> None:
         _follow(plan, folder, display, runner.run_cells(agreed(runs)))
 
 
-def _follow(plan: Plan, folder: ResultsFolder, display: Display, ended: Iterable[Cell]) -> None:
+def _follow(
+    plan: Planned[Any], folder: ResultsFolder, display: Display, ended: Iterable[Cell]
+) -> None:
     """Read each cell as it ends, and write the tables anew."""
     for cell in ended:
         if plan.reports:
             outcome = folder.take(cell)
             export_tables(folder)
-            display.end(f"{cell.name}: {outcome_in_words(outcome, plan.workload.measure)}")
+            display.end(f"{cell.name}: {outcome_in_words(outcome, plan.measure)}")
 
 
 def outcome_in_words(outcome: Result | Trial, measure: Measure) -> str:

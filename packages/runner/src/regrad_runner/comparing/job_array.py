@@ -7,24 +7,27 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from regrad_runner.comparing.plan import Plan, agreed, open_folder, plan_of
+from regrad_runner.comparing.plan import Plan, Planned, agreed, open_folder, plan_of
 from regrad_runner.comparing.rates import chosen_rates
-from regrad_runner.comparing.running import Comparison
+from regrad_runner.comparing.runners import runner_of
+from regrad_runner.comparing.script_plan import script_plan_of
 from regrad_runner.reporting.progress import Display
 from regrad_runner.results.cells import Cell, in_ranges
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, Trial
 from regrad_runner.results.run import run_path
 from regrad_runner.results.view import tracking
-from regrad_runner.settings.config import CompareConfig
+from regrad_runner.settings.config import CompareConfig, ComparisonSettings
 from regrad_runner.settings.continuing import first_difference
 from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.settings.loading import load_config
+from regrad_runner.settings.script_config import ScriptConfig
 from regrad_runner.training.preparation import try_on
 
 
-def prepare_cells(plan: Plan, *, say: Callable[[str], None]) -> dict[str, str]:
+def prepare_cells(plan: Planned[Any], *, say: Callable[[str], None]) -> dict[str, str]:
     """Make a comparison's folder, whose cells can then run in any number of processes.
 
     Args:
@@ -70,13 +73,13 @@ class CellPlan:
         done: Whether it ended before.
     """
 
-    plan: Plan
+    plan: Planned[Any]
     cell: Cell
     lr: float
     done: bool
 
 
-def make_cell_plan(config: CompareConfig, number: int, path: Path) -> CellPlan:
+def make_cell_plan(config: ComparisonSettings, number: int, path: Path) -> CellPlan:
     """Check that a cell of a prepared comparison can run. Writes nothing.
 
     Args:
@@ -89,8 +92,8 @@ def make_cell_plan(config: CompareConfig, number: int, path: Path) -> CellPlan:
             its arm are missing.
         RegradError: If its corrections cannot work.
     """
-    saved = load_config(CompareConfig, file=path / "config.yaml", flags={})
-    plan = plan_of(path, config)
+    saved = load_config(type(config), file=path / "config.yaml", flags={})
+    plan = _plan_of(path, config)
     difference = first_difference(saved, plan.config)
     if difference:
         raise ValueError(
@@ -101,8 +104,18 @@ def make_cell_plan(config: CompareConfig, number: int, path: Path) -> CellPlan:
     cell = plan.cells[number]
     folder = ResultsFolder(path)
     lr = _rate(plan, cell, folder)
-    try_on(plan.arm(cell.arm), plan.config, plan.workload, lr=lr)
+    if isinstance(plan, Plan):
+        try_on(plan.arm(cell.arm), plan.config, plan.workload, lr=lr)
     return CellPlan(plan, cell, lr, agreed(_has_ended(cell, folder)))
+
+
+def _plan_of(path: Path, config: ComparisonSettings) -> Planned[Any]:
+    """Return the plan of a prepared folder, of whatever its cells are."""
+    if isinstance(config, ScriptConfig):
+        return script_plan_of(path, config)
+    if not isinstance(config, CompareConfig):
+        raise TypeError(f"config must be of a comparison, got {type(config).__name__}")
+    return plan_of(path, config)
 
 
 def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
@@ -114,12 +127,15 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
     """
     plan = cell_plan.plan
     cell = cell_plan.cell
-    for line in environment_in_words(plan.config):
-        display.say(line)
+    if isinstance(plan, Plan):
+        for line in environment_in_words(plan.config):
+            display.say(line)
     with ExitStack() as stack:
         if plan.reports and is_server(plan.config.tracking_uri):
             stack.enter_context(_tracked(plan, display.say, cell))
-        Comparison(plan, display).run_cell(cell, lr=cell_plan.lr)
+        cells = stack.enter_context(runner_of(plan, display))
+        for _ in cells.run_cells([(cell, cell_plan.lr)]):
+            pass
     return ResultsFolder(plan.path).take(cell) if plan.reports else None
 
 
@@ -138,7 +154,7 @@ def _has_ended(cell: Cell, folder: ResultsFolder) -> bool:
     return folder.is_finished(cell.arm, cell.seed)
 
 
-def _rate(plan: Plan, cell: Cell, folder: ResultsFolder) -> float:
+def _rate(plan: Planned[Any], cell: Cell, folder: ResultsFolder) -> float:
     """Return a cell's learning rate; that of a run is known once all trials of its arm ended."""
     if cell.lr is not None:
         return cell.lr
@@ -156,7 +172,7 @@ def _rate(plan: Plan, cell: Cell, folder: ResultsFolder) -> float:
 
 
 def _tracked(
-    plan: Plan, say: Callable[[str], None], cell: Cell | None = None
+    plan: Planned[Any], say: Callable[[str], None], cell: Cell | None = None
 ) -> AbstractContextManager[None]:
     """Show the comparison, and with it one of its cells, while that runs."""
     only = plan.path

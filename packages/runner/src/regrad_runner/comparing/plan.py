@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from accelerate.utils import broadcast_object_list
 
@@ -15,7 +16,7 @@ from regrad_runner.results.cells import Cell, cells_of
 from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
 from regrad_runner.results.machine import surroundings
 from regrad_runner.settings.arms import Arm, expand
-from regrad_runner.settings.config import MOST_THREADS, CompareConfig
+from regrad_runner.settings.config import MOST_THREADS, CompareConfig, ComparisonSettings
 from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.training.preparation import (
     default_folder,
@@ -25,14 +26,89 @@ from regrad_runner.training.preparation import (
     try_on,
 )
 from regrad_runner.training.processes import check_task, make_accelerator
-from regrad_runner.workloads.workload import Workload
+from regrad_runner.workloads.workload import Measure, Workload
 
 Agreed = TypeVar("Agreed")
+SettingsOfComparison = TypeVar("SettingsOfComparison", bound=ComparisonSettings)
+
+
+class Planned(ABC, Generic[SettingsOfComparison]):
+    """A comparison that was checked and can start, of whatever its runs are.
+
+    Attributes:
+        config: Resolved settings.
+        arms: What is compared.
+        path: Folder to write.
+        reports: Whether this is the process that writes and prints.
+        processes: How many there are.
+        left_out: Installed corrections that cannot work here, with the reason, where all were
+            asked for.
+        jobs: How many runs take place at once, each in a process of its own.
+    """
+
+    config: SettingsOfComparison
+    arms: tuple[Arm, ...]
+    path: Path
+    reports: bool
+    processes: int
+    left_out: Mapping[str, str]
+    jobs: int
+
+    @property
+    @abstractmethod
+    def measure(self) -> Measure:
+        """By what runs are compared."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of what is trained."""
+
+    @property
+    @abstractmethod
+    def samples(self) -> str:
+        """What samples are called; nothing where nobody knows."""
+
+    @abstractmethod
+    def in_words(self) -> str:
+        """Say what will be done."""
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All runs; those that choose learning rates come first."""
+        return cells_of([arm.name for arm in self.arms], self.config)
+
+    @property
+    def runs(self) -> int:
+        """How many these are."""
+        return len(self.cells)
+
+    @property
+    def experiment(self) -> str:
+        """Name of the group of tracked runs."""
+        return f"regrad {self.name}"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from."""
+        return self.config.lr or ()
+
+    def arm(self, name: str) -> Arm:
+        """Return the arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def runs_in_words(self) -> str:
+        """Say how many runs there are."""
+        compared = f"{len(self.arms)} arms × {self.config.seeds} seeds"
+        trials = sum(cell.lr is not None for cell in self.cells)
+        if not trials:
+            return compared
+        return f"{compared} after {trials} runs to choose learning rates"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A comparison that was checked and can start.
+class Plan(Planned[CompareConfig]):
+    """A comparison on a workload.
 
     Attributes:
         config: Resolved settings.
@@ -56,24 +132,25 @@ class Plan:
     jobs: int = 1
 
     @property
-    def cells(self) -> list[Cell]:
-        """All runs; those that choose learning rates come first."""
-        return cells_of([arm.name for arm in self.arms], self.config)
+    def measure(self) -> Measure:
+        """By what runs are compared."""
+        return self.workload.measure
 
     @property
-    def runs(self) -> int:
-        """How many these are."""
-        return len(self.cells)
+    def name(self) -> str:
+        """Of the workload."""
+        return self.workload.name
 
-    def arm(self, name: str) -> Arm:
-        """Return the arm of that name."""
-        return next(arm for arm in self.arms if arm.name == name)
+    @property
+    def samples(self) -> str:
+        """What its samples are called."""
+        return self.workload.train.kind
 
     def in_words(self) -> str:
         """Say what will be done."""
         config = self.config
         lines = [
-            f"{self._data_in_words()}: {self._runs_in_words()}",
+            f"{self._data_in_words()}: {self.runs_in_words()}",
             f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
         ]
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
@@ -83,23 +160,6 @@ class Plan:
     def _data_in_words(self) -> str:
         train = self.workload.train
         return f"{self.workload.name}, {len(train):,} training {train.kind}"
-
-    def _runs_in_words(self) -> str:
-        compared = f"{len(self.arms)} arms × {self.config.seeds} seeds"
-        trials = sum(cell.lr is not None for cell in self.cells)
-        if not trials:
-            return compared
-        return f"{compared} after {trials} runs to choose learning rates"
-
-    @property
-    def experiment(self) -> str:
-        """Name of the group of tracked runs."""
-        return f"regrad {self.workload.name}"
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to choose from."""
-        return self.config.lr or ()
 
 
 def make_plan(
@@ -189,7 +249,7 @@ def plan_of(path: Path, config: CompareConfig) -> Plan:
     )
 
 
-def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
+def open_folder(plan: Planned[Any], *, job_array: bool = False) -> ResultsFolder:
     """Make a plan's folder, or take up what is in it.
 
     Args:
@@ -199,14 +259,18 @@ def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
     earlier = read_about(plan.path)
     about = {
         "kind": "comparison",
-        "workload": plan.workload.name,
-        "measure": asdict(plan.workload.measure),
-        "samples": plan.workload.train.kind,
+        "workload": plan.name,
+        "measure": asdict(plan.measure),
+        "samples": plan.samples,
         "left_out": dict(plan.left_out),
         "arms": {arm.name: arm.recipe for arm in plan.arms},
         # For earlier runs too: corrections that were added may change what their arms are.
         "roles": {
-            arm.name: {"must_beat": arm.must_beat, "control": arm.control is not None}
+            arm.name: {
+                "must_beat": arm.must_beat,
+                "control": arm.control is not None,
+                "control_of": [*arm.control_of],
+            }
             for arm in plan.arms
         },
         "job_array": job_array,

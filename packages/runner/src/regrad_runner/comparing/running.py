@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 from regrad_runner.addresses import without_secrets
-from regrad_runner.comparing.plan import Plan
+from regrad_runner.comparing.plan import Plan, Planned
 from regrad_runner.diagnostics.effects import EffectTrace, keep_effects
 from regrad_runner.diagnostics.gradient_quality import PROBE_CURVES, PROBE_LINE, Probe, keep_quality
 from regrad_runner.errors import DiskError, in_one_line
@@ -112,7 +112,7 @@ class Comparison:
         result = finished_result(
             run, Result(arm=run.arm.name, seed=run.seed, lr=run.lr), started=started
         )
-        measure = self.plan.workload.measure
+        measure = self.plan.measure
         record.keep(RECEIPT, as_json_text(run.receipt()))
         record.log(METRICS, result.steps, {**run.metrics(), measure.name: result.value})
         with signals_wait():
@@ -135,17 +135,25 @@ class Comparison:
 
 
 def values_of(plan: Plan, cell: Cell, *, lr: float) -> dict[str, Any]:
+    """Return what the record of a run on a workload says before it begins; see `record_values`."""
+    curves = {
+        EVALUATION: curves_of(plan.measure),
+        PROBE_LINE: PROBE_CURVES,
+    }
+    return record_values(plan, cell, lr=lr, curves=curves)
+
+
+def record_values(
+    plan: Planned[Any], cell: Cell, *, lr: float, curves: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
     """Return what the record of a cell's run says before it begins.
 
     Args:
         plan: Of the comparison.
         cell: To run.
         lr: Its learning rate.
+        curves: What its numbers are called where curves are shown: see `RunRecord`.
     """
-    curves = {
-        EVALUATION: curves_of(plan.workload.measure),
-        PROBE_LINE: PROBE_CURVES,
-    }
     return run_values(
         plan.config,
         plan.arm(cell.arm),

@@ -20,12 +20,14 @@ class Role(BaseModel):
     Attributes:
         must_beat: Name of the arm with the trivial change that this one must beat, or None.
         control: Whether it is a control and no correction of its own.
+        control_of: Of a control, the corrections that declare it.
     """
 
     model_config = ConfigDict(strict=True)
 
     must_beat: str | None
     control: bool
+    control_of: list[str] = []
 
 
 class About(BaseModel):

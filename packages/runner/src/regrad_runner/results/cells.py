@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby, product
 
 from regrad_runner.results.run import run_names
-from regrad_runner.settings.config import FIRST_TUNING_SEED, CompareConfig
+from regrad_runner.settings.config import FIRST_TUNING_SEED, ComparisonSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cell:
         return run_names(self.arm, self.seed, self.lr)
 
 
-def cells_of(arms: Iterable[str], config: CompareConfig) -> list[Cell]:
+def cells_of(arms: Iterable[str], config: ComparisonSettings) -> list[Cell]:
     """Return the cells of a comparison: the trials of learning rates, if any, and then the runs.
 
     Arms take turns within a seed, so that seeds that are added later come last.

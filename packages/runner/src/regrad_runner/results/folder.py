@@ -37,9 +37,10 @@ from regrad_runner.results.run import (
 from regrad_runner.results.tables import checked
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.checking import validated
-from regrad_runner.settings.config import CompareConfig, Config, RunConfig
+from regrad_runner.settings.config import Config, Settings
 from regrad_runner.settings.continuing import continued
 from regrad_runner.settings.loading import load_config, read_settings, write_config
+from regrad_runner.settings.script_config import comparison_settings_of
 
 SETTINGS_FILE = "config.yaml"
 
@@ -177,7 +178,8 @@ class ResultsFolder:
                     validation=float(numbers.get("validation", math.nan)),
                 )
             values = {"must_beat": None, "control": None, **numbers}
-            values |= self._roles.get(record.arm, {})
+            role = self._roles.get(record.arm, {})
+            values |= {name: role[name] for name in ("must_beat", "control") if name in role}
             values |= {"arm": record.arm, "seed": record.seed, "lr": record.lr}
             return checked(Result, {**values, "status": record.status})
         except (TypeError, ValueError) as problem:
@@ -224,7 +226,7 @@ def cells_in(path: Path, arms: Iterable[str]) -> list[Cell]:
             f"config must be the settings of a comparison, got none of its seeds in '{file}'"
         )
     try:
-        return cells_of(arms, validated(CompareConfig, settings))
+        return cells_of(arms, validated(comparison_settings_of(settings), settings))
     except ValueError:  # of another version: what ran can be shown all the same
         return []
 
@@ -334,7 +336,7 @@ def check_arms(path: Path, arms: Iterable[Arm]) -> None:
             )
 
 
-def start_folder(path: Path, config: RunConfig, about: Mapping[str, Any]) -> None:
+def start_folder(path: Path, config: Settings, about: Mapping[str, Any]) -> None:
     """Make the folder, with the settings and what else a report needs; its id stays the same.
 
     Args:

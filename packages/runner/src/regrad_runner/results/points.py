@@ -20,20 +20,20 @@ class Point:
 
     Attributes:
         step: Optimizer steps done.
-        epoch: Passes over the training samples done.
-        loss: Mean training loss since the last evaluation.
+        epoch: Passes over the training samples done; None where nobody knows, as in a script.
+        loss: Mean training loss since the last evaluation; None likewise.
         value: The measure on the validation samples.
-        lr: Learning rate of the coming step.
+        lr: Learning rate of the coming step; None likewise.
         seconds: Time spent so far in training steps and in fetching their batches, without
             evaluations and probes; None where it was not kept. Two evaluations are equal whatever
             their times.
     """
 
     step: int
-    epoch: float
-    loss: float
+    epoch: float | None
+    loss: float | None
     value: float
-    lr: float
+    lr: float | None
     seconds: float | None = field(default=None, compare=False)
 
 

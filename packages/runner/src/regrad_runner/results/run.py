@@ -7,6 +7,8 @@ Whatever started the run, one command or one of many, it writes into its folder 
     runs/<arm>/<seed>/receipt.json    what the corrections did
     runs/<arm>/<seed>/traceback.txt   of a run that failed
     runs/<arm>/<seed>/nonfinite.csv   the last steps of a run that diverged
+    runs/<arm>/<seed>/output.txt      what a script of the user's own printed
+    runs/<arm>/<seed>/out/            what that script wrote there, where it takes {out}
 
 A trial of a learning rate lies in `runs/<arm>/lr<rate>-seed<seed>`. Tables, figures and MLflow are
 views of these folders and can be made again at any time.
@@ -40,15 +42,16 @@ from regrad_runner.files import append, make_folder, read_regular_file, write_wh
 from regrad_runner.results.locks import RUNS, is_held, writing_run
 from regrad_runner.results.machine import machine
 from regrad_runner.settings.arms import Arm
-from regrad_runner.settings.config import RunConfig
+from regrad_runner.settings.config import Settings
 
 RECORD = "run.json"
 POINTS = "points.jsonl"
 RECEIPT = "receipt.json"
 TRACEBACK = "traceback.txt"
 NOT_FINITE = "nonfinite.csv"
+OUTPUT = "output.txt"
 # Every file that a run may keep beside its record and points: no file's name is read from data.
-KEPT_FILES = (RECEIPT, TRACEBACK, NOT_FINITE)
+KEPT_FILES = (RECEIPT, TRACEBACK, NOT_FINITE, OUTPUT)
 # In bytes; nothing that a run writes comes near.
 LARGEST_RECORD = 2**24
 LARGEST_POINTS = 2**29
@@ -287,7 +290,7 @@ def read_points(path: Path, record: RunRecord | None = None) -> list[Line]:
 
 
 def run_values(
-    config: RunConfig,
+    config: Settings,
     arm: Arm,
     *,
     name: str,

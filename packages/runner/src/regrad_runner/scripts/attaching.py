@@ -10,6 +10,7 @@ from typing import Any
 
 import regrad
 from regrad import Attachment, RegradError, RegradWarning, inside, registry
+from regrad.correction import Control
 from regrad.engine import Engine
 from regrad.inside import CrossEntropyInside
 from regrad.optimizers import parameters_of
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from regrad_runner.scripts.controls import apply_control, control_named
+from regrad_runner.scripts.controls import apply_control, control_named, control_of
+from regrad_runner.scripts.fingerprint import fingerprint
 from regrad_runner.scripts.watching import ForwardWatch, OptimizerWatch
 
 
@@ -65,6 +67,7 @@ class AutomaticAttachment:
     Args:
         corrections: Strings for `regrad.create`, in acting order. Created anew for each optimizer.
         control: Name of a control whose change is made too.
+        control_of: Corrections whose control's change is made too.
         classes: Names of optimizer classes; none stands for all.
         trace: Told when an optimizer is met and attached, and why.
 
@@ -72,6 +75,8 @@ class AutomaticAttachment:
         attached: In the order of attachment.
         refused: Why optimizers were not attached.
         left_out: Names of the classes of optimizers that were not asked for.
+        start: Tells the weights and the inputs of the first training forward, before any change;
+            None before it.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class AutomaticAttachment:
         corrections: Sequence[str],
         *,
         control: str | None = None,
+        control_of: Sequence[str] = (),
         classes: Sequence[str] = (),
         trace: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -86,6 +92,7 @@ class AutomaticAttachment:
         self._corrects_loss = any("criterion" in correction.needs.stages for correction in made)
         self._corrections = tuple(corrections)
         self._control = control
+        self._control_of = tuple(control_of)
         self._classes = {name.lower() for name in classes}
         self._trace = trace
         self._waiting: list[Waiting] = []
@@ -94,6 +101,7 @@ class AutomaticAttachment:
         self.attached: list[Attached] = []
         self.refused: list[str] = []
         self.left_out: list[str] = []
+        self.start: str | None = None
 
     def __enter__(self) -> AutomaticAttachment:
         self._optimizers.start()
@@ -140,8 +148,10 @@ class AutomaticAttachment:
         self._waiting.append(Waiting(weakref.ref(optimizer), name))
         self._forwards.start()
 
-    def _on_forward(self, module: nn.Module) -> None:
+    def _on_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         held = set(module.parameters())
+        if self.start is None and held:
+            self.start = fingerprint(module, inputs)
         for waiting in list(self._waiting):
             optimizer = waiting.optimizer()
             if optimizer is None or optimizer in ATTACHED:
@@ -227,8 +237,8 @@ class AutomaticAttachment:
     ) -> Attachment:
         """Make the control's change and attach; correct the cross entropy if a correction does."""
         names = [*self._corrections]
-        if self._control is not None:
-            control = control_named(self._control, optimizer)
+        control = self._control_on(optimizer)
+        if control is not None:
             whole = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
             apply_control(control, whole, optimizer)
             names += control.corrections
@@ -238,6 +248,14 @@ class AutomaticAttachment:
         attachment = regrad.attach(model, optimizer, corrections, F.cross_entropy)
         CrossEntropyInside(attachment, in_the_loop=True)  # the attachment keeps it until detach
         return attachment
+
+    def _control_on(self, optimizer: Optimizer) -> Control | None:
+        """Return the control whose change is to be made on an optimizer."""
+        if self._control is not None:
+            return control_named(self._control, optimizer)
+        if self._control_of:
+            return control_of(self._control_of, optimizer)
+        return None
 
     def _settle(self, waiting: Waiting) -> None:
         """Take an optimizer off the list; with the last one, forwards are left alone."""

@@ -27,6 +27,7 @@ class ScriptRun:
         words: "SCRIPT ARGS..." or "-m MODULE ARGS...".
         corrections: Strings for `regrad.create`, in acting order.
         control: Name of a control to make instead.
+        control_of: Corrections whose control to make instead.
         optimizer_classes: Names of the classes of optimizers to attach to; none stands for all.
         seed: Seeds Python, NumPy and torch before the script starts; None seeds nothing.
         shifts_seeds: Whether seeds that the script sets itself are moved by 1000 · `seed`.
@@ -37,6 +38,7 @@ class ScriptRun:
     words: tuple[str, ...]
     corrections: tuple[str, ...] = ()
     control: str | None = None
+    control_of: tuple[str, ...] = ()
     optimizer_classes: tuple[str, ...] = ()
     seed: int | None = None
     shifts_seeds: bool = False
@@ -47,7 +49,9 @@ class ScriptRun:
 def check(script: ScriptRun) -> None:
     """Raise a `ValueError` where the script or a correction is not there; runs nothing."""
     check_script(script.words)
-    registry.create_all(script.corrections)
+    registry.create_all([*script.corrections, *script.control_of])
+    if script.control is not None and script.control_of:
+        raise ValueError("control must be given without --control-of, which names it already")
     if script.shifts_seeds and script.seed is None:
         raise ValueError("shift_seeds must be given with --seed: it says how far")
 
@@ -65,6 +69,7 @@ def run(script: ScriptRun) -> int:
     automatic = AutomaticAttachment(
         script.corrections,
         control=script.control,
+        control_of=script.control_of,
         classes=script.optimizer_classes,
         trace=_say if script.traces else _ignore,
     )
@@ -125,6 +130,8 @@ def _receipt(script: ScriptRun, automatic: AutomaticAttachment) -> dict[str, Any
         "script": [*script.words],
         "seed": script.seed,
         "control": script.control,
+        "control_of": [*script.control_of],
+        "start": automatic.start,
         "attached": [
             {
                 "optimizer": attached.optimizer,

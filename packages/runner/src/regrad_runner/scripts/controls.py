@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import regrad
 import torch
 from regrad import RegradError, registry
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrad_runner.models.heads import own_head
+from regrad_runner.settings.arms import merged
 
 
 def control_named(name: str, optimizer: Optimizer) -> Control:
@@ -31,6 +34,21 @@ def control_named(name: str, optimizer: Optimizer) -> Control:
             f"no control named {name!r} for {type(optimizer).__name__}; there are: {there}"
         )
     return known[name]
+
+
+def control_of(corrections: Sequence[str], optimizer: Optimizer) -> Control:
+    """Return the one control that corrections declare together for an optimizer.
+
+    Raises:
+        RegradError: If they declare none.
+    """
+    made = registry.create_all(corrections)
+    control = merged([correction.control(optimizer) for correction in made])
+    if control is None:
+        raise RegradError(
+            f"{'+'.join(corrections)} declares no control on {type(optimizer).__name__}"
+        )
+    return control
 
 
 def apply_control(control: Control, model: nn.Module, optimizer: Optimizer) -> None:

@@ -32,7 +32,7 @@ def check_script(words: Sequence[str]) -> None:
         raise ValueError(f"script must be a file, got {words[0]!r}")
 
 
-def run_script(words: Sequence[str]) -> int:
+def run_script(words: Sequence[str], *, ends_quietly: type[BaseException] | tuple[()] = ()) -> int:
     """Run a script to its end and return the exit code that Python would end with.
 
     `sys.argv`, `sys.path[0]` and `__main__` are as if Python had been started with it. An
@@ -40,9 +40,10 @@ def run_script(words: Sequence[str]) -> int:
 
     Args:
         words: As `check_script` takes them.
+        ends_quietly: An exception that is no failure of the script's.
 
     Returns:
-        0 at its end, what it gave to `sys.exit`, 1 after an exception, 130 after Ctrl-C.
+        0 at its end or after such an exception, what it gave to `sys.exit`, 1 after an exception, 130 after Ctrl-C.
     """
     arguments = [*words[2:]] if words[0] == "-m" else [*words[1:]]
     try:
@@ -55,6 +56,8 @@ def run_script(words: Sequence[str]) -> int:
             sys.path[0] = str(Path(script).resolve().parent)
             sys.argv = [script, *arguments]
             runpy.run_path(script, run_name="__main__")
+    except ends_quietly:
+        return 0
     except SystemExit as end:
         return _exit_code(end)
     except KeyboardInterrupt as problem:

@@ -84,10 +84,11 @@ class ForwardWatch:
     compiled module is one: what it wraps is called inside. Off, nothing is paid per call.
 
     Args:
-        report: Called with a module that is in training mode, while gradients are computed.
+        report: Called with a module that is in training mode, while gradients are computed, and
+            its inputs by position.
     """
 
-    def __init__(self, report: Callable[[nn.Module], None]) -> None:
+    def __init__(self, report: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:
         self._report = report
         self._handles: list[Handle] = []
         self._depth = 0
@@ -114,11 +115,10 @@ class ForwardWatch:
         self._handles = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        del inputs
+    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._depth += 1
         if self._depth == 1 and module.training and torch.is_grad_enabled():
-            self._report(module)
+            self._report(module, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -27,12 +27,15 @@ class Arm:
         control: The trivial change to make, for a control arm.
         must_beat: Name of the arm with the trivial change that this one must beat, whether or
             not that arm runs; None if the corrections declare none.
+        control_of: Of a control arm, the corrections that declare it, as strings for
+            `regrad.create`.
     """
 
     name: str
     corrections: tuple[str, ...] = ()
     control: Control | None = None
     must_beat: str | None = None
+    control_of: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -64,8 +67,26 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
         >>> [arm.name for arm in expand([], sgd)]
         ['none']
     """
-    arms = {BASELINE: Arm(BASELINE)}
+    arms = correction_arms(corrections)
     changes: dict[str, Control] = {}
+    for arm in arms:
+        stack = chain.from_iterable(created(part) for part in arm.corrections)
+        change = merged([correction.control(optimizer) for correction in stack])
+        if change is not None:
+            changes[arm.name] = change
+    return with_controls(arms, changes, added=controls)
+
+
+def correction_arms(corrections: Sequence[str]) -> list[Arm]:
+    """Return the baseline and one arm per string.
+
+    Args:
+        corrections: As for `expand`.
+
+    Raises:
+        ValueError: If a correction cannot be created, or two arms would be the same.
+    """
+    arms = {BASELINE: Arm(BASELINE)}
     stacks: dict[str, list[Correction]] = {}
     for text in corrections:
         parts = parts_of(text)
@@ -75,18 +96,25 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
         _check_differs(name, stack, stacks)
         stacks[name] = stack
         arms[name] = Arm(name, corrections=parts)
-        change = merged([correction.control(optimizer) for correction in stack])
-        if change is not None:
-            changes[name] = change
-    added: dict[str, Arm] = {}
+    return list(arms.values())
+
+
+def with_controls(arms: Sequence[Arm], changes: Mapping[str, Control], *, added: bool) -> list[Arm]:
+    """Return arms with what each of them must beat, and behind them the controls.
+
+    Args:
+        arms: The baseline and the corrections.
+        changes: The control that an arm's corrections declare together, by the name of the arm.
+        added: Whether to add controls that are no arms yet.
+    """
+    known = {arm.name: arm for arm in arms}
+    new: dict[str, Arm] = {}
     for name, change in changes.items():
-        control = _control_arm(change, name, [*arms.values(), *added.values()])
-        arms[name] = replace(arms[name], must_beat=control.name)
-        if control.name not in arms:
-            added[control.name] = control
-    if not controls:
-        return list(arms.values())
-    return [*arms.values(), *added.values()]
+        control = _control_arm(change, known[name], [*known.values(), *new.values()])
+        known[name] = replace(known[name], must_beat=control.name)
+        if control.name not in known:
+            new[control.name] = control
+    return [*known.values(), *new.values()] if added else list(known.values())
 
 
 def _check_name_is_free(name: str, arms: Mapping[str, Arm]) -> None:
@@ -237,12 +265,12 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return {**one, **other}
 
 
-def _control_arm(change: Control, corrected: str, arms: Sequence[Arm]) -> Arm:
+def _control_arm(change: Control, corrected: Arm, arms: Sequence[Arm]) -> Arm:
     """Return the arm that makes this change already, or a new one."""
-    new = Arm(change.name, control=change)
+    new = Arm(change.name, control=change, control_of=corrected.corrections)
     for arm in arms:
         if arm.recipe == new.recipe:
             return arm
     if new.name in {arm.name for arm in arms}:
-        return replace(new, name=f"{change.name} ({corrected})")
+        return replace(new, name=f"{change.name} ({corrected.name})")
     return new

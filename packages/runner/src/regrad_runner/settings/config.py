@@ -29,15 +29,53 @@ MOST_THREADS = 1024  # with more, the process ends without a word
 LARGEST_INTEGER = 2**53
 
 
-class RunConfig(BaseModel):
-    """What `compare` and `train` share.
-
-    None stands for what suits the workload, until `resolved` fills it in.
-    """
+class Settings(BaseModel):
+    """What every command has that writes a folder."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+    tracker: Annotated[
+        Literal["mlflow", "none"],
+        Flag("mlflow (the default) or none.", WHERE_IT_GOES, "KIND"),
+    ] = "mlflow"
+    tracking_uri: Annotated[
+        str | None,
+        Flag("MLflow server; by default a database in the folder.", WHERE_IT_GOES, "URI"),
+    ] = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: object, info: ValidationInfo) -> object:
+        """Check each value before it is converted.
+
+        Refused are texts that would break a terminal, a table or a settings file, and yes or no
+        where a number belongs.
+        """
+        name = str(info.field_name)
+        takes_yes = cls.model_fields[name].annotation is bool
+        items = value if isinstance(value, list | tuple) else (value,)
+        for item in items:
+            if isinstance(item, str):
+                check_text(name, item)
+            if isinstance(item, bool) and not takes_yes:
+                raise ValueError(f"{name} must not be yes or no, got {item!r}")
+            if isinstance(item, int) and abs(item) > LARGEST_INTEGER:
+                raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got {shown(item)}")
+        return value
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return value if value is None else check_address(value)
+
+
+class RunConfig(Settings):
+    """What `compare` on a workload and `train` share.
+
+    None stands for what suits the workload, until `resolved` fills it in.
+    """
 
     workload: Annotated[
         str, Flag("Data to train on; digits by default.", WHAT_IS_TRAINED, "NAME")
@@ -107,39 +145,6 @@ class RunConfig(BaseModel):
     workers: Annotated[
         int, Flag("Data-loading processes; 0 by default.", HOW_IT_IS_TRAINED, "N")
     ] = Field(default=0, ge=0, le=MOST_THREADS)
-    tracker: Annotated[
-        Literal["mlflow", "none"],
-        Flag("mlflow (the default) or none.", WHERE_IT_GOES, "KIND"),
-    ] = "mlflow"
-    tracking_uri: Annotated[
-        str | None,
-        Flag("MLflow server; by default a database in the folder.", WHERE_IT_GOES, "URI"),
-    ] = None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain(cls, value: object, info: ValidationInfo) -> object:
-        """Check each value before it is converted.
-
-        Refused are texts that would break a terminal, a table or a settings file, and yes or no
-        where a number belongs.
-        """
-        name = str(info.field_name)
-        takes_yes = cls.model_fields[name].annotation is bool
-        items = value if isinstance(value, list | tuple) else (value,)
-        for item in items:
-            if isinstance(item, str):
-                check_text(name, item)
-            if isinstance(item, bool) and not takes_yes:
-                raise ValueError(f"{name} must not be yes or no, got {item!r}")
-            if isinstance(item, int) and abs(item) > LARGEST_INTEGER:
-                raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got {shown(item)}")
-        return value
-
-    @field_validator("tracking_uri")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        return value if value is None else check_address(value)
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
@@ -151,7 +156,7 @@ class RunConfig(BaseModel):
         return self
 
 
-class CompareConfig(RunConfig):
+class ComparisonSettings(Settings):
     """Settings of a comparison: each of its `corrections` is an arm, run on the same seeds."""
 
     corrections: Annotated[
@@ -175,14 +180,6 @@ class CompareConfig(RunConfig):
     tuning_seeds: Annotated[
         int, Flag("Runs per rate in that choice; 2 by default.", HOW_IT_IS_TRAINED, "N")
     ] = Field(default=2, gt=0, le=FIRST_TUNING_SEED)
-    probe_every: Annotated[
-        int | None,
-        Flag("Steps between probes of gradient quality; none by default.", HOW_IT_IS_TRAINED, "N"),
-    ] = Field(default=None, gt=0)
-    probe_size: Annotated[
-        int,
-        Flag("Samples in a probe's large batch; 2048 by default.", HOW_IT_IS_TRAINED, "N"),
-    ] = Field(default=2048, gt=0)
 
     @field_validator("lr", mode="before")
     @classmethod
@@ -195,6 +192,19 @@ class CompareConfig(RunConfig):
         if value is not None:
             _check_learning_rates(value)
         return value
+
+
+class CompareConfig(ComparisonSettings, RunConfig):
+    """Settings of a comparison on a workload."""
+
+    probe_every: Annotated[
+        int | None,
+        Flag("Steps between probes of gradient quality; none by default.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=None, gt=0)
+    probe_size: Annotated[
+        int,
+        Flag("Samples in a probe's large batch; 2048 by default.", HOW_IT_IS_TRAINED, "N"),
+    ] = Field(default=2048, gt=0)
 
 
 class TrainConfig(RunConfig):
@@ -220,7 +230,7 @@ class TrainConfig(RunConfig):
     ] = Field(default=2, gt=0)
 
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=Settings)
 
 
 def _check_learning_rates(values: tuple[float, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from regrad_runner.settings.config import CompareConfig, Config, RunConfig
+from regrad_runner.settings.config import ComparisonSettings, Config, Settings
 
 WITHOUT_EFFECT_ON_RESULTS = frozenset(
     {
@@ -20,7 +20,7 @@ WITHOUT_EFFECT_ON_RESULTS = frozenset(
 )
 
 
-def first_difference(old: RunConfig, new: RunConfig) -> str | None:
+def first_difference(old: Settings, new: Settings) -> str | None:
     """Name the first setting that would change results, with both values; None if there is none."""
     before = old.model_dump(mode="json")
     for name, value in new.model_dump(mode="json").items():
@@ -45,7 +45,7 @@ def continued(old: Config, new: Config) -> Config:
             has an effect.
     """
     more: dict[str, Any] = {}
-    if isinstance(old, CompareConfig) and isinstance(new, CompareConfig):
+    if isinstance(old, ComparisonSettings) and isinstance(new, ComparisonSettings):
         added = tuple(text for text in new.corrections if text not in old.corrections)
         if set(old.corrections) <= set(new.corrections):
             more["corrections"] = (*old.corrections, *added)

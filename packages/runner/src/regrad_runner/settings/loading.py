@@ -10,7 +10,7 @@ import yaml
 
 from regrad_runner.files import read_bytes
 from regrad_runner.settings.checking import shown, validated
-from regrad_runner.settings.config import Config, RunConfig
+from regrad_runner.settings.config import Config, Settings
 from regrad_runner.settings.yaml_text import read_yaml, write_yaml
 
 # What PyYAML's own readers of numbers, dates and deep nesting raise beside its YAMLError.
@@ -26,7 +26,7 @@ def load_config(
     """Return the settings in `file`, with the flags that were given instead of theirs.
 
     Args:
-        kind: `CompareConfig` or `TrainConfig`.
+        kind: Which settings, such as `CompareConfig`.
         file: A YAML mapping from settings to values, or None.
         flags: Values by setting; None stands for a flag that was not given.
 
@@ -40,7 +40,7 @@ def load_config(
     return validated(kind, settings)
 
 
-def write_config(config: RunConfig) -> str:
+def write_config(config: Settings) -> str:
     """Return the settings as YAML that `load_config` reads, or refuses if a part is missing."""
     return f"{FIRST_LINE}\n{write_yaml(config.model_dump(mode='json'))}{LAST_LINE}\n"
 

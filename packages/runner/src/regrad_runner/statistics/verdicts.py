@@ -334,7 +334,9 @@ def _summary(
         misses=sum(math.isinf(count) for count in steps),
         steps_ratio=None if log_median is None else math.exp(log_median),
         steps_p=sign_flip_p(log_ratios) if log_ratios else None,
-        time_ratio=_median([one.step_seconds / other.step_seconds for one, other in pairs]),
+        time_ratio=_median(
+            [one.step_seconds / other.step_seconds for one, other in pairs if other.step_seconds]
+        ),
         touched=sum(run.touched for run in finished),
         control=control,
         against_control=against_control,

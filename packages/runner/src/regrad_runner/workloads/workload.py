@@ -22,18 +22,21 @@ class Measure:
         higher_is_better: The direction of better.
         target: The value whose first reaching is timed, or None for no such timing.
         decimals: Digits after the point where it is printed, 0 to 12.
+        on_validation: What it is called on the validation split; None for "validation " in front.
     """
 
     name: str = "test accuracy"
     higher_is_better: bool = True
     target: float | None = None
     decimals: int = 4
+    on_validation: str | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether every field is of its type and in its range: it may come from a file."""
         numbers = isinstance(self.target, float | int | None) and type(self.decimals) is int
-        return numbers and isinstance(self.name, str) and 0 <= self.decimals <= MOST_DECIMALS
+        names = isinstance(self.name, str) and isinstance(self.on_validation, str | None)
+        return numbers and names and 0 <= self.decimals <= MOST_DECIMALS
 
     @property
     def direction(self) -> str:
@@ -149,4 +152,6 @@ def name_on_validation(measure: Measure) -> str:
         >>> name_on_validation(Measure(name="test accuracy", target=None))
         'validation accuracy'
     """
+    if measure.on_validation is not None:
+        return measure.on_validation
     return f"validation {measure.name.removeprefix('test ')}"

@@ -55,6 +55,8 @@ def times_of_evaluations(data: ReportData) -> dict[str, dict[int, float]]:
         seconds = point.seconds
         if seconds is None:
             seconds = point.step * seconds_per_step[point.arm, point.seed]
+            if not seconds:  # of a script whose times nobody knows
+                continue
         times.setdefault(point.arm, {}).setdefault(point.step, []).append(seconds)
     return {
         arm: {step: median(seen) for step, seen in by_step.items()}
@@ -142,10 +144,11 @@ def _training_curve(
     name = f"{field}-{axis}"
     of_measure = field == "measure"
     label = name_on_validation(data.measure) if of_measure else "training loss"
-    rows = [
+    seen = [
         (point.arm, point.step, point.value if of_measure else point.loss)
         for point in data.folder.curves
     ]
+    rows = [(arm, step, value) for arm, step, value in seen if value is not None]
     marks = _in_order(marks_of_bands(name, bands(rows), times), data.styles)
     if not marks:
         return []

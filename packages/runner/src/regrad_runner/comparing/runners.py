@@ -1,0 +1,24 @@
+"""What runs the cells of a plan: this process, workers, or processes of scripts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from regrad_runner.comparing.plan import Plan, Planned
+from regrad_runner.comparing.running import Comparison, Runner
+from regrad_runner.comparing.script_cells import ScriptCells
+from regrad_runner.comparing.script_plan import ScriptPlan
+from regrad_runner.comparing.workers import Workers
+from regrad_runner.reporting.progress import Display
+
+
+def runner_of(plan: Planned[Any], display: Display) -> AbstractContextManager[Runner]:
+    """Return what runs the cells, as many at once as planned."""
+    if isinstance(plan, ScriptPlan):
+        return ScriptCells(plan, display)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be of a workload or a script, got {type(plan).__name__}")
+    if plan.jobs == 1:
+        return nullcontext(Comparison(plan, display))
+    return Workers(plan, display)

@@ -1,0 +1,216 @@
+"""The plan of a comparison whose runs are runs of a script, seen once before they start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regrad.correction import Control
+
+from regrad_runner.comparing.plan import Planned
+from regrad_runner.results.about import read_about
+from regrad_runner.results.folder import check_arms, check_folder
+from regrad_runner.scripts.child import Child, Ending
+from regrad_runner.scripts.running import check_script
+from regrad_runner.settings.arms import Arm, correction_arms, with_controls
+from regrad_runner.settings.config import MOST_THREADS
+from regrad_runner.settings.script_config import ScriptConfig, filled_in
+from regrad_runner.training.preparation import default_folder
+from regrad_runner.workloads.workload import Measure
+
+RUN = "regrad_runner"
+PROBE = "regrad_runner.scripts.probing"
+DECIMALS = 4
+
+
+@dataclass(frozen=True)
+class ScriptPlan(Planned[ScriptConfig]):
+    """A comparison of a script with itself, corrected.
+
+    Attributes:
+        config: Resolved settings.
+        arms: What is compared.
+        path: Folder to write.
+        trained: What the script trains, in words; nothing where it was not looked at.
+        jobs: How many runs take place at once, each in a process of its own.
+    """
+
+    config: ScriptConfig
+    arms: tuple[Arm, ...]
+    path: Path
+    trained: str = ""
+    jobs: int = 1
+    reports: bool = True
+    processes: int = 1
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def measure(self) -> Measure:
+        """By what runs are compared."""
+        name = self.config.source.name
+        return Measure(
+            name=name,
+            higher_is_better=self.config.better == "higher",
+            target=self.config.target,
+            decimals=DECIMALS,
+            on_validation=name,
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the script."""
+        return self.config.script_name
+
+    @property
+    def samples(self) -> str:
+        """What samples are called; only the script knows."""
+        return ""
+
+    def in_words(self) -> str:
+        """Say what will be done."""
+        lines = [
+            f"{self.trained or self.name}: {self.runs_in_words()}",
+            f"each by: {shlex.join(self.config.script)}",
+            f"writing {self.path}",
+        ]
+        lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def make_script_plan(
+    config: ScriptConfig, *, out: Path | None = None, resume: bool = False, jobs: int = 1
+) -> ScriptPlan:
+    """Check everything that can be checked before the first run. Writes nothing of its own.
+
+    The script is started once, up to its first training step, to see what it trains with.
+
+    Args:
+        config: Settings.
+        out: Folder to write; None for a new one in the current folder.
+        resume: Whether to continue the comparison that is in `out`.
+        jobs: How many runs to have at once; they share the CPU's threads.
+
+    Raises:
+        ValueError: If the script is not there, does not train, or anything does not fit.
+        RegradError: If corrections cannot work together.
+    """
+    if not 1 <= jobs <= MOST_THREADS:
+        raise ValueError(f"jobs must be from 1 to {MOST_THREADS}, got {jobs}")
+    check_script(config.script)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "a script must be compared by one process, got several; give what starts them to "
+            "--launcher, such as --launcher 'torchrun --nproc-per-node 2'"
+        )
+    if config.threads is None:
+        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        config = config.model_copy(update={"threads": threads})
+    path = out or default_folder("", config.script_name)
+    config = check_folder(path, config, resume=resume)
+    arms = correction_arms(config.corrections)
+    seen = _look(config, arms)
+    refused = seen["refused"]
+    if refused:
+        arm, why = next(iter(refused.items()))
+        raise ValueError(f"corrections must fit what the script trains, got {arm!r}: {why}")
+    controls = {arm: Control(**plain) for arm, plain in seen["controls"].items()}
+    arms = with_controls(arms, controls, added=config.controls)
+    if resume:
+        check_arms(path, arms)
+    trained = f"{config.script_name}, {seen['optimizer']} on {' and '.join(seen['modules'])}"
+    return ScriptPlan(config, tuple(arms), path, trained, jobs)
+
+
+def script_plan_of(path: Path, config: ScriptConfig) -> ScriptPlan:
+    """Return the plan of a folder that was checked when it was started.
+
+    Args:
+        path: The folder, which says what its arms are.
+        config: Its settings.
+
+    Raises:
+        ValueError: If the script is not there.
+    """
+    check_script(config.script)
+    about = read_about(path)
+    known = {arm.name: arm for arm in correction_arms(config.corrections)}
+    arms = []
+    for name, role in about.get("roles", {}).items():
+        arm = known.get(name, Arm(name, control_of=tuple(role.get("control_of", ()))))
+        if role["control"]:
+            arm = Arm(name, control=_control_in(about, name), control_of=arm.control_of)
+        arms.append(arm)
+    return ScriptPlan(config, tuple(arms), path)
+
+
+def command_of(config: ScriptConfig, module: str, words: Sequence[str]) -> list[str]:
+    """Return the command that runs a module of ours as the script is run, behind its launcher."""
+    if config.launcher is None:
+        return [sys.executable, "-m", module, *words]
+    return [*shlex.split(config.launcher), "-m", module, *words]
+
+
+def script_words(config: ScriptConfig, values: Mapping[str, str]) -> list[str]:
+    """Return the script with its arguments, with everything in braces filled in."""
+    return [filled_in(word, values) for word in config.script]
+
+
+def environment_of(config: ScriptConfig) -> dict[str, str]:
+    """Return the variables of a run's process."""
+    variables = dict(os.environ)
+    variables["PYTHONUNBUFFERED"] = "1"  # what it printed is there when a signal ends it
+    if config.threads is not None:
+        variables["OMP_NUM_THREADS"] = str(config.threads)
+    return variables
+
+
+def _control_in(about: Mapping[str, Any], name: str) -> Control:
+    """Return what a folder says of a control's change."""
+    return Control(name=name, **about["arms"][name])
+
+
+def _look(config: ScriptConfig, arms: Sequence[Arm]) -> dict[str, Any]:
+    """Run the script up to its first training step and return what was seen there."""
+    with tempfile.TemporaryDirectory(prefix="regrad-") as name:
+        folder = Path(name)
+        question = folder / "question.json"
+        answer = folder / "answer.json"
+        out = folder / "out"
+        out.mkdir()
+        asked = {
+            "arms": {arm.name: [*arm.corrections] for arm in arms},
+            "classes": [*config.optimizer_class],
+        }
+        question.write_text(json.dumps(asked), encoding="utf-8")
+        rate = f"{config.lr[0]:.12g}" if config.lr else ""
+        values = {"seed": "0", "lr": rate, "out": str(out), "arm": "probe"}
+        words = [str(question), str(answer), "--", *script_words(config, values)]
+        child = Child(
+            command_of(config, PROBE, words),
+            environment=environment_of(config),
+            output=folder / "output.txt",
+        )
+        ending = child.run(config.timeout)
+        seen = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
+    if "controls" not in seen:
+        raise ValueError(_why_not_seen(ending, seen))
+    return seen
+
+
+def _why_not_seen(ending: Ending, seen: Mapping[str, Any]) -> str:
+    """Say why a script did not come to a training step."""
+    rule = "script must train with a torch optimizer in its own process"
+    if ending.timed_out:
+        return f"{rule}, got no training step within {ending.seconds:.0f} s; raise --timeout"
+    if ending.code != 0:
+        last = ending.last_lines[-1] if ending.last_lines else "it printed nothing"
+        return f"{rule}, got none: {ending.in_words}: {last.strip()}"
+    reasons = seen.get("not_attached") or ["it made none"]
+    return f"{rule}, got none: {reasons[0]}"

@@ -1,0 +1,140 @@
+"""Settings of a comparison of the user's own script."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from regrad_runner.settings.config import MOST_THREADS, CompareConfig, ComparisonSettings
+from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, THE_SCRIPT, WHAT_IS_TRAINED, Flag
+from regrad_runner.settings.measure_source import MeasureSource, read_measure_source
+
+PLACEHOLDER = re.compile(r"\{(seed|lr|out|arm)\}")
+ENOUGH_SEEDS = 6
+
+
+class ScriptConfig(ComparisonSettings):
+    """Settings of a comparison whose runs are runs of one script."""
+
+    script: tuple[str, ...] = Field(min_length=1)
+    corrections: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Such as xgrad:horizon=2 agc; a+b combines two; all: every one.",
+            WHAT_IS_TRAINED,
+            "NAME...",
+        ),
+    ] = ("xgrad", "agc", "xgrad+agc")
+    seeds: Annotated[int, Flag("Paired runs of each arm; 6 by default.", WHAT_IS_TRAINED, "N")] = (
+        Field(default=ENOUGH_SEEDS, gt=0)
+    )
+    measure: Annotated[
+        str,
+        Flag("NAME=REGEX, NAME=mlflow:KEY, json:FILE:KEY or csv:FILE:COLUMN.", THE_SCRIPT, "TEXT"),
+    ]
+    better: Literal["higher", "lower"]
+    target: Annotated[
+        float | None, Flag("Value of the measure whose first reaching counts.", THE_SCRIPT, "X")
+    ] = None
+    launcher: Annotated[
+        str | None,
+        Flag("In front of each run, such as 'torchrun --nproc-per-node 2'.", THE_SCRIPT, "TEXT"),
+    ] = None
+    timeout: Annotated[
+        float | None, Flag("Seconds after which a run is ended; none by default.", THE_SCRIPT, "X")
+    ] = Field(default=None, gt=0)
+    seed_by_run: Annotated[
+        bool, Flag("Seed by regrad, where the script takes no {seed}.", THE_SCRIPT)
+    ] = False
+    optimizer_class: Annotated[
+        tuple[str, ...],
+        Flag("Correct optimizers of this class only; may be repeated.", THE_SCRIPT, "NAME"),
+    ] = ()
+    threads: Annotated[int | None, Flag("CPU threads of each process.", HOW_IT_IS_TRAINED, "N")] = (
+        Field(default=None, gt=0, le=MOST_THREADS)
+    )
+
+    @field_validator("measure")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        read_measure_source(value)
+        return value
+
+    @field_validator("launcher")
+    @classmethod
+    def _splits_into_words(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            shlex.split(value)
+        except ValueError as problem:
+            raise ValueError(
+                f"launcher must be words as a shell reads them, got {value!r}: {problem}"
+            ) from None
+        return value
+
+    @model_validator(mode="after")
+    def _takes_seed_and_rate(self) -> Self:
+        """Check that the script's words and the settings speak of the same things."""
+        found = self.placeholders
+        if "seed" not in found and not self.seed_by_run:
+            raise ValueError(
+                "script must take {seed} in its arguments, got none; add it, as in "
+                "'--seed {seed}', or give --seed-by-run, which seeds before the script starts"
+            )
+        if "lr" in found and self.lr is None:
+            raise ValueError("lr must be given where the script takes {lr}, such as --lr 0.001")
+        if "lr" not in found and self.lr is not None:
+            raise ValueError(
+                "script must take {lr} in its arguments where --lr is given, got none; "
+                "add it, as in '--learning_rate {lr}', or leave out --lr"
+            )
+        source = self.source
+        if source.file and "out" not in found | set(PLACEHOLDER.findall(source.file)):
+            raise ValueError(
+                f"script must take {{out}} where --measure reads a file, got {source.file!r}; "
+                "runs would write to the same one: add it, as in '--out_dir {out}'"
+            )
+        if source.kind == "mlflow" and self.tracker != "mlflow":
+            raise ValueError(
+                f"measure must not come from MLflow with --tracker {self.tracker}, got "
+                f"{self.measure!r}; leave out --tracker"
+            )
+        return self
+
+    @property
+    def placeholders(self) -> set[str]:
+        """Which of {seed}, {lr}, {out} and {arm} the script's words hold."""
+        return {name for word in self.script for name in PLACEHOLDER.findall(word)}
+
+    @property
+    def source(self) -> MeasureSource:
+        """Where the measure comes from."""
+        return read_measure_source(self.measure)
+
+    @property
+    def script_name(self) -> str:
+        """Name of the script or module, without folders and ending."""
+        if self.script[0] == "-m":
+            return self.script[1] if len(self.script) > 1 else "module"
+        return Path(self.script[0]).stem
+
+
+def filled_in(text: str, values: Mapping[str, str]) -> str:
+    """Replace {seed}, {lr}, {out} and {arm}; other braces stay.
+
+    Example:
+        >>> filled_in("--lr={lr} {'a': 1}", {"lr": "0.1"})
+        "--lr=0.1 {'a': 1}"
+    """
+    return PLACEHOLDER.sub(lambda found: values.get(found[1], found[0]), text)
+
+
+def comparison_settings_of(settings: Mapping[str, Any]) -> type[ComparisonSettings]:
+    """Return which settings a folder or file of a comparison holds: of a script or a workload."""
+    return ScriptConfig if "script" in settings else CompareConfig
