@@ -157,6 +157,8 @@ def _make_plan(
         from regrad_runner.comparing.script_plan import make_script_plan  # noqa: PLC0415
 
         return make_script_plan(settings, out=out, resume=resume, jobs=jobs)
+    if not isinstance(settings, CompareConfig):
+        raise TypeError(f"settings must be of a comparison, got {type(settings).__name__}")
     from regrad_runner.comparing.plan import make_plan  # noqa: PLC0415
 
     return make_plan(settings, out=out, resume=resume, jobs=jobs)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from regrad_runner.addresses import without_secrets
 from regrad_runner.comparing.running import record_values
@@ -197,7 +197,7 @@ class ScriptCells:
             self._check(record, ending, curve)
         if receipt:
             record.keep(RECEIPT, as_json_text(receipt))
-        status = "diverged" if diverged else "finished"
+        status: Literal["diverged", "finished"] = "diverged" if diverged else "finished"
         if cell.lr is not None:
             record.end(status, result={"validation": curve[-1].value if not diverged else None})
             return

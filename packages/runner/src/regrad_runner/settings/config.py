@@ -231,6 +231,7 @@ class TrainConfig(RunConfig):
 
 
 Config = TypeVar("Config", bound=Settings)
+Trained = TypeVar("Trained", bound=RunConfig)
 
 
 def _check_learning_rates(values: tuple[float, ...]) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from regrad_runner.settings.arms import ALL, Arm, create_all
-from regrad_runner.settings.config import CompareConfig, Config, RunConfig
+from regrad_runner.settings.config import CompareConfig, RunConfig, Trained
 from regrad_runner.settings.environment import asked_to_shard
 from regrad_runner.training.building import as_inputs, build_training
 from regrad_runner.training.optimizers import build_optimizer
@@ -24,7 +24,7 @@ from regrad_runner.workloads.loading import load_workload
 from regrad_runner.workloads.workload import Workload
 
 
-def load_data(config: Config) -> tuple[Workload, Config]:
+def load_data(config: Trained) -> tuple[Workload, Trained]:
     """Load the workload, complete the settings with what suits it, and set the CPU threads.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from regrad_runner.settings.checking import validated
-from regrad_runner.settings.config import Config
+from regrad_runner.settings.config import Trained
 from regrad_runner.training.optimizers import check_rate, spec_of
 from regrad_runner.workloads.loading import settings_of_model
 from regrad_runner.workloads.workload import Workload
@@ -14,7 +14,7 @@ from regrad_runner.workloads.workload import Workload
 PIXELS_FOR_ONE_THREAD = 32_768
 
 
-def resolved(config: Config, workload: Workload) -> Config:
+def resolved(config: Trained, workload: Workload) -> Trained:
     """Return a copy of settings in which nothing is left to the workload's defaults.
 
     Raises:
