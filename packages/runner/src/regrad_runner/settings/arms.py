@@ -40,9 +40,26 @@ class Arm:
 
         Arms of equal recipes give equal runs, whatever their names.
         """
-        change = asdict(self.control or Control(name=""))
+        change = control_as_values(self.control or Control(name=""))
         del change["name"]
         return {**change, "corrections": [*self.corrections, *change["corrections"]]}
+
+
+def control_as_values(control: Control) -> dict[str, Any]:
+    """Return a control as plain values: a class by its full name, and only where there is one.
+
+    Example:
+        >>> import torch
+        >>> control_as_values(Control(name="b", optimizer_class=torch.optim.SGD))["optimizer_class"]
+        'torch.optim.sgd.SGD'
+        >>> "optimizer_class" in control_as_values(Control(name="a"))
+        False
+    """
+    values = asdict(control)
+    kind = values.pop("optimizer_class")
+    if kind is not None:
+        values["optimizer_class"] = f"{kind.__module__}.{kind.__qualname__}"
+    return values
 
 
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
@@ -76,7 +93,7 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
         stacks[name] = stack
         arms[name] = Arm(name, corrections=parts)
         change = merged([correction.control(optimizer) for correction in stack])
-        if change is not None:
+        if change is not None and not _repeats(change, parts):
             changes[name] = change
     added: dict[str, Arm] = {}
     for name, change in changes.items():
@@ -206,7 +223,8 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
     """Return one control that makes every change of these; None where there is none.
 
     Raises:
-        ValueError: If two of them set the same option of the optimizer differently.
+        ValueError: If two of them set the same option of the optimizer differently, or train
+            with different optimizers.
     """
     present = [control for control in controls if control is not None]
     if not present:
@@ -219,6 +237,7 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
         together = Control(
             name=name,
             optimizer=_united(together.optimizer, control.optimizer),
+            optimizer_class=_one_class(together.optimizer_class, control.optimizer_class),
             head_init=together.head_init * control.head_init,
             head_lr=together.head_lr * control.head_lr,
             body_lr=together.body_lr * control.body_lr,
@@ -235,6 +254,29 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
                 f"the controls of a stack must agree on {key}, got {one[key]!r} and {other[key]!r}"
             )
     return {**one, **other}
+
+
+def _one_class(
+    one: type[Optimizer] | None, other: type[Optimizer] | None
+) -> type[Optimizer] | None:
+    """Return the class that either names, or raise a `ValueError` where they differ."""
+    if one is None or other is None:
+        return one or other
+    if one is not other:
+        raise ValueError(
+            "the controls of a stack must agree on the optimizer, "
+            f"got {one.__name__!r} and {other.__name__!r}"
+        )
+    return one
+
+
+def _repeats(change: Control, corrections: Sequence[str]) -> bool:
+    """Say whether a change is the arm's own corrections in another order, and nothing else.
+
+    So it is where two corrections are each other's control.
+    """
+    is_all = replace(change, name="", corrections=()) == Control(name="")
+    return is_all and sorted(change.corrections) == sorted(corrections)
 
 
 def _control_arm(change: Control, corrected: str, arms: Sequence[Arm]) -> Arm:
