@@ -102,10 +102,9 @@ def test_a_script_trains_bit_for_bit_as_if_attached_by_hand(script, tmp_path, ca
     assert set(first.removeprefix("regrad: ").split(" on ")[0].split("+")) == set(names.split("+"))
 
 
-def test_the_loss_inside_a_model_is_corrected(script, tmp_path):
-    text = (
-        DATA
-        + """
+INSIDE = (
+    DATA
+    + """
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -121,10 +120,32 @@ for x, y in batches:
     optimizer.step()
 torch.save(model.layers.state_dict(), sys.argv[1])
 """
-    )
-    assert script(text, str(tmp_path / "weights"), corrections=("powergrad", "xgrad")) == 0
+)
+
+
+def test_the_loss_inside_a_model_is_corrected(script, tmp_path):
+    assert script(INSIDE, str(tmp_path / "weights"), corrections=("powergrad", "xgrad")) == 0
     found, wanted = torch.load(tmp_path / "weights"), by_hand(["powergrad", "xgrad"])
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_loss_inside_a_model_is_that_of_attach_with_the_criterion_inside(script, tmp_path):
+    assert script(INSIDE, str(tmp_path / "found"), corrections=("powergrad", "xgrad")) == 0
+    attaches = "import regrad\nregrad.attach(model, optimizer, ['powergrad', 'xgrad'], 'inside')\n"
+    by_itself = INSIDE.replace("for x, y in batches:", attaches + "for x, y in batches:")
+    assert script(by_itself, str(tmp_path / "wanted")) == NOTHING_ATTACHED
+    found, wanted = torch.load(tmp_path / "found"), torch.load(tmp_path / "wanted")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_script_without_a_cross_entropy_is_told_what_it_can_do(script, tmp_path):
+    text = INSIDE.replace("nn.CrossEntropyLoss()(self.layers(x), y)", "self.layers(x).mean()")
+    with pytest.warns(
+        RegradWarning, match="'powergrad' changed nothing. With another loss"
+    ) as said:
+        assert script(text, str(tmp_path / "weights"), corrections=("powergrad",)) == 0
+    assert len(said) == 1
+    assert "attachment.criterion" not in str(said[0].message)
 
 
 def test_a_step_whose_closure_makes_the_first_forward_pass_is_corrected(script, tmp_path):
