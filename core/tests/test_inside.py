@@ -5,6 +5,7 @@ import threading
 import pytest
 import regrad
 import torch
+from regrad import RegradError, RegradWarning
 from regrad.inside import CrossEntropyInside
 from torch import nn
 from torch.nn import functional as F
@@ -213,3 +214,156 @@ def test_a_compiled_model_is_plain_and_says_so(attach, batch, backend):
         attachment.detach()
         torch.testing.assert_close(compiled(*batch), plain, rtol=1e-13, atol=0)
     torch._dynamo.reset()
+
+
+def step(model, optimizer, batch):
+    """Train one step with the model's own loss."""
+    optimizer.zero_grad()
+    loss = model(*batch)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_attached_inside_by_one_word_it_trains_bit_for_bit_as_by_hand(attach, batch, toys, loss):
+    torch.manual_seed(0)
+    model = Reader(loss)
+    twin = Reader(loss)
+    twin.load_state_dict(model.state_dict())
+    attachment, _ = attach(model)
+    losses = [step(model, attachment.optimizer, batch) for _ in range(3)]
+    attachment.detach()
+    with regrad.attach(twin, toys.sgd(twin), [toys.Louder()], "inside") as other:
+        assert [step(twin, other.optimizer, batch) for _ in range(3)] == losses
+        assert torch.equal(twin.head.weight, model.head.weight)
+        assert other.metrics() == attachment.metrics()
+    plain = model(*batch)
+    assert torch.equal(twin(*batch), plain)
+    assert (F.cross_entropy, F.nll_loss) == PLAIN
+
+
+def test_inside_leaves_evaluation_and_the_loss_of_the_loop_alone(batch, toys):
+    model = Reader()
+    plain = model(*batch)
+    with regrad.attach(model, toys.sgd(model), [toys.Louder()], "inside"):
+        assert torch.equal(with_module(model.head(batch[0]), batch[1]), plain)
+        model.eval()
+        assert torch.equal(model(*batch), plain)
+
+
+def test_inside_touches_no_function_where_no_correction_is_of_the_criterion(batch, toys):
+    model = Reader()
+    plain = model(*batch)
+    with regrad.attach(model, toys.sgd(model), [toys.Scale()], criterion="inside") as attachment:
+        assert (F.cross_entropy, F.nll_loss) == PLAIN
+        assert torch.equal(model(*batch), plain)
+        assert attachment.criterion is F.cross_entropy
+
+
+def test_a_refused_attachment_inside_leaves_the_functions_alone(toys):
+    class Unable(toys.Louder):
+        name = "unable"
+
+        def wrap_criterion(self, criterion):
+            raise RegradError("no")
+
+    model = Reader()
+    with pytest.raises(RegradError, match="no"):
+        regrad.attach(model, toys.sgd(model), [Unable()], criterion="inside")
+    assert (F.cross_entropy, F.nll_loss) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("insid", "criterion must be a loss function or 'inside', got 'insid'; did you mean"),
+        ("", "criterion must be a loss function or 'inside', got ''"),
+        ("cross_entropy", "criterion must be a loss function or 'inside', got 'cross_entropy'"),
+    ],
+)
+def test_another_word_for_the_criterion_is_refused(toys, word, message):
+    model = Reader()
+    with pytest.raises(ValueError, match=message):
+        regrad.attach(model, toys.sgd(model), [toys.Louder()], criterion=word)
+    assert (F.cross_entropy, F.nll_loss) == PLAIN
+
+
+def test_one_batch_of_a_model_attached_inside_is_explained(batch, toys):
+    model = Reader()
+    inputs, labels = batch
+    with regrad.attach(model, toys.sgd(model), [toys.Louder()], "inside") as attachment:
+        (row,) = attachment.explain({"inputs": inputs, "labels": labels}).rows
+        assert (row["correction"], row["stage"]) == ("louder", "criterion")
+        assert row["relative_change"] == pytest.approx(2.0)
+        assert attachment.engine.applied == 0
+    assert (F.cross_entropy, F.nll_loss) == PLAIN
+
+
+def test_a_part_that_the_loop_calls_by_itself_counts_as_the_model(batch, toys):
+    reader, other = Reader(), Reader()
+    plain = reader(*batch)
+    whole = nn.ModuleDict({"reader": reader, "unused": nn.Linear(2, 2, dtype=torch.float64)})
+    for given in (whole, [nn.Linear(2, 2, dtype=torch.float64), reader]):
+        with regrad.attach(given, toys.sgd(reader), [toys.Louder()], criterion="inside"):
+            torch.testing.assert_close(reader(*batch), 3 * plain, rtol=1e-13, atol=0)
+            other.load_state_dict(reader.state_dict())
+            assert torch.equal(other(*batch), plain)
+            reader.eval()
+            assert torch.equal(reader(*batch), plain)
+            reader.train()
+
+
+@pytest.mark.parametrize(
+    ("in_the_loop", "message"),
+    [
+        (False, r"'louder' .* no training forward of the attached Reader called .*attachment\."),
+        (True, r"'louder' .* a step of SGD came without one while the attached Reader trains"),
+    ],
+)
+def test_a_first_step_without_a_cross_entropy_is_warned_about_once(
+    attach, batch, in_the_loop, message
+):
+    model = Reader(lambda logits, _: logits.square().mean())
+    attachment, inside = attach(model)
+    if in_the_loop:
+        inside.remove()
+        CrossEntropyInside(attachment, in_the_loop=True)
+    with pytest.warns(RegradWarning, match=message) as said:
+        for _ in range(3):
+            step(model, attachment.optimizer, batch)
+    assert len(said) == 1
+    assert ("attachment.criterion" in str(said[0].message)) is not in_the_loop
+
+
+def test_one_of_two_attachments_to_a_model_corrects_for_both_and_no_one_is_warned(batch, toys):
+    model = Reader()
+    plain = model(*batch)
+    optimizers = [
+        torch.optim.SGD([parameter], lr=0.0) for parameter in (model.head.weight, model.head.bias)
+    ]
+    kept = [
+        regrad.attach(model, optimizer, [toys.Louder()], criterion="inside")
+        for optimizer in optimizers
+    ]
+    loss = model(*batch)
+    torch.testing.assert_close(loss, 3 * plain, rtol=1e-13, atol=0)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    for attachment in reversed(kept):
+        attachment.detach()
+    assert (F.cross_entropy, F.nll_loss) == PLAIN
+
+
+@pytest.mark.skipif("powergrad" not in regrad.available(), reason="needs the plugin")
+def test_inside_works_beside_another_attachment_inside(batch, toys):
+    model, second = Reader(), Reader()
+    second.load_state_dict(model.state_dict())
+    with regrad.attach(model, toys.sgd(model), ["powergrad"], criterion="inside"):
+        alone = torch.autograd.grad(model(*batch), [model.head.weight])[0]
+        with regrad.attach(second, toys.sgd(second), ["powergrad"], criterion="inside"):
+            both = torch.autograd.grad(second(*batch), [second.head.weight])[0]
+    assert torch.equal(alone, both)
+    assert (F.cross_entropy, F.nll_loss) == PLAIN

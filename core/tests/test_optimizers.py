@@ -85,10 +85,36 @@ def test_without_plain_momentum_there_is_no_control():
     assert nesterov_control(stepped(SGD)[0]) is None
     assert nesterov_control(stepped(SGD, momentum=0.9, dampening=0.5)[0]) is None
     assert nesterov_control(stepped(Own, momentum=0.9)[0]) is None
-    assert nesterov_control(stepped(AdamW)[0]) is None
+    assert nesterov_control(stepped(RMSprop, momentum=0.9)[0]) is None
 
 
 def test_every_group_must_have_plain_momentum():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "momentum": 0.0}]
     assert nesterov_control(SGD(groups, lr=0.1, momentum=0.9)) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "decoupled"),
+    [(AdamW, {}, True), (Adam, {}, False), (Adam, {"decoupled_weight_decay": True}, True)],
+)
+def test_on_adam_the_control_is_nadam_with_the_same_kind_of_decay(kind, options, decoupled):
+    control = nesterov_control(stepped(kind, **options)[0])
+    assert control.name == "nadam"
+    assert control.optimizer_class is NAdam
+    assert control.optimizer == {"decoupled_weight_decay": decoupled}
+
+
+def test_where_nadam_is_not_adams_step_with_nesterovs_momentum_there_is_no_control():
+    class Own(AdamW):
+        pass
+
+    assert nesterov_control(stepped(Own)[0]) is None
+    assert nesterov_control(stepped(AdamW, amsgrad=True)[0]) is None
+    assert nesterov_control(stepped(Adam, betas=(0.0, 0.9))[0]) is None
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+    groups[1]["decoupled_weight_decay"] = True
+    assert nesterov_control(Adam(groups)) is None
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "amsgrad": True}]
+    assert nesterov_control(AdamW(groups)) is None

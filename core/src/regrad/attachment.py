@@ -3,10 +3,11 @@
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from regrad import (
@@ -23,6 +24,7 @@ from regrad.correction import Correction
 from regrad.criterion import Switch, switching_criterion
 from regrad.engine import Engine
 from regrad.errors import RegradError
+from regrad.inside import CrossEntropyInside
 from regrad.optimizer_state import StateInOptimizer, form_problem
 from regrad.record import ForwardRecord
 from regrad.wrappers import (
@@ -39,7 +41,7 @@ def attach(
     model: nn.Module | Sequence[nn.Module],
     optimizer: Optimizer,
     corrections: Sequence[str | Correction],
-    criterion: Criterion | None = None,
+    criterion: Criterion | Literal["inside"] | None = None,
 ) -> "Attachment":
     """Bind corrections to a model and its optimizer; the training loop stays as it is.
 
@@ -53,13 +55,17 @@ def attach(
         corrections: Names with options for `regrad.create`, or `Correction`
             objects, in the order in which they shall act. May be empty.
         criterion: The loss function, where a correction corrects it: then call
-            `Attachment.criterion` in the loop.
+            `Attachment.criterion` in the loop. Or "inside", for a model that computes its
+            loss itself, as those of transformers and nanoGPT do: every cross entropy of its
+            training forward is the corrected one until detach, see
+            `regrad.inside.CrossEntropyInside`; the loop stays as it is.
 
     Returns:
         The attachment; as a context manager it detaches at the end.
 
     Raises:
-        ValueError: If no correction of a name is installed or an option is out of range.
+        ValueError: If no correction of a name is installed, an option is out of range, or
+            the criterion is a word other than "inside".
         TypeError: If an argument or option is of the wrong type.
         RegradError: If a correction cannot be right here; the message says why.
             Nothing was changed then.
@@ -80,7 +86,9 @@ def attach(
     refusals.check(given, layers, made, criterion)
     whole: nn.Module = nn.ModuleList(given) if len(given) > 1 else given[0]
     proved = ranks.agree_across_ranks(whole, layers[-1], made)
-    attachment = Attachment(model, layers[-1], made, criterion, layers=layers)
+    acts_inside = isinstance(criterion, str)
+    loss = F.cross_entropy if acts_inside else criterion
+    attachment = Attachment(model, layers[-1], made, loss, layers=layers, acts_inside=acts_inside)
     attachment.engine.before_first_step = functools.partial(
         ranks.check_first_step, whole, layers[-1], attachment.corrections, proved=proved
     )
@@ -115,6 +123,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         criterion: Any,
         *,
         layers: Sequence[Any] = (),
+        acts_inside: bool = False,
     ) -> None:
         self._called: list[nn.Module] = [model] if isinstance(model, nn.Module) else [*model]
         roots = [innermost_module(module) for module in self._called]
@@ -123,6 +132,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self.corrections, self.reasons = order.resolve_order(given)
         self._original = criterion
         self._criterion = criterion
+        self._acts_inside = acts_inside
         self._switch: Switch | None = None
         self._handles: list[module_hooks.Handle] = []
         self._in_optimizer = StateInOptimizer(self)
@@ -132,6 +142,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         try:
             self._set_up()
             self._register()
+            if acts_inside and self._switch is not None:
+                CrossEntropyInside(self)
         except BaseException:
             self.detach()
             raise
@@ -199,6 +211,10 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
                 "submodule hooks must be set before the first compiled call; attach earlier"
             )
         self._hook(module, module.register_forward_hook, function)
+
+    def remove_at_detach(self, handle: module_hooks.Handle) -> None:
+        """Keep something whose `remove` is to be called at detach."""
+        self._handles.append(handle)
 
     def _after_step(self, *_: Any) -> None:
         self._in_optimizer.warn_if_missing()
@@ -277,14 +293,16 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             self,
             batch,
             attach_copy=self._attach_copy,
-            has_criterion=self._original is not None,
+            has_criterion=self._original is not None and not self._acts_inside,
         )
 
     def _attach_copy(
         self, model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction]
     ) -> "Attachment":
         """Attach new corrections to a copy of model and optimizer, with the same criterion."""
-        return type(self)(model, optimizer, corrections, self._original)
+        return type(self)(
+            model, optimizer, corrections, self._original, acts_inside=self._acts_inside
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the corrections' state by name, with effects and receipt.

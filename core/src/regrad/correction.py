@@ -76,6 +76,9 @@ class Control:
     Attributes:
         name: Short name of the change, such as "nesterov".
         optimizer: Keyword arguments of the optimizer to set.
+        optimizer_class: Class to train with instead. Options that it shares with the optimizer
+            keep their values, group by group, unless `optimizer` sets them; the others are
+            its defaults. None keeps the optimizer.
         head_init: Factor on the initial weights and bias of the output layer.
         head_lr: Factor on the learning rate of the output layer.
         body_lr: Factor on the learning rate of every other layer.
@@ -84,6 +87,7 @@ class Control:
 
     name: str
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_class: type[Optimizer] | None = None
     head_init: float = 1.0
     head_lr: float = 1.0
     body_lr: float = 1.0

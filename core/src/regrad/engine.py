@@ -75,6 +75,7 @@ class Engine:
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         criterion_called: Whether the corrected criterion was ever called.
+        no_criterion: What is said once where a step came without such a call.
         seconds: Host time spent in each correction's hooks so far, by name.
         before_first_step: Called once, before anything of the first step; None afterwards.
         before_use: What to call at the next training forward or step, or None.
@@ -101,6 +102,7 @@ class Engine:
         self.skipped = 0
         self.forwards = 0
         self.criterion_called = False
+        self.no_criterion = NO_CRITERION
         self.seconds: dict[str, float] = defaultdict(float)
         self.registry = HookRegistry(corrections)
         self.registry.register(self.meter, "regrad effect meter")
@@ -456,7 +458,12 @@ class Engine:
             self._look_for_parts(step)
         elif self.callers["wrap_criterion"] and not self.criterion_called:
             owner, _ = self.callers["wrap_criterion"][0]
-            self._say_once(NO_CRITERION, name=owner.name)
+            self._say_once(
+                self.no_criterion,
+                name=owner.name,
+                model=type(self.model).__name__,
+                optimizer=type(self.optimizer).__name__,
+            )
 
     def _look_for_parts(self, step: Step) -> None:
         """Watch the model's parts; warn once where no forward of them was seen either."""

@@ -7,14 +7,15 @@ import sys
 import weakref
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 from torch.nn import functional as F
 
-from regrad.attachment import Attachment
+from regrad.engine import Engine
+from regrad.module_hooks import Handle
 
 PLAIN_CROSS_ENTROPY = F.cross_entropy
 PLAIN_NLL_LOSS = F.nll_loss
@@ -23,6 +24,35 @@ NORMALISED = 1e-2
 
 bfloat16 rounds a probability to 4e-3.
 """
+NONE_INSIDE = (
+    "{name!r} corrects the cross entropy that the model computes, but a step came without one: "
+    "no training forward of the attached {model} called torch.nn.functional.cross_entropy, or "
+    "nll_loss with log-probabilities (compiled code counts as none). Where the loop computes the "
+    "loss, pass it as criterion=… to attach() and call attachment.criterion; without a cross "
+    "entropy leave {name!r} out"
+)
+NONE_IN_TRAINING = (
+    "{name!r} corrects the cross entropy, but a step of {optimizer} came without one while the "
+    "attached {model} trains: nothing called torch.nn.functional.cross_entropy, or nll_loss with "
+    "log-probabilities (compiled code counts as none), so {name!r} changed nothing. With another "
+    "loss leave it out; where a compiled model computes its loss, compile what comes before it"
+)
+
+
+class Corrected(Protocol):
+    """What this file needs of an attachment, see `regrad.Attachment`."""
+
+    engine: Engine
+
+    @property
+    def criterion(self) -> Any:
+        """The criterion, corrected in training mode."""
+
+    def hook_forward(self, module: nn.Module, function: Any) -> None:
+        """Call a function after each forward of a module, until detach."""
+
+    def remove_at_detach(self, handle: Handle) -> None:
+        """Keep what is to be removed at detach."""
 
 
 class CrossEntropyInside:
@@ -34,8 +64,12 @@ class CrossEntropyInside:
     by that name at every call. So target, reduction and what else the model adds to
     its loss are the model's own, and nothing about them has to be known.
     `torch.nn.functional.nll_loss` of log-probabilities is the same loss, and goes there
-    too. Every other call has the plain function; so has a compiled model, and a part of
-    a model that activation checkpointing runs again in backward: see `calls`.
+    too. A part of the model that is called by itself counts as the model. Every other
+    call has the plain function; so has a compiled model, and a part of a model that
+    activation checkpointing runs again in backward: see `calls`. A first step without any
+    call to correct is warned about once.
+
+    `regrad.attach(…, criterion="inside")` makes one by itself.
 
     Args:
         attachment: Made with `criterion=torch.nn.functional.cross_entropy`. Its
@@ -65,18 +99,19 @@ class CrossEntropyInside:
         1
     """
 
-    def __init__(self, attachment: Attachment, *, in_the_loop: bool = False) -> None:
+    def __init__(self, attachment: Corrected, *, in_the_loop: bool = False) -> None:
         self.calls = 0
         self.in_the_loop = in_the_loop
         self.last_forward = 0
-        self._roots = attachment.engine.roots
-        self.model = attachment.model
+        self.roots = attachment.engine.roots
         self.criterion = attachment.criterion
+        self._engine = attachment.engine
+        self._engine.no_criterion = NONE_IN_TRAINING if in_the_loop else NONE_INSIDE
         self._takes_log_probabilities: bool | None = None
         if in_the_loop:
-            for root in self._roots:
+            for root in self.roots:
                 attachment.hook_forward(root, self._after_forward)
-        attachment._handles.append(self)
+        attachment.remove_at_detach(self)
         _LIVE.add(self)
         install()
 
@@ -89,7 +124,25 @@ class CrossEntropyInside:
     @property
     def is_training(self) -> bool:
         """Whether any of the models that the loop calls is in training mode."""
-        return any(root.training for root in self._roots)
+        return any(root.training for root in self.roots)
+
+    def correct(self, *arguments: Any, **options: Any) -> Any:
+        """Return the corrected loss.
+
+        Of several attachments to one model, as with two optimizers, one corrects it for all.
+        """
+        self.calls += 1
+        for inside in _LIVE:
+            if inside.roots == self.roots:
+                inside._engine.criterion_called = True
+        return self.criterion(*arguments, **options)
+
+    def parts(self) -> set[nn.Module]:
+        """Return every module of the model."""
+        found: set[nn.Module] = set()
+        for root in self.roots:
+            found.update(root.modules())
+        return found
 
     def _after_forward(self, *_: Any) -> None:
         self.last_forward = next(_FORWARDS)
@@ -149,8 +202,7 @@ def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
         return torch._C._nn.cross_entropy_loss(
             input, target, weight, kind, ignore_index, label_smoothing
         )
-    caller.calls += 1
-    return caller.criterion(
+    return caller.correct(
         input,
         target,
         weight=weight,
@@ -175,8 +227,7 @@ def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
     if caller is None or not caller.takes_log_probabilities(input):
         kind: Any = _reduction.get_enum(reduction)
         return torch._C._nn.nll_loss_nd(input, target, weight, kind, ignore_index)
-    caller.calls += 1
-    return caller.criterion(
+    return caller.correct(
         input,
         target,
         weight=weight,
@@ -204,7 +255,10 @@ def _caller() -> CrossEntropyInside | None:
     """
     if torch.compiler.is_compiling():
         return None
-    live = {inside.model: inside for inside in _LIVE}
+    live: dict[nn.Module, CrossEntropyInside] = {}
+    for inside in _LIVE:
+        live |= dict.fromkeys(inside.roots, inside)
+    called = []
     for frame in _frames_from(sys._getframe(2)):
         if frame.f_code in STAND_INS:
             return None
@@ -212,7 +266,26 @@ def _caller() -> CrossEntropyInside | None:
             module = frame.f_locals["self"]
             if module in live:
                 return live[module] if module.training else None
-    return _caller_in_a_loop()
+            called.append(module)
+    return _caller_by_a_part(called) or _caller_in_a_loop()
+
+
+def _caller_by_a_part(called: list[nn.Module]) -> CrossEntropyInside | None:
+    """Return whose part, called by itself, makes the call; None in backward, where parts run again.
+
+    Args:
+        called: Modules whose forward is under way, the innermost first.
+    """
+    if not called or torch._C._current_graph_task_id() != -1:
+        return None
+    for inside in _LIVE:
+        if inside.in_the_loop:
+            continue  # corrects it anyway, and need not look through all modules
+        parts = inside.parts()
+        for module in called:
+            if module in parts and module.training:
+                return inside
+    return None
 
 
 def _caller_in_a_loop() -> CrossEntropyInside | None:

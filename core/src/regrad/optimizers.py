@@ -82,20 +82,47 @@ def nesterov_control(optimizer: optim.Optimizer) -> Control | None:
         optimizer: The innermost torch optimizer.
 
     Returns:
-        The control for torch's SGD with momentum and without dampening, the only optimizer
-        where one keyword makes the step a Nesterov step; None for any other.
+        For torch's SGD with momentum and without dampening `nesterov=True`. For torch's Adam and
+        AdamW `torch.optim.NAdam` with the same kind of weight decay, and with torch's default
+        `momentum_decay`; None with AMSGrad, which NAdam does not have, without a first moment,
+        or where groups decay in both ways. None for any other class, subclasses included.
 
     Example:
         >>> import torch
         >>> parameters = [torch.nn.Parameter(torch.zeros(1))]
         >>> nesterov_control(torch.optim.SGD(parameters, momentum=0.9)).optimizer
         {'nesterov': True}
-        >>> nesterov_control(torch.optim.AdamW(parameters)) is None
+        >>> nesterov_control(torch.optim.AdamW(parameters)).optimizer_class
+        <class 'torch.optim.nadam.NAdam'>
+        >>> nesterov_control(torch.optim.RMSprop(parameters)) is None
         True
+
+    References:
+        Dozat, 2016, "Incorporating Nesterov Momentum into Adam".
     """
-    if type(optimizer) is not optim.SGD:
-        return None
+    if type(optimizer) is optim.SGD:
+        return _nesterov_of_sgd(optimizer)
+    if type(optimizer) in {optim.Adam, optim.AdamW}:
+        return _nesterov_of_adam(optimizer)
+    return None
+
+
+def _nesterov_of_sgd(optimizer: optim.Optimizer) -> Control | None:
     for group in optimizer.param_groups:
         if group["momentum"] <= 0 or group["dampening"] != 0:
             return None
     return Control(name="nesterov", optimizer={"nesterov": True})
+
+
+def _nesterov_of_adam(optimizer: optim.Optimizer) -> Control | None:
+    kinds_of_decay = {group["decoupled_weight_decay"] for group in optimizer.param_groups}
+    if len(kinds_of_decay) > 1:
+        return None
+    for group in optimizer.param_groups:
+        if group["amsgrad"] or group["betas"][0] <= 0:
+            return None
+    return Control(
+        name="nadam",
+        optimizer_class=optim.NAdam,
+        optimizer={"decoupled_weight_decay": kinds_of_decay.pop()},
+    )

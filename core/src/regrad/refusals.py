@@ -9,12 +9,13 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
 from regrad import other_optimizers, sharding
-from regrad.correction import Correction
+from regrad.correction import Correction, did_you_mean
 from regrad.errors import RegradError
 from regrad.optimizers import parameters_of
 
 # Wrappers that pull the weights elsewhere after the wrapped optimizer's step.
 MOVES_AFTER_THE_STEP = ("lookahead", "optimizer.trac", "optimizer.magma")
+INSIDE = "inside"  # for attach: the model computes its loss itself
 ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
@@ -54,6 +55,7 @@ def check(
         criterion: The criterion given to attach.
 
     Raises:
+        ValueError: If the criterion is a word other than "inside".
         TypeError: If a model is no module, or the criterion cannot be called.
         RegradError: For every refusal, with its reason.
     """
@@ -90,6 +92,13 @@ def _refuse_what_is_no_model(models: Sequence[Any]) -> None:
 
 
 def _refuse_what_is_no_criterion(criterion: Any) -> None:
+    if isinstance(criterion, str):
+        if criterion != INSIDE:
+            near = did_you_mean(criterion, [INSIDE])
+            raise ValueError(
+                f"criterion must be a loss function or {INSIDE!r}, got {criterion!r}{near}"
+            )
+        return
     if criterion is not None and not callable(criterion):
         raise TypeError(f"criterion must be callable, got {criterion!r}")
 
@@ -243,7 +252,8 @@ def _refuse_a_missing_criterion(correction: Correction, criterion: Any) -> None:
     if "criterion" in correction.needs.stages and criterion is None:
         raise RegradError(
             f"{correction.name!r} corrects the criterion; pass criterion=… to attach and "
-            "call attachment.criterion"
+            f"call attachment.criterion, or criterion={INSIDE!r} where the model computes its "
+            "loss itself"
         )
 
 

@@ -289,10 +289,12 @@ def test_agc_reads_the_whole_model_only_to_find_the_head():
         assert not AGC(head=head).needs.record
 
 
-def test_agc_must_beat_clipping_by_the_global_norm():
-    model = make_model()
-    assert AGC().control(torch.optim.SGD(model.parameters())).corrections == ("clip-norm",)
-    assert ClipNorm().control(torch.optim.SGD(model.parameters())) is None
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_adaptive_clipping_and_clipping_by_the_global_norm_are_each_others_control(kind):
+    optimizer = kind(make_model().parameters())
+    assert AGC().control(optimizer).corrections == ("clip-norm",)
+    assert ClipNorm().control(optimizer).corrections == ("agc",)
+    assert ClipValue().control(optimizer) is None
 
 
 @pytest.mark.parametrize(

@@ -435,14 +435,18 @@ def test_complex_parameters_are_refused():
         regrad.attach(model, torch.optim.Adam(model.parameters()), [GCW(layers="all")])
 
 
-def test_the_control_is_nesterov_on_sgd_with_momentum_only():
+def test_the_control_is_nesterov_on_sgd_with_momentum_and_nadam_on_adam():
     weight = [torch.nn.Parameter(torch.zeros(1))]
     control = GCW().control(sgd(weight))
     assert control.name == "nesterov"
     assert control.optimizer == {"nesterov": True}
     assert GCW().control(torch.optim.SGD(weight, lr=0.1)) is None
     assert GCW().control(sgd(weight, dampening=0.1)) is None
-    assert GCW().control(torch.optim.AdamW(weight)) is None
+    assert GCW().control(torch.optim.RMSprop(weight)) is None
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        control = GCW().control(kind(weight))
+        assert control.name == "nadam"
+        assert control.optimizer_class is torch.optim.NAdam
 
 
 def test_no_random_number_is_drawn_and_two_runs_are_equal():

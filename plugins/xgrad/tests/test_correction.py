@@ -540,13 +540,17 @@ def test_a_foreign_weight_decay_is_warned_about_until_it_is_told():
         regrad.attach(model, make(), ["xgrad:decoupled_decay=0"]).detach()
 
 
-def test_the_control_is_nesterov_on_sgd_with_momentum_only():
+def test_the_control_is_nesterov_on_sgd_with_momentum_and_nadam_on_adam():
     weight = [torch.nn.Parameter(torch.zeros(1))]
     control = XGrad().control(torch.optim.SGD(weight, lr=0.1, momentum=0.9))
     assert control.name == "nesterov"
     assert control.optimizer == {"nesterov": True}
     assert XGrad().control(torch.optim.SGD(weight, lr=0.1)) is None
-    assert XGrad().control(torch.optim.AdamW(weight)) is None
+    assert XGrad().control(torch.optim.RMSprop(weight)) is None
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        control = XGrad().control(kind(weight))
+        assert control.name == "nadam"
+        assert control.optimizer_class is torch.optim.NAdam
 
 
 @given(

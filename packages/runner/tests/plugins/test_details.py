@@ -4,11 +4,12 @@ from email.message import Message
 
 import pytest
 import regrad
+import torch
 from regrad.correction import Control, Correction, Needs
 from regrad.registry import Entry
 from regrad_runner.cli.main import main
 from regrad_runner.plugins import details as plugin_details
-from regrad_runner.plugins.details import describe
+from regrad_runner.plugins.details import describe, show_plugin
 
 README = "# regrad-thing\n\nA title.\n\n## What it changes\n\nThe *sign*.\n\nOf everything.\n\n## Rule\n\nNone.\n"
 
@@ -55,7 +56,9 @@ class Other(Thing):
     name = "other"
 
     def control(self, optimizer):
-        return None
+        if type(optimizer).__name__ == "SGD":
+            return None
+        return Control(name="nadam", optimizer_class=torch.optim.NAdam)
 
 
 @pytest.fixture
@@ -119,6 +122,16 @@ def test_a_composition_has_the_options_of_its_parts_under_their_names(installed)
     ]
     assert details["needs"] == {"stages": ["gradient"]}
     assert details["controls"]["sgd:momentum=0.9"]["name"] == "turned"
+
+
+def test_a_control_of_another_optimizer_says_its_class_in_plain_words(installed, capsys):
+    nadam = {"name": "nadam", "optimizer_class": "torch.optim.nadam.NAdam"}
+    assert describe("correction", installed["other"])["controls"] == {
+        "sgd:momentum=0.9": None,
+        "adamw": nadam,
+    }
+    show_plugin("other", as_json=True)
+    assert json.loads(capsys.readouterr().out)[0]["controls"]["adamw"] == nadam
 
 
 @pytest.mark.usefixtures("installed")

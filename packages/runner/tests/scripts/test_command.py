@@ -40,6 +40,23 @@ for x, y in batches:
 torch.save(model.state_dict(), sys.argv[1])
 """
 )
+ADAMW = (
+    DATA
+    + """
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+for x, y in batches:
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    scheduler.step()
+torch.save(model.state_dict(), sys.argv[1])
+"""
+)
 
 
 @pytest.fixture
@@ -85,10 +102,9 @@ def test_a_script_trains_bit_for_bit_as_if_attached_by_hand(script, tmp_path, ca
     assert set(first.removeprefix("regrad: ").split(" on ")[0].split("+")) == set(names.split("+"))
 
 
-def test_the_loss_inside_a_model_is_corrected(script, tmp_path):
-    text = (
-        DATA
-        + """
+INSIDE = (
+    DATA
+    + """
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -104,10 +120,32 @@ for x, y in batches:
     optimizer.step()
 torch.save(model.layers.state_dict(), sys.argv[1])
 """
-    )
-    assert script(text, str(tmp_path / "weights"), corrections=("powergrad", "xgrad")) == 0
+)
+
+
+def test_the_loss_inside_a_model_is_corrected(script, tmp_path):
+    assert script(INSIDE, str(tmp_path / "weights"), corrections=("powergrad", "xgrad")) == 0
     found, wanted = torch.load(tmp_path / "weights"), by_hand(["powergrad", "xgrad"])
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_loss_inside_a_model_is_that_of_attach_with_the_criterion_inside(script, tmp_path):
+    assert script(INSIDE, str(tmp_path / "found"), corrections=("powergrad", "xgrad")) == 0
+    attaches = "import regrad\nregrad.attach(model, optimizer, ['powergrad', 'xgrad'], 'inside')\n"
+    by_itself = INSIDE.replace("for x, y in batches:", attaches + "for x, y in batches:")
+    assert script(by_itself, str(tmp_path / "wanted")) == NOTHING_ATTACHED
+    found, wanted = torch.load(tmp_path / "found"), torch.load(tmp_path / "wanted")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_script_without_a_cross_entropy_is_told_what_it_can_do(script, tmp_path):
+    text = INSIDE.replace("nn.CrossEntropyLoss()(self.layers(x), y)", "self.layers(x).mean()")
+    with pytest.warns(
+        RegradWarning, match="'powergrad' changed nothing. With another loss"
+    ) as said:
+        assert script(text, str(tmp_path / "weights"), corrections=("powergrad",)) == 0
+    assert len(said) == 1
+    assert "attachment.criterion" not in str(said[0].message)
 
 
 def test_a_step_whose_closure_makes_the_first_forward_pass_is_corrected(script, tmp_path):
@@ -267,5 +305,29 @@ def test_a_control_changes_the_optimizer_that_lives(script, tmp_path):
     assert script(LOOP, str(tmp_path / "found"), control="nesterov") == 0
     by_itself = LOOP.replace("momentum=0.9", "momentum=0.9, nesterov=True")
     assert script(by_itself, str(tmp_path / "wanted")) == 0
+    found, wanted = torch.load(tmp_path / "found"), torch.load(tmp_path / "wanted")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.skipif("xgrad" not in regrad.available(), reason="needs the plugin regrad-xgrad")
+@pytest.mark.parametrize("step", ["optimizer.step(closure)", "closure()\n    optimizer.step()"])
+def test_nadam_as_a_control_is_nadam_from_the_first_step_on(script, tmp_path, step):
+    text = ADAMW.replace("optimizer.step(closure)", step)
+    by_itself = text.replace("AdamW(", "NAdam(decoupled_weight_decay=True, params=")
+    assert script(text, str(tmp_path / "found"), control="nadam") == 0
+    assert script(by_itself, str(tmp_path / "wanted")) == 0
+    assert script(text, str(tmp_path / "plain")) == 0
+    found, wanted = torch.load(tmp_path / "found"), torch.load(tmp_path / "wanted")
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(torch.load(tmp_path / "plain")["0.weight"], wanted["0.weight"])
+
+
+@pytest.mark.skipif("xgrad" not in regrad.available(), reason="needs the plugin regrad-xgrad")
+def test_a_control_whose_attachment_is_refused_leaves_the_script_as_it_was(script, tmp_path):
+    with pytest.warns(RegradWarning, match="SGD of Sequential trains uncorrected: .*look ahead"):
+        code = script(LOOP, str(tmp_path / "found"), corrections=("xgrad",), control="nesterov")
+    assert code == NOTHING_ATTACHED
+    assert script(LOOP, str(tmp_path / "wanted")) == 0
     found, wanted = torch.load(tmp_path / "found"), torch.load(tmp_path / "wanted")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -1,10 +1,11 @@
 """Controls made on an optimizer that lives already."""
 
 import pytest
+import regrad
 import torch
 from regrad import RegradError
 from regrad.correction import Control
-from regrad_runner.scripts.controls import apply_control, control_named
+from regrad_runner.scripts.controls import apply_control, check_fits, control_named
 from torch import nn
 
 HEAD = {"2.weight", "2.bias"}
@@ -66,3 +67,68 @@ def test_a_name_that_no_correction_declares_is_refused_with_those_there_are():
     optimizer = torch.optim.SGD(network().parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(RegradError, match="no control named 'nesterof' for SGD; there are: "):
         control_named("nesterof", optimizer)
+
+
+def test_an_optimizer_class_other_than_nadam_is_refused():
+    model = network()
+    control = Control(name="radam", optimizer_class=torch.optim.RAdam)
+    with pytest.raises(RegradError, match="'radam' trains with RAdam, whose steps a live AdamW"):
+        apply_control(control, model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        Control(name="nesterov", optimizer={"nesterov": True}),
+        Control(name="scaled", head_init=0.3, head_lr=2.0, body_lr=0.25),
+        Control(name="nadam", optimizer_class=torch.optim.NAdam),
+    ],
+    ids=lambda control: control.name,
+)
+def test_undone_a_control_leaves_no_trace(control):
+    def made():
+        model = network()
+        if control.name == "nesterov":
+            return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    model, optimizer = made()
+    plain, other = made()
+    apply_control(control, model, optimizer).close()
+    assert vars(optimizer)["defaults"] == other.defaults
+    assert [{**group, "params": 0} for group in optimizer.param_groups] == [
+        {**group, "params": 0} for group in other.param_groups
+    ]
+    ends, wanted = trained(model, optimizer), trained(plain, other)
+    assert all(torch.equal(ends[name], wanted[name]) for name in ends)
+    state = optimizer.state_dict()["state"]
+    assert [set(kept) for kept in state.values()] == [
+        set(kept) for kept in other.state_dict()["state"].values()
+    ]
+
+
+def test_a_group_that_is_added_later_has_the_controls_options_too():
+    model = network()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9)
+    apply_control(Control(name="nesterov", optimizer={"nesterov": True}), model, optimizer)
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    assert [group["nesterov"] for group in optimizer.param_groups] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("control", "is_refused"),
+    [
+        (Control(name="scaled", head_lr=2.0), True),
+        (Control(name="nadam", optimizer_class=torch.optim.NAdam), True),
+        (Control(name="nesterov", optimizer={"nesterov": True}, head_init=0.5), False),
+    ],
+    ids=lambda value: str(getattr(value, "name", value)),
+)
+@pytest.mark.skipif("xgrad" not in regrad.available(), reason="needs the plugin regrad-xgrad")
+def test_a_prediction_of_steps_that_are_changed_afterwards_is_refused(control, is_refused):
+    corrections = [regrad.create("xgrad")]
+    if not is_refused:
+        check_fits(control, corrections)
+        return
+    with pytest.raises(RegradError, match=r"changes steps after .* and 'xgrad' predicts them"):
+        check_fits(control, corrections)

@@ -1,3 +1,4 @@
+import json
 import re
 from types import SimpleNamespace
 
@@ -87,6 +88,69 @@ def test_a_control_that_is_an_arm_already_is_that_arm(with_controls, optimizer, 
     assert must_beat(arms) == {"agc": "clip-norm", "clip-norm": None}
 
 
+EACH_OTHERS = {"agc": CLIPPING, "clip-norm": Control(name="agc", corrections=("agc",))}
+
+
+@pytest.mark.parametrize(
+    ("corrections", "names"),
+    [
+        (["agc"], ["none", "agc", "clip-norm"]),
+        (["clip-norm"], ["none", "clip-norm", "agc"]),
+        (["agc", "clip-norm"], ["none", "agc", "clip-norm"]),
+        (["clip-norm", "agc"], ["none", "clip-norm", "agc"]),
+    ],
+)
+def test_corrections_that_are_each_others_control_run_once(
+    with_controls, optimizer, corrections, names
+):
+    with_controls(**EACH_OTHERS)
+    arms = expand(corrections, optimizer)
+    assert [arm.name for arm in arms] == names
+    wanted = {"agc": "clip-norm", "clip-norm": "agc"}
+    assert must_beat(arms).items() <= wanted.items()
+    assert must_beat(arms).keys() >= set(corrections)
+
+
+def test_a_stack_of_each_others_controls_has_none_but_in_a_larger_stack_they_stay(
+    with_controls, optimizer
+):
+    with_controls(**EACH_OTHERS, xgrad=NESTEROV)
+    arms = expand(["agc+clip-norm"], optimizer)
+    assert [arm.name for arm in arms] == ["none", "agc+clip-norm"]
+    assert must_beat(arms) == {"agc+clip-norm": None}
+    arms = expand(["xgrad+agc+clip-norm"], optimizer)
+    assert arms[-1].control == Control(
+        name="nesterov+clip-norm+agc",
+        optimizer={"nesterov": True},
+        corrections=("clip-norm", "agc"),
+    )
+
+
+NADAM = Control(name="nadam", optimizer_class=torch.optim.NAdam)
+
+
+def test_a_class_to_train_with_is_in_the_recipe_by_its_name_and_keeps_arms_apart(
+    with_controls, optimizer
+):
+    with_controls(a=NADAM, b=Control(name="nadam", optimizer_class=torch.optim.RAdam), c=NADAM)
+    arms = expand(["a", "b", "c"], optimizer)
+    assert must_beat(arms) == {"a": "nadam", "b": "nadam (b)", "c": "nadam"}
+    recipes = {arm.name: json.loads(json.dumps(arm.recipe)) for arm in arms}
+    assert recipes["nadam"]["optimizer_class"] == "torch.optim.nadam.NAdam"
+    assert recipes["nadam (b)"]["optimizer_class"] == "torch.optim.radam.RAdam"
+    assert "optimizer_class" not in recipes["a"]
+
+
+def test_a_stack_trains_with_the_one_class_that_its_controls_name():
+    assert merged([NESTEROV, NADAM, None, NADAM]) == Control(
+        name="nesterov+nadam+nadam",
+        optimizer={"nesterov": True},
+        optimizer_class=torch.optim.NAdam,
+    )
+    with pytest.raises(ValueError, match="must agree on the optimizer, got 'NAdam' and 'RAdam'"):
+        merged([NADAM, Control(name="radam", optimizer_class=torch.optim.RAdam)])
+
+
 def test_a_control_called_like_another_arm_gets_a_name_of_its_own(with_controls, optimizer):
     with_controls(a=Control(name="b", head_lr=2.0), b=None)
     assert [arm.name for arm in expand(["a", "b"], optimizer)] == ["none", "a", "b", "b (a)"]
@@ -130,7 +194,12 @@ def test_a_composition_must_beat_the_controls_of_its_parts_together(optimizer):
     on_adam = expand(
         ["gcgd:gcode.weight=.2"], torch.optim.AdamW(optimizer.param_groups[0]["params"])
     )
-    assert on_adam[-1].control == Control(name="scaled-flow", corrections=flow)
+    assert on_adam[-1].control == Control(
+        name="nadam+scaled-flow",
+        optimizer={"decoupled_weight_decay": True},
+        optimizer_class=torch.optim.NAdam,
+        corrections=flow,
+    )
 
 
 def test_the_same_arm_twice_is_refused(with_controls, optimizer):

@@ -2,7 +2,12 @@ import pytest
 import regrad
 import torch
 from regrad_runner.settings.specs import read_spec
-from regrad_runner.training.optimizers import build_optimizer, optimizer_class, spec_of
+from regrad_runner.training.optimizers import (
+    build_optimizer,
+    of_another_class,
+    optimizer_class,
+    spec_of,
+)
 from regrad_runner.workloads.workload import Defaults
 
 DEFAULTS = Defaults(
@@ -97,3 +102,30 @@ def test_the_class_of_a_plugin_is_found_by_its_entry_point(monkeypatch):
     monkeypatch.setattr("regrad.available", lambda group: {"mine": None})
     monkeypatch.setattr("regrad.load", lambda name, group: torch.optim.Adam)
     assert optimizer_class("mine") is torch.optim.Adam
+
+
+def test_another_class_keeps_what_both_have_group_by_group_and_its_own_defaults():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1], "lr": 0.3}, {"params": parameters[1:], "eps": 1e-4}]
+    adamw = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), fused=True)
+    nadam = of_another_class(adamw, torch.optim.NAdam, changes={"decoupled_weight_decay": True})
+    assert type(nadam) is torch.optim.NAdam
+    first, second = nadam.param_groups
+    assert (first["lr"], first["eps"]) == (0.3, 1e-8)
+    assert (second["lr"], second["eps"]) == (0.1, 1e-4)
+    for group in (first, second, nadam.defaults):
+        assert group["betas"] == (0.8, 0.9)
+        assert group["weight_decay"] == 0.01
+        assert group["decoupled_weight_decay"]
+        assert group["momentum_decay"] == 4e-3
+        assert "fused" not in group
+    assert first["params"][0] is parameters[0]
+    assert second["params"][0] is parameters[1]
+
+
+def test_what_the_other_class_does_not_take_is_refused():
+    adamw = torch.optim.AdamW(parameters())
+    with pytest.raises(ValueError, match=r"optimizer_class must be one that takes .*, got NAdam: "):
+        of_another_class(adamw, torch.optim.NAdam, changes={"no_such_option": 1})
+    with pytest.raises(ValueError, match="got NAdam: Invalid momentum_decay"):
+        of_another_class(adamw, torch.optim.NAdam, changes={"momentum_decay": -1.0})

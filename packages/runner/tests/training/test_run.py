@@ -120,6 +120,24 @@ def test_a_control_scales_the_head_and_the_rates_and_changes_the_optimizer(digit
     assert len(body["params"]) + len(head["params"]) == len(list(model.parameters()))
 
 
+def test_a_control_of_another_optimizer_keeps_options_rates_and_weights(digits, config):
+    settings = config(optimizer="adamw:weight_decay=0.2,betas=(0.8,0.95)")
+    control = Control(
+        name="c",
+        optimizer_class=torch.optim.NAdam,
+        optimizer={"decoupled_weight_decay": True},
+        body_lr=4.0,
+    )
+    plain, _ = build_training(settings, digits, Arm("none"), seed=3, lr=0.1)
+    model, optimizer = build_training(settings, digits, Arm("c", control=control), seed=3, lr=0.1)
+    assert torch.equal(head_of(model).weight, head_of(plain).weight)
+    assert type(optimizer) is torch.optim.NAdam
+    assert [group["lr"] for group in optimizer.param_groups] == [0.4, 0.1]
+    for group in optimizer.param_groups:
+        assert (group["weight_decay"], group["betas"]) == (0.2, (0.8, 0.95))
+        assert group["decoupled_weight_decay"]
+
+
 def test_a_control_that_leaves_the_rates_alone_keeps_one_group(digits, config):
     arm = Arm("nesterov", control=Control(name="nesterov", optimizer={"nesterov": True}))
     assert len(build_training(config(), digits, arm, seed=0, lr=0.1)[1].param_groups) == 1

@@ -7,10 +7,11 @@ from dataclasses import replace as with_changes
 from typing import Any
 
 from regrad import Attachment, Correction, RegradError
-from regrad.correction import Needs
+from regrad.correction import Control, Needs
 from regrad.hookspecs import Step
 from regrad.signatures import takes
 from torch import Tensor
+from torch.optim import Optimizer
 
 from regrad_clipping.functional import check_positive, clip_norm_, clip_value_, gradient_norm
 
@@ -93,6 +94,10 @@ class ClipNorm(Correction):
     def metrics(self) -> dict[str, float]:
         """Return the last gradient norm before clipping."""
         return {} if self._norm is None else {"norm": self._norm.item()}
+
+    def control(self, optimizer: Optimizer) -> Control:
+        """Return adaptive clipping, which needs no bound in the units of the gradient."""
+        return Control(name="agc", corrections=("agc",))
 
     def idle_reason(self) -> None:
         """Return None: a bound that is never reached is information, not a fault."""

@@ -280,7 +280,7 @@ class GCW(Correction):
             fit(due, predictor=options.predictor, gated=options.gate)
 
     def control(self, optimizer: Optimizer) -> Control | None:
-        """Return Nesterov's momentum, which the prior is, on SGD with momentum."""
+        """Return Nesterov's momentum, which the prior is on SGD; NAdam on Adam."""
         return nesterov_control(optimizer)
 
     def metrics(self) -> dict[str, float]:

@@ -205,7 +205,7 @@ class XGrad(Correction):
         return buffers[name]
 
     def control(self, optimizer: Optimizer) -> Control | None:
-        """Return Nesterov's momentum, which this is up to the horizon, on SGD with momentum."""
+        """Return Nesterov's momentum, which this is up to the horizon on SGD; NAdam on Adam."""
         return nesterov_control(optimizer)
 
     def idle_reason(self) -> str:

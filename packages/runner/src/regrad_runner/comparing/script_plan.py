@@ -19,7 +19,12 @@ from regrad_runner.results.about import read_about
 from regrad_runner.results.folder import check_arms, check_folder
 from regrad_runner.scripts.child import Child, Ending
 from regrad_runner.scripts.running import check_script
-from regrad_runner.settings.arms import Arm, correction_arms, with_controls
+from regrad_runner.settings.arms import (
+    Arm,
+    control_from_values,
+    correction_arms,
+    with_controls,
+)
 from regrad_runner.settings.config import MOST_THREADS
 from regrad_runner.settings.script_config import ScriptConfig, filled_in
 from regrad_runner.training.preparation import default_folder
@@ -120,7 +125,7 @@ def make_script_plan(
     if refused:
         arm, why = next(iter(refused.items()))
         raise ValueError(f"corrections must fit what the script trains, got {arm!r}: {why}")
-    controls = {arm: Control(**plain) for arm, plain in seen["controls"].items()}
+    controls = {arm: control_from_values(values) for arm, values in seen["controls"].items()}
     arms = with_controls(arms, controls, added=config.controls)
     if resume:
         check_arms(path, arms)
@@ -173,7 +178,7 @@ def environment_of(config: ScriptConfig) -> dict[str, str]:
 
 def _control_in(about: Mapping[str, Any], name: str) -> Control:
     """Return what a folder says of a control's change."""
-    return Control(name=name, **about["arms"][name])
+    return control_from_values({"name": name, **about["arms"][name]})
 
 
 def _look(config: ScriptConfig, arms: Sequence[Arm]) -> dict[str, Any]:

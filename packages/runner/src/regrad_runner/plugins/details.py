@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regrad_runner.errors import KEPT_CHARACTERS
-from regrad_runner.settings.arms import created, merged
+from regrad_runner.settings.arms import control_as_values, created, merged
 from regrad_runner.terminal import Terminal, plain_table
 
 NOT_OPTIONS = {"self", "params"}
@@ -200,14 +200,9 @@ def _controls(name: str) -> dict[str, dict[str, Any] | None]:
 
 def _changes(control: Control) -> dict[str, Any]:
     """Return a control's name and what it changes."""
-    neutral = Control(name=control.name)
-    names = [field.name for field in dataclasses.fields(control)]
-    fields = {name: getattr(control, name) for name in names}
-    return {
-        key: value
-        for key, value in fields.items()
-        if key == "name" or value != getattr(neutral, key)
-    }
+    neutral = control_as_values(Control(name=""))
+    values = control_as_values(control)
+    return {key: value for key, value in values.items() if value != neutral.get(key)}
 
 
 def _type_in_words(annotation: Any) -> str:

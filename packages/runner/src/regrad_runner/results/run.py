@@ -28,7 +28,6 @@ import uuid
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -41,7 +40,7 @@ from regrad_runner.errors import DiskError
 from regrad_runner.files import append, make_folder, read_regular_file, write_whole
 from regrad_runner.results.locks import RUNS, is_held, writing_run
 from regrad_runner.results.machine import machine
-from regrad_runner.settings.arms import Arm
+from regrad_runner.settings.arms import Arm, control_as_values
 from regrad_runner.settings.config import Settings
 
 RECORD = "run.json"
@@ -317,7 +316,7 @@ def run_values(
         "lr": lr,
         "trial": trial,
         "corrections": list(arm.corrections),
-        "control": asdict(arm.control) if arm.control else None,
+        "control": control_as_values(arm.control) if arm.control else None,
         "settings": config.model_dump(mode="json"),
         "curves": {kind: dict(names) for kind, names in curves.items()},
         "machine": machine(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from regrad_runner.scripts.controls import apply_control, control_named, control_of
+from regrad_runner.scripts.controls import (
+    apply_control,
+    check_fits,
+    control_named,
+    control_of,
+)
 from regrad_runner.scripts.fingerprint import fingerprint
 from regrad_runner.scripts.watching import ForwardWatch, OptimizerWatch
 
@@ -237,16 +243,16 @@ class AutomaticAttachment:
     ) -> Attachment:
         """Make the control's change and attach; correct the cross entropy if a correction does."""
         names = [*self._corrections]
+        undo = ExitStack()
         control = self._control_on(optimizer)
         if control is not None:
-            whole = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
-            apply_control(control, whole, optimizer)
             names += control.corrections
-        corrections = registry.create_all(names)
-        if not any("criterion" in correction.needs.stages for correction in corrections):
-            return regrad.attach(model, optimizer, corrections)
-        attachment = regrad.attach(model, optimizer, corrections, F.cross_entropy)
-        CrossEntropyInside(attachment, in_the_loop=True)  # the attachment keeps it until detach
+            check_fits(control, registry.create_all(names))
+            whole = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+            undo = apply_control(control, whole, optimizer)
+        with undo:
+            attachment = _attachment_of(model, optimizer, names)
+            undo.pop_all()  # attached: the change stays
         return attachment
 
     def _control_on(self, optimizer: Optimizer) -> Control | None:
@@ -262,6 +268,16 @@ class AutomaticAttachment:
         self._waiting.remove(waiting)
         if not self._waiting:
             self._forwards.stop()
+
+
+def _attachment_of(model: Any, optimizer: Optimizer, names: Sequence[str]) -> Attachment:
+    """Attach new corrections; correct the cross entropy if one of them does."""
+    corrections = registry.create_all(names)
+    if not any("criterion" in correction.needs.stages for correction in corrections):
+        return regrad.attach(model, optimizer, corrections)
+    attachment = regrad.attach(model, optimizer, corrections, F.cross_entropy)
+    CrossEntropyInside(attachment, in_the_loop=True)  # the attachment keeps it until detach
+    return attachment
 
 
 def _trained(optimizer: Optimizer) -> set[Tensor]:

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.optim import Optimizer
 from regrad_runner.files import write_whole
 from regrad_runner.scripts.attaching import AutomaticAttachment
 from regrad_runner.scripts.running import run_script
-from regrad_runner.settings.arms import merged
+from regrad_runner.settings.arms import control_as_values, merged
 
 
 class Seen(BaseException):
@@ -69,7 +68,7 @@ class Probe(AutomaticAttachment):
                 self.answer["refused"][arm] = " ".join(str(problem).split())
                 continue
             if control is not None:
-                self.answer["controls"][arm] = asdict(control)
+                self.answer["controls"][arm] = control_as_values(control)
         raise Seen
 
 

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import regrad
+import torch
 from regrad.correction import Control, Correction
 from regrad.registry import several_in
 from torch.optim import Optimizer
@@ -43,9 +44,56 @@ class Arm:
 
         Arms of equal recipes give equal runs, whatever their names.
         """
-        change = asdict(self.control or Control(name=""))
+        change = control_as_values(self.control or Control(name=""))
         del change["name"]
         return {**change, "corrections": [*self.corrections, *change["corrections"]]}
+
+
+def control_as_values(control: Control) -> dict[str, Any]:
+    """Return a control as plain values: a class by its full name, and only where there is one.
+
+    Example:
+        >>> import torch
+        >>> control_as_values(Control(name="b", optimizer_class=torch.optim.SGD))["optimizer_class"]
+        'torch.optim.sgd.SGD'
+        >>> "optimizer_class" in control_as_values(Control(name="a"))
+        False
+    """
+    values = asdict(control)
+    kind = values.pop("optimizer_class")
+    if kind is not None:
+        values["optimizer_class"] = f"{kind.__module__}.{kind.__qualname__}"
+    return values
+
+
+def control_from_values(values: Mapping[str, Any]) -> Control:
+    """Return the control that `control_as_values` wrote out.
+
+    Raises:
+        ValueError: If its class is none of torch's optimizers: a file must not choose what is
+            imported.
+
+    Example:
+        >>> import torch
+        >>> control = Control(name="b", optimizer_class=torch.optim.SGD)
+        >>> control_from_values(control_as_values(control)) == control
+        True
+    """
+    known = dict(values)
+    kind = known.get("optimizer_class")
+    if kind is not None:
+        known["optimizer_class"] = _optimizer_class(kind)
+    known["corrections"] = tuple(known.get("corrections", ()))
+    return Control(**known)
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    """Return one of torch's optimizers by its full name."""
+    module, _, short = name.rpartition(".")
+    kind = getattr(torch.optim, short, None)
+    if kind is None or getattr(kind, "__module__", "") != module:
+        raise ValueError(f"optimizer_class must be one of torch.optim, got {name!r}")
+    return kind  # type: ignore[no-any-return]
 
 
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
@@ -110,6 +158,8 @@ def with_controls(arms: Sequence[Arm], changes: Mapping[str, Control], *, added:
     known = {arm.name: arm for arm in arms}
     new: dict[str, Arm] = {}
     for name, change in changes.items():
+        if _repeats(change, known[name].corrections):
+            continue
         control = _control_arm(change, known[name], [*known.values(), *new.values()])
         known[name] = replace(known[name], must_beat=control.name)
         if control.name not in known:
@@ -234,7 +284,8 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
     """Return one control that makes every change of these; None where there is none.
 
     Raises:
-        ValueError: If two of them set the same option of the optimizer differently.
+        ValueError: If two of them set the same option of the optimizer differently, or train
+            with different optimizers.
     """
     present = [control for control in controls if control is not None]
     if not present:
@@ -247,6 +298,7 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
         together = Control(
             name=name,
             optimizer=_united(together.optimizer, control.optimizer),
+            optimizer_class=_one_class(together.optimizer_class, control.optimizer_class),
             head_init=together.head_init * control.head_init,
             head_lr=together.head_lr * control.head_lr,
             body_lr=together.body_lr * control.body_lr,
@@ -263,6 +315,29 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
                 f"the controls of a stack must agree on {key}, got {one[key]!r} and {other[key]!r}"
             )
     return {**one, **other}
+
+
+def _one_class(
+    one: type[Optimizer] | None, other: type[Optimizer] | None
+) -> type[Optimizer] | None:
+    """Return the class that either names, or raise a `ValueError` where they differ."""
+    if one is None or other is None:
+        return one or other
+    if one is not other:
+        raise ValueError(
+            "the controls of a stack must agree on the optimizer, "
+            f"got {one.__name__!r} and {other.__name__!r}"
+        )
+    return one
+
+
+def _repeats(change: Control, corrections: Sequence[str]) -> bool:
+    """Say whether a change is the arm's own corrections in another order, and nothing else.
+
+    So it is where two corrections are each other's control.
+    """
+    is_all = replace(change, name="", corrections=()) == Control(name="")
+    return is_all and sorted(change.corrections) == sorted(corrections)
 
 
 def _control_arm(change: Control, corrected: Arm, arms: Sequence[Arm]) -> Arm:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from regrad_runner.models.heads import own_head
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import RunConfig
-from regrad_runner.training.optimizers import build_optimizer
+from regrad_runner.training.optimizers import build_optimizer, of_another_class
 from regrad_runner.workloads.loading import make_model
 from regrad_runner.workloads.samples import TrainingLoader, training_loader
 from regrad_runner.workloads.workload import Workload
@@ -46,7 +46,10 @@ def build_training(
         for parameter in head:
             parameter.mul_(control.head_init)
     groups = _groups(control, model, head, lr=lr)
-    return model, build_optimizer(optimizer, groups, lr=lr, changes=control.optimizer)
+    if control.optimizer_class is None:
+        return model, build_optimizer(optimizer, groups, lr=lr, changes=control.optimizer)
+    example = build_optimizer(optimizer, groups, lr=lr)
+    return model, of_another_class(example, control.optimizer_class, changes=control.optimizer)
 
 
 def _groups(control: Control, model: nn.Module, head: Sequence[nn.Parameter], *, lr: float) -> Any:

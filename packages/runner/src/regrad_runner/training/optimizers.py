@@ -148,6 +148,39 @@ def build_optimizer(
         ) from problem
 
 
+def of_another_class(
+    optimizer: Optimizer, kind: type[Optimizer], *, changes: Mapping[str, Any]
+) -> Optimizer:
+    """Create an optimizer of another class for the same parameters.
+
+    Args:
+        optimizer: Whose groups keep the options that both classes have, learning rates included.
+        kind: The other class.
+        changes: Its options that win over those; the rest are its own defaults.
+
+    Raises:
+        ValueError: If the class does not take an option in `changes`, or not its value.
+
+    Example:
+        >>> adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], betas=(0.8, 0.99))
+        >>> of_another_class(adamw, torch.optim.NAdam, changes={}).param_groups[0]["betas"]
+        (0.8, 0.99)
+    """
+    taken = inspect.signature(kind).parameters
+    groups = []
+    for group in optimizer.param_groups:
+        kept = {key: value for key, value in group.items() if key in taken}
+        groups.append({**kept, "params": group["params"], **changes})
+    defaults = {key: value for key, value in optimizer.defaults.items() if key in taken}
+    try:
+        return kind(groups, **{**defaults, **changes})  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise ValueError(
+            f"optimizer_class must be one that takes {dict(changes)}, "
+            f"got {kind.__name__}: {problem}"
+        ) from problem
+
+
 def _is_finite(value: Any) -> bool:
     """Say whether an option holds no number that is not finite."""
     numbers = value if isinstance(value, tuple | list) else [value]

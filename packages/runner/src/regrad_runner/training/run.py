@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 import regrad
@@ -12,7 +11,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from regrad_runner.results.points import Point
-from regrad_runner.settings.arms import Arm, create_all
+from regrad_runner.settings.arms import Arm, control_as_values, create_all
 from regrad_runner.settings.config import RunConfig
 from regrad_runner.settings.environment import used
 from regrad_runner.training.building import as_inputs, build_loader, build_training
@@ -241,7 +240,7 @@ class TrainingRun:
         That is arm, seed, learning rate, a control's change, and what of the environment decided
         about numbers beside the settings.
         """
-        control = asdict(self.arm.control) if self.arm.control else None
+        control = control_as_values(self.arm.control) if self.arm.control else None
         run = {
             "arm": self.arm.name,
             "seed": self.seed,
