@@ -44,7 +44,7 @@ def test_cells_run_in_any_order_give_the_tables_of_one_comparison(here, capsys, 
         in capsys.readouterr().out
     )
     assert run_cell(2) == 0
-    assert "[1/1] cell 2: none, seed 0: test accuracy" in capsys.readouterr().err
+    assert "[1/1] cell 2: baseline, seed 0: test accuracy" in capsys.readouterr().err
     assert main(["report", "out", "--json"]) == 0
     merged = json.loads(capsys.readouterr().out)
     assert tables(here / "out") == tables(here / "serial")
@@ -64,7 +64,7 @@ def test_a_run_before_the_trials_of_its_arm_is_refused_and_writes_nothing(here, 
     assert run_cell(2) == 2
     said = capsys.readouterr().err
     assert (
-        "cell must come after the trials of its arm 'none', got none of the cells 1; run them first"
+        "cell must come after the trials of its arm 'baseline', got none of the cells 1; run them first"
         in said
     )
     assert len(list((here / "out" / "runs").glob("*/*"))) == 1
@@ -92,15 +92,15 @@ def test_a_cell_that_ended_is_not_run_again_and_one_that_failed_is(here, capsys,
         patch.setattr(TrainingRun, "_micro_batch", lambda *_: 1 / 0)
         assert run_cell(0) == 1
     said = capsys.readouterr().err
-    assert "none, seed 0 failed: ZeroDivisionError: division by zero" in said
-    assert "cell 0: none, seed 0: failed" in said
+    assert "baseline, seed 0 failed: ZeroDivisionError: division by zero" in said
+    assert "cell 0: baseline, seed 0: failed" in said
     assert "ZeroDivisionError" in (here / "out" / "failures.txt").read_text()
     assert [r.status for r in ResultsFolder(here / "out").results] == ["failed"]
     assert run_cell(0) == 0
     assert [r.status for r in ResultsFolder(here / "out").results] == ["finished"]
     monkeypatch.setattr(TrainingRun, "_micro_batch", lambda *_: 1 / 0)
     assert run_cell(0) == 0
-    assert "cell 0: none, seed 0: it ended before" in capsys.readouterr().err
+    assert "cell 0: baseline, seed 0: it ended before" in capsys.readouterr().err
 
 
 def test_a_comparison_goes_on_from_what_cells_left(here, capsys):
@@ -109,15 +109,15 @@ def test_a_comparison_goes_on_from_what_cells_left(here, capsys):
     capsys.readouterr()
     assert main(["compare", "--resume", "--out", "out"]) == 0
     said = capsys.readouterr().err
-    assert "[2/2] none, seed 0" in said
-    assert "none, seed 1" not in said
+    assert "[2/2] baseline, seed 0" in said
+    assert "baseline, seed 1" not in said
     assert [result.seed for result in ResultsFolder(here / "out").results] == [0, 1]
 
 
 def test_a_record_that_no_run_left_is_one_clear_line(here, capsys):
     prepared(capsys, "--tracker", "none")
-    (here / "out" / "runs" / "none" / "0").mkdir(parents=True)
-    (here / "out" / "runs" / "none" / "0" / "run.json").write_text('{"result": 3}')
+    (here / "out" / "runs" / "baseline" / "0").mkdir(parents=True)
+    (here / "out" / "runs" / "baseline" / "0" / "run.json").write_text('{"result": 3}')
     assert main(["report", "out"]) == 2
     said = capsys.readouterr().err
     assert "run.json' must be the record of a run, got id: Field required" in said
@@ -140,8 +140,8 @@ def test_what_cells_track_is_shown_under_the_comparison_by_sync(here, capsys):
         parents = database.execute(
             "select run_uuid, value from tags where key = 'mlflow.parentRunId'"
         ).fetchall()
-    assert set(runs) == {"none, seed 0"}
-    assert parents == [(runs["none, seed 0"], comparison)]
+    assert set(runs) == {"baseline, seed 0"}
+    assert parents == [(runs["baseline, seed 0"], comparison)]
     assert run_cell(1) == 0
     assert main(["sync", "out"]) == 0
     with closing(sqlite3.connect(here / "out" / "mlflow.db")) as database:

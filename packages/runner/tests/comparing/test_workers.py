@@ -41,19 +41,19 @@ def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, caps
     assert main([*words, "--jobs", "2", "--out", "out"]) == 0
     said = capsys.readouterr().err
     assert (
-        "none, lr 1e+30, trial 1 failed: NonFiniteError: loss or gradients were not finite in 10 steps"
+        "baseline, lr 1e+30, trial 1 failed: NonFiniteError: loss or gradients were not finite in 10 steps"
         in said
     )
     assert tables(here / "out") == tables(here / "serial")
     assert {row["lr"] for row in tables(here / "out")["results.csv"]} == {"0.05"}
-    assert (here / "out" / "runs" / "none" / "1" / "receipt.json").is_file()
+    assert (here / "out" / "runs" / "baseline" / "1" / "receipt.json").is_file()
     runs = {
         name: (run, status)
         for name, run, status in tracked(here / "out", "select name, run_uuid, status from runs")
     }
     assert len(runs) == (9 if arms else 5)
     assert {status for name, (_, status) in runs.items() if "1e+30" not in name} == {"FINISHED"}
-    assert runs["none, lr 1e+30, trial 1"][1] == "FAILED"
+    assert runs["baseline, lr 1e+30, trial 1"][1] == "FAILED"
     children = tracked(here / "out", "select value from tags where key = 'mlflow.parentRunId'")
     assert children == [(runs["out"][0],)] * (len(runs) - 1)
 

@@ -175,7 +175,7 @@ def part_of(run, samples, rank, processes):
 
 @torch.no_grad()
 def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config):
-    with closing(TrainingRun(config, workload, Arm("none"), seed=0, lr=0.01)) as run:
+    with closing(TrainingRun(config, workload, Arm("baseline"), seed=0, lr=0.01)) as run:
         value = run.value_on(workload.test)
         nats = 0.0
         for inputs, targets in workload.test.batches(1):
@@ -195,16 +195,21 @@ def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config
 
 def test_the_rate_with_the_fewest_bits_is_chosen():
     arms, measure = (
-        (Arm("none"), Arm("agc")),
+        (Arm("baseline"), Arm("agc")),
         Measure(name="test bits per byte", higher_is_better=False),
     )
     plan = SimpleNamespace(arms=arms, rates=(0.1, 0.2), workload=SimpleNamespace(measure=measure))
-    values = {("none", 0.1): 3.0, ("none", 0.2): 2.5, ("agc", 0.1): 2.4, ("agc", 0.2): float("nan")}
+    values = {
+        ("baseline", 0.1): 3.0,
+        ("baseline", 0.2): 2.5,
+        ("agc", 0.1): 2.4,
+        ("agc", 0.2): float("nan"),
+    }
     trials = [
         Trial(arm=arm, lr=lr, seed=1_000_000, validation=value)
         for (arm, lr), value in values.items()
     ]
-    assert chosen_rates(plan, trials) == {"none": 0.2, "agc": 0.1}
+    assert chosen_rates(plan, trials) == {"baseline": 0.2, "agc": 0.1}
 
 
 @needs_plugins
@@ -245,7 +250,7 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(
     wanted = {"name": "test bits per byte", "higher_is_better": False, "target": 5.5, "decimals": 4}
     assert (about["workload"], about["samples"], about["measure"]) == ("text", "windows", wanted)
     folder = ResultsFolder(tmp_path / "out")
-    arms = ["none", "powergrad", "xgrad", "agc", "gcw:layers=all", "scaled-head", "clip-norm"]
+    arms = ["baseline", "powergrad", "xgrad", "agc", "gcw:layers=all", "scaled-head", "clip-norm"]
     assert [result.arm for result in folder.results] == arms
     # Eight bits are those of a model that knows nothing; PowerGrad's are read from the probabilities that it fits.
     assert {result.arm: result.value for result in folder.results if not 3 < result.value < 7} == {}

@@ -50,8 +50,8 @@ def cells_of(arms: Iterable[str], config: CompareConfig) -> list[Cell]:
         config: Resolved settings.
 
     Example:
-        >>> [cell.name for cell in cells_of(["none", "agc"], CompareConfig(seeds=2, lr=[0.1]))]
-        ['none, seed 0', 'agc, seed 0', 'none, seed 1', 'agc, seed 1']
+        >>> [cell.name for cell in cells_of(["baseline", "agc"], CompareConfig(seeds=2, lr=[0.1]))]
+        ['baseline, seed 0', 'agc, seed 0', 'baseline, seed 1', 'agc, seed 1']
     """
     names = list(arms)
     rates = config.lr or ()

@@ -13,7 +13,9 @@ from regrad.correction import Control, Correction
 from regrad.registry import several_in
 from torch.optim import Optimizer
 
-BASELINE = "none"
+BASELINE = "baseline"
+# What folders and commands of earlier versions called it: no arm may be called so.
+FORMER_BASELINE = "none"
 ALL = "all"
 
 
@@ -62,7 +64,7 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
         >>> import torch
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> [arm.name for arm in expand([], sgd)]
-        ['none']
+        ['baseline']
     """
     arms = {BASELINE: Arm(BASELINE)}
     changes: dict[str, Control] = {}
@@ -91,7 +93,7 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
 
 def _check_name_is_free(name: str, arms: Mapping[str, Arm]) -> None:
     """Raise a `ValueError` if an arm has the name of the baseline or of an arm before it."""
-    if name == BASELINE:
+    if name in (BASELINE, FORMER_BASELINE):
         raise ValueError(
             f"corrections must not name the baseline, got {name!r}; it runs anyway: leave it out"
         )
