@@ -1,8 +1,10 @@
 import csv
 import io
 import json
+import math
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -337,7 +339,7 @@ def test_runs_are_tracked_under_their_comparison_and_a_failed_one_is_marked(plan
 
 
 def test_every_arm_chooses_among_the_same_learning_rates_on_seeds_of_its_own(plan):
-    folder, text = run(plan(lr=[1e-5, 0.1], tuning_seeds=2))
+    folder, text = run(plan(lr=[1e-5, 0.1], tuning_seeds=2, tuning_extensions=0))
     assert [(t.arm, t.lr, t.seed - FIRST_TUNING_SEED) for t in folder.trials] == [
         (arm, lr, seed) for arm in ("baseline", "nesterov") for lr in (1e-5, 0.1) for seed in (0, 1)
     ]
@@ -346,18 +348,74 @@ def test_every_arm_chooses_among_the_same_learning_rates_on_seeds_of_its_own(pla
     assert len(ResultsFolder(folder.path).trials) == 8
 
 
-def test_a_trial_that_was_made_is_not_repeated(plan, monkeypatch):
+# What a trial's validation loss is made to be: the best rate lies above those given for one arm,
+# and below them for the other.
+GRID = {"lr": [0.01, 0.03], "tuning_seeds": 2}
+BEST_RATES = {"baseline": 0.2, "nesterov": 0.004}
+ADDED = {"baseline": [0.09, 0.27, 0.81], "nesterov": [0.00333, 0.00111]}
+
+
+@pytest.fixture
+def known_best_rates(monkeypatch):
+    """Let trials end with values that depend on arm and rate alone; count the runs that began."""
+    began = []
+    original = TrainingRun.train
+
+    def train(self, *, on_point, on_step):
+        began.append((self.arm.name, self.lr, self.seed))
+        distance = abs(math.log(self.lr / BEST_RATES[self.arm.name]))
+        original(self, on_point=lambda p: on_point(replace(p, value=-distance)), on_step=on_step)
+        self.position.points[-1] = replace(self.position.points[-1], value=-distance)
+
+    monkeypatch.setattr(TrainingRun, "train", train)
+    return began
+
+
+def trials_in_order(added=ADDED):
+    """Return arm, rate and seed of each trial, as the tables have them."""
+    rates = [(arm, lr) for arm in ADDED for lr in GRID["lr"]]
+    for number in range(3):
+        rates += [(arm, added[arm][number]) for arm in ADDED if number < len(added[arm])]
+    return [(arm, lr, FIRST_TUNING_SEED + seed) for arm, lr in rates for seed in (0, 1)]
+
+
+def test_an_arm_whose_best_rate_is_at_an_edge_tries_rates_beyond_it(plan, known_best_rates):
+    folder, text = run(plan(**GRID))
+    assert [(t.arm, t.lr, t.seed) for t in folder.trials] == trials_in_order()
+    assert {result.arm: result.lr for result in folder.results} == {
+        "baseline": 0.27,
+        "nesterov": 0.00333,
+    }
+    assert "[22/22]" in text  # 8 trials of the rates given, 10 of those added, 4 runs
+    assert len(known_best_rates) == 22
+    assert folder.missing == []
+    assert not any(choice.at_edge for choice in folder.choices.values())
+
+
+def test_an_arm_that_still_ends_at_an_edge_says_so_and_the_folder_knows(plan, known_best_rates):
+    folder, _ = run(plan(**GRID, tuning_extensions=1))
+    again = ResultsFolder(folder.path)
+    assert [(t.arm, t.lr, t.seed) for t in again.trials] == trials_in_order()[:12]
+    assert {arm: (c.best, c.at_edge) for arm, c in again.choices.items()} == {
+        "baseline": (0.09, True),
+        "nesterov": (0.00333, True),
+    }
+    assert again.missing == []
+
+
+@pytest.mark.parametrize("runs", [3, 9, 13, 17, 19])
+def test_a_stopped_choice_of_rates_goes_on_and_repeats_nothing(
+    plan, known_best_rates, monkeypatch, runs
+):
     with monkeypatch.context() as patch:
-        stopped_after(patch, 3)
+        stopped_after(patch, runs)
         with pytest.raises(KeyboardInterrupt):
-            run(plan(lr=[1e-5, 0.1], tuning_seeds=1))
-    folder, _ = run(plan(lr=[1e-5, 0.1], tuning_seeds=1, resume=True))
-    assert [(t.arm, t.lr) for t in folder.trials] == [
-        ("baseline", 1e-5),
-        ("baseline", 0.1),
-        ("nesterov", 1e-5),
-        ("nesterov", 0.1),
-    ]
+            run(plan(**GRID))
+    assert len(known_best_rates) == runs
+    folder, text = run(plan(**GRID, resume=True))
+    assert "[22/22]" in text
+    assert [(t.arm, t.lr, t.seed) for t in folder.trials] == trials_in_order()
+    assert len(set(known_best_rates)) == len(known_best_rates) == 22
 
 
 def test_the_test_images_are_looked_at_once_per_run_and_not_in_trials(plan, monkeypatch):
@@ -369,7 +427,7 @@ def test_the_test_images_are_looked_at_once_per_run_and_not_in_trials(plan, monk
         return original(self, images)
 
     monkeypatch.setattr(TrainingRun, "value_on", counting)
-    run(plan(lr=[0.05, 0.1], tuning_seeds=1))
+    run(plan(lr=[0.05, 0.1], tuning_seeds=1, tuning_extensions=0))
     assert sum(looked_at) == 4
 
 

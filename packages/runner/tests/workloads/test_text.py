@@ -9,9 +9,7 @@ import regrad
 import torch
 from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.cli.main import main
-from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.outcomes import Trial
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.evaluation import Evaluator
@@ -19,7 +17,6 @@ from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
 from regrad_runner.workloads.text import DrawnWindows
-from regrad_runner.workloads.workload import Measure
 from torch.nn import functional as F
 
 needs_plugins = pytest.mark.skipif(
@@ -191,25 +188,6 @@ def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config
             bits, count = torch.stack(parts).sum(0).tolist()
             assert count == len(workload.test.text) - 1
             assert bits / count == pytest.approx(value, abs=1e-12)
-
-
-def test_the_rate_with_the_fewest_bits_is_chosen():
-    arms, measure = (
-        (Arm("baseline"), Arm("agc")),
-        Measure(name="test bits per byte", higher_is_better=False),
-    )
-    plan = SimpleNamespace(arms=arms, rates=(0.1, 0.2), workload=SimpleNamespace(measure=measure))
-    values = {
-        ("baseline", 0.1): 3.0,
-        ("baseline", 0.2): 2.5,
-        ("agc", 0.1): 2.4,
-        ("agc", 0.2): float("nan"),
-    }
-    trials = [
-        Trial(arm=arm, lr=lr, seed=1_000_000, validation=value)
-        for (arm, lr), value in values.items()
-    ]
-    assert chosen_rates(plan, trials) == {"baseline": 0.2, "agc": 0.1}
 
 
 @needs_plugins

@@ -33,7 +33,11 @@ def compare_command(
     *,
     jobs: Annotated[
         int | None,
-        flag("Runs in parallel, one process each; 1 by default.", HOW_IT_IS_TRAINED, metavar="N"),
+        flag(
+            "Runs in parallel; by default one per CPU core, one on a GPU.",
+            HOW_IT_IS_TRAINED,
+            metavar="N",
+        ),
     ] = None,
     config: ConfigFile = None,
     out: Out = None,
@@ -62,7 +66,7 @@ def compare_command(
         continues = resume or cell is not None
         settings = load_settings(CompareConfig, given, config=config, out=out, resume=continues)
         if cell is None:
-            plan = make_plan(settings, out=out, resume=resume, jobs=1 if jobs is None else jobs)
+            plan = make_plan(settings, out=out, resume=resume, jobs=jobs)
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())
     with holding_folder(plan, resume=resume):
@@ -119,10 +123,10 @@ def _run_cell(console: Console, settings: CompareConfig, number: int, out: Path)
     from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     plan = cell_plan.plan
-    name = f"cell {number}: {cell_plan.cell.name}"
+    name = f"cell {number}: {cell_plan.name}"
     display = Display(console, runs=1, quiet=not plan.reports)
-    if cell_plan.done:
-        display.say(f"{name}: it ended before")
+    if cell_plan.cell is None or cell_plan.done:
+        display.say(f"{name}: {cell_plan.done}")
         return 0
     lock: AbstractContextManager[None] = nullcontext()
     if plan.reports:
