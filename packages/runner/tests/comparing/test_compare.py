@@ -392,8 +392,23 @@ def test_an_arm_whose_best_rate_is_at_an_edge_tries_rates_beyond_it(plan, known_
     assert not any(choice.at_edge for choice in folder.choices.values())
 
 
-def test_an_arm_that_still_ends_at_an_edge_says_so_and_the_folder_knows(plan, known_best_rates):
+@pytest.mark.usefixtures("known_best_rates")
+def test_an_arm_that_still_ends_at_an_edge_says_so_and_the_folder_knows(plan, capsys):
     folder, _ = run(plan(**GRID, tuning_extensions=1))
+    show_comparison(folder.path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "baseline: its best learning rate 0.09 is the largest that it tried; a larger one may be "
+        "better nesterov: its best learning rate 0.00333 is the smallest that it tried; a smaller "
+        "one may be better" in printed
+    )
+    show_comparison(folder.path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["learning_rates"]["nesterov"] == {
+        "tried": [0.00333, 0.01, 0.03],
+        "added": [0.00333],
+        "chosen": 0.00333,
+        "at_edge": True,
+    }
     again = ResultsFolder(folder.path)
     assert [(t.arm, t.lr, t.seed) for t in again.trials] == trials_in_order()[:12]
     assert {arm: (c.best, c.at_edge) for arm, c in again.choices.items()} == {

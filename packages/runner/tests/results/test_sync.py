@@ -9,11 +9,12 @@ from contextlib import closing
 import pytest
 from regrad_runner.cli.main import main
 from regrad_runner.results.about import LAYOUT
+from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.locks import running_cell, writing
 from regrad_runner.results.outcomes import Result
 from regrad_runner.results.run import begin_run
 from regrad_runner.results.sync import sync
-from regrad_runner.settings.config import CompareConfig
+from regrad_runner.settings.config import FIRST_TUNING_SEED, CompareConfig
 from regrad_runner.settings.loading import write_config
 
 pytestmark = pytest.mark.usefixtures("ready_schema")
@@ -69,6 +70,40 @@ def test_more_seeds_are_a_tag_that_changes_and_no_parameter_that_may_not(out):
     assert sync(out).is_complete
     assert rows(out, "select value from tags where key = 'seeds'") == [("5",)]
     assert rows(out, "select value from params where key = 'seeds'") == []
+
+
+def end_trial(folder, lr, validation):
+    values = {"name": f"lr {lr}", "arm": "baseline", "seed": FIRST_TUNING_SEED, "lr": lr}
+    with begin_run(folder, values | {"trial": True}) as record:
+        record.end("finished", result={"validation": validation})
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["higher is better", "lower is better"])
+def test_a_comparison_has_ended_when_its_arms_ask_for_no_further_rate(out, sign):
+    config = CompareConfig(seeds=1, lr=(0.1, 0.3), tuning_seeds=1)
+    (out / "config.yaml").write_text(write_config(config))
+    about = json.loads((out / "about.json").read_text())
+    about["measure"] = {"higher_is_better": sign == 1}
+    (out / "about.json").write_text(json.dumps(about))
+    end_trial(out, 0.1, 0.5 * sign)
+    end_trial(out, 0.3, 0.6 * sign)
+    sync(out)
+    assert statuses(out)["out"] == "KILLED"
+    assert ResultsFolder(out).missing == [2, 3, 4]
+    end_trial(out, 0.9, 0.4 * sign)
+    sync(out)
+    assert statuses(out)["out"] == "FINISHED"
+    assert ResultsFolder(out).missing == []
+
+
+def test_a_trial_whose_value_is_no_number_leaves_the_comparison_open_and_is_said(out):
+    config = CompareConfig(seeds=1, lr=(0.1, 0.3), tuning_seeds=1)
+    (out / "config.yaml").write_text(write_config(config))
+    end_trial(out, 0.1, "high")
+    sync(out)
+    assert statuses(out)["out"] == "KILLED"
+    with pytest.raises(ValueError, match="must hold the result of a run, got another"):
+        ResultsFolder(out)
 
 
 def test_a_failed_run_and_one_that_diverged_are_failed(out):

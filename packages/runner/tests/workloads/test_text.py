@@ -212,7 +212,8 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(
 ):
     monkeypatch.chdir(tmp_path)
     words = f"compare --workload {SPEC} --data-dir {file} --model gpt:layers=1,heads=2 --width 8 --optimizer adamw"
-    words += " --batch-size 16 --epochs 1 --seeds 1 --lr 0.001,0.02 --tuning-seeds 1 --evaluations-per-epoch 4"
+    words += " --batch-size 16 --epochs 1 --seeds 1 --lr 0.001,0.02 --tuning-seeds 1 --tuning-extensions 0"
+    words += " --evaluations-per-epoch 4"
     words += (
         " --corrections powergrad xgrad agc gcw:layers=all --threads 1 --tracker none --out out"
     )

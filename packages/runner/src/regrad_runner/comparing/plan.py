@@ -89,7 +89,8 @@ class Plan:
         said = f"{len(self.arms)} arms × {self.config.seeds} seeds"
         trials = self.runs - sum(map(is_compared, self.cells))
         if trials:
-            said = f"{said} after {trials} runs or more to choose learning rates"
+            or_more = " or more" if self.config.tuning_extensions else ""
+            said = f"{said} after {trials} runs{or_more} to choose learning rates"
         if self.jobs > 1:
             said = f"{said}, {self.jobs} at once"
         return said
