@@ -1,3 +1,4 @@
+import math
 import os
 import shutil
 import sqlite3
@@ -317,6 +318,25 @@ def test_the_script_of_a_job_array_runs_every_cell_and_reports(tmp_path):
         assert database.execute(
             "select count(*) from tags where key = 'mlflow.parentRunId'"
         ).fetchone() == (5,)
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_on_two_processes_is_a_trial_that_lost_and_ends_nothing(tmp_path):
+    (tmp_path / "few.yaml").write_text(
+        "corrections: []\nlr: [0.05, 1.0e+30]\ntuning_seeds: 1\ntuning_extensions: 0\nseeds: 1\n"
+    )
+    words = ["-m", "regrad_runner", "compare", *SHAPE, "--epochs", "4", "--config", "few.yaml"]
+    done = launched(
+        [
+            *["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+            *[*words, "--tracker", "none", "--out", "out"],
+        ],
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = ResultsFolder(tmp_path / "out")
+    assert [math.isfinite(trial.validation) for trial in folder.trials] == [True, False]
+    assert [(result.lr, result.status) for result in folder.results] == [(0.05, "finished")]
 
 
 def test_accelerate_launch_that_starts_one_process_of_two_fails(tmp_path):

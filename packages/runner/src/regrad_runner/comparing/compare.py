@@ -23,7 +23,8 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
     """Run what is not finished yet; after every run the folder holds it.
 
     A run that fails is kept as failed and the others go on. On several processes each run is
-    data-parallel, the first process writes, and a failure ends them all.
+    data-parallel, the first process writes, and a failure ends them all, unless it is that the run
+    diverged.
 
     Args:
         plan: From `make_plan`.
