@@ -1,12 +1,17 @@
 """What every member's tests share."""
 
 import gc
+import os
 
 from hypothesis import settings
 
 # A timed assertion fails on a busy machine: tests judge numbers, benchmarks judge time.
 settings.register_profile("regrad", deadline=None)
 settings.load_profile("regrad")
+
+# A comparison that does not say how many runs it has at once has one: worker processes take
+# seconds to start, and do not see what a test put in the place of a function.
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"
 
 # Nothing that is imported to collect tests is garbage; looking for some takes seconds.
 gc.disable()

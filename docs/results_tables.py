@@ -13,8 +13,9 @@ import itertools
 import json
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from regrad_runner.reporting.sentences import sentence
@@ -22,6 +23,7 @@ from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.reporting.table import print_comparison
 from regrad_runner.results.outcomes import Result, Trial
 from regrad_runner.results.tables import read_rows
+from regrad_runner.settings.arms import BASELINE, FORMER_BASELINE
 from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure
 from rich.console import Console
@@ -33,6 +35,8 @@ METHODS = DOCS / "methods"
 FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
 BEGIN = "<!-- written by docs/results_tables.py -->\n"
 END = "<!-- end of what is written -->"
+
+Row = TypeVar("Row", Result, Trial)
 
 
 def about_of(path: Path) -> dict[str, Any]:
@@ -58,12 +62,19 @@ def comparisons() -> dict[str, list[ArmSummary]]:
 
 def results_of(path: Path) -> list[Result]:
     """Return the runs in the table of a comparison."""
-    return read_rows(path / "results.csv", Result)
+    return [with_name_of_today(row) for row in read_rows(path / "results.csv", Result)]
 
 
 def trials_of(path: Path) -> list[Trial]:
     """Return the trials of learning rates in the table of a comparison."""
-    return read_rows(path / "tuning.csv", Trial)
+    return [with_name_of_today(row) for row in read_rows(path / "tuning.csv", Trial)]
+
+
+def with_name_of_today(row: Row) -> Row:
+    """Return a row whose arm is called as it is now: tables kept from earlier versions say "none"."""
+    if row.arm != FORMER_BASELINE:
+        return row
+    return replace(row, arm=BASELINE)
 
 
 def seen(told: dict[str, list[str]], summaries: dict[str, list[ArmSummary]]) -> str:

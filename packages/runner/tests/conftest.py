@@ -24,7 +24,7 @@ from regrad_runner.workloads.workload import Measure
 
 SCRIPT, IMAGE = "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'
 LONG = "xgrad:horizon=2.5,decoupled_decay=0.001+powergrad:alpha=0.125 & more $x_1$"
-ARMS = ("none", SCRIPT, IMAGE, LONG, "nesterov")
+ARMS = ("baseline", SCRIPT, IMAGE, LONG, "nesterov")
 TIMES = {"step_seconds", "seconds"}
 SEEDS, STEPS = 6, range(10, 81, 10)
 

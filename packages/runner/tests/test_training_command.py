@@ -43,7 +43,7 @@ def test_a_run_leaves_result_curve_receipt_and_checkpoints(tmp_path):
     folder = ResultsFolder(tmp_path / "out")
     assert folder.results == [result]
     assert [point.step for point in folder.curves] == list(range(1, 13))
-    receipt = tmp_path / "out" / "runs" / "none" / "0" / "receipt.json"
+    receipt = tmp_path / "out" / "runs" / "baseline" / "0" / "receipt.json"
     assert json.loads(receipt.read_text())["steps_applied"] == 12
     assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == [
         "step-00000010",

@@ -105,7 +105,7 @@ class Noisy(Correction):
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     tmp_path, digits, config, corrections, settings, steps
 ):
-    arm = Arm("+".join(corrections) or "none", corrections)
+    arm = Arm("+".join(corrections) or "baseline", corrections)
     with closing(TrainingRun(config(**settings), digits, arm, seed=7, lr=0.05)) as run:
         points, weights = finish(run)
     resumed_points, resumed_weights = resumed(
@@ -144,18 +144,20 @@ def test_a_resumed_run_draws_the_random_numbers_that_would_have_come(
 
 
 def test_the_loss_scale_comes_back(tmp_path, digits, config):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=0, lr=0.05)) as run:
         next(run.steps())
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         path = save_checkpoint(run, tmp_path)
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=0, lr=0.05)) as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         load_checkpoint(run, path)
         assert run.accelerator.scaler.get_scale() == 8.0
 
 
 def test_a_checkpoint_in_the_middle_of_an_accumulation_is_refused(tmp_path, digits, config):
-    with closing(TrainingRun(config(accumulate=3), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(
+        TrainingRun(config(accumulate=3), digits, Arm("baseline"), seed=0, lr=0.05)
+    ) as run:
         next(run.steps())
         run.position.batch += 1
         with pytest.raises(
@@ -169,7 +171,7 @@ def test_a_checkpoint_in_the_middle_of_an_accumulation_is_refused(tmp_path, digi
     ("options", "kept"), [({}, [3, 4]), ({"keep": 1}, [4]), ({"keep": 3}, [2, 3, 4])]
 )
 def test_the_last_checkpoints_are_kept_two_unless_told(tmp_path, digits, config, options, kept):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=0, lr=0.05)) as run:
         for step in run.steps():
             save_checkpoint(run, tmp_path, **options)
             if step == 4:
@@ -178,8 +180,8 @@ def test_the_last_checkpoints_are_kept_two_unless_told(tmp_path, digits, config,
 
 
 def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path, digits, config):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
-        assert load_latest(run, tmp_path / "none") == (None, [])
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=0, lr=0.05)) as run:
+        assert load_latest(run, tmp_path / "baseline") == (None, [])
         (tmp_path / ".step-00000001.part").mkdir()
         (tmp_path / ".step-00000000.old").mkdir()
         assert load_latest(run, tmp_path) == (None, [])
@@ -191,7 +193,7 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path, digits, config):
 def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_in_the_same_weights(
     tmp_path, digits, config
 ):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=7, lr=0.05)) as run:
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=7, lr=0.05)) as run:
         run.train(
             on_point=lambda point: None,
             on_step=lambda step: save_checkpoint(run, tmp_path) if step in (9, 13) else None,
@@ -199,7 +201,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_in_the_same_
         weights = weights_of(run)
     with (tmp_path / "step-00000013" / "tensors.pt").open("r+b") as file:
         file.truncate(1000)
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=7, lr=0.05)) as run:
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=7, lr=0.05)) as run:
         path, lines = load_latest(run, tmp_path)
         assert (path.name, run.position.step) == ("step-00000009", 9)
         assert lines == [
@@ -210,12 +212,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_in_the_same_
 
 
 def test_a_checkpoint_is_tensors_that_load_safely_and_json(tmp_path, digits, config):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=0, lr=0.05)) as run:
         stop_after(run, 5)
         path = save_checkpoint(run, tmp_path)
     files = ["checksums.json", "receipt.json", "state.json", "tensors.pt"]
     assert sorted(file.name for file in path.iterdir()) == files
-    assert json.loads((path / "receipt.json").read_text())["run"]["arm"] == "none"
+    assert json.loads((path / "receipt.json").read_text())["run"]["arm"] == "baseline"
     tensors = torch.load(path / "tensors.pt", weights_only=True)
     assert tensors["optimizer"]["state"]["fc.weight"]["momentum_buffer"].shape == (10, 16)
     state = json.loads((path / "state.json").read_text())
@@ -237,7 +239,7 @@ def test_a_checkpoint_of_other_corrections_is_refused(tmp_path, digits, config):
     ):
         load_checkpoint(run, path)
     with (
-        closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run,
+        closing(TrainingRun(config(), digits, Arm("baseline"), seed=0, lr=0.05)) as run,
         pytest.raises(RegradError, match="'xgrad' is missing here"),
     ):
         load_checkpoint(run, path)
@@ -262,7 +264,7 @@ def test_a_checkpoint_of_corrections_in_another_order_is_refused(tmp_path, digit
 
 
 def test_points_survive_json(tmp_path, digits, config):
-    with closing(TrainingRun(config(), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config(), digits, Arm("baseline"), seed=0, lr=0.05)) as run:
         stop_after(run, 4)
         run.position.points[0] = replace(run.position.points[0], loss=0.1 + 0.2)
         path = save_checkpoint(run, tmp_path)
@@ -281,14 +283,14 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     whole = {}
     for name in names:
         with closing(resuming.make(name)) as run:
-            whole[name] = resuming.trained(run, save=tmp_path / (name or "none") / "one")[1]
+            whole[name] = resuming.trained(run, save=tmp_path / (name or "baseline") / "one")[1]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run_on_processes(resuming.outcomes, tmp_path, names, patience=600)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     assert [name for name in names if not results[name]["exact"]] == []
     for name in names:
-        from_two, lines = resuming.continued(name, tmp_path / (name or "none") / "two")[1:]
+        from_two, lines = resuming.continued(name, tmp_path / (name or "baseline") / "two")[1:]
         assert lines[0].startswith(
             "the checkpoint is of 2 processes and goes on with 1: the same images in the same"
         )

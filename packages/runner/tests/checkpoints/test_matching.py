@@ -27,7 +27,7 @@ def digits():
 def make(workload, *, seed=7, lr=0.05, **settings):
     values = {"batch_size": 25, "epochs": 2, "width": 4, "threads": 1, "optimizer": "adamw"}
     config = resolved(TrainConfig(**{**values, **settings}), workload)
-    return TrainingRun(config, workload, Arm("none"), seed=seed, lr=lr)
+    return TrainingRun(config, workload, Arm("baseline"), seed=seed, lr=lr)
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ def test_a_comparison_and_its_report_print_the_same_and_only_progress_goes_to_st
     compared = capsys.readouterr()
     assert "test accuracy" in compared.out
     assert "regrad report out shows this again" in compared.out
-    assert "[2/2] none, seed 1" in compared.err
+    assert "[2/2] baseline, seed 1" in compared.err
     (here / "out" / "curves.png").unlink()
     assert main(["report", "out"]) == 0
     assert capsys.readouterr().out == compared.out
@@ -234,7 +234,7 @@ def test_a_comparison_and_its_report_print_the_same_and_only_progress_goes_to_st
 def test_a_run_and_its_report_print_the_same(here, capsys):
     assert main(["train", *SMALL, "--out", "out"]) == 0
     trained = capsys.readouterr().out
-    assert "none, seed 0, learning rate 0.05" in trained
+    assert "baseline, seed 0, learning rate 0.05" in trained
     assert main(["report", "out"]) == 0
     assert capsys.readouterr().out == trained
     assert main(["report", "out", "--json"]) == 0
@@ -294,8 +294,8 @@ def test_a_sigterm_ends_comparison_and_run_as_killed(here, baseline, monkeypatch
     )
     assert tracked(here / "out") == {
         "out": "KILLED",
-        "none, seed 0": "FINISHED",
-        "none, seed 1": "KILLED",
+        "baseline, seed 0": "FINISHED",
+        "baseline, seed 1": "KILLED",
     }
 
 
@@ -426,13 +426,13 @@ def test_a_crash_of_one_run_is_failed_in_the_tracker_and_in_the_exit_code(
     in_the_step(monkeypatch, 2, crash)
     assert main(["compare", "--seeds", "3", *baseline]) == 1
     said = capsys.readouterr()
-    assert "none, seed 1 failed: RuntimeError: the machine is on fire" in said.err
+    assert "baseline, seed 1 failed: RuntimeError: the machine is on fire" in said.err
     assert "1 run failed" in said.out
     assert tracked(here / "out") == {
         "out": "FAILED",
-        "none, seed 0": "FINISHED",
-        "none, seed 1": "FAILED",
-        "none, seed 2": "FINISHED",
+        "baseline, seed 0": "FINISHED",
+        "baseline, seed 1": "FAILED",
+        "baseline, seed 2": "FINISHED",
     }
     (trace,) = (here / "out" / "artifacts").rglob("traceback.txt")
     assert trace.read_text().rstrip().endswith("RuntimeError: the machine is on fire")

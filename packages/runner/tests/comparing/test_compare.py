@@ -1,8 +1,10 @@
 import csv
 import io
 import json
+import math
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
     reason="regrad-xgrad and regrad-powergrad are not installed",
 )
-BASELINE = Arm("none")
+BASELINE = Arm("baseline")
 NESTEROV = Arm("nesterov", control=Control(name="nesterov", optimizer={"nesterov": True}))
 
 
@@ -69,9 +71,9 @@ def outcomes(folder):
 def test_every_arm_runs_on_every_seed_and_seeds_come_first(plan):
     folder, text = run(plan())
     assert [(r.seed, r.arm) for r in folder.results] == [
-        (0, "none"),
+        (0, "baseline"),
         (0, "nesterov"),
-        (1, "none"),
+        (1, "baseline"),
         (1, "nesterov"),
     ]
     assert {r.status for r in folder.results} == {"finished"}
@@ -103,7 +105,7 @@ def test_the_folder_holds_settings_rows_curves_receipts_and_figures(plan):
 
 def test_the_order_of_the_runs_changes_no_number(plan):
     forth, _ = run(plan(name="forth"))
-    back, _ = run(plan(name="back", arms=(NESTEROV, Arm("none"))))
+    back, _ = run(plan(name="back", arms=(NESTEROV, Arm("baseline"))))
     assert outcomes(forth) == outcomes(back)
 
 
@@ -153,7 +155,7 @@ def test_more_seeds_and_corrections_are_added_and_nothing_is_repeated(plan, monk
     before = outcomes(first)
     monkeypatch.setattr(TrainingRun, "__init__", counting)
     resumed, text = run(plan(arms=(BASELINE, NESTEROV), seeds=3, resume=True))
-    assert started == [("nesterov", 0), ("nesterov", 1), ("none", 2), ("nesterov", 2)]
+    assert started == [("nesterov", 0), ("nesterov", 1), ("baseline", 2), ("nesterov", 2)]
     assert [line[:5] for line in text.splitlines()] == ["[3/6]", "[4/6]", "[5/6]", "[6/6]"]
     assert before.items() <= outcomes(resumed).items()
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["seeds"] == 3
@@ -169,7 +171,7 @@ def test_a_correction_is_added_on_resume(tmp_path):
     run(made("xgrad", resume=False))
     more = made("powergrad", "xgrad", resume=True)
     assert [arm.name for arm in more.arms] == [
-        "none",
+        "baseline",
         "xgrad",
         "powergrad",
         "nesterov",
@@ -251,7 +253,7 @@ def test_all_stands_for_every_correction_that_works_here_and_says_which_do_not(t
     config = CompareConfig(**{**SMALL, "seeds": 1, "epochs": 1}, corrections=("all",))
     state = torch.get_rng_state()
     made = make_plan(config, out=tmp_path / "out")
-    assert [arm.name for arm in made.arms] == ["none", "mild"]
+    assert [arm.name for arm in made.arms] == ["baseline", "mild"]
     assert dict(made.left_out) == {
         "late": "'late' found no layer that it could correct",
         "picky": "'picky' wants another model",
@@ -282,14 +284,14 @@ def test_all_leaves_what_is_named_beside_it_as_it_is_named(tmp_path):
     with pytest.raises(regrad.RegradError, match="mild"):  # twice in one attachment
         make_plan(stack, out=tmp_path / "out")
     made = make_plan(CompareConfig(**SMALL, corrections=("mild", "all")), out=tmp_path / "out")
-    assert [arm.name for arm in made.arms] == ["none", "mild"]
+    assert [arm.name for arm in made.arms] == ["baseline", "mild"]
 
 
 def test_a_run_that_fails_is_kept_as_failed_and_the_others_go_on(plan, monkeypatch):
     fails = Arm("fails", control=Control(name="fails", optimizer={"no_such_option": 1}))
-    folder, text = run(plan(arms=(Arm("none"), fails, NESTEROV)))
+    folder, text = run(plan(arms=(Arm("baseline"), fails, NESTEROV)))
     assert [(r.arm, r.status) for r in folder.results[:3]] == [
-        ("none", "finished"),
+        ("baseline", "finished"),
         ("fails", "failed"),
         ("nesterov", "finished"),
     ]
@@ -302,7 +304,7 @@ def test_a_run_that_fails_is_kept_as_failed_and_the_others_go_on(plan, monkeypat
 
 def test_a_failed_run_is_repeated_on_resume(plan):
     fails = Arm("nesterov", control=Control(name="fails", optimizer={"no_such_option": 1}))
-    run(plan(arms=(Arm("none"), fails)))
+    run(plan(arms=(Arm("baseline"), fails)))
     folder, _ = run(plan(resume=True))
     assert {r.status for r in folder.results} == {"finished"}
     assert len(folder.results) == 4
@@ -315,10 +317,10 @@ def statuses(path: Path) -> dict[str, str]:
 
 def test_runs_are_tracked_under_their_comparison_and_a_failed_one_is_marked(plan):
     fails = Arm("fails", control=Control(name="fails", optimizer={"no_such_option": 1}))
-    folder, _ = run(plan(arms=(Arm("none"), fails), seeds=1, tracker="mlflow"))
+    folder, _ = run(plan(arms=(Arm("baseline"), fails), seeds=1, tracker="mlflow"))
     assert statuses(folder.path) == {
         "out": "FAILED",
-        "none, seed 0": "FINISHED",
+        "baseline, seed 0": "FINISHED",
         "fails, seed 0": "FAILED",
     }
     with closing(sqlite3.connect(folder.path / "mlflow.db")) as database:
@@ -337,27 +339,98 @@ def test_runs_are_tracked_under_their_comparison_and_a_failed_one_is_marked(plan
 
 
 def test_every_arm_chooses_among_the_same_learning_rates_on_seeds_of_its_own(plan):
-    folder, text = run(plan(lr=[1e-5, 0.1], tuning_seeds=2))
+    folder, text = run(plan(lr=[1e-5, 0.1], tuning_seeds=2, tuning_extensions=0))
     assert [(t.arm, t.lr, t.seed - FIRST_TUNING_SEED) for t in folder.trials] == [
-        (arm, lr, seed) for arm in ("none", "nesterov") for lr in (1e-5, 0.1) for seed in (0, 1)
+        (arm, lr, seed) for arm in ("baseline", "nesterov") for lr in (1e-5, 0.1) for seed in (0, 1)
     ]
     assert {r.lr for r in folder.results} == {0.1}
     assert "[12/12]" in text
     assert len(ResultsFolder(folder.path).trials) == 8
 
 
-def test_a_trial_that_was_made_is_not_repeated(plan, monkeypatch):
+# What a trial's validation loss is made to be: the best rate lies above those given for one arm,
+# and below them for the other.
+GRID = {"lr": [0.01, 0.03], "tuning_seeds": 2}
+BEST_RATES = {"baseline": 0.2, "nesterov": 0.004}
+ADDED = {"baseline": [0.09, 0.27, 0.81], "nesterov": [0.00333, 0.00111]}
+
+
+@pytest.fixture
+def known_best_rates(monkeypatch):
+    """Let trials end with values that depend on arm and rate alone; count the runs that began."""
+    began = []
+    original = TrainingRun.train
+
+    def train(self, *, on_point, on_step):
+        began.append((self.arm.name, self.lr, self.seed))
+        distance = abs(math.log(self.lr / BEST_RATES[self.arm.name]))
+        original(self, on_point=lambda p: on_point(replace(p, value=-distance)), on_step=on_step)
+        self.position.points[-1] = replace(self.position.points[-1], value=-distance)
+
+    monkeypatch.setattr(TrainingRun, "train", train)
+    return began
+
+
+def trials_in_order(added=ADDED):
+    """Return arm, rate and seed of each trial, as the tables have them."""
+    rates = [(arm, lr) for arm in ADDED for lr in GRID["lr"]]
+    for number in range(3):
+        rates += [(arm, added[arm][number]) for arm in ADDED if number < len(added[arm])]
+    return [(arm, lr, FIRST_TUNING_SEED + seed) for arm, lr in rates for seed in (0, 1)]
+
+
+def test_an_arm_whose_best_rate_is_at_an_edge_tries_rates_beyond_it(plan, known_best_rates):
+    folder, text = run(plan(**GRID))
+    assert [(t.arm, t.lr, t.seed) for t in folder.trials] == trials_in_order()
+    assert {result.arm: result.lr for result in folder.results} == {
+        "baseline": 0.27,
+        "nesterov": 0.00333,
+    }
+    assert "[22/22]" in text  # 8 trials of the rates given, 10 of those added, 4 runs
+    assert len(known_best_rates) == 22
+    assert folder.missing == []
+    assert not any(choice.at_edge for choice in folder.choices.values())
+
+
+@pytest.mark.usefixtures("known_best_rates")
+def test_an_arm_that_still_ends_at_an_edge_says_so_and_the_folder_knows(plan, capsys):
+    folder, _ = run(plan(**GRID, tuning_extensions=1))
+    show_comparison(folder.path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "baseline: its best learning rate 0.09 is the largest that it tried; a larger one may be "
+        "better nesterov: its best learning rate 0.00333 is the smallest that it tried; a smaller "
+        "one may be better" in printed
+    )
+    show_comparison(folder.path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["learning_rates"]["nesterov"] == {
+        "tried": [0.00333, 0.01, 0.03],
+        "added": [0.00333],
+        "chosen": 0.00333,
+        "at_edge": True,
+    }
+    again = ResultsFolder(folder.path)
+    assert [(t.arm, t.lr, t.seed) for t in again.trials] == trials_in_order()[:12]
+    assert {arm: (c.best, c.at_edge) for arm, c in again.choices.items()} == {
+        "baseline": (0.09, True),
+        "nesterov": (0.00333, True),
+    }
+    assert again.missing == []
+
+
+@pytest.mark.parametrize("runs", [3, 9, 13, 17, 19])
+def test_a_stopped_choice_of_rates_goes_on_and_repeats_nothing(
+    plan, known_best_rates, monkeypatch, runs
+):
     with monkeypatch.context() as patch:
-        stopped_after(patch, 3)
+        stopped_after(patch, runs)
         with pytest.raises(KeyboardInterrupt):
-            run(plan(lr=[1e-5, 0.1], tuning_seeds=1))
-    folder, _ = run(plan(lr=[1e-5, 0.1], tuning_seeds=1, resume=True))
-    assert [(t.arm, t.lr) for t in folder.trials] == [
-        ("none", 1e-5),
-        ("none", 0.1),
-        ("nesterov", 1e-5),
-        ("nesterov", 0.1),
-    ]
+            run(plan(**GRID))
+    assert len(known_best_rates) == runs
+    folder, text = run(plan(**GRID, resume=True))
+    assert "[22/22]" in text
+    assert [(t.arm, t.lr, t.seed) for t in folder.trials] == trials_in_order()
+    assert len(set(known_best_rates)) == len(known_best_rates) == 22
 
 
 def test_the_test_images_are_looked_at_once_per_run_and_not_in_trials(plan, monkeypatch):
@@ -369,7 +442,7 @@ def test_the_test_images_are_looked_at_once_per_run_and_not_in_trials(plan, monk
         return original(self, images)
 
     monkeypatch.setattr(TrainingRun, "value_on", counting)
-    run(plan(lr=[0.05, 0.1], tuning_seeds=1))
+    run(plan(lr=[0.05, 0.1], tuning_seeds=1, tuning_extensions=0))
     assert sum(looked_at) == 4
 
 
@@ -377,7 +450,7 @@ def test_the_test_images_are_looked_at_once_per_run_and_not_in_trials(plan, monk
 def test_the_arms_without_flags_are_the_two_corrections_their_stack_and_their_controls(tmp_path):
     made = make_plan(CompareConfig(), out=tmp_path / "out")
     assert [arm.name for arm in made.arms] == [
-        "none",
+        "baseline",
         "powergrad",
         "xgrad",
         "xgrad+powergrad",
@@ -399,7 +472,7 @@ def test_corrections_that_cannot_work_are_refused_before_anything_is_written(tmp
 
 @needs_plugins
 def test_corrections_show_their_effect(plan, capsys):
-    arms = (Arm("none"), Arm("xgrad", ("xgrad",), must_beat="nesterov"), NESTEROV)
+    arms = (Arm("baseline"), Arm("xgrad", ("xgrad",), must_beat="nesterov"), NESTEROV)
     folder, _ = run(plan(arms=arms, seeds=1))
     assert [r.touched for r in folder.results] == [False, True, False]
     show_comparison(folder.path, as_json=True)
@@ -413,12 +486,12 @@ def test_two_sets_of_baseline_runs_with_different_seeds_are_no_evidence():
     config = resolved(TrainConfig(epochs=3, width=8, threads=1, evaluations_per_epoch=2), digits)
 
     def row(arm, pair, seed):
-        with closing(TrainingRun(config, digits, Arm("none"), seed=seed, lr=0.05)) as run:
+        with closing(TrainingRun(config, digits, Arm("baseline"), seed=seed, lr=0.05)) as run:
             run.train(on_point=lambda point: None, on_step=lambda step: None)
             value = run.value_on(digits.test)
         return RunRow(arm=arm, seed=pair, value=value, step_seconds=1.0, touched=True)
 
-    rows = [row("none", pair, pair) for pair in range(6)] + [
+    rows = [row("baseline", pair, pair) for pair in range(6)] + [
         row("again", pair, 100 + pair) for pair in range(6)
     ]
     assert len({r.value for r in rows}) > 2

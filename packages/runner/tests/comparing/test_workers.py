@@ -4,13 +4,15 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import regrad
 from regrad_runner.cli.main import main
-from regrad_runner.comparing.plan import make_plan
+from regrad_runner.comparing.plan import _suitable_jobs, make_plan
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.machine import usable_cores
 from regrad_runner.settings.config import CompareConfig
 
 SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4"]
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.timeout(700)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "few.yaml").write_text(
-        "corrections: []\nepochs: 4\nlr: [0.05, 1.0e+30]\ntuning_seeds: 1\nseeds: 2\n"
+        "corrections: []\nepochs: 4\nlr: [0.05, 1.0e+30]\ntuning_seeds: 1\ntuning_extensions: 0\nseeds: 2\n"
     )
     return tmp_path
 
@@ -36,26 +38,36 @@ def tracked(folder: Path, what: str) -> list[tuple]:
 def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, capsys, tables):
     arms = ["--corrections", "xgrad", "--no-controls"] if "xgrad" in regrad.available() else []
     words = ["compare", *SMALL, "--config", "few.yaml", *arms]
-    assert main([*words, "--tracker", "none", "--out", "serial"]) == 0
+    assert main([*words, "--jobs", "1", "--tracker", "none", "--out", "serial"]) == 0
     capsys.readouterr()
     assert main([*words, "--jobs", "2", "--out", "out"]) == 0
     said = capsys.readouterr().err
     assert (
-        "none, lr 1e+30, trial 1 failed: NonFiniteError: loss or gradients were not finite in 10 steps"
+        "baseline, lr 1e+30, trial 1 failed: NonFiniteError: loss or gradients were not finite in 10 steps"
         in said
     )
     assert tables(here / "out") == tables(here / "serial")
     assert {row["lr"] for row in tables(here / "out")["results.csv"]} == {"0.05"}
-    assert (here / "out" / "runs" / "none" / "1" / "receipt.json").is_file()
+    assert (here / "out" / "runs" / "baseline" / "1" / "receipt.json").is_file()
     runs = {
         name: (run, status)
         for name, run, status in tracked(here / "out", "select name, run_uuid, status from runs")
     }
     assert len(runs) == (9 if arms else 5)
     assert {status for name, (_, status) in runs.items() if "1e+30" not in name} == {"FINISHED"}
-    assert runs["none, lr 1e+30, trial 1"][1] == "FAILED"
+    assert runs["baseline, lr 1e+30, trial 1"][1] == "FAILED"
     children = tracked(here / "out", "select value from tags where key = 'mlflow.parentRunId'")
     assert children == [(runs["out"][0],)] * (len(runs) - 1)
+
+
+def test_rates_that_arms_add_are_the_same_for_any_jobs(here, capsys, tables):
+    words = ["compare", *SMALL, "--config", "few.yaml", "--epochs", "1", "--tracker", "none"]
+    words += ["--lr", "0.01,0.02", "--tuning-extensions", "2"]
+    assert main([*words, "--jobs", "1", "--out", "serial"]) == 0
+    assert main([*words, "--jobs", "2", "--out", "out"]) == 0
+    assert "2 at once" in capsys.readouterr().err
+    assert tables(here / "out") == tables(here / "serial")
+    assert len({row["lr"] for row in tables(here / "out")["tuning.csv"]}) > 2
 
 
 def children_of(process: subprocess.Popen) -> list[int]:
@@ -122,15 +134,48 @@ def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_ki
     assert len(folder.results) >= 2
 
 
-def test_jobs_share_the_threads_unless_told(here):
-    large = {"workload": "digits", "batch_size": 1024, "corrections": (), "tracker": "none"}
-    alone = make_plan(CompareConfig(**large), out=here / "out").config.threads
-    assert make_plan(CompareConfig(**large), out=here / "out", jobs=64).config.threads == max(
-        1, alone // 64
-    )
-    assert (
-        make_plan(CompareConfig(**large, threads=2), out=here / "out", jobs=64).config.threads == 2
-    )
+LARGE = {"workload": "digits", "batch_size": 1024, "corrections": (), "tracker": "none"}
+
+
+@pytest.mark.parametrize("jobs", [1, 64, None])
+def test_a_run_has_one_thread_however_many_take_place_at_once_unless_told(here, jobs):
+    def threads(**values) -> int:
+        return make_plan(
+            CompareConfig(**LARGE, **values), out=here / "out", jobs=jobs
+        ).config.threads
+
+    assert (threads(), threads(threads=2)) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("cores", "seeds", "jobs"), [(3, 5, 3), (3, 2, 2), (1, 5, 1), (2000, 3000, 1024)]
+)
+def test_there_are_as_many_jobs_as_cores_but_no_more_than_runs(
+    here, monkeypatch, cores, seeds, jobs
+):
+    monkeypatch.setattr("regrad_runner.comparing.plan.usable_cores", lambda: cores)
+    made = make_plan(CompareConfig(**LARGE, seeds=seeds), out=here / "out", jobs=None)
+    assert made.jobs == jobs
+    assert ("at once" in made.in_words()) == (jobs > 1)
+
+
+@pytest.mark.parametrize("where", ["on several processes", "on an accelerator"])
+def test_there_is_one_job_unless_told(here, monkeypatch, where):
+    made = make_plan(CompareConfig(**LARGE, seeds=5), out=here / "out", jobs=1)
+    monkeypatch.setattr("regrad_runner.comparing.plan.usable_cores", lambda: 8)
+    if where == "on an accelerator":
+        monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    else:
+        made = replace(made, processes=2)
+    assert _suitable_jobs(made) == 1
+
+
+def test_a_container_or_the_environment_may_allow_fewer_cores_than_there_are(monkeypatch):
+    monkeypatch.delenv("LOKY_MAX_CPU_COUNT", raising=False)
+    cores = usable_cores()
+    assert cores >= 1
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert usable_cores() == 1
 
 
 def test_jobs_must_be_some():

@@ -52,7 +52,7 @@ def run(monkeypatch):
     workload = load_workload("digits", train_size=100)
 
     def make(*corrections):
-        arm = Arm("+".join(corrections) or "none", corrections=corrections)
+        arm = Arm("+".join(corrections) or "baseline", corrections=corrections)
         return closing(TrainingRun(resolved(config, workload), workload, arm, seed=3, lr=0.05))
 
     return make

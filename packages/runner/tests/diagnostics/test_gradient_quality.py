@@ -34,7 +34,7 @@ from rich.console import Console
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("without_page")
-BASELINE = Arm("none")
+BASELINE = Arm("baseline")
 HALVED = Arm("halve", ("halve",))
 needs_plugins = pytest.mark.skipif(
     not {"xgrad", "powergrad"} <= regrad.available().keys(),
@@ -330,13 +330,13 @@ def test_a_comparison_keeps_probes_and_shows_their_means_and_its_results_are_the
     assert outcomes(plain) == outcomes(with_probes)
     assert not (plain.path / probing.QUALITY_FILE).exists()
     expected = [
-        (arm, seed, step) for seed in (0, 1) for arm in ("none", "halve") for step in (4, 8)
+        (arm, seed, step) for seed in (0, 1) for arm in ("baseline", "halve") for step in (4, 8)
     ]
     assert rows_of(with_probes) == expected
     show_comparison(with_probes.path, as_json=True)
     shown = json.loads(capsys.readouterr().out)
     means = {mean["arm"]: mean for mean in shown["gradient_quality"]}
-    assert means["none"]["probes"] == 4
+    assert means["baseline"]["probes"] == 4
     assert means["halve"]["norm_ratio_corrected"] == pytest.approx(
         means["halve"]["norm_ratio_raw"] / 2, rel=1e-4
     )

@@ -159,9 +159,9 @@ TRAINED = [
     "config.yaml",
     "about.json",
     "results.csv",
-    "runs/none/0/run.json",
-    "runs/none/0/points.jsonl",
-    "runs/none/0/receipt.json",
+    "runs/baseline/0/run.json",
+    "runs/baseline/0/points.jsonl",
+    "runs/baseline/0/receipt.json",
 ]
 OF_COMPARED = [["report", "out"], ["compare", "--resume", "--out", "out"], ["sync", "out"]]
 OF_TRAINED = [["report", "out"], ["train", "--resume", "--out", "out"], ["sync", "out"]]

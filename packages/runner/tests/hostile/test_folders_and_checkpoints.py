@@ -210,7 +210,7 @@ def trained(tmp_path_factory):
     config = resolved(
         TrainConfig(batch_size=25, epochs=1, width=4, threads=1, tracker="none"), workload
     )
-    with closing(TrainingRun(config, workload, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config, workload, Arm("baseline"), seed=0, lr=0.05)) as run:
         for step in run.steps():
             if step > 1:
                 save_checkpoint(run, folder / "checkpoints")
@@ -263,7 +263,7 @@ def test_any_value_in_the_json_of_a_checkpoint_fits_the_run_or_is_a_clear_error(
         state = put(state, way, None if new is REMOVED else new)
     (newest / name).write_text(json.dumps(state))
     with_valid_checksums(newest)
-    with closing(TrainingRun(config, workload, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config, workload, Arm("baseline"), seed=0, lr=0.05)) as run:
         taken, refused = cases.outcome(lambda: load_latest(run, tmp_path / "checkpoints"))
         if taken is None:
             assert cases.is_clear(refused)
@@ -290,9 +290,9 @@ def finished(tmp_path_factory):
             "about.json",
             "config.yaml",
             "results.csv",
-            "runs/none/0/run.json",
-            "runs/none/0/points.jsonl",
-            "runs/none/0/receipt.json",
+            "runs/baseline/0/run.json",
+            "runs/baseline/0/points.jsonl",
+            "runs/baseline/0/receipt.json",
         )
     ),
     contents,

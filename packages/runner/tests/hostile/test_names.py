@@ -105,7 +105,7 @@ def results_of(arms):
 
 
 def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
-    arms, measure = ["none", *filter(str.isprintable, HOSTILE[:-1])], Measure(target=0.5)
+    arms, measure = ["baseline", *filter(str.isprintable, HOSTILE[:-1])], Measure(target=0.5)
     results = results_of(arms)
     rows = [result.as_run_row() for result in results]
     summaries = summarize(rows, controls=dict.fromkeys(arms[1:]), higher_is_better=True)

@@ -196,7 +196,19 @@ def test_a_name_that_cannot_be_one_is_refused_before_anything_is_written(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-BAD_NAMES = ["none", "all", "true", "false", "yes", "no", "on", "ddp", "plain", "regrad-x"]
+BAD_NAMES = [
+    "none",
+    "baseline",
+    "all",
+    "true",
+    "false",
+    "yes",
+    "no",
+    "on",
+    "ddp",
+    "plain",
+    "regrad-x",
+]
 BAD_NAMES += ["con", "nul", "com1", "lpt9", "test", "test-it", "testosterone", "x" * 51]
 BAD_NAMES += ["correction", "step", "tensor", "options", "needs", "control", "optimizer"]
 BAD_NAMES += ["runner", "testing", "transformers", "lightning", "bench", "deepspeed", "core"]

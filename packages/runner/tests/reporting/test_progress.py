@@ -9,26 +9,26 @@ def shown(*, terminal, quiet=False):
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=80, legacy_windows=False)
     with Display(console, runs=12, quiet=quiet) as display:
-        display.say("12 runs of [none]")
-        display.begin("none, seed 0", steps=320)
+        display.say("12 runs of [baseline]")
+        display.begin("baseline, seed 0", steps=320)
         display.step(40)
         display.note("step 40: loss 0.1")
-        display.end("none, seed 0: 0.98")
+        display.end("baseline, seed 0: 0.98")
     return text.getvalue()
 
 
 def test_where_there_is_no_terminal_every_run_is_one_plain_line():
     assert shown(terminal=False).splitlines() == [
-        "12 runs of [none]",
+        "12 runs of [baseline]",
         "step 40: loss 0.1",
-        "[ 1/12] none, seed 0: 0.98",
+        "[ 1/12] baseline, seed 0: 0.98",
     ]
 
 
 def test_a_terminal_shows_bars_and_no_line_per_run():
     text = shown(terminal=True)
     assert "all runs" in text
-    assert "12 runs of [none]" in text
+    assert "12 runs of [baseline]" in text
     assert "[ 1/12]" not in text
 
 

@@ -57,7 +57,7 @@ def test_the_light_page_has_the_colours_of_the_figures():
 
 def test_no_two_of_forty_corrections_look_alike_and_each_control_like_its_arm():
     arms = [
-        summary("none", "baseline"),
+        summary("baseline", "baseline"),
         *(summary(f"a{n}", control="c") for n in range(40)),
         summary("c", "control"),
     ]
@@ -67,7 +67,7 @@ def test_no_two_of_forty_corrections_look_alike_and_each_control_like_its_arm():
     assert (styles["c"].role, styles["c"].marker) == looks[0]
     assert styles["c"].control
     assert styles["c"].dashes
-    assert styles["none"].role == "ink"
+    assert styles["baseline"].role == "ink"
 
 
 def test_the_page_can_draw_every_marker():

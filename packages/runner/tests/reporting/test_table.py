@@ -31,7 +31,7 @@ def rows_of(arm, shift=0.0, *, wobble=WOBBLE, touched=True, failed=(), steps=100
     ]
 
 
-BASELINE = rows_of("none", wobble=[0.0] * 10)
+BASELINE = rows_of("baseline", wobble=[0.0] * 10)
 CONTROLS = {"xgrad": "nesterov", "powergrad": "scaled-head", "agc:axis=[0,1]": None, "slow": None}
 
 
@@ -138,7 +138,7 @@ def test_a_control_that_is_a_correction_of_its_own_has_its_verdict():
     verdicts = {
         s.arm: s.verdict for s in summarize(rows, controls={"agc": "clip-norm", "clip-norm": None})
     }
-    assert verdicts == {"none": "baseline", "agc": "better", "clip-norm": "better"}
+    assert verdicts == {"baseline": "baseline", "agc": "better", "clip-norm": "better"}
 
 
 def test_a_console_keeps_its_width(summaries):
@@ -153,9 +153,9 @@ def test_brackets_in_names_are_no_markup(summaries):
 
 def test_cells_hold_what_was_measured(summaries):
     lines = printed(summaries).splitlines()
-    none = next(line for line in lines if line.startswith("none "))
-    assert re.split(" {2,}", none.rstrip()) == [
-        "none",
+    baseline = next(line for line in lines if line.startswith("baseline "))
+    assert re.split(" {2,}", baseline.rstrip()) == [
+        "baseline",
         ".9803 ± .0019",
         "104.5",
         "1.00×",
@@ -176,7 +176,7 @@ def test_without_a_target_there_is_no_word_of_steps(summaries):
 @pytest.mark.parametrize(
     ("arm", "words"),
     [
-        ("none", ["the baseline, 10 seeds", "10 of 10 runs reached .96"]),
+        ("baseline", ["the baseline, 10 seeds", "10 of 10 runs reached .96"]),
         (
             "xgrad",
             [

@@ -13,7 +13,7 @@ from regrad_runner.settings.config import CompareConfig, TrainConfig
 POINT = Point(step=4, epoch=0.25, loss=1.5, value=0.3, lr=0.05)
 
 
-def result(arm="none", seed=0, **values):
+def result(arm="baseline", seed=0, **values):
     return Result(arm=arm, seed=seed, **{"value": 0.1 + 0.2, "touched": True, **values})
 
 
@@ -45,25 +45,28 @@ def test_a_folder_holds_every_run_that_ended(tmp_path, ended_run):
     ended_run(tmp_path, result(seed=1), [POINT])
     folder = ResultsFolder(tmp_path)
     assert folder.results == [result(seed=0), result(seed=1)]
-    assert [(p.arm, p.seed, p.step) for p in folder.curves] == [("none", 0, 4), ("none", 1, 4)]
-    assert folder.is_finished("none", 1)
-    assert not folder.is_finished("none", 2)
+    assert [(p.arm, p.seed, p.step) for p in folder.curves] == [
+        ("baseline", 0, 4),
+        ("baseline", 1, 4),
+    ]
+    assert folder.is_finished("baseline", 1)
+    assert not folder.is_finished("baseline", 2)
 
 
 def test_a_run_is_taken_when_it_has_ended(tmp_path, ended_run):
     folder = ResultsFolder(tmp_path)
-    with begin_run(tmp_path, {"name": "none", "arm": "none", "seed": 0, "lr": 0.1}):
+    with begin_run(tmp_path, {"name": "baseline", "arm": "baseline", "seed": 0, "lr": 0.1}):
         with pytest.raises(ValueError, match="must hold a run that ended, got one that has not"):
-            folder.take(Cell("none", 0))
+            folder.take(Cell("baseline", 0))
         assert ResultsFolder(tmp_path).results == []
     ended_run(tmp_path, result(), [POINT])
-    assert folder.take(Cell("none", 0)) == result()
+    assert folder.take(Cell("baseline", 0)) == result()
     assert len(folder.curves) == 1
 
 
 def test_a_failed_run_is_not_finished_and_gives_way_to_its_repetition(tmp_path, ended_run):
     ended_run(tmp_path, result(seed=0, status="failed", value=None))
-    assert not ResultsFolder(tmp_path).is_finished("none", 0)
+    assert not ResultsFolder(tmp_path).is_finished("baseline", 0)
     ended_run(tmp_path, result(seed=0), [POINT])
     assert [r.status for r in ResultsFolder(tmp_path).results] == ["finished"]
 
@@ -71,7 +74,7 @@ def test_a_failed_run_is_not_finished_and_gives_way_to_its_repetition(tmp_path, 
 def test_a_run_that_diverged_is_not_repeated(tmp_path, ended_run):
     ended_run(tmp_path, result(seed=0, status="diverged", value=None))
     again = ResultsFolder(tmp_path)
-    assert again.is_finished("none", 0)
+    assert again.is_finished("baseline", 0)
     assert again.results[0].as_run_row().diverged
 
 
@@ -82,14 +85,14 @@ def test_the_curve_of_a_run_without_a_result_is_left_out(tmp_path, ended_run):
 
 
 def test_runs_come_in_the_order_of_the_cells_whoever_came_first(tmp_path, ended_run):
-    start_folder(tmp_path, CompareConfig(seeds=2), {"arms": {"none": {}, "agc": {}}})
-    for arm, seed in (("agc", 1), ("none", 1), ("agc", 0), ("none", 0)):
+    start_folder(tmp_path, CompareConfig(seeds=2), {"arms": {"baseline": {}, "agc": {}}})
+    for arm, seed in (("agc", 1), ("baseline", 1), ("agc", 0), ("baseline", 0)):
         ended_run(tmp_path, result(arm, seed))
     folder = ResultsFolder(tmp_path)
     assert [(r.seed, r.arm) for r in folder.results] == [
-        (0, "none"),
+        (0, "baseline"),
         (0, "agc"),
-        (1, "none"),
+        (1, "baseline"),
         (1, "agc"),
     ]
     assert folder.missing == []
@@ -99,7 +102,7 @@ def test_a_folder_of_an_earlier_version_is_one_clear_line(tmp_path):
     (tmp_path / "about.json").write_text('{"kind": "comparison"}')
     with pytest.raises(
         ValueError,
-        match=r"folder must be of layout 2, with a folder for every run, got .* of another version",
+        match=r"folder must be of layout 3, got .* of another version",
     ):
         ResultsFolder(tmp_path)
 

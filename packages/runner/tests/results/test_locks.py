@@ -30,7 +30,7 @@ SMALL = [
     "--tracker",
     "none",
 ]
-A, B = ("runs", "none", "0"), ("runs", "none", "1")
+A, B = ("runs", "baseline", "0"), ("runs", "baseline", "1")
 BUSY = "must be written by one command at a time, and another one writes it; wait for its end"
 
 
@@ -115,11 +115,11 @@ from pathlib import Path
 from regrad_runner.results.locks import running_cell, writing
 with writing(Path({str(tmp_path / "out")!r})):
     (Path({str(tmp_path / "out")!r}) / "config.yaml").touch()
-with running_cell(Path({str(tmp_path / "out")!r}), "runs", "none", "0"):
+with running_cell(Path({str(tmp_path / "out")!r}), "runs", "baseline", "0"):
     pass
 held = [
     writing(Path({str(tmp_path / "out")!r})),
-    running_cell(Path({str(tmp_path / "cells")!r}), "runs", "none", "0"),
+    running_cell(Path({str(tmp_path / "cells")!r}), "runs", "baseline", "0"),
 ]
 for lock in held:
     lock.__enter__()

@@ -24,7 +24,7 @@ from regrad_runner.results.run import (
     status_of,
 )
 
-VALUES = {"name": "none, seed 0", "arm": "none", "seed": 0, "lr": 0.1}
+VALUES = {"name": "baseline, seed 0", "arm": "baseline", "seed": 0, "lr": 0.1}
 needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
 
 
@@ -148,7 +148,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == -signal.SIGKILL
-    path = run_path(tmp_path, "none", 0)
+    path = run_path(tmp_path, "baseline", 0)
     record = read_record(path)
     assert (record.status, status_of(path, record)) == ("running", "killed")
     assert steps(path) == list(range(100))
@@ -260,7 +260,7 @@ def test_a_worker_that_is_gone_leaves_a_failed_run_with_its_points(tmp_path):
     end_abandoned(tmp_path, VALUES, status="failed", error="again, before it began")
     assert read_record(record.path).earlier == [kept.id]
     end_abandoned(tmp_path, {**VALUES, "seed": 1}, status="failed", error="exit code -9")
-    assert read_record(run_path(tmp_path, "none", 1)).status == "failed"
+    assert read_record(run_path(tmp_path, "baseline", 1)).status == "failed"
 
 
 NAMES = ["..", ".", "", "AGC", "agc", "Agc", "a/b", "a_b", "a b", "a\\b", "con", "con.txt", "lpt1"]
@@ -332,15 +332,19 @@ def test_points_are_never_written_through_another_thing(tmp_path, instead):
         assert (tmp_path / "out" / "victim").read_text() == "mine"
 
 
-@pytest.mark.parametrize("where", ["runs", "none", "0"])
+@pytest.mark.parametrize("where", ["runs", "baseline", "0"])
 def test_a_folder_that_is_a_link_is_neither_read_nor_written(tmp_path, where):
     victim = tmp_path / "victim"
     with begin_run(victim, VALUES) as record:
         record.end("finished")
     before = {path: path.read_bytes() for path in victim.rglob("*") if path.is_file()}
     out = tmp_path / "out"
-    link = {"runs": out / "runs", "none": out / "runs" / "none", "0": out / "runs" / "none" / "0"}
-    end = {"runs": victim / "runs", "none": victim / "runs" / "none", "0": record.path}
+    link = {
+        "runs": out / "runs",
+        "baseline": out / "runs" / "baseline",
+        "0": out / "runs" / "baseline" / "0",
+    }
+    end = {"runs": victim / "runs", "baseline": victim / "runs" / "baseline", "0": record.path}
     link[where].parent.mkdir(parents=True)
     link[where].symlink_to(end[where])
     assert run_paths(out) == []
@@ -350,9 +354,9 @@ def test_a_folder_that_is_a_link_is_neither_read_nor_written(tmp_path, where):
 
 
 def test_a_record_of_another_run_is_refused(tmp_path, ended):
-    other = tmp_path / "runs" / "none" / "7"
+    other = tmp_path / "runs" / "baseline" / "7"
     ended.rename(other)
-    with pytest.raises(ValueError, match=r"got that of 'runs/none/0'; move it back"):
+    with pytest.raises(ValueError, match=r"got that of 'runs/baseline/0'; move it back"):
         read_record(other)
 
 

@@ -9,11 +9,12 @@ from contextlib import closing
 import pytest
 from regrad_runner.cli.main import main
 from regrad_runner.results.about import LAYOUT
+from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.locks import running_cell, writing
 from regrad_runner.results.outcomes import Result
 from regrad_runner.results.run import begin_run
 from regrad_runner.results.sync import sync
-from regrad_runner.settings.config import CompareConfig
+from regrad_runner.settings.config import FIRST_TUNING_SEED, CompareConfig
 from regrad_runner.settings.loading import write_config
 
 pytestmark = pytest.mark.usefixtures("ready_schema")
@@ -21,7 +22,7 @@ SECRET = "s3kret-w0rd"
 CURVES = {"evaluation": {"loss": "training loss"}}
 
 
-def begin(folder, arm="none", seed=0):
+def begin(folder, arm="baseline", seed=0):
     values = {"name": f"{arm}, seed {seed}", "arm": arm, "seed": seed, "lr": 0.1, "curves": CURVES}
     record = begin_run(folder, values)
     for step in range(3):
@@ -36,7 +37,7 @@ def out(tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_text(write_config(CompareConfig(seeds=2, lr=(0.1,))))
     about = {"layout": LAYOUT, "id": "a" * 32, "started": 1_700_000_000_000}
-    about |= {"kind": "comparison", "workload": "digits", "arms": {"none": {}}}
+    about |= {"kind": "comparison", "workload": "digits", "arms": {"baseline": {}}}
     (folder / "about.json").write_text(json.dumps(about))
     begin(folder).end("finished", result={"value": 0.5})
     return folder
@@ -55,9 +56,9 @@ def test_everything_arrives_once_however_often_it_is_synced(out):
     done = sync(out)
     assert (done.sent.points, done.runs, done.is_complete) == (3, 2, True)
     assert not sync(out).sent
-    assert statuses(out) == {"out": "KILLED", "none, seed 0": "FINISHED"}
+    assert statuses(out) == {"out": "KILLED", "baseline, seed 0": "FINISHED"}
     assert rows(out, "select key, count(*) from metrics group by key") == [("training loss", 3)]
-    assert rows(out, "select value from params where key = 'arm'") == [("none",)]
+    assert rows(out, "select value from params where key = 'arm'") == [("baseline",)]
     begin(out, seed=1).end("finished", result={"value": 0.5})
     assert sync(out).sent.points == 3
     assert set(statuses(out).values()) == {"FINISHED"}
@@ -71,13 +72,47 @@ def test_more_seeds_are_a_tag_that_changes_and_no_parameter_that_may_not(out):
     assert rows(out, "select value from params where key = 'seeds'") == []
 
 
+def end_trial(folder, lr, validation):
+    values = {"name": f"lr {lr}", "arm": "baseline", "seed": FIRST_TUNING_SEED, "lr": lr}
+    with begin_run(folder, values | {"trial": True}) as record:
+        record.end("finished", result={"validation": validation})
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["higher is better", "lower is better"])
+def test_a_comparison_has_ended_when_its_arms_ask_for_no_further_rate(out, sign):
+    config = CompareConfig(seeds=1, lr=(0.1, 0.3), tuning_seeds=1)
+    (out / "config.yaml").write_text(write_config(config))
+    about = json.loads((out / "about.json").read_text())
+    about["measure"] = {"higher_is_better": sign == 1}
+    (out / "about.json").write_text(json.dumps(about))
+    end_trial(out, 0.1, 0.5 * sign)
+    end_trial(out, 0.3, 0.6 * sign)
+    sync(out)
+    assert statuses(out)["out"] == "KILLED"
+    assert ResultsFolder(out).missing == [2, 3, 4]
+    end_trial(out, 0.9, 0.4 * sign)
+    sync(out)
+    assert statuses(out)["out"] == "FINISHED"
+    assert ResultsFolder(out).missing == []
+
+
+def test_a_trial_whose_value_is_no_number_leaves_the_comparison_open_and_is_said(out):
+    config = CompareConfig(seeds=1, lr=(0.1, 0.3), tuning_seeds=1)
+    (out / "config.yaml").write_text(write_config(config))
+    end_trial(out, 0.1, "high")
+    sync(out)
+    assert statuses(out)["out"] == "KILLED"
+    with pytest.raises(ValueError, match="must hold the result of a run, got another"):
+        ResultsFolder(out)
+
+
 def test_a_failed_run_and_one_that_diverged_are_failed(out):
     begin(out, seed=1).end("diverged", error="NonFiniteError: ten steps in a row")
     sync(out)
     assert statuses(out) == {
         "out": "FINISHED",
-        "none, seed 0": "FINISHED",
-        "none, seed 1": "FAILED",
+        "baseline, seed 0": "FINISHED",
+        "baseline, seed 1": "FAILED",
     }
     begin(out, seed=1).end("failed", error="ValueError: no such option")
     sync(out)
@@ -87,19 +122,19 @@ def test_a_failed_run_and_one_that_diverged_are_failed(out):
 def test_a_run_that_is_under_way_in_another_process_is_running_and_a_dead_one_killed(out):
     record = begin(out, seed=1)
     done = sync(out)
-    assert (done.killed, statuses(out)["none, seed 1"], statuses(out)["out"]) == (
+    assert (done.killed, statuses(out)["baseline, seed 1"], statuses(out)["out"]) == (
         0,
         "RUNNING",
         "RUNNING",
     )
     record._held.close()  # as the system does for a process that is gone
     done = sync(out)
-    assert (done.killed, statuses(out)["none, seed 1"]) == (1, "KILLED")
+    assert (done.killed, statuses(out)["baseline, seed 1"]) == (1, "KILLED")
     assert list(done.in_words(out))[-1] == "1 runs that never ended are shown as KILLED"
 
 
 def test_cells_may_run_and_begin_while_a_folder_is_synced(out):
-    with running_cell(out, "runs", "none", "1"):
+    with running_cell(out, "runs", "baseline", "1"):
         assert sync(out).is_complete
 
 
@@ -137,11 +172,11 @@ def test_a_password_is_refused_in_the_flag_and_in_the_settings_and_never_shown(o
 @pytest.mark.parametrize("content", ["{}", "[]", "", "null", "{\x00", '{"id": "../../x"}'])
 def test_a_damaged_record_is_said_and_the_other_runs_arrive(out, capsys, content):
     begin(out, seed=1).end("finished", result={})
-    (out / "runs" / "none" / "1" / "run.json").write_text(content)
+    (out / "runs" / "baseline" / "1" / "run.json").write_text(content)
     assert main(["sync", str(out)]) == 1
     said = capsys.readouterr().out
     assert "1/run.json' must be the record of a run" in said
-    assert statuses(out) == {"out": "KILLED", "none, seed 0": "FINISHED"}
+    assert statuses(out) == {"out": "KILLED", "baseline, seed 0": "FINISHED"}
 
 
 def everything_in(folder):
@@ -169,7 +204,7 @@ def victim(tmp_path):
 
 @pytest.mark.parametrize("name", ["run.json", "points.jsonl", "receipt.json"])
 def test_a_file_that_is_a_link_is_not_sent(out, victim, name):
-    path = out / "runs" / "none" / "0" / name
+    path = out / "runs" / "baseline" / "0" / name
     path.unlink(missing_ok=True)
     path.symlink_to(victim / "runs" / "thesis" / "0" / name)
     done = sync(out)
@@ -177,14 +212,14 @@ def test_a_file_that_is_a_link_is_not_sent(out, victim, name):
     assert not (out / "artifacts").exists()
 
 
-@pytest.mark.parametrize("where", ["", "runs", "runs/none", "runs/none/0"])
+@pytest.mark.parametrize("where", ["", "runs", "runs/baseline", "runs/baseline/0"])
 def test_a_folder_that_is_a_link_is_left_alone(out, victim, where):
     if not where:
         shutil.rmtree(out / "runs")
         (out / "runs").symlink_to("..")
     else:
         shutil.rmtree(out / where)
-        (out / where).symlink_to(victim / where.replace("none", "thesis"))
+        (out / where).symlink_to(victim / where.replace("baseline", "thesis"))
     assert sync(out).sent.points == 0
     assert not any("thesis" in name for name in statuses(out))
 
@@ -192,18 +227,18 @@ def test_a_folder_that_is_a_link_is_left_alone(out, victim, where):
 @pytest.mark.parametrize("name", ["..", "...", "x/..", " ", "-", "0 or 1=1", "%2e%2e"])
 def test_folders_with_odd_names_that_no_run_made_lead_nowhere(out, victim, name):
     if name not in ("..", "x/.."):
-        shutil.copytree(out / "runs" / "none" / "0", out / "runs" / name / "0")
-    record = json.loads((out / "runs" / "none" / "0" / "run.json").read_text())
+        shutil.copytree(out / "runs" / "baseline" / "0", out / "runs" / name / "0")
+    record = json.loads((out / "runs" / "baseline" / "0" / "run.json").read_text())
     record["arm"] = f"../../../victim/runs/{name}"
-    (out / "runs" / "none" / "0" / "run.json").write_text(json.dumps(record))
+    (out / "runs" / "baseline" / "0" / "run.json").write_text(json.dumps(record))
     done = sync(out)
     assert "must be the record of the run that its folder is named after" in done.problems[0]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
 def test_points_that_are_a_pipe_are_not_waited_for(out):
-    (out / "runs" / "none" / "0" / "points.jsonl").unlink()
-    os.mkfifo(out / "runs" / "none" / "0" / "points.jsonl")
+    (out / "runs" / "baseline" / "0" / "points.jsonl").unlink()
+    os.mkfifo(out / "runs" / "baseline" / "0" / "points.jsonl")
     assert "not a regular file" in sync(out).problems[0]
 
 
@@ -212,7 +247,7 @@ def test_a_folder_of_an_earlier_version_is_one_clear_line(out, capsys):
     assert main(["sync", str(out)]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "folder must be of layout 2" in said
+    assert "folder must be of layout 3" in said
 
 
 def test_only_a_folder_of_ours_is_synced(tmp_path):
@@ -226,10 +261,10 @@ def test_a_run_of_the_earlier_attempt_no_longer_looks_open(out):
     record._held.close()
     begin(out, seed=1).end("finished", result={"value": 0.5})
     sync(out)
-    found = rows(out, "select status from runs where name = 'none, seed 1' order by start_time")
+    found = rows(out, "select status from runs where name = 'baseline, seed 1' order by start_time")
     assert found == [("KILLED",), ("FINISHED",)]
 
 
 def test_an_ended_run_shows_its_result(out, ended_run):
-    ended_run(out, Result(arm="none", seed=1, value=0.25))
+    ended_run(out, Result(arm="baseline", seed=1, value=0.25))
     assert sync(out).is_complete

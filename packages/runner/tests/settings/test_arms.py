@@ -39,7 +39,7 @@ def test_every_correction_brings_its_control(with_controls, optimizer):
     with_controls(xgrad=NESTEROV, powergrad=HEAD)
     arms = expand(["powergrad", "xgrad", "xgrad+powergrad"], optimizer)
     assert [arm.name for arm in arms] == [
-        "none",
+        "baseline",
         "powergrad",
         "xgrad",
         "xgrad+powergrad",
@@ -64,7 +64,7 @@ def test_every_correction_brings_its_control(with_controls, optimizer):
 def test_equal_controls_run_once(with_controls, optimizer):
     with_controls(xgrad=NESTEROV, gcw=NESTEROV)
     arms = expand(["xgrad", "gcw", "xgrad:horizon=2"], optimizer)
-    assert [arm.name for arm in arms] == ["none", "xgrad", "gcw", "xgrad:horizon=2", "nesterov"]
+    assert [arm.name for arm in arms] == ["baseline", "xgrad", "gcw", "xgrad:horizon=2", "nesterov"]
     assert set(must_beat(arms).values()) == {"nesterov"}
 
 
@@ -84,7 +84,7 @@ CLIPPING = Control(name="clip-norm", corrections=("clip-norm",))
 def test_a_control_that_is_an_arm_already_is_that_arm(with_controls, optimizer, order):
     with_controls(agc=CLIPPING, **{"clip-norm": None})
     arms = expand(order, optimizer)
-    assert [arm.name for arm in arms] == ["none", *order]
+    assert [arm.name for arm in arms] == ["baseline", *order]
     assert must_beat(arms) == {"agc": "clip-norm", "clip-norm": None}
 
 
@@ -153,7 +153,7 @@ def test_a_stack_trains_with_the_one_class_that_its_controls_name():
 
 def test_a_control_called_like_another_arm_gets_a_name_of_its_own(with_controls, optimizer):
     with_controls(a=Control(name="b", head_lr=2.0), b=None)
-    assert [arm.name for arm in expand(["a", "b"], optimizer)] == ["none", "a", "b", "b (a)"]
+    assert [arm.name for arm in expand(["a", "b"], optimizer)] == ["baseline", "a", "b", "b (a)"]
 
 
 def test_arms_keep_name_and_recipe_when_corrections_are_added_after_them(with_controls, optimizer):
@@ -169,14 +169,14 @@ def test_arms_keep_name_and_recipe_when_corrections_are_added_after_them(with_co
 def test_without_controls_it_is_still_known_what_had_to_be_beaten(with_controls, optimizer):
     with_controls(xgrad=NESTEROV)
     arms = expand(["xgrad"], optimizer, controls=False)
-    assert [arm.name for arm in arms] == ["none", "xgrad"]
+    assert [arm.name for arm in arms] == ["baseline", "xgrad"]
     assert must_beat(arms) == {"xgrad": "nesterov"}
 
 
 def test_a_correction_without_a_control_has_none_to_beat(with_controls, optimizer):
     with_controls(agc=None)
     arms = expand(["agc"], optimizer)
-    assert [arm.name for arm in arms] == ["none", "agc"]
+    assert [arm.name for arm in arms] == ["baseline", "agc"]
     assert must_beat(arms) == {"agc": None}
 
 
@@ -208,10 +208,13 @@ def test_the_same_arm_twice_is_refused(with_controls, optimizer):
         expand(["agc", "agc"], optimizer)
 
 
-def test_no_arm_may_be_called_like_the_baseline(with_controls, optimizer):
-    with_controls(none=None)
-    with pytest.raises(ValueError, match="must not name the baseline, got 'none'; it runs anyway"):
-        expand(["none"], optimizer)
+@pytest.mark.parametrize("name", ["baseline", "none"])
+def test_no_arm_may_be_called_like_the_baseline(with_controls, optimizer, name):
+    with_controls(**{name: None})
+    with pytest.raises(
+        ValueError, match=f"must not name the baseline, got '{name}'; it runs anyway"
+    ):
+        expand([name], optimizer)
 
 
 def test_controls_that_contradict_each_other_are_refused():

@@ -47,6 +47,7 @@ def test_one_learning_rate_may_be_written_alone(rate):
         ({"seeds": -1}, "seeds must be greater than 0, got -1"),
         ({"norm": "layer"}, "norm must be 'batch', 'group' or 'none', got 'layer'"),
         ({"lr": "fast"}, "lr must be a valid number, got 'fast'"),
+        ({"lr": ["auto", 0.1]}, "lr must be a valid number, got 'auto'"),
         ({"lr": [0.1, 0.1]}, "lr must be different positive numbers, got 0.1, 0.1"),
         ({"lr": [0.1, -1]}, "lr must be different positive numbers, got 0.1, -1"),
         ({"lr": []}, "lr must be different positive numbers, got none"),
@@ -125,6 +126,15 @@ def test_a_rate_that_no_step_can_be_made_with_is_refused_before_one_is(digits, o
             ValueError, match=f"lr must .*'{optimizer}.*got 1e\\+3|lr must keep weights"
         ):
             resolved(load_config(kind, flags={"lr": rate, "optimizer": optimizer}), digits)
+
+
+def test_auto_is_a_third_of_the_rate_that_suits_the_rate_and_three_times_it(digits):
+    complete = resolved(CompareConfig(lr="auto"), digits)
+    assert resolved(CompareConfig(), digits).rates == (0.05,)
+    assert complete.rates == (0.0167, 0.05, 0.15)
+    assert resolved(complete, digits) == complete
+    assert CompareConfig(lr=["auto"]).lr == "auto"
+    assert CompareConfig(lr="auto").rates == ()
 
 
 def test_resolving_twice_changes_nothing(digits):

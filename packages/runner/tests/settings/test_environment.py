@@ -118,7 +118,9 @@ def test_a_run_makes_the_steps_of_its_settings_and_its_receipt_says_what_was_use
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     assert main(["train", *SMALL, "--out", str(tmp_path / "out")]) == 0
-    receipt = json.loads((tmp_path / "out" / "runs" / "none" / "0" / "receipt.json").read_text())
+    receipt = json.loads(
+        (tmp_path / "out" / "runs" / "baseline" / "0" / "receipt.json").read_text()
+    )
     assert receipt["steps_applied"] == 2
     assert receipt["run"]["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     said = capsys.readouterr().err

@@ -11,7 +11,7 @@ def pairs_of(table):
     return [
         tuple(
             RunRow(arm=arm, seed=seed, value=value, step_seconds=1.0)
-            for arm, value in zip(("agc", "none"), values, strict=True)
+            for arm, value in zip(("agc", "baseline"), values, strict=True)
         )
         for seed, values in enumerate(table.tolist())
     ]

@@ -40,7 +40,7 @@ def summary_of(arm, rows, **options):
 
 
 def simulated_share_of_findings(tables, controls, *, seed):
-    arms = ["none", *controls, *filter(None, controls.values())]
+    arms = ["baseline", *controls, *filter(None, controls.values())]
     values = np.random.default_rng(seed).normal(size=(tables, len(arms), 10))
     found = 0
     for table in values:
@@ -66,7 +66,9 @@ def test_a_shift_of_one_and_a_half_deviations_is_found_with_ten_seeds():
     generator = np.random.default_rng(1)
     found = 0
     for baseline, noise in generator.normal(size=(1000, 2, 10)):
-        rows = rows_of("none", baseline.tolist()) + rows_of("a", (baseline + noise + 1.5).tolist())
+        rows = rows_of("baseline", baseline.tolist()) + rows_of(
+            "a", (baseline + noise + 1.5).tolist()
+        )
         found += summary_of("a", rows, controls={"a": None}).verdict == "better"
     assert found / 1000 >= 0.85
 
@@ -75,7 +77,7 @@ def test_a_shifted_arm_among_three_is_still_found():
     generator = np.random.default_rng(2)
     found = 0
     for baseline, *noises in generator.normal(size=(1000, 4, 10)):
-        rows = rows_of("none", baseline.tolist()) + rows_of(
+        rows = rows_of("baseline", baseline.tolist()) + rows_of(
             "a", (baseline + noises[0] + 1.5).tolist()
         )
         rows += rows_of("b", (baseline + noises[1]).tolist()) + rows_of(
@@ -88,7 +90,7 @@ def test_a_shifted_arm_among_three_is_still_found():
 
 
 def test_difference_interval_and_p_value_are_those_of_a_paired_t_test():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(0.2, noise=0.3))
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(0.2, noise=0.3))
     summary = summary_of("a", rows, controls={})
     expected = stats.ttest_rel(shifted(0.2, noise=0.3), NOISE)
     interval = expected.confidence_interval(0.95)
@@ -99,7 +101,9 @@ def test_difference_interval_and_p_value_are_those_of_a_paired_t_test():
 
 def test_difference_agrees_with_numbers_worked_out_by_hand():
     # Differences 1, 2, 3: mean 2, standard deviation 1, error 1/sqrt(3), t quantile 4.302653 for 2 degrees.
-    pairs = list(zip(rows_of("a", [1.0, 2.0, 3.0]), rows_of("none", [0.0, 0.0, 0.0]), strict=True))
+    pairs = list(
+        zip(rows_of("a", [1.0, 2.0, 3.0]), rows_of("baseline", [0.0, 0.0, 0.0]), strict=True)
+    )
     test = paired_difference(pairs)
     assert test.difference == pytest.approx(2)
     assert test.interval == pytest.approx(
@@ -109,14 +113,14 @@ def test_difference_agrees_with_numbers_worked_out_by_hand():
 
 
 def test_baseline_and_controls_are_named_as_such():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(1)) + rows_of("nesterov", shifted(0))
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(1)) + rows_of("nesterov", shifted(0))
     verdicts = [summary.verdict for summary in summarize(rows, controls={"a": "nesterov"})]
     assert verdicts == ["baseline", "better", "control"]
 
 
 def test_a_control_as_good_as_the_arm_forbids_better():
     rows = (
-        rows_of("none", NOISE)
+        rows_of("baseline", NOISE)
         + rows_of("a", shifted(1))
         + rows_of("nesterov", shifted(1, noise=-0.01))
     )
@@ -128,12 +132,12 @@ def test_a_control_as_good_as_the_arm_forbids_better():
 
 
 def test_a_control_that_beats_the_arm_forbids_better():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(1)) + rows_of("nesterov", shifted(2))
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(1)) + rows_of("nesterov", shifted(2))
     assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better than nothing"
 
 
 def test_a_control_that_was_not_run_forbids_better():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(1))
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(1))
     for controls in ({"a": "nesterov"}, {}):
         summary = summary_of("a", rows, controls=controls)
         assert summary.verdict == "better than nothing"
@@ -141,22 +145,24 @@ def test_a_control_that_was_not_run_forbids_better():
 
 
 def test_a_control_with_too_few_seeds_forbids_better():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(1)) + rows_of("nesterov", shifted(0)[:5])
+    rows = (
+        rows_of("baseline", NOISE) + rows_of("a", shifted(1)) + rows_of("nesterov", shifted(0)[:5])
+    )
     assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better than nothing"
 
 
 def test_an_arm_for_which_no_control_exists_may_be_better():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(1))
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(1))
     assert summary_of("a", rows, controls={"a": None}).verdict == "better"
 
 
 def test_a_clear_loss_is_worse_whatever_the_control_did():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(-1)) + rows_of("nesterov", shifted(-2))
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(-1)) + rows_of("nesterov", shifted(-2))
     assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "worse"
 
 
 def test_a_measure_to_be_small_turns_the_verdict_around():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(-1)) + rows_of("b", shifted(1))
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(-1)) + rows_of("b", shifted(1))
     summaries = summarize(rows, controls={"a": None, "b": None}, higher_is_better=False)
     assert [summary.verdict for summary in summaries] == ["baseline", "better", "worse"]
     assert summaries[1].difference < 0
@@ -164,13 +170,13 @@ def test_a_measure_to_be_small_turns_the_verdict_around():
 
 def test_five_seeds_are_too_few_and_six_are_enough():
     for seeds, verdict in ((5, "too few seeds"), (6, "better")):
-        rows = rows_of("none", NOISE[:seeds]) + rows_of("a", shifted(1)[:seeds])
+        rows = rows_of("baseline", NOISE[:seeds]) + rows_of("a", shifted(1)[:seeds])
         summary = summary_of("a", rows, controls={"a": None})
         assert (summary.pairs, summary.verdict) == (seeds, verdict)
 
 
 def test_one_seed_gives_a_difference_without_an_interval():
-    rows = rows_of("none", [0.5]) + rows_of("a", [0.75])
+    rows = rows_of("baseline", [0.5]) + rows_of("a", [0.75])
     summary = summary_of("a", rows, controls={})
     assert (summary.difference, summary.interval, summary.p_value, summary.sd) == (
         0.25,
@@ -182,7 +188,7 @@ def test_one_seed_gives_a_difference_without_an_interval():
 
 
 def test_only_seeds_that_both_arms_finished_are_compared():
-    rows = rows_of("none", NOISE) + rows_of("a", shifted(1))[3:]
+    rows = rows_of("baseline", NOISE) + rows_of("a", shifted(1))[3:]
     summary = summary_of("a", rows, controls={"a": None})
     assert (summary.seeds, summary.pairs) == (7, 7)
     assert summary.difference == pytest.approx(np.mean(np.subtract(shifted(1), NOISE)[3:]))
@@ -192,7 +198,7 @@ def test_failed_runs_and_runs_without_a_number_are_counted_and_left_out():
     values = shifted(1)
     values[4] = math.nan
     values[0] = 1e9
-    rows = rows_of("none", NOISE, failed=(1,)) + rows_of("a", values, failed=(0,))
+    rows = rows_of("baseline", NOISE, failed=(1,)) + rows_of("a", values, failed=(0,))
     baseline, summary = summarize(rows, controls={"a": None})
     assert (baseline.seeds, baseline.failed, summary.seeds, summary.failed, summary.pairs) == (
         9,
@@ -206,7 +212,7 @@ def test_failed_runs_and_runs_without_a_number_are_counted_and_left_out():
 
 def test_a_run_that_diverged_is_worse_than_any_number():
     # Differences: +.1 in five seeds, which share rank 3, and minus infinity in one, which has rank 6.
-    rows = rows_of("none", [0.0] * 6) + rows_of("a", [0.1] * 6, diverged=(2,))
+    rows = rows_of("baseline", [0.0] * 6) + rows_of("a", [0.1] * 6, diverged=(2,))
     summary = summary_of("a", rows, controls={"a": None})
     assert summary.p_value == pytest.approx(brute_force([3, 3, 3, 3, 3, -6]))
     assert (
@@ -225,14 +231,14 @@ def test_an_arm_that_survives_where_the_baseline_diverges_is_better_though_its_n
     higher_is_better,
 ):
     by = -0.1 if higher_is_better else 0.1
-    baseline = rows_of("none", [0.0] * 10, diverged=range(8))
+    baseline = rows_of("baseline", [0.0] * 10, diverged=range(8))
     summary, mirrored = (
         summary_of(
             arm, rows, controls={arm: None}, baseline=other, higher_is_better=higher_is_better
         )
         for arm, other, rows in (
-            ("a", "none", baseline + rows_of("a", [by] * 10)),
-            ("none", "a", baseline + rows_of("a", [by] * 10)),
+            ("a", "baseline", baseline + rows_of("a", [by] * 10)),
+            ("baseline", "a", baseline + rows_of("a", [by] * 10)),
         )
     )
     assert summary.difference == pytest.approx(by)
@@ -241,14 +247,14 @@ def test_an_arm_that_survives_where_the_baseline_diverges_is_better_though_its_n
 
 
 def test_pairs_of_runs_that_both_diverged_say_nothing():
-    rows = rows_of("none", NOISE, diverged=(0, 1)) + rows_of("a", shifted(1), diverged=(0, 1))
+    rows = rows_of("baseline", NOISE, diverged=(0, 1)) + rows_of("a", shifted(1), diverged=(0, 1))
     summary = summary_of("a", rows, controls={"a": None})
     assert (summary.pairs, summary.diverged_pairs, summary.diverged) == (8, 0, 2)
     assert summary.p_value == pytest.approx(stats.ttest_rel(shifted(1)[2:], NOISE[2:]).pvalue)
 
 
 def test_an_arm_whose_every_run_diverged_is_worse_without_a_number():
-    rows = rows_of("none", NOISE) + rows_of("a", NOISE, diverged=range(10))
+    rows = rows_of("baseline", NOISE) + rows_of("a", NOISE, diverged=range(10))
     summary = summary_of("a", rows, controls={})
     assert (summary.mean, summary.difference, summary.interval) == (None, None, None)
     assert (summary.pairs, summary.p_value, summary.verdict) == (10, 2 / 2**10, "worse")
@@ -256,12 +262,12 @@ def test_an_arm_whose_every_run_diverged_is_worse_without_a_number():
 
 def test_a_control_that_survives_as_well_forbids_better():
     rows = (
-        rows_of("none", NOISE, diverged=range(10))
+        rows_of("baseline", NOISE, diverged=range(10))
         + rows_of("a", NOISE)
         + rows_of("nesterov", NOISE)
     )
     assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better than nothing"
-    rows = rows_of("none", NOISE, diverged=range(10)) + rows_of("a", NOISE)
+    rows = rows_of("baseline", NOISE, diverged=range(10)) + rows_of("a", NOISE)
     rows += rows_of("nesterov", NOISE, diverged=range(10))
     assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better"
 
@@ -273,7 +279,7 @@ def test_identical_arms_that_diverge_by_chance_get_a_verdict_in_about_five_of_a_
     ):
         rows = [
             row
-            for arm, column, lost in zip(("none", "a"), table.tolist(), diverges, strict=True)
+            for arm, column, lost in zip(("baseline", "a"), table.tolist(), diverges, strict=True)
             for row in rows_of(arm, column, diverged=np.flatnonzero(lost < 0.2))
         ]
         found += summary_of("a", rows, controls={"a": None}).verdict in FINDINGS
@@ -281,19 +287,19 @@ def test_identical_arms_that_diverge_by_chance_get_a_verdict_in_about_five_of_a_
 
 
 def test_an_arm_whose_every_run_failed_has_no_numbers():
-    rows = rows_of("none", NOISE) + rows_of("a", NOISE, failed=range(10))
+    rows = rows_of("baseline", NOISE) + rows_of("a", NOISE, failed=range(10))
     summary = summary_of("a", rows, controls={})
     assert (summary.seeds, summary.failed, summary.mean, summary.difference) == (0, 10, None, None)
     assert summary.verdict == "too few seeds"
 
 
 def test_an_untouched_arm_is_inert_however_different_its_numbers():
-    rows = rows_of("none", NOISE, touched=False) + rows_of("a", shifted(1), touched=False)
+    rows = rows_of("baseline", NOISE, touched=False) + rows_of("a", shifted(1), touched=False)
     assert summary_of("a", rows, controls={"a": None}).verdict == "inert"
 
 
 def test_equal_runs_have_probability_one_and_no_width():
-    summary = summary_of("a", rows_of("none", NOISE) + rows_of("a", NOISE), controls={})
+    summary = summary_of("a", rows_of("baseline", NOISE) + rows_of("a", NOISE), controls={})
     assert (summary.difference, summary.interval, summary.p_value) == (0.0, (0.0, 0.0), 1.0)
     assert summary.verdict == "no evidence"
 
@@ -301,7 +307,7 @@ def test_equal_runs_have_probability_one_and_no_width():
 def test_a_constant_difference_is_judged_by_its_signs():
     # In binary these differences vary by rounding alone; six equal signs have probability 2 / 2^6.
     baseline = [0.9, 0.91, 0.92, 0.93, 0.94, 0.95]
-    rows = rows_of("none", baseline) + rows_of("a", [value + 0.01 for value in baseline])
+    rows = rows_of("baseline", baseline) + rows_of("a", [value + 0.01 for value in baseline])
     summary = summary_of("a", rows, controls={"a": None})
     assert summary.p_value == 1 / 32
     assert summary.verdict == "better"
@@ -318,14 +324,14 @@ def test_holm_agrees_with_numbers_worked_out_by_hand():
 def test_holm_takes_correction_arms_alone():
     rows = [
         row
-        for name in ("none", "a", "b", "nesterov")
+        for name in ("baseline", "a", "b", "nesterov")
         for row in rows_of(name, shifted(0.1 * len(name), noise=0.3))
     ]
     summaries = {summary.arm: summary for summary in summarize(rows, controls={"a": "nesterov"})}
     adjusted = holm([summaries["a"].p_value, summaries["b"].p_value])
     assert [summaries["a"].p_adjusted, summaries["b"].p_adjusted] == adjusted
     assert summaries["nesterov"].p_adjusted is None
-    assert summaries["none"].p_value is None
+    assert summaries["baseline"].p_value is None
 
 
 def brute_force(log_ratios):
@@ -370,10 +376,10 @@ def test_sign_flip_test_without_a_difference_says_one():
 
 def test_a_miss_ranks_behind_every_hit():
     hits = [100] * 6
-    late = rows_of("none", [0.0] * 6, steps=hits) + rows_of(
+    late = rows_of("baseline", [0.0] * 6, steps=hits) + rows_of(
         "a", [0.0] * 6, steps=[99, 99, 99, 99, 99, 10_000]
     )
-    missed = rows_of("none", [0.0] * 6, steps=hits) + rows_of(
+    missed = rows_of("baseline", [0.0] * 6, steps=hits) + rows_of(
         "a", [0.0] * 6, steps=[99, 99, 99, 99, 99, None]
     )
     one, other = (summary_of("a", rows, controls={}) for rows in (late, missed))
@@ -385,14 +391,14 @@ def test_a_miss_ranks_behind_every_hit():
 
 def test_two_misses_of_a_pair_are_a_tie():
     steps = [90, 90, 90, 90, 90, None]
-    rows = rows_of("none", [0.0] * 6, steps=[100, 100, 100, 100, 100, None]) + rows_of(
+    rows = rows_of("baseline", [0.0] * 6, steps=[100, 100, 100, 100, 100, None]) + rows_of(
         "a", [0.0] * 6, steps=steps
     )
     assert summary_of("a", rows, controls={}).steps_p == 2 / 2**5
 
 
 def test_medians_that_fall_on_a_miss_are_left_out():
-    rows = rows_of("none", [0.0] * 4, steps=[100, None, None, None])
+    rows = rows_of("baseline", [0.0] * 4, steps=[100, None, None, None])
     rows += rows_of("a", [0.0] * 4, steps=[None, None, 50, 50])
     baseline, summary = summarize(rows, controls={})
     assert (baseline.steps_to_target, baseline.misses) == (None, 3)
@@ -400,26 +406,26 @@ def test_medians_that_fall_on_a_miss_are_left_out():
 
 
 def test_time_is_a_median_of_paired_ratios():
-    rows = rows_of("none", [0.0] * 3, seconds=0.2) + rows_of("a", [0.0] * 3, seconds=0.3)
+    rows = rows_of("baseline", [0.0] * 3, seconds=0.2) + rows_of("a", [0.0] * 3, seconds=0.3)
     assert summary_of("a", rows, controls={}).time_ratio == pytest.approx(1.5)
 
 
 def test_arms_keep_the_order_of_the_rows():
-    rows = [row for arm in ("b", "none", "a") for row in rows_of(arm, [0.0])]
-    assert [summary.arm for summary in summarize(rows, controls={})] == ["b", "none", "a"]
+    rows = [row for arm in ("b", "baseline", "a") for row in rows_of(arm, [0.0])]
+    assert [summary.arm for summary in summarize(rows, controls={})] == ["b", "baseline", "a"]
 
 
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        (rows_of("a", [0.0]), {}, "baseline must be one of a, got 'none'"),
-        ([], {}, r"baseline must be one of the arms \(there are none\), got 'none'"),
+        (rows_of("a", [0.0]), {}, "baseline must be one of a, got 'baseline'"),
+        ([], {}, r"baseline must be one of the arms \(there are none\), got 'baseline'"),
         (
-            rows_of("none", [0.0]) * 2,
+            rows_of("baseline", [0.0]) * 2,
             {},
-            "rows must hold each run once, got arm 'none' with seed 0 twice",
+            "rows must hold each run once, got arm 'baseline' with seed 0 twice",
         ),
-        (rows_of("none", [0.0]), {"level": 1.0}, r"level must be in \(0, 1\), got 1.0"),
+        (rows_of("baseline", [0.0]), {"level": 1.0}, r"level must be in \(0, 1\), got 1.0"),
     ],
 )
 def test_unfit_rows_are_refused(rows, options, message):
@@ -450,7 +456,7 @@ def test_two_real_sets_of_baseline_runs_show_no_evidence():
     workload = load_workload("digits", train_size=320)
     rows = [
         row
-        for arm, first_seed in (("none", 0), ("the same again", 100))
+        for arm, first_seed in (("baseline", 0), ("the same again", 100))
         for row in rows_of(
             arm, [accuracy_after_training(workload, first_seed + run) for run in range(8)]
         )

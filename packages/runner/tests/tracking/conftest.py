@@ -16,7 +16,7 @@ def tracked_run(tmp_path):
     return TrackedRun(
         id=f"{7:032x}",
         experiment="digits",
-        name="none, seed 0",
+        name="baseline, seed 0",
         status="FINISHED",
         started=WHEN,
         ended=WHEN + 9,

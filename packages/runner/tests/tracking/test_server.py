@@ -147,7 +147,7 @@ def out(tmp_path):
 def train(out, uri, meanwhile=lambda step: None):
     """Log a run of some steps, as a training does, and return what is said of its tracking."""
     said = []
-    values = {"name": "run", "arm": "none", "seed": 0, "lr": 0.1, "settings": SETTINGS}
+    values = {"name": "run", "arm": "baseline", "seed": 0, "lr": 0.1, "settings": SETTINGS}
     values["curves"] = {"evaluation": {"loss": "loss"}}
     with tracking("mlflow", out, uri, say=said.append), begin_run(out, values) as record:
         for step in range(STEPS):
@@ -206,7 +206,7 @@ def test_a_run_killed_without_a_server_is_shown_by_sync_and_marked_killed(server
 import os, signal
 from pathlib import Path
 from regrad_runner.results.run import begin_run
-values = {{"name": "run", "arm": "none", "seed": 0, "lr": 0.1, "settings": {SETTINGS}}}
+values = {{"name": "run", "arm": "baseline", "seed": 0, "lr": 0.1, "settings": {SETTINGS}}}
 values["curves"] = {{"evaluation": {{"loss": "loss"}}}}
 record = begin_run(Path({str(out)!r}), values)
 for step in range({STEPS}):

@@ -17,7 +17,7 @@ from regrad_runner.tracking.stores import Store, fault_of, prepare
 def out(tmp_path, schema, ready_schema, ended_run):
     """The folder of a run, in which a new database is a copy of one that was made before."""
     folder = tmp_path / "out"
-    ended_run(folder, Result(arm="none", seed=0, value=0.5, lr=0.1))
+    ended_run(folder, Result(arm="baseline", seed=0, value=0.5, lr=0.1))
     (folder / "config.yaml").write_text("tracker: mlflow\n")
     (folder / "about.json").write_text(
         f'{{"layout": {LAYOUT}, "kind": "run", "workload": "digits"}}'

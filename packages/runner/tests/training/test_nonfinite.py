@@ -214,6 +214,8 @@ def test_in_a_comparison_such_a_run_has_diverged_and_its_norms_stand_beside_it(
     assert main(["compare", "--resume", "--out", "out"]) == 0
     assert len(runs) == 2  # it would diverge again
     (path,) = (tmp_path / "out").rglob("nonfinite.csv")
-    assert path.parent == tmp_path / "out" / "runs" / "none" / "0"
-    receipt = json.loads((tmp_path / "out" / "runs" / "none" / "1" / "receipt.json").read_text())
+    assert path.parent == tmp_path / "out" / "runs" / "baseline" / "0"
+    receipt = json.loads(
+        (tmp_path / "out" / "runs" / "baseline" / "1" / "receipt.json").read_text()
+    )
     assert receipt["run"]["steps_not_finite"] == 0

@@ -1,3 +1,4 @@
+import math
 import os
 import shutil
 import sqlite3
@@ -296,7 +297,7 @@ wc -l <jobs
 @pytest.mark.slow
 def test_the_script_of_a_job_array_runs_every_cell_and_reports(tmp_path):
     (tmp_path / "few.yaml").write_text(
-        "corrections: []\nlr: [0.02, 0.1]\ntuning_seeds: 1\nseeds: 2\n"
+        "corrections: []\nlr: [0.02, 0.1]\ntuning_seeds: 1\ntuning_extensions: 1\nseeds: 2\n"
     )
     path = commands(tmp_path, sbatch=SBATCH)
     done = sent(
@@ -304,17 +305,38 @@ def test_the_script_of_a_job_array_runs_every_cell_and_reports(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     jobs = (tmp_path / "jobs").read_text().splitlines()
-    assert [job.partition("--array=")[2][:3] for job in jobs] == ["0-1", "2-3", ""]
-    assert ["--dependency=after" in job for job in jobs] == [False, True, True]
+    arrays = [job.partition("--array=")[2].partition(" ")[0] for job in jobs]
+    assert arrays == ["0-1", "2", "3-4", ""]
+    assert "--dependency=after" not in jobs[0]
     assert "--dependency=afterok:1 " in jobs[1]
-    assert "--dependency=afterany:2 " in jobs[2]
+    assert "--dependency=afterok:2 " in jobs[2]
+    assert "--dependency=afterany:3 " in jobs[3]
     assert "missing" not in (tmp_path / "report").read_text()
     assert len(ResultsFolder(tmp_path / "out").results) == 2
     with closing(sqlite3.connect(tmp_path / "out" / "mlflow.db")) as database:
         assert database.execute("select distinct status from runs").fetchall() == [("FINISHED",)]
         assert database.execute(
             "select count(*) from tags where key = 'mlflow.parentRunId'"
-        ).fetchone() == (4,)
+        ).fetchone() == (5,)
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_on_two_processes_is_a_trial_that_lost_and_ends_nothing(tmp_path):
+    (tmp_path / "few.yaml").write_text(
+        "corrections: []\nlr: [0.05, 1.0e+30]\ntuning_seeds: 1\ntuning_extensions: 0\nseeds: 1\n"
+    )
+    words = ["-m", "regrad_runner", "compare", *SHAPE, "--epochs", "4", "--config", "few.yaml"]
+    done = launched(
+        [
+            *["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+            *[*words, "--tracker", "none", "--out", "out"],
+        ],
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = ResultsFolder(tmp_path / "out")
+    assert [math.isfinite(trial.validation) for trial in folder.trials] == [True, False]
+    assert [(result.lr, result.status) for result in folder.results] == [(0.05, "finished")]
 
 
 def test_accelerate_launch_that_starts_one_process_of_two_fails(tmp_path):

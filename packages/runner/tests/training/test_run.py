@@ -39,7 +39,7 @@ SMALL = {
     "evaluations_per_epoch": 1,
 }
 ARMS = [
-    Arm("none"),
+    Arm("baseline"),
     pytest.param(Arm("xgrad", ("xgrad",)), marks=needs_plugins),
     pytest.param(Arm("xgrad+powergrad", ("xgrad", "powergrad")), marks=needs_plugins),
 ]
@@ -109,7 +109,7 @@ def test_a_control_scales_the_head_and_the_rates_and_changes_the_optimizer(digit
     control = Control(
         name="c", optimizer={"nesterov": True}, head_init=0.25, head_lr=0.5, body_lr=4.0
     )
-    plain, _ = build_training(config(), digits, Arm("none"), seed=3, lr=0.1)
+    plain, _ = build_training(config(), digits, Arm("baseline"), seed=3, lr=0.1)
     model, optimizer = build_training(config(), digits, Arm("c", control=control), seed=3, lr=0.1)
     assert torch.equal(head_of(model).weight, 0.25 * head_of(plain).weight)
     body, head = optimizer.param_groups
@@ -188,7 +188,11 @@ def batches_of(config, workload, arm):
 
 
 def test_batch_k_is_the_same_in_every_arm(monkeypatch, digits, config):
-    arms = [Arm("none"), Arm("noisy", ("noisy",)), Arm("c", control=Control(name="c", head_lr=0.5))]
+    arms = [
+        Arm("baseline"),
+        Arm("noisy", ("noisy",)),
+        Arm("c", control=Control(name="c", head_lr=0.5)),
+    ]
     monkeypatch.setattr(training, "create_all", lambda arm: [Noisy()] if arm.corrections else [])
     first, *others = [batches_of(config(epochs=3), digits, arm) for arm in arms]
     assert len(first) == len(set(first)) == 9
@@ -197,11 +201,16 @@ def test_batch_k_is_the_same_in_every_arm(monkeypatch, digits, config):
 
 def test_clipping_bounds_a_step(digits, config):
     free = trained(
-        config(optimizer="sgd:momentum=0", epochs=1, train_size=None), digits, Arm("none"), lr=0.1
+        config(optimizer="sgd:momentum=0", epochs=1, train_size=None),
+        digits,
+        Arm("baseline"),
+        lr=0.1,
     )[1]
     bound = config(optimizer="sgd:momentum=0", epochs=1, clip_norm=1e-6)
-    start = dict(build_training(bound, digits, Arm("none"), seed=0, lr=0.1)[0].named_parameters())
-    clipped = trained(bound, digits, Arm("none"), lr=0.1)[1]
+    start = dict(
+        build_training(bound, digits, Arm("baseline"), seed=0, lr=0.1)[0].named_parameters()
+    )
+    clipped = trained(bound, digits, Arm("baseline"), lr=0.1)[1]
     assert (
         0 < largest_difference(clipped, start) <= 3 * 0.1 * 1e-6 + 1e-7
     )  # three steps, and rounding of the weights
@@ -212,7 +221,7 @@ def test_clipping_bounds_a_step(digits, config):
 def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(digits, config):
     dtypes = []
     with closing(
-        TrainingRun(config(mixed_precision="bf16"), digits, Arm("none"), seed=0, lr=0.05)
+        TrainingRun(config(mixed_precision="bf16"), digits, Arm("baseline"), seed=0, lr=0.05)
     ) as run:
         run.model.conv.register_forward_hook(
             lambda module, inputs, output: dtypes.append(output.dtype)
@@ -224,14 +233,14 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(digits, 
 
 def test_leftover_images_wait_for_the_next_epoch(digits, config):
     with closing(
-        TrainingRun(config(batch_size=30, accumulate=3), digits, Arm("none"), seed=0, lr=0.05)
+        TrainingRun(config(batch_size=30, accumulate=3), digits, Arm("baseline"), seed=0, lr=0.05)
     ) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)
         assert (run.steps_per_epoch, run.position.step) == (3, 6)
 
 
 def test_a_run_that_was_not_touched_says_so(digits, config):
-    with closing(TrainingRun(config(epochs=1), digits, Arm("none"), seed=0, lr=0.05)) as run:
+    with closing(TrainingRun(config(epochs=1), digits, Arm("baseline"), seed=0, lr=0.05)) as run:
         run.train(on_point=lambda point: None, on_step=lambda step: None)
         assert not run.touched()
 
@@ -302,7 +311,7 @@ def outcomes(rank, folder, all_names):
     for layout, make in (("ddp", make_accelerator), ("fsdp2", sharding)):
         training.make_accelerator = make
         for names in all_names:
-            results[layout, names] = outcome(names, folder / f"{layout}-{names or 'none'}")
+            results[layout, names] = outcome(names, folder / f"{layout}-{names or 'baseline'}")
     if rank == 0:
         torch.save(results, folder / "out.pt")
 

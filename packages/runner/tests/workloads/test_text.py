@@ -9,9 +9,7 @@ import regrad
 import torch
 from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from regrad_runner.cli.main import main
-from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.results.folder import ResultsFolder
-from regrad_runner.results.outcomes import Trial
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.evaluation import Evaluator
@@ -19,7 +17,6 @@ from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload, make_model
 from regrad_runner.workloads.text import DrawnWindows
-from regrad_runner.workloads.workload import Measure
 from torch.nn import functional as F
 
 needs_plugins = pytest.mark.skipif(
@@ -175,7 +172,7 @@ def part_of(run, samples, rank, processes):
 
 @torch.no_grad()
 def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config):
-    with closing(TrainingRun(config, workload, Arm("none"), seed=0, lr=0.01)) as run:
+    with closing(TrainingRun(config, workload, Arm("baseline"), seed=0, lr=0.01)) as run:
         value = run.value_on(workload.test)
         nats = 0.0
         for inputs, targets in workload.test.batches(1):
@@ -191,20 +188,6 @@ def test_every_test_byte_counts_once_on_any_number_of_processes(workload, config
             bits, count = torch.stack(parts).sum(0).tolist()
             assert count == len(workload.test.text) - 1
             assert bits / count == pytest.approx(value, abs=1e-12)
-
-
-def test_the_rate_with_the_fewest_bits_is_chosen():
-    arms, measure = (
-        (Arm("none"), Arm("agc")),
-        Measure(name="test bits per byte", higher_is_better=False),
-    )
-    plan = SimpleNamespace(arms=arms, rates=(0.1, 0.2), workload=SimpleNamespace(measure=measure))
-    values = {("none", 0.1): 3.0, ("none", 0.2): 2.5, ("agc", 0.1): 2.4, ("agc", 0.2): float("nan")}
-    trials = [
-        Trial(arm=arm, lr=lr, seed=1_000_000, validation=value)
-        for (arm, lr), value in values.items()
-    ]
-    assert chosen_rates(plan, trials) == {"none": 0.2, "agc": 0.1}
 
 
 @needs_plugins
@@ -229,7 +212,8 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(
 ):
     monkeypatch.chdir(tmp_path)
     words = f"compare --workload {SPEC} --data-dir {file} --model gpt:layers=1,heads=2 --width 8 --optimizer adamw"
-    words += " --batch-size 16 --epochs 1 --seeds 1 --lr 0.001,0.02 --tuning-seeds 1 --evaluations-per-epoch 4"
+    words += " --batch-size 16 --epochs 1 --seeds 1 --lr 0.001,0.02 --tuning-seeds 1 --tuning-extensions 0"
+    words += " --evaluations-per-epoch 4"
     words += (
         " --corrections powergrad xgrad agc gcw:layers=all --threads 1 --tracker none --out out"
     )
@@ -245,7 +229,7 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(
     wanted = {"name": "test bits per byte", "higher_is_better": False, "target": 5.5, "decimals": 4}
     assert (about["workload"], about["samples"], about["measure"]) == ("text", "windows", wanted)
     folder = ResultsFolder(tmp_path / "out")
-    arms = ["none", "powergrad", "xgrad", "agc", "gcw:layers=all", "scaled-head", "clip-norm"]
+    arms = ["baseline", "powergrad", "xgrad", "agc", "gcw:layers=all", "scaled-head", "clip-norm"]
     assert [result.arm for result in folder.results] == arms
     # Eight bits are those of a model that knows nothing; PowerGrad's are read from the probabilities that it fits.
     assert {result.arm: result.value for result in folder.results if not 3 < result.value < 7} == {}

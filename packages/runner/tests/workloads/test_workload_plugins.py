@@ -110,7 +110,7 @@ def test_the_example_is_compared_from_end_to_end(tmp_path, monkeypatch, capsys):
     # Ages are spread evenly over 2.5 lifetimes, a variance of .52: it learned.
     assert all(result.value < 0.2 for result in folder.results)
     first = next(result for result in folder.results if result.seed == 0)
-    assert f"none, seed 0: test squared error {first.value:.5f}, 0.02 " in said.err
+    assert f"baseline, seed 0: test squared error {first.value:.5f}, 0.02 " in said.err
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert (about["samples"], about["measure"]["decimals"]) == ("samples", 5)
     settings = (tmp_path / "out" / "config.yaml").read_text()

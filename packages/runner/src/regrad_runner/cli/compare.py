@@ -53,7 +53,11 @@ def compare_command(
     ] = False,
     jobs: Annotated[
         int | None,
-        flag("Runs in parallel, one process each; 1 by default.", HOW_IT_IS_TRAINED, metavar="N"),
+        flag(
+            "Runs in parallel; by default one per CPU core, one on a GPU.",
+            HOW_IT_IS_TRAINED,
+            metavar="N",
+        ),
     ] = None,
     config: ConfigFile = None,
     out: Out = None,
@@ -84,7 +88,7 @@ def compare_command(
         kind = _kind(given, config=config, out=out if continues else None)
         settings = load_settings(kind, given, config=config, out=out, resume=continues)
         if cell is None:
-            plan = _make_plan(settings, out=out, resume=resume, jobs=1 if jobs is None else jobs)
+            plan = _make_plan(settings, out=out, resume=resume, jobs=jobs)
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())
     with holding_folder(plan, resume=resume):
@@ -150,7 +154,7 @@ def _check_is_complete(known: dict[str, Any]) -> None:
 
 
 def _make_plan(
-    settings: ComparisonSettings, *, out: Path | None, resume: bool, jobs: int
+    settings: ComparisonSettings, *, out: Path | None, resume: bool, jobs: int | None
 ) -> Planned[Any]:
     """Check a comparison of whatever kind, and return its plan."""
     if isinstance(settings, ScriptConfig):
@@ -212,10 +216,10 @@ def _run_cell(console: Console, settings: ComparisonSettings, number: int, out: 
     from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
     plan = cell_plan.plan
-    name = f"cell {number}: {cell_plan.cell.name}"
+    name = f"cell {number}: {cell_plan.name}"
     display = Display(console, runs=1, quiet=not plan.reports)
-    if cell_plan.done:
-        display.say(f"{name}: it ended before")
+    if cell_plan.cell is None or cell_plan.done:
+        display.say(f"{name}: {cell_plan.done}")
         return 0
     lock: AbstractContextManager[None] = nullcontext()
     if plan.reports:

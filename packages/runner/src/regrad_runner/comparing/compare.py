@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from regrad_runner.comparing.plan import Plan, Planned, agreed, make_plan, open_folder
-from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.comparing.runners import runner_of
 from regrad_runner.comparing.running import Comparison, Runner
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import draw, export_tables
-from regrad_runner.results.cells import Cell
+from regrad_runner.results.cells import Cell, is_compared
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, Trial
 from regrad_runner.results.view import tracking
@@ -24,7 +23,8 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
     """Run what is not finished yet; after every run the folder holds it.
 
     A run that fails is kept as failed and the others go on. On several processes each run is
-    data-parallel, the first process writes, and a failure ends them all.
+    data-parallel, the first process writes, and a failure ends them all, unless it is that the run
+    diverged.
 
     Args:
         plan: From `make_plan`.
@@ -52,17 +52,26 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
 def _run_pending(plan: Planned[Any], folder: ResultsFolder, display: Display) -> None:
     """Run what the folder lacks: trials of learning rates, then runs with the chosen rates."""
     with runner_of(plan, display) as runner:
-        trials = [
-            (cell, cell.lr) for cell in plan.cells if cell.lr is not None and not folder.holds(cell)
-        ]
-        _follow(plan, folder, display, runner.run_cells(agreed(trials)))
-        rates = agreed(chosen_rates(plan, folder.trials))
+        trials = agreed(_next_trials(plan, folder, display))
+        while trials:
+            _follow(plan, folder, display, runner.run_cells(trials))
+            trials = agreed(_next_trials(plan, folder, display))
+        rates = agreed(folder.rates)
         runs = [
             (cell, rates[cell.arm])
             for cell in plan.cells
-            if cell.lr is None and not folder.is_finished(cell.arm, cell.seed)
+            if is_compared(cell) and not folder.is_finished(cell.arm, cell.seed)
         ]
         _follow(plan, folder, display, runner.run_cells(agreed(runs)))
+
+
+def _next_trials(
+    plan: Planned[Any], folder: ResultsFolder, display: Display
+) -> list[tuple[Cell, float]]:
+    """Return the trials to run now; what comes of them may ask for more."""
+    added = sum(len(choice.added) for choice in folder.choices.values())
+    display.expect(plan.runs + added * plan.config.tuning_seeds)
+    return [(cell, cell.lr) for cell in folder.next_trials if cell.lr is not None]
 
 
 def _follow(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regrad_runner.comparing.plan import Plan, Planned, agreed, open_folder, plan_of
-from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.comparing.runners import runner_of
 from regrad_runner.comparing.script_plan import script_plan_of
 from regrad_runner.reporting.progress import Display
-from regrad_runner.results.cells import Cell, in_ranges
+from regrad_runner.results.cells import Cell, Extension, in_ranges, is_compared
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.rates import run_of
 from regrad_runner.results.run import run_path
 from regrad_runner.results.view import tracking
 from regrad_runner.settings.config import CompareConfig, ComparisonSettings
@@ -35,17 +35,26 @@ def prepare_cells(plan: Planned[Any], *, say: Callable[[str], None]) -> dict[str
         say: Told what goes wrong with tracking.
 
     Returns:
-        The numbers of its cells, as a job array takes them: "trials" of learning rates if there is
-        a choice, and "runs", each of which needs all trials of its arm.
+        The numbers of its cells, as a job array takes them, in the order in which they must run:
+        "trials" of learning rates if there is a choice, "extensions-1" and so on for the rates that
+        arms may add, and "runs". Each needs what is before it of its arm.
     """
     if plan.reports:
         open_folder(plan, job_array=True)
         if is_server(plan.config.tracking_uri):  # its cells find the comparison there
             with _tracked(plan, say):
                 pass
-    trials = sum(cell.lr is not None for cell in plan.cells)
-    numbers = {"trials": range(trials), "runs": range(trials, plan.runs)}
-    return {kind: in_ranges(cells) for kind, cells in numbers.items() if cells}
+    kinds: dict[str, list[int]] = {}
+    for number, cell in enumerate(plan.cells):
+        kinds.setdefault(_kind_of(cell), []).append(number)
+    return {kind: in_ranges(numbers) for kind, numbers in kinds.items()}
+
+
+def _kind_of(cell: Cell | Extension) -> str:
+    """Return the name of the cells that can run at the same time as this one."""
+    if isinstance(cell, Extension):
+        return f"extensions-{cell.round}"
+    return "runs" if is_compared(cell) else "trials"
 
 
 def show_prepared(path: Path, cells: dict[str, str], *, as_json: bool) -> str:
@@ -68,15 +77,17 @@ class CellPlan:
 
     Attributes:
         plan: Of its comparison.
-        cell: Itself.
+        name: As printed.
+        cell: The run; None where its arm chose a rate without it.
         lr: Its learning rate.
-        done: Whether it ended before.
+        done: Why there is nothing to run; empty where there is.
     """
 
     plan: Planned[Any]
-    cell: Cell
+    name: str
+    cell: Cell | None
     lr: float
-    done: bool
+    done: str = ""
 
 
 def make_cell_plan(config: ComparisonSettings, number: int, path: Path) -> CellPlan:
@@ -99,14 +110,24 @@ def make_cell_plan(config: ComparisonSettings, number: int, path: Path) -> CellP
         raise ValueError(
             f"cell must have the settings of '{path}', got {difference}; leave them out"
         )
-    if not 0 <= number < plan.runs:
-        raise ValueError(f"cell must be from 0 to {plan.runs - 1}, got {number}")
-    cell = plan.cells[number]
+    cells = plan.cells
+    if not 0 <= number < len(cells):
+        raise ValueError(f"cell must be from 0 to {len(cells) - 1}, got {number}")
+    cell = cells[number]
     folder = ResultsFolder(path)
-    lr = _rate(plan, cell, folder)
+    choice = agreed(folder.choices[cell.arm])
+    run = run_of(cell, choice)
+    if run is None or run.lr is None:
+        _check_what_comes_before(cells, cell, agreed(folder.missing))
+    if run is None:
+        return CellPlan(plan, cell.name, None, 0.0, "its arm chose a learning rate without it")
+    lr = run.lr
+    if lr is None:
+        lr = agreed(folder.rates)[run.arm]
     if isinstance(plan, Plan):
-        try_on(plan.arm(cell.arm), plan.config, plan.workload, lr=lr)
-    return CellPlan(plan, cell, lr, agreed(_has_ended(cell, folder)))
+        try_on(plan.arm(run.arm), plan.config, plan.workload, lr=lr)
+    done = "it ended before" if agreed(_has_ended(run, folder)) else ""
+    return CellPlan(plan, run.name, run, lr, done)
 
 
 def _plan_of(path: Path, config: ComparisonSettings) -> Planned[Any]:
@@ -122,11 +143,13 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
     """Run a cell in its own folder and return its result; None on a process that does not write.
 
     Args:
-        cell_plan: Of a cell that did not end before.
+        cell_plan: Of a cell that is to run.
         display: Told how far it is.
     """
     plan = cell_plan.plan
     cell = cell_plan.cell
+    if cell is None:
+        raise ValueError(f"cell must be one that is to run, got {cell_plan.name!r}")
     if isinstance(plan, Plan):
         for line in environment_in_words(plan.config):
             display.say(line)
@@ -154,21 +177,33 @@ def _has_ended(cell: Cell, folder: ResultsFolder) -> bool:
     return folder.is_finished(cell.arm, cell.seed)
 
 
-def _rate(plan: Planned[Any], cell: Cell, folder: ResultsFolder) -> float:
-    """Return a cell's learning rate; that of a run is known once all trials of its arm ended."""
-    if cell.lr is not None:
-        return cell.lr
-    missing = []
-    for number, other in enumerate(plan.cells):
-        is_trial_of_arm = other.lr is not None and other.arm == cell.arm
-        if is_trial_of_arm and not folder.holds(other):
-            missing.append(number)
-    if missing:
+def _check_what_comes_before(
+    cells: Sequence[Cell | Extension], cell: Cell | Extension, missing: Sequence[int]
+) -> None:
+    """Raise a `ValueError` unless the trials have ended that decide about a cell.
+
+    Args:
+        cells: Of the comparison.
+        cell: A run, or a trial of a rate that its arm may ask for.
+        missing: Numbers of the cells that have not ended.
+    """
+    before = [
+        number
+        for number in missing
+        if cells[number].arm == cell.arm and _decides(cells[number], cell)
+    ]
+    if before:
         raise ValueError(
             f"cell must come after the trials of its arm {cell.arm!r}, got none of the cells "
-            f"{in_ranges(missing)}; run them first"
+            f"{in_ranges(before)}; run them first"
         )
-    return chosen_rates(plan, folder.trials)[cell.arm]
+
+
+def _decides(trial: Cell | Extension, cell: Cell | Extension) -> bool:
+    """Say whether a cell of the same arm is a trial that decides about another one."""
+    if isinstance(trial, Cell):
+        return trial.lr is not None
+    return not isinstance(cell, Extension) or trial.round < cell.round
 
 
 def _tracked(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from accelerate.utils import broadcast_object_list
 
 from regrad_runner.diagnostics.gradient_quality import check_probing
 from regrad_runner.results.about import read_about
-from regrad_runner.results.cells import Cell, cells_of
+from regrad_runner.results.cells import Cell, Extension, cells_of, is_compared
 from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
-from regrad_runner.results.machine import surroundings
+from regrad_runner.results.machine import surroundings, usable_cores
 from regrad_runner.settings.arms import Arm, expand
 from regrad_runner.settings.config import MOST_THREADS, CompareConfig, ComparisonSettings
 from regrad_runner.settings.environment import environment_in_words
@@ -74,24 +75,19 @@ class Planned(ABC, Generic[SettingsOfComparison]):
         """Say what will be done."""
 
     @property
-    def cells(self) -> list[Cell]:
-        """All runs; those that choose learning rates come first."""
+    def cells(self) -> list[Cell | Extension]:
+        """All runs, and the numbers kept for trials of further rates; see `cells_of`."""
         return cells_of([arm.name for arm in self.arms], self.config)
 
     @property
     def runs(self) -> int:
-        """How many these are."""
-        return len(self.cells)
+        """How many runs there are in any case: trials of further rates may be added."""
+        return sum(isinstance(cell, Cell) for cell in self.cells)
 
     @property
     def experiment(self) -> str:
         """Name of the group of tracked runs."""
         return f"regrad {self.name}"
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to choose from."""
-        return self.config.lr or ()
 
     def arm(self, name: str) -> Arm:
         """Return the arm of that name."""
@@ -99,11 +95,14 @@ class Planned(ABC, Generic[SettingsOfComparison]):
 
     def runs_in_words(self) -> str:
         """Say how many runs there are."""
-        compared = f"{len(self.arms)} arms × {self.config.seeds} seeds"
-        trials = sum(cell.lr is not None for cell in self.cells)
-        if not trials:
-            return compared
-        return f"{compared} after {trials} runs to choose learning rates"
+        said = f"{len(self.arms)} arms × {self.config.seeds} seeds"
+        trials = self.runs - sum(map(is_compared, self.cells))
+        if trials:
+            or_more = " or more" if self.config.tuning_extensions else ""
+            said = f"{said} after {trials} runs{or_more} to choose learning rates"
+        if self.jobs > 1:
+            said = f"{said}, {self.jobs} at once"
+        return said
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Plan(Planned[CompareConfig]):
 
 
 def make_plan(
-    config: CompareConfig, *, out: Path | None = None, resume: bool = False, jobs: int = 1
+    config: CompareConfig, *, out: Path | None = None, resume: bool = False, jobs: int | None = 1
 ) -> Plan:
     """Check everything that can be checked before the first step. Writes nothing.
 
@@ -171,25 +170,26 @@ def make_plan(
         config: Settings; what is None is filled in from the workload.
         out: Folder to write; None for a new one in the current folder.
         resume: Whether to continue the comparison that is in `out`.
-        jobs: How many runs to have at once, each in a process of its own; they share the CPU's
-            threads.
+        jobs: How many runs to have at once, each in a process of its own; None for as many as
+            there are CPU cores, but one with an accelerator device or on several processes.
 
     Raises:
         ValueError: If anything is unknown, missing or does not fit.
         RegradError: If corrections cannot work together, or not on this model and optimizer.
     """
-    if not 1 <= jobs <= MOST_THREADS:
+    given_jobs = 1 if jobs is None else jobs
+    if not 1 <= given_jobs <= MOST_THREADS:
         raise ValueError(f"jobs must be from 1 to {MOST_THREADS}, got {jobs}")
-    shares_threads = config.threads is None and jobs > 1
+    shares_threads = config.threads is None and given_jobs > 1
     workload, config = load_data(config)
     if shares_threads:
-        share = max(1, (config.threads or 1) // jobs)
+        share = max(1, (config.threads or 1) // given_jobs)
         config = config.model_copy(update={"threads": share})
     check_task()
     accelerator = make_accelerator(config)
     processes = accelerator.num_processes
     is_first = accelerator.is_main_process
-    if jobs > 1 and processes > 1:
+    if given_jobs > 1 and processes > 1:
         raise ValueError(f"jobs must be 1 on several processes, got {jobs} on {processes}")
     check_probing(config, processes=processes, samples=len(workload.train))
     path = out or default_folder("", workload.name)
@@ -204,12 +204,20 @@ def make_plan(
         left_out = _still_left_out(path, config, left_out)
     for arm in arms:
         try_on(arm, config, workload, lr=lr)
-    return Plan(config, workload, tuple(arms), path, is_first, processes, left_out, jobs)
+    plan = Plan(config, workload, tuple(arms), path, is_first, processes, left_out, given_jobs)
+    return plan if jobs is not None else replace(plan, jobs=suitable_jobs(plan))
+
+
+def suitable_jobs(plan: Planned[Any]) -> int:
+    """Return how many runs of a plan to have at once where nobody said."""
+    if plan.processes > 1 or torch.accelerator.is_available():
+        return 1
+    return min(usable_cores(), plan.runs, MOST_THREADS)
 
 
 def _first_rate(config: CompareConfig) -> float:
     """Return a learning rate with which to try arms on."""
-    return config.lr[0] if config.lr else 0.0
+    return config.rates[0] if config.rates else 0.0
 
 
 def _still_left_out(path: Path, config: CompareConfig, now: Mapping[str, str]) -> dict[str, str]:

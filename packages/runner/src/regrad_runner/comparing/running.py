@@ -23,7 +23,7 @@ from regrad_runner.results.outcomes import Result, numbers_of
 from regrad_runner.results.points import EVALUATION, METRICS, Point, curves_of, keep_point
 from regrad_runner.results.run import RECEIPT, RunLog, as_json_text, begin_run, run_values
 from regrad_runner.signals import begun, signals_wait
-from regrad_runner.training.nonfinite import keeping_norms
+from regrad_runner.training.nonfinite import NonFiniteError, keeping_norms
 from regrad_runner.training.outcome import finished_result
 from regrad_runner.training.run import TrainingRun
 
@@ -120,13 +120,17 @@ class Comparison:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """Note a failure, so that the next run can start; on several processes it ends them all."""
+        """Note a failure, so that the next run can start.
+
+        On several processes a failure ends them all, but for a run that diverged.
+        """
         try:
             yield
         except DiskError:  # not the run's own failure, and those that follow would meet it too
             raise
         except Exception as problem:
-            if self.plan.processes > 1:
+            all_met_it = isinstance(problem, NonFiniteError)  # at the same step: they go on alike
+            if self.plan.processes > 1 and not all_met_it:
                 raise
             reason = in_one_line(problem)
             self.display.say(without_secrets(f"{name} failed: {type(problem).__name__}: {reason}"))

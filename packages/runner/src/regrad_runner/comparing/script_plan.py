@@ -8,13 +8,13 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from regrad.correction import Control
 
-from regrad_runner.comparing.plan import Planned
+from regrad_runner.comparing.plan import Planned, suitable_jobs
 from regrad_runner.results.about import read_about
 from regrad_runner.results.folder import check_arms, check_folder
 from regrad_runner.scripts.child import Child, Ending
@@ -90,7 +90,7 @@ class ScriptPlan(Planned[ScriptConfig]):
 
 
 def make_script_plan(
-    config: ScriptConfig, *, out: Path | None = None, resume: bool = False, jobs: int = 1
+    config: ScriptConfig, *, out: Path | None = None, resume: bool = False, jobs: int | None = None
 ) -> ScriptPlan:
     """Check everything that can be checked before the first run. Writes nothing of its own.
 
@@ -100,13 +100,14 @@ def make_script_plan(
         config: Settings.
         out: Folder to write; None for a new one in the current folder.
         resume: Whether to continue the comparison that is in `out`.
-        jobs: How many runs to have at once; they share the CPU's threads.
+        jobs: How many runs to have at once; None for as many as there are CPU cores, but one with
+            an accelerator device. Each has one thread, where nothing else is said.
 
     Raises:
         ValueError: If the script is not there, does not train, or anything does not fit.
         RegradError: If corrections cannot work together.
     """
-    if not 1 <= jobs <= MOST_THREADS:
+    if jobs is not None and not 1 <= jobs <= MOST_THREADS:
         raise ValueError(f"jobs must be from 1 to {MOST_THREADS}, got {jobs}")
     check_script(config.script)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -115,8 +116,7 @@ def make_script_plan(
             "--launcher, such as --launcher 'torchrun --nproc-per-node 2'"
         )
     if config.threads is None:
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-        config = config.model_copy(update={"threads": threads})
+        config = config.model_copy(update={"threads": 1})
     path = out or default_folder("", config.script_name)
     config = check_folder(path, config, resume=resume)
     arms = correction_arms(config.corrections)
@@ -130,7 +130,8 @@ def make_script_plan(
     if resume:
         check_arms(path, arms)
     trained = f"{config.script_name}, {seen['optimizer']} on {' and '.join(seen['modules'])}"
-    return ScriptPlan(config, tuple(arms), path, trained, jobs)
+    plan = ScriptPlan(config, tuple(arms), path, trained, jobs or 1)
+    return plan if jobs is not None else replace(plan, jobs=suitable_jobs(plan))
 
 
 def script_plan_of(path: Path, config: ScriptConfig) -> ScriptPlan:
@@ -194,8 +195,7 @@ def _look(config: ScriptConfig, arms: Sequence[Arm]) -> dict[str, Any]:
             "classes": [*config.optimizer_class],
         }
         question.write_text(json.dumps(asked), encoding="utf-8")
-        rate = f"{config.lr[0]:.12g}" if config.lr else ""
-        values = {"seed": "0", "lr": rate, "out": str(out), "arm": "probe"}
+        values = {"seed": "0", "lr": f"{config.rates[0]:.12g}", "out": str(out), "arm": "probe"}
         words = [str(question), str(answer), "--", *script_words(config, values)]
         child = Child(
             command_of(config, PROBE, words),

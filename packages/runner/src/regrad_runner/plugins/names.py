@@ -19,7 +19,7 @@ from regrad_runner.plugins.sources import NOT_OFFERED, torch_optimizers
 
 NAME_PATTERN = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 LONGEST_PLUGIN_NAME = 50
-WORDS = {"none", "all", "true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
+WORDS = {"none", "baseline", "all", "true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
 LAYOUTS = {"plain", "ddp", "fsdp2"}
 DEVICES = {
     *("con", "prn", "aux", "nul"),

@@ -60,6 +60,12 @@ class Display:
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def expect(self, runs: int) -> None:
+        """Say how many runs there will be, where that has changed."""
+        self._runs = runs
+        if self._bars is not None and self._all is not None:
+            self._bars.update(self._all, total=runs)
+
     def skip(self, runs: int) -> None:
         """Count runs that were done before."""
         self._done += runs

@@ -21,6 +21,7 @@ from regrad_runner.diagnostics.gradient_quality import (
 )
 from regrad_runner.reporting.explanation import as_json as explanation_as_json
 from regrad_runner.reporting.explanation import as_text
+from regrad_runner.reporting.rates import rates_as_json, rates_at_edges
 from regrad_runner.reporting.report_data import read_report_data
 from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.reporting.table import print_comparison, print_qualities, to_json
@@ -223,6 +224,8 @@ def _comparison_as_json(
     qualities = kept_qualities(folder)
     if qualities:
         more["gradient_quality"] = mean_qualities(qualities)
+    if folder.trials:
+        more["learning_rates"] = rates_as_json(folder.choices)
     more["missing_cells"] = folder.missing
     return to_json(summaries, measure, **more)
 
@@ -273,6 +276,8 @@ def _print_rates(console: Terminal, folder: ResultsFolder) -> None:
     chosen = {result.arm: result.lr for result in folder.results}
     rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
     console.print_line(f"learning rates chosen on the validation split: {rates}", wrap=True)
+    for line in rates_at_edges(folder.choices):
+        console.print_line(line, wrap=True)
 
 
 def _print_failures(console: Terminal, folder: ResultsFolder) -> None:
@@ -289,7 +294,7 @@ def _print_missing(console: Terminal, folder: ResultsFolder) -> None:
     """Say which runs are still to come."""
     if folder.missing:
         console.print_line(
-            f"{len(folder.missing)} of {len(folder.cells)} runs are missing: cells "
+            f"{len(folder.missing)} of {len(folder.cells)} cells are missing: "
             f"{in_ranges(folder.missing)}; regrad compare --resume --out {folder.path} runs them, "
             "or --cell each of them"
         )

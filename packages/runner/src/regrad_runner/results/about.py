@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from regrad_runner.files import read_bytes
 
-LAYOUT = 2  # of the folder; 1 kept its numbers in tables alone
+# Of the folder. 1 kept its numbers in tables alone; in 2 the arm without corrections was `none`,
+# and no rate beyond those given was tried.
+LAYOUT = 3
 
 
 class Role(BaseModel):
@@ -69,8 +71,7 @@ def read_about(path: Path) -> dict[str, Any]:
         ) from None
     if about.get("layout") != LAYOUT:
         raise ValueError(
-            f"folder must be of layout {LAYOUT}, with a folder for every run, got '{path}' of "
-            "another version of regrad; its tables can be read as they are: start again in "
-            "another folder"
+            f"folder must be of layout {LAYOUT}, got '{path}' of another version of regrad; its "
+            "tables can be read as they are: start again in another folder"
         )
     return about

@@ -21,10 +21,18 @@ from regrad_runner.files import (
     write_whole,
 )
 from regrad_runner.results.about import LAYOUT, read_about
-from regrad_runner.results.cells import Cell, cells_of
+from regrad_runner.results.cells import Cell, Extension, cells_of
 from regrad_runner.results.locks import RUNS, is_lock
 from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.points import EVALUATION
+from regrad_runner.results.rates import (
+    RateChoice,
+    RateSearch,
+    choices_of,
+    missing_cells,
+    run_of,
+    search_of,
+)
 from regrad_runner.results.run import (
     RECEIPT,
     Line,
@@ -83,6 +91,7 @@ class ResultsFolder:
 
     Attributes:
         cells: Of the comparison; none where the folder does not say what they are.
+        search: How its arms choose their learning rates.
 
     Raises:
         ValueError: If something in it is damaged, or an earlier version wrote it.
@@ -92,7 +101,7 @@ class ResultsFolder:
         self.path = path
         about = read_about(path)
         self._roles = about.get("roles", {})
-        self.cells = cells_in(path, about.get("arms", {}))
+        self.cells, self.search = cells_in(path, about.get("arms", {}), about.get("measure"))
         self._runs: dict[Path, EndedRun] = {}
         check_own_folder(path / RUNS)
         for run in run_paths(path):
@@ -115,8 +124,28 @@ class ResultsFolder:
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the cells that neither ended nor failed."""
-        return [number for number, cell in enumerate(self.cells) if not self.holds(cell)]
+        """Numbers of the cells that neither ended nor failed.
+
+        A rate that an arm may still ask for counts; one that it chose without does not.
+        """
+        return missing_cells(self.cells, self.choices, self.holds)
+
+    @property
+    def choices(self) -> dict[str, RateChoice]:
+        """What the trials say of every arm's learning rate, also where there is no choice."""
+        return choices_of(self.cells, self.search, self._trials())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rates of the arms that have chosen, or had no choice."""
+        choices = self.choices.items()
+        return {arm: choice.best for arm, choice in choices if choice.best is not None}
+
+    @property
+    def next_trials(self) -> list[Cell]:
+        """Trials that the choice of learning rates waits for; what they say may ask for more."""
+        trials = [cell for cell in self._known_cells() if cell.lr is not None]
+        return [trial for trial in trials if not self.holds(trial)]
 
     def kept(self, line_kind: str, kind: type[RunPart]) -> list[RunPart]:
         """Return rows for the lines of one kind in the runs that ended.
@@ -168,16 +197,10 @@ class ResultsFolder:
         self._runs[path] = EndedRun(record, lines, self._outcome(path, record))
 
     def _outcome(self, path: Path, record: RunRecord) -> Result | Trial:
-        numbers = record.result or {}
         try:
             if record.trial:
-                return Trial(
-                    arm=record.arm,
-                    lr=record.lr,
-                    seed=record.seed,
-                    validation=float(numbers.get("validation", math.nan)),
-                )
-            values = {"must_beat": None, "control": None, **numbers}
+                return trial_in(record)
+            values = {"must_beat": None, "control": None, **(record.result or {})}
             role = self._roles.get(record.arm, {})
             values |= {name: role[name] for name in ("must_beat", "control") if name in role}
             values |= {"arm": record.arm, "seed": record.seed, "lr": record.lr}
@@ -188,9 +211,19 @@ class ResultsFolder:
                 "take it from a copy of the folder, or remove it and run it again"
             ) from None
 
+    def _trials(self) -> list[Trial]:
+        """Return the trials that ended, in any order."""
+        return [run.outcome for run in self._runs.values() if isinstance(run.outcome, Trial)]
+
+    def _known_cells(self) -> list[Cell]:
+        """Return the cells whose run is known: all but rates that no arm has asked for so far."""
+        choices = self.choices
+        runs = [run_of(cell, choices[cell.arm]) for cell in self.cells]
+        return [run for run in runs if run is not None]
+
     def _in_order(self) -> list[EndedRun]:
         """Return the runs in the order of the cells, in whatever order processes ran them."""
-        place = {cell: number for number, cell in enumerate(self.cells)}
+        place = {cell: number for number, cell in enumerate(self._known_cells())}
 
         def key(run: EndedRun) -> tuple[int, int]:
             record = run.record
@@ -206,12 +239,34 @@ def _row(kind: type[RunPart], record: RunRecord, line: Line) -> RunPart:
     return checked(kind, {**values, "arm": record.arm, "seed": record.seed})
 
 
-def cells_in(path: Path, arms: Iterable[str]) -> list[Cell]:
-    """Return the cells of a comparison's folder; nothing where it does not say what they are.
+def trial_in(record: RunRecord) -> Trial:
+    """Return the trial of a learning rate that a record tells of.
+
+    Raises:
+        TypeError: If what came out is no number.
+        ValueError: If what came out is no number.
+    """
+    numbers = record.result or {}
+    return Trial(
+        arm=record.arm,
+        lr=record.lr,
+        seed=record.seed,
+        validation=float(numbers.get("validation", math.nan)),
+    )
+
+
+def cells_in(
+    path: Path, arms: Iterable[str], measure: object
+) -> tuple[list[Cell | Extension], RateSearch]:
+    """Return the cells of a comparison's folder, and how its arms choose their learning rates.
 
     Args:
         path: The folder.
         arms: Names of the arms.
+        measure: What the folder says of its measure.
+
+    Returns:
+        No cells and no rates where the folder does not say what its cells are.
 
     Raises:
         ValueError: If its settings cannot be read.
@@ -219,16 +274,18 @@ def cells_in(path: Path, arms: Iterable[str]) -> list[Cell]:
     arms = list(arms)
     file = path / SETTINGS_FILE
     if not arms or not os.path.lexists(file):
-        return []
+        return [], RateSearch(())
     settings = read_settings(file)
     if "seeds" not in settings:
         raise ValueError(
             f"config must be the settings of a comparison, got none of its seeds in '{file}'"
         )
     try:
-        return cells_of(arms, validated(comparison_settings_of(settings), settings))
+        config = validated(comparison_settings_of(settings), settings)
     except ValueError:  # of another version: what ran can be shown all the same
-        return []
+        return [], RateSearch(())
+    lower_is_better = isinstance(measure, dict) and measure.get("higher_is_better") is False
+    return cells_of(arms, config), search_of(config, higher_is_better=not lower_is_better)
 
 
 def check_folder(path: Path, config: Config, *, resume: bool) -> Config:

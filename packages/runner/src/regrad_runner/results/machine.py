@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import joblib
 import psutil
 import torch
 from regrad.distributions import version
@@ -48,6 +49,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in LIBRARIES_TOLD if (found := version(name))},
     }
+
+
+def usable_cores() -> int:
+    """Return how many CPU cores this process may use.
+
+    Fewer than there are where its affinity or a container's quota says so, or the environment
+    variable LOKY_MAX_CPU_COUNT.
+    """
+    return int(joblib.cpu_count())
 
 
 def _processor() -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from regrad_runner.results.about import About, read_about
-from regrad_runner.results.folder import cells_in
+from regrad_runner.results.cells import Cell
+from regrad_runner.results.folder import cells_in, trial_in
 from regrad_runner.results.points import METRICS
+from regrad_runner.results.rates import choices_of, missing_cells
 from regrad_runner.results.run import (
     KEPT_FILES,
     POINTS,
@@ -42,6 +44,7 @@ EXPORTS = (
     "report.html",
     "figures.csv",
 )
+HAS_OUTCOME = ("finished", "diverged", "failed")
 FIGURES = "figures"
 FIGURE_NAME = re.compile(r"[a-z0-9-]+\.svg")
 # Settings that may change when a comparison goes on: MLflow refuses a parameter that changed.
@@ -140,12 +143,26 @@ class FolderView:
         A command that ends before its last run was killed; the cells of a job array may be queued.
         """
         found = set(statuses.values())
-        ended = sum(status in ("finished", "diverged", "failed") for status in statuses.values())
         if self.under_way or "running" in found:
             return "RUNNING"
-        if "killed" in found or ended < len(cells_in(self._folder, about.arms)):
+        if "killed" in found or self._lacks_a_run(about, statuses):
             return "RUNNING" if about.job_array else "KILLED"
         return "FAILED" if "failed" in found else "FINISHED"
+
+    def _lacks_a_run(self, about: About, statuses: Mapping[Path, Status]) -> bool:
+        """Say whether a run has not ended that the comparison needs."""
+        cells, search = cells_in(self._folder, about.arms, about.measure)
+        ended = {path for path, status in statuses.items() if status in HAS_OUTCOME}
+
+        def has_ended(cell: Cell) -> bool:
+            return self._folder.joinpath(*cell.folder_names) in ended
+
+        try:
+            records = [self._record(path) for path in ended]
+            trials = [trial_in(record) for record in records if record.trial]
+        except (TypeError, ValueError):  # a damaged run is said when its turn comes
+            return True
+        return bool(missing_cells(cells, choices_of(cells, search, trials), has_ended))
 
     def _comparison(
         self, about: About, status: ShownStatus, files: Sequence[str], runs: Sequence[Path]

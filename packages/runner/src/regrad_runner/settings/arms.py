@@ -14,7 +14,9 @@ from regrad.correction import Control, Correction
 from regrad.registry import several_in
 from torch.optim import Optimizer
 
-BASELINE = "none"
+BASELINE = "baseline"
+# What folders and commands of earlier versions called it: no arm may be called so.
+FORMER_BASELINE = "none"
 ALL = "all"
 
 
@@ -113,7 +115,7 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
         >>> import torch
         >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> [arm.name for arm in expand([], sgd)]
-        ['none']
+        ['baseline']
     """
     arms = correction_arms(corrections)
     changes: dict[str, Control] = {}
@@ -169,7 +171,7 @@ def with_controls(arms: Sequence[Arm], changes: Mapping[str, Control], *, added:
 
 def _check_name_is_free(name: str, arms: Mapping[str, Arm]) -> None:
     """Raise a `ValueError` if an arm has the name of the baseline or of an arm before it."""
-    if name == BASELINE:
+    if name in (BASELINE, FORMER_BASELINE):
         raise ValueError(
             f"corrections must not name the baseline, got {name!r}; it runs anyway: leave it out"
         )

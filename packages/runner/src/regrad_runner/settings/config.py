@@ -23,6 +23,8 @@ from regrad_runner.settings.flag import (
 )
 
 FIRST_TUNING_SEED = 1_000_000
+MOST_EXTENSIONS = 10  # of the rates given, by an arm
+AUTO = "auto"
 LAST_SEED = 2**32 - 1  # the largest that NumPy takes
 MOST_THREADS = 1024  # with more, the process ends without a word
 # Python refuses to print a number of more than 4,300 digits, but reads one in hexadecimal.
@@ -174,24 +176,45 @@ class ComparisonSettings(Settings):
         Field(default=10, gt=0, le=FIRST_TUNING_SEED)
     )
     lr: Annotated[
-        tuple[float, ...] | None,
-        Flag("Learning rate; of several, each arm chooses its best.", HOW_IT_IS_TRAINED, "X,X"),
+        tuple[float, ...] | Literal["auto"] | None,
+        Flag(
+            "Learning rate; of several, or auto, each arm chooses its best.",
+            HOW_IT_IS_TRAINED,
+            "X,X",
+        ),
     ] = None
     tuning_seeds: Annotated[
-        int, Flag("Runs per rate in that choice; 2 by default.", HOW_IT_IS_TRAINED, "N")
-    ] = Field(default=2, gt=0, le=FIRST_TUNING_SEED)
+        int, Flag("Runs per rate in that choice; 3 by default.", HOW_IT_IS_TRAINED, "N")
+    ] = Field(default=3, gt=0, le=FIRST_TUNING_SEED)
+    tuning_extensions: Annotated[
+        int,
+        Flag(
+            "Rates an arm may add where its best is at an edge; 3 by default.",
+            HOW_IT_IS_TRAINED,
+            "N",
+        ),
+    ] = Field(default=3, ge=0, le=MOST_EXTENSIONS)
 
     @field_validator("lr", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
+        if value in (AUTO, [AUTO], (AUTO,)):
+            return AUTO
         return (value,) if isinstance(value, int | float | str) else value
 
     @field_validator("lr")
     @classmethod
-    def _positive_and_different(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None:
+    def _positive_and_different(
+        cls, value: tuple[float, ...] | Literal["auto"] | None
+    ) -> tuple[float, ...] | Literal["auto"] | None:
+        if isinstance(value, tuple):
             _check_learning_rates(value)
         return value
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from; none where they are still left to the workload."""
+        return self.lr if isinstance(self.lr, tuple) else ()
 
 
 class CompareConfig(ComparisonSettings, RunConfig):
@@ -232,6 +255,16 @@ class TrainConfig(RunConfig):
 
 Config = TypeVar("Config", bound=Settings)
 Trained = TypeVar("Trained", bound=RunConfig)
+
+
+def rounded_rate(rate: float) -> float:
+    """Return a learning rate as a person would write it: with three digits.
+
+    Example:
+        >>> rounded_rate(0.1 / 3)
+        0.0333
+    """
+    return float(f"{rate:.3g}")
 
 
 def _check_learning_rates(values: tuple[float, ...]) -> None:

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from regrad_runner.settings.config import MOST_THREADS, CompareConfig, ComparisonSettings
+from regrad_runner.settings.config import AUTO, MOST_THREADS, CompareConfig, ComparisonSettings
 from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, THE_SCRIPT, WHAT_IS_TRAINED, Flag
 from regrad_runner.settings.measure_source import MeasureSource, read_measure_source
 
 PLACEHOLDER = re.compile(r"\{(seed|lr|out|arm)\}")
 ENOUGH_SEEDS = 6
+NO_RATE = 0.0  # stands for the learning rate of a script that takes none
 
 
 class ScriptConfig(ComparisonSettings):
@@ -89,6 +90,11 @@ class ScriptConfig(ComparisonSettings):
             )
         if "lr" in found and self.lr is None:
             raise ValueError("lr must be given where the script takes {lr}, such as --lr 0.001")
+        if self.lr == AUTO:
+            raise ValueError(
+                "lr must be numbers for a script, got 'auto': only a workload has a rate of its own "
+                "to start from; give some, such as --lr 3e-4,1e-3,3e-3"
+            )
         if "lr" not in found and self.lr is not None:
             raise ValueError(
                 "script must take {lr} in its arguments where --lr is given, got none; "
@@ -106,6 +112,11 @@ class ScriptConfig(ComparisonSettings):
                 f"{self.measure!r}; leave out --tracker"
             )
         return self
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Learning rates to choose from; `NO_RATE` alone where the script takes none."""
+        return super().rates or (NO_RATE,)
 
     @property
     def placeholders(self) -> set[str]:

@@ -138,7 +138,7 @@ def summarize(
     Example:
         >>> rows = [
         ...     RunRow(arm=arm, seed=seed, value=value + shift, step_seconds=1.0, touched=True)
-        ...     for arm, shift in (("none", 0.0), ("xgrad", 0.5))
+        ...     for arm, shift in (("baseline", 0.0), ("xgrad", 0.5))
         ...     for seed, value in enumerate([0.1, 0.3, 0.2, 0.5, 0.4, 0.2])
         ... ]
         >>> summary = summarize(rows, controls={"xgrad": "nesterov"})[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from regrad_runner.settings.checking import validated
-from regrad_runner.settings.config import Trained
+from regrad_runner.settings.config import AUTO, CompareConfig, RunConfig, Trained, rounded_rate
 from regrad_runner.training.optimizers import check_rate, spec_of
 from regrad_runner.workloads.loading import settings_of_model
 from regrad_runner.workloads.workload import Workload
@@ -33,7 +33,11 @@ def resolved(config: Trained, workload: Workload) -> Trained:
     of_model = settings_of_model(workload, model, {"width": config.width, "norm": config.norm})
     optimizer, suitable_lr = spec_of(config.optimizer, defaults)
     given = config.model_dump()
-    lr = suitable_lr if given["lr"] is None else given["lr"]
+    lr = given["lr"]
+    if lr is None:
+        lr = suitable_lr
+    if lr == AUTO:
+        lr = rates_around(suitable_lr)
     rates = lr if isinstance(lr, tuple) else (lr,)
     for rate in rates:
         check_rate(optimizer, rate)
@@ -49,7 +53,7 @@ def resolved(config: Trained, workload: Workload) -> Trained:
         "batch_size": batch_size,
         "model": model,
         "evaluations_per_epoch": config.evaluations_per_epoch or defaults.evaluations_per_epoch,
-        "threads": config.threads or _threads(batch_size * workload.train.work),
+        "threads": config.threads or _threads(config, batch_size * workload.train.work),
         "warmup_steps": warmup_steps,
         "optimizer": optimizer,
         "lr": lr,
@@ -57,6 +61,24 @@ def resolved(config: Trained, workload: Workload) -> Trained:
     return validated(type(config), complete)
 
 
-def _threads(pixels: int) -> int:
-    """Return how many CPU threads suit batches of so many pixels."""
-    return 1 if pixels < PIXELS_FOR_ONE_THREAD else torch.get_num_threads()
+def rates_around(lr: float) -> tuple[float, float, float]:
+    """Return a rate between a third of it and three times it, as `--lr auto` begins.
+
+    Example:
+        >>> rates_around(0.1)
+        (0.0333, 0.1, 0.3)
+    """
+    return rounded_rate(lr / 3), lr, rounded_rate(lr * 3)
+
+
+def _threads(config: RunConfig, pixels: int) -> int:
+    """Return how many CPU threads suit batches of so many pixels.
+
+    The runs of a comparison have one each on a CPU. As many take place at once as there are cores,
+    and the last digits of a sum depend on its threads, so results would depend on the machine.
+    """
+    if pixels < PIXELS_FOR_ONE_THREAD:
+        return 1
+    if isinstance(config, CompareConfig) and not torch.accelerator.is_available():
+        return 1
+    return torch.get_num_threads()

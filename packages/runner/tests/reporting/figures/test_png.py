@@ -14,7 +14,7 @@ from regrad_runner.results.outcomes import CurvePoint, Result
 from regrad_runner.statistics.verdicts import summarize
 from regrad_runner.workloads.workload import Measure
 
-ARMS = ("none", "xgrad", "agc:axis=[0,1]$", "nesterov")
+ARMS = ("baseline", "xgrad", "agc:axis=[0,1]$", "nesterov")
 SEEDS = 7
 CONTROLS = {"xgrad": "nesterov", "agc:axis=[0,1]$": None}
 
@@ -165,7 +165,9 @@ def test_intervals_and_means_are_those_of_the_summaries(curves, rows, tmp_path, 
 def test_a_control_has_the_colour_of_its_arm_in_dashes(curves, rows, tmp_path, drawn):
     write(curves, rows, tmp_path)
     lines = {arm: line_of(drawn[0].axes[0], arm) for arm in ARMS}
-    assert lines["nesterov"].get_color() == lines["xgrad"].get_color() != lines["none"].get_color()
+    assert (
+        lines["nesterov"].get_color() == lines["xgrad"].get_color() != lines["baseline"].get_color()
+    )
     assert lines["nesterov"].get_linestyle() == "--"
     assert lines["xgrad"].get_linestyle() == "-"
     assert len({lines[arm].get_color() for arm in ARMS}) == 3
@@ -177,7 +179,7 @@ def test_a_missed_target_stands_behind_every_hit(curves, rows, tmp_path, drawn):
     misses = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"]
     assert len(misses) == 1
     assert misses[0] > max(row.steps_to_target for row in rows if row.steps_to_target)
-    assert texts_of(axes)[:4] == ["none", "xgrad", "1 of 7 missed", "agc:axis=[0,1]$"]
+    assert texts_of(axes)[:4] == ["baseline", "xgrad", "1 of 7 missed", "agc:axis=[0,1]$"]
 
 
 def test_without_a_target_there_is_no_picture_of_steps(curves, rows, tmp_path):
@@ -188,18 +190,18 @@ def test_without_a_target_there_is_no_picture_of_steps(curves, rows, tmp_path):
 
 
 def test_a_baseline_alone_has_nothing_to_compare(curves, rows, tmp_path):
-    alone = [row for row in rows if row.arm == "none"]
+    alone = [row for row in rows if row.arm == "baseline"]
     assert [path.name for path in write(curves, alone, tmp_path)] == ["curves.png", "steps.png"]
 
 
 def test_runs_that_all_failed_leave_nothing_to_draw(tmp_path):
-    rows = [Result(arm="none", seed=0, value=math.nan, step_seconds=0.1, status="failed")]
+    rows = [Result(arm="baseline", seed=0, value=math.nan, step_seconds=0.1, status="failed")]
     assert write([], rows, tmp_path) == []
 
 
 def test_one_seed_and_one_evaluation_can_be_drawn(tmp_path):
-    rows = [Result(arm=arm, seed=0, value=0.5, step_seconds=0.1) for arm in ("none", "xgrad")]
-    curves = [point(arm, 0, 10, 0.5) for arm in ("none", "xgrad")]
+    rows = [Result(arm=arm, seed=0, value=0.5, step_seconds=0.1) for arm in ("baseline", "xgrad")]
+    curves = [point(arm, 0, 10, 0.5) for arm in ("baseline", "xgrad")]
     assert len(write(curves, rows, tmp_path)) == 3
 
 

@@ -180,7 +180,7 @@ def test_every_figure_has_a_title_and_says_in_words_what_it_shows(page):
         assert attributes["role"] == "img"
         assert set(attributes["aria-labelledby"].split()) <= set(page.ids())
     assert any(
-        "steps-to-target" not in text and "none 55 (50 to 60)" in text
+        "steps-to-target" not in text and "baseline 55 (50 to 60)" in text
         for text in page.texts["desc"]
     )
     assert len(page.ids()) == len(set(page.ids()))
@@ -233,8 +233,8 @@ def test_differences_and_intervals_are_those_of_the_verdicts(folder, names):
 
 
 def test_steps_to_the_target_are_every_run_their_median_and_its_interval(folder, names):
-    (mark,) = marks(folder, "steps-to-target", "none")
-    assert [m.x for m in marks(folder, "steps-to-target", "none", whole=False)] == [
+    (mark,) = marks(folder, "steps-to-target", "baseline")
+    assert [m.x for m in marks(folder, "steps-to-target", "baseline", whole=False)] == [
         50,
         52,
         54,
@@ -271,7 +271,7 @@ def test_gradient_quality_is_told_raw_and_corrected(folder, names):
     (corrected,) = marks(folder, "quality-cosine", f"{names.long}, corrected")
     assert raw.x == pytest.approx(0.4)
     assert corrected.x > raw.x
-    assert len(marks(folder, "quality-cosine", "none, raw = corrected")) == 1
+    assert len(marks(folder, "quality-cosine", "baseline, raw = corrected")) == 1
 
 
 def test_what_is_drawn_is_what_the_rows_say(folder):
@@ -332,13 +332,13 @@ def test_a_secret_of_the_tracking_address_is_not_on_the_page(page):
 def test_failed_runs_and_a_baseline_alone_can_be_shown(tmp_path, ended_run):
     about = {"layout": LAYOUT, "kind": "comparison", "measure": {"name": "loss", "target": None}}
     (tmp_path / "about.json").write_text(json.dumps(about))
-    ended_run(tmp_path, Result(arm="none", seed=0, status="failed", value=None))
+    ended_run(tmp_path, Result(arm="baseline", seed=0, status="failed", value=None))
     assert [path.name for path in write(ResultsFolder(tmp_path))] == ["report.html", "figures.csv"]
     assert "1 of 1 runs failed and are left out" in (tmp_path / "report.html").read_text()
-    ended_run(tmp_path, Result(arm="none", seed=2, status="diverged", value=None))
+    ended_run(tmp_path, Result(arm="baseline", seed=2, status="diverged", value=None))
     write(ResultsFolder(tmp_path))
     assert "1 of 2 runs diverged: they have no number" in (tmp_path / "report.html").read_text()
-    ended_run(tmp_path, Result(arm="none", seed=1, value=0.5, step_seconds=0.1, steps=3))
+    ended_run(tmp_path, Result(arm="baseline", seed=1, value=0.5, step_seconds=0.1, steps=3))
     written = write(ResultsFolder(tmp_path))
     assert [path.stem for path in written] == ["report", "figures", "overhead"]
 

@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, mean_qualities
 from regrad_runner.reporting.figures.curves import times_are_estimated
 from regrad_runner.reporting.numbers import probability, short_number
 from regrad_runner.reporting.page.repeat import PRIVATE_SETTINGS
+from regrad_runner.reporting.rates import rates_at_edges
 from regrad_runner.reporting.report_data import ReportData
 from regrad_runner.reporting.sentences import reason
 from regrad_runner.statistics.verdicts import ArmSummary
@@ -119,7 +120,7 @@ def quality_table(data: ReportData) -> PageTable | None:
 
 
 def rates_table(data: ReportData) -> PageTable | None:
-    """Return the means of the trials by which learning rates were chosen, the chosen one marked."""
+    """Return the worst trial of every learning rate tried, the rate that was chosen marked."""
     rates = sorted({trial.lr for trial in data.folder.trials})
     if not rates:
         return None
@@ -128,7 +129,12 @@ def rates_table(data: ReportData) -> PageTable | None:
     for arm in data.styles:
         cells = [_trials_cell(data, arm, rate, chosen.get(arm)) for rate in rates]
         rows.append([_word(arm), *cells])
-    caption = "Choice of learning rates: mean on the validation split; * chosen"
+    caption = ". ".join(
+        [
+            "Choice of learning rates: worst trial on the validation split; * chosen",
+            *rates_at_edges(data.folder.choices),
+        ]
+    )
     return PageTable(caption, ["Arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
@@ -312,12 +318,19 @@ def _effect_cell(summary: ArmSummary) -> TableCell:
 
 
 def _trials_cell(data: ReportData, arm: str, rate: float, chosen: float | None) -> TableCell:
-    """Return the mean of an arm's trials with a learning rate."""
+    """Return the worst of an arm's trials with a learning rate."""
     values = [
         trial.validation for trial in data.folder.trials if trial.arm == arm and trial.lr == rate
     ]
-    cell = _significant(fmean(values) if values else None)
+    cell = _significant(_worst(values, data.measure) if values else None)
     return TableCell(f"{cell.text} *", cell.key) if rate == chosen else cell
+
+
+def _worst(values: Sequence[float], measure: Measure) -> float:
+    """Return the worst of some trials; not a number where one diverged."""
+    if any(map(math.isnan, values)):
+        return math.nan
+    return min(values) if measure.higher_is_better else max(values)
 
 
 def _attached_rows(arm: str, receipt: Mapping[str, Any]) -> list[list[TableCell]]:
