@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 
-from mlflow.tracking.context.abstract_context import RunContextProvider
-
 VARIABLE = "REGRAD_SCRIPT_RUN"
 TAG = "regrad.script_run"
 
 
-class ScriptContext(RunContextProvider):  # type: ignore[misc]
-    """Says which run of a comparison an MLflow run belongs to."""
+class ScriptContext:
+    """Says which run of a comparison an MLflow run belongs to.
+
+    It has the methods of MLflow's `RunContextProvider` but is none: MLflow loads it while MLflow
+    itself is being imported.
+    """
 
     def in_context(self) -> bool:
         """Say whether regrad runs this process."""
