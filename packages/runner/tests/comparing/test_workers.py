@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import regrad
 from regrad_runner.cli.main import main
-from regrad_runner.comparing.plan import _suitable_jobs, make_plan
+from regrad_runner.comparing.plan import suitable_jobs, make_plan
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.machine import usable_cores
 from regrad_runner.settings.config import CompareConfig
@@ -167,7 +167,7 @@ def test_there_is_one_job_unless_told(here, monkeypatch, where):
         monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     else:
         made = replace(made, processes=2)
-    assert _suitable_jobs(made) == 1
+    assert suitable_jobs(made) == 1
 
 
 def test_a_container_or_the_environment_may_allow_fewer_cores_than_there_are(monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from regrad_runner.addresses import without_secrets
 from regrad_runner.comparing.running import record_values
+from regrad_runner.comparing.script_pairs import Pairs
 from regrad_runner.comparing.script_plan import (
     RUN,
     ScriptPlan,
@@ -67,6 +68,7 @@ class ScriptCells:
         self._under_way: list[str] = []
         self._lock = threading.Lock()
         self._is_over = False
+        self._pairs = Pairs()
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +111,7 @@ class ScriptCells:
                 self._run(cell, record, lr)
         except DiskError:  # not the run's own failure, and those that follow would meet it too
             raise
-        except (RunFailedError, OSError) as problem:
+        except (RunFailedError, OSError, ValueError) as problem:
             reason = without_secrets(in_one_line(problem))
             if not self._is_over:
                 self._display.say(f"{cell.name} failed: {reason}")
@@ -195,6 +197,10 @@ class ScriptCells:
         diverged = bool(curve) and not math.isfinite(curve[-1].value)
         if not diverged:
             self._check(record, ending, curve)
+        start = receipt["script"]["start"] if receipt else None
+        warning = self._pairs.add(cell, start, [seen.value for seen in curve])
+        if warning is not None:
+            self._display.say(warning)
         if receipt:
             record.keep(RECEIPT, as_json_text(receipt))
         status: Literal["diverged", "finished"] = "diverged" if diverged else "finished"
