@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from regrad_runner.comparing.plan import Plan, agreed, make_plan, open_folder
 from regrad_runner.comparing.rates import chosen_rates
 from regrad_runner.comparing.running import Comparison, Runner
+from regrad_runner.comparing.timing import time_steps
 from regrad_runner.comparing.workers import Workers
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import draw, export_tables
@@ -45,6 +46,7 @@ def compare(plan: Plan, display: Display) -> ResultsFolder:
             len(folder.trials) + sum(result.status != "failed" for result in folder.results)
         )
         _run_pending(plan, folder, display)
+        time_steps(plan, folder, display)
         draw(folder, plan.workload.measure)
     return folder
 
@@ -88,9 +90,9 @@ def outcome_in_words(outcome: Result | Trial, measure: Measure) -> str:
     if outcome.value is None:
         return outcome.status
     words = [f"{measure.name} {measure.written(outcome.value)}"]
-    if measure.target is not None:
+    if measure.fixed_target is not None:
         reached = "missed"
         if outcome.steps_to_target is not None:
             reached = f"after {outcome.steps_to_target} steps"
-        words.append(f"{measure.target:g} {reached}")
+        words.append(f"{measure.fixed_target:g} {reached}")
     return ", ".join([*words, f"{outcome.seconds:.1f} s"])

@@ -202,6 +202,7 @@ def open_folder(plan: Plan, *, job_array: bool = False) -> ResultsFolder:
         "workload": plan.workload.name,
         "measure": asdict(plan.workload.measure),
         "samples": plan.workload.train.kind,
+        "sizes": plan.workload.sizes,
         "left_out": dict(plan.left_out),
         "arms": {arm.name: arm.recipe for arm in plan.arms},
         # For earlier runs too: corrections that were added may change what their arms are.

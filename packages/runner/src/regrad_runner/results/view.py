@@ -36,6 +36,7 @@ EXPORTS = (
     "results.csv",
     "effects.csv",
     "gradient_quality.csv",
+    "step_times.json",
     "curves.png",
     "steps.png",
     "comparison.png",
