@@ -11,6 +11,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from regrad_runner.diagnostics.effects import Effect, keep_effects
 from regrad_runner.diagnostics.gradient_quality import Quality, keep_quality
+from regrad_runner.diagnostics.step_times import StepTime, keep_step_times
 from regrad_runner.results.about import LAYOUT
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, numbers_of
@@ -117,12 +118,27 @@ def make_comparison():
             "workload": SCRIPT,
             "measure": asdict(Measure(target=target)),
         }
+        if not old:
+            keep_step_times(path, {arm: step_time_of(arm) for arm in ARMS[1:]})
         machine = {"since": "2026-01-01", "processor": "abacus", "versions": {"torch": "2.15.0"}}
         more = {"left_out": {"agc": "<b>no</b>"}, "processes": 1, "machines": [machine]}
+        more |= {"samples": IMAGE, "sizes": {"train": 800, "validation": 179, "test": 360}}
         (path / "about.json").write_text(json.dumps(about if old else about | more))
         return ResultsFolder(path)
 
     return make
+
+
+def step_time_of(arm):
+    """Return what was measured of an arm."""
+    ratio = 1 + 0.1 * ARMS.index(arm)
+    return StepTime(
+        ratio=ratio,
+        interval=(ratio - 0.01, ratio + 0.02),
+        pairs=30,
+        seconds=0.01 * ratio,
+        baseline_seconds=0.01,
+    )
 
 
 def add_run(path, arm, seed, *, old):

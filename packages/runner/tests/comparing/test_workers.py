@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import regrad
 from regrad_runner.cli.main import main
-from regrad_runner.comparing.plan import suitable_jobs, make_plan
+from regrad_runner.comparing.plan import make_plan, suitable_jobs
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.machine import usable_cores
 from regrad_runner.settings.config import CompareConfig

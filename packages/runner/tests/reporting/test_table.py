@@ -46,7 +46,7 @@ def summaries():
         *rows_of("nesterov", 0.001, wobble=WOBBLE[::-1]),
         *rows_of("scaled-head", 0.008),
     ]
-    return summarize(rows, controls=CONTROLS)
+    return summarize(rows, controls=CONTROLS, target=MEASURE.target)
 
 
 def sentence_about(arm, summaries, measure=MEASURE):
@@ -115,7 +115,7 @@ def test_eighty_columns_break_no_number_and_names_where_their_parts_meet():
         *(row for arm in arms for row in rows_of(arm, -0.02, failed=(1,), steps=None)),
     ]
     file = io.StringIO()
-    summaries = summarize(rows, controls=dict.fromkeys(arms))
+    summaries = summarize(rows, controls=dict.fromkeys(arms), target=MEASURE.target)
     Console(file=file, width=80, no_color=True).print(
         comparison_table(summaries, MEASURE, narrow=True)
     )
@@ -127,7 +127,7 @@ def test_eighty_columns_break_no_number_and_names_where_their_parts_meet():
         f".{round(10000 * abs(x)):04d}" for x in (summary.mean, summary.sd, *summary.interval)
     )
     assert first.split()[:6] == ["centralization", mean, "±", sd, "–", "(9)"]
-    assert lines[lines.index(first) + 1].strip() == f"[-{low}, -{high}]"
+    assert lines[lines.index(first) + 1].strip() == f"[0.00, ∞] [-{low}, -{high}]"
     place = next(number for number, line in enumerate(lines) if line.startswith("xgrad:"))
     broken = ["xgrad:", "horizon=2.0,", "decoupled_deca", "y=0.01", "+powergrad:", "alpha=0.5"]
     assert [line[:14].strip() for line in lines[place : place + 6]] == broken
@@ -157,7 +157,7 @@ def test_cells_hold_what_was_measured(summaries):
     assert re.split(" {2,}", baseline.rstrip()) == [
         "baseline",
         ".9803 ± .0019",
-        "104.5",
+        "1.00×",
         "1.00×",
         "baseline",
     ]
@@ -168,9 +168,37 @@ def test_cells_hold_what_was_measured(summaries):
 
 
 def test_without_a_target_there_is_no_word_of_steps(summaries):
-    text = printed(summaries, measure=Measure())
+    uncounted = [replace(summary, target=None) for summary in summaries]
+    text = printed(uncounted, measure=Measure(target=None))
     assert "steps" not in text
     assert "better" in text
+
+
+def test_the_steps_are_a_ratio_with_its_misses_and_its_interval_below(summaries):
+    lines = printed(summaries).splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("xgrad "))
+    assert " 0.81× " in lines[place]
+    assert lines[place + 1].split() == ["[0.80,", "0.81]"]
+    from_baseline = [replace(summary, target=0.98125) for summary in summaries]
+    assert "baseline .9812" in printed(from_baseline, measure=Measure())
+    text = sentence_about("xgrad", from_baseline, Measure())
+    assert "times the baseline's steps to reach the baseline's end, .9812 (p = .002" in text
+
+
+def test_an_unsteady_arm_is_called_so_in_table_sentence_and_json():
+    wide = [replace(row, value=row.value + 0.04 * (-1) ** row.seed) for row in rows_of("agc")]
+    summaries = summarize([*BASELINE, *wide, *rows_of("xgrad")], controls={"agc": None})
+    assert [summary.unsteady for summary in summaries] == [False, True, False]
+    text = printed(summaries)
+    assert "no evidence, unsteady" in text
+    assert re.search(
+        r"agc: no evidence .*; unsteady: its runs spread 2\d\.\d times as much as those of none "
+        r"\(p < \.001 if all arms spread alike\)\.",
+        text,
+    )
+    assert "unsteady" not in sentence_about("none", summaries)
+    (agc,) = [arm for arm in json.loads(to_json(summaries, MEASURE))["arms"] if arm["unsteady"]]
+    assert (agc["arm"], agc["steadiest"], agc["verdict"]) == ("agc", "none", "no evidence")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +210,7 @@ def test_without_a_target_there_is_no_word_of_steps(summaries):
             [
                 "better than the baseline (+.0082 [",
                 "10 seeds) and than its control nesterov (",
-                "0.81 times",
+                "takes 0.81 [0.80, 0.81] times the baseline's steps to reach .96 (p = .002",
             ],
         ),
         (
@@ -205,7 +233,7 @@ def test_without_a_target_there_is_no_word_of_steps(summaries):
             "nesterov",
             [
                 "a control; difference from the baseline +.00",
-                "takes 1.00 times the baseline's steps to reach .96",
+                "takes 1.00 [1.00, 1.00] times the baseline's steps to reach .96",
             ],
         ),
     ],
@@ -263,7 +291,8 @@ def test_a_sentence_says_who_diverged_and_what_the_verdict_then_rests_on():
 
 
 def test_an_arm_without_a_finished_run_is_a_row_of_dashes():
-    summaries = summarize([*BASELINE, *rows_of("xgrad", failed=range(10))], controls={})
+    rows = [*BASELINE, *rows_of("xgrad", failed=range(10))]
+    summaries = summarize(rows, controls={}, target=MEASURE.target)
     row = next(line for line in printed(summaries).splitlines() if line.startswith("xgrad "))
     assert row.split() == ["xgrad", "–", "–", "–", "0/0", "too", "few", "seeds"]
     assert "10 runs failed and are left out." in sentence_about("xgrad", summaries)

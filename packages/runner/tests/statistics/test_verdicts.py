@@ -16,14 +16,14 @@ FINDINGS = ("better", "worse", "better than nothing")
 NOISE = (0.31, -1.2, 0.64, 0.05, -0.48, 1.13, -0.02, 0.77, -0.9, 0.2)
 
 
-def rows_of(arm, values, *, steps=None, seconds=1.0, touched=True, failed=(), diverged=()):
+def rows_of(arm, values, *, steps=None, touched=True, failed=(), diverged=()):
     return [
         RunRow(
             arm=arm,
             seed=seed,
             value=value,
             steps_to_target=steps[seed] if steps else None,
-            step_seconds=seconds,
+            step_seconds=1.0,
             touched=touched,
             status="failed" if seed in failed else "diverged" if seed in diverged else "finished",
         )
@@ -403,11 +403,6 @@ def test_medians_that_fall_on_a_miss_are_left_out():
     baseline, summary = summarize(rows, controls={})
     assert (baseline.steps_to_target, baseline.misses) == (None, 3)
     assert (summary.steps_to_target, summary.misses, summary.steps_ratio) == (None, 2, None)
-
-
-def test_time_is_a_median_of_paired_ratios():
-    rows = rows_of("baseline", [0.0] * 3, seconds=0.2) + rows_of("a", [0.0] * 3, seconds=0.3)
-    assert summary_of("a", rows, controls={}).time_ratio == pytest.approx(1.5)
 
 
 def test_arms_keep_the_order_of_the_rows():

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -160,6 +160,8 @@ def _parsed_type(annotation: Any) -> Any:
     Only numbers are the parser's to read. The settings check the rest, with better messages.
     """
     kinds = _alternatives(annotation)
+    if any(get_origin(kind) is Literal for kind in kinds):  # a number or a word
+        return str | None
     if tuple[str, ...] in kinds:
         return list[str] | None
     for kind in (bool, int, float):

@@ -8,6 +8,7 @@ from typing import Any
 from regrad_runner.comparing.plan import Plan, Planned, agreed, make_plan, open_folder
 from regrad_runner.comparing.runners import runner_of
 from regrad_runner.comparing.running import Comparison, Runner
+from regrad_runner.comparing.timing import time_steps
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import draw, export_tables
 from regrad_runner.results.cells import Cell, is_compared
@@ -45,6 +46,8 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
             len(folder.trials) + sum(result.status != "failed" for result in folder.results)
         )
         _run_pending(plan, folder, display)
+        if isinstance(plan, Plan):
+            time_steps(plan, folder, display)
         draw(folder, plan.measure)
     return folder
 
@@ -92,9 +95,9 @@ def outcome_in_words(outcome: Result | Trial, measure: Measure) -> str:
     if outcome.value is None:
         return outcome.status
     words = [f"{measure.name} {measure.written(outcome.value)}"]
-    if measure.target is not None:
+    if measure.fixed_target is not None:
         reached = "missed"
         if outcome.steps_to_target is not None:
             reached = f"after {outcome.steps_to_target} steps"
-        words.append(f"{measure.target:g} {reached}")
+        words.append(f"{measure.fixed_target:g} {reached}")
     return ", ".join([*words, f"{outcome.seconds:.1f} s"])

@@ -70,6 +70,11 @@ class Planned(ABC, Generic[SettingsOfComparison]):
     def samples(self) -> str:
         """What samples are called; nothing where nobody knows."""
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many samples each split has; nothing where nobody knows."""
+        return {}
+
     @abstractmethod
     def in_words(self) -> str:
         """Say what will be done."""
@@ -144,6 +149,11 @@ class Plan(Planned[CompareConfig]):
     def samples(self) -> str:
         """What its samples are called."""
         return self.workload.train.kind
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many samples each split has."""
+        return self.workload.sizes
 
     def in_words(self) -> str:
         """Say what will be done."""
@@ -270,6 +280,7 @@ def open_folder(plan: Planned[Any], *, job_array: bool = False) -> ResultsFolder
         "workload": plan.name,
         "measure": asdict(plan.measure),
         "samples": plan.samples,
+        "sizes": plan.sizes,
         "left_out": dict(plan.left_out),
         "arms": {arm.name: arm.recipe for arm in plan.arms},
         # For earlier runs too: corrections that were added may change what their arms are.

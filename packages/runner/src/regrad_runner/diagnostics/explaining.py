@@ -14,12 +14,12 @@ import regrad
 import torch
 from regrad import RegradError
 from regrad.correction import Correction
-from regrad.meter import Meter
 from regrad.order import resolve_order
 from regrad.registry import create_all, origin
 from torch import Tensor
 
 from regrad_runner.diagnostics.memory import bytes_held
+from regrad_runner.diagnostics.step_times import silence_meter
 from regrad_runner.settings.arms import Arm, parts_of
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.preparation import load_data
@@ -259,24 +259,12 @@ def relations(
     return refuses, ordered
 
 
-class _Silent(Meter):
-    """A meter that never looks: measuring is not part of a correction's cost."""
-
-    def due(self, correction: Correction, index: int) -> bool:
-        """Return False."""
-        return False
-
-    def warn_if_idle(self, correction: Correction, index: int) -> None:
-        """Say nothing."""
-
-
 def _with_costs(run: TrainingRun, explained: Sequence[Explained], notes: list[str]) -> Explanation:
     """Measure time and memory on the next batch: first with the corrections, then without them."""
     attachment = run.attachment
     engine = attachment.engine
     batch = run.next_batch()
-    engine.registry.unregister(engine.meter)
-    engine.meter = _Silent()
+    silence_meter(run)
     for _ in range(UNTIMED_STEPS):
         _timed_step(run, batch)
     before = dict(engine.seconds)

@@ -24,9 +24,46 @@ def short_number(value: float, measure: Measure, *, sign: str = "-") -> str:
     return without_zero(f"{value:{sign}.{measure.decimals}f}")
 
 
-def short_target(measure: Measure) -> str:
-    """Return the target of a measure that has one, without a zero before the point."""
-    return without_zero(f"{measure.target:g}")
+def short_target(target: float, measure: Measure) -> str:
+    """Return what steps are counted to, without a zero before the point.
+
+    Args:
+        target: The value.
+        measure: Says how many decimals a value has that the baseline's runs came to; a number that
+            somebody chose is written as it is.
+
+    Example:
+        >>> short_target(0.96125, Measure()), short_target(0.96, Measure(target=0.96))
+        ('.9613', '.96')
+    """
+    if measure.fixed_target is None:
+        return short_number(target, measure)
+    return without_zero(f"{target:g}")
+
+
+def target_in_words(target: float, measure: Measure) -> str:
+    """Say what steps are counted to.
+
+    Example:
+        >>> target_in_words(0.96125, Measure()), target_in_words(0.96, Measure(target=0.96))
+        ("the baseline's end, .9613", '.96')
+    """
+    number = short_target(target, measure)
+    return number if measure.fixed_target is not None else f"the baseline's end, {number}"
+
+
+def ratio_interval(interval: tuple[float, float | None] | None) -> str:
+    """Return the interval of a ratio in brackets; nothing where there is none.
+
+    Example:
+        >>> ratio_interval((0.7, 0.95)), ratio_interval((0, None))
+        ('[0.70, 0.95]', '[0.00, ∞]')
+    """
+    if interval is None:
+        return ""
+    low, high = interval
+    end = "∞" if high is None else f"{high:.2f}"
+    return f"[{low:.2f}, {end}]"
 
 
 def without_zero(number: str) -> str:

@@ -19,12 +19,15 @@ from regrad_runner.diagnostics.gradient_quality import (
     kept_qualities,
     mean_qualities,
 )
+from regrad_runner.diagnostics.step_times import kept_step_times, why_not_measured
 from regrad_runner.reporting.explanation import as_json as explanation_as_json
 from regrad_runner.reporting.explanation import as_text
 from regrad_runner.reporting.rates import rates_as_json, rates_at_edges
 from regrad_runner.reporting.report_data import read_report_data
-from regrad_runner.reporting.summaries import summarize_results
+from regrad_runner.reporting.resolution import resolution_in_words, resolution_of
+from regrad_runner.reporting.summaries import has_step_times, summarize_folder
 from regrad_runner.reporting.table import print_comparison, print_qualities, to_json
+from regrad_runner.reporting.unsteady import in_words, lower_rates
 from regrad_runner.results.about import read_about
 from regrad_runner.results.cells import in_ranges
 from regrad_runner.results.folder import ResultsFolder
@@ -103,7 +106,7 @@ def draw(folder: ResultsFolder, measure: Measure) -> list[Path]:
     from regrad_runner.reporting.figures.png import write_pngs  # noqa: PLC0415
     from regrad_runner.reporting.page.write import write_page  # noqa: PLC0415
 
-    summaries = summarize_results(folder.results, measure)
+    summaries = summarize_folder(folder, measure)
     data = read_report_data(folder, measure, summaries)
     return [*write_pngs(data, folder.path), *write_page(data)]
 
@@ -116,17 +119,21 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     """
     about = _read_about(path)
     measure = about["measure"]
-    left_out = about.get("left_out", {})
     folder = ResultsFolder(path)
-    summaries = summarize_results(folder.results, measure)
+    summaries = summarize_folder(folder, measure)
     console = Terminal()
     if as_json:
-        text = _comparison_as_json(folder, summaries, measure, left_out)
+        text = _comparison_as_json(folder, summaries, about)
         console.out(text, highlight=False)
         return
     print_comparison(console, summaries, measure)
     print_qualities(console, kept_qualities(folder))
-    for name, why in left_out.items():
+    for offer in lower_rates(folder, summaries):
+        console.print_line(in_words(offer), wrap=True)
+    _print_resolution(console, about, measure)
+    if not has_step_times(summaries):
+        console.print_line(f"step times are unknown: {why_not_measured(about)}", wrap=True)
+    for name, why in about.get("left_out", {}).items():
         console.print_line(f"left out: {name} ({why})", wrap=True)
     _print_rates(console, folder)
     _print_failures(console, folder)
@@ -215,12 +222,24 @@ def _measure_from(values: Any) -> Measure | None:
 
 
 def _comparison_as_json(
-    folder: ResultsFolder,
-    summaries: list[ArmSummary],
-    measure: Measure,
-    left_out: dict[str, str],
+    folder: ResultsFolder, summaries: list[ArmSummary], about: dict[str, Any]
 ) -> str:
-    more: dict[str, Any] = {"left_out": left_out}
+    """Return all that is known of a comparison.
+
+    Args:
+        folder: Its runs.
+        summaries: Its arms.
+        about: What the folder says about itself, from `_read_about`.
+    """
+    measure = about["measure"]
+    resolution = resolution_of(about, measure)
+    times = kept_step_times(folder.path)
+    more: dict[str, Any] = {
+        "left_out": about.get("left_out", {}),
+        "resolution": None if resolution is None else asdict(resolution),
+        "step_times": {arm: asdict(found) for arm, found in times.items()},
+        "lower_rates": [asdict(offer) for offer in lower_rates(folder, summaries)],
+    }
     qualities = kept_qualities(folder)
     if qualities:
         more["gradient_quality"] = mean_qualities(qualities)
@@ -251,9 +270,9 @@ def _run_in_words(result: Result, measure: Measure) -> dict[str, str]:
     lines = {name: measure.written(value) for name, value in values.items() if value is not None}
     lines["optimizer steps"] = f"{result.steps:,}"
     lines["time per step"] = f"{result.step_seconds * 1e3:.2f} ms"
-    if measure.target is not None:
+    if measure.fixed_target is not None:
         reached = "never" if result.steps_to_target is None else f"{result.steps_to_target:,}"
-        lines[f"steps to {measure.target:g}"] = reached
+        lines[f"steps to {measure.fixed_target:g}"] = reached
     return lines
 
 
@@ -267,6 +286,16 @@ def _effects_in_words(file: Path) -> dict[str, str]:
                 f"{seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
             )
     return lines
+
+
+def _print_resolution(console: Terminal, about: dict[str, Any], measure: Measure) -> None:
+    """Say how many samples the numbers rest on, where the folder says it."""
+    resolution = resolution_of(about, measure)
+    if resolution is None:
+        return
+    console.print_line(resolution_in_words(resolution, measure), wrap=True)
+    if resolution.warning:
+        console.print_line(f"warning: {resolution.warning}", wrap=True)
 
 
 def _print_rates(console: Terminal, folder: ResultsFolder) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from regrad_runner.diagnostics.effects import Effect, kept_effects
 from regrad_runner.diagnostics.gradient_quality import Quality, kept_qualities
+from regrad_runner.diagnostics.step_times import StepTime, kept_step_times
 from regrad_runner.reporting.styles import Style, arm_styles
-from regrad_runner.reporting.summaries import baseline_of
+from regrad_runner.reporting.summaries import baseline_of, target_of
 from regrad_runner.results.about import read_about
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.receipts import read_receipt
@@ -33,6 +34,7 @@ class ReportData:
         about: What the folder says about itself.
         settings: Its resolved settings; none if the file is missing.
         receipts: One per arm that has any: the first seed's.
+        step_times: Time per step by arm, as far as it was measured.
     """
 
     folder: ResultsFolder
@@ -43,6 +45,7 @@ class ReportData:
     about: Mapping[str, Any]
     settings: Mapping[str, Any]
     receipts: Mapping[str, Mapping[str, Any]]
+    step_times: Mapping[str, StepTime] = field(default_factory=dict)
 
     @property
     def styles(self) -> dict[str, Style]:
@@ -53,6 +56,11 @@ class ReportData:
     def baseline(self) -> str | None:
         """Name of the arm that the others are compared with; None if it was not run."""
         return baseline_of(self.summaries)
+
+    @property
+    def target(self) -> float | None:
+        """What steps are counted to; None for nothing."""
+        return target_of(self.summaries)
 
     @property
     def seeds(self) -> int:
@@ -75,6 +83,7 @@ def read_report_data(
         summaries=summaries,
         effects=kept_effects(folder),
         qualities=kept_qualities(folder),
+        step_times=kept_step_times(folder.path),
         about=read_about(folder.path),
         settings=_settings(folder),
         receipts=_first_receipts(folder),

@@ -6,7 +6,8 @@ from regrad_runner.reporting.numbers import (
     count,
     difference_in_brackets,
     probability,
-    short_target,
+    ratio_interval,
+    target_in_words,
 )
 from regrad_runner.statistics.verdicts import FEWEST_SEEDS, ArmSummary
 from regrad_runner.workloads.workload import Measure
@@ -34,6 +35,7 @@ def reason(summary: ArmSummary, measure: Measure) -> str:
     parts = [
         _verdict(summary, measure),
         _target(summary, measure),
+        _unsteadiness(summary),
         _failures(summary),
         _divergences(summary),
     ]
@@ -105,16 +107,27 @@ def _control_evidence(summary: ArmSummary, measure: Measure) -> str:
 
 
 def _target(summary: ArmSummary, measure: Measure) -> str:
-    """Say how fast the target was reached, if the measure has one."""
-    if measure.target is None or summary.verdict in ("inert", "too few seeds"):
+    """Say how fast the target was reached, if there is one."""
+    if summary.target is None or summary.verdict in ("inert", "too few seeds"):
         return ""
-    target = short_target(measure)
+    target = target_in_words(summary.target, measure)
     if summary.steps_ratio is None or summary.verdict == "baseline":
         hits = summary.seeds - summary.misses
         return f"{hits} of {summary.seeds} runs reached {target}"
+    ratio = f"{summary.steps_ratio:.2f} {ratio_interval(summary.steps_interval)}".strip()
     return (
-        f"takes {summary.steps_ratio:.2f} times the baseline's steps to reach {target} "
+        f"takes {ratio} times the baseline's steps to reach {target} "
         f"({probability(summary.steps_p)}, not adjusted)"
+    )
+
+
+def _unsteadiness(summary: ArmSummary) -> str:
+    """Say how much more an unsteady arm's runs differ than others do."""
+    if not summary.unsteady or summary.spread_ratio is None:
+        return ""
+    return (
+        f"unsteady: its runs spread {summary.spread_ratio:.1f} times as much as those of "
+        f"{summary.steadiest} ({probability(summary.spread_p)} if all arms spread alike)"
     )
 
 

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from regrad_runner.results.outcomes import Result
+from regrad_runner.diagnostics.step_times import StepTime, kept_step_times
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import CurvePoint, Result
+from regrad_runner.settings.arms import BASELINE
+from regrad_runner.statistics.steps import StepsToTarget, steps_to_baseline
 from regrad_runner.statistics.verdicts import ArmSummary, summarize
-from regrad_runner.workloads.workload import Measure
+from regrad_runner.workloads.workload import BASELINE_TARGET, Measure
 
 
-def summarize_results(results: Sequence[Result], measure: Measure) -> list[ArmSummary]:
+def summarize_folder(folder: ResultsFolder, measure: Measure) -> list[ArmSummary]:
+    """Return one summary per arm of a comparison's folder, in the order of its runs.
+
+    Raises:
+        ValueError: If there is no run, or something in the folder is damaged.
+    """
+    step_times = kept_step_times(folder.path)
+    return summarize_results(folder.results, measure, curves=folder.curves, step_times=step_times)
+
+
+def summarize_results(
+    results: Sequence[Result],
+    measure: Measure,
+    *,
+    curves: Sequence[CurvePoint] = (),
+    step_times: Mapping[str, StepTime] | None = None,
+) -> list[ArmSummary]:
     """Return one summary per arm, in the order in which the arms first ran.
+
+    Args:
+        results: The runs.
+        measure: What they are compared by.
+        curves: Their evaluations on the validation samples, if steps to the baseline are to be
+            counted.
+        step_times: Time per step by arm, if it was measured.
 
     Raises:
         ValueError: If there is no run.
@@ -23,11 +51,46 @@ def summarize_results(results: Sequence[Result], measure: Measure) -> list[ArmSu
     must_beat = {
         result.arm: result.must_beat for result in results if result.arm not in controls_only
     }
-    return summarize(
-        [result.as_run_row() for result in results],
+    reached = steps_of_runs(results, curves, measure)
+    rows = [
+        replace(result.as_run_row(), steps_to_target=reached.steps.get((result.arm, result.seed)))
+        for result in results
+    ]
+    summaries = summarize(
+        rows,
         controls=must_beat,
         higher_is_better=measure.higher_is_better,
+        target=reached.target,
     )
+    measured = step_times or {}
+    return [
+        replace(summary, time_ratio=measured[summary.arm].ratio)
+        if summary.arm in measured
+        else summary
+        for summary in summaries
+    ]
+
+
+def steps_of_runs(
+    results: Sequence[Result], curves: Sequence[CurvePoint], measure: Measure
+) -> StepsToTarget:
+    """Return the target of a measure and when each run reached it first.
+
+    A number is what the runs themselves counted to. What the baseline's runs came to, which no run
+    knows, is counted from the curves.
+    """
+    if measure.target != BASELINE_TARGET:
+        counted = {(result.arm, result.seed): result.steps_to_target for result in results}
+        return StepsToTarget(target=measure.fixed_target, steps=counted)
+    by_arm: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for result in results:
+        if result.status != "failed":
+            by_arm.setdefault(result.arm, {})[result.seed] = []
+    for point in curves:
+        runs = by_arm.get(point.arm, {})
+        if point.seed in runs:
+            runs[point.seed].append((point.step, point.value))
+    return steps_to_baseline(by_arm, baseline=BASELINE, higher_is_better=measure.higher_is_better)
 
 
 def baseline_of(summaries: Sequence[ArmSummary]) -> str | None:
@@ -36,6 +99,29 @@ def baseline_of(summaries: Sequence[ArmSummary]) -> str | None:
         if summary.verdict == "baseline":
             return summary.arm
     return None
+
+
+def target_of(summaries: Sequence[ArmSummary]) -> float | None:
+    """Return what steps are counted to; None for nothing."""
+    return summaries[0].target if summaries else None
+
+
+def has_step_times(summaries: Sequence[ArmSummary]) -> bool:
+    """Say whether the time per step of any arm was measured."""
+    return any(summary.time_ratio is not None for summary in summaries)
+
+
+def verdict_in_words(summary: ArmSummary) -> str:
+    """Return the verdict on an arm, and whether it is unsteady.
+
+    Example:
+        >>> one = ArmSummary(
+        ...     arm="xgrad", seeds=6, failed=0, mean=1.0, sd=1.0, verdict="better", unsteady=True
+        ... )
+        >>> verdict_in_words(one)
+        'better, unsteady'
+    """
+    return f"{summary.verdict}, unsteady" if summary.unsteady else summary.verdict
 
 
 def _arms_that_are_only_controls(results: Sequence[Result]) -> set[str]:

@@ -14,15 +14,21 @@ from rich.table import Table
 from rich.text import Text
 
 from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, Quality, mean_qualities
-from regrad_runner.reporting.numbers import difference_in_brackets, short_number, short_target
+from regrad_runner.reporting.numbers import (
+    difference_in_brackets,
+    ratio_interval,
+    short_number,
+    short_target,
+)
 from regrad_runner.reporting.sentences import sentence
+from regrad_runner.reporting.summaries import target_of, verdict_in_words
 from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.terminal import plain_table
 from regrad_runner.workloads.workload import Measure
 
 WIDEST_TABLE = 1000  # characters
 WIDE_TERMINAL = 100  # characters, in which every cell has one line
-LONGEST_ARM_NAME = 20  # what the other columns leave of 100 characters
+LONGEST_ARM_NAME = 17  # what the other columns leave of 100 characters
 NARROW_NAME = 14  # what they leave of 80
 VERDICT_COLOURS = {
     "better": "green",
@@ -64,12 +70,13 @@ def comparison_table(
 
     Args:
         summaries: From `regrad_runner.statistics.verdicts.summarize`.
-        measure: What was compared; without a target there is no column for the steps to it.
+        measure: What was compared; where no target is known there is no column for the steps to
+            it.
         narrow: Whether a cell may have several lines, for terminals of fewer than 100 characters.
             At 80 no number is broken.
     """
     rows = [_row(summary, measure, narrow=narrow) for summary in summaries]
-    table = plain_table(_headings(measure), rows, ruled=True)
+    table = plain_table(_headings(summaries, measure), rows, ruled=True)
     longest_name = max((len(summary.arm) for summary in summaries), default=0)
     name, *numbers, _verdict = table.columns
     name.no_wrap = not narrow and longest_name <= LONGEST_ARM_NAME
@@ -117,10 +124,12 @@ def to_json(summaries: Sequence[ArmSummary], measure: Measure, **more: Any) -> s
     return json.dumps({"measure": asdict(measure), "arms": arms, **more}, indent=2, allow_nan=False)
 
 
-def _headings(measure: Measure) -> list[str]:
+def _headings(summaries: Sequence[ArmSummary], measure: Measure) -> list[str]:
     headings = ["arm", f"{measure.name}\nmean ± sd"]
-    if measure.target is not None:
-        headings.append(f"steps to\n{short_target(measure)}\n(misses)")
+    target = target_of(summaries)
+    if target is not None:
+        whose = "" if measure.fixed_target is not None else "baseline "
+        headings.append(f"steps to\n{whose}{short_target(target, measure)}\n(misses)")
     direction = "" if measure.higher_is_better else f"\n{measure.direction}"
     headings += [
         f"difference\nfrom baseline\n95 % interval{direction}",
@@ -138,10 +147,10 @@ def _row(summary: ArmSummary, measure: Measure, *, narrow: bool) -> list[Text]:
         name = _in_lines(name, NARROW_NAME)
         difference = difference.replace(" [", "\n[")
     cells = [name, _mean(summary, measure)]
-    if measure.target is not None:
+    if summary.target is not None:
         cells.append(_steps(summary))
     cells += [difference, _time(summary), _effect(summary)]
-    verdict = Text(summary.verdict, style=VERDICT_COLOURS.get(summary.verdict, ""))
+    verdict = Text(verdict_in_words(summary), style=VERDICT_COLOURS.get(summary.verdict, ""))
     return [*map(Text, cells), verdict]
 
 
@@ -165,10 +174,14 @@ def _mean(summary: ArmSummary, measure: Measure) -> str:
 
 
 def _steps(summary: ArmSummary) -> str:
+    """Return the ratio to the baseline's steps, the misses, and below the interval."""
     if not summary.seeds:
         return UNKNOWN
-    median = UNKNOWN if summary.steps_to_target is None else f"{summary.steps_to_target:g}"
-    return f"{median} ({summary.misses})" if summary.misses else median
+    ratio = UNKNOWN if summary.steps_ratio is None else f"{summary.steps_ratio:.2f}×"
+    if summary.verdict == "baseline":
+        ratio = "1.00×"
+    misses = f" ({summary.misses})" if summary.misses else ""
+    return f"{ratio}{misses}\n{ratio_interval(summary.steps_interval)}".rstrip()
 
 
 def _time(summary: ArmSummary) -> str:

@@ -46,6 +46,7 @@ class About(BaseModel):
     workload: str | None = None
     measure: Any = None
     samples: str | None = None
+    sizes: dict[str, int] | None = None
     left_out: dict[str, str] = {}
     arms: dict[str, dict[str, Any]] = {}
     processes: int = 1

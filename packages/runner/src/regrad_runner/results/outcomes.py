@@ -21,7 +21,8 @@ class Result:
         value: The primary measure on the test split; None where it did not end.
         validation: The measure on the validation split at the end.
         steps: Optimizer steps.
-        steps_to_target: Those after which the target was reached; None if it never was.
+        steps_to_target: Those after which the target was reached; None if it never was, or if the
+            target is no number but the baseline's, which only all runs together say.
         step_seconds: Median time of a training step.
         seconds: Time of the whole run, evaluations included.
         touched: Whether a correction changed any tensor.
@@ -52,6 +53,7 @@ class Result:
             seed=self.seed,
             value=float("nan") if self.value is None else self.value,
             steps_to_target=self.steps_to_target,
+            steps=self.steps,
             step_seconds=self.step_seconds,
             touched=self.touched,
             status=self.status,

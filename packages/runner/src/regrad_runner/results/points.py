@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import median
 
 from regrad_runner.results.run import Line, RunLog, now
+from regrad_runner.statistics.steps import first_reaching
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
 # Kinds of lines in `points.jsonl`.
@@ -69,12 +69,10 @@ def curves_of(measure: Measure) -> dict[str, str]:
 def steps_to_target(points: Sequence[Point], measure: Measure) -> int | None:
     """Return the step at which the running median of three evaluations reached the target.
 
-    None if it never did.
+    None if it never did, or where the target is no number.
     """
-    if measure.target is None:
+    target = measure.fixed_target
+    if target is None:
         return None
-    sign = 1 if measure.higher_is_better else -1
-    for three in zip(points, points[1:], points[2:], strict=False):
-        if sign * (median(point.value for point in three) - measure.target) >= 0:
-            return three[-1].step
-    return None
+    curve = [(point.step, point.value) for point in points]
+    return first_reaching(curve, target, higher_is_better=measure.higher_is_better)

@@ -38,6 +38,7 @@ EXPORTS = (
     "results.csv",
     "effects.csv",
     "gradient_quality.csv",
+    "step_times.json",
     "curves.png",
     "steps.png",
     "comparison.png",

@@ -40,8 +40,9 @@ class ScriptConfig(ComparisonSettings):
     ]
     better: Literal["higher", "lower"]
     target: Annotated[
-        float | None, Flag("Value of the measure whose first reaching counts.", THE_SCRIPT, "X")
-    ] = None
+        float | Literal["baseline"],
+        Flag("Value to count steps to; the baseline's own median end by default.", THE_SCRIPT, "X"),
+    ] = "baseline"
     launcher: Annotated[
         str | None,
         Flag("In front of each run, such as 'torchrun --nproc-per-node 2'.", THE_SCRIPT, "TEXT"),

@@ -10,8 +10,10 @@ from functools import partial
 from typing import Literal
 
 from regrad_runner.settings.arms import BASELINE
-from regrad_runner.statistics.paired import PairedDifference, holm, paired_difference, sign_flip_p
+from regrad_runner.statistics.paired import PairedDifference, holm, paired_difference
 from regrad_runner.statistics.rows import RunRow
+from regrad_runner.statistics.spreads import SpreadRatio, spread_ratios
+from regrad_runner.statistics.steps import StepsRatio, steps_ratio
 
 FEWEST_SEEDS = 6
 Verdict = Literal[
@@ -45,12 +47,21 @@ class ArmSummary:
         interval: Student-t interval of it at 1 - level.
         p_value: Of the two-sided paired test.
         p_adjusted: The same after Holm over the correction arms; None for baseline and controls.
+        target: Value on the validation samples to which steps are counted; None for none.
         steps_to_target: Median over the arm's runs; None where the median run missed the target.
         misses: Runs that never reached the target.
-        steps_ratio: Median paired ratio to the baseline's steps; None where the median is a miss of
-            either.
+        steps_ratio: Median paired ratio to the baseline's steps; None where the median is a miss.
+        steps_interval: Interval of that median at 1 - level; its upper end is None where it is
+            open. See `regrad_runner.statistics.steps.steps_ratio`.
         steps_p: Exact sign-flip test of the paired log ratios' signed ranks.
-        time_ratio: Median paired ratio of the time per step to the baseline's.
+        spread_ratio: `sd` over the smallest of the arms with 6 runs or more; None where that is
+            not known.
+        steadiest: Name of the arm with the smallest.
+        spread_p: Bound on the probability that any two of the arms differ so much or more in their
+            spread if all arms spread alike; None where the ratio is not known.
+        unsteady: Whether that ratio is above 3.
+        time_ratio: Median ratio of the time per step to the baseline's, from the measurement at the
+            end of a comparison; None where there is none.
         touched: Runs in which a correction changed something.
         control: Name of the arm it must also beat; None if none is declared or known.
         against_control: The comparison with that arm; None if it was not run.
@@ -69,10 +80,16 @@ class ArmSummary:
     interval: tuple[float, float] | None = None
     p_value: float | None = None
     p_adjusted: float | None = None
+    target: float | None = None
     steps_to_target: float | None = None
     misses: int = 0
     steps_ratio: float | None = None
+    steps_interval: tuple[float, float | None] | None = None
     steps_p: float | None = None
+    spread_ratio: float | None = None
+    steadiest: str | None = None
+    spread_p: float | None = None
+    unsteady: bool = False
     time_ratio: float | None = None
     touched: int = 0
     control: str | None = None
@@ -87,6 +104,7 @@ def summarize(
     controls: Mapping[str, str | None],
     higher_is_better: bool = True,
     level: float = 0.05,
+    target: float | None = None,
 ) -> list[ArmSummary]:
     r"""Compare every arm with the baseline over paired seeds, and say what follows.
 
@@ -127,6 +145,7 @@ def summarize(
             correction of its own is tested like one.
         higher_is_better: The direction of better.
         level: Probability of a false verdict per table, in (0, 1).
+        target: What the rows count steps to.
 
     Returns:
         One summary per arm, in the order of their first rows.
@@ -183,12 +202,15 @@ def summarize(
             better_side=1 if higher_is_better else -1,
         )
 
+    spreads = spread_ratios(_values_by_arm(arms))
     return [
         _summary(
             arm,
             runs,
-            baseline_runs=arms[baseline],
             test=None if arm == baseline else against[arm],
+            steps=_ratio_of_steps(arm, arms, baseline=baseline, level=level),
+            spread=spreads.get(arm),
+            target=target,
             p_adjusted=adjusted.get(arm),
             control=controls.get(arm),
             against_control=against_control.get(arm),
@@ -294,12 +316,29 @@ def _holm_by_arm(p_values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(p_values, holm(list(p_values.values())), strict=True))
 
 
+def _ratio_of_steps(
+    arm: str, arms: Mapping[str, Mapping[int, RunRow]], *, baseline: str, level: float
+) -> StepsRatio:
+    """Compare an arm's steps to the target with the baseline's; nothing for the baseline itself."""
+    if arm == baseline:
+        return StepsRatio()
+    return steps_ratio(_pairs(arms[arm], arms[baseline]), level=level)
+
+
+def _values_by_arm(arms: Mapping[str, Mapping[int, RunRow]]) -> dict[str, list[float]]:
+    """Return the values of the arms that have enough runs for their spread to be known."""
+    values = {arm: [run.value for run in runs.values() if run.usable] for arm, runs in arms.items()}
+    return {arm: numbers for arm, numbers in values.items() if len(numbers) >= FEWEST_SEEDS}
+
+
 def _summary(
     arm: str,
     runs: Mapping[int, RunRow],
     *,
-    baseline_runs: Mapping[int, RunRow],
     test: PairedDifference | None,
+    steps: StepsRatio,
+    spread: SpreadRatio | None,
+    target: float | None,
     p_adjusted: float | None,
     control: str | None,
     against_control: PairedDifference | None,
@@ -309,13 +348,7 @@ def _summary(
     finished = [run for run in runs.values() if run.usable]
     diverged = [run for run in runs.values() if run.diverged]
     values = [run.value for run in finished]
-    steps = [math.inf if run.steps_to_target is None else run.steps_to_target for run in finished]
-    pairs: list[tuple[RunRow, RunRow]] = []
-    if test is not None:
-        compared = _pairs(runs, baseline_runs)
-        pairs = [(one, other) for one, other in compared if one.usable and other.usable]
-    log_ratios = [_log_ratio(one.steps_to_target, other.steps_to_target) for one, other in pairs]
-    log_median = _median(log_ratios)
+    reached = [math.inf if run.steps_to_target is None else run.steps_to_target for run in finished]
     found = test or PairedDifference(pairs=0)
     return ArmSummary(
         arm=arm,
@@ -330,29 +363,21 @@ def _summary(
         interval=found.interval,
         p_value=found.p_value,
         p_adjusted=p_adjusted,
-        steps_to_target=_median(steps),
-        misses=sum(math.isinf(count) for count in steps),
-        steps_ratio=None if log_median is None else math.exp(log_median),
-        steps_p=sign_flip_p(log_ratios) if log_ratios else None,
-        time_ratio=_median(
-            [one.step_seconds / other.step_seconds for one, other in pairs if other.step_seconds]
-        ),
+        target=target,
+        steps_to_target=_median(reached),
+        misses=sum(math.isinf(count) for count in reached),
+        steps_ratio=steps.ratio,
+        steps_interval=steps.interval,
+        steps_p=steps.p_value,
+        spread_ratio=None if spread is None else spread.ratio,
+        steadiest=None if spread is None else spread.steadiest,
+        spread_p=None if spread is None else spread.p_value,
+        unsteady=spread is not None and spread.is_unsteady,
         touched=sum(run.touched for run in finished),
         control=control,
         against_control=against_control,
         verdict=verdict,
     )
-
-
-def _log_ratio(steps: int | None, other_steps: int | None) -> float:
-    """Return log(steps / other_steps), where None is a miss and longer than everything else."""
-    if steps == other_steps:
-        return 0.0
-    if steps is None:
-        return math.inf
-    if other_steps is None:
-        return -math.inf
-    return math.log(steps / other_steps)
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -57,7 +57,7 @@ def load(
     train_set, validation_set, test_set = standardized(*splits, augment=Augmentation(shift=1))
     return ImageWorkload(
         name="digits",
-        measure=Measure(target=0.96),
+        measure=Measure(),
         train=train_set,
         validation=validation_set,
         test=test_set,

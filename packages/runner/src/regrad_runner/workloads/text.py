@@ -18,7 +18,13 @@ from regrad_runner.files import read_bytes
 from regrad_runner.models.gpt import build_gpt
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.samples import Batch, Samples, hashed_integers
-from regrad_runner.workloads.workload import Defaults, Measure, Workload
+from regrad_runner.workloads.workload import (
+    BASELINE_TARGET,
+    Defaults,
+    Measure,
+    Target,
+    Workload,
+)
 
 VOCABULARY = 256
 MODEL = "gpt"
@@ -47,7 +53,7 @@ def load(
     data_dir: Path | None = None,
     train_size: int | None = None,
     context: int = 128,
-    target: float | None = 2.5,
+    target: Target = BASELINE_TARGET,
 ) -> TextWorkload:
     """Return the bytes of a text, each to be predicted from those before.
 
@@ -65,7 +71,8 @@ def load(
         train_size: Number of training windows that an epoch has; only as many bytes, the first, are
             kept. None for all.
         context: Bytes of a window, at least 1.
-        target: Bits per byte on the validation split whose reaching is timed; None for none.
+        target: Bits per byte on the validation split to which steps are counted, "baseline" or
+            None, as in `regrad_runner.workloads.workload.Measure`.
 
     Raises:
         ValueError: If there is no such file, it is empty, too short, no regular file or not UTF-8,
@@ -79,7 +86,7 @@ def load(
         )
     if context < 1:
         raise ValueError(f"context must be at least 1, got {context!r}")
-    if target is not None and not target > 0:
+    if isinstance(target, float | int) and not target > 0:
         raise ValueError(f"target must be positive, got {target!r}")
     text = _read(data_dir)
     least = math.ceil((context + 1) / TEXT_VALIDATION_SHARE)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
 
 from torch import Tensor, nn
 
 from regrad_runner.workloads.samples import Samples
 
 MOST_DECIMALS = 12
+BASELINE_TARGET: Final = "baseline"
+Target = float | Literal["baseline"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,23 +22,35 @@ class Measure:
     Attributes:
         name: As printed; on the validation split "test " in front of it becomes "validation ".
         higher_is_better: The direction of better.
-        target: The value whose first reaching is timed, or None for no such timing.
+        target: The value on the validation samples to which a run's steps are counted: "baseline"
+            for the median end of the baseline's runs, a number, or None to count none.
         decimals: Digits after the point where it is printed, 0 to 12.
         on_validation: What it is called on the validation split; None for "validation " in front.
     """
 
     name: str = "test accuracy"
     higher_is_better: bool = True
-    target: float | None = None
+    target: Target = BASELINE_TARGET
     decimals: int = 4
     on_validation: str | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether every field is of its type and in its range: it may come from a file."""
-        numbers = isinstance(self.target, float | int | None) and type(self.decimals) is int
+        is_target = isinstance(self.target, float | int | None) or self.target == BASELINE_TARGET
+        is_count = type(self.decimals) is int and 0 <= self.decimals <= MOST_DECIMALS
         names = isinstance(self.name, str) and isinstance(self.on_validation, str | None)
-        return numbers and names and 0 <= self.decimals <= MOST_DECIMALS
+        return is_target and is_count and names
+
+    @property
+    def fixed_target(self) -> float | None:
+        """The target if it is a number; None where the runs of a comparison have to say it."""
+        return None if isinstance(self.target, str) else self.target
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether it is the share of samples that are right, as every accuracy is."""
+        return self.name.endswith("accuracy")
 
     @property
     def direction(self) -> str:
@@ -102,6 +116,15 @@ class Workload:
     validation: Samples
     test: Samples
     defaults: Defaults
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many samples each split has."""
+        return {
+            "train": len(self.train),
+            "validation": len(self.validation),
+            "test": len(self.test),
+        }
 
     def build_model(self, name: str, *, seed: int = 0) -> nn.Module:
         """Return a model in training mode, on the CPU, in float32; equal ones for equal seeds.

@@ -67,15 +67,15 @@ def drawn(monkeypatch):
     return figures
 
 
-def summaries_of(rows):
-    return summarize([row.as_run_row() for row in rows], controls=CONTROLS)
+def summaries_of(rows, *, target=0.9):
+    return summarize([row.as_run_row() for row in rows], controls=CONTROLS, target=target)
 
 
 def data_of(curves, rows, *, target=0.9):
     return ReportData(
         folder=SimpleNamespace(results=rows, curves=curves),
         measure=Measure(target=target),
-        summaries=summaries_of(rows),
+        summaries=summaries_of(rows, target=target),
         effects=[],
         qualities=[],
         about={},
@@ -179,7 +179,7 @@ def test_a_missed_target_stands_behind_every_hit(curves, rows, tmp_path, drawn):
     misses = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"]
     assert len(misses) == 1
     assert misses[0] > max(row.steps_to_target for row in rows if row.steps_to_target)
-    assert texts_of(axes)[:4] == ["baseline", "xgrad", "1 of 7 missed", "agc:axis=[0,1]$"]
+    assert texts_of(axes)[:4] == ["baseline", "xgrad", "1.00×, 1 of 7 missed", "agc:axis=[0,1]$"]
 
 
 def test_without_a_target_there_is_no_picture_of_steps(curves, rows, tmp_path):

@@ -251,10 +251,27 @@ def test_steps_to_the_target_are_every_run_their_median_and_its_interval(folder,
     assert (late.x, late.low, late.high) == (59, 54, None)
 
 
-def test_overhead_is_the_median_paired_ratio(folder, names):
+def test_overhead_is_what_was_measured_in_turns(folder, names):
     (mark,) = marks(folder, "overhead", names.long)
-    assert mark.x == pytest.approx(0.013 / 0.010)
-    assert len(marks(folder, "overhead", names.long, whole=False)) == 6
+    assert (mark.x, mark.low, mark.high) == pytest.approx((1.3, 1.29, 1.32))
+    assert marks(folder, "overhead", names.long, whole=False) == []
+
+
+def test_the_page_says_how_many_samples_there_were_and_warns_of_few(page, names):
+    said = " ".join(page.texts["li"])
+    assert f"Validation: 179 {names.image}, one is worth .0056; test: 360 {names.image}" in said
+    assert f"Only 179 {names.image} for validation" in said
+
+
+def test_the_page_offers_the_next_lower_rate_where_an_arm_is_unsteady(
+    make_comparison, tmp_path, monkeypatch
+):
+    made = make_comparison(tmp_path)
+    monkeypatch.setattr("regrad_runner.statistics.spreads.UNSTEADY_FROM", 1.0)
+    write(made)
+    said = " ".join(Page(tmp_path / "report.html").texts["li"])
+    offer = f"compare --config {tmp_path / 'config.yaml'} --lr 0.0333333 --out {tmp_path}-lr-0.03"
+    assert offer in said
 
 
 def test_effects_over_training_have_a_curve_per_stage(folder, names):
@@ -309,7 +326,7 @@ def test_an_older_folder_is_shown_and_what_is_missing_is_said(old, names, capsys
     assert str(old.path / "report.html") in capsys.readouterr().out
     page = Page(old.path / "report.html")
     assert [i for i in page.ids() if i in SECTIONS] == [
-        s for s in SECTIONS if s not in ("target", "quality")
+        s for s in SECTIONS if s not in ("target", "overhead", "quality")
     ]
     said = " ".join(page.texts["li"])
     for words in (
@@ -317,6 +334,7 @@ def test_an_older_folder_is_shown_and_what_is_missing_is_said(old, names, capsys
         "effect over training was kept",
         "machine was kept",
         "no target",
+        "Step times are unknown: they were not measured.",
     ):
         assert words in said
     estimated = marks(old, "loss-time", "nesterov")[-1].x
@@ -340,7 +358,7 @@ def test_failed_runs_and_a_baseline_alone_can_be_shown(tmp_path, ended_run):
     assert "1 of 2 runs diverged: they have no number" in (tmp_path / "report.html").read_text()
     ended_run(tmp_path, Result(arm="baseline", seed=1, value=0.5, step_seconds=0.1, steps=3))
     written = write(ResultsFolder(tmp_path))
-    assert [path.stem for path in written] == ["report", "figures", "overhead"]
+    assert [path.stem for path in written] == ["report", "figures"]
 
 
 SETTINGS = {

@@ -162,7 +162,7 @@ def _training_curve(
         y_label=label,
         marks=marks,
         styles=styles_of(data.styles, marks),
-        reference=data.measure.target if of_measure else None,
+        reference=data.target if of_measure else None,
         zoomed=True,
     )
     return [drawing]

@@ -9,9 +9,12 @@ from statistics import fmean, median
 
 from regrad_runner.diagnostics.gradient_quality import Quality
 from regrad_runner.reporting.figures.marks import Drawing, Mark, styles_of
+from regrad_runner.reporting.numbers import target_in_words
 from regrad_runner.reporting.report_data import ReportData
 from regrad_runner.reporting.styles import Style
+from regrad_runner.reporting.summaries import steps_of_runs, verdict_in_words
 from regrad_runner.statistics.intervals import median_interval
+from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import name_on_validation
 
 MEDIAN_CAPTION = (
@@ -43,7 +46,7 @@ def difference_rows(data: ReportData) -> list[Drawing]:
             high=high,
         )
         marks += [*_dots("differences", summary.arm, differences), mean]
-        words[summary.arm] = summary.verdict
+        words[summary.arm] = verdict_in_words(summary)
     if not marks:
         return []
     better_side = "Right" if data.measure.higher_is_better else "Left"
@@ -66,27 +69,30 @@ def difference_rows(data: ReportData) -> list[Drawing]:
 
 def target_rows(data: ReportData) -> list[Drawing]:
     """Return the steps to the target, if there is one."""
-    target = data.measure.target
-    if target is None:
+    if data.target is None:
         return []
+    reached = steps_of_runs(data.folder.results, data.folder.curves, data.measure).steps
     marks = []
     words = {}
     for summary in data.summaries:
-        steps = {run.seed: run.steps_to_target for run in data.usable_runs(summary.arm)}
+        steps = {
+            run.seed: reached.get((summary.arm, run.seed)) for run in data.usable_runs(summary.arm)
+        }
         if steps:
             marks += _dots("steps-to-target", summary.arm, steps)
             marks.append(_median_mark("steps-to-target", summary.arm, steps.values()))
-            missed = f"{summary.misses} of {len(steps)} missed" if summary.misses else ""
-            words[summary.arm] = missed
+            words[summary.arm] = _steps_in_words(summary, len(steps))
     if not marks:
         return []
+    target = target_in_words(data.target, data.measure)
     drawing = Drawing(
         name="steps-to-target",
         kind="dots",
-        title=f"Steps to {name_on_validation(data.measure)} {target:g}",
+        title=f"Steps to {name_on_validation(data.measure)} {target}",
         caption=(
             f"{MEDIAN_CAPTION} A run reaches the target when the running median of three "
-            "evaluations does; × at the edge: a run that missed it."
+            "evaluations does; × at the edge: a run that missed it. Right: median ratio to the "
+            "baseline's steps of the same seed."
         ),
         x_label="optimizer steps to the target",
         marks=marks,
@@ -96,28 +102,44 @@ def target_rows(data: ReportData) -> list[Drawing]:
     return [drawing]
 
 
+def _steps_in_words(summary: ArmSummary, runs: int) -> str:
+    """Return the ratio of an arm's steps, and how many runs missed."""
+    parts = []
+    if summary.steps_ratio is not None and summary.verdict != "baseline":
+        parts.append(f"{summary.steps_ratio:.2f}×")
+    if summary.misses:
+        parts.append(f"{summary.misses} of {runs} missed")
+    return ", ".join(parts)
+
+
 def overhead_rows(data: ReportData) -> list[Drawing]:
-    """Return the time per step as a ratio to the baseline's of the same seed."""
-    reference = {run.seed: run.step_seconds for run in data.usable_runs(data.baseline)}
+    """Return the time per step as a ratio to the baseline's, as far as it was measured."""
     marks = []
     words = {}
     for summary in data.summaries:
-        ratios = {
-            run.seed: run.step_seconds / reference[run.seed]
-            for run in data.usable_runs(summary.arm)
-            if reference.get(run.seed)
-        }
-        if ratios:
-            marks += _dots("overhead", summary.arm, ratios)
-            marks.append(_median_mark("overhead", summary.arm, ratios.values()))
-            words[summary.arm] = f"{median(ratios.values()):.2f}×"
+        found = data.step_times.get(summary.arm)
+        if found is not None:
+            low, high = found.interval or (None, None)
+            mark = Mark(
+                figure="overhead",
+                series=summary.arm,
+                seeds=1,
+                x=found.ratio,
+                low=low,
+                high=high,
+            )
+            marks.append(mark)
+            words[summary.arm] = f"{found.ratio:.2f}×"
     if not marks:
         return []
     drawing = Drawing(
         name="overhead",
         kind="bars",
         title="Time per step",
-        caption=f"Each run is divided by the baseline's run of its seed. {MEDIAN_CAPTION}",
+        caption=(
+            "Steps of the arm and of the baseline in turns, up to 30 pairs in one process. Bar: "
+            "median ratio of a pair; line: interval that covers the median with at least 95 %."
+        ),
         x_label="time per step ÷ the baseline's",
         marks=marks,
         styles=styles_of(data.styles, marks),

@@ -10,12 +10,21 @@ from statistics import median
 from typing import Any
 
 from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, mean_qualities
+from regrad_runner.diagnostics.step_times import why_not_measured
 from regrad_runner.reporting.figures.curves import times_are_estimated
-from regrad_runner.reporting.numbers import probability, short_number
+from regrad_runner.reporting.numbers import (
+    probability,
+    ratio_interval,
+    short_number,
+    short_target,
+)
 from regrad_runner.reporting.page.repeat import PRIVATE_SETTINGS
 from regrad_runner.reporting.rates import rates_at_edges
 from regrad_runner.reporting.report_data import ReportData
+from regrad_runner.reporting.resolution import resolution_in_words, resolution_of
 from regrad_runner.reporting.sentences import reason
+from regrad_runner.reporting.summaries import has_step_times, verdict_in_words
+from regrad_runner.reporting.unsteady import in_words, lower_rates
 from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure
 
@@ -86,9 +95,10 @@ def arms_table(data: ReportData) -> PageTable:
         "95 % interval",
         "p, Holm",
     ]
-    if data.measure.target is not None:
-        columns += [f"Steps to {data.measure.target:g}", "Misses"]
-    columns += ["ms per step", "Time ratio", "Effect in runs"]
+    if data.target is not None:
+        target = short_target(data.target, data.measure)
+        columns += [f"Steps to {target}", "Misses", "Ratio of steps", "Its 95 % interval"]
+    columns += ["ms per step in runs", "Time ratio", "Effect in runs"]
     if rates:
         columns.append("Learning rate")
     rows = [_arm_row(data, summary, rates) for summary in data.summaries]
@@ -205,8 +215,22 @@ def missing(data: ReportData) -> list[str]:
     notes += _notes_on_age(data)
     if not data.receipts:
         notes.append("This folder holds no receipts.")
-    if data.measure.target is None:
-        notes.append("The workload has no target: there is no figure of the steps to it.")
+    if data.target is None:
+        notes.append(_why_no_target(data))
+    if not has_step_times(data.summaries):
+        notes.append(f"Step times are unknown: {why_not_measured(data.about)}.")
+    return notes
+
+
+def remarks(data: ReportData) -> list[str]:
+    """Say what to bear in mind with the verdicts: unsteady arms, and on how much they rest."""
+    offers = lower_rates(data.folder, data.summaries)
+    notes = [_as_sentence(in_words(offer)) for offer in offers]
+    resolution = resolution_of(data.about, data.measure)
+    if resolution is not None:
+        notes.append(_as_sentence(resolution_in_words(resolution, data.measure)))
+        if resolution.warning:
+            notes.append(_as_sentence(resolution.warning))
     return notes
 
 
@@ -231,7 +255,7 @@ def _is_control(summary: ArmSummary) -> bool:
 def _verdict(summary: ArmSummary, measure: Measure) -> dict[str, str]:
     return {
         "arm": summary.arm,
-        "verdict": summary.verdict,
+        "verdict": verdict_in_words(summary),
         "tone": TONES.get(summary.verdict, "plain"),
         "kind": "control" if _is_control(summary) else "correction",
         "sentence": _own_sentence(summary, measure),
@@ -254,16 +278,21 @@ def _arm_row(data: ReportData, summary: ArmSummary, rates: Mapping[str, float]) 
     measure = data.measure
     cells = [
         _word(summary.arm),
-        _word(summary.verdict),
+        _word(verdict_in_words(summary)),
         _measured(summary.mean, measure),
         _measured(summary.sd, measure),
         _signed_cell(summary.difference, measure),
         _interval_cell(summary, measure),
         _probability_cell(summary.p_adjusted),
     ]
-    if measure.target is not None:
-        cells.append(_number(summary.steps_to_target, "{:,.0f}"))
-        cells.append(TableCell(str(summary.misses), summary.misses))
+    if summary.target is not None:
+        steps_ratio = 1.0 if summary.verdict == "baseline" else summary.steps_ratio
+        cells += [
+            _number(summary.steps_to_target, "{:,.0f}"),
+            TableCell(str(summary.misses), summary.misses),
+            _number(steps_ratio, "{:.2f}×"),
+            _steps_interval_cell(summary),
+        ]
     ratio = 1.0 if summary.verdict == "baseline" else summary.time_ratio
     cells += [
         _number(_milliseconds_per_step(data, summary.arm), "{:.2f}"),
@@ -303,6 +332,14 @@ def _interval_cell(summary: ArmSummary, measure: Measure) -> TableCell:
         return TableCell(NOTHING)
     low, high = summary.interval
     return TableCell(f"{_signed(low, measure)} to {_signed(high, measure)}", low)
+
+
+def _steps_interval_cell(summary: ArmSummary) -> TableCell:
+    """Return the interval of the ratio of steps, as other intervals are written."""
+    if summary.steps_interval is None:
+        return TableCell(NOTHING)
+    text = ratio_interval(summary.steps_interval).strip("[]").replace(", ", " to ")
+    return TableCell(text, summary.steps_interval[0])
 
 
 def _probability_cell(p_value: float | None) -> TableCell:
@@ -406,6 +443,21 @@ def _notes_on_age(data: ReportData) -> list[str]:
             "it is shown."
         )
     return notes
+
+
+def _why_no_target(data: ReportData) -> str:
+    """Say why no steps are counted."""
+    if data.measure.target is None:
+        return "The workload has no target: there is no figure of the steps to it."
+    return (
+        "There is no figure of the steps to the baseline's end: it takes runs of the baseline with "
+        "at least three evaluations each."
+    )
+
+
+def _as_sentence(text: str) -> str:
+    """Return a remark as a sentence; a command at its end has no full stop."""
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def _seeds(data: ReportData) -> str:

@@ -101,9 +101,7 @@ def _sections(data: ReportData) -> list[Section]:
         Section(
             name="overhead",
             title="Overhead",
-            text=(
-                "Time per step, without evaluations and the first steps; no verdict rests on it."
-            ),
+            text=("Time per step, measured at the end of the comparison; no verdict rests on it."),
             drawings=rows.overhead_rows(data),
         ),
         Section(
@@ -182,7 +180,7 @@ def _render(data: ReportData, sections: Sequence[Section], pictures: dict[str, M
         workload=str(data.about.get("workload", "")),
         brief=content.in_brief(data),
         verdicts=content.verdicts(data),
-        missing=content.missing(data),
+        missing=[*content.remarks(data), *content.missing(data)],
         sections=sections,
         pictures=pictures,
         run_tables=_run_tables(data),
