@@ -161,3 +161,27 @@ def test_nested_tensors_have_no_shape_in_the_record(toys, reading):
         model(ragged)
     (call,) = attachment.record.calls
     assert (call.name, call.inputs, call.makes_output) == ("layer", (), True)
+
+
+def test_of_several_modules_each_first_forward_is_recorded_in_the_order_of_the_calls(
+    toys, reading, hooks_on
+):
+    first, second, unused = (toys.Net() for _ in range(3))
+    parts = [second, unused, first]
+    optimizer = torch.optim.SGD(torch.nn.ModuleList(parts).parameters(), lr=0.1)
+    before = [hooks_on(part.body, optimizer) for part in parts]
+    attachment = regrad.attach(parts, optimizer, [reading()])
+    inputs = torch.ones(5, 3, dtype=torch.float64)
+    for _ in range(2):
+        first(inputs)
+        second(inputs)
+    calls = attachment.record.calls
+    assert [call.name for call in calls] == [
+        *("2.body", "2.norm", "2.head", "2"),
+        *("0.body", "0.norm", "0.head", "0"),
+    ]
+    assert [call.name for call in calls if call.makes_output] == ["0.head", "0"]
+    assert [len(part.body._forward_hooks) for part in parts] == [0, 1, 0]
+    attachment.detach()
+    for part, hooks in zip(parts, before, strict=True):
+        assert hooks_on(part.body, optimizer) == hooks

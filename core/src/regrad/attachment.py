@@ -109,8 +109,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         corrections: In acting order.
         reasons: Why any correction was moved from the place it was given, and what
             corrections note of their choices.
-        record: The record of the first training forward, where a correction needs
-            it and the model is not compiled; else None.
+        record: The record of the first training forward, of each module where there are
+            several, where a correction needs it and the model is not compiled; else None.
         engine: Runs the corrections. Register observers (`hookimpl(wrapper=True)`)
             with `engine.registry.register`.
     """
@@ -142,8 +142,6 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         try:
             self._set_up()
             self._register()
-            if acts_inside and self._switch is not None:
-                CrossEntropyInside(self)
         except BaseException:
             self.detach()
             raise
@@ -153,9 +151,10 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         for correction in self.corrections:
             correction.attachment = self
         reads_record = any(correction.needs.record for correction in self.corrections)
+        roots = self.engine.roots
         modules = (*self._called, self.model)
         if reads_record and not any(is_compiled(module) for module in modules):
-            self.record = ForwardRecord(self.model)
+            self.record = ForwardRecord(self.model, roots)
             self._handles += self.record.handles
         for correction, call in self.engine.callers["setup"]:
             with torch.random.fork_rng(devices=[]), self.engine.named(correction, "setup"):
@@ -165,6 +164,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
                 corrected = call(criterion=self._original)
             self._switch = Switch(self.engine, owner, self._original, corrected)
             self._criterion = switching_criterion(self._switch)
+        if self._acts_inside and self._switch is not None:
+            CrossEntropyInside(self)
 
     def _register(self) -> None:
         """Put the hooks on models and optimizer."""

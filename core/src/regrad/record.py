@@ -1,13 +1,13 @@
 """The record of the first training forward: which submodule was called when, with which shapes."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrad.module_hooks import add_hook
+from regrad.module_hooks import Handle, add_hook
 
 
 @dataclass(frozen=True)
@@ -30,45 +30,68 @@ class Call:
 class ForwardRecord:
     """Records the first training forward after it is made, then takes its hooks away.
 
+    Of several modules that are attached together each one's own is recorded, in the order in which
+    they are called; the output of the one that was called last is the model's.
+
     Args:
         model: The innermost module. Gets a forward hook per submodule until then.
+        roots: The modules of it that the loop calls; by default itself.
 
     Attributes:
-        calls: One `Call` per finished submodule call, in that order; empty until the forward ran.
+        calls: One `Call` per finished submodule call, in that order; empty until a forward ran.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, roots: Sequence[nn.Module] = ()) -> None:
         self.calls: tuple[Call, ...] = ()
         self._names = {module: name for name, module in model.named_modules()}
         self._seen: list[tuple[str, Any, list[Any]]] = []
-        self.handles = [
-            add_hook(module, module.register_forward_hook, self._keep) for module in self._names
-        ]
-        self.handles.append(add_hook(model, model.register_forward_pre_hook, self._begin))
+        self._handles_of: dict[nn.Module, list[Handle]] = {}
+        hooked: set[nn.Module] = set()
+        for root in roots or (model,):
+            modules = [module for module in root.modules() if module not in hooked]
+            hooked.update(modules)
+            self._handles_of[root] = [
+                add_hook(module, module.register_forward_hook, self._keep) for module in modules
+            ]
+            self._handles_of[root].append(
+                add_hook(root, root.register_forward_pre_hook, self._begin)
+            )
+
+    @property
+    def handles(self) -> list[Handle]:
+        """What removes the hooks that are there."""
+        there: list[Handle] = []
+        for handles in self._handles_of.values():
+            there += handles
+        return there
 
     def _begin(self, *_: Any) -> None:
         """Forget what an interrupted forward left."""
         self._seen.clear()
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        is_root = module in self._handles_of
         name = self._names[module]
         if name:
             self._seen.append((name, _shapes(tree_leaves(inputs)), tree_leaves(output)))
+        if not is_root:
             return
         if module.training:
-            self._finish(output)
+            self._finish(module, output)
         self._seen.clear()  # keep no tensor alive
 
-    def _finish(self, output: Any) -> None:
-        """Turn what was seen into calls; the record is complete."""
+    def _finish(self, root: nn.Module, output: Any) -> None:
+        """Turn what was seen into calls; the record of this root is complete."""
         is_mapping = isinstance(output, Mapping)
         logits = output.get("logits") if is_mapping else getattr(output, "logits", None)
         final = {id(leaf) for leaf in tree_leaves(output if logits is None else logits)}
-        self.calls = tuple(
+        earlier = [replace(call, makes_output=False) for call in self.calls]
+        calls = [
             Call(name, inputs, _shapes(outputs), any(id(leaf) in final for leaf in outputs))
             for name, inputs, outputs in self._seen
-        )
-        for handle in self.handles:
+        ]
+        self.calls = (*earlier, *calls)
+        for handle in self._handles_of.pop(root):
             handle.remove()
 
 

@@ -188,6 +188,34 @@ def test_without_a_recorded_forward_agc_asks_for_the_head():
             optimizer.step()
 
 
+@pytest.mark.parametrize("listed", ["in order", "reversed"])
+@pytest.mark.parametrize("last", [nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))])
+def test_of_several_modules_the_one_that_is_called_last_has_the_head(listed, last):
+    encoder = nn.Sequential(nn.Linear(5, 4), nn.ReLU())
+    parts = [encoder, last] if listed == "in order" else [last, encoder]
+    place = parts.index(last)
+    optimizer = torch.optim.SGD(nn.ModuleList(parts).parameters(), lr=0.1)
+    with regrad.attach(parts, optimizer, ["agc:max_ratio=1e-6"]) as attachment:
+        for _ in range(2):
+            optimizer.zero_grad()
+            last(encoder(torch.ones(6, 5))).square().sum().backward()
+            optimizer.step()
+        inner = f"{place}.1.weight" if isinstance(last, nn.Sequential) else f"{place}.weight"
+        assert f"leaves the classifier head alone: {inner}" in str(attachment)
+        head = last[1] if isinstance(last, nn.Sequential) else last
+        assert head.weight.grad.norm() > 1e-3
+        assert encoder[0].weight.grad.norm() < 1e-3
+
+
+def test_a_model_without_a_forward_of_its_own_is_refused_at_attach():
+    model = nn.ModuleList([nn.Linear(5, 4), nn.Linear(4, 3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(regrad.RegradError, match="ModuleList has none; attach the modules that"):
+        regrad.attach(model, optimizer, ["agc"])
+    regrad.attach(model, optimizer, ["agc:head=1"]).detach()
+    regrad.attach(model, optimizer, ["agc:head=none"]).detach()
+
+
 class Before(Correction):
     """Stands for a correction that clipping must follow."""
 

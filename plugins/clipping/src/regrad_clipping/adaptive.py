@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from regrad_clipping.correction import CLIPPING
 from regrad_clipping.functional import Unit, check_positive, clip_units_
-from regrad_clipping.units import Holding, check_head, head_modules, holdings
+from regrad_clipping.units import Holding, check_head, has_forward, head_modules, holdings
 
 
 class AxisRule(NamedTuple):
@@ -79,7 +79,8 @@ class AGC(Correction):
             the weight. Positive: without it a tensor that starts at zero never moves.
         head: Name of the classifier head; "auto" finds the module that makes the
             model's output in the first training forward, else the last linear layer
-            called; None leaves nothing alone.
+            called; None leaves nothing alone. Of several modules that are attached
+            together the one that is called last makes the output.
         axis: "auto", or a list of exceptions "pattern=dimension" and "pattern=none"
             (the whole tensor is one unit). A pattern is the name of a parameter, with
             the wildcards of a shell; the first that fits decides.
@@ -87,8 +88,8 @@ class AGC(Correction):
     Raises:
         ValueError: If a number is not positive, `axis` cannot be read or fits no
             parameter, or `head` names no module with a weight.
-        RegradError: If `head` is "auto" and no forward pass shows one, or ranks hold
-            different parts of the model.
+        RegradError: If `head` is "auto" and no forward pass shows one, the model has no
+            forward of its own, or ranks hold different parts of the model.
 
     Example:
         >>> AGC(max_ratio=0.02, axis=("decoder.*.weight=1",))
@@ -152,6 +153,12 @@ class AGC(Correction):
             raise RegradError(
                 "'agc' cannot see a compiled model's head; "
                 "pass head='name', or attach before compiling"
+            )
+        elif not any(has_forward(root) for root in attachment.engine.roots):
+            raise RegradError(
+                f"'agc' finds the head in the model's forward, and "
+                f"{type(attachment.model).__name__} has none; attach the modules that are called "
+                "as a list, or pass head='name', or head=None to leave nothing alone"
             )
 
     def _read_units(self) -> None:

@@ -128,6 +128,11 @@ def head_modules(model: nn.Module, calls: Sequence[Call], held: Sequence[Holding
     return makers or last_linear
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Say whether a module can be called: a `ModuleList`, for example, cannot."""
+    return type(module).forward is not nn.Module.forward
+
+
 def check_head(name: str, held: Sequence[Holding]) -> None:
     """Raise `ValueError` unless `name` is a module with a weight."""
     layers = list(dict.fromkeys(holding.module for holding in held if holding.is_weight))

@@ -101,8 +101,8 @@ def apply_control(control: Control, model: nn.Module, optimizer: Optimizer) -> E
 
 def check_fits(control: Control, corrections: Sequence[Correction]) -> None:
     """Raise `RegradError` where a correction predicts steps that a control changes afterwards."""
-    rates = (control.head_lr, control.body_lr)
-    if control.optimizer_class is None and rates == (1, 1):
+    keeps_rates = control.head_lr == control.body_lr == 1
+    if control.optimizer_class is None and keeps_rates:
         return
     for correction in corrections:
         if "weights" in correction.needs.stages:

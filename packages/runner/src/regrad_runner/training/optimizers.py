@@ -173,7 +173,7 @@ def of_another_class(
         groups.append({**kept, "params": group["params"], **changes})
     defaults = {key: value for key, value in optimizer.defaults.items() if key in taken}
     try:
-        return kind(groups, **{**defaults, **changes})  # type: ignore[arg-type]
+        return kind(groups, **{**defaults, **changes})
     except (TypeError, ValueError, RuntimeError) as problem:
         raise ValueError(
             f"optimizer_class must be one that takes {dict(changes)}, "
