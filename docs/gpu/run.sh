@@ -8,13 +8,15 @@
 #       anew: compressed, its JPEG files are half as large.
 #
 #   docs/gpu/run.sh OUT [--packed DIR] [--minutes M] [--tiny] [--device cpu] [--jobs N]
-#                   [--archive FILE]
+#                   [--mps] [--archive FILE]
 #       On the machine with the GPU, with a checkout of the same commit. Prints an estimate, then:
 #       1. the tests marked gpu;
 #       2. synchronisations per step, which must be 0, and the bench's CUDA cases;
 #       3. CIFAR-10: corrections and controls, as many seeds as fit, N runs at once.
 #       OUT/summary.md says what came out. A run that is cut leaves what it had. With --archive
 #       FILE all of OUT is there too, as a tar.gz that is renewed every 30 seconds.
+#       --mps lets the runs of 3. compute at the same time, where NVIDIA's MPS works; else they take
+#       turns on the GPU.
 #       --tiny --device cpu tries the whole way on small sizes; its numbers mean nothing.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -35,9 +36,12 @@ SECONDS_TO_REPORT = 35
 SECONDS_TO_STOP = 20
 SECONDS_BETWEEN_ARCHIVES = 30
 MOST_MIB = 15
+DONE = "exit code 0"
 # What a process of a comparison takes of the other machine's processor beside its own core.
 CORES_LEFT = 2
 MOST_JOBS = 14
+TRY_CUDA = "import torch; print(torch.ones(8, device='cuda').sum().item())"
+SECONDS_TO_TRY = 40
 TINY = (
     *("--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "20"),
     *("--warmup-steps", "1", "--train-size", "60", "--seeds", "1", "--lr", "0.1"),
@@ -55,8 +59,10 @@ class Session:
         device: Type of the device: cuda or cpu.
         tiny: Whether sizes are small and numbers mean nothing.
         jobs: Runs of comparisons at once.
+        mps: Whether these are to compute at the same time, by NVIDIA's MPS.
         deadline: When everything must be over, on the clock of `time.monotonic`.
         lines: Of the summary.
+        shared: What processes need in their environment to find MPS.
     """
 
     out: Path
@@ -65,8 +71,10 @@ class Session:
     device: str
     tiny: bool
     jobs: int
+    mps: bool
     deadline: float
     lines: list[str] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
 
     @property
     def remaining(self) -> float:
@@ -83,7 +91,7 @@ class Session:
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "160",
         }
-        return os.environ | changes
+        return os.environ | changes | self.shared
 
     def say(self, text: str) -> None:
         """Print lines, and put them into the summary."""
@@ -119,6 +127,7 @@ def main() -> int:
             device=asked.device,
             tiny=asked.tiny,
             jobs=asked.jobs,
+            mps=asked.mps,
             deadline=started + asked.minutes * 60,
         )
         archive = Archive(session.out, asked.archive)
@@ -152,6 +161,7 @@ def _asked() -> argparse.Namespace:
     cores = os.cpu_count() or 1
     jobs = min(MOST_JOBS, max(2, cores - CORES_LEFT))
     parser.add_argument("--jobs", type=int, default=jobs)
+    parser.add_argument("--mps", action="store_true")
     parser.add_argument("--archive", type=Path)
     asked = parser.parse_args()
     if asked.jobs < len(COMPARISONS):
@@ -417,21 +427,68 @@ def costs(session: Session) -> None:
 
 def comparisons(session: Session) -> None:
     """Run both comparisons at once, and draw what was finished."""
-    seconds = max(10.0, session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP)
     jobs = _jobs(session)
     commands = [
         _comparison(session, name, share) for name, share in zip(COMPARISONS, jobs, strict=True)
     ]
-    ended = run_together(session, commands, seconds=seconds)
+    with sharing(session):
+        seconds = max(10.0, session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP)
+        ended = run_together(session, commands, seconds=seconds)
+    is_cut = {name: how != DONE for name, how in zip(COMPARISONS, ended, strict=True)}
     reports = [
         Command(f"report-{name}", ("-m", "regrad_runner", "report", str(session.out / name)))
         for name in COMPARISONS
+        if is_cut[name]
     ]
     run_together(session, reports, seconds=max(10.0, session.remaining))
     for name, how in zip(COMPARISONS, ended, strict=True):
-        said = _log(session, name, lines=3) if how != "exit code 0" else ""
-        table = _log(session, f"report-{name}", lines=60)
-        session.say(f"### {name} ({how})\n\n```text\n{said}\n{table}\n```")
+        table = _log(session, f"report-{name}" if is_cut[name] else name, lines=40)
+        session.say(f"### {name} ({how})\n\n```text\n{table}\n```")
+
+
+@contextlib.contextmanager
+def sharing(session: Session) -> Iterator[None]:
+    """Let processes compute on the GPU at the same time, by NVIDIA's MPS, if that was asked for.
+
+    Without it they take turns. Nothing about the device is set: a daemon of ours hands out one
+    context, and ends with the block.
+    """
+    control = shutil.which("nvidia-cuda-mps-control")
+    if not session.mps or control is None:
+        if session.mps:
+            session.say("MPS: there is no nvidia-cuda-mps-control; processes take turns")
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="regrad-mps-") as folder:
+        session.shared = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        _ask_mps(session, control, "-d")
+        tries = [Command(f"mps-{number}", ("-c", TRY_CUDA)) for number in (1, 2)]
+        ended = run_together(session, tries, seconds=SECONDS_TO_TRY)
+        works = set(ended) == {DONE}
+        if not works:
+            _ask_mps(session, control, said="quit\n")
+            session.shared = {}
+        session.say(f"MPS: {'on' if works else f'it does not work here {ended}; off'}")
+        try:
+            yield
+        finally:
+            if works:
+                _ask_mps(session, control, said="quit\n")
+            session.shared = {}
+
+
+def _ask_mps(session: Session, control: str, *words: str, said: str | None = None) -> None:
+    """Start MPS's control daemon, or tell it something."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(  # noqa: S603 - found on the PATH, with words of ours
+            [control, *words],
+            env=session.environment,
+            input=said,
+            text=True,
+            capture_output=True,
+            timeout=SECONDS_TO_STOP,
+            check=False,
+        )
 
 
 def _jobs(session: Session) -> tuple[int, int]:

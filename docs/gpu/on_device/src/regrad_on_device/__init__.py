@@ -76,10 +76,10 @@ def load(
 
 def _device() -> torch.device:
     """Return the accelerator that this process computes on, or the CPU."""
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or not torch.accelerator.is_available():
         return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator()
-    return torch.device(str(kind), torch.accelerator.current_device_index())
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _read(folder: Path | None, split: str) -> tuple[list[EncodedImage], npt.NDArray[np.int64]]:
