@@ -40,6 +40,9 @@ DONE = "exit code 0"
 # What a process of a comparison takes of the other machine's processor beside its own core.
 CORES_LEFT = 2
 MOST_JOBS = 14
+# Where processes take turns on the GPU, fewer steps fit in, and seeds matter more.
+EPOCHS_BY_TURNS = "4"
+WORTH_ANOTHER_TRY = 120  # seconds
 TRY_CUDA = "import torch; print(torch.ones(8, device='cuda').sum().item())"
 SECONDS_TO_TRY = 40
 TINY = (
@@ -422,18 +425,16 @@ def costs(session: Session) -> None:
         ),
     )
     (ended,) = run_together(session, [timed], seconds=max(5.0, ends - time.monotonic()))
-    session.say(f"```text\n{_log(session, 'bench', lines=90)}\n```\n({ended})")
+    session.say(f"```text\n{_log(session, 'bench', lines=70)}\n```\n({ended})")
 
 
 def comparisons(session: Session) -> None:
     """Run both comparisons at once, and draw what was finished."""
-    jobs = _jobs(session)
-    commands = [
-        _comparison(session, name, share) for name, share in zip(COMPARISONS, jobs, strict=True)
-    ]
     with sharing(session):
-        seconds = max(10.0, session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP)
-        ended = run_together(session, commands, seconds=seconds)
+        ended = _compare(session)
+    if session.mps and "exit code 2" in ended and session.remaining > WORTH_ANOTHER_TRY:
+        session.say("again without MPS")
+        ended = _compare(session)
     is_cut = {name: how != DONE for name, how in zip(COMPARISONS, ended, strict=True)}
     reports = [
         Command(f"report-{name}", ("-m", "regrad_runner", "report", str(session.out / name)))
@@ -443,7 +444,18 @@ def comparisons(session: Session) -> None:
     run_together(session, reports, seconds=max(10.0, session.remaining))
     for name, how in zip(COMPARISONS, ended, strict=True):
         table = _log(session, f"report-{name}" if is_cut[name] else name, lines=40)
+        table = "\n".join(line for line in table.splitlines() if not line.startswith("["))
         session.say(f"### {name} ({how})\n\n```text\n{table}\n```")
+
+
+def _compare(session: Session) -> list[str]:
+    """Run the comparisons, or go on with them, until little more than the reports fits in."""
+    commands = [
+        _comparison(session, name, jobs)
+        for name, jobs in zip(COMPARISONS, _jobs(session), strict=True)
+    ]
+    seconds = max(10.0, session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP)
+    return run_together(session, commands, seconds=seconds)
 
 
 @contextlib.contextmanager
@@ -498,13 +510,18 @@ def _jobs(session: Session) -> tuple[int, int]:
 
 
 def _comparison(session: Session, name: str, jobs: int) -> Command:
-    tiny = TINY if session.tiny else ()
-    words = (
-        *("-m", "regrad_runner", "compare", "--config", str(HERE / f"{name}.yaml")),
-        *("--data-dir", str(session.packed / "data"), "--out", str(session.out / name)),
-        *("--jobs", str(jobs), *tiny),
-    )
-    return Command(name, words)
+    """Return the command of a comparison: from its settings, or from where it was left."""
+    compare = ("-m", "regrad_runner", "compare", "--out", str(session.out / name))
+    if (session.out / name / "config.yaml").is_file():
+        return Command(name, (*compare, "--jobs", str(jobs), "--resume"))
+    settings = ("--config", str(HERE / f"{name}.yaml"))
+    data = ("--data-dir", str(session.packed / "data"))
+    changes = ()
+    if not session.shared:
+        changes = ("--epochs", EPOCHS_BY_TURNS)
+    if session.tiny:
+        changes = TINY
+    return Command(name, (*compare, *settings, *data, "--jobs", str(jobs), *changes))
 
 
 def _seconds_of_tests(session: Session) -> float:
