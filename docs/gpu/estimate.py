@@ -1,6 +1,7 @@
 """What a comparison will take: its runs and steps, and the time of a step, measured.
 
-Usage: python docs/gpu/estimate.py CONFIG.yaml --data-dir FOLDER --seconds S --jobs N [--steps N]
+Usage: python docs/gpu/estimate.py CONFIG.yaml --data-dir FOLDER --seconds S --jobs N
+    [--steps N] [--model NAME] [--epochs N]
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", help="Instead of the settings' own.")
+    parser.add_argument("--epochs", type=int, help="Likewise.")
     asked = parser.parse_args()
-    flags = {"data_dir": asked.data_dir}
-    if asked.model:
-        flags["model"] = asked.model
+    given = {"data_dir": asked.data_dir, "model": asked.model, "epochs": asked.epochs}
+    flags = {name: value for name, value in given.items() if value is not None}
     workload, config = load_data(load_config(CompareConfig, file=asked.config, flags=flags))
     rates = config.lr or (0.1,)
     arms = expand(
@@ -63,8 +64,8 @@ def measured(config: CompareConfig, workload: Workload, *, steps: int) -> tuple[
     run = TrainingRun(config, workload, baseline, seed=0, lr=0.1)
     loading = _seconds_per_batch(run, steps)
     seen = run.steps()
-    for _ in range(WARM_UP):
-        next(seen, None)
+    for _ in range(min(WARM_UP, run.total_steps // 2)):
+        next(seen)
     _wait()
     start = time.perf_counter()
     done = sum(1 for _, _ in zip(range(steps), seen, strict=False))

@@ -45,6 +45,7 @@ EPOCHS_BY_TURNS = "4"
 WORTH_ANOTHER_TRY = 120  # seconds
 TRY_CUDA = "import torch; print(torch.ones(8, device='cuda').sum().item())"
 SECONDS_TO_TRY = 40
+DECODE = "import sys, pathlib, regrad_on_device; regrad_on_device.load(data_dir=pathlib.Path(sys.argv[1]))"
 TINY = (
     *("--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "20"),
     *("--warmup-steps", "1", "--train-size", "60", "--seeds", "1", "--lr", "0.1"),
@@ -92,6 +93,7 @@ class Session:
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
+            "REGRAD_ON_DEVICE_CACHE": str(self.site.parent),
             "COLUMNS": "160",
         }
         return os.environ | changes | self.shared
@@ -309,26 +311,35 @@ def _log(session: Session, name: str, *, lines: int) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def estimate(session: Session) -> None:
-    """Say what is planned, and what a comparison will take."""
+def plan(session: Session) -> None:
+    """Say how long each stage may take."""
     tests, costs = _seconds_of_tests(session), _seconds_of_costs(session)
     rest = session.remaining - tests - costs - SECONDS_TO_REPORT
     session.say(
-        f"At most {tests:.0f} s for tests, {costs:.0f} s for costs, {rest:.0f} s for comparisons "
-        f"with {session.jobs} runs at once, {SECONDS_TO_REPORT} s for reports."
+        f"At most {tests:.0f} s for tests, {costs:.0f} s for costs, about {rest:.0f} s for "
+        f"comparisons with {session.jobs} runs at once, {SECONDS_TO_REPORT} s for reports."
     )
+
+
+def estimate(session: Session) -> None:
+    """Say what the first comparison will take, from the time of some steps."""
     config = HERE / f"{COMPARISONS[0]}.yaml"
     tiny = ("--steps", "3", "--model", "resnet8") if session.tiny else ()
+    epochs = () if session.mps else ("--epochs", EPOCHS_BY_TURNS)
     words = (
         *(str(HERE / "estimate.py"), str(config), "--data-dir", str(session.packed / "data")),
-        *("--seconds", f"{rest:.0f}", "--jobs", str(_jobs(session)[0]), *tiny),
+        *("--seconds", f"{session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP:.0f}"),
+        *("--jobs", str(_jobs(session)[0]), *epochs, *tiny),
     )
-    (ended,) = run_together(session, [Command("estimate", words)], seconds=90)
+    (ended,) = run_together(session, [Command("estimate", words)], seconds=60)
     session.say(f"{_log(session, 'estimate', lines=6)}\n({ended})")
 
 
 def gpu_tests(session: Session) -> None:
-    """Run the tests marked gpu: file by file at once, then those that time something alone."""
+    """Run the tests marked gpu: all files at once, then one by one those that time something.
+
+    Meanwhile the images of the comparisons are decoded.
+    """
     if session.device == "cpu":
         session.say("They are collected, and skipped for want of a CUDA device.")
     seconds = _seconds_of_tests(session)
@@ -338,10 +349,12 @@ def gpu_tests(session: Session) -> None:
     quiet = [file for file in files if file.name in TIMING_TESTS]
     others = [file for file in files if file.name not in TIMING_TESTS]
     ends = time.monotonic() + seconds
-    for wave in (others, quiet):
-        if wave:
-            commands = [_test_command(session, file) for file in wave]
-            run_together(session, commands, seconds=max(5.0, ends - time.monotonic()))
+    decode = Command("decode", ("-c", DECODE, str(session.packed / "data")))
+    first = [*(_test_command(session, file) for file in others), decode]
+    run_together(session, first, seconds=max(5.0, ends - time.monotonic()))
+    for file in quiet:
+        command = _test_command(session, file)
+        run_together(session, [command], seconds=max(5.0, ends - time.monotonic()))
     session.say(_tests_in_words(session, files))
 
 
@@ -533,9 +546,10 @@ def _seconds_of_costs(session: Session) -> float:
 
 
 STAGES: dict[str, Callable[[Session], None]] = {
-    "Estimate": estimate,
+    "Plan": plan,
     "Tests marked gpu": gpu_tests,
     "Costs": costs,
+    "Estimate of CIFAR-10": estimate,
     "CIFAR-10": comparisons,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from regrad_runner.workloads.images import (
     LabelledImages,
     standardized,
 )
-from regrad_runner.workloads.samples import hashed_integers
+from regrad_runner.workloads.samples import Batch, hashed_integers
 from regrad_runner.workloads.split import validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 from torch import Tensor, nn
 
 LOOKED_AT = 100  # images that the common size is chosen by, as workload parquet does
+# Names a folder for what is decoded. Its processes must trust each other.
+CACHE = "REGRAD_ON_DEVICE_CACHE"
 LARGEST_BATCH = 2500  # images in one forward pass of an evaluation
 
 
@@ -44,20 +47,13 @@ def load(
     Raises:
         ValueError: If a file is missing, or the images are too few.
     """
-    train_images, labels = _read(data_dir, "train")
-    test_images, test_labels = _read(data_dir, "test")
-    validation, train = validation_and_training(labels, train_size, seed=seed_of_split)
-    form = common_format(train_images[:LOOKED_AT])
-
-    def batch_of(rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        chosen = [train_images[row] for row in rows.tolist()]
-        return decode_images(chosen, form), torch.from_numpy(labels[rows])
-
+    pixels, labels = _decoded(data_dir, "train")
+    validation, train = validation_and_training(labels.numpy(), train_size, seed=seed_of_split)
     sets = standardized(
-        batch_of(train),
-        batch_of(validation),
-        (decode_images(test_images, form), torch.from_numpy(test_labels)),
-        augment=Augmentation(shift=form.side // 8, flip=True),
+        (pixels[train], labels[train]),
+        (pixels[validation], labels[validation]),
+        _decoded(data_dir, "test"),
+        augment=Augmentation(shift=pixels.shape[2] // 8, flip=True),
     )
     device = _device()
     train_set, validation_set, test_set = (ImageSetOnDevice(images, device) for images in sets)
@@ -82,20 +78,37 @@ def _device() -> torch.device:
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
-def _read(folder: Path | None, split: str) -> tuple[list[EncodedImage], npt.NDArray[np.int64]]:
-    """Return the encoded images of a split, and their labels."""
+def _decoded(folder: Path | None, split: str) -> Batch:
+    """Return a split's pixels, uint8, shape [N, C, H, W], and labels [N].
+
+    Where the environment names a folder for it, they are decoded once for all processes.
+    """
     if folder is None:
         raise ValueError("data_dir must be a folder with train.parquet and test.parquet, got None")
-    path = folder / f"{split}.parquet"
-    if not path.is_file():
-        raise ValueError(f"data_dir must hold {path.name}, got '{folder}' without it")
+    source = folder / f"{split}.parquet"
+    if not source.is_file():
+        raise ValueError(f"data_dir must hold {source.name}, got '{folder}' without it")
+    if CACHE not in os.environ:
+        return _decode(source)
+    kept = Path(os.environ[CACHE]) / f"{split}.pt"
+    if not kept.is_file():
+        aside = kept.with_suffix(f".{os.getpid()}")
+        torch.save(_decode(source), aside)
+        aside.replace(kept)
+    pixels, labels = torch.load(kept)
+    return pixels, labels
+
+
+def _decode(path: Path) -> Batch:
+    """Read a file and decode its images."""
     table = pyarrow.parquet.read_table(path, columns=["image", "label"])
     contents = table["image"].combine_chunks().field("bytes").to_pylist()
     images = [
-        EncodedImage(where=f"row {row} of the {split} split", content=content)
+        EncodedImage(where=f"row {row} of {path.name}", content=content)
         for row, content in enumerate(contents)
     ]
-    return images, table["label"].to_numpy().astype(np.int64)
+    pixels = decode_images(images, common_format(images[:LOOKED_AT]))
+    return pixels, torch.from_numpy(table["label"].to_numpy().astype(np.int64))
 
 
 class ImageSetOnDevice(LabelledImages):
@@ -121,7 +134,7 @@ class ImageSetOnDevice(LabelledImages):
         self.std = images.std.to(device)
         self.column = torch.arange(images.image_size, device=device)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, indices: list[int]) -> Batch:
         """Return the images [B, C, H, W], float32, channels last, and labels [B] of these samples.
 
         One small tensor goes to the device, and nothing is waited for.
