@@ -76,14 +76,14 @@ def machine(tmp_path_factory, normal_name):
 def write_wheel(folder, distribution, source=None):
     """Write what a distribution installs as a wheel; of a member, its source."""
     about = next(path for path in top_levels(distribution) if path.name.endswith(".dist-info"))
+    tops = top_levels(distribution)
+    if source is not None:
+        tops = {about, *source.iterdir()}
     with zipfile.ZipFile(folder / f"{about.stem}-py3-none-any.whl", "w") as wheel:
-        for top in {about} if source else top_levels(distribution):
-            files = [top] if top.is_file() else [path for path in top.rglob("*") if path.is_file()]
-            for path in files:
-                wheel.write(path, path.relative_to(top.parent))
-        for path in source.rglob("*") if source else ():
-            if path.is_file() and "__pycache__" not in path.parts:
-                wheel.write(path, path.relative_to(source))
+        for top in tops:
+            for path in [top, *top.rglob("*")]:
+                if path.is_file() and "__pycache__" not in path.parts:
+                    wheel.write(path, path.relative_to(top.parent))
 
 
 def write_images(path, count, seed):

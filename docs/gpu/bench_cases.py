@@ -1,6 +1,7 @@
 """Time the bench's cases one by one until the time is up; what is timed is kept at once.
 
-Usage: python docs/gpu/bench_cases.py FILE.csv --seconds S [--device cuda] [--only PATTERN] [--quick]
+Usage: python docs/gpu/bench_cases.py FILE.csv --seconds S [--device NAME] [--only PATTERN]
+    [--quick]
 """
 
 from __future__ import annotations

@@ -45,7 +45,11 @@ EPOCHS_BY_TURNS = "4"
 WORTH_ANOTHER_TRY = 120  # seconds
 TRY_CUDA = "import torch; print(torch.ones(8, device='cuda').sum().item())"
 SECONDS_TO_TRY = 40
-DECODE = "import sys, pathlib, regrad_on_device; regrad_on_device.load(data_dir=pathlib.Path(sys.argv[1]))"
+DECODE = """
+import pathlib, sys
+import regrad_on_device
+regrad_on_device.load(data_dir=pathlib.Path(sys.argv[1]))
+"""
 TINY = (
     *("--model", "resnet8", "--width", "4", "--epochs", "1", "--batch-size", "20"),
     *("--warmup-steps", "1", "--train-size", "60", "--seeds", "1", "--lr", "0.1"),
@@ -360,12 +364,14 @@ def gpu_tests(session: Session) -> None:
 
 def gpu_test_files() -> list[Path]:
     """Return the test files with tests marked gpu."""
-    files = [
-        file
-        for folder in ("core", "plugins", "packages")
-        for file in sorted((ROOT / folder).glob("**/tests/**/test_*.py"))
-        if ".venv" not in file.parts
+    folders = [
+        ROOT / "core" / "tests",
+        *ROOT.glob("plugins/*/tests"),
+        *ROOT.glob("packages/*/tests"),
     ]
+    files: list[Path] = []
+    for folder in sorted(folders):
+        files += sorted(folder.rglob("test_*.py"))
     return [file for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
@@ -517,7 +523,10 @@ def _ask_mps(session: Session, control: str, *words: str, said: str | None = Non
 
 
 def _jobs(session: Session) -> tuple[int, int]:
-    """Return how many runs each comparison has at once: the first has three times the arms, and slower ones."""
+    """Return how many runs each comparison has at once.
+
+    The first has three times the arms, and slower ones among them.
+    """
     second = max(1, session.jobs // 5)
     return session.jobs - second, second
 

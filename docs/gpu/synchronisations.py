@@ -38,8 +38,8 @@ class Waits:
     Attributes:
         correction: Its name; "plain" for the step without an attachment.
         reads: Tensors read as a number, per step.
-        waits: Calls that wait for the device, per step; None where there is none. The profiler's own
-            waiting at its end is among them, also in the plain step.
+        waits: Calls that wait for the device, per step; None where there is none. What the profiler
+            waits for at its end is among them, also in the plain step.
         warnings: Operations that torch's own check says would wait, in one step; None likewise.
         reason: Why nothing was counted, or "".
     """
