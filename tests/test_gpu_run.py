@@ -169,6 +169,7 @@ def test_everything_runs_without_a_network_and_leaves_its_results_in_one_file(
     wanted = {
         "summary.md",
         "bench/cases.csv",
+        "bench/forms.csv",
         "bench/synchronisations.csv",
         "cifar10/results.csv",
         "cifar10/report.html",

@@ -11,7 +11,8 @@
 #                   [--mps] [--archive FILE]
 #       On the machine with the GPU, with a checkout of the same commit. Prints an estimate, then:
 #       1. the tests marked gpu;
-#       2. synchronisations per step, which must be 0, and the bench's CUDA cases;
+#       2. synchronisations per step, which must be 0; the step in its forms (foreach, fused,
+#          compiled); the bench's CUDA cases;
 #       3. CIFAR-10: corrections and controls, as many seeds as fit, N runs at once.
 #       OUT/summary.md says what came out. A run that is cut leaves what it had. With --archive
 #       FILE all of OUT is there too, as a tar.gz that is renewed every 30 seconds.

@@ -28,10 +28,11 @@ ROOT = HERE.parent.parent
 COMPARISONS = ("cifar10", "cifar10-no-norm")
 # These time something, so they run when nothing else does.
 TIMING_TESTS = ("test_timing.py", "test_memory.py")
+SECONDS_OF_FORMS = 45
 SECONDS_OF_A_CASE = 15  # of the bench, at most: none begins later than this before the end
 # Shares of the minutes; what a stage leaves over goes to the next ones.
 SHARE_OF_TESTS = 0.17
-SHARE_OF_COSTS = 0.28
+SHARE_OF_COSTS = 0.36
 SECONDS_TO_REPORT = 35
 SECONDS_TO_STOP = 20
 SECONDS_BETWEEN_ARCHIVES = 30
@@ -342,7 +343,7 @@ def estimate(session: Session) -> None:
 def gpu_tests(session: Session) -> None:
     """Run the tests marked gpu: all files at once, then one by one those that time something.
 
-    Meanwhile the images of the comparisons are decoded.
+    Meanwhile the images of the comparisons are decoded, and models compiled.
     """
     if session.device == "cpu":
         session.say("They are collected, and skipped for want of a CUDA device.")
@@ -355,6 +356,9 @@ def gpu_tests(session: Session) -> None:
     ends = time.monotonic() + seconds
     decode = Command("decode", ("-c", DECODE, str(session.packed / "data")))
     first = [*(_test_command(session, file) for file in others), decode]
+    if not session.tiny:  # the compiler keeps what it makes here
+        words = (*_forms(session), "--warm", "--seconds", f"{seconds / 2:.0f}")
+        first.append(Command("compile", words))
     run_together(session, first, seconds=max(5.0, ends - time.monotonic()))
     for file in quiet:
         command = _test_command(session, file)
@@ -421,7 +425,7 @@ def _cases(path: Path) -> list[ElementTree.Element]:
 
 
 def costs(session: Session) -> None:
-    """Count synchronisations, then time the bench's cases one by one."""
+    """Count synchronisations, then time forms of the step and the bench's cases one by one."""
     ends = time.monotonic() + _seconds_of_costs(session)
     folder = session.out / "bench"
     folder.mkdir(exist_ok=True)
@@ -435,6 +439,11 @@ def costs(session: Session) -> None:
     )
     (ended,) = run_together(session, [counted], seconds=max(5.0, ends - time.monotonic()))
     session.say(f"{_log(session, 'synchronisations', lines=16)}\n({ended})")
+    forms = Command(
+        "forms", (*_forms(session), "--seconds", f"{SECONDS_OF_FORMS - SECONDS_OF_A_CASE}", *quick)
+    )
+    (ended,) = run_together(session, [forms], seconds=SECONDS_OF_FORMS)
+    session.say(f"```text\n{_log(session, 'forms', lines=12)}\n```\n({ended})")
     timed = Command(
         "bench",
         (
@@ -445,6 +454,11 @@ def costs(session: Session) -> None:
     )
     (ended,) = run_together(session, [timed], seconds=max(5.0, ends - time.monotonic()))
     session.say(f"```text\n{_log(session, 'bench', lines=70)}\n```\n({ended})")
+
+
+def _forms(session: Session) -> tuple[str, ...]:
+    table = session.out / "bench" / "forms.csv"
+    return (str(HERE / "forms.py"), str(table), "--device", session.device)
 
 
 def comparisons(session: Session) -> None:
