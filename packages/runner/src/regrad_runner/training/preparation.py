@@ -74,8 +74,9 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
     ):
         first_two = list(range(min(2, len(workload.train))))
         inputs, targets = workload.train.with_seed(0).__getitems__(first_two)
+        inputs = as_inputs(inputs, dtype).cpu()  # where the model is; samples may lie elsewhere
         try:
-            attachment.criterion(model(as_inputs(inputs, dtype)), targets)
+            attachment.criterion(model(inputs), targets.cpu())
         except RegradError:  # of a correction that looks at the first forward pass
             raise
         except RuntimeError as problem:
