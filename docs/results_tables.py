@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from regrad_runner.diagnostics.step_times import kept_step_times
 from regrad_runner.reporting.sentences import sentence
 from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.reporting.table import print_comparison
-from regrad_runner.results.outcomes import Result, Trial
+from regrad_runner.results.outcomes import CurvePoint, Result, Trial
 from regrad_runner.results.tables import read_rows
 from regrad_runner.settings.arms import BASELINE, FORMER_BASELINE
 from regrad_runner.statistics.verdicts import ArmSummary
@@ -54,7 +55,12 @@ def comparisons() -> dict[str, list[ArmSummary]]:
     """Return the summaries of every comparison that has results, by its folder's name."""
     folders = [path.parent for path in sorted(FOLDER.glob("*/config.yaml"))]
     return {
-        folder.name: summarize_results(results, measure_of(folder))
+        folder.name: summarize_results(
+            results,
+            measure_of(folder),
+            curves=read_rows(folder / "curves.csv", CurvePoint),
+            step_times=kept_step_times(folder),
+        )
         for folder in folders
         if (results := results_of(folder))
     }

@@ -36,6 +36,12 @@ def without_page(monkeypatch):
     monkeypatch.setattr("regrad_runner.reporting.page.write.write_page", lambda *arguments: [])
 
 
+@pytest.fixture
+def without_timing(monkeypatch):
+    """Leave out the time per step at the end of a comparison, which has tests of its own."""
+    monkeypatch.setattr("regrad_runner.comparing.compare.time_steps", lambda *arguments: None)
+
+
 @pytest.fixture(scope="session")
 def schema(tmp_path_factory):
     """Return a database of MLflow to copy: making one takes seconds."""

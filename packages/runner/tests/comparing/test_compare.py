@@ -26,7 +26,7 @@ from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import load_workload
 from rich.console import Console
 
-pytestmark = pytest.mark.usefixtures("without_page")
+pytestmark = pytest.mark.usefixtures("without_page", "without_timing")
 SMALL = {
     "epochs": 2,
     "train_size": 100,

@@ -225,7 +225,7 @@ def missing(data: ReportData) -> list[str]:
 def remarks(data: ReportData) -> list[str]:
     """Say what to bear in mind with the verdicts: unsteady arms, and on how much they rest."""
     offers = lower_rates(data.folder, data.summaries)
-    notes = [_as_sentence(in_words(offer)) for offer in offers]
+    notes = [in_words(offer) for offer in offers]  # each begins with the name of an arm
     resolution = resolution_of(data.about, data.measure)
     if resolution is not None:
         notes.append(_as_sentence(resolution_in_words(resolution, data.measure)))
@@ -456,8 +456,7 @@ def _why_no_target(data: ReportData) -> str:
 
 
 def _as_sentence(text: str) -> str:
-    """Return a remark as a sentence; a command at its end has no full stop."""
-    return f"{text[0].upper()}{text[1:]}"
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _seeds(data: ReportData) -> str:
