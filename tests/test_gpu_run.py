@@ -29,7 +29,7 @@ THERE = (
     *("packaging", "rich", "pytest", "pytest-timeout", "hypothesis"),
 )
 NOT_THERE = ("mlflow", "datasets", "nox", "pydantic", "docstring_parser", "regrad", "timm")
-IMAGES = {"train": 200, "test": 20}
+IMAGES = {"train": 400, "test": 20}  # more than a batch of the settings
 
 
 def with_needs(names, normal):

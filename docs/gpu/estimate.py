@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-from regrad_runner.results.cells import cells_of
 from regrad_runner.settings.arms import expand
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.settings.loading import load_config
@@ -41,8 +40,7 @@ def main() -> None:
     arms = expand(
         config.corrections, example_optimizer(config, lr=rates[0]), controls=config.controls
     )
-    cells = cells_of([arm.name for arm in arms], config)
-    trials = sum(cell.lr is not None for cell in cells)
+    trials = len(arms) * len(rates) * config.tuning_seeds if len(rates) > 1 else 0
     loading, step = measured(config, workload, steps=asked.steps)
     steps = len(workload.train) // int(config.batch_size or 1) * int(config.epochs or 1)
     run_seconds = steps * step

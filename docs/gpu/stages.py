@@ -336,7 +336,7 @@ def estimate(session: Session) -> None:
         *("--seconds", f"{session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP:.0f}"),
         *("--jobs", str(_jobs(session)[0]), *epochs, *tiny),
     )
-    (ended,) = run_together(session, [Command("estimate", words)], seconds=60)
+    (ended,) = run_together(session, [Command("estimate", words)], seconds=session.remaining / 4)
     session.say(f"{_log(session, 'estimate', lines=6)}\n({ended})")
 
 
