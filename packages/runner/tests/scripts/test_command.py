@@ -1,6 +1,7 @@
 """A script of the user's own, unmodified, with corrections attached by themselves."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import regrad
 import torch
 from regrad import RegradWarning
 from regrad_runner.scripts.command import NOTHING_ATTACHED, ScriptRun, run
+from regrad_runner.scripts.processes import SIZES
 from torch import nn
 from torch.nn import functional as F
 
@@ -148,6 +150,16 @@ def test_a_script_without_a_cross_entropy_is_told_what_it_can_do(script, tmp_pat
     assert "attachment.criterion" not in str(said[0].message)
 
 
+def test_a_loss_that_is_no_cross_entropy_of_torch_is_told_to_be_uncorrected(script, capsys):
+    own_loss = "(-model(x).log_softmax(1).gather(1, y[:, None])).mean()"
+    text = LOOP.replace("loss = F.cross_entropy(model(x), y)", f"loss = {own_loss}")
+    with pytest.warns(RegradWarning, match="'powergrad' changed nothing"):
+        assert script(text, "/dev/null", corrections=("powergrad", "xgrad")) == 0
+    said = capsys.readouterr().err
+    assert "  powergrad on criterion: nothing, since no cross entropy of torch was called" in said
+    assert "  xgrad on weights: 100 % of tensors" in said
+
+
 def test_a_step_whose_closure_makes_the_first_forward_pass_is_corrected(script, tmp_path):
     text = (
         DATA
@@ -281,6 +293,43 @@ def test_seeds_are_set_and_moved(script, capsys):
         assert capsys.readouterr().out == once
     assert once.splitlines()[0].startswith("3 ")
     assert once.splitlines()[1] == "1 5"
+
+
+def test_processes_that_the_script_starts_itself_are_refused_instead_of_waited_for(tmp_path):
+    file = tmp_path / "train.py"
+    file.write_text(
+        DATA
+        + """
+import os, subprocess
+from torch import distributed
+
+rank = int(os.environ.get("LOCAL_RANK", "0"))
+if rank == 0:
+    other = subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"})
+meet = "file://" + sys.argv[1]
+distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
+model = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+for x, y in batches:
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+if rank == 0:
+    other.wait()
+distributed.destroy_process_group()
+"""
+    )
+    known = {key: value for key, value in os.environ.items() if key not in {"LOCAL_RANK", *SIZES}}
+    command = [sys.executable, "-m", "regrad_runner", "run", "--corrections", "xgrad", "--"]
+    done = subprocess.run(
+        [*command, str(file), str(tmp_path / "meet")],
+        env={**known, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == NOTHING_ATTACHED, done.stderr
+    assert "not attached: SGD: the script started 2 processes by itself" in done.stderr
+    assert "torchrun --nproc-per-node 2 -m regrad_runner run" in done.stderr
 
 
 def test_moved_seeds_are_those_of_the_script_plus_a_thousand_for_each_seed(tmp_path):

@@ -28,6 +28,7 @@ from regrad_runner.scripts.controls import (
     control_of,
 )
 from regrad_runner.scripts.fingerprint import fingerprint
+from regrad_runner.scripts.processes import refuse_processes_of_its_own, were_launched
 from regrad_runner.scripts.watching import ForwardWatch, OptimizerWatch
 
 
@@ -101,6 +102,7 @@ class AutomaticAttachment:
         self._control_of = tuple(control_of)
         self._classes = {name.lower() for name in classes}
         self._trace = trace
+        self._launched = were_launched()
         self._waiting: list[Waiting] = []
         self._optimizers = OptimizerWatch(self._on_new, self._before_step, self._after_step)
         self._forwards = ForwardWatch(self._on_forward)
@@ -219,6 +221,7 @@ class AutomaticAttachment:
         model: Any = modules[0] if len(modules) == 1 else modules
         names = tuple(type(innermost_module(module)).__name__ for module in modules)
         try:
+            refuse_processes_of_its_own(launched=self._launched)
             attachment = self._attachment(model, optimizer, modules)
         except (RegradError, ValueError, TypeError) as problem:
             reason = " ".join(str(problem).split())

@@ -17,6 +17,9 @@ from regrad_runner.scripts.running import check_script, run_script
 from regrad_runner.scripts.seeding import seed_everything, shift_seeds
 
 NOTHING_ATTACHED = 3
+NO_CROSS_ENTROPY = (
+    "  {name} on criterion: nothing, since no cross entropy of torch was called in training"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,12 @@ def _lines_of(attached: Attached) -> list[str]:
                 f"  {name} on {stage}: {100 * seen['share_touched']:.0f} % of tensors, "
                 f"relative change {seen['relative_change']:.2g}, cosine {seen['cosine']:.3f}"
             )
+    without_loss = [
+        correction.name
+        for correction in attached.attachment.corrections
+        if "criterion" in correction.needs.stages and correction.name not in receipt["effects"]
+    ]
+    lines += [NO_CROSS_ENTROPY.format(name=name) for name in without_loss]
     return lines
 
 
