@@ -94,10 +94,10 @@ EACH_OTHERS = {"agc": CLIPPING, "clip-norm": Control(name="agc", corrections=("a
 @pytest.mark.parametrize(
     ("corrections", "names"),
     [
-        (["agc"], ["none", "agc", "clip-norm"]),
-        (["clip-norm"], ["none", "clip-norm", "agc"]),
-        (["agc", "clip-norm"], ["none", "agc", "clip-norm"]),
-        (["clip-norm", "agc"], ["none", "clip-norm", "agc"]),
+        (["agc"], ["baseline", "agc", "clip-norm"]),
+        (["clip-norm"], ["baseline", "clip-norm", "agc"]),
+        (["agc", "clip-norm"], ["baseline", "agc", "clip-norm"]),
+        (["clip-norm", "agc"], ["baseline", "clip-norm", "agc"]),
     ],
 )
 def test_corrections_that_are_each_others_control_run_once(
@@ -116,7 +116,7 @@ def test_a_stack_of_each_others_controls_has_none_but_in_a_larger_stack_they_sta
 ):
     with_controls(**EACH_OTHERS, xgrad=NESTEROV)
     arms = expand(["agc+clip-norm"], optimizer)
-    assert [arm.name for arm in arms] == ["none", "agc+clip-norm"]
+    assert [arm.name for arm in arms] == ["baseline", "agc+clip-norm"]
     assert must_beat(arms) == {"agc+clip-norm": None}
     arms = expand(["xgrad+agc+clip-norm"], optimizer)
     assert arms[-1].control == Control(
