@@ -131,7 +131,7 @@ def environment(path: Path) -> str:
     """Say with which versions, and on what, a comparison ran: as its receipts say."""
     receipts = (
         json.loads(file.read_text(encoding="utf-8"))
-        for file in sorted(path.glob("runs/*/receipt.json"))
+        for file in sorted(path.glob("runs/**/receipt.json"))
     )
     return "; ".join(
         sorted(
