@@ -192,13 +192,13 @@ def test_an_unsteady_arm_is_called_so_in_table_sentence_and_json():
     text = printed(summaries)
     assert "no evidence, unsteady" in text
     assert re.search(
-        r"agc: no evidence .*; unsteady: its runs spread 2\d\.\d times as much as those of none "
+        r"agc: no evidence .*; unsteady: its runs spread 2\d\.\d times as much as those of baseline "
         r"\(p < \.001 if all arms spread alike\)\.",
         text,
     )
-    assert "unsteady" not in sentence_about("none", summaries)
+    assert "unsteady" not in sentence_about("baseline", summaries)
     (agc,) = [arm for arm in json.loads(to_json(summaries, MEASURE))["arms"] if arm["unsteady"]]
-    assert (agc["arm"], agc["steadiest"], agc["verdict"]) == ("agc", "none", "no evidence")
+    assert (agc["arm"], agc["steadiest"], agc["verdict"]) == ("agc", "baseline", "no evidence")
 
 
 @pytest.mark.parametrize(
@@ -301,6 +301,7 @@ def test_an_arm_without_a_finished_run_is_a_row_of_dashes():
 def test_json_holds_every_number_and_sentence(summaries):
     content = json.loads(to_json(summaries, MEASURE))
     wanted = {"name": "test accuracy", "higher_is_better": True, "target": 0.96, "decimals": 4}
+    wanted["on_validation"] = None
     assert content["measure"] == wanted
     for arm, summary in zip(content["arms"], summaries, strict=True):
         assert arm["arm"] == summary.arm

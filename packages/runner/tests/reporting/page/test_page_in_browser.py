@@ -79,7 +79,7 @@ def test_names_that_look_like_html_are_text_in_the_browser_too(page, names):
     assert page.locator("script").count() == 1
     assert page.locator("#verdicts .arm").all_text_contents() == [
         *names.arms[1:4],
-        "none",
+        "baseline",
         "nesterov",
     ]
     assert column(page, "#differences table", 0) == list(names.arms)
