@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,6 +84,7 @@ def compare_command(
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
         continues = resume or cell is not None
         if script:
+            _check_is_script(script)
             given["script"] = script
         given |= _direction(higher=higher_is_better, lower=lower_is_better)
         kind = _kind(given, config=config, out=out if continues else None)
@@ -95,6 +97,20 @@ def compare_command(
         if cells:
             return _prepare_cells(console, plan, as_json=json)
         return _compare(console, plan, jobs=jobs, as_json=json)
+
+
+def _check_is_script(words: list[str]) -> None:
+    """Raise a `ValueError` where somebody names corrections as if they were a script."""
+    from regrad_runner.scripts.running import check_script  # noqa: PLC0415
+
+    first = Path(words[0])
+    if words[0] == "-m" or first.suffix or len(first.parts) > 1 or first.is_file():
+        check_script(words)
+        return
+    raise ValueError(
+        f"script must be a file, got {words[0]!r}; corrections come behind --corrections, such as "
+        f"--corrections {words[0]}"
+    )
 
 
 def _direction(*, higher: bool, lower: bool) -> dict[str, str]:
@@ -191,7 +207,7 @@ def _compare(console: Console, plan: Planned[Any], *, jobs: int | None, as_json:
 
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
-    again = f"regrad compare --resume --out {plan.path}"
+    again = shlex.join(["regrad", "compare", "--resume", "--out", str(plan.path)])
     if jobs:
         again = f"{again} --jobs {jobs}"
     with going_on(console, again, quiet=not plan.reports), display:
@@ -224,7 +240,7 @@ def _run_cell(console: Console, settings: ComparisonSettings, number: int, out: 
     lock: AbstractContextManager[None] = nullcontext()
     if plan.reports:
         lock = holding(running_cell(plan.path, *cell_plan.cell.folder_names))
-    again = f"regrad compare --out {out} --cell {number}"
+    again = shlex.join(["regrad", "compare", "--out", str(out), "--cell", str(number)])
     with lock, going_on(console, again, quiet=not plan.reports), display:
         outcome = run_cell(cell_plan, display)
         if outcome is not None:
