@@ -104,7 +104,16 @@ def test_json_may_be_one_object_a_list_or_a_history_inside(document, key):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "3", "null", '{"loss": true}', '{"loss": {}}', f'{{"loss": 1{"0" * 400}}}', "[" * 99999],
+    [
+        "",
+        "{",
+        "3",
+        "null",
+        '{"loss": true}',
+        '{"loss": {}}',
+        f'{{"loss": 1{"0" * 400}}}',
+        "[" * 99999,
+    ],
 )
 def test_json_without_a_number_is_no_curve(text):
     assert curve_in_json(text, "loss") == []

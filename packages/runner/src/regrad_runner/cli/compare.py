@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -83,6 +84,7 @@ def compare_command(
     with checking_input(), console.status(CHECKING):
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
         continues = resume or cell is not None
+        _check_are_corrections(given.get("corrections", ()))
         if script:
             _check_is_script(script)
             given["script"] = script
@@ -99,12 +101,25 @@ def compare_command(
         return _compare(console, plan, jobs=jobs, as_json=json)
 
 
+def _check_are_corrections(names: Sequence[str]) -> None:
+    """Raise a `ValueError` where the script stands among the corrections."""
+    for name in names:
+        if name == "--":
+            raise ValueError("corrections must be named between --corrections and '--', got none")
+        if Path(name).suffix == ".py":
+            raise ValueError(
+                f"script must stand behind '--', got {name!r} among the corrections; write: "
+                f"-- {name}"
+            )
+
+
 def _check_is_script(words: list[str]) -> None:
     """Raise a `ValueError` where somebody names corrections as if they were a script."""
     from regrad_runner.scripts.running import check_script  # noqa: PLC0415
 
     first = Path(words[0])
-    if words[0] == "-m" or first.suffix or len(first.parts) > 1 or first.is_file():
+    names_file = first.suffix or len(first.parts) > 1 or first.is_file()
+    if names_file or words[0] in ("-m", "python", "python3"):
         check_script(words)
         return
     raise ValueError(
@@ -143,15 +158,17 @@ def _kind(
     kind = comparison_settings_of(known)
     for name in given:
         if name not in kind.model_fields:
-            raise ValueError(_out_of_place(name, kind))
+            raise ValueError(_out_of_place(name, given[name], kind))
     if kind is ScriptConfig:
         _check_is_complete(known)
     return kind
 
 
-def _out_of_place(name: str, kind: type[ComparisonSettings]) -> str:
+def _out_of_place(name: str, value: Any, kind: type[ComparisonSettings]) -> str:
     """Say why a flag does not belong to what is compared."""
-    flag_name = "--higher-is-better" if name == "better" else f"--{name.replace('_', '-')}"
+    flag_name = f"--{name.replace('_', '-')}"
+    if name == "better":
+        flag_name = f"--{value}-is-better"
     if kind is ScriptConfig:
         return f"{flag_name} must be left out with a script, which decides that itself"
     return f"{flag_name} must be given with a script of your own behind '--'"

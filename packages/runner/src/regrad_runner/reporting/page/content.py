@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -31,6 +32,7 @@ from regrad_runner.workloads.workload import Measure, name_on_validation
 
 NOTHING = "–"
 MINUS = "−"
+WORDS_OF_A_COMMAND = {"script"}
 ONE_LINE = 24  # characters that stay on one line
 # What kind of news each verdict is.
 TONES = {"better": "good", "better than nothing": "half", "worse": "bad", "inert": "bad"}
@@ -187,7 +189,7 @@ def settings_table(data: ReportData) -> PageTable | None:
     """Return the settings, without the address that numbers were sent to."""
     hidden = PRIVATE_SETTINGS - {"controls"}
     rows = [
-        [_word(key), _word(_plain(value))]
+        [_word(key), _word(shlex.join(value) if key in WORDS_OF_A_COMMAND else _plain(value))]
         for key, value in data.settings.items()
         if key not in hidden
     ]
