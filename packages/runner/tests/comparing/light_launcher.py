@@ -61,6 +61,7 @@ if "probing" in OURS[1]:
     answer(OURS[2], OURS[3])
     sys.exit(0)
 os.environ["CORRECTIONS"] = flag("--corrections")
+os.environ["FLAGS"] = " ".join(OURS)
 sys.argv = WORDS
 if "NO_RECEIPT" not in os.environ:
     write_receipt(flag("--receipt"))

@@ -271,6 +271,18 @@ def test_equal_runs_of_different_seeds_are_an_error(here, capsys):
     assert "Traceback" not in told
 
 
+def test_without_a_seed_in_its_words_a_script_is_seeded_by_the_run(here):
+    text = SCRIPT.replace("int(sys.argv[1])", "int(os.environ['FLAGS'].split('--seed ')[1][0])")
+    text += "print(os.environ['FLAGS'])\n"
+    (here / "train.py").write_text(text)
+    flags = ["--seed-by-run", "--optimizer-class", "Muon"]
+    assert compare(script=("train.py", "0"), flags=flags) == 0
+    flags = (here / "out/runs/xgrad/1/output.txt").read_text().splitlines()[-1]
+    assert "--corrections xgrad --optimizer-class Muon --seed 1 --shift-seeds --receipt" in flags
+    values = {r.seed: r.value for r in ResultsFolder(here / "out").results if r.arm == "xgrad"}
+    assert values == {0: 0.0, 1: 0.001}
+
+
 def test_pairs_that_begin_differently_are_one_warning_and_the_report_says_it_again(
     here, capsys, monkeypatch
 ):

@@ -156,9 +156,9 @@ def _kind(
     if file is not None and file.is_file():
         known = {**read_settings(file), **given}
     kind = comparison_settings_of(known)
-    for name in given:
+    for name, value in given.items():
         if name not in kind.model_fields:
-            raise ValueError(_out_of_place(name, given[name], kind))
+            raise ValueError(_out_of_place(name, value, kind))
     if kind is ScriptConfig:
         _check_is_complete(known)
     return kind
