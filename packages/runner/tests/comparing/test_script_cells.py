@@ -99,6 +99,31 @@ def test_the_command_on_the_page_repeats_the_settings(here, capsys):
     assert read_settings(here / "again" / "config.yaml") == first
 
 
+def test_a_measure_that_is_always_zero_divides_nothing(here, capsys):
+    (here / "train.py").write_text("print('step 0: loss 0')")
+    assert compare(seeds=6) == 0
+    shown = capsys.readouterr().out
+    assert "baseline .0000 ± .0000" in " ".join(shown.split())
+    assert "nan" not in shown
+
+
+def test_a_comparison_goes_on_with_more_seeds_and_corrections(here, capsys, monkeypatch):
+    assert compare() == 0
+    monkeypatch.setenv("REFUSED", "agc")
+    more = ["compare", "--resume", "--out", "out", "--jobs", "2"]
+    assert main([*more, "--seeds", "3", "--corrections", "gcw", "xgrad"]) == 0
+    assert (here / "counted").read_text().count("\n") == 9
+    assert read_settings(here / "out" / "config.yaml")["corrections"] == ["xgrad", "gcw"]
+    assert {result.arm for result in ResultsFolder(here / "out").results} == {
+        "baseline",
+        "xgrad",
+        "gcw",
+    }
+    capsys.readouterr()
+    assert main([*more, "--lr", "0.1"]) == 2
+    assert "script must take {lr} in its arguments where --lr is given" in capsys.readouterr().err
+
+
 def test_several_rates_are_chosen_by_trials_and_extensions(here, capsys):
     flags = ["--lr", "0.1,0.2", "--tuning-seeds", "1"]
     assert compare(script=("train.py", "{seed}", "{lr}"), flags=flags) == 0

@@ -8,6 +8,7 @@ from regrad_runner.scripts.probing import probe
 from regrad_runner.settings.arms import control_from_values
 
 SCRIPT = """
+import pathlib
 import sys
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ try:
     nn.functional.cross_entropy(model(torch.zeros(2, 4)), torch.zeros(2).long()).backward()
 except Exception:
     pass
-open(sys.argv[2], "w").write("trained")
+pathlib.Path(sys.argv[2]).write_text("trained")
 """
 
 
