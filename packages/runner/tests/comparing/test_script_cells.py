@@ -209,6 +209,14 @@ def test_what_is_refused_is_named_before_anything_is_written(here, capsys, monke
     assert not (here / "out").exists()
 
 
+def test_a_folder_that_is_taken_is_refused_before_the_script_starts(here, capsys, monkeypatch):
+    (here / "out").mkdir()
+    (here / "out" / "mine").touch()
+    monkeypatch.setenv("REFUSED", "xgrad")
+    assert compare() == 2
+    assert "out must be" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -123,17 +123,20 @@ def make_script_plan(
     if config.threads is None:
         config = config.model_copy(update={"threads": 1})
     path = out or default_folder("", config.script_name)
+    asks_for_all = ALL in config.corrections
+    if not asks_for_all:  # what can be said at once is said before the script starts
+        config = check_folder(path, config, resume=resume)
     arms, optional = _arms_to_try(config.corrections)
     seen = _look(config, arms)
     refused = seen["refused"]
     left_out = {name: why for name, why in refused.items() if name in optional}
     _check_none_is_refused({arm: why for arm, why in refused.items() if arm not in optional})
     arms = [arm for arm in arms if arm.name not in left_out]
-    if ALL in config.corrections:
+    if asks_for_all:
         names = tuple(arm.name for arm in arms if arm.corrections)
         config = config.model_copy(update={"corrections": names})
-    config = check_folder(path, config, resume=resume)
-    arms = _in_order_of(config.corrections, arms)
+        config = check_folder(path, config, resume=resume)
+        arms = correction_arms(config.corrections)  # in the order of an earlier command
     controls = {arm: control_from_values(values) for arm, values in seen["controls"].items()}
     arms = with_controls(arms, controls, added=config.controls)
     if resume:
@@ -221,12 +224,6 @@ def _check_none_is_refused(refused: Mapping[str, str]) -> None:
     if refused:
         reasons = "; ".join(f"{arm!r}: {why}" for arm, why in refused.items())
         raise ValueError(f"corrections must fit what the script trains, got {reasons}")
-
-
-def _in_order_of(corrections: Sequence[str], arms: Sequence[Arm]) -> list[Arm]:
-    """Return the arms in the order of a folder's corrections, which new ones come behind."""
-    tried = {arm.name: arm for arm in arms}
-    return [tried.get(arm.name, arm) for arm in correction_arms(corrections)]
 
 
 def _look(config: ScriptConfig, arms: Sequence[Arm]) -> dict[str, Any]:
