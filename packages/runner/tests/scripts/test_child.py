@@ -204,3 +204,24 @@ def test_a_link_in_the_place_of_the_output_is_not_followed(tmp_path):
 )
 def test_endings_are_said_in_words(code, words):
     assert Ending(code, timed_out=False, last_lines=(), seconds=1.0).in_words == words
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ((), "it printed nothing"),
+        (("regrad: nothing was corrected",), "it printed nothing"),
+        (("step 1", " stopped "), "stopped"),
+        (
+            ("Traceback:", "torch.OutOfMemoryError: no room", "regrad: agc on SGD: 3 steps"),
+            "torch.OutOfMemoryError: no room",
+        ),
+        (
+            ("[rank0]: ValueError: 3", "elastic.errors.ChildFailedError: ", "==="),
+            "[rank0]: ValueError: 3",
+        ),
+        (("x" * 5000,), "x" * 300 + "…"),
+    ],
+)
+def test_the_reason_is_the_line_that_says_most(lines, reason):
+    assert Ending(1, timed_out=False, last_lines=lines, seconds=1.0).reason == reason

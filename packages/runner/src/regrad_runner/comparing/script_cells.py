@@ -238,12 +238,11 @@ class ScriptCells:
     def _check(self, record: RunWriter, ending: Ending, curve: Sequence[Measured]) -> None:
         """Raise `RunFailedError` where a run came to nothing."""
         where = f"its output is in {record.path / OUTPUT}"
-        shown = [line.strip() for line in ending.last_lines if line.strip()]
-        last = shown[-1] if shown else "it printed nothing"
+        last = ending.reason
         if ending.timed_out:
             raise RunFailedError(f"{ending.in_words} (--timeout); {where}")
         if ending.code == NOTHING_ATTACHED:
-            reasons = [line for line in shown if line.startswith(SAYS_FIRST)]
+            reasons = [line for line in ending.last_lines if line.startswith(SAYS_FIRST)]
             reason = reasons[0].removeprefix(SAYS_FIRST) if reasons else last
             raise RunFailedError(f"nothing was corrected: {reason}; {where}")
         if ending.code != 0:

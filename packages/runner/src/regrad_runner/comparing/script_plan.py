@@ -260,7 +260,6 @@ def _why_not_seen(config: ScriptConfig, ending: Ending, seen: Mapping[str, Any])
     if ending.timed_out:
         return f"{rule}, got no training step within {config.timeout:g} s; raise --timeout"
     if ending.code != 0:
-        last = ending.last_lines[-1] if ending.last_lines else "it printed nothing"
-        return f"{rule}, got none: {ending.in_words}: {last.strip()}"
+        return f"{rule}, got none: {ending.in_words}: {ending.reason}"
     reasons = seen.get("not_attached") or ["it made none"]
     return f"{rule}, got none: {reasons[0]}"

@@ -25,7 +25,10 @@ CHUNK = 2**16
 # Of the output, in bytes: what is kept from its beginning and from its end.
 KEPT = 2**20
 LONGEST_OUTPUT_LINE = 2**16
-LAST_LINES = 20
+LAST_LINES = 100
+LONGEST_SHOWN_LINE = 300  # characters
+OUR_LINES = "regrad: "
+ERROR = re.compile(r".*\b\w*(?:Error|Exception): \S.*")
 OF_A_SHELL = 128  # what a shell adds to the number of the signal that ended a process
 # Colours and movements of the cursor, as a terminal takes them: ECMA-48, section 5.4.
 FOR_A_TERMINAL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
@@ -58,6 +61,21 @@ class Ending:
         with suppress(ValueError):
             return f"it was ended by {signal.Signals(number).name}"
         return f"it ended with exit code {self.code}"
+
+    @property
+    def reason(self) -> str:
+        """The line that says most of why it failed: the last error, or else the last line.
+
+        Behind it there may be what a launcher adds, and the summary of `regrad run`.
+        """
+        lines = [line.strip() for line in self.last_lines if not line.startswith(OUR_LINES)]
+        errors = [line for line in lines if ERROR.fullmatch(line)]
+        if not lines:
+            return "it printed nothing"
+        line = errors[-1] if errors else lines[-1]
+        if len(line) > LONGEST_SHOWN_LINE:
+            return f"{line[:LONGEST_SHOWN_LINE]}…"
+        return line
 
 
 class Child:
