@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regrad_runner.cli.corrections_flag import more_corrections
 from regrad_runner.cli.flags import ConfigFile, Json, Out, Resume, flag, switch
 from regrad_runner.cli.holding import holding, holding_folder
 from regrad_runner.cli.settings_flags import CHECKING, load_settings, takes_settings
@@ -42,6 +43,7 @@ def compare_command(
             help="A script of your own to compare instead of a workload; {seed}, {lr}, {out} and "
             "{arm} are filled in.",
             show_default=False,
+            autocompletion=more_corrections,
         ),
     ] = None,
     *,

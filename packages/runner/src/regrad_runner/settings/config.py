@@ -173,7 +173,7 @@ class ComparisonSettings(Settings):
         True
     )
     seeds: Annotated[
-        int, Flag("Paired runs of each arm; 10, or 6 of a script.", WHAT_IS_TRAINED, "N")
+        int, Flag("Paired runs of each arm; 10 by default, 6 of a script.", WHAT_IS_TRAINED, "N")
     ] = Field(default=10, gt=0, le=FIRST_TUNING_SEED)
     lr: Annotated[
         tuple[float, ...] | Literal["auto"] | None,
