@@ -18,7 +18,7 @@ from regrad_runner.workloads.text import MODEL
 CASES = {
     "regrad com": ["compare"],
     "regrad plugins d": ["doctor"],
-    "regrad compare --see": ["--seeds"],
+    "regrad compare --see": ["--seeds", "--seed-by-run"],
     "regrad compare --workload cifar": ["cifar10", "cifar100"],
     "regrad train --model resnet5": ["resnet56", "resnet50"],
     "regrad train --optimizer adamw": ["adamw"],

@@ -85,7 +85,7 @@ BAD = [
     ),
     ("compare --out .", "out must be a new or empty folder, got '.'"),
     ("compare --speed 3", "No such option"),
-    ("compare 3", "unexpected extra argument"),
+    ("compare 3", "script must be a file, got '3'; corrections come behind --corrections"),
     ("train --seed -1", "seed must be greater than or equal to 0, got -1"),
     ("train --lr 0", "lr must be greater than 0, got 0.0"),
     ("explain --after-steps -1", "after_steps must be from 0 to"),

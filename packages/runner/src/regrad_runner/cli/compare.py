@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regrad_runner.cli.corrections_flag import more_corrections
 from regrad_runner.cli.flags import ConfigFile, Json, Out, Resume, flag, switch
 from regrad_runner.cli.holding import holding, holding_folder
 from regrad_runner.cli.settings_flags import CHECKING, load_settings, takes_settings
@@ -40,6 +43,7 @@ def compare_command(
             help="A script of your own to compare instead of a workload; {seed}, {lr}, {out} and "
             "{arm} are filled in.",
             show_default=False,
+            autocompletion=more_corrections,
         ),
     ] = None,
     *,
@@ -82,7 +86,9 @@ def compare_command(
     with checking_input(), console.status(CHECKING):
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
         continues = resume or cell is not None
+        _check_are_corrections(given.get("corrections", ()))
         if script:
+            _check_is_script(script)
             given["script"] = script
         given |= _direction(higher=higher_is_better, lower=lower_is_better)
         kind = _kind(given, config=config, out=out if continues else None)
@@ -95,6 +101,33 @@ def compare_command(
         if cells:
             return _prepare_cells(console, plan, as_json=json)
         return _compare(console, plan, jobs=jobs, as_json=json)
+
+
+def _check_are_corrections(names: Sequence[str]) -> None:
+    """Raise a `ValueError` where the script stands among the corrections."""
+    for name in names:
+        if name == "--":
+            raise ValueError("corrections must be named between --corrections and '--', got none")
+        if Path(name).suffix == ".py":
+            raise ValueError(
+                f"script must stand behind '--', got {name!r} among the corrections; write: "
+                f"-- {name}"
+            )
+
+
+def _check_is_script(words: list[str]) -> None:
+    """Raise a `ValueError` where somebody names corrections as if they were a script."""
+    from regrad_runner.scripts.running import check_script  # noqa: PLC0415
+
+    first = Path(words[0])
+    names_file = first.suffix or len(first.parts) > 1 or first.is_file()
+    if names_file or words[0] in ("-m", "python", "python3"):
+        check_script(words)
+        return
+    raise ValueError(
+        f"script must be a file, got {words[0]!r}; corrections come behind --corrections, such as "
+        f"--corrections {words[0]}"
+    )
 
 
 def _direction(*, higher: bool, lower: bool) -> dict[str, str]:
@@ -125,17 +158,19 @@ def _kind(
     if file is not None and file.is_file():
         known = {**read_settings(file), **given}
     kind = comparison_settings_of(known)
-    for name in given:
+    for name, value in given.items():
         if name not in kind.model_fields:
-            raise ValueError(_out_of_place(name, kind))
+            raise ValueError(_out_of_place(name, value, kind))
     if kind is ScriptConfig:
         _check_is_complete(known)
     return kind
 
 
-def _out_of_place(name: str, kind: type[ComparisonSettings]) -> str:
+def _out_of_place(name: str, value: Any, kind: type[ComparisonSettings]) -> str:
     """Say why a flag does not belong to what is compared."""
-    flag_name = "--higher-is-better" if name == "better" else f"--{name.replace('_', '-')}"
+    flag_name = f"--{name.replace('_', '-')}"
+    if name == "better":
+        flag_name = f"--{value}-is-better"
     if kind is ScriptConfig:
         return f"{flag_name} must be left out with a script, which decides that itself"
     return f"{flag_name} must be given with a script of your own behind '--'"
@@ -191,7 +226,7 @@ def _compare(console: Console, plan: Planned[Any], *, jobs: int | None, as_json:
 
     display = Display(console, runs=plan.runs, quiet=not plan.reports)
     display.say(plan.in_words())
-    again = f"regrad compare --resume --out {plan.path}"
+    again = shlex.join(["regrad", "compare", "--resume", "--out", str(plan.path)])
     if jobs:
         again = f"{again} --jobs {jobs}"
     with going_on(console, again, quiet=not plan.reports), display:
@@ -224,7 +259,7 @@ def _run_cell(console: Console, settings: ComparisonSettings, number: int, out: 
     lock: AbstractContextManager[None] = nullcontext()
     if plan.reports:
         lock = holding(running_cell(plan.path, *cell_plan.cell.folder_names))
-    again = f"regrad compare --out {out} --cell {number}"
+    again = shlex.join(["regrad", "compare", "--out", str(out), "--cell", str(number)])
     with lock, going_on(console, again, quiet=not plan.reports), display:
         outcome = run_cell(cell_plan, display)
         if outcome is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import typer
+
+from regrad_runner.cli import completion
 from regrad_runner.cli.help import Plain
 from regrad_runner.settings.flag import WHERE_IT_GOES
 
@@ -32,6 +35,13 @@ class ManyValues(Plain):
             return super().shell_complete(ctx, incomplete)
         (flag,) = (parameter for parameter in self.params if parameter.name == "corrections")
         return flag.shell_complete(ctx, incomplete)
+
+
+def more_corrections(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return what a shell offers in the place of a script: behind `--corrections` more of them."""
+    if ctx.meta.get(IS_OFFERED):
+        return completion.corrections(incomplete)
+    return []
 
 
 def repeat_flag(words: Sequence[str]) -> list[str]:

@@ -78,7 +78,7 @@ def _run(words: list[str]) -> int:
             raise
         return _complain(error_in_words(problem), code=FAILED)
     except usage_error as problem:
-        return _complain(_with_value(problem, words))
+        return _complain(f"{_with_value(problem, words)}{_hint_at_script(words)}")
     except (typer.Abort, KeyboardInterrupt):
         return STOPPED
 
@@ -91,6 +91,14 @@ def _with_value(problem: Any, words: Sequence[str]) -> str:
             if value not in message:
                 return f"{message.rstrip('.')}, got {value!r}"
     return message
+
+
+def _hint_at_script(words: Sequence[str]) -> str:
+    """Return what to do where a script's own flags were taken for ours; nothing elsewhere."""
+    scripts = [word for word in words if word.endswith(".py")]
+    if not scripts or "--" in words:
+        return ""
+    return f"; a script and its arguments come behind '--': -- {scripts[0]} ..."
 
 
 def _values_of(flag: str, words: Sequence[str]) -> list[str]:

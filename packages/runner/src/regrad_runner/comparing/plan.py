@@ -211,7 +211,7 @@ def make_plan(
     arms = expand(config.corrections, example_optimizer(config, lr=lr), controls=config.controls)
     if is_first and resume:
         check_arms(path, arms)
-        left_out = _still_left_out(path, config, left_out)
+        left_out = still_left_out(path, config, left_out)
     for arm in arms:
         try_on(arm, config, workload, lr=lr)
     plan = Plan(config, workload, tuple(arms), path, is_first, processes, left_out, given_jobs)
@@ -230,7 +230,9 @@ def _first_rate(config: CompareConfig) -> float:
     return config.rates[0] if config.rates else 0.0
 
 
-def _still_left_out(path: Path, config: CompareConfig, now: Mapping[str, str]) -> dict[str, str]:
+def still_left_out(
+    path: Path, config: ComparisonSettings, now: Mapping[str, str]
+) -> dict[str, str]:
     """Return what a resumed comparison leaves out, with the reasons.
 
     Args:

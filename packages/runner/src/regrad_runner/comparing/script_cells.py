@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,14 +40,14 @@ from regrad_runner.results.run import (
 )
 from regrad_runner.scripts.child import Child, Ending
 from regrad_runner.scripts.command import NOTHING_ATTACHED
-from regrad_runner.scripts.measures import OutputReader, Seen, curve_in_file
-from regrad_runner.settings.arms import Arm
-from regrad_runner.settings.script_config import filled_in
+from regrad_runner.scripts.measures import Measured, OutputReader, curve_in_file
+from regrad_runner.settings.arms import Arm, control_as_values
 from regrad_runner.tracking.of_scripts import ScriptRuns
 
 OUT = "out"
-SHOWN_LINES = 5
 SAYS_FIRST = "regrad: not attached: "
+# For the signal that ended a run to come here too, where it was sent to all processes.
+SECONDS_FOR_A_SIGNAL = 1.0
 
 
 class RunFailedError(Exception):
@@ -67,7 +68,7 @@ class ScriptCells:
         self._children: set[Child] = set()
         self._under_way: list[str] = []
         self._lock = threading.Lock()
-        self._is_over = False
+        self._over = threading.Event()
         self._pairs = Pairs()
 
     def __enter__(self) -> Self:
@@ -113,7 +114,7 @@ class ScriptCells:
             raise
         except (RunFailedError, OSError, ValueError) as problem:
             reason = without_secrets(in_one_line(problem))
-            if not self._is_over:
+            if not self._over.is_set():
                 self._display.say(f"{cell.name} failed: {reason}")
                 append(self._plan.path / "failures.txt", f"{cell.name}\n{reason}\n\n")
         finally:
@@ -158,12 +159,17 @@ class ScriptCells:
                 hear=hear,
             )
             ending = self._run_child(child)
-            receipt = _read_receipt(receipt_file)
+            if self._is_stopped(ending):
+                record.let_go()
+                return
+            receipt = _read_receipt(receipt_file, arm)
         curve = reader.seen if reader is not None else []
         if source.kind == "mlflow":
-            curve = [Seen(point.step, point.value, point.time) for point in runs.curve(source.key)]
+            curve = [
+                Measured(point.step, point.value, point.time) for point in runs.curve(source.key)
+            ]
         elif source.file:
-            curve = curve_in_file(source, filled_in(source.file, values), out)
+            curve = curve_in_file(source, values, out)
         if reader is None:
             for seen in curve:
                 _keep(record, seen)
@@ -173,28 +179,33 @@ class ScriptCells:
         with self._lock:
             self._children.add(child)
         try:
-            if self._is_over:
+            if self._over.is_set():
                 child.end()
             return child.run(self._plan.config.timeout)
         finally:
             with self._lock:
                 self._children.discard(child)
 
+    def _is_stopped(self, ending: Ending) -> bool:
+        """Say whether a run ended because the comparison ends."""
+        if ending.code in (-signal.SIGINT, -signal.SIGTERM) and not ending.timed_out:
+            return self._over.wait(SECONDS_FOR_A_SIGNAL)
+        return self._over.is_set()
+
     def _end_run(
         self,
         cell: Cell,
         record: RunWriter,
         ending: Ending,
-        curve: Sequence[Seen],
+        curve: Sequence[Measured],
         receipt: dict[str, Any],
         *,
         lr: float,
     ) -> None:
         """Keep the result and the receipt, or raise `RunFailedError`."""
-        if self._is_over:
-            record.let_go()
-            return
         diverged = bool(curve) and not math.isfinite(curve[-1].value)
+        if ending.code == NOTHING_ATTACHED:
+            diverged = False
         if not diverged:
             self._check(record, ending, curve)
         start = receipt["script"]["start"] if receipt else None
@@ -224,15 +235,14 @@ class ScriptCells:
         )
         record.end(status, result=numbers_of(result))
 
-    def _check(self, record: RunWriter, ending: Ending, curve: Sequence[Seen]) -> None:
+    def _check(self, record: RunWriter, ending: Ending, curve: Sequence[Measured]) -> None:
         """Raise `RunFailedError` where a run came to nothing."""
         where = f"its output is in {record.path / OUTPUT}"
-        shown = [line.strip() for line in ending.last_lines if line.strip()]
-        last = shown[-1] if shown else "it printed nothing"
+        last = ending.reason
         if ending.timed_out:
             raise RunFailedError(f"{ending.in_words} (--timeout); {where}")
         if ending.code == NOTHING_ATTACHED:
-            reasons = [line for line in shown if line.startswith(SAYS_FIRST)]
+            reasons = [line for line in ending.last_lines if line.startswith(SAYS_FIRST)]
             reason = reasons[0].removeprefix(SAYS_FIRST) if reasons else last
             raise RunFailedError(f"nothing was corrected: {reason}; {where}")
         if ending.code != 0:
@@ -259,7 +269,7 @@ class ScriptCells:
     def _end_all(self) -> None:
         """End every process that still runs."""
         with self._lock:
-            self._is_over = True
+            self._over.set()
             children = [*self._children]
         for child in children:
             child.end()
@@ -289,12 +299,12 @@ def _new_folder(run: Path, name: str) -> Path:
     return make_folder(run, name)
 
 
-def _keep(record: RunLog, seen: Seen, *, seconds: float | None = None) -> None:
+def _keep(record: RunLog, seen: Measured, *, seconds: float | None = None) -> None:
     numbers = {"epoch": None, "loss": None, "value": seen.value, "lr": None, "seconds": seconds}
     record.log(EVALUATION, seen.step, numbers)
 
 
-def _read_receipt(file: Path) -> dict[str, Any]:
+def _read_receipt(file: Path, arm: Arm) -> dict[str, Any]:
     """Return the receipt of a run's first attachment, with what was seen of the others."""
     if not file.is_file():
         return {}
@@ -308,6 +318,7 @@ def _read_receipt(file: Path) -> dict[str, Any]:
         **first["receipt"],
         "script": {"optimizer": first["optimizer"], "modules": first["modules"], **more},
         "other_attachments": others,
+        "run": {"control": control_as_values(arm.control) if arm.control else None},
     }
 
 

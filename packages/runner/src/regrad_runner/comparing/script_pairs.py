@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from regrad.errors import RegradError
 
 from regrad_runner.results.cells import Cell
+from regrad_runner.results.pairs import UnlikePair, unlike_in_words
 from regrad_runner.settings.arms import BASELINE
 
 
@@ -49,6 +50,8 @@ class Pairs:
 
     def _check_seeds(self, cell: Cell) -> None:
         this = self._seen[cell]
+        if this.start is None:
+            return
         for other, seen in self._seen.items():
             is_sibling = other.arm == cell.arm and other.lr == cell.lr and other.seed != cell.seed
             if is_sibling and seen == this:
@@ -59,27 +62,19 @@ class Pairs:
                 )
 
     def _warning(self, cell: Cell) -> str | None:
-        """Say that pairs are none, where the runs of one seed begin differently."""
+        """Say that runs of one seed begin differently, where they do."""
         if self._has_warned:
             return None
-        this = self._seen[cell]
-        for other, seen in self._seen.items():
-            if (
-                other.seed != cell.seed
-                or other.arm == cell.arm
-                or BASELINE
-                not in (
-                    other.arm,
-                    cell.arm,
-                )
-            ):
+        for other in self._seen:
+            if other.seed != cell.seed or BASELINE not in (other.arm, cell.arm):
                 continue
-            if None not in (this.start, seen.start) and this.start != seen.start:
+            if self._began_differently(cell, other):
                 self._has_warned = True
-                return (
-                    f"warning: the pairs are no pairs: with seed {cell.seed}, {other.arm!r} and "
-                    f"{cell.arm!r} began with other weights or inputs; the script must fix every "
-                    "source of chance by {seed} (weights, order of the data, augmentation, worker "
-                    "processes), or be given --seed-by-run"
-                )
+                arm = cell.arm if other.arm == BASELINE else other.arm
+                return f"warning: {unlike_in_words(UnlikePair(arm, cell.seed))}"
         return None
+
+    def _began_differently(self, cell: Cell, other: Cell) -> bool:
+        one = self._seen[cell].start
+        another = self._seen[other].start
+        return one is not None and another is not None and one != another

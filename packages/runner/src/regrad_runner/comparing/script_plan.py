@@ -12,14 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regrad
 from regrad.correction import Control
 
-from regrad_runner.comparing.plan import Planned, suitable_jobs
+from regrad_runner.comparing.plan import Planned, still_left_out, suitable_jobs
 from regrad_runner.results.about import read_about
 from regrad_runner.results.folder import check_arms, check_folder
 from regrad_runner.scripts.child import Child, Ending
 from regrad_runner.scripts.running import check_script
 from regrad_runner.settings.arms import (
+    ALL,
     Arm,
     control_from_values,
     correction_arms,
@@ -27,6 +29,7 @@ from regrad_runner.settings.arms import (
 )
 from regrad_runner.settings.config import MOST_THREADS
 from regrad_runner.settings.script_config import ScriptConfig, filled_in
+from regrad_runner.signals import stoppable
 from regrad_runner.training.preparation import default_folder
 from regrad_runner.workloads.workload import Measure
 
@@ -44,6 +47,8 @@ class ScriptPlan(Planned[ScriptConfig]):
         arms: What is compared.
         path: Folder to write.
         trained: What the script trains, in words; nothing where it was not looked at.
+        left_out: Installed corrections that cannot work here, with the reason, where all were
+            asked for.
         jobs: How many runs take place at once, each in a process of its own.
     """
 
@@ -118,19 +123,27 @@ def make_script_plan(
     if config.threads is None:
         config = config.model_copy(update={"threads": 1})
     path = out or default_folder("", config.script_name)
-    config = check_folder(path, config, resume=resume)
-    arms = correction_arms(config.corrections)
+    asks_for_all = ALL in config.corrections
+    if not asks_for_all:  # what can be said at once is said before the script starts
+        config = check_folder(path, config, resume=resume)
+    arms, optional = _arms_to_try(config.corrections)
     seen = _look(config, arms)
     refused = seen["refused"]
-    if refused:
-        arm, why = next(iter(refused.items()))
-        raise ValueError(f"corrections must fit what the script trains, got {arm!r}: {why}")
+    left_out = {name: why for name, why in refused.items() if name in optional}
+    _check_none_is_refused({arm: why for arm, why in refused.items() if arm not in optional})
+    arms = [arm for arm in arms if arm.name not in left_out]
+    if asks_for_all:
+        names = tuple(arm.name for arm in arms if arm.corrections)
+        config = config.model_copy(update={"corrections": names})
+        config = check_folder(path, config, resume=resume)
+        arms = correction_arms(config.corrections)  # in the order of an earlier command
     controls = {arm: control_from_values(values) for arm, values in seen["controls"].items()}
     arms = with_controls(arms, controls, added=config.controls)
     if resume:
         check_arms(path, arms)
+        left_out = still_left_out(path, config, left_out)
     trained = f"{config.script_name}, {seen['optimizer']} on {' and '.join(seen['modules'])}"
-    plan = ScriptPlan(config, tuple(arms), path, trained, jobs or 1)
+    plan = ScriptPlan(config, tuple(arms), path, trained, jobs or 1, left_out=left_out)
     return plan if jobs is not None else replace(plan, jobs=suitable_jobs(plan))
 
 
@@ -178,8 +191,39 @@ def environment_of(config: ScriptConfig) -> dict[str, str]:
 
 
 def _control_in(about: Mapping[str, Any], name: str) -> Control:
-    """Return what a folder says of a control's change."""
-    return control_from_values({"name": name, **about["arms"][name]})
+    """Return what a folder says of a control's change.
+
+    Raises:
+        ValueError: If it says nothing of it, or something else.
+    """
+    recipe = about.get("arms", {}).get(name, {})
+    try:
+        return control_from_values({"name": name, **recipe})
+    except TypeError as problem:
+        raise ValueError(
+            f"about.json must say what the control {name!r} changes, got {problem}; take it from "
+            "a copy of the folder"
+        ) from None
+
+
+def _arms_to_try(corrections: Sequence[str]) -> tuple[list[Arm], set[str]]:
+    """Return the arms to try on the script, and the names of those that "all" stands for.
+
+    Where one of these does not fit, it is left out.
+    """
+    if ALL not in corrections:
+        return correction_arms(corrections), set()
+    installed = [name for name in regrad.available() if name not in corrections]
+    place = corrections.index(ALL)
+    after = [text for text in corrections[place:] if text != ALL]
+    return correction_arms([*corrections[:place], *installed, *after]), set(installed)
+
+
+def _check_none_is_refused(refused: Mapping[str, str]) -> None:
+    """Raise a `ValueError` that names every correction which does not fit."""
+    if refused:
+        reasons = "; ".join(f"{arm!r}: {why}" for arm, why in refused.items())
+        raise ValueError(f"corrections must fit what the script trains, got {reasons}")
 
 
 def _look(config: ScriptConfig, arms: Sequence[Arm]) -> dict[str, Any]:
@@ -202,20 +246,20 @@ def _look(config: ScriptConfig, arms: Sequence[Arm]) -> dict[str, Any]:
             environment=environment_of(config),
             output=folder / "output.txt",
         )
-        ending = child.run(config.timeout)
+        with stoppable():  # a signal that ends this process must end the script
+            ending = child.run(config.timeout)
         seen = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
     if "controls" not in seen:
-        raise ValueError(_why_not_seen(ending, seen))
+        raise ValueError(_why_not_seen(config, ending, seen))
     return seen
 
 
-def _why_not_seen(ending: Ending, seen: Mapping[str, Any]) -> str:
+def _why_not_seen(config: ScriptConfig, ending: Ending, seen: Mapping[str, Any]) -> str:
     """Say why a script did not come to a training step."""
     rule = "script must train with a torch optimizer in its own process"
     if ending.timed_out:
-        return f"{rule}, got no training step within {ending.seconds:.0f} s; raise --timeout"
+        return f"{rule}, got no training step within {config.timeout:g} s; raise --timeout"
     if ending.code != 0:
-        last = ending.last_lines[-1] if ending.last_lines else "it printed nothing"
-        return f"{rule}, got none: {ending.in_words}: {last.strip()}"
+        return f"{rule}, got none: {ending.in_words}: {ending.reason}"
     reasons = seen.get("not_attached") or ["it made none"]
     return f"{rule}, got none: {reasons[0]}"

@@ -126,6 +126,8 @@ def why_not_measured(about: Mapping[str, Any]) -> str:
     Args:
         about: What the folder says about itself.
     """
+    if about.get("samples") == "":  # only a script does not say what its samples are
+        return "the runs were those of a script, whose steps cannot be taken in turns"
     if about.get("job_array"):
         return "the runs were jobs of an array, and nothing else was run"
     if about.get("processes", 1) != 1:

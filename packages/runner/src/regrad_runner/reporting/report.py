@@ -33,6 +33,7 @@ from regrad_runner.results.cells import in_ranges
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.locks import drawing
 from regrad_runner.results.outcomes import CurvePoint, Result, Trial
+from regrad_runner.results.pairs import unlike_in_words, unlike_pairs
 from regrad_runner.results.receipts import read_receipt
 from regrad_runner.results.tables import write_rows
 from regrad_runner.settings.loading import read_settings
@@ -130,12 +131,14 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
     print_qualities(console, kept_qualities(folder))
     for offer in lower_rates(folder, summaries):
         console.print_line(in_words(offer), wrap=True)
+    for pair in unlike_pairs(folder)[:1]:
+        console.print_line(f"warning: {unlike_in_words(pair)}", wrap=True)
     _print_resolution(console, about, measure)
     if not has_step_times(summaries):
         console.print_line(f"step times are unknown: {why_not_measured(about)}", wrap=True)
     for name, why in about.get("left_out", {}).items():
         console.print_line(f"left out: {name} ({why})", wrap=True)
-    _print_rates(console, folder)
+    _print_rates(console, folder, measure)
     _print_failures(console, folder)
     _print_missing(console, folder)
     _print_places(console, path)
@@ -238,6 +241,7 @@ def _comparison_as_json(
         "left_out": about.get("left_out", {}),
         "resolution": None if resolution is None else asdict(resolution),
         "step_times": {arm: asdict(found) for arm, found in times.items()},
+        "unlike_pairs": [asdict(pair) for pair in unlike_pairs(folder)],
         "lower_rates": [asdict(offer) for offer in lower_rates(folder, summaries)],
     }
     qualities = kept_qualities(folder)
@@ -298,13 +302,16 @@ def _print_resolution(console: Terminal, about: dict[str, Any], measure: Measure
         console.print_line(f"warning: {resolution.warning}", wrap=True)
 
 
-def _print_rates(console: Terminal, folder: ResultsFolder) -> None:
+def _print_rates(console: Terminal, folder: ResultsFolder, measure: Measure) -> None:
     """Say which learning rate each arm chose, if there was a choice."""
     if not folder.trials:
         return
     chosen = {result.arm: result.lr for result in folder.results}
     rates = ", ".join(f"{arm} {lr:g}" for arm, lr in chosen.items())
-    console.print_line(f"learning rates chosen on the validation split: {rates}", wrap=True)
+    where = "on the validation split"
+    if name_on_validation(measure) == measure.name:  # of a script, which has one measure
+        where = "by trials"
+    console.print_line(f"learning rates chosen {where}: {rates}", wrap=True)
     for line in rates_at_edges(folder.choices):
         console.print_line(line, wrap=True)
 

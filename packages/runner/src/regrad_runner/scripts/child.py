@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -18,14 +19,19 @@ import psutil
 
 from regrad_runner.files import new_file
 
-SECONDS_TO_END = 10.0
+SECONDS_TO_TERMINATE = 10.0
 SECONDS_FOR_THE_REST = 5.0  # of the output, after the process itself has ended
 CHUNK = 2**16
 # Of the output, in bytes: what is kept from its beginning and from its end.
 KEPT = 2**20
-LONGEST_LINE = 2**16
-LAST_LINES = 20
+LONGEST_OUTPUT_LINE = 2**16
+LAST_LINES = 100
+LONGEST_SHOWN_LINE = 300  # characters
+OUR_LINES = "regrad: "
+ERROR = re.compile(r".*\b\w*(?:Error|Exception): \S.*")
 OF_A_SHELL = 128  # what a shell adds to the number of the signal that ended a process
+# Colours and movements of the cursor, as a terminal takes them: ECMA-48, section 5.4.
+FOR_A_TERMINAL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
 
 
 @dataclass(frozen=True)
@@ -37,22 +43,39 @@ class Ending:
         timed_out: Whether it was ended because it took too long.
         last_lines: Of what it printed, those that are not empty.
         seconds: How long it ran.
+        timeout: Seconds that it had; None for as many as it takes.
     """
 
     code: int
     timed_out: bool
     last_lines: tuple[str, ...]
     seconds: float
+    timeout: float | None = None
 
     @property
     def in_words(self) -> str:
         """How it ended, in a few words."""
         if self.timed_out:
-            return f"it did not end within {self.seconds:.0f} s"
+            return f"it did not end within {self.timeout:g} s"
         number = -self.code if self.code < 0 else self.code - OF_A_SHELL
         with suppress(ValueError):
             return f"it was ended by {signal.Signals(number).name}"
         return f"it ended with exit code {self.code}"
+
+    @property
+    def reason(self) -> str:
+        """The line that says most of why it failed: the last error, or else the last line.
+
+        Behind it there may be what a launcher adds, and the summary of `regrad run`.
+        """
+        lines = [line.strip() for line in self.last_lines if not line.startswith(OUR_LINES)]
+        errors = [line for line in lines if ERROR.fullmatch(line)]
+        if not lines:
+            return "it printed nothing"
+        line = errors[-1] if errors else lines[-1]
+        if len(line) > LONGEST_SHOWN_LINE:
+            return f"{line[:LONGEST_SHOWN_LINE]}…"
+        return line
 
 
 class Child:
@@ -63,7 +86,8 @@ class Child:
         environment: Its variables.
         output: File for what it prints, which must not exist. Of megabytes the first and the last
             are kept.
-        hear: Called with each line, as it comes.
+        hear: Called with each line, as it comes; a carriage return ends one too, and colours are
+            taken out.
     """
 
     def __init__(
@@ -80,7 +104,8 @@ class Child:
         self._hear = hear
         self._last: deque[str] = deque(maxlen=LAST_LINES)
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_ended = False
+        self._ended = threading.Event()
+        self._is_read = False
         self._problem: BaseException | None = None
 
     def run(self, timeout: float | None = None) -> Ending:
@@ -94,7 +119,7 @@ class Child:
         """
         started = time.perf_counter()
         with new_file(self._output) as kept:
-            if self._is_ended:
+            if self._ended.is_set():
                 return Ending(-signal.SIGTERM, timed_out=False, last_lines=(), seconds=0.0)
             self._process = subprocess.Popen(  # noqa: S603 - the user's own command
                 self._command,
@@ -104,13 +129,22 @@ class Child:
                 env=self._environment,
                 start_new_session=True,
             )
+            if self._ended.is_set():  # meanwhile
+                end_tree(self._process.pid)
             reader = threading.Thread(target=self._read, args=(kept,), daemon=True)
             reader.start()
-            timed_out = self._wait(timeout)
+            try:
+                timed_out = self._wait(timeout)
+            except BaseException:  # such as Ctrl-C, which only this process hears
+                self.end()
+                self._process.wait()
+                reader.join(SECONDS_FOR_THE_REST)
+                raise
             reader.join(SECONDS_FOR_THE_REST)
             if reader.is_alive():  # something that it started still holds its output
                 self.end()
                 reader.join(SECONDS_FOR_THE_REST)
+            self._is_read = True
         if self._problem is not None:
             raise self._problem
         return Ending(
@@ -118,13 +152,18 @@ class Child:
             timed_out=timed_out,
             last_lines=tuple(self._last),
             seconds=time.perf_counter() - started,
+            timeout=timeout,
         )
 
     def end(self) -> None:
         """End the process and all that it started; callable from another thread."""
-        self._is_ended = True
-        if self._process is not None:
+        self._ended.set()
+        if self._process is None:
+            return
+        if self._process.poll() is None:
             end_tree(self._process.pid)
+        else:
+            end_group(self._process.pid)
 
     def _wait(self, timeout: float | None) -> bool:
         """Wait for the process; end it when the time is over, and say whether that was so."""
@@ -144,16 +183,24 @@ class Child:
         rest = b""
         try:
             for chunk in iter(self._next_chunk, b""):
+                if self._is_read:  # by whoever still holds the output, long after the end
+                    return
                 keeper.keep(chunk)
                 *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")
                 for line in lines:
                     self._take(line)
-                rest = rest[-LONGEST_LINE:]
+                rest = rest[-LONGEST_OUTPUT_LINE:]
             self._take(rest)
             keeper.close()
         except BaseException as problem:  # noqa: BLE001 - raised where the process is waited for
             self._problem = problem
             self.end()
+        finally:
+            self._close_output()
+
+    def _close_output(self) -> None:
+        if self._process is not None and self._process.stdout is not None:
+            self._process.stdout.close()
 
     def _next_chunk(self) -> bytes:
         if self._process is None or self._process.stdout is None:
@@ -161,7 +208,7 @@ class Child:
         return os.read(self._process.stdout.fileno(), CHUNK)
 
     def _take(self, line: bytes) -> None:
-        text = line.decode("utf-8", errors="replace")
+        text = FOR_A_TERMINAL.sub(b"", line).decode("utf-8", errors="replace")
         if text.strip():
             self._last.append(text)
             self._hear(text)
@@ -214,10 +261,15 @@ def end_tree(pid: int) -> None:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_END)
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS_TO_TERMINATE)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    if hasattr(os, "killpg"):  # what was started by a process that ended before
+    end_group(pid)
+
+
+def end_group(pid: int) -> None:
+    """End at once what a process started and left behind when it ended itself."""
+    if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)

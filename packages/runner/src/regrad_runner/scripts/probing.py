@@ -26,11 +26,11 @@ from regrad_runner.scripts.running import run_script
 from regrad_runner.settings.arms import control_as_values, merged
 
 
-class Seen(BaseException):
+class SeenEnough(BaseException):
     """The script was seen as far as is needed; no `except Exception` of its own stops this."""
 
 
-class Probe(AutomaticAttachment):
+class ScriptProbe(AutomaticAttachment):
     """Sees the first optimizer that can be attached to, and ends the script.
 
     Args:
@@ -69,14 +69,14 @@ class Probe(AutomaticAttachment):
                 continue
             if control is not None:
                 self.answer["controls"][arm] = control_as_values(control)
-        raise Seen
+        raise SeenEnough
 
 
 def probe(question: Path, answer: Path, words: Sequence[str]) -> int:
     """Run a script until it is seen, and write what was seen.
 
     Args:
-        question: JSON with "arms" and "classes", as for `Probe`.
+        question: JSON with "arms" and "classes", as for `ScriptProbe`.
         answer: File for what was seen, as JSON; the first of several processes writes it.
         words: "SCRIPT ARGS..." or "-m MODULE ARGS...".
 
@@ -84,9 +84,9 @@ def probe(question: Path, answer: Path, words: Sequence[str]) -> int:
         0 once the script was seen; else its own exit code.
     """
     asked = json.loads(question.read_text(encoding="utf-8"))
-    seeing = Probe(asked["arms"], classes=asked["classes"])
+    seeing = ScriptProbe(asked["arms"], classes=asked["classes"])
     with seeing:
-        code = run_script(words, ends_quietly=Seen)
+        code = run_script(words, ends_quietly=SeenEnough)
     seen = seeing.answer or {"not_attached": seeing.waiting}
     if os.environ.get("RANK", "0") == "0":
         write_whole(answer, json.dumps(seen))

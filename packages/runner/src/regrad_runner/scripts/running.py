@@ -29,7 +29,9 @@ def check_script(words: Sequence[str]) -> None:
             f"{' '.join(words[:2])!r}; leave it out"
         )
     if not Path(words[0]).is_file():
-        raise ValueError(f"script must be a file, got {words[0]!r}")
+        raise ValueError(
+            f"script must be a file, got {words[0]!r}; give its path from the current folder"
+        )
 
 
 def run_script(words: Sequence[str], *, ends_quietly: type[BaseException] | tuple[()] = ()) -> int:
@@ -43,7 +45,8 @@ def run_script(words: Sequence[str], *, ends_quietly: type[BaseException] | tupl
         ends_quietly: An exception that is no failure of the script's.
 
     Returns:
-        0 at its end or after such an exception, what it gave to `sys.exit`, 1 after an exception, 130 after Ctrl-C.
+        0 at its end or after such an exception, what it gave to `sys.exit`, 1 after an exception,
+        130 after Ctrl-C.
     """
     arguments = [*words[2:]] if words[0] == "-m" else [*words[1:]]
     try:

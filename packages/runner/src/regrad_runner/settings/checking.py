@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-Settings = TypeVar("Settings", bound=BaseModel)
+Validated = TypeVar("Validated", bound=BaseModel)
 
 LONGEST_TEXT = 1000
 _SHORT = reprlib.Repr()
@@ -18,7 +18,7 @@ _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlevel = 3
 
 
-def validated(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+def validated(kind: type[Validated], values: Mapping[str, Any]) -> Validated:
     """Return the settings, or raise a `ValueError` of one line with setting, rule and value."""
     try:
         return kind.model_validate(dict(values))

@@ -172,9 +172,9 @@ class ComparisonSettings(Settings):
     controls: Annotated[bool, Flag("Leave out the trivial changes to beat.", WHAT_IS_TRAINED)] = (
         True
     )
-    seeds: Annotated[int, Flag("Paired runs of each arm; 10 by default.", WHAT_IS_TRAINED, "N")] = (
-        Field(default=10, gt=0, le=FIRST_TUNING_SEED)
-    )
+    seeds: Annotated[
+        int, Flag("Paired runs of each arm; 10 by default, 6 of a script.", WHAT_IS_TRAINED, "N")
+    ] = Field(default=10, gt=0, le=FIRST_TUNING_SEED)
     lr: Annotated[
         tuple[float, ...] | Literal["auto"] | None,
         Flag(

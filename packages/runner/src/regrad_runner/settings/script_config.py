@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from regrad_runner.settings.config import AUTO, MOST_THREADS, CompareConfig, ComparisonSettings
+from regrad_runner.settings.config import (
+    AUTO,
+    FIRST_TUNING_SEED,
+    MOST_THREADS,
+    CompareConfig,
+    ComparisonSettings,
+)
 from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, THE_SCRIPT, WHAT_IS_TRAINED, Flag
 from regrad_runner.settings.measure_source import MeasureSource, read_measure_source
 
@@ -32,7 +38,7 @@ class ScriptConfig(ComparisonSettings):
         ),
     ] = ("xgrad", "agc", "xgrad+agc")
     seeds: Annotated[int, Flag("Paired runs of each arm; 6 by default.", WHAT_IS_TRAINED, "N")] = (
-        Field(default=ENOUGH_SEEDS, gt=0)
+        Field(default=ENOUGH_SEEDS, gt=0, le=FIRST_TUNING_SEED)
     )
     measure: Annotated[
         str,

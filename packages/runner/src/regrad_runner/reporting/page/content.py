@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -25,11 +26,13 @@ from regrad_runner.reporting.resolution import resolution_in_words, resolution_o
 from regrad_runner.reporting.sentences import reason
 from regrad_runner.reporting.summaries import has_step_times, verdict_in_words
 from regrad_runner.reporting.unsteady import in_words, lower_rates
+from regrad_runner.results.pairs import unlike_in_words, unlike_pairs
 from regrad_runner.statistics.verdicts import ArmSummary
-from regrad_runner.workloads.workload import Measure
+from regrad_runner.workloads.workload import Measure, name_on_validation
 
 NOTHING = "–"
 MINUS = "−"
+WORDS_OF_A_COMMAND = {"script"}
 ONE_LINE = 24  # characters that stay on one line
 # What kind of news each verdict is.
 TONES = {"better": "good", "better than nothing": "half", "worse": "bad", "inert": "bad"}
@@ -141,7 +144,7 @@ def rates_table(data: ReportData) -> PageTable | None:
         rows.append([_word(arm), *cells])
     caption = ". ".join(
         [
-            "Choice of learning rates: worst trial on the validation split; * chosen",
+            f"Choice of learning rates: worst trial{_on_validation(data.measure)}; * chosen",
             *rates_at_edges(data.folder.choices),
         ]
     )
@@ -186,7 +189,7 @@ def settings_table(data: ReportData) -> PageTable | None:
     """Return the settings, without the address that numbers were sent to."""
     hidden = PRIVATE_SETTINGS - {"controls"}
     rows = [
-        [_word(key), _word(_plain(value))]
+        [_word(key), _word(shlex.join(value) if key in WORDS_OF_A_COMMAND else _plain(value))]
         for key, value in data.settings.items()
         if key not in hidden
     ]
@@ -226,6 +229,7 @@ def remarks(data: ReportData) -> list[str]:
     """Say what to bear in mind with the verdicts: unsteady arms, and on how much they rest."""
     offers = lower_rates(data.folder, data.summaries)
     notes = [in_words(offer) for offer in offers]  # each begins with the name of an arm
+    notes += [_as_sentence(unlike_in_words(pair)) for pair in unlike_pairs(data.folder)[:1]]
     resolution = resolution_of(data.about, data.measure)
     if resolution is not None:
         notes.append(_as_sentence(resolution_in_words(resolution, data.measure)))
@@ -312,7 +316,7 @@ def _milliseconds_per_step(data: ReportData, arm: str) -> float | None:
         for result in data.folder.results
         if result.arm == arm and result.status == "finished"
     ]
-    return median(seconds) * 1e3 if seconds else None
+    return median(seconds) * 1e3 if any(seconds) else None  # a script's are not known
 
 
 def _measured(value: float | None, measure: Measure) -> TableCell:
@@ -361,6 +365,11 @@ def _trials_cell(data: ReportData, arm: str, rate: float, chosen: float | None) 
     ]
     cell = _significant(_worst(values, data.measure) if values else None)
     return TableCell(f"{cell.text} *", cell.key) if rate == chosen else cell
+
+
+def _on_validation(measure: Measure) -> str:
+    """Return on what trials are looked at, where that is another split."""
+    return "" if name_on_validation(measure) == measure.name else " on the validation split"
 
 
 def _worst(values: Sequence[float], measure: Measure) -> float:
@@ -425,7 +434,9 @@ def _notes_on_runs(data: ReportData) -> list[str]:
 
 def _notes_on_age(data: ReportData) -> list[str]:
     """Say what folders of older versions do not hold."""
-    notes = []
+    notes: list[str] = []
+    if "script" in data.settings:  # what is missing there nobody could keep
+        return notes
     if times_are_estimated(data):
         notes.append(
             "This folder was written before times of evaluations were kept: in the figures "
@@ -448,7 +459,7 @@ def _notes_on_age(data: ReportData) -> list[str]:
 def _why_no_target(data: ReportData) -> str:
     """Say why no steps are counted."""
     if data.measure.target is None:
-        return "The workload has no target: there is no figure of the steps to it."
+        return "There is no target, and so no figure of the steps to it."
     return (
         "There is no figure of the steps to the baseline's end: it takes runs of the baseline with "
         "at least three evaluations each."

@@ -6,10 +6,13 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from regrad_runner.settings.config import CompareConfig
+from regrad_runner.settings.script_config import comparison_settings_of
 
 # Where numbers are sent changes no result, and an address may hold a password.
 PRIVATE_SETTINGS = {"tracking_uri", "processes", "controls"}
+# What is no flag of its own name: the words behind "--", and the direction of the measure.
+WRITTEN_OTHERWISE = {"script", "better"}
+ONE_FLAG_EACH = {"optimizer_class"}
 ALWAYS_NAMED = {"workload", "corrections", "seeds"}
 
 
@@ -34,19 +37,31 @@ def command_to_repeat(settings: Mapping[str, Any], *, processes: int = 1) -> str
           --workload digits \
           --corrections 'agc:axis=[0,1]' \
           --seeds 6
+        >>> script = {"corrections": ["agc"], "measure": "loss=loss ([0-9.]+)", "better": "lower"}
+        >>> print(command_to_repeat(script | {"seeds": 6, "script": ["train.py", "--seed={seed}"]}))
+        regrad compare \
+          --corrections agc \
+          --seeds 6 \
+          --measure 'loss=loss ([0-9.]+)' \
+          --lower-is-better \
+          -- train.py '--seed={seed}'
     """
     if not settings.get("corrections"):
         # A list without a value cannot be written as a flag.
         return "regrad compare --config config.yaml"
     lines = [_program(processes)]
-    for name, field in CompareConfig.model_fields.items():
+    for name, field in comparison_settings_of(settings).model_fields.items():
         value = settings.get(name)
-        if value is None or name in PRIVATE_SETTINGS:
+        if value is None or name in PRIVATE_SETTINGS | WRITTEN_OTHERWISE:
             continue
         if name in ALWAYS_NAMED or value != _as_in_yaml(field.default):
             lines.append(_flag(name, value))
     if settings.get("controls") is False:
         lines.append(["--no-controls"])
+    if "better" in settings:
+        lines.append([f"--{settings['better']}-is-better"])
+    if "script" in settings:
+        lines.append(["--", *settings["script"]])
     return " \\\n  ".join(shlex.join(words) for words in lines)
 
 
@@ -61,6 +76,8 @@ def _flag(name: str, value: Any) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
     if name == "corrections":
         return [flag, *value]
+    if name in ONE_FLAG_EACH:
+        return [word for item in value for word in (flag, item)]
     if value is True:
         return [flag]
     if isinstance(value, list):

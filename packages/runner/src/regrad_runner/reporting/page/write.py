@@ -77,6 +77,14 @@ def write_page(data: ReportData) -> list[Path]:
     return [page, marks, *(_svg_file(data.folder.path, drawing) for drawing in drawings)]
 
 
+def _title_of_training(data: ReportData) -> str:
+    """Return the heading over the curves: a script of the user's own tells its measure alone."""
+    title = data.measure.name.removeprefix("test ").capitalize()
+    if "script" in data.settings:
+        return title
+    return f"{title} and loss"
+
+
 def _sections(data: ReportData) -> list[Section]:
     """Return what comes between the verdicts and what was run, in the order of the questions."""
     sections = [
@@ -88,7 +96,7 @@ def _sections(data: ReportData) -> list[Section]:
         ),
         Section(
             name="training",
-            title=f"{data.measure.name.removeprefix('test ').capitalize()} and loss",
+            title=_title_of_training(data),
             text=curves.training_caption(data),
             drawings=curves.training_curves(data),
         ),
