@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMPARE_EXAMPLES = (
     "regrad compare --corrections xgrad agc xgrad+agc --lr 0.02,0.05,0.1",
     "regrad compare --measure 'loss=val loss ([0-9.]+)' --lower-is-better "
-    "-- train.py --seed {seed}",
+    "-- train.py --seed '{seed}'",
     "regrad compare --workload imagefolder --data-dir DIR --seeds 6",
     "regrad compare --resume --out DIR --seeds 12",
 )
