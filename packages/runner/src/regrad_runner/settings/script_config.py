@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -128,7 +129,7 @@ class ScriptConfig(ComparisonSettings):
     @property
     def placeholders(self) -> set[str]:
         """Which of {seed}, {lr}, {out} and {arm} the script's words hold."""
-        return {name for word in self.script for name in PLACEHOLDER.findall(word)}
+        return set(chain.from_iterable(map(PLACEHOLDER.findall, self.script)))
 
     @property
     def source(self) -> MeasureSource:

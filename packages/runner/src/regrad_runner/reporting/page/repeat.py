@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from regrad_runner.settings.script_config import comparison_settings_of
@@ -77,7 +78,7 @@ def _flag(name: str, value: Any) -> list[str]:
     if name == "corrections":
         return [flag, *value]
     if name in ONE_FLAG_EACH:
-        return [word for item in value for word in (flag, item)]
+        return list(chain.from_iterable((flag, item) for item in value))
     if value is True:
         return [flag]
     if isinstance(value, list):
