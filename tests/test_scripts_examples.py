@@ -183,7 +183,8 @@ def names_regrad(text):
 
 
 def test_every_example_that_trains_is_here():
-    assert set(EXAMPLES) == {path.stem for path in FOLDER.glob("*.py")}
+    by_hand = {path.stem for path in FOLDER.glob("*.py")} - {"own_script"}  # it never attaches
+    assert set(EXAMPLES) == by_hand
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
