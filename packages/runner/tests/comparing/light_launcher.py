@@ -25,6 +25,7 @@ def answer(question: str, file: str) -> None:
         "modules": ["Linear"],
         "controls": {"xgrad": NESTEROV} if "xgrad" in arms else {},
         "refused": refused,
+        "refused_controls": {"nesterov": "the head is tied"} if "TIED" in os.environ else {},
     }
     Path(file).write_text(json.dumps(seen))
 

@@ -199,6 +199,18 @@ def test_all_stands_for_what_fits_and_says_what_is_left_out(here, capsys, monkey
     assert "all" not in corrections
 
 
+def test_a_control_that_cannot_be_made_is_left_out_and_the_verdict_knows(here, capsys, monkeypatch):
+    monkeypatch.setenv("TIED", "1")
+    words = ["--launcher", LIGHT, "--measure", MEASURE, "--lower-is-better", "--tracker", "none"]
+    words += ["--corrections", "xgrad", "--seeds", "1", "--out", "out", "--", "train.py", "{seed}"]
+    assert main(["compare", *words]) == 0
+    about = json.loads((here / "out" / "about.json").read_text())
+    assert about["left_out"] == {"the control nesterov": "the head is tied"}
+    assert list(about["roles"]) == ["baseline", "xgrad"]
+    assert about["roles"]["xgrad"]["must_beat"] == "nesterov"
+    assert "left out: the control nesterov (the head is tied)" in capsys.readouterr().out
+
+
 def test_what_is_refused_is_named_before_anything_is_written(here, capsys, monkeypatch):
     monkeypatch.setenv("REFUSED", "xgrad")
     assert compare() == 2

@@ -14,10 +14,26 @@ import torch
 from torch import nn
 
 model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, inputs):
+        return self.head(self.embedding(inputs[:, 0].long()))
+
+
+if sys.argv[1] == "tied":
+    model = Tied()
 optimizer = {
     "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1),
     "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
+    "tied": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     "none": lambda: None,
 }[sys.argv[1]]()
 try:
@@ -73,3 +89,13 @@ def test_a_script_that_trains_nothing_of_what_was_asked_for_is_run_to_its_end(as
     assert (tmp_path / "trained").read_text() == "trained"
     _, seen = ask("sgd", ARMS, classes=["Adam"])
     assert "controls" not in seen
+
+
+def test_a_control_that_cannot_be_made_is_said_before_anything_runs(ask):
+    arms = {"baseline": [], "powergrad": ["powergrad"], "agc": ["agc"]}
+    code, seen = ask("tied", arms)
+    assert code == 0
+    assert seen["refused"] == {}
+    assert set(seen["controls"]) == {"powergrad", "agc"}
+    assert list(seen["refused_controls"]) == ["scaled-head"]
+    assert "head must have weights of its own" in seen["refused_controls"]["scaled-head"]

@@ -139,6 +139,11 @@ def make_script_plan(
         arms = correction_arms(config.corrections)  # in the order of an earlier command
     controls = {arm: control_from_values(values) for arm, values in seen["controls"].items()}
     arms = with_controls(arms, controls, added=config.controls)
+    impossible = seen["refused_controls"]
+    for arm in arms:
+        if arm.control is not None and arm.name in impossible:
+            left_out[f"the control {arm.name}"] = impossible[arm.name]
+    arms = [arm for arm in arms if arm.control is None or arm.name not in impossible]
     if resume:
         check_arms(path, arms)
         left_out = still_left_out(path, config, left_out)

@@ -16,12 +16,14 @@ from typing import Any
 
 import regrad
 from regrad import Attachment, RegradError, registry
+from regrad.correction import Control
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from regrad_runner.files import write_whole
 from regrad_runner.scripts.attaching import AutomaticAttachment
+from regrad_runner.scripts.controls import apply_control, check_fits
 from regrad_runner.scripts.running import run_script
 from regrad_runner.settings.arms import control_as_values, merged
 
@@ -55,6 +57,7 @@ class ScriptProbe(AutomaticAttachment):
             "modules": [type(module).__name__ for module in modules],
             "controls": {},
             "refused": {},
+            "refused_controls": {},
         }
         for arm, names in self._arms.items():
             try:
@@ -67,9 +70,24 @@ class ScriptProbe(AutomaticAttachment):
             except (RegradError, ValueError, TypeError) as problem:
                 self.answer["refused"][arm] = " ".join(str(problem).split())
                 continue
-            if control is not None:
-                self.answer["controls"][arm] = control_as_values(control)
+            if control is None:
+                continue
+            self.answer["controls"][arm] = control_as_values(control)
+            try:
+                self._try_control(control, model, optimizer, modules)
+            except (RegradError, ValueError, TypeError) as problem:
+                self.answer["refused_controls"][control.name] = " ".join(str(problem).split())
         raise SeenEnough
+
+    def _try_control(
+        self, control: Control, model: Any, optimizer: Optimizer, modules: Sequence[nn.Module]
+    ) -> None:
+        """Make a control's change and undo it, or raise what stands against it."""
+        corrections = registry.create_all(control.corrections)
+        check_fits(control, corrections)
+        whole = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+        with apply_control(control, whole, optimizer):
+            regrad.attach(model, optimizer, corrections).detach()
 
 
 def probe(question: Path, answer: Path, words: Sequence[str]) -> int:
