@@ -45,10 +45,10 @@ MEMBERS = {
 GROUPS = set(
     tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
 )
-# What the distributions in docs/examples offer; other tests install them.
+# What the distributions in docs/examples and docs/gpu offer; other tests install them.
 EXAMPLES = {
     name
-    for path in (ROOT / "docs" / "examples").glob("*/pyproject.toml")
+    for path in (ROOT / "docs").glob("*/*/pyproject.toml")
     for group in tomllib.loads(path.read_text(encoding="utf-8"))["project"]["entry-points"].values()
     for name in group
 }
@@ -235,7 +235,7 @@ def check_settings(command: str, /, **values: Any) -> int:
     import regrad
     from regrad_runner.cli import completion
     from regrad_runner.cli.settings_flags import given_settings
-    from regrad_runner.settings import config
+    from regrad_runner.settings import config, script_config
     from regrad_runner.settings.loading import load_config
     from regrad_runner.training import optimizers
 
@@ -246,9 +246,13 @@ def check_settings(command: str, /, **values: Any) -> int:
             name.partition(":")[0] for name in names if not PLACEHOLDER.fullmatch(name)
         } <= known
         return 0
-    kind = config.CompareConfig if command == "compare" else config.TrainConfig
+    compares = config.CompareConfig
+    if values.get("script"):
+        compares = script_config.ScriptConfig
+        values["better"] = "higher" if values.get("higher_is_better") else "lower"
+    kind = compares if command == "compare" else config.TrainConfig
     file = values.get("config")
-    flags = given_settings(kind, values)
+    flags = given_settings(kind.model_fields, values)
     settings = load_config(
         kind,
         file=None if file is None or PLACEHOLDER.fullmatch(file.name) else ROOT / file,
@@ -256,6 +260,8 @@ def check_settings(command: str, /, **values: Any) -> int:
     )
     for name in (name for stack in settings.corrections for name in stack.split("+")):
         assert name == "all" or PLACEHOLDER.fullmatch(name) or regrad.create(name)
+    if kind is script_config.ScriptConfig:
+        return 0
     workload, model = (
         text and text.partition(":")[0] for text in (settings.workload, settings.model)
     )

@@ -216,7 +216,7 @@ def keep_damaged(path: Path, *, endings: Sequence[str] = ()) -> Path:
 
     Args:
         path: The file.
-        endings: Of the names of files beside it that belong to it, and go with it if they are there.
+        endings: Of the names of files beside it that belong to it, and go with it.
     """
     number = 1
     while (kept := path.with_name(f"{path.name}.damaged-{number}")).exists():

@@ -329,10 +329,11 @@ def _steps(receipt: Mapping[str, Any]) -> int:
 def _touched(receipt: Mapping[str, Any]) -> bool:
     """Say whether a correction changed any tensor."""
     receipts = [receipt, *(other["receipt"] for other in receipt.get("other_attachments", ()))]
-    seen = [
-        stage
-        for one in receipts
-        for stages in one.get("effects", {}).values()
-        for stage in stages.values()
-    ]
-    return any(stage["share_touched"] > 0 for stage in seen)
+    return any(_touched_in(one) for one in receipts)
+
+
+def _touched_in(receipt: Mapping[str, Any]) -> bool:
+    for stages in receipt.get("effects", {}).values():
+        if any(seen["share_touched"] > 0 for seen in stages.values()):
+            return True
+    return False

@@ -100,8 +100,8 @@ class ScriptConfig(ComparisonSettings):
             raise ValueError("lr must be given where the script takes {lr}, such as --lr 0.001")
         if self.lr == AUTO:
             raise ValueError(
-                "lr must be numbers for a script, got 'auto': only a workload has a rate of its own "
-                "to start from; give some, such as --lr 3e-4,1e-3,3e-3"
+                "lr must be numbers for a script, got 'auto': only a workload has a rate of its "
+                "own to start from; give some, such as --lr 3e-4,1e-3,3e-3"
             )
         if "lr" not in found and self.lr is not None:
             raise ValueError(

@@ -172,7 +172,12 @@ def steps_ratio(pairs: Sequence[tuple[RunRow, RunRow]], *, level: float = 0.05) 
     Example:
         >>> def run(arm, seed, steps):
         ...     return RunRow(
-        ...         arm=arm, seed=seed, value=0.5, steps_to_target=steps, steps=100, step_seconds=1.0
+        ...         arm=arm,
+        ...         seed=seed,
+        ...         value=0.5,
+        ...         steps_to_target=steps,
+        ...         steps=100,
+        ...         step_seconds=1.0,
         ...     )
         >>> counts = [(40, 50), (36, 40), (45, 50), (30, 60), (48, 60), (50, None)]
         >>> found = steps_ratio([(run("agc", s, a), run("none", s, b))
