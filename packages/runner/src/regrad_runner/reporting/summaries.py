@@ -88,7 +88,7 @@ def steps_of_runs(
             by_arm.setdefault(result.arm, {})[result.seed] = []
     for point in curves:
         runs = by_arm.get(point.arm, {})
-        if point.seed in runs:
+        if point.seed in runs and point.step > 0:  # scripts may evaluate before the first step
             runs[point.seed].append((point.step, point.value))
     return steps_to_baseline(by_arm, baseline=BASELINE, higher_is_better=measure.higher_is_better)
 
