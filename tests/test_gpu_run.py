@@ -143,6 +143,7 @@ def test_the_machine_lacks_what_a_lent_one_lacks(machine):
     assert found.stdout.strip() == "['torch']"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_everything_runs_without_a_network_and_leaves_its_results_in_one_file(
     machine, packed, tmp_path
