@@ -107,7 +107,7 @@ def test_a_report_loads_nothing_from_a_network(tmp_path):
     from regrad_runner.settings.loading import load_config
     from regrad_runner.workloads.workload import Measure
 
-    published = DOCS / "results" / "cifar10-sgd-no-norm"
+    published = DOCS / "results" / "cifar10-adamw"
     kept = tmp_path / "comparison"
     config = load_config(CompareConfig, file=published / "config.yaml", flags={})
     start_folder(kept, config, json.loads((published / "about.json").read_text(encoding="utf-8")))

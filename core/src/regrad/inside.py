@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import weakref
@@ -183,6 +184,7 @@ def uninstall() -> None:
         F.nll_loss = PLAIN_NLL_LOSS
 
 
+@functools.wraps(PLAIN_CROSS_ENTROPY)
 def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
     input: Tensor,  # noqa: A002 - the names in torch.nn.functional
     target: Tensor,
@@ -212,6 +214,7 @@ def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
     )
 
 
+@functools.wraps(PLAIN_NLL_LOSS)
 def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
     input: Tensor,  # noqa: A002 - the names in torch.nn.functional
     target: Tensor,

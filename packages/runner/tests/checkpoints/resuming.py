@@ -41,7 +41,7 @@ def in_float64(*args, **kwargs):
 
 def make(name):
     workload, config = setting()
-    arm = Arm(name, (name,)) if name else Arm("none")
+    arm = Arm(name, (name,)) if name else Arm("baseline")
     return TrainingRun(config, workload, arm, seed=3, lr=0.02)
 
 
@@ -80,6 +80,6 @@ def outcome(name, folder):
 def outcomes(rank, folder, names):
     """Train, resume and change the number of processes, with each correction, as one of two."""
     building.make_model = in_float64
-    results = {name: outcome(name, Path(folder, name or "none")) for name in names}
+    results = {name: outcome(name, Path(folder, name or "baseline")) for name in names}
     if rank == 0:
         torch.save(results, Path(folder, "out.pt"))

@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-END = sys.argv.index("--")
+END = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)  # doctest imports this too
 OURS, WORDS = sys.argv[1:END], sys.argv[END + 1 :]
 NESTEROV = {"name": "nesterov", "optimizer": {"nesterov": True}, "corrections": []}
 
@@ -58,12 +58,18 @@ def write_receipt(file: str) -> None:
     Path(file).write_text(json.dumps(told))
 
 
-if "probing" in OURS[1]:
-    answer(OURS[2], OURS[3])
-    sys.exit(0)
-os.environ["CORRECTIONS"] = flag("--corrections")
-os.environ["FLAGS"] = " ".join(OURS)
-sys.argv = WORDS
-if "NO_RECEIPT" not in os.environ:
-    write_receipt(flag("--receipt"))
-runpy.run_path(WORDS[0], run_name="__main__")
+def main() -> None:
+    """Do what is asked for."""
+    if "probing" in OURS[1]:
+        answer(OURS[2], OURS[3])
+        sys.exit(0)
+    os.environ["CORRECTIONS"] = flag("--corrections")
+    os.environ["FLAGS"] = " ".join(OURS)
+    sys.argv = WORDS
+    if "NO_RECEIPT" not in os.environ:
+        write_receipt(flag("--receipt"))
+    runpy.run_path(WORDS[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

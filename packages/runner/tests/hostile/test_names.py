@@ -108,7 +108,9 @@ def test_names_are_shown_as_they_are_in_figures_tables_and_progress(tmp_path):
     arms, measure = ["baseline", *filter(str.isprintable, HOSTILE[:-1])], Measure(target=0.5)
     results = results_of(arms)
     rows = [result.as_run_row() for result in results]
-    summaries = summarize(rows, controls=dict.fromkeys(arms[1:]), higher_is_better=True)
+    summaries = summarize(
+        rows, controls=dict.fromkeys(arms[1:]), higher_is_better=True, target=measure.fixed_target
+    )
     curves = [
         CurvePoint(arm=r.arm, seed=r.seed, step=s, epoch=s, loss=1.0, value=0.1 * s, lr=0.1)
         for r in rows
