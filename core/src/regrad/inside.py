@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 import weakref
@@ -184,7 +183,6 @@ def uninstall() -> None:
         F.nll_loss = PLAIN_NLL_LOSS
 
 
-@functools.wraps(PLAIN_CROSS_ENTROPY)
 def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
     input: Tensor,  # noqa: A002 - the names in torch.nn.functional
     target: Tensor,
@@ -214,7 +212,6 @@ def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
     )
 
 
-@functools.wraps(PLAIN_NLL_LOSS)
 def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
     input: Tensor,  # noqa: A002 - the names in torch.nn.functional
     target: Tensor,
@@ -238,6 +235,11 @@ def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
         reduction=reduction,
         label_smoothing=0.0,
     )
+
+
+# They stand under torch's names, and are shown by them.
+_cross_entropy.__name__ = PLAIN_CROSS_ENTROPY.__name__
+_nll_loss.__name__ = PLAIN_NLL_LOSS.__name__
 
 
 def _reduction_named(reduction: str, size_average: bool | None, reduce: bool | None) -> str:
