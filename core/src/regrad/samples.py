@@ -73,7 +73,7 @@ class _Group:
         self._tensors = list(tensors)
         first = local(self._tensors[0])
         self.is_on_host = first.device.type == "cpu"
-        self._views = [_sample(local(tensor)) for tensor in self._tensors]
+        self._views = [sample(local(tensor)) for tensor in self._tensors]
         self._lengths = [view.numel() for view in self._views]
         self._places = self._current_places()
         self._kept = torch.cat(self._views)
@@ -101,7 +101,7 @@ class _Group:
 
     def _current(self, index: int, tensor: Tensor) -> Tensor:
         """Return the sample of a tensor whose memory may be another now."""
-        view = _sample(local(tensor))
+        view = sample(local(tensor))
         if view.numel() != self._lengths[index]:
             return torch.full_like(self._views[index], torch.nan)
         # What was converted or moved elsewhere, as by model.to(), still has the values.
@@ -129,7 +129,7 @@ class _Group:
         return dict(zip(self._tensors, (counts > 0).unbind(), strict=True))
 
 
-def _sample(part: Tensor) -> Tensor:
+def sample(part: Tensor) -> Tensor:
     """Return a view of at most `SAMPLES` elements of a tensor, shape [n]."""
     part = part.detach()
     order = sorted(range(part.dim()), key=part.stride, reverse=True)

@@ -134,6 +134,14 @@ def test_several_rates_are_chosen_by_trials_and_extensions(here, capsys):
     assert "validation split" not in (here / "out" / "report.html").read_text()
 
 
+def test_a_rate_whose_trial_diverges_is_not_chosen_and_ends_nothing(here, capsys):
+    odd = "import sys\nif sys.argv[2] == '0.4':\n    print('step 1: loss nan')\n    sys.exit()\n"
+    (here / "train.py").write_text(odd + SCRIPT)
+    flags = ["--lr", "0.1,0.2,0.4", "--tuning-seeds", "1", "--tuning-extensions", "0"]
+    assert compare(script=("train.py", "{seed}", "{lr}"), flags=flags, seeds=1) == 0
+    assert ResultsFolder(here / "out").rates == {"baseline": 0.2, "xgrad": 0.1}
+
+
 def test_settings_come_from_a_file_too(here):
     (here / "mine.yaml").write_text(
         json.dumps(

@@ -1,6 +1,8 @@
 """What the runs of a folder say to the statistics."""
 
-from regrad_runner.reporting.summaries import steps_of_runs
+from dataclasses import replace
+
+from regrad_runner.reporting.summaries import steps_of_runs, summarize_results
 from regrad_runner.results.outcomes import CurvePoint, Result
 from regrad_runner.workloads.workload import Measure
 
@@ -22,3 +24,15 @@ def test_an_evaluation_before_the_first_step_is_no_step_of_training():
     found = steps_of_runs(results, points, LOSS)
     assert found.target == 0.3
     assert found.steps == {("baseline", 0): 40, ("xgrad", 0): 30}
+
+
+def test_a_run_that_misses_is_as_long_as_its_curve_whatever_the_curve_counts():
+    results, points = [], []
+    for seed in range(6):
+        for arm, values in (("baseline", [0.9, 0.5, 0.4, 0.3]), ("xgrad", [0.9, 0.9, 0.9, 0.9])):
+            results.append(Result(arm=arm, seed=seed, value=values[-1], steps=1000))
+            whole = curve(arm, values, first_step=10)
+            points += [replace(point, seed=seed) for point in whole]
+    found = {summary.arm: summary for summary in summarize_results(results, LOSS, curves=points)}
+    # It ran 40 of the curve's steps, and the baseline took 40 to its own end.
+    assert found["xgrad"].steps_interval == (1.0, None)

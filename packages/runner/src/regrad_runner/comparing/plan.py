@@ -115,15 +115,7 @@ class Plan(Planned[CompareConfig]):
     """A comparison on a workload.
 
     Attributes:
-        config: Resolved settings.
-        workload: What is trained.
-        arms: What is compared.
-        path: Folder to write.
-        reports: Whether this is the process that writes and prints.
-        processes: How many there are.
-        left_out: Installed corrections that cannot work here, with the reason, where all were
-            asked for.
-        jobs: How many runs take place at once, each in a process of its own.
+        workload: What is trained. The others are as in `Planned`.
     """
 
     config: CompareConfig

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from regrad_runner.addresses import without_secrets
@@ -74,12 +73,7 @@ class ScriptCells:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end_all()
 
     def run_cells(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[Cell]:
@@ -215,8 +209,9 @@ class ScriptCells:
         if receipt:
             record.keep(RECEIPT, as_json_text(receipt))
         status: Literal["diverged", "finished"] = "diverged" if diverged else "finished"
+        value = None if diverged else curve[-1].value
         if cell.lr is not None:
-            record.end(status, result={"validation": curve[-1].value if not diverged else None})
+            record.end(status, result=None if diverged else {"validation": value})
             return
         points = [
             Point(step=seen.step, epoch=None, loss=None, value=seen.value, lr=None)
@@ -225,8 +220,8 @@ class ScriptCells:
         result = Result(
             arm=cell.arm,
             seed=cell.seed,
-            value=None if diverged else curve[-1].value,
-            validation=None if diverged else curve[-1].value,
+            value=value,
+            validation=value,
             steps=_steps(receipt),
             steps_to_target=steps_to_target(points, self._plan.measure),
             seconds=ending.seconds,

@@ -43,13 +43,8 @@ class ScriptPlan(Planned[ScriptConfig]):
     """A comparison of a script with itself, corrected.
 
     Attributes:
-        config: Resolved settings.
-        arms: What is compared.
-        path: Folder to write.
-        trained: What the script trains, in words; nothing where it was not looked at.
-        left_out: Installed corrections that cannot work here, with the reason, where all were
-            asked for.
-        jobs: How many runs take place at once, each in a process of its own.
+        trained: What the script trains, in words; nothing where it was not looked at. The others
+            are as in `Planned`.
     """
 
     config: ScriptConfig
@@ -139,11 +134,13 @@ def make_script_plan(
         arms = correction_arms(config.corrections)  # in the order of an earlier command
     controls = {arm: control_from_values(values) for arm, values in seen["controls"].items()}
     arms = with_controls(arms, controls, added=config.controls)
-    impossible = seen["refused_controls"]
-    for arm in arms:
-        if arm.control is not None and arm.name in impossible:
-            left_out[f"the control {arm.name}"] = impossible[arm.name]
-    arms = [arm for arm in arms if arm.control is None or arm.name not in impossible]
+    impossible = {
+        arm.name: seen["refused_controls"][arm.name]
+        for arm in arms
+        if arm.control is not None and arm.name in seen["refused_controls"]
+    }
+    left_out |= {f"the control {name}": why for name, why in impossible.items()}
+    arms = [arm for arm in arms if arm.name not in impossible]
     if resume:
         check_arms(path, arms)
         left_out = still_left_out(path, config, left_out)

@@ -52,10 +52,17 @@ def summarize_results(
         result.arm: result.must_beat for result in results if result.arm not in controls_only
     }
     reached = steps_of_runs(results, curves, measure)
-    rows = [
-        replace(result.as_run_row(), steps_to_target=reached.steps.get((result.arm, result.seed)))
-        for result in results
-    ]
+    # A script's evaluations may be counted in epochs, or one by one, and then its steps are too.
+    ends: dict[tuple[str, int], int] = {}
+    for point in curves:
+        run = (point.arm, point.seed)
+        ends[run] = max(point.step, ends.get(run, 0))
+    rows = []
+    for result in results:
+        run = (result.arm, result.seed)
+        row = result.as_run_row()
+        steps = ends.get(run, row.steps)
+        rows.append(replace(row, steps_to_target=reached.steps.get(run), steps=steps))
     summaries = summarize(
         rows,
         controls=must_beat,

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from regrad.samples import sample
 from regrad.sharding import local
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
-
-SAMPLES = 64  # of each tensor, evenly spread
 
 
 @torch.no_grad()
@@ -46,7 +45,4 @@ def _samples(tensor: Tensor) -> bytes:
         return b""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    flat = tensor.detach().reshape(-1)
-    places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64)
-    taken = flat[places.long().to(flat.device)]
-    return bytes(taken.cpu().contiguous().view(torch.uint8).tolist())
+    return bytes(sample(tensor).cpu().contiguous().view(torch.uint8).tolist())

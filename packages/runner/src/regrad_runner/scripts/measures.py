@@ -7,13 +7,13 @@ import glob
 import io
 import json
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regrad_runner.files import open_regular_file
+from regrad_runner.results.run import now
 from regrad_runner.settings.measure_source import STEP, MeasureSource, value_group
 from regrad_runner.settings.script_config import filled_in
 
@@ -63,7 +63,7 @@ class OutputReader:
             value = _number(text)
             if value is not None:
                 step = _step(self._step_of(match), len(self.seen) + len(new))
-                new.append(Measured(step, value, _now()))
+                new.append(Measured(step, value, now()))
         self.seen += new
         return new
 
@@ -188,7 +188,7 @@ def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[Measured]:
     for row in rows:
         value = _number(_at(row, key))
         if value is not None:
-            seen.append(Measured(_step(_number(_at(row, STEP)), len(seen)), value, _now()))
+            seen.append(Measured(_step(_number(_at(row, STEP)), len(seen)), value, now()))
     return seen
 
 
@@ -220,7 +220,3 @@ def _step(step: float | None, before: int) -> int:
     if step is None or not abs(step) < LARGEST_STEP:
         return before + 1
     return int(step)
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000

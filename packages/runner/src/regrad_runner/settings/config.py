@@ -31,6 +31,26 @@ MOST_THREADS = 1024  # with more, the process ends without a word
 LARGEST_INTEGER = 2**53
 
 
+# Settings of several kinds of command, each of which has its own default.
+ArmsOfCorrections = Annotated[
+    tuple[str, ...],
+    Flag(
+        "Such as xgrad:horizon=2 agc; a+b combines two; all: every one.",
+        WHAT_IS_TRAINED,
+        "NAME...",
+    ),
+]
+Seeds = Annotated[
+    int,
+    Field(gt=0, le=FIRST_TUNING_SEED),
+    Flag("Paired runs of each arm; 10 by default, 6 of a script.", WHAT_IS_TRAINED, "N"),
+]
+Threads = Annotated[
+    Annotated[int, Field(gt=0, le=MOST_THREADS)] | None,
+    Flag("CPU threads of each process.", HOW_IT_IS_TRAINED, "N"),
+]
+
+
 class Settings(BaseModel):
     """What every command has that writes a folder."""
 
@@ -137,9 +157,7 @@ class RunConfig(Settings):
         int | None,
         Flag("How often per epoch to evaluate on validation data.", HOW_IT_IS_TRAINED, "N"),
     ] = Field(default=None, gt=0)
-    threads: Annotated[int | None, Flag("CPU threads of each process.", HOW_IT_IS_TRAINED, "N")] = (
-        Field(default=None, gt=0, le=MOST_THREADS)
-    )
+    threads: Threads = None
     processes: Annotated[
         int | None,
         Flag("Fail unless this many processes were launched.", HOW_IT_IS_TRAINED, "N"),
@@ -161,20 +179,11 @@ class RunConfig(Settings):
 class ComparisonSettings(Settings):
     """Settings of a comparison: each of its `corrections` is an arm, run on the same seeds."""
 
-    corrections: Annotated[
-        tuple[str, ...],
-        Flag(
-            "Such as xgrad:horizon=2 agc; a+b combines two; all: every one.",
-            WHAT_IS_TRAINED,
-            "NAME...",
-        ),
-    ] = ("powergrad", "xgrad", "xgrad+powergrad")
+    corrections: ArmsOfCorrections = ("powergrad", "xgrad", "xgrad+powergrad")
     controls: Annotated[bool, Flag("Leave out the trivial changes to beat.", WHAT_IS_TRAINED)] = (
         True
     )
-    seeds: Annotated[
-        int, Flag("Paired runs of each arm; 10 by default, 6 of a script.", WHAT_IS_TRAINED, "N")
-    ] = Field(default=10, gt=0, le=FIRST_TUNING_SEED)
+    seeds: Seeds = 10
     lr: Annotated[
         tuple[float, ...] | Literal["auto"] | None,
         Flag(

@@ -13,16 +13,16 @@ from pydantic import Field, field_validator, model_validator
 
 from regrad_runner.settings.config import (
     AUTO,
-    FIRST_TUNING_SEED,
-    MOST_THREADS,
+    ArmsOfCorrections,
     CompareConfig,
     ComparisonSettings,
+    Seeds,
+    Threads,
 )
-from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, THE_SCRIPT, WHAT_IS_TRAINED, Flag
+from regrad_runner.settings.flag import THE_SCRIPT, Flag
 from regrad_runner.settings.measure_source import MeasureSource, read_measure_source
 
 PLACEHOLDER = re.compile(r"\{(seed|lr|out|arm)\}")
-ENOUGH_SEEDS = 6
 NO_RATE = 0.0  # stands for the learning rate of a script that takes none
 
 
@@ -30,17 +30,8 @@ class ScriptConfig(ComparisonSettings):
     """Settings of a comparison whose runs are runs of one script."""
 
     script: tuple[str, ...] = Field(min_length=1)
-    corrections: Annotated[
-        tuple[str, ...],
-        Flag(
-            "Such as xgrad:horizon=2 agc; a+b combines two; all: every one.",
-            WHAT_IS_TRAINED,
-            "NAME...",
-        ),
-    ] = ("xgrad", "agc", "xgrad+agc")
-    seeds: Annotated[int, Flag("Paired runs of each arm; 6 by default.", WHAT_IS_TRAINED, "N")] = (
-        Field(default=ENOUGH_SEEDS, gt=0, le=FIRST_TUNING_SEED)
-    )
+    corrections: ArmsOfCorrections = ("xgrad", "agc", "xgrad+agc")
+    seeds: Seeds = 6
     measure: Annotated[
         str,
         Flag("NAME=REGEX, NAME=mlflow:KEY, json:FILE:KEY or csv:FILE:COLUMN.", THE_SCRIPT, "TEXT"),
@@ -64,9 +55,7 @@ class ScriptConfig(ComparisonSettings):
         tuple[str, ...],
         Flag("Correct optimizers of this class only; may be repeated.", THE_SCRIPT, "NAME"),
     ] = ()
-    threads: Annotated[int | None, Flag("CPU threads of each process.", HOW_IT_IS_TRAINED, "N")] = (
-        Field(default=None, gt=0, le=MOST_THREADS)
-    )
+    threads: Threads = None
 
     @field_validator("measure")
     @classmethod

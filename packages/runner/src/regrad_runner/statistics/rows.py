@@ -17,7 +17,7 @@ class RunRow:
         value: The workload's primary measure; ignored where the run failed.
         steps_to_target: Optimizer steps until the target was reached first, at least 1; None if it
             never was.
-        steps: Optimizer steps of the whole run; 0 where that is not known.
+        steps: Steps of the whole run, in the unit of `steps_to_target`; 0 where that is not known.
         step_seconds: Time of one training step, in seconds, positive.
         touched: Whether the arm's corrections changed any tensor.
         status: "finished"; "diverged", which is an outcome, the worst of all; or "failed" for any
