@@ -133,8 +133,10 @@ def test_the_loss_inside_a_model_is_corrected(script, tmp_path):
 
 def test_the_loss_inside_a_model_is_that_of_attach_with_the_criterion_inside(script, tmp_path):
     assert script(INSIDE, str(tmp_path / "found"), corrections=("powergrad", "xgrad")) == 0
-    attaches = "import regrad\nregrad.attach(model, optimizer, ['powergrad', 'xgrad'], 'inside')\n"
+    attaches = "import regrad\nmine = regrad.attach(model, optimizer, NAMES, 'inside')\n"
+    attaches = attaches.replace("NAMES", "['powergrad', 'xgrad']")
     by_itself = INSIDE.replace("for x, y in batches:", attaches + "for x, y in batches:")
+    by_itself += "mine.detach()\n"  # else the functions of torch stay replaced for other tests
     assert script(by_itself, str(tmp_path / "wanted")) == NOTHING_ATTACHED
     found, wanted = torch.load(tmp_path / "found"), torch.load(tmp_path / "wanted")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
