@@ -43,9 +43,10 @@ def setup(app: Sphinx) -> None:
 
 
 def link_within_the_documentation(app: Sphinx, path: Path, parent: str, content: list[str]) -> None:
-    """Point a card's links to the README at the first page, those to other cards at theirs."""
+    """Point a card's links to the README at the first page, to other cards at theirs, and link papers."""
     text = content[0].replace("](../../README.md)", "](../index.md)")
-    content[0] = re.sub(r"\]\(\.\./(\w+)/README\.md", r"](\1.md", text)
+    text = re.sub(r"\]\(\.\./(\w+)/README\.md", r"](\1.md", text)
+    content[0] = re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def take_stars_of_shapes_as_they_are(*event: object) -> None:

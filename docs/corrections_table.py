@@ -1,10 +1,11 @@
-"""Write the table of corrections into the README, from what installed plugins say.
+"""Write the table of corrections into the README, from what installed plugins and their cards say.
 
 Usage: python docs/corrections_table.py [--check]
 With --check nothing is written, and a stale table is an error.
 """
 
 import inspect
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -17,6 +18,12 @@ README = ROOT / "README.md"
 BEGIN, END = (
     "<!-- corrections: written by docs/corrections_table.py -->\n",
     "<!-- end of corrections -->",
+)
+# As a card names a paper: authors, title, year, number, and whether it was withdrawn.
+CITATION = re.compile(
+    r"""(?P<first>[A-Z]\w+),(?P<others>[^".;]*),\ "[^"]+",\ (?P<year>\d{4}),
+    \ arXiv\ (?P<number>[\d.]+\d)(?P<withdrawn>\ \(withdrawn\))?""",
+    re.VERBOSE,
 )
 
 
@@ -31,34 +38,61 @@ def cards() -> dict[str, str]:
     }
 
 
+def paper(entry: Entry, card: str) -> str:
+    """Return a link to the paper that a correction comes from, as its card names it.
+
+    Where a card names several, it is the one whose first author the correction's own docstring names.
+    """
+    text = (ROOT / card).read_text(encoding="utf-8").partition("\n## Source")[2]
+    found = list(CITATION.finditer(text.partition("\n## ")[0]))
+    own = inspect.getdoc(regrad.load(entry.name)) or ""
+    if len(entry_names(entry.distribution)) > 1:
+        references = own.partition("References:")[2]
+        found = [one for one in found if one["first"] in references]
+    if not found:
+        return "–"
+    one = found[0]
+    authors = f"{one['first']} et al." if one["others"].strip() else one["first"]
+    link = f"[{authors} {one['year']}](https://arxiv.org/abs/{one['number']})"
+    return link + (one["withdrawn"] or "")
+
+
+def entry_names(distribution: str) -> list[str]:
+    """Return the corrections that a distribution offers."""
+    entries = regrad.available().values()
+    return [entry.name for entry in entries if entry.distribution == distribution]
+
+
 def row(entry: Entry, card: str) -> str:
     """Return one line of the table."""
     loaded = regrad.load(entry.name)
     if isinstance(loaded, regrad.Composition):
-        what, acts = entry.summary, " + ".join(loaded.parts)
+        what = entry.summary
+        acts = " + ".join(loaded.parts)
     else:
         what = (inspect.getdoc(loaded) or entry.summary).partition("\n")[0].rstrip(".")
-        acts = ", ".join(
-            loaded().needs.stages
-        )  # a class declares more stages than an object acts in
-    return (
-        f"| [`{entry.name}`]({card}) | {what} | {acts} | `{entry.distribution}` {entry.version} |\n"
-    )
+        # A class declares more stages than an object acts in.
+        acts = ", ".join(loaded().needs.stages)
+    cells = [
+        f"[`{entry.name}`]({card})",
+        what,
+        acts,
+        f"`{entry.distribution}`",
+        paper(entry, card),
+    ]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def table() -> str:
     """Return the whole table: the corrections that have a card in this repository."""
-    entries = regrad.available()
     place = cards()
     rows = [
         row(entry, place[entry.distribution])
-        for entry in entries.values()
+        for entry in regrad.available().values()
         if entry.distribution in place
     ]
-    return (
-        "| correction | what it does | acts on | package |\n| --- | --- | --- | --- |\n"
-        + "".join(rows)
-    )
+    heading = "| correction | what it does | acts on | package | paper |\n"
+    return heading + "| --- | --- | --- | --- | --- |\n" + "".join(rows)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,9 +1,9 @@
-"""Write what docs/results.md and the methods' pages say of comparisons, from docs/results/.
+"""Write what the README, docs/results.md and the methods' pages say of comparisons.
 
 Usage: python docs/results_tables.py [--check]
 With --check nothing is written, and a stale page is an error.
 
-A comparison is kept as `regrad compare` wrote it, without the figures, and of the
+A comparison is kept in docs/results/ as `regrad compare` wrote it, without the figures, and of the
 receipts with those of seed 0 alone; docs/results/claims.yaml says what was claimed, and
 which arms of which comparisons speak to it.
 """
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 from regrad_runner.diagnostics.step_times import kept_step_times
+from regrad_runner.reporting.numbers import difference_in_brackets
 from regrad_runner.reporting.sentences import sentence
 from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.reporting.table import print_comparison
@@ -32,7 +33,17 @@ from rich.console import Console
 DOCS = Path(__file__).parent
 FOLDER = DOCS / "results"
 PAGE = DOCS / "results.md"
+README = DOCS.parent / "README.md"
 METHODS = DOCS / "methods"
+# The rows of the README's table: a folder of docs/results, its heading, what was trained, an arm.
+FRONT = (
+    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD", "xgrad+centralization"),
+    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD", "centralization"),
+    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD", "xgrad"),
+    ("cifar10-adamw", "cifar10-adamw", "ResNet-8, AdamW", "xgrad"),
+    ("cifar10-adamw", "cifar10-adamw", "ResNet-8, AdamW", "powergrad"),
+    ("scripts/nanogpt", "nanogpt-unmodified", "nanoGPT, AdamW (loss)", "xgrad"),
+)
 FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
 BEGIN = "<!-- written by docs/results_tables.py -->\n"
 END = "<!-- end of what is written -->"
@@ -54,16 +65,17 @@ def measure_of(path: Path) -> Measure:
 def comparisons() -> dict[str, list[ArmSummary]]:
     """Return the summaries of every comparison that has results, by its folder's name."""
     folders = [path.parent for path in sorted(FOLDER.glob("*/config.yaml"))]
-    return {
-        folder.name: summarize_results(
-            results,
-            measure_of(folder),
-            curves=read_rows(folder / "curves.csv", CurvePoint),
-            step_times=kept_step_times(folder),
-        )
-        for folder in folders
-        if (results := results_of(folder))
-    }
+    return {folder.name: summaries_of(folder) for folder in folders if results_of(folder)}
+
+
+def summaries_of(folder: Path) -> list[ArmSummary]:
+    """Return the summaries of one comparison."""
+    return summarize_results(
+        results_of(folder),
+        measure_of(folder),
+        curves=read_rows(folder / "curves.csv", CurvePoint),
+        step_times=kept_step_times(folder),
+    )
 
 
 def results_of(path: Path) -> list[Result]:
@@ -216,11 +228,53 @@ def seen_on(page: Path, summaries: dict[str, list[ArmSummary]]) -> str:
     return "".join(lines) or "No comparison is kept: not measured.\n"
 
 
+def front_table() -> str:
+    """Return the README's table: a few arms, each beside its control."""
+    lines = [
+        "| correction | against the baseline [95 % interval] | its control | verdict | trained on |\n"
+        "| --- | --- | --- | --- | --- |\n"
+    ]
+    for folder, heading, trained, name in FRONT:
+        arms = {summary.arm: summary for summary in summaries_of(FOLDER / folder)}
+        measure = measure_of(FOLDER / folder)
+        arm = arms[name]
+        cells = [
+            f"`{name}`",
+            difference_in_brackets(arm, measure),
+            control_in_front(arm, arms, measure),
+            verdict_in_front(arm),
+            f"[{trained}](docs/results.md#{heading})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
+
+
+def control_in_front(arm: ArmSummary, arms: dict[str, ArmSummary], measure: Measure) -> str:
+    """Return the name of an arm's control and its own difference from the baseline."""
+    if arm.control is None:
+        return "none"
+    difference = difference_in_brackets(arms[arm.control], measure).partition(" ")[0]
+    return f"`{arm.control}` {difference}"
+
+
+def verdict_in_front(arm: ArmSummary) -> str:
+    """Say what an arm came to, with its control."""
+    if arm.verdict == "better" and arm.control is not None:
+        return "**better than both**"
+    if arm.verdict == "better than nothing":
+        return "not shown to beat its control"
+    return arm.verdict
+
+
 def pages() -> dict[Path, str]:
     """Return what stands between the marks of every page."""
     summaries = comparisons()
     methods = (page for page in METHODS.glob("*.md") if page.stem != "index")
-    return {PAGE: f"\n{written()}", **{page: seen_on(page, summaries) for page in methods}}
+    return {
+        README: front_table(),
+        PAGE: f"\n{written()}",
+        **{page: seen_on(page, summaries) for page in methods},
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -231,7 +285,7 @@ def main(arguments: list[str]) -> int:
         before, begin, rest = text.partition(BEGIN)
         new = f"{before}{BEGIN}{content}{END}{rest.partition(END)[2]}"
         if new != text or not begin:
-            stale.append(f"docs/{page.relative_to(DOCS)}")
+            stale.append(str(page.relative_to(DOCS.parent)))
             if "--check" not in arguments:
                 page.write_text(new, encoding="utf-8")
     if stale and "--check" in arguments:

@@ -6,6 +6,7 @@
   and `explain` check their settings and create their corrections too. What is quick (`RUN`) is run in an empty folder.
 - shell, marked `cluster`: as above, and nothing of it is run.
 - `toml`, `yaml`, `json`: read. `text` is no code.
+- `diff`, `bibtex`: of the README, see `test_documentation.py`.
 
 All shell blocks go through shellcheck, and `docs/examples/author.sh` is run by `nox -s author`.
 """
@@ -322,7 +323,7 @@ def test_a_file_that_a_page_shows_can_be_read(block):
 
 
 def test_every_block_has_a_language_that_is_checked():
-    known = {*READERS, "python", "text", pages.SHELL}
+    known = {*READERS, "python", "text", "diff", "bibtex", pages.SHELL}
     wrong = [
         f"{b.place}: {b.language}"
         for b in pages.all_blocks()
@@ -337,6 +338,18 @@ def test_every_block_has_a_language_that_is_checked():
 )
 def test_shellcheck_has_nothing_to_say_of_the_shell_on_the_pages():
     assert pages.shellcheck(SHELL_BLOCKS) == ""
+
+
+def test_the_recording_shows_a_command_that_its_program_takes_and_loads_nothing(
+    regrad_commands, monkeypatch
+):
+    picture = (ROOT / "docs" / "_static" / "recording.svg").read_text(encoding="utf-8")
+    (command,) = re.findall("<desc>(.*)</desc>", picture)
+    script = (ROOT / "docs" / "recording.py").read_text(encoding="utf-8")
+    assert f'COMMAND = "{command}"' in script, "run python docs/recording.py"
+    Commands(regrad_commands, monkeypatch).check(shlex.split(command))
+    assert re.findall(r"href|url\(|<script", picture) == []
+    assert len(picture) < 200_000
 
 
 WRONG = {
