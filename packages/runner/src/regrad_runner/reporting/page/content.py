@@ -107,10 +107,10 @@ def arms_table(data: ReportData) -> PageTable:
     columns = [
         "Arm",
         "Verdict",
-        f"{data.measure.name.capitalize()}, mean ± sd",
-        "Difference from the baseline [95 % interval]",
+        f"{data.measure.name.capitalize()} ± sd",
+        "Difference [95 % interval]",
         "p, Holm",
-        "Difference from its control",
+        "Against its control",
     ]
     if data.target is not None:
         columns.append("Ratio of steps")

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from regrad_runner.files import make_folder, write_whole
 from regrad_runner.reporting.figures import curves, rows
 from regrad_runner.reporting.figures.drawing import draw_plain
-from regrad_runner.reporting.figures.families import families
+from regrad_runner.reporting.figures.families import families, in_families
 from regrad_runner.reporting.figures.marks import Drawing, write_marks
 from regrad_runner.reporting.figures.svg import as_svg
 from regrad_runner.reporting.page import content
@@ -222,7 +222,9 @@ def _render(data: ReportData, sections: Sequence[Section]) -> str:
 
 def _shown(section: Section, data: ReportData) -> dict[str, Any]:
     """Return a section as the template reads it."""
-    keys = {series: number for number, series in enumerate(section.styles)}
+    order = [data.baseline, *in_families(data.summaries)]
+    styles = dict(sorted(section.styles.items(), key=lambda item: _place(item[0], order)))
+    keys = {series: number for number, series in enumerate(styles)}
     tones = content.tones(data)
     first = section.drawings[:1]
     has_families = len(section.families) > 1 and first
@@ -240,9 +242,14 @@ def _shown(section: Section, data: ReportData) -> dict[str, Any]:
         "folded": [plot_of(drawing, keys, tones) for drawing in section.folded_drawings],
         "legend": [
             {"name": series, "key": keys[series], "look": look_of(style), "style": style}
-            for series, style in section.styles.items()
+            for series, style in styles.items()
         ],
     }
+
+
+def _place(series: str, order: Sequence[str | None]) -> int:
+    """Return the place of an arm's curve in a legend; curves of parts of arms keep theirs."""
+    return order.index(series) if series in order else len(order)
 
 
 def _run_tables(data: ReportData) -> Iterable[content.PageTable]:
