@@ -25,10 +25,10 @@ def verdict_numbers(path: Path) -> dict[str, float]:
     measure = measure_in(read_about(path))
     if measure is None:
         raise ValueError(f"folder must say what it compares by, got '{path}'")
-    return numbers_of(summarize_folder(ResultsFolder(path), measure))
+    return numbers_of_verdicts(summarize_folder(ResultsFolder(path), measure))
 
 
-def numbers_of(summaries: Sequence[ArmSummary]) -> dict[str, float]:
+def numbers_of_verdicts(summaries: Sequence[ArmSummary]) -> dict[str, float]:
     """Return what is known and finite of each arm: difference, its interval, p, ratio of steps.
 
     Args:
@@ -36,7 +36,7 @@ def numbers_of(summaries: Sequence[ArmSummary]) -> dict[str, float]:
 
     Example:
         >>> arm = ArmSummary(arm="agc", seeds=6, failed=0, mean=0.9, sd=0.1, difference=0.01)
-        >>> numbers_of([arm])
+        >>> numbers_of_verdicts([arm])
         {'difference/agc': 0.01}
     """
     found = {}

@@ -1,7 +1,7 @@
 """The ends of axes and their ticks."""
 
 from regrad_runner.reporting.figures.marks import Drawing, Mark
-from regrad_runner.reporting.figures.scales import Scale, row_scale, value_scale
+from regrad_runner.reporting.figures.scales import AxisScale, row_scale, value_scale
 from regrad_runner.reporting.styles import Style
 
 
@@ -44,13 +44,17 @@ def test_rows_hold_the_reference_and_nobody_far_off():
 
 
 def test_ticks_are_round_inside_the_axis_and_told_apart():
-    ticks = Scale(low=-0.0123, high=0.0151).ticks(6)
+    ticks = AxisScale(low=-0.0123, high=0.0151).ticks(6)
     texts = [text for _, text in ticks]
     assert len(set(texts)) == len(texts) >= 3
     assert "0.000" in texts
     assert all(-0.0123 <= value <= 0.0151 for value, _ in ticks)
-    assert [text for _, text in Scale(low=0.5, high=200, log=True).ticks(4)] == ["1", "10", "100"]
-    assert Scale(low=-2500, high=0).ticks(3)[0][1] == "−2,000"
+    assert [text for _, text in AxisScale(low=0.5, high=200, log=True).ticks(4)] == [
+        "1",
+        "10",
+        "100",
+    ]
+    assert AxisScale(low=-2500, high=0).ticks(3)[0][1] == "−2,000"
 
 
 def test_an_axis_of_equal_values_has_room():

@@ -17,7 +17,7 @@ MINUS = "−"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scale:
+class AxisScale:
     """An axis.
 
     Attributes:
@@ -34,7 +34,7 @@ class Scale:
         """Return where a value stands: 0 at the lower end, 1 at the upper one.
 
         Example:
-            >>> Scale(low=0, high=10).share(2), Scale(low=1, high=100, log=True).share(10)
+            >>> AxisScale(low=0, high=10).share(2), AxisScale(low=1, high=100, log=True).share(10)
             (0.2, 0.5)
         """
         if self.log:
@@ -48,7 +48,7 @@ class Scale:
             most: How many there may be.
 
         Example:
-            >>> Scale(low=-0.12, high=0.03).ticks(4)
+            >>> AxisScale(low=-0.12, high=0.03).ticks(4)
             [(-0.1, '−0.10'), (-0.05, '−0.05'), (0.0, '0.00')]
         """
         if self.log:
@@ -61,10 +61,10 @@ class Scale:
         return [(value + 0.0, _written(value, decimals)) for value in inside]
 
 
-def value_scale(drawing: Drawing) -> Scale:
+def value_scale(drawing: Drawing) -> AxisScale:
     """Return the vertical axis of curves, in which arms that are far off may lie outside."""
     if drawing.span is not None:
-        return Scale(low=drawing.span[0], high=drawing.span[1])
+        return AxisScale(low=drawing.span[0], high=drawing.span[1])
     shown: list[float] = []
     for series in drawing.styles:
         marks = drawing.marks_of(series)
@@ -73,16 +73,16 @@ def value_scale(drawing: Drawing) -> Scale:
     scale = _with_margin(shown, log=drawing.log)
     if drawing.reference is None:
         return scale
-    return Scale(low=min(scale.low, drawing.reference), high=max(scale.high, drawing.reference))
+    return AxisScale(low=min(scale.low, drawing.reference), high=max(scale.high, drawing.reference))
 
 
-def step_scale(drawing: Drawing) -> Scale:
+def step_scale(drawing: Drawing) -> AxisScale:
     """Return the horizontal axis of curves."""
     places = [mark.x for mark in drawing.marks if mark.x is not None]
     return _with_margin(places, log=False)
 
 
-def row_scale(drawing: Drawing) -> Scale:
+def row_scale(drawing: Drawing) -> AxisScale:
     """Return the horizontal axis of rows, in which arms that are far off lie outside."""
     near = [mark for mark in drawing.marks if mark.series not in drawing.far_off]
     places = [mark.x for mark in near if mark.x is not None]
@@ -91,7 +91,7 @@ def row_scale(drawing: Drawing) -> Scale:
     if drawing.reference is not None:
         places.append(drawing.reference)
     if drawing.kind == "bars":
-        return Scale(low=0.0, high=1.04 * max(places))
+        return AxisScale(low=0.0, high=1.04 * max(places))
     if _has_open_end(near):
         places.append(edge_of(drawing))
     return _with_margin(places, log=False)
@@ -120,17 +120,17 @@ def _numbers(marks: Iterable[Mark]) -> list[float]:
     return [value for three in ends for value in three if value is not None]
 
 
-def _with_margin(values: list[float], *, log: bool) -> Scale:
+def _with_margin(values: list[float], *, log: bool) -> AxisScale:
     """Return an axis that holds the values with some room at both ends."""
     low = min(values, default=0.0)
     high = max(values, default=1.0)
     if log:
         room = (high / low) ** MARGIN
-        return Scale(low=low / room, high=high * room, log=True)
+        return AxisScale(low=low / room, high=high * room, log=True)
     room = MARGIN * (high - low)
     if room == 0:
         room = MARGIN * abs(high) if high else 1.0
-    return Scale(low=low - room, high=high + room)
+    return AxisScale(low=low - room, high=high + room)
 
 
 def _decimals(step: float) -> int:

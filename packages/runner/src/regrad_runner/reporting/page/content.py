@@ -14,6 +14,7 @@ from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, mean_qu
 from regrad_runner.diagnostics.step_times import why_not_measured
 from regrad_runner.reporting.figures.curves import times_are_estimated
 from regrad_runner.reporting.figures.families import in_families
+from regrad_runner.reporting.figures.scales import MINUS
 from regrad_runner.reporting.numbers import (
     difference_in_brackets,
     is_resolved,
@@ -34,7 +35,7 @@ from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
 NOTHING = "–"
-MINUS = "−"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 WORDS_OF_A_COMMAND = {"script"}
 ONE_LINE = 24  # characters that stay on one line
 # What kind of news each verdict is.
@@ -107,8 +108,8 @@ def arms_table(data: ReportData) -> PageTable:
     columns = [
         "Arm",
         "Verdict",
-        f"{data.measure.name.capitalize()} ± sd",
-        "Difference [95 % interval]",
+        f"{data.measure.name.capitalize()} ±{NO_BREAK}sd",
+        f"Difference [95{NO_BREAK}%{NO_BREAK}interval]",
         "p, Holm",
         "Against its control",
     ]

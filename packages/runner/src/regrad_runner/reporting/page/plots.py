@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from regrad_runner.reporting.figures.marks import Drawing, Mark
 from regrad_runner.reporting.figures.scales import (
     MINUS,
-    Scale,
+    AxisScale,
     edge_of,
     row_scale,
     step_scale,
@@ -64,7 +64,7 @@ class Dot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class DrawnRow:
     """A row of a figure with rows.
 
     Attributes:
@@ -101,14 +101,14 @@ class RowsPlot:
     """A figure with rows: see `Drawing`."""
 
     drawing: Drawing
-    rows: list[Row]
+    rows: list[DrawnRow]
     ticks: list[Tick]
     reference: float | None
     kind: str = "rows"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class DrawnCurve:
     """A curve.
 
     Attributes:
@@ -149,7 +149,7 @@ class CurvesPlot:
     drawing: Drawing
     name: str
     title: str
-    lines: list[Line]
+    lines: list[DrawnCurve]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     reference: float | None = None
@@ -250,10 +250,10 @@ def small_multiples(
     return plots
 
 
-def _row(drawing: Drawing, series: str, scale: Scale, tones: Mapping[str, str]) -> Row:
+def _row(drawing: Drawing, series: str, scale: AxisScale, tones: Mapping[str, str]) -> DrawnRow:
     marks = drawing.marks_of(series)
     style = drawing.styles[series]
-    row = Row(
+    row = DrawnRow(
         name=series,
         words=(drawing.words or {}).get(series, ""),
         tone=tones.get(series, "plain") if drawing.name == "differences" else "plain",
@@ -279,7 +279,7 @@ def _row(drawing: Drawing, series: str, scale: Scale, tones: Mapping[str, str]) 
     )
 
 
-def _dots(marks: Sequence[Mark], scale: Scale) -> list[Dot]:
+def _dots(marks: Sequence[Mark], scale: AxisScale) -> list[Dot]:
     """Return the places of the runs of a row, at heights that keep equal numbers apart."""
     runs = [mark for mark in marks if mark.seed is not None]
     heights = _heights(len(runs))
@@ -305,12 +305,14 @@ def _heights(count: int) -> list[float]:
     return [low + (high - low) * place / (count - 1) for place in range(count)]
 
 
-def _line(drawing: Drawing, series: str, across: Scale, up: Scale, keys: Mapping[str, int]) -> Line:
+def _line(
+    drawing: Drawing, series: str, across: AxisScale, up: AxisScale, keys: Mapping[str, int]
+) -> DrawnCurve:
     marks = [mark for mark in drawing.marks_of(series) if mark.x is not None]
     style = drawing.styles[series]
     places = [SIDE * across.share(mark.x or 0.0) for mark in marks]
     heights = [SIDE * (1 - up.share(mark.y or 0.0)) for mark in marks]
-    return Line(
+    return DrawnCurve(
         name=series,
         key=keys.get(series, 0),
         look=look_of(style),
@@ -343,7 +345,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _band(marks: Sequence[Mark], places: Sequence[float], up: Scale) -> str:
+def _band(marks: Sequence[Mark], places: Sequence[float], up: AxisScale) -> str:
     """Return the outline of the band about a curve."""
     above = [SIDE * (1 - up.share(_end(mark.high, mark))) for mark in marks]
     below = [SIDE * (1 - up.share(_end(mark.low, mark))) for mark in marks]
@@ -357,7 +359,7 @@ def _end(value: float | None, mark: Mark) -> float:
     return (mark.y or 0.0) if value is None else value
 
 
-def _percent(scale: Scale, value: float) -> float:
+def _percent(scale: AxisScale, value: float) -> float:
     return 100 * scale.share(value)
 
 
