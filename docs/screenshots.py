@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, FloatRect, sync_playwright
 IMAGES = Path(__file__).parent / "images"
 HEIGHTS = {360: 1400, 768: 1500, 1400: 1500}  # by width: what a page in the documentation can take
 ANSWER_WIDTH = 1000  # of the picture that the README shows: the headline and the figure under it
-COLOURS = 128  # of the picture's own palette: flat colours and text need no more
+COLOURS = 256  # of the picture's own palette: flat colours and text need no more
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -58,6 +58,7 @@ def answer(chromium: Browser, page: Path, theme: Literal["light", "dark"]) -> by
         viewport={"width": ANSWER_WIDTH, "height": 900}, color_scheme=theme, device_scale_factor=2
     )
     tab.goto(page.as_uri())
+    tab.evaluate("() => { document.querySelector('nav').hidden = true; }")
     bottom = tab.locator("#differences figure").evaluate("it => it.getBoundingClientRect().bottom")
     clip = {"x": 0, "y": 0, "width": ANSWER_WIDTH, "height": bottom + 12}
     picture = tab.screenshot(full_page=True, clip=FloatRect(**clip))

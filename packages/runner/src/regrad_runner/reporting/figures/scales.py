@@ -116,8 +116,11 @@ def _late_marks(marks: list[Mark]) -> list[Mark]:
 
 
 def _numbers(marks: Iterable[Mark]) -> list[float]:
-    ends = [(mark.low, mark.y, mark.high) for mark in marks]
-    return [value for three in ends for value in three if value is not None]
+    """Return the heights of marks and of the ends of their bands."""
+    found: list[float] = []
+    for mark in marks:
+        found += [value for value in (mark.low, mark.y, mark.high) if value is not None]
+    return found
 
 
 def _with_margin(values: list[float], *, log: bool) -> AxisScale:
