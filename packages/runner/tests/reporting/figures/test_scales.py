@@ -54,6 +54,7 @@ def test_ticks_are_round_inside_the_axis_and_told_apart():
         "10",
         "100",
     ]
+    assert [text for _, text in AxisScale(low=1, high=4).ticks(8, whole=True)] == list("1234")
     assert AxisScale(low=-2500, high=0).ticks(3)[0][1] == "−2,000"
 
 

@@ -295,7 +295,7 @@ def test_the_page_is_whole_without_scripts(browser, address, names):
 
 def test_every_picture_has_a_name_for_those_who_do_not_see_it(page):
     unfold(page)
-    told = page.get_by_role("img").evaluate_all(
+    told = page.locator("[role=img]").evaluate_all(
         """pictures => pictures.map(picture => picture.getAttribute("aria-labelledby").split(" ")
             .map(id => document.getElementById(id).textContent).join(" "))"""
     )

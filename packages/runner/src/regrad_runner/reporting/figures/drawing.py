@@ -24,7 +24,7 @@ LONGEST_TITLE = 40  # characters that fit into a line above a figure or below it
 LONGEST_UPRIGHT = 30  # characters that fit into a line beside the vertical axis
 SMALL_TEXT = 9.5
 CAPTION_TEXT = 8.5
-CAPTION_WIDTH = 64  # characters of a caption's line
+CAPTION_WIDTH = 60  # characters of a caption's line
 CAPTION_LINE = 0.15  # height of it, in inches
 DRAWING_SETTINGS = {
     "svg.fonttype": "none",

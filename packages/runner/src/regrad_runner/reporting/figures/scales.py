@@ -13,6 +13,7 @@ from regrad_runner.reporting.figures.marks import Drawing, Mark
 ZOOMED_FROM = 0.5  # share of training after which the vertical axis is scaled
 MARGIN = 0.05  # share of an axis beyond its outermost mark
 EDGE = 1.08  # where runs without a value stand, as a multiple of the largest value
+ROUND_STEPS = [1, 2, 5, 10]  # between ticks, times a power of ten
 MINUS = "−"
 
 
@@ -41,11 +42,12 @@ class AxisScale:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self, most: int) -> list[tuple[float, str]]:
+    def ticks(self, most: int, *, whole: bool = False) -> list[tuple[float, str]]:
         """Return round values on the axis, with how they are written.
 
         Args:
             most: How many there may be.
+            whole: Whether they must be whole numbers.
 
         Example:
             >>> AxisScale(low=-0.12, high=0.03).ticks(4)
@@ -55,7 +57,7 @@ class AxisScale:
             found = LogLocator(numticks=most).tick_values(self.low, self.high)
             inside = [float(value) for value in found if self.low <= value <= self.high]
             return [(value, f"{value:g}") for value in inside]
-        found = MaxNLocator(most).tick_values(self.low, self.high)
+        found = MaxNLocator(most, steps=ROUND_STEPS, integer=whole).tick_values(self.low, self.high)
         inside = [float(value) for value in found if self.low <= value <= self.high]
         decimals = _decimals(float(found[1] - found[0]))
         return [(value + 0.0, _written(value, decimals)) for value in inside]

@@ -196,13 +196,17 @@ def curves_plot(drawing: Drawing, keys: Mapping[str, int]) -> CurvesPlot:
     """Return a figure with curves over training."""
     across = step_scale(drawing)
     up = value_scale(drawing)
+    has_whole_steps = all(float(mark.x or 0).is_integer() for mark in drawing.marks)
     target = drawing.reference
     return CurvesPlot(
         drawing=drawing,
         name=drawing.name,
         title=drawing.title,
         lines=[_line(drawing, series, across, up, keys) for series in drawing.styles],
-        x_ticks=[Tick(place=_percent(across, x), text=text) for x, text in across.ticks(8)],
+        x_ticks=[
+            Tick(place=_percent(across, x), text=text)
+            for x, text in across.ticks(8, whole=has_whole_steps)
+        ],
         y_ticks=[Tick(place=100 - _percent(up, y), text=text) for y, text in up.ticks(MOST_TICKS)],
         reference=None if target is None else 100 - _percent(up, target),
         reference_text="" if target is None else f"target {target:.4g}",
