@@ -50,8 +50,8 @@ class AxisScale:
             whole: Whether they must be whole numbers.
 
         Example:
-            >>> AxisScale(low=-0.12, high=0.03).ticks(4)
-            [(-0.1, '−0.10'), (-0.05, '−0.05'), (0.0, '0.00')]
+            >>> [text for _, text in AxisScale(low=-0.12, high=0.03).ticks(4)]
+            ['−0.10', '−0.05', '0.00']
         """
         if self.log:
             found = LogLocator(numticks=most).tick_values(self.low, self.high)
