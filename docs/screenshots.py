@@ -9,18 +9,20 @@ import io
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, FloatRect, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 HEIGHTS = {360: 1400, 768: 1500, 1400: 1500}  # by width: what a page in the documentation can take
-COLOURS = 128  # of the picture's own palette: flat colours and text need no more
+ANSWER_WIDTH = 1000  # of the picture that the README shows: the headline and the figure under it
+COLOURS = 256  # of the picture's own palette: flat colours and text need no more
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def main() -> None:
-    """Open the report at each width and keep what is seen."""
+    """Open the report at each width and keep what is seen, and its answer as `comparison.png`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +48,22 @@ def main() -> None:
             tab.goto(page.as_uri())
             shrink(tab.screenshot(full_page=wanted.whole), wanted.out / f"report-{width}.png")
             tab.close()
+        shrink(answer(chromium, page, wanted.theme), wanted.out / "comparison.png")
         chromium.close()
+
+
+def answer(chromium: Browser, page: Path, theme: Literal["light", "dark"]) -> bytes:
+    """Return a picture of the first thing on the page: what was found, and the figure of it."""
+    tab = chromium.new_page(
+        viewport={"width": ANSWER_WIDTH, "height": 900}, color_scheme=theme, device_scale_factor=2
+    )
+    tab.goto(page.as_uri())
+    tab.evaluate("() => { document.querySelector('nav').hidden = true; }")
+    bottom = tab.locator("#differences figure").evaluate("it => it.getBoundingClientRect().bottom")
+    clip = {"x": 0, "y": 0, "width": ANSWER_WIDTH, "height": bottom + 12}
+    picture = tab.screenshot(full_page=True, clip=FloatRect(**clip))
+    tab.close()
+    return picture
 
 
 def shrink(picture: bytes, path: Path) -> None:

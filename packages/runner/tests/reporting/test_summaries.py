@@ -36,3 +36,12 @@ def test_a_run_that_misses_is_as_long_as_its_curve_whatever_the_curve_counts():
     found = {summary.arm: summary for summary in summarize_results(results, LOSS, curves=points)}
     # It ran 40 of the curve's steps, and the baseline took 40 to its own end.
     assert found["xgrad"].steps_interval == (1.0, None)
+
+
+def test_the_ratio_of_learning_rates_is_that_of_the_chosen_ones():
+    rates = {"baseline": 0.006, "xgrad": 0.012, "none-known": 0.0}
+    results = [Result(arm=arm, seed=0, value=0.1, lr=lr) for arm, lr in rates.items()]
+    found = {summary.arm: summary.rate_ratio for summary in summarize_results(results, LOSS)}
+    assert found == {"baseline": 1.0, "xgrad": 2.0, "none-known": None}
+    without = [replace(result, lr=0.0) for result in results]
+    assert {summary.rate_ratio for summary in summarize_results(without, LOSS)} == {None}

@@ -127,7 +127,8 @@ def test_eighty_columns_break_no_number_and_names_where_their_parts_meet():
         f".{round(10000 * abs(x)):04d}" for x in (summary.mean, summary.sd, *summary.interval)
     )
     assert first.split()[:6] == ["centralization", mean, "±", sd, "–", "(9)"]
-    assert lines[lines.index(first) + 1].strip() == f"[0.00, ∞] [-{low}, -{high}]"
+    assert lines[lines.index(first) + 1].split() == ["not", f"[-{low},", f"-{high}]"]
+    assert lines[lines.index(first) + 2].strip() == "resolved"
     place = next(number for number, line in enumerate(lines) if line.startswith("xgrad:"))
     broken = ["xgrad:", "horizon=2.0,", "decoupled_deca", "y=0.01", "+powergrad:", "alpha=0.5"]
     assert [line[:14].strip() for line in lines[place : place + 6]] == broken
@@ -287,6 +288,37 @@ def test_a_sentence_says_who_diverged_and_what_the_verdict_then_rests_on():
     assert (
         "worse than the baseline (no seed with both numbers, p = .002 after Holm, 10 seeds, "
         "10 of them with one diverged run: tested by ranks" in text
+    )
+
+
+def test_an_interval_that_excludes_nothing_is_called_not_resolved():
+    missed = [replace(row, steps_to_target=None) for row in rows_of("agc")]
+    summaries = summarize([*BASELINE, *missed], controls={"agc": None}, target=MEASURE.target)
+    unresolved = [replace(summary, steps_ratio=1.0) for summary in summaries]
+    unresolved = [replace(summary, steps_interval=(0.0, None)) for summary in unresolved]
+    text = sentence_about("agc", unresolved)
+    assert "steps to reach .96: not resolved, as too many runs of this arm or of the base" in text
+    assert "∞" not in text + printed(unresolved)
+    one_sided = [replace(summary, steps_interval=(0.0, 0.83)) for summary in unresolved]
+    assert "takes 1.00 [≤ 0.83] times the baseline's steps" in sentence_about("agc", one_sided)
+
+
+def test_another_learning_rate_than_the_baselines_is_said():
+    summaries = summarize([*BASELINE, *rows_of("xgrad", 0.008)], controls={"xgrad": None})
+    assert "rate" not in sentence_about("xgrad", summaries)
+    at_twice = [replace(summary, rate_ratio=2.0) for summary in summaries]
+    assert "; at twice the baseline's rate" in sentence_about("xgrad", at_twice)
+    alike = [replace(summary, rate_ratio=1.0) for summary in summaries]
+    assert "rate" not in sentence_about("xgrad", alike)
+
+
+def test_a_control_whose_runs_all_failed_is_said_to_have_no_number():
+    lost = rows_of("nesterov", failed=range(10))
+    rows = [*BASELINE, *rows_of("xgrad", 0.008), *lost]
+    summaries = summarize(rows, controls=CONTROLS, target=MEASURE.target)
+    assert sentence_about("nesterov", summaries) == (
+        "nesterov: a control without a run that ended with a number; 10 runs failed and are left "
+        "out."
     )
 
 

@@ -8,6 +8,7 @@ from contextlib import closing
 
 import pytest
 from regrad_runner.cli.main import main
+from regrad_runner.reporting.verdict_numbers import verdict_numbers
 from regrad_runner.results.about import LAYOUT
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.locks import running_cell, writing
@@ -70,6 +71,36 @@ def test_more_seeds_are_a_tag_that_changes_and_no_parameter_that_may_not(out):
     assert sync(out).is_complete
     assert rows(out, "select value from tags where key = 'seeds'") == [("5",)]
     assert rows(out, "select value from params where key = 'seeds'") == []
+
+
+def test_the_comparison_shows_the_numbers_of_its_verdicts_once(out, ended_run):
+    about = json.loads((out / "about.json").read_text())
+    about |= {"arms": {"baseline": {}, "agc": {}}, "measure": {"name": "accuracy", "target": None}}
+    (out / "about.json").write_text(json.dumps(about))
+    shutil.rmtree(out / "runs")
+    for seed in range(6):
+        shifts = {"baseline": 0.0, "agc": 0.01 + 0.001 * (seed % 2)}
+        for arm, shift in shifts.items():
+            ended_run(out, Result(arm=arm, seed=seed, value=0.5 + shift, touched=True))
+    sync(out, verdicts=verdict_numbers)
+    wanted = verdict_numbers(out)
+    kept = (
+        "select key, value from latest_metrics join runs using (run_uuid) where runs.name = 'out'"
+    )
+    assert dict(rows(out, kept)) == pytest.approx(wanted)
+    assert wanted["difference/agc"] == pytest.approx(0.0105)
+    assert wanted["difference_low/agc"] < 0.0105 < wanted["difference_high/agc"]
+    assert 0 < wanted["p/agc"] < 0.001
+    assert not sync(out, verdicts=verdict_numbers).sent
+    ended_run(out, Result(arm="agc", seed=6, value=0.9, touched=True))
+    ended_run(out, Result(arm="baseline", seed=6, value=0.5))
+    sync(out, verdicts=verdict_numbers)
+    assert dict(rows(out, kept))["difference/agc"] > 0.05
+
+
+def test_a_folder_without_a_verdict_is_synced_without_its_numbers(out):
+    assert sync(out, verdicts=verdict_numbers).is_complete
+    assert rows(out, "select key from metrics where key like 'difference%'") == []
 
 
 def end_trial(folder, lr, validation):

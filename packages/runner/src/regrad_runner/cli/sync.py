@@ -20,9 +20,10 @@ def sync_command(
 ) -> int:
     """Show a folder in MLflow: whatever is not there yet, such as after the server was down."""
     with checking_input():
+        from regrad_runner.reporting.verdict_numbers import verdict_numbers  # noqa: PLC0415
         from regrad_runner.results.sync import sync  # noqa: PLC0415
 
-        done = sync(folder, tracking_uri)
+        done = sync(folder, tracking_uri, verdicts=verdict_numbers)
         for line in done.in_words(folder):
             typer.echo(line)
     return int(not done.is_complete)

@@ -11,6 +11,7 @@ from regrad_runner.comparing.running import Comparison, Runner
 from regrad_runner.comparing.timing import time_steps
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import draw, export_tables
+from regrad_runner.reporting.verdict_numbers import verdict_numbers
 from regrad_runner.results.cells import Cell, is_compared
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, Trial
@@ -41,7 +42,13 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
     folder = open_folder(plan)
     export_tables(folder)
     config = plan.config
-    with tracking(config.tracker, plan.path, config.tracking_uri, say=display.say):
+    with tracking(
+        config.tracker,
+        plan.path,
+        config.tracking_uri,
+        say=display.say,
+        verdicts=verdict_numbers,
+    ):
         display.skip(
             len(folder.trials) + sum(result.status != "failed" for result in folder.results)
         )

@@ -13,6 +13,7 @@ from regrad_runner.comparing.plan import Plan, Planned, agreed, open_folder, pla
 from regrad_runner.comparing.runners import runner_of
 from regrad_runner.comparing.script_plan import script_plan_of
 from regrad_runner.reporting.progress import Display
+from regrad_runner.reporting.verdict_numbers import verdict_numbers
 from regrad_runner.results.cells import Cell, Extension, in_ranges, is_compared
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, Trial
@@ -214,4 +215,11 @@ def _tracked(
     if cell is not None:
         only = run_path(plan.path, cell.arm, cell.seed, cell.lr)
     config = plan.config
-    return tracking(config.tracker, plan.path, config.tracking_uri, say=say, only=only)
+    return tracking(
+        config.tracker,
+        plan.path,
+        config.tracking_uri,
+        say=say,
+        only=only,
+        verdicts=verdict_numbers,
+    )

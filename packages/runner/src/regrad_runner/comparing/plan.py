@@ -71,6 +71,11 @@ class Planned(ABC, Generic[SettingsOfComparison]):
         """What samples are called; nothing where nobody knows."""
 
     @property
+    def script_sha256(self) -> str:
+        """Of the file of a script that is trained; nothing where there is none."""
+        return ""
+
+    @property
     def sizes(self) -> dict[str, int]:
         """How many samples each split has; nothing where nobody knows."""
         return {}
@@ -289,6 +294,9 @@ def open_folder(plan: Planned[Any], *, job_array: bool = False) -> ResultsFolder
         "job_array": job_array,
         **surroundings(processes=plan.processes, earlier=earlier),
     }
+    digest = earlier.get("script_sha256") or plan.script_sha256
+    if digest:
+        about["script_sha256"] = digest
     start_folder(plan.path, plan.config, about)
     return ResultsFolder(plan.path)
 

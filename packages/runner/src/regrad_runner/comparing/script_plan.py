@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -72,6 +73,14 @@ class ScriptPlan(Planned[ScriptConfig]):
     def name(self) -> str:
         """Of the script."""
         return self.config.script_name
+
+    @property
+    def script_sha256(self) -> str:
+        """Of the script's file; nothing for a module, which may be many files."""
+        if self.config.script[0] == "-m":
+            return ""
+        with Path(self.config.script[0]).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def samples(self) -> str:

@@ -53,17 +53,47 @@ def target_in_words(target: float, measure: Measure) -> str:
 
 
 def ratio_interval(interval: tuple[float, float | None] | None) -> str:
-    """Return the interval of a ratio in brackets; nothing where there is none.
+    """Return the interval of a ratio in brackets, or its one end; nothing where there is none.
 
     Example:
-        >>> ratio_interval((0.7, 0.95)), ratio_interval((0, None))
-        ('[0.70, 0.95]', '[0.00, ∞]')
+        >>> ratio_interval((0.7, 0.95)), ratio_interval((0, 0.95)), ratio_interval((0.7, None))
+        ('[0.70, 0.95]', '[≤ 0.95]', '[≥ 0.70]')
+        >>> ratio_interval((0, None))
+        'not resolved'
     """
     if interval is None:
         return ""
+    if not is_resolved(interval):
+        return "not resolved"
     low, high = interval
-    end = "∞" if high is None else f"{high:.2f}"
-    return f"[{low:.2f}, {end}]"
+    if high is None:
+        return f"[≥ {low:.2f}]"
+    if low == 0:
+        return f"[≤ {high:.2f}]"
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def is_resolved(interval: tuple[float, float | None] | None) -> bool:
+    """Say whether the interval of a ratio excludes anything: from 0 to infinity it does not.
+
+    Example:
+        >>> is_resolved((0, 0.95)), is_resolved((0, None))
+        (True, False)
+    """
+    return interval is None or interval != (0, None)
+
+
+def times_the_rate(ratio: float) -> str:
+    """Say how a learning rate compares with the baseline's.
+
+    Example:
+        >>> times_the_rate(2)
+        "at twice the baseline's rate"
+        >>> times_the_rate(0.0625)
+        "at 0.0625 times the baseline's rate"
+    """
+    words = {2.0: "twice", 0.5: "half"}.get(ratio, f"{ratio:.3g} times")
+    return f"at {words} the baseline's rate"
 
 
 def without_zero(number: str) -> str:

@@ -22,6 +22,7 @@ from regrad_runner.diagnostics.gradient_quality import (
 from regrad_runner.diagnostics.step_times import kept_step_times, why_not_measured
 from regrad_runner.reporting.explanation import as_json as explanation_as_json
 from regrad_runner.reporting.explanation import as_text
+from regrad_runner.reporting.measures import measure_in
 from regrad_runner.reporting.rates import rates_as_json, rates_at_edges
 from regrad_runner.reporting.report_data import read_report_data
 from regrad_runner.reporting.resolution import resolution_in_words, resolution_of
@@ -207,21 +208,10 @@ def open_ui(path: Path) -> str | None:
 def _read_about(path: Path) -> dict[str, Any]:
     """Return what the folder says about itself, with its measure as a `Measure`."""
     about = read_about(path)
-    measure = _measure_from(about.get("measure"))
+    measure = measure_in(about)
     if measure is None or "kind" not in about:
         raise ValueError(f"folder must be one that compare or train wrote, got '{path}'")
     return {**about, "measure": measure}
-
-
-def _measure_from(values: Any) -> Measure | None:
-    """Return the measure that was written as these values; None if it was not."""
-    if not isinstance(values, dict):
-        return None
-    try:
-        measure = Measure(**values)
-    except TypeError:
-        return None
-    return measure if measure.is_whole else None
 
 
 def _comparison_as_json(

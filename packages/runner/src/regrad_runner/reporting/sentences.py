@@ -5,9 +5,11 @@ from __future__ import annotations
 from regrad_runner.reporting.numbers import (
     count,
     difference_in_brackets,
+    is_resolved,
     probability,
     ratio_interval,
     target_in_words,
+    times_the_rate,
 )
 from regrad_runner.statistics.verdicts import FEWEST_SEEDS, ArmSummary
 from regrad_runner.workloads.workload import Measure
@@ -34,6 +36,7 @@ def reason(summary: ArmSummary, measure: Measure) -> str:
     """Say the same without the name of the arm and without a full stop."""
     parts = [
         _verdict(summary, measure),
+        _rate(summary),
         _target(summary, measure),
         _unsteadiness(summary),
         _failures(summary),
@@ -47,6 +50,8 @@ def _verdict(summary: ArmSummary, measure: Measure) -> str:
     if summary.verdict == "baseline":
         return f"the baseline, {count(summary.seeds, 'seed')}"
     if summary.verdict == "control":
+        if not summary.seeds:
+            return "a control without a run that ended with a number"
         difference = difference_in_brackets(summary, measure) or "unknown"
         return f"a control; difference from the baseline {difference}"
     if summary.verdict == "inert":
@@ -106,14 +111,27 @@ def _control_evidence(summary: ArmSummary, measure: Measure) -> str:
     return f"{summary.control} ({difference}, {probability(test.p_value)} before Holm)"
 
 
+def _rate(summary: ArmSummary) -> str:
+    """Say how the learning rate compares with the baseline's, where it differs."""
+    if summary.rate_ratio is None or summary.rate_ratio == 1 or not summary.seeds:
+        return ""
+    return times_the_rate(summary.rate_ratio)
+
+
 def _target(summary: ArmSummary, measure: Measure) -> str:
-    """Say how fast the target was reached, if there is one."""
-    if summary.target is None or summary.verdict in ("inert", "too few seeds"):
+    """Say how fast the target was reached, if there is one and any run that could."""
+    is_without_verdict = summary.verdict in ("inert", "too few seeds")
+    if summary.target is None or is_without_verdict or not summary.seeds:
         return ""
     target = target_in_words(summary.target, measure)
     if summary.steps_ratio is None or summary.verdict == "baseline":
         hits = summary.seeds - summary.misses
         return f"{hits} of {summary.seeds} runs reached {target}"
+    if not is_resolved(summary.steps_interval):
+        return (
+            f"steps to reach {target}: not resolved, as too many runs of this arm or of the "
+            "baseline miss it"
+        )
     ratio = f"{summary.steps_ratio:.2f} {ratio_interval(summary.steps_interval)}".strip()
     return (
         f"takes {ratio} times the baseline's steps to reach {target} "

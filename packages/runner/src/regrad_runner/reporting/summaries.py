@@ -69,13 +69,25 @@ def summarize_results(
         higher_is_better=measure.higher_is_better,
         target=reached.target,
     )
+    ratios = _rate_ratios(results)
     measured = step_times or {}
     return [
-        replace(summary, time_ratio=measured[summary.arm].ratio)
-        if summary.arm in measured
-        else summary
+        replace(
+            summary,
+            rate_ratio=ratios.get(summary.arm),
+            time_ratio=measured[summary.arm].ratio if summary.arm in measured else None,
+        )
         for summary in summaries
     ]
+
+
+def _rate_ratios(results: Sequence[Result]) -> dict[str, float]:
+    """Return each arm's learning rate over the baseline's; nothing where there is no rate."""
+    rates = {result.arm: result.lr for result in results}
+    own = rates.get(BASELINE, 0.0)
+    if own <= 0:
+        return {}
+    return {arm: float(f"{rate / own:.6g}") for arm, rate in rates.items() if rate > 0}
 
 
 def steps_of_runs(

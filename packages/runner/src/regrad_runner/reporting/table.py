@@ -143,12 +143,14 @@ def _headings(summaries: Sequence[ArmSummary], measure: Measure) -> list[str]:
 def _row(summary: ArmSummary, measure: Measure, *, narrow: bool) -> list[Text]:
     name = summary.arm
     difference = difference_in_brackets(summary, measure)
+    steps = _steps(summary)
     if narrow:
         name = _in_lines(name, NARROW_NAME)
         difference = difference.replace(" [", "\n[")
+        steps = steps.replace("not resolved", "not\nresolved")
     cells = [name, _mean(summary, measure)]
     if summary.target is not None:
-        cells.append(_steps(summary))
+        cells.append(steps)
     cells += [difference, _time(summary), _effect(summary)]
     verdict = Text(verdict_in_words(summary), style=VERDICT_COLOURS.get(summary.verdict, ""))
     return [*map(Text, cells), verdict]

@@ -51,6 +51,7 @@ class About(BaseModel):
     arms: dict[str, dict[str, Any]] = {}
     processes: int = 1
     machines: list[dict[str, Any]] = []
+    script_sha256: str = ""
 
 
 def read_about(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from regrad_runner.addresses import check_address
 from regrad_runner.results.about import read_about
 from regrad_runner.results.locks import syncing
-from regrad_runner.results.view import FolderView
+from regrad_runner.results.view import FolderView, Verdicts
 from regrad_runner.settings.loading import read_settings
 from regrad_runner.tracking.mlflow import Sent
 from regrad_runner.tracking.projector import Projection
@@ -59,13 +59,14 @@ class Synced:
             yield f"not all of {folder} is at {self.shown}: {problem}; run this again later"
 
 
-def sync(folder: Path, address: str | None = None) -> Synced:
+def sync(folder: Path, address: str | None = None, *, verdicts: Verdicts | None = None) -> Synced:
     """Let a store hold everything that a folder holds.
 
     Args:
         folder: What `compare` or `train` wrote.
         address: Of the store; None for the one in the folder's settings, or else the folder's own
             database.
+        verdicts: Returns the numbers of a comparison's verdicts: see `FolderView`.
 
     Raises:
         ValueError: If there is no such folder, its settings are damaged, a command writes it, or
@@ -80,7 +81,7 @@ def sync(folder: Path, address: str | None = None) -> Synced:
         check_address(address)
     with syncing(folder):
         store = Store(folder, address)
-        view = FolderView(folder, under_way=False)
+        view = FolderView(folder, under_way=False, verdicts=verdicts)
         done = Projection(store, view.sources).until_complete()
     return Synced(store.shown, done.sent, done.runs, view.killed, done.problems, store.notes)
 

@@ -59,6 +59,9 @@ SHOWN: dict[Status, ShownStatus] = {
 }
 
 
+Verdicts = Callable[[Path], Mapping[str, float]]
+
+
 class FolderView:
     """What MLflow is to show of an output folder.
 
@@ -66,14 +69,24 @@ class FolderView:
         folder: The output folder.
         under_way: Whether this process runs what is in it; runs that have not ended then run.
         only: Folder of the one run to show, beside the comparison; None for all.
+        verdicts: Returns the numbers of a comparison's verdicts by name, which its own run shows at
+            the end; None to show none.
 
     Attributes:
         under_way: As above; set it to False at the end.
         killed: How many runs the last look found that never ended.
     """
 
-    def __init__(self, folder: Path, *, under_way: bool, only: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        under_way: bool,
+        only: Path | None = None,
+        verdicts: Verdicts | None = None,
+    ) -> None:
         self.under_way = under_way
+        self._verdicts = verdicts
         self.killed = 0
         self._folder = folder
         self._only = only
@@ -183,9 +196,25 @@ class FolderView:
             ended=None if status == "RUNNING" else max(ends),
             parameters={key: value for key, value in settings.items() if key not in MAY_CHANGE},
             tags={key: str(value) for key, value in settings.items() if key in MAY_CHANGE},
+            points=self._verdict_points(time=max(ends), step=len(runs)),
             folder=self._folder,
             files=files,
         )
+
+    def _verdict_points(self, *, time: int, step: int) -> list[MetricPoint]:
+        """Return the numbers of the verdicts, each as one point.
+
+        Args:
+            time: When the last run ended.
+            step: Number of runs: of a comparison that went on MLflow shows the last numbers.
+        """
+        if self._verdicts is None or self.under_way:
+            return []
+        try:
+            numbers = self._verdicts(self._folder)
+        except ValueError:  # a damaged run is said when its turn comes
+            return []
+        return [MetricPoint(name, number, time, step) for name, number in numbers.items()]
 
     def _exports(self) -> tuple[str, ...]:
         """Return the names of the files to show at the end; they need not be there."""
@@ -205,6 +234,7 @@ def tracking(
     *,
     say: Callable[[str], None],
     only: Path | None = None,
+    verdicts: Verdicts | None = None,
 ) -> Iterator[None]:
     """Show in MLflow what the block writes into a folder.
 
@@ -216,12 +246,13 @@ def tracking(
         address: Of a server or database; None for the database in the folder.
         say: Told what goes wrong, from the thread too; nothing that does stops the block.
         only: Folder of the one run to show.
+        verdicts: Returns the numbers of a comparison's verdicts: see `FolderView`.
     """
     if kind == "none":
         yield
         return
     store = Store(folder, address)
-    view = FolderView(folder, under_way=True, only=only)
+    view = FolderView(folder, under_way=True, only=only, verdicts=verdicts)
     projector = Projector(store, view.sources, say=say)
     seconds: float | None = None
     try:

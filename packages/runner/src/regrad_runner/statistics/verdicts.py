@@ -62,6 +62,7 @@ class ArmSummary:
         unsteady: Whether that ratio is above 3.
         time_ratio: Median ratio of the time per step to the baseline's, from the measurement at the
             end of a comparison; None where there is none.
+        rate_ratio: Learning rate over the baseline's; None where either has none.
         touched: Runs in which a correction changed something.
         control: Name of the arm it must also beat; None if none is declared or known.
         against_control: The comparison with that arm; None if it was not run.
@@ -91,6 +92,7 @@ class ArmSummary:
     spread_p: float | None = None
     unsteady: bool = False
     time_ratio: float | None = None
+    rate_ratio: float | None = None
     touched: int = 0
     control: str | None = None
     against_control: PairedDifference | None = None

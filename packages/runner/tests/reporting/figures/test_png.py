@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 from regrad_runner.reporting.figures import png
 from regrad_runner.reporting.figures.curves import ZOOM_NOTE, measure_curves
-from regrad_runner.reporting.figures.drawing import draw_for_page
+from regrad_runner.reporting.figures.drawing import draw_plain
 from regrad_runner.reporting.figures.png import write_pngs
 from regrad_runner.reporting.report_data import ReportData
 from regrad_runner.results.outcomes import CurvePoint, Result
@@ -118,9 +118,8 @@ def test_the_picture_and_the_page_show_the_same_marks_on_the_same_axes(
 ):
     write(curves, rows, tmp_path)
     (drawing,) = measure_curves(data_of(curves, rows))
-    on_page = draw_for_page(drawing).axes[0]
-    for figure in (drawn[0], drawn[2]):
-        axes = figure.axes[0]
+    on_page = draw_plain(drawing).axes[0]
+    for axes in (drawn[0].axes[0], drawn[2].axes[1]):
         assert axes.get_ylim() == on_page.get_ylim()
         for arm in ARMS:
             assert line_of(axes, arm).get_xydata().tolist() == (
@@ -152,14 +151,14 @@ def test_steps_that_a_seed_lacks_are_left_out(curves, rows, tmp_path, drawn):
 def test_intervals_and_means_are_those_of_the_summaries(curves, rows, tmp_path, drawn):
     write(curves, rows, tmp_path)
     summary = next(s for s in summaries_of(rows) if s.arm == "xgrad")
-    right = drawn[2].axes[1]
-    shown = [tuple(line.get_xdata()) for line in right.lines]
+    differences = drawn[2].axes[0]
+    shown = [tuple(line.get_xdata()) for line in differences.lines]
     assert (summary.difference,) * 2 in shown
     assert summary.interval in shown
-    names = ["xgrad", "agc:axis=[0,1]$", "nesterov"]
-    words = ["better than nothing", "better", "control"]
+    names = ["xgrad", "nesterov", "agc:axis=[0,1]$"]  # the control under its correction
+    words = ["better than nothing", "control", "better"]
     named = [text for pair in zip(names, words, strict=True) for text in pair]
-    assert texts_of(right)[:-1] == named  # the last one is the caption
+    assert texts_of(differences)[:-1] == named  # the last one is the caption
 
 
 def test_a_control_has_the_colour_of_its_arm_in_dashes(curves, rows, tmp_path, drawn):

@@ -16,7 +16,7 @@ import pytest
 import regrad
 from regrad_runner.cli.main import main
 from regrad_runner.reporting.figures import curves, rows
-from regrad_runner.reporting.figures.drawing import draw_for_page
+from regrad_runner.reporting.figures.drawing import draw_plain
 from regrad_runner.reporting.figures.marks import Mark
 from regrad_runner.reporting.page.repeat import command_to_repeat
 from regrad_runner.reporting.page.write import write_page
@@ -31,8 +31,8 @@ from regrad_runner.settings.config import CompareConfig
 from regrad_runner.workloads.workload import Measure
 
 SECTIONS = [
-    "verdicts",
     "differences",
+    "numbers",
     "training",
     "target",
     "overhead",
@@ -40,9 +40,12 @@ SECTIONS = [
     "quality",
     "run",
 ]
+PANELS = ["measure-steps-1", "measure-steps-2", "measure-steps-3"]  # one per correction
 FIGURES = [
     "differences",
-    *("measure-steps", "loss-steps", "measure-time", "loss-time"),
+    "measure-steps",
+    *PANELS,
+    *("loss-steps", "measure-time", "loss-time"),
     "steps-to-target",
     "overhead",
     *("effect-relative-change", "effect-cosine", "effect-trigger-rate"),
@@ -116,13 +119,37 @@ def marks(folder, figure, series, *, whole=True):
 
 def test_the_parts_of_the_page_come_in_the_order_of_the_questions(page, folder):
     assert [i for i in page.ids() if i in SECTIONS] == SECTIONS
-    titles = [
-        attributes["id"].removesuffix("-title")
-        for tag, attributes in page.elements
-        if tag == "title" and attributes
+    figures = [
+        attributes["data-figure"] for _, attributes in page.elements if "data-figure" in attributes
     ]
-    assert titles == FIGURES
-    assert sorted(path.stem for path in (folder.path / "figures").iterdir()) == sorted(FIGURES)
+    assert figures == FIGURES
+    files = {path.stem for path in (folder.path / "figures").iterdir()}
+    assert files == set(FIGURES) - set(PANELS)
+
+
+def test_the_first_words_are_the_answer(page, names):
+    (headline,) = page.texts["h1"]
+    assert headline.startswith(f"{names.script}, {names.image} and {names.long} are better than")
+
+
+def test_a_control_stands_under_its_correction(folder, names):
+    (drawing,) = rows.difference_rows(data_of(folder))
+    assert list(drawing.styles)[:2] == [names.script, "nesterov"]
+
+
+def test_small_figures_have_a_family_each_and_the_baseline(page, names):
+    curves = [a["data-name"] for _, a in page.elements if "data-points" in a]
+    assert curves[5:10] == ["baseline", names.script, "nesterov", "baseline", names.image]
+
+
+def test_a_comparison_of_a_script_says_which_file_it_was(make_comparison, tmp_path):
+    made = make_comparison(tmp_path)
+    about = json.loads((tmp_path / "about.json").read_text())
+    (tmp_path / "about.json").write_text(json.dumps(about | {"script_sha256": "ab" * 32}))
+    write(made)
+    said = " ".join(Page(tmp_path / "report.html").texts["p"])
+    assert f"sha256 of the script {'ab' * 6}…" in said
+    assert f"The script had the sha256 {'ab' * 32}." in said
 
 
 def test_a_sentence_and_a_verdict_stand_for_every_arm(page, names):
@@ -130,7 +157,7 @@ def test_a_sentence_and_a_verdict_stand_for_every_arm(page, names):
     for arm in names.arms:
         assert arm in spans
     assert {"baseline", "control"} <= set(spans)
-    assert any(text.startswith("The baseline, 6 seeds") for text in page.texts["p"])
+    assert any(text.startswith("The baseline, 6 seeds") for text in page.texts["dd"])
 
 
 def test_names_that_look_like_html_stay_text(page, names):
@@ -143,7 +170,7 @@ def test_names_that_look_like_html_stay_text(page, names):
     headings = page.texts["th"]
     assert names.script in headings
     assert names.image in headings
-    assert any(names.image in text for text in page.texts["text"])  # in a figure
+    assert any(names.image in text for text in page.texts["span"])  # in a figure
     assert not any(names.script in text for text in page.texts["script"])
 
 
@@ -170,18 +197,13 @@ def test_the_policy_allows_its_own_style_and_script_and_nothing_else(page):
 
 
 def test_every_figure_has_a_title_and_says_in_words_what_it_shows(page):
-    figures = [
-        attributes
-        for tag, attributes in page.elements
-        if tag == "svg" and attributes.get("class") == "figure"
-    ]
+    figures = [a for _, a in page.elements if a.get("role") == "img"]
     assert len(figures) == len(FIGURES)
     for attributes in figures:
-        assert attributes["role"] == "img"
         assert set(attributes["aria-labelledby"].split()) <= set(page.ids())
     assert any(
         "steps-to-target" not in text and "baseline 55 (50 to 60)" in text
-        for text in page.texts["desc"]
+        for text in page.texts["p"]
     )
     assert len(page.ids()) == len(set(page.ids()))
 
@@ -258,7 +280,7 @@ def test_overhead_is_what_was_measured_in_turns(folder, names):
 
 
 def test_the_page_says_how_many_samples_there_were_and_warns_of_few(page, names):
-    said = " ".join(page.texts["li"])
+    said = " ".join([*page.texts["p"], *page.texts["li"]])
     assert f"Validation: 179 {names.image}, one is worth .0056; test: 360 {names.image}" in said
     assert f"Only 179 {names.image} for validation" in said
 
@@ -294,15 +316,14 @@ def test_gradient_quality_is_told_raw_and_corrected(folder, names):
 def test_what_is_drawn_is_what_the_rows_say(folder):
     (drawing,) = [d for d in curves.training_curves(data_of(folder)) if d.name == "measure-time"]
     lines = {
-        line.get_label().removeprefix("\u200b"): line
-        for line in draw_for_page(drawing).axes[0].lines
+        line.get_label().removeprefix("\u200b"): line for line in draw_plain(drawing).axes[0].lines
     }
     for series in drawing.styles:
         own = [mark for mark in drawing.marks if mark.series == series]
         assert list(lines[series].get_xdata()) == [mark.x for mark in own]
         assert list(lines[series].get_ydata()) == [mark.y for mark in own]
     (overhead,) = rows.overhead_rows(data_of(folder))
-    widths = [patch.get_width() for patch in draw_for_page(overhead).axes[0].patches]
+    widths = [patch.get_width() for patch in draw_plain(overhead).axes[0].patches]
     assert widths == [mark.x for mark in overhead.marks if mark.seed is None]
 
 

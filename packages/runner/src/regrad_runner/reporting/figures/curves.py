@@ -8,6 +8,7 @@ from dataclasses import replace
 from statistics import median
 
 from regrad_runner.diagnostics.effects import Effect
+from regrad_runner.reporting.figures.families import far_off
 from regrad_runner.reporting.figures.marks import Drawing, Mark, marks_of_bands, styles_of
 from regrad_runner.reporting.report_data import ReportData
 from regrad_runner.reporting.styles import DASHES, MARKERS, Style
@@ -164,8 +165,13 @@ def _training_curve(
         styles=styles_of(data.styles, marks),
         reference=data.target if of_measure else None,
         zoomed=True,
+        far_off=_far_off(data) if of_measure else frozenset(),
     )
     return [drawing]
+
+
+def _far_off(data: ReportData) -> frozenset[str]:
+    return far_off(data.summaries, higher_is_better=data.measure.higher_is_better)
 
 
 def _in_order(marks: Iterable[Mark], styles: Mapping[str, Style]) -> list[Mark]:

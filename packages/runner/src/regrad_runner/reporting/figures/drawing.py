@@ -14,17 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from regrad_runner.reporting.figures.marks import Drawing, Mark
+from regrad_runner.reporting.figures.scales import edge_of, row_scale, value_scale
 from regrad_runner.reporting.styles import GRID, INK, PAPER, QUIET, Style
 
 FIGURE_WIDTH = 5.0  # inches of 72 points: 360, as wide as a small phone
 POINTS_PER_INCH = 72  # one unit of an SVG file is a point
-ZOOMED_FROM = 0.5  # share of training after which the vertical axis is scaled
 LONGEST_ROW_NAME = 40  # characters that fit above a row
 LONGEST_TITLE = 40  # characters that fit into a line above a figure or below it
 LONGEST_UPRIGHT = 30  # characters that fit into a line beside the vertical axis
 SMALL_TEXT = 9.5
 CAPTION_TEXT = 8.5
-CAPTION_WIDTH = 64  # characters of a caption's line
+CAPTION_WIDTH = 60  # characters of a caption's line
 CAPTION_LINE = 0.15  # height of it, in inches
 DRAWING_SETTINGS = {
     "svg.fonttype": "none",
@@ -40,11 +40,8 @@ DRAWING_SETTINGS = {
 }
 
 
-def draw_for_page(drawing: Drawing) -> Figure:
-    """Return a figure for the page, which has its title and caption beside it.
-
-    Curves have a legend below them, which the page cuts off.
-    """
+def draw_plain(drawing: Drawing) -> Figure:
+    """Return a figure for a file of its own, without its title and caption."""
     with mpl.rc_context(DRAWING_SETTINGS):
         figure = _empty_figure(FIGURE_WIDTH, _height(drawing))
         _draw_into(figure, drawing)
@@ -63,14 +60,6 @@ def draw_alone(drawings: Sequence[Drawing]) -> Figure:
             axes.set_title(title, loc="left", color=INK)
             _write_caption(axes, drawing)
     return figure
-
-
-def height_without_legend(figure: Figure) -> float:
-    """Return how high a figure that was drawn is above its legend, in points."""
-    height = float(figure.get_figheight()) * POINTS_PER_INCH
-    if not figure.legends:
-        return height
-    return height - float(figure.legends[0].get_window_extent().y1)
 
 
 def _empty_figure(width: float, height: float) -> Figure:
@@ -159,42 +148,18 @@ def _numbers(marks: list[Mark], field: str) -> list[float]:
 
 def _scale_values(axes: Axes, drawing: Drawing) -> None:
     """Scale the vertical axis as the drawing says."""
-    if drawing.log:
+    scale = value_scale(drawing)
+    if scale.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    elif drawing.span is not None:
-        axes.set_ylim(*drawing.span)
-    elif drawing.zoomed:
-        _zoom(axes, drawing)
-
-
-def _zoom(axes: Axes, drawing: Drawing) -> None:
-    """Scale the vertical axis to the second half of training, so that arms can be told apart."""
-    shown: list[float] = []
-    for series in drawing.styles:
-        for mark in _late_marks(drawing.marks_of(series)):
-            ends = (mark.low, mark.y, mark.high)
-            shown += [value for value in ends if value is not None]
-    low = min(shown)
-    high = max(shown)
-    if high > low:
-        margin = 0.05 * (high - low)
-        axes.set_ylim(low - margin, high + margin)
-
-
-def _late_marks(marks: list[Mark]) -> list[Mark]:
-    """Return the marks in the second half of training."""
-    end = marks[-1].x or 0.0
-    return [mark for mark in marks if (mark.x or 0.0) >= ZOOMED_FROM * end]
+    axes.set_ylim(scale.low, scale.high)
 
 
 def _draw_target(axes: Axes, target: float) -> None:
-    """Draw a line at the target, and make room for it if it is outside the axis."""
-    low, high = axes.get_ylim()
+    """Draw a line at the target."""
     axes.axhline(target, color=QUIET, linewidth=0.9, linestyle=(0, (1, 2)))
-    axes.set_ylim(min(low, target), max(high, target))
-    is_below_the_title = target >= high
+    is_below_the_title = target >= axes.get_ylim()[1]
     axes.annotate(
         f"target {target:g}",
         xy=(0, target),
@@ -208,9 +173,14 @@ def _draw_target(axes: Axes, target: float) -> None:
 
 
 def _draw_rows(axes: Axes, drawing: Drawing) -> None:
-    edge = _edge(drawing)
+    edge = edge_of(drawing)
+    scale = row_scale(drawing)
+    axes.set_xlim(scale.low, scale.high)
     for place, (series, style) in enumerate(drawing.styles.items()):
         marks = drawing.marks_of(series)
+        if series in drawing.far_off:
+            _draw_arrow(axes, marks, style, place=place)
+            marks = []
         runs = [mark for mark in marks if mark.seed is not None]
         _draw_runs(axes, runs, style, place=place, edge=edge)
         for mark in marks:
@@ -230,8 +200,25 @@ def _draw_rows(axes: Axes, drawing: Drawing) -> None:
     _tidy(axes)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    if drawing.kind == "bars":
-        axes.set_xlim(left=0)
+
+
+def _draw_arrow(axes: Axes, marks: Sequence[Mark], style: Style, *, place: int) -> None:
+    """Point at a row that lies beyond the axis, and write where it is."""
+    (mean,) = [mark for mark in marks if mark.seed is None]
+    value = mean.x or 0.0
+    is_left = value < axes.get_xlim()[0]
+    axes.annotate(
+        f"{value:+.3g}",
+        xy=(0 if is_left else 1, place),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(26 if is_left else -26, 0),
+        textcoords="offset points",
+        ha="left" if is_left else "right",
+        va="center",
+        color=INK,
+        fontsize=SMALL_TEXT,
+        arrowprops={"arrowstyle": "->", "color": style.colour, "linewidth": 1.8},
+    )
 
 
 def _draw_runs(axes: Axes, runs: Sequence[Mark], style: Style, *, place: int, edge: float) -> None:
@@ -268,7 +255,9 @@ def _draw_interval(axes: Axes, mark: Mark, style: Style, *, place: int, edge: fl
         [place, place],
         color=style.colour,
         linewidth=1.8,
+        linestyle=(0, style.dashes) if style.dashes else "-",
         solid_capstyle="butt",
+        dash_capstyle="butt",
     )
 
 
@@ -289,13 +278,6 @@ def _write_above_row(axes: Axes, text: str, place: int, *, x: float, **look: Any
     background = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # hides lines behind it
     transform = axes.get_yaxis_transform()
     axes.text(x, place - 0.34, text, transform=transform, va="bottom", bbox=background, **look)
-
-
-def _edge(drawing: Drawing) -> float:
-    """Return where runs without a value stand: behind every other."""
-    values = [mark.x for mark in drawing.marks if mark.x is not None]
-    values += [mark.high for mark in drawing.marks if mark.high is not None]
-    return 1.08 * max(values, default=1.0)
 
 
 def _spread(place: int, count: int) -> npt.NDArray[np.float64]:

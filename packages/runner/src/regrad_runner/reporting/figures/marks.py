@@ -60,6 +60,8 @@ class Drawing:
         log: Whether the axis of values is logarithmic.
         span: Ends of the vertical axis, if they are fixed.
         zoomed: Whether the vertical axis is scaled to the second half of training.
+        far_off: Series that the axis of values is not scaled to: they may lie outside.
+        better: Which side of the reference is better: "left" or "right"; empty for neither.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Drawing:
     log: bool = False
     span: tuple[float, float] | None = None
     zoomed: bool = False
+    far_off: frozenset[str] = frozenset()
+    better: Literal["left", "right", ""] = ""
 
     @property
     def alternative(self) -> str:

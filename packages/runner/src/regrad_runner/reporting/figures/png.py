@@ -20,8 +20,8 @@ def write_pngs(data: ReportData, out: Path) -> list[Path]:
     """Write three figures of the page as PNG files, each with its title and caption.
 
     `curves.png` has the measure on the validation split against optimizer steps, `steps.png` the
-    steps to the target if there is one, and `comparison.png` the curves and beside them the paired
-    differences from the baseline.
+    steps to the target if there is one, and `comparison.png` the paired differences from the
+    baseline and beside them the curves.
 
     Args:
         data: The comparison.
@@ -35,7 +35,7 @@ def write_pngs(data: ReportData, out: Path) -> list[Path]:
     differences = difference_rows(data)
     pictures = {"curves.png": curves, "steps.png": target_rows(data)}
     if curves and differences:
-        pictures["comparison.png"] = [*curves, *differences]
+        pictures["comparison.png"] = [*differences, *curves]
     return [_write_png(drawings, out / name) for name, drawings in pictures.items() if drawings]
 
 

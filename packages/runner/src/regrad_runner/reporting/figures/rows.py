@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, median
+from typing import Literal
 
 from regrad_runner.diagnostics.gradient_quality import Quality
+from regrad_runner.reporting.figures.families import far_off, in_families
 from regrad_runner.reporting.figures.marks import Drawing, Mark, styles_of
 from regrad_runner.reporting.numbers import target_in_words
 from regrad_runner.reporting.report_data import ReportData
@@ -30,6 +32,8 @@ def difference_rows(data: ReportData) -> list[Drawing]:
     words = {}
     for summary in data.summaries:
         if summary.difference is None:
+            if summary.verdict != "baseline" and not summary.seeds:
+                words[summary.arm] = "no run has a number"
             continue
         differences = {
             run.seed: run.value - reference[run.seed]
@@ -49,20 +53,22 @@ def difference_rows(data: ReportData) -> list[Drawing]:
         words[summary.arm] = verdict_in_words(summary)
     if not marks:
         return []
-    better_side = "Right" if data.measure.higher_is_better else "Left"
+    better: Literal["left", "right"] = "right" if data.measure.higher_is_better else "left"
     drawing = Drawing(
         name="differences",
         kind="dots",
         title="Difference from the baseline",
         caption=(
             "Marks: one per seed; bar: mean; line: its 95 % interval (Student's t). "
-            f"{better_side} of zero is better."
+            f"{better.capitalize()} of zero is better. Dashed: a control."
         ),
         x_label=f"difference in {data.measure.name}",
         marks=marks,
-        styles=styles_of(data.styles, marks),
+        styles={arm: data.styles[arm] for arm in in_families(data.summaries) if arm in words},
         reference=0.0,
         words=words,
+        far_off=far_off(data.summaries, higher_is_better=data.measure.higher_is_better),
+        better=better,
     )
     return [drawing]
 

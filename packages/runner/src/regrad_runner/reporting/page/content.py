@@ -13,7 +13,11 @@ from typing import Any
 from regrad_runner.diagnostics.gradient_quality import QUALITY_MEASURES, mean_qualities
 from regrad_runner.diagnostics.step_times import why_not_measured
 from regrad_runner.reporting.figures.curves import times_are_estimated
+from regrad_runner.reporting.figures.families import in_families
+from regrad_runner.reporting.figures.scales import MINUS
 from regrad_runner.reporting.numbers import (
+    difference_in_brackets,
+    is_resolved,
     probability,
     ratio_interval,
     short_number,
@@ -31,7 +35,7 @@ from regrad_runner.statistics.verdicts import ArmSummary
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
 NOTHING = "–"
-MINUS = "−"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 WORDS_OF_A_COMMAND = {"script"}
 ONE_LINE = 24  # characters that stay on one line
 # What kind of news each verdict is.
@@ -52,10 +56,12 @@ class TableCell:
     Attributes:
         text: As shown.
         key: What the column sorts by: a number or a text; None, which comes last, for no value.
+        tone: What kind of news it is; empty for none.
     """
 
     text: str
     key: float | str | None = None
+    tone: str = ""
 
     @property
     def is_long(self) -> bool:
@@ -79,6 +85,11 @@ class PageTable:
     rows: list[list[TableCell]]
     words: frozenset[int] = frozenset({0})
 
+    @property
+    def heading(self) -> str:
+        """What it is about, in a few words: its caption as far as the first mark."""
+        return re.split("[,:;]", self.caption)[0]
+
 
 def verdicts(data: ReportData) -> list[dict[str, str]]:
     """Return what is said of each arm: of corrections first, then of baseline and controls."""
@@ -86,26 +97,42 @@ def verdicts(data: ReportData) -> list[dict[str, str]]:
     return [_verdict(summary, data.measure) for summary in ordered]
 
 
+def tones(data: ReportData) -> dict[str, str]:
+    """Return what kind of news the verdict on each arm is."""
+    return {summary.arm: _tone(summary) for summary in data.summaries}
+
+
 def arms_table(data: ReportData) -> PageTable:
-    """Return the table of the arms."""
+    """Return the numbers that matter, as few columns as answer the question."""
     rates = _tuned_rates(data)
     columns = [
         "Arm",
         "Verdict",
-        data.measure.name.capitalize(),
-        "sd",
-        "Difference from the baseline",
-        "95 % interval",
+        f"{data.measure.name.capitalize()} ±{NO_BREAK}sd",
+        f"Difference [95{NO_BREAK}%{NO_BREAK}interval]",
         "p, Holm",
+        "Against its control",
     ]
     if data.target is not None:
-        target = short_target(data.target, data.measure)
-        columns += [f"Steps to {target}", "Misses", "Ratio of steps", "Its 95 % interval"]
-    columns += ["ms per step in runs", "Time ratio", "Effect in runs"]
+        columns.append("Ratio of steps")
+    if has_step_times(data.summaries):
+        columns.append("Time per step")
     if rates:
         columns.append("Learning rate")
-    rows = [_arm_row(data, summary, rates) for summary in data.summaries]
+    in_order = _in_families(data.summaries)
+    rows = [_arm_row(data, summary, rates) for summary in in_order]
     return PageTable(f"Every arm, {_seeds(data)}", columns, rows, frozenset({0, 1}))
+
+
+def more_table(data: ReportData) -> PageTable:
+    """Return the numbers that some ask for: of runs, steps and times."""
+    columns = ["Arm", "Runs", "Failed", "Diverged"]
+    if data.target is not None:
+        target = short_target(data.target, data.measure)
+        columns += [f"Steps to {target}", "Misses", "Interval of the ratio of steps"]
+    columns += ["ms per step in runs", "Effect in runs"]
+    rows = [_further_row(data, summary) for summary in _in_families(data.summaries)]
+    return PageTable("More of every arm", columns, rows)
 
 
 def effects_table(data: ReportData) -> PageTable | None:
@@ -142,12 +169,7 @@ def rates_table(data: ReportData) -> PageTable | None:
     for arm in data.styles:
         cells = [_trials_cell(data, arm, rate, chosen.get(arm)) for rate in rates]
         rows.append([_word(arm), *cells])
-    caption = ". ".join(
-        [
-            f"Choice of learning rates: worst trial{_on_validation(data.measure)}; * chosen",
-            *rates_at_edges(data.folder.choices),
-        ]
-    )
+    caption = f"Choice of learning rates: worst trial{_on_validation(data.measure)}; * chosen"
     return PageTable(caption, ["Arm", *(f"{rate:g}" for rate in rates)], rows)
 
 
@@ -226,16 +248,29 @@ def missing(data: ReportData) -> list[str]:
 
 
 def remarks(data: ReportData) -> list[str]:
-    """Say what to bear in mind with the verdicts: unsteady arms, and on how much they rest."""
-    offers = lower_rates(data.folder, data.summaries)
-    notes = [in_words(offer) for offer in offers]  # each begins with the name of an arm
-    notes += [_as_sentence(unlike_in_words(pair)) for pair in unlike_pairs(data.folder)[:1]]
+    """Say what to bear in mind with the verdicts."""
+    notes = [_as_sentence(unlike_in_words(pair)) for pair in unlike_pairs(data.folder)[:1]]
     resolution = resolution_of(data.about, data.measure)
-    if resolution is not None:
-        notes.append(_as_sentence(resolution_in_words(resolution, data.measure)))
-        if resolution.warning:
-            notes.append(_as_sentence(resolution.warning))
+    if resolution is not None and resolution.warning:
+        notes.append(_as_sentence(resolution.warning))
+    notes += [f"{line}." for line in rates_at_edges(data.folder.choices)]
     return notes
+
+
+def offers(data: ReportData) -> list[str]:
+    """Say what to compare next where an arm is unsteady; each begins with the name of an arm."""
+    return [in_words(offer) for offer in lower_rates(data.folder, data.summaries)]
+
+
+def resolution(data: ReportData) -> str:
+    """Say on how many samples the numbers rest, and what one of them is worth."""
+    found = resolution_of(data.about, data.measure)
+    return "" if found is None else _as_sentence(resolution_in_words(found, data.measure))
+
+
+def digest_of_script(data: ReportData) -> str:
+    """Return the SHA-256 of the script that was compared on; empty where there is none."""
+    return str(data.about.get("script_sha256") or "")
 
 
 def in_brief(data: ReportData) -> str:
@@ -248,7 +283,7 @@ def in_brief(data: ReportData) -> str:
         parts.append(f"{settings['epochs']} epochs")
     if settings.get("optimizer"):
         parts.append(str(settings["optimizer"]))
-    parts.append(f"by {data.measure.name}, {data.measure.direction}")
+    parts.append(f"{data.measure.name}, {data.measure.direction}")
     return " · ".join(parts)
 
 
@@ -260,16 +295,30 @@ def _verdict(summary: ArmSummary, measure: Measure) -> dict[str, str]:
     return {
         "arm": summary.arm,
         "verdict": verdict_in_words(summary),
-        "tone": TONES.get(summary.verdict, "plain"),
-        "kind": "control" if _is_control(summary) else "correction",
+        "tone": _tone(summary),
         "sentence": _own_sentence(summary, measure),
     }
 
 
+def _tone(summary: ArmSummary) -> str:
+    return TONES.get(summary.verdict, "plain")
+
+
 def _own_sentence(summary: ArmSummary, measure: Measure) -> str:
     """Return the sentence of an arm without its name, with minus signs instead of hyphens."""
-    text = re.sub(r"(?<=[ (\[])-(?=\.?\d)", MINUS, reason(summary, measure))
+    text = _with_minus(reason(summary, measure))
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _with_minus(text: str) -> str:
+    return re.sub(r"(?<=[ (\[])-(?=\.?\d)", MINUS, f" {text}").removeprefix(" ")
+
+
+def _in_families(summaries: Sequence[ArmSummary]) -> list[ArmSummary]:
+    """Return the baseline, and then each correction with its control behind it."""
+    by_name = {summary.arm: summary for summary in summaries}
+    first = [summary for summary in summaries if summary.verdict == "baseline"]
+    return [*first, *(by_name[arm] for arm in in_families(summaries))]
 
 
 def _tuned_rates(data: ReportData) -> dict[str, float]:
@@ -280,33 +329,41 @@ def _tuned_rates(data: ReportData) -> dict[str, float]:
 
 def _arm_row(data: ReportData, summary: ArmSummary, rates: Mapping[str, float]) -> list[TableCell]:
     measure = data.measure
+    verdict = verdict_in_words(summary)
     cells = [
         _word(summary.arm),
-        _word(verdict_in_words(summary)),
-        _measured(summary.mean, measure),
-        _measured(summary.sd, measure),
-        _signed_cell(summary.difference, measure),
-        _interval_cell(summary, measure),
+        TableCell(verdict, verdict, _tone(summary)),
+        _mean_cell(summary, measure),
+        _difference_cell(summary, measure),
         _probability_cell(summary.p_adjusted),
+        _control_cell(summary, measure),
     ]
-    if summary.target is not None:
-        steps_ratio = 1.0 if summary.verdict == "baseline" else summary.steps_ratio
+    is_baseline = summary.verdict == "baseline"
+    if data.target is not None:
+        cells.append(_steps_cell(summary))
+    if has_step_times(data.summaries):
+        cells.append(_number(1.0 if is_baseline else summary.time_ratio, "{:.2f}×"))
+    if rates:
+        cells.append(_number(rates.get(summary.arm), "{:g}"))
+    return cells
+
+
+def _further_row(data: ReportData, summary: ArmSummary) -> list[TableCell]:
+    cells = [
+        _word(summary.arm),
+        *(_count(number) for number in (summary.seeds, summary.failed, summary.diverged)),
+    ]
+    if data.target is not None:
         cells += [
             _number(summary.steps_to_target, "{:,.0f}"),
-            TableCell(str(summary.misses), summary.misses),
-            _number(steps_ratio, "{:.2f}×"),
+            _count(summary.misses),
             _steps_interval_cell(summary),
         ]
-    ratio = 1.0 if summary.verdict == "baseline" else summary.time_ratio
-    cells += [
+    return [
+        *cells,
         _number(_milliseconds_per_step(data, summary.arm), "{:.2f}"),
-        _number(ratio, "{:.2f}×"),
         _effect_cell(summary),
     ]
-    if rates:
-        rate = rates.get(summary.arm)
-        cells.append(_number(rate, "{:g}"))
-    return cells
 
 
 def _milliseconds_per_step(data: ReportData, arm: str) -> float | None:
@@ -319,23 +376,42 @@ def _milliseconds_per_step(data: ReportData, arm: str) -> float | None:
     return median(seconds) * 1e3 if any(seconds) else None  # a script's are not known
 
 
-def _measured(value: float | None, measure: Measure) -> TableCell:
-    if value is None:
+def _count(number: int) -> TableCell:
+    return TableCell(str(number), number)
+
+
+def _mean_cell(summary: ArmSummary, measure: Measure) -> TableCell:
+    if summary.mean is None:
         return TableCell(NOTHING)
-    return TableCell(short_number(value, measure), value)
+    text = short_number(summary.mean, measure)
+    if summary.sd is not None:
+        text = f"{text} ± {short_number(summary.sd, measure)}"
+    return TableCell(_with_minus(text), summary.mean)
 
 
-def _signed_cell(value: float | None, measure: Measure) -> TableCell:
-    if value is None:
+def _difference_cell(summary: ArmSummary, measure: Measure) -> TableCell:
+    text = difference_in_brackets(summary, measure)
+    return TableCell(_with_minus(text) or NOTHING, summary.difference)
+
+
+def _control_cell(summary: ArmSummary, measure: Measure) -> TableCell:
+    """Return the difference from the control that an arm must beat."""
+    test = summary.against_control
+    if test is None or test.difference is None or summary.verdict == "control":
         return TableCell(NOTHING)
-    return TableCell(_signed(value, measure), value)
+    difference = short_number(test.difference, measure, sign="+")
+    return TableCell(_with_minus(f"{difference}, {probability(test.p_value)}"), test.difference)
 
 
-def _interval_cell(summary: ArmSummary, measure: Measure) -> TableCell:
-    if summary.interval is None:
-        return TableCell(NOTHING)
-    low, high = summary.interval
-    return TableCell(f"{_signed(low, measure)} to {_signed(high, measure)}", low)
+def _steps_cell(summary: ArmSummary) -> TableCell:
+    """Return the ratio to the baseline's steps, if it says anything."""
+    if summary.verdict == "baseline":
+        return TableCell("1.00×", 1.0)
+    if summary.steps_ratio is None:
+        return TableCell("missed" if summary.misses else NOTHING)
+    if not is_resolved(summary.steps_interval):
+        return TableCell("not resolved")
+    return TableCell(f"{summary.steps_ratio:.2f}×", summary.steps_ratio)
 
 
 def _steps_interval_cell(summary: ArmSummary) -> TableCell:
@@ -481,10 +557,6 @@ def _table_of_words(
     if not rows:
         return None
     return PageTable(caption, list(columns), rows, frozenset(range(len(columns))))
-
-
-def _signed(value: float, measure: Measure) -> str:
-    return short_number(value, measure, sign="+").replace("-", MINUS)
 
 
 def _number(value: float | None, form: str) -> TableCell:

@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from regrad_runner.files import make_folder, write_whole
 from regrad_runner.reporting.figures import curves, rows
-from regrad_runner.reporting.figures.drawing import draw_for_page, height_without_legend
+from regrad_runner.reporting.figures.drawing import draw_plain
+from regrad_runner.reporting.figures.families import families, in_families
 from regrad_runner.reporting.figures.marks import Drawing, write_marks
-from regrad_runner.reporting.figures.svg import as_part_of_page, as_svg, legend_sign
+from regrad_runner.reporting.figures.svg import as_svg
 from regrad_runner.reporting.page import content
+from regrad_runner.reporting.page.headline import headline, rest
+from regrad_runner.reporting.page.plots import look_of, plot_of, small_multiples
 from regrad_runner.reporting.page.repeat import command_to_repeat
 from regrad_runner.reporting.report_data import ReportData
 from regrad_runner.reporting.styles import Style
@@ -37,26 +41,36 @@ class Section:
         title: Its heading.
         text: What stands above its figures.
         drawings: Its figures.
+        folded_drawings: Those of them that are shown only when asked for.
+        families: Arms whose curves of the first figure are shown once more, a family at a time.
+        baseline: The arm that stands in each of these.
         tables: Below the figures.
+        is_folded: Whether all of it is shown only when asked for.
     """
 
     name: str
     title: str
     text: str = ""
     drawings: list[Drawing] = field(default_factory=list)
+    folded_drawings: list[Drawing] = field(default_factory=list)
+    families: list[list[str]] = field(default_factory=list)
+    baseline: str | None = None
     tables: list[content.PageTable] = field(default_factory=list)
+    is_folded: bool = True
 
     @property
-    def legend(self) -> list[dict[str, str | bool]]:
-        """What each curve of its figures is."""
-        styles: dict[str, Style] = {}
-        for drawing in self.drawings:
+    def all_drawings(self) -> list[Drawing]:
+        """Its figures, those that are folded too."""
+        return [*self.drawings, *self.folded_drawings]
+
+    @property
+    def styles(self) -> dict[str, Style]:
+        """How each curve of its figures looks."""
+        found: dict[str, Style] = {}
+        for drawing in self.all_drawings:
             if drawing.kind == "curves":
-                styles.update(drawing.styles)
-        return [
-            {"name": series, "control": style.control, **legend_sign(style)}
-            for series, style in styles.items()
-        ]
+                found.update(drawing.styles)
+        return found
 
 
 def write_page(data: ReportData) -> list[Path]:
@@ -69,12 +83,12 @@ def write_page(data: ReportData) -> list[Path]:
         The files, the page first.
     """
     sections = _sections(data)
-    drawings = list(chain.from_iterable(section.drawings for section in sections))
-    pictures = {drawing.name: _write_svg(data.folder.path, drawing) for drawing in drawings}
+    drawings = list(chain.from_iterable(section.all_drawings for section in sections))
+    files = [_write_svg(data.folder.path, drawing) for drawing in drawings]
     page = data.folder.path / PAGE_FILE
-    write_whole(page, _render(data, sections, pictures))
+    write_whole(page, _render(data, sections))
     marks = write_marks(data.folder.path, drawings)
-    return [page, marks, *(_svg_file(data.folder.path, drawing) for drawing in drawings)]
+    return [page, marks, *files]
 
 
 def _title_of_training(data: ReportData) -> str:
@@ -86,19 +100,33 @@ def _title_of_training(data: ReportData) -> str:
 
 
 def _sections(data: ReportData) -> list[Section]:
-    """Return what comes between the verdicts and what was run, in the order of the questions."""
+    """Return the figures and their tables, in the order of the questions."""
+    curves_of_measure = curves.measure_curves(data)
+    further_curves = [
+        drawing for drawing in curves.training_curves(data) if drawing.name != "measure-steps"
+    ]
     sections = [
         Section(
             name="differences",
-            title="Table",
+            title="Difference from the baseline",
             drawings=rows.difference_rows(data),
+            is_folded=False,
+        ),
+        Section(
+            name="numbers",
+            title="Numbers",
             tables=[content.arms_table(data)],
+            is_folded=False,
         ),
         Section(
             name="training",
             title=_title_of_training(data),
             text=curves.training_caption(data),
-            drawings=curves.training_curves(data),
+            drawings=curves_of_measure,
+            folded_drawings=further_curves,
+            families=families(data.summaries),
+            baseline=data.baseline,
+            is_folded=False,
         ),
         Section(
             name="target",
@@ -109,7 +137,7 @@ def _sections(data: ReportData) -> list[Section]:
         Section(
             name="overhead",
             title="Overhead",
-            text=("Time per step, measured at the end of the comparison; no verdict rests on it."),
+            text="Time per step, measured at the end of the comparison; no verdict rests on it.",
             drawings=rows.overhead_rows(data),
         ),
         Section(
@@ -130,7 +158,7 @@ def _sections(data: ReportData) -> list[Section]:
             tables=_present(content.quality_table(data)),
         ),
     ]
-    return [section for section in sections if section.drawings or section.tables]
+    return [section for section in sections if section.all_drawings or section.tables]
 
 
 def _about_effects(data: ReportData) -> str:
@@ -151,24 +179,15 @@ def _svg_file(path: Path, drawing: Drawing) -> Path:
     return path / FIGURES_FOLDER / f"{drawing.name}.svg"
 
 
-def _write_svg(path: Path, drawing: Drawing) -> Markup:
-    """Write a figure as a file that stands alone, and return it as a part of the page."""
+def _write_svg(path: Path, drawing: Drawing) -> Path:
+    """Write a figure as a file that stands alone."""
     make_folder(path, FIGURES_FOLDER)
-    figure = draw_for_page(drawing)
-    text = as_svg(figure, title=drawing.title)
-    write_whole(_svg_file(path, drawing), text)
-    part = as_part_of_page(
-        text,
-        name=drawing.name,
-        title=drawing.title,
-        alternative=drawing.alternative,
-        height=height_without_legend(figure),
-    )
-    # The text in it was escaped by the writer of XML; nothing else comes from outside.
-    return Markup(part)  # noqa: S704
+    file = _svg_file(path, drawing)
+    write_whole(file, as_svg(draw_plain(drawing), title=drawing.title))
+    return file
 
 
-def _render(data: ReportData, sections: Sequence[Section], pictures: dict[str, Markup]) -> str:
+def _render(data: ReportData, sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=TEMPLATES,
         autoescape=True,
@@ -186,14 +205,51 @@ def _render(data: ReportData, sections: Sequence[Section], pictures: dict[str, M
         script_hash=_policy_hash(script),
         version=version("regrad-runner"),
         workload=str(data.about.get("workload", "")),
+        headline=headline(data.summaries),
+        rest=rest(data.summaries),
         brief=content.in_brief(data),
+        resolution=content.resolution(data),
+        script_sha256=content.digest_of_script(data),
         verdicts=content.verdicts(data),
-        missing=[*content.remarks(data), *content.missing(data)],
-        sections=sections,
-        pictures=pictures,
+        remarks=[*content.remarks(data), *content.missing(data)],
+        offers=content.offers(data),
+        more=content.more_table(data),
+        sections=[_shown(section, data) for section in sections],
         run_tables=_run_tables(data),
         command=command_to_repeat(data.settings, processes=processes),
     )
+
+
+def _shown(section: Section, data: ReportData) -> dict[str, Any]:
+    """Return a section as the template reads it."""
+    order = [data.baseline, *in_families(data.summaries)]
+    styles = dict(sorted(section.styles.items(), key=lambda item: _place(item[0], order)))
+    keys = {series: number for number, series in enumerate(styles)}
+    tones = content.tones(data)
+    first = section.drawings[:1]
+    has_families = len(section.families) > 1 and first
+    panels = (
+        small_multiples(first[0], section.families, section.baseline, keys) if has_families else []
+    )
+    return {
+        "name": section.name,
+        "title": section.title,
+        "text": section.text,
+        "tables": section.tables,
+        "is_folded": section.is_folded,
+        "plots": [plot_of(drawing, keys, tones) for drawing in section.drawings],
+        "panels": panels,
+        "folded": [plot_of(drawing, keys, tones) for drawing in section.folded_drawings],
+        "legend": [
+            {"name": series, "key": keys[series], "look": look_of(style), "style": style}
+            for series, style in styles.items()
+        ],
+    }
+
+
+def _place(series: str, order: Sequence[str | None]) -> int:
+    """Return the place of an arm's curve in a legend; curves of parts of arms keep theirs."""
+    return order.index(series) if series in order else len(order)
 
 
 def _run_tables(data: ReportData) -> Iterable[content.PageTable]:
