@@ -48,6 +48,13 @@ def test_memory_beyond_its_goal_is_a_missed_goal():
     assert (within.verdict, beyond.verdict) == ("met", "missed")
 
 
+def test_milliseconds_beyond_their_goal_are_a_missed_goal():
+    within = Result(name="x", **DONE, ratio=0.5, goal=1.0, goal_ms=13)
+    beyond = Result(name="x", **DONE, ratio=0.5, goal=1.0, goal_ms=12)
+    assert (within.verdict, beyond.verdict) == ("met", "missed")
+    assert report.cells(within)[8] == "≤ 1 and 13 ms"
+
+
 def test_the_cells_of_a_result_by_hand():
     expected = [
         "alone/a",

@@ -115,6 +115,28 @@ def test_each_row_has_the_very_bits_of_torchs_loss(tile, shape, generator):
     assert torch.equal(value, F.cross_entropy(logits, target, reduction="none"))
 
 
+@pytest.mark.parametrize("classes", [5, functional.FEW_CLASSES + 8])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_few_logits_and_many_have_the_same_gradient(
+    classes, weighted, reduction, generator, oracle
+):
+    logits = 5 * torch.randn(7, classes, generator=generator, dtype=torch.float64)
+    target = torch.randint(classes, (7,), generator=generator)
+    target[2] = 1
+    options = {"reduction": reduction, "ignore_index": 1, "alpha": 0.25}
+    if weighted:
+        options["weight"] = torch.rand(classes, generator=generator, dtype=torch.float64)
+    upstream = torch.randn((7,) if reduction == "none" else (), generator=generator).double()
+    direct = gradient_of(logits, target, upstream=upstream, **options)
+    with mock.patch.object(functional, "FEW_LOGITS", 0):
+        tiled = gradient_of(logits, target, upstream=upstream, **options)
+    assert direct[2].abs().max() == 0
+    assert torch.allclose(direct, tiled, rtol=0, atol=2e-15)
+    expected = oracle(logits, target, upstream=upstream, **options)
+    assert torch.allclose(direct, expected, rtol=0, atol=2e-15)
+
+
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "expanded"])
 def test_strided_logits_give_the_same_gradient(layout, generator, oracle):
     logits, target = draw((2, 5, 3, 3), generator)

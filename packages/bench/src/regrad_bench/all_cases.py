@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from regrad_bench.alone_cases import alone_cases
 from regrad_bench.cases import Case
 from regrad_bench.growth_cases import growth_cases
+from regrad_bench.process_cases import process_cases
 from regrad_bench.start_cases import start_cases
-from regrad_bench.step_cases import step_cases
+from regrad_bench.step_cases import memory_cases, step_cases, together_cases, transformer_cases
+
+# Rough seconds of one case with 20 pairs on one thread of a server's processor.
+SECONDS = {
+    "step": 20,
+    "alone": 12,
+    "growth": 30,
+    "start": 10,
+    "vit": 30,
+    "gpt": 12,
+    "memory": 12,
+    "together": 25,
+    "processes": 40,
+}
 
 
 def chosen_cases(only: str = "*") -> list[Case]:
@@ -17,7 +32,16 @@ def chosen_cases(only: str = "*") -> list[Case]:
     Raises:
         ValueError: If none does.
     """
-    cases = [*step_cases(), *alone_cases(), *growth_cases(), *start_cases()]
+    cases = [
+        *step_cases(),
+        *alone_cases(),
+        *growth_cases(),
+        *start_cases(),
+        *transformer_cases(),
+        *memory_cases(),
+        *together_cases(),
+        *process_cases(),
+    ]
     chosen = [case for case in cases if fnmatchcase(case.name, only)]
     if not chosen:
         raise ValueError(
@@ -25,3 +49,15 @@ def chosen_cases(only: str = "*") -> list[Case]:
             f"there are {', '.join(case.name for case in cases)}"
         )
     return chosen
+
+
+def estimated_minutes(cases: Sequence[Case], *, quick: bool) -> float:
+    """Return about how long these cases take; small sizes take little more than their start.
+
+    Example:
+        >>> estimated_minutes(chosen_cases("start/*"), quick=False) < 1
+        True
+    """
+    if quick:
+        return 6 * len(cases) / 60
+    return sum(SECONDS[case.name.partition("/")[0]] for case in cases) / 60

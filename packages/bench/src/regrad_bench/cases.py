@@ -59,12 +59,14 @@ class Case:
         build: Makes both sides. Raises `ValueError` or a `RegradError` where that
             cannot be done, and the table says so.
         goal: The largest ratio that is good enough; None where there is no goal.
+        goal_ms: The most milliseconds of our side that are good enough.
         memory_goal: The same for the ratio of peak memories; it is measured where this is given.
         scale: The ratio is divided by it: what the sizes of both sides lead one to expect.
         most_pairs: Pairs at most, for what takes seconds.
         repeats: Calls per time that is taken, for what takes microseconds.
         host_only: Whether it is about the host alone, whatever the device.
         wall: Whether it waits for another process.
+        only_memory: Whether the ratio is that of the peak memories, and nothing is timed.
     """
 
     name: str
@@ -72,12 +74,14 @@ class Case:
     peer: str
     build: Callable[[Setting], Pair]
     goal: float | None = None
+    goal_ms: float | None = None
     memory_goal: float | None = None
     scale: float = 1.0
     most_pairs: int = 1000
     repeats: int = 1
     host_only: bool = False
     wall: bool = False
+    only_memory: bool = False
 
 
 class Attached:

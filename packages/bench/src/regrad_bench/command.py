@@ -49,7 +49,7 @@ def bench(
     from rich.console import Console  # noqa: PLC0415
 
     from regrad_bench import about, report  # noqa: PLC0415
-    from regrad_bench.all_cases import chosen_cases  # noqa: PLC0415
+    from regrad_bench.all_cases import chosen_cases, estimated_minutes  # noqa: PLC0415
     from regrad_bench.apart import measure_apart  # noqa: PLC0415
     from regrad_bench.cases import Setting  # noqa: PLC0415
     from regrad_bench.peers import findings  # noqa: PLC0415
@@ -60,9 +60,10 @@ def bench(
     conditions = about.about(_typed(), pairs=pairs, quick=quick)
     settings = [Setting(device=torch.device(name), quick=quick) for name in DEVICES[device]]
     names = [case.name for case in cases]
-    results = measure_apart(
-        names, settings, pairs=pairs, threads=threads, tell=Console(stderr=True).print
-    )
+    tell = Console(stderr=True).print
+    minutes = estimated_minutes(cases, quick=quick)
+    tell(f"{len(cases)} cases, about {minutes:.0f} minutes on each device; --only takes fewer")
+    results = measure_apart(names, settings, pairs=pairs, threads=threads, tell=tell)
     found = findings()
     if csv:
         csv.write_text(report.to_csv(results), encoding="utf-8")

@@ -12,11 +12,12 @@ from regrad.hookspecs import Step
 from torch.optim import SGD
 
 from regrad_bench.cases import Attached, Case, Pair, Setting
-from regrad_bench.tensors import square_layers
+from regrad_bench.tensors import Gradients, square_layers
 
 SMALL = 1  # million parameters
 LARGE = 300
 MANY = 8  # corrections
+GOAL = 1.3
 
 
 def growth_cases() -> list[Case]:
@@ -27,8 +28,9 @@ def growth_cases() -> list[Case]:
             ours=f"{name}, 300 M parameters",
             peer="1 M parameters",
             build=_sizes(name),
+            goal=GOAL,
             scale=LARGE / SMALL,
-            most_pairs=3,
+            most_pairs=9,
         )
         for name in regrad.available()
     ]
@@ -50,22 +52,30 @@ def _sizes(name: str) -> Callable[[Setting], Pair]:
         parts = made if isinstance(made, tuple) else (made,)
         if any({"hidden", "criterion"} & set(part.needs.stages) for part in parts):
             raise ValueError("its cost is that of activations or logits, not of parameters")
-        large, small = (_attached(name, millions, setting) for millions in (LARGE, SMALL))
+        large_layers, small_layers = (
+            square_layers(millions, setting.device, quick=setting.quick)
+            for millions in (LARGE, SMALL)
+        )
+        large = _attached(name, large_layers, setting)
+        small = _attached(name, small_layers, setting)
+
+        def prepare() -> None:
+            large_layers.refill()
+            small_layers.refill()  # the last, so that the small side finds it in the cache
+            large.pass_the_meter()
+            small.pass_the_meter()
 
         def close() -> None:
             large.attachment.detach()
             small.attachment.detach()
 
-        return Pair(
-            ours=large.correct, peer=small.correct, prepare=large.pass_the_meter, close=close
-        )
+        return Pair(ours=large.correct, peer=small.correct, prepare=prepare, close=close)
 
     return build
 
 
-def _attached(name: str, millions: int, setting: Setting) -> Attached:
-    """Return a correction on so many million weights, after one step that made its state."""
-    layers = square_layers(millions, setting.device, quick=setting.quick)
+def _attached(name: str, layers: Gradients, setting: Setting) -> Attached:
+    """Return a correction on these layers, after one step that made its state."""
     optimizer = SGD(layers.parameters, lr=1e-6, momentum=0.9)
     optimizer.step()
     attached = Attached(layers.model, optimizer, [name])

@@ -31,10 +31,12 @@ class Result:
         peer: What it was timed against.
         device: Type of the device.
         goal: The largest ratio that is good enough, or None.
+        goal_ms: The most milliseconds of our side that are good enough, or None.
         pairs: How many pairs were timed.
         ours_ms: Median milliseconds of our side.
         peer_ms: Median milliseconds of the peer.
-        ratio: Median of the ratios, over what the sizes lead one to expect.
+        ratio: Median of the ratios, over what the sizes lead one to expect; of peak memories
+            where nothing is timed.
         low: Their first quartile.
         high: Their third quartile.
         memory_ratio: Ratio of the peak memories, where it was asked for.
@@ -51,6 +53,7 @@ class Result:
     peer: str
     device: str
     goal: float | None = None
+    goal_ms: float | None = None
     pairs: int = 0
     ours_ms: float | None = None
     peer_ms: float | None = None
@@ -66,7 +69,7 @@ class Result:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the ratio, and that of the memory, is within its goal."""
+        """Whether the ratio, that of the memory, and our time are within their goals."""
         if self.ratio is None:
             return "not measured"
         if self.goal is None:
@@ -74,6 +77,8 @@ class Result:
         beyond = self.ratio > self.goal
         if self.memory_goal is not None and self.memory_ratio is not None:
             beyond = beyond or self.memory_ratio > self.memory_goal
+        if self.goal_ms is not None and self.ours_ms is not None:
+            beyond = beyond or self.ours_ms > self.goal_ms
         return "missed" if beyond else "met"
 
 
@@ -89,7 +94,12 @@ def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
         What was measured, or the reason why nothing could be.
     """
     result = Result(
-        name=case.name, ours=case.ours, peer=case.peer, device=setting.device.type, goal=case.goal
+        name=case.name,
+        ours=case.ours,
+        peer=case.peer,
+        device=setting.device.type,
+        goal=case.goal,
+        goal_ms=case.goal_ms,
     )
     if case.host_only and setting.device.type == "cuda":
         return replace(result, reason=HOST_ALONE)
@@ -105,6 +115,10 @@ def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
 def _measured(case: Case, setting: Setting, result: Result, pairs: int) -> Result:
     """Build both sides of a case, and return the result with everything that was measured."""
     with _built(case, setting) as pair:
+        if case.only_memory:
+            ours, peer = _of_both(pair, lambda call: peak_bytes(call, setting.device))
+            ratio = ours / peer
+            return replace(result, pairs=1, ratio=ratio, low=ratio, high=ratio, memory_ratio=ratio)
         timed = interleave(
             pair.ours,
             pair.peer,

@@ -24,6 +24,11 @@ SECTIONS = {
     "alone": "The correction alone",
     "growth": "Growth",
     "start": "Start-up",
+    "vit": "The whole step of a ViT-tiny",
+    "gpt": "The whole step of a small GPT",
+    "memory": "Peak memory of training",
+    "together": "Several corrections at once",
+    "processes": "Several processes",
 }
 HEADINGS = (
     "case",
@@ -224,7 +229,11 @@ def _milliseconds(value: float | None) -> str:
 
 
 def _goal(result: Result) -> str:
-    return NONE if result.goal is None else f"≤ {result.goal:g}"
+    if result.goal is None:
+        return NONE
+    if result.goal_ms is None:
+        return f"≤ {result.goal:g}"
+    return f"≤ {result.goal:g} and {result.goal_ms:g} ms"
 
 
 def _difference(result: Result) -> str:

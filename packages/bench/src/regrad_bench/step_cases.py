@@ -1,25 +1,39 @@
-"""The whole training step of a ResNet-20 with one correction, over the plain step."""
+"""The whole training step of a model with corrections, over the plain step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import regrad
-import torch
-from regrad_runner.models.building import build_model
-from torch import nn
+from regrad import RegradError
 from torch.nn import functional as F
 
 from regrad_bench.cases import Attached, Case, Pair, Setting
+from regrad_bench.training import Task, Trainer, resnet20, small_gpt, vit_tiny
 
-BATCH = 128
-IMAGE = 32
-CLASSES = 10
-# What the project set itself, as largest ratios to the plain step; not every correction has one.
+# What the project set itself, as largest ratios to the plain step of a ResNet-20; not every
+# correction has one.
 GOALS = {"powergrad": 1.01, "gcode": 1.35} | dict.fromkeys(
     ("xgrad", "agc", "centralization", "adanorm", "gcw"), 1.05
 )
+NUMBERS = (1, 2, 4, 8)  # of corrections at once
+
+
+class Model(NamedTuple):
+    """A model whose step is timed.
+
+    Attributes:
+        words: What it is called.
+        task: Makes it, with its batch.
+    """
+
+    words: str
+    task: Callable[[Setting], Task]
+
+
+RESNET = Model("ResNet-20", resnet20)
+TRANSFORMERS = {"vit": Model("ViT-tiny", vit_tiny), "gpt": Model("small GPT", small_gpt)}
 
 
 def step_cases() -> list[Case]:
@@ -28,27 +42,62 @@ def step_cases() -> list[Case]:
         name="step/none",
         ours="an attachment without corrections",
         peer="plain step",
-        build=_build(),
-        goal=None,
+        build=_build(RESNET.task),
     )
-    return [bare, *(_case(name) for name in regrad.available())]
+    return [bare, *(_case("step", RESNET, name, GOALS.get(name)) for name in regrad.available())]
 
 
-def _case(name: str) -> Case:
+def transformer_cases() -> list[Case]:
+    """Return one case for each installed correction on each transformer."""
+    return [
+        _case(section, model, name, None)
+        for section, model in TRANSFORMERS.items()
+        for name in regrad.available()
+    ]
+
+
+def together_cases() -> list[Case]:
+    """Return cases of 1 to 8 corrections at once."""
+    return [
+        Case(
+            name=f"together/{number}",
+            ours=f"ResNet-20 step, corrections at once: {number}",
+            peer="plain step",
+            build=_build_together(number),
+        )
+        for number in NUMBERS
+    ]
+
+
+def memory_cases() -> list[Case]:
+    """Return one case for each installed correction."""
+    return [
+        Case(
+            name=f"memory/{name}",
+            ours=f"ResNet-20 steps with {name}",
+            peer="plain steps",
+            build=_build_memory(name),
+            only_memory=True,
+        )
+        for name in regrad.available()
+    ]
+
+
+def _case(section: str, model: Model, name: str, goal: float | None) -> Case:
     return Case(
-        name=f"step/{name}",
-        ours=f"ResNet-20 step with {name}",
+        name=f"{section}/{name}",
+        ours=f"{model.words} step with {name}",
         peer="plain step",
-        build=_build(name),
-        goal=GOALS.get(name),
+        build=_build(model.task, name),
+        goal=goal,
     )
 
 
-def _build(*corrections: str) -> Callable[[Setting], Pair]:
+def _build(task: Callable[[Setting], Task], *corrections: str) -> Callable[[Setting], Pair]:
     def build(setting: Setting) -> Pair:
-        ours, peer = Trainer(setting), Trainer(setting)
-        attached = Attached(ours.model, ours.optimizer, [*corrections], F.cross_entropy)
-        ours.criterion = attached.attachment.criterion
+        ours = Trainer(task(setting), setting.device)
+        peer = Trainer(task(setting), setting.device)
+        attached = attach_to(ours, corrections)
         return Pair(
             ours=ours.step,
             peer=peer.step,
@@ -59,31 +108,75 @@ def _build(*corrections: str) -> Callable[[Setting], Pair]:
     return build
 
 
-class Trainer:
-    """A ResNet-20 on one batch of noise, SGD with momentum.
+def attach_to(trainer: Trainer, corrections: Sequence[str]) -> Attached:
+    """Attach corrections to a trainer, and let it call their criterion."""
+    attached = Attached(trainer.model, trainer.optimizer, [*corrections], F.cross_entropy)
+    trainer.criterion = attached.attachment.criterion
+    return attached
+
+
+def that_go_together(setting: Setting, number: int, *, layout: str = "plain") -> list[str]:
+    """Return the first installed corrections, in order, that attach takes beside those before.
 
     Args:
-        setting: `quick` makes it a ResNet-8 on 8 × 8 pixels.
+        setting: Where, and how large.
+        number: How many.
+        layout: One that each of them must be fit for.
 
-    Attributes:
-        criterion: What the step calls as its loss.
+    Raises:
+        ValueError: If there are fewer.
     """
-
-    def __init__(self, setting: Setting) -> None:
-        generator = torch.Generator().manual_seed(0)
-        size, batch = (8, 4) if setting.quick else (IMAGE, BATCH)
-        name = "resnet8" if setting.quick else "resnet20"
-        self.model: nn.Module = build_model(name, classes=CLASSES, image_size=size).to(
-            setting.device
+    chosen: list[str] = []
+    for name in regrad.available():
+        if not _is_fit_for(name, layout):
+            continue
+        if len(chosen) < number and _goes_with(setting, [*chosen, name]):
+            chosen.append(name)
+    if len(chosen) < number:
+        raise ValueError(
+            f"{number} corrections must be installed that can be attached together; there are "
+            f"{len(chosen)}: {', '.join(chosen)}"
         )
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        self.images = torch.randn(batch, 3, size, size, generator=generator).to(setting.device)
-        self.labels = torch.randint(CLASSES, (batch,), generator=generator).to(setting.device)
-        self.criterion: Callable[..., torch.Tensor] = F.cross_entropy
+    return chosen
 
-    def step(self) -> None:
-        """Take one step."""
-        self.optimizer.zero_grad()
-        loss: Any = self.criterion(self.model(self.images), self.labels)
-        loss.backward()
-        self.optimizer.step()
+
+def _is_fit_for(name: str, layout: str) -> bool:
+    """Say whether every part of a correction bears a layout."""
+    made = regrad.create(name)
+    parts = made if isinstance(made, tuple) else (made,)
+    return all(layout in part.needs.layouts for part in parts)
+
+
+def _goes_with(setting: Setting, corrections: list[str]) -> bool:
+    """Say whether attach takes these corrections."""
+    trainer = Trainer(resnet20(setting), setting.device)
+    try:
+        attached = attach_to(trainer, corrections)
+    except (ValueError, RegradError):
+        return False
+    attached.attachment.detach()
+    return True
+
+
+def _build_together(number: int) -> Callable[[Setting], Pair]:
+    def build(setting: Setting) -> Pair:
+        return _build(resnet20, *that_go_together(setting, number))(setting)
+
+    return build
+
+
+def _build_memory(name: str) -> Callable[[Setting], Pair]:
+    """Build the model inside each call: its weights and states are part of what is held."""
+
+    def build(setting: Setting) -> Pair:
+        def steps(corrections: Sequence[str]) -> None:
+            trainer = Trainer(resnet20(setting), setting.device)
+            attached = attach_to(trainer, corrections) if corrections else None
+            for _ in range(2):  # the first makes the optimizer's state
+                trainer.step()
+            if attached is not None:
+                attached.attachment.detach()
+
+        return Pair(ours=lambda: steps([name]), peer=lambda: steps([]))
+
+    return build

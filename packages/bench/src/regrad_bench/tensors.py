@@ -11,6 +11,7 @@ from torchvision.models import resnet50
 
 HEAD = "fc"
 WIDTH = 1024
+OUTPUTS = 10
 
 
 class Gradients:
@@ -72,7 +73,9 @@ def few_layers() -> dict[str, nn.Module]:
 
 
 def square_layers(millions: int, device: torch.device, *, quick: bool) -> Gradients:
-    """Return linear layers with gradients.
+    """Return linear layers with gradients, and a head of ten outputs after them.
+
+    Some corrections leave the head alone: without one the only layer of a small model would be it.
 
     Args:
         millions: How many layers of 1024 × 1024 weights.
@@ -85,6 +88,7 @@ def square_layers(millions: int, device: torch.device, *, quick: bool) -> Gradie
         width = 8
         count = min(millions, 4)
     layers = [nn.Linear(width, width, bias=False, device="meta") for _ in range(count)]
+    layers.append(nn.Linear(width, OUTPUTS, bias=False, device="meta"))
     return Gradients(nn.Sequential(*layers).to_empty(device=device), relative_size=0.1)
 
 

@@ -214,7 +214,7 @@ class AGC(Correction):
                 continue
             grads.append(parameter.grad)
             weights.append(parameter)
-            units.append(self._units.get(name, Unit(0 if parameter.dim() > 1 else None)))
+            units.append(self._units.get(name) or Unit(0 if parameter.dim() > 1 else None))
         if grads:
             self._factors = clip_units_(
                 grads,

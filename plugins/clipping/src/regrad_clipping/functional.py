@@ -139,7 +139,7 @@ def clip_units_(
 ) -> list[Tensor]:
     """Clip every gradient in place: `unit_factors` and `scale_units_` in one.
 
-    On a CPU each tensor with several units is finished before the next is read, while its
+    On a CPU each tensor with several units is scaled as soon as its norms are known, while its
     gradient is still in the cache.
 
     Args:
@@ -159,37 +159,22 @@ def clip_units_(
         >>> grads
         [tensor([[0.3000, 0.4000]])]
     """
-    factors: dict[int, Tensor] = {}
-    at_once: list[int] = []
-    whole_by_dtype: dict[torch.dtype, list[int]] = defaultdict(list)
-    for i, (grad, weight, unit) in enumerate(zip(grads, weights, units, strict=True)):
+    ways: dict[Any, list[int]] = defaultdict(list)
+    for i, (grad, unit) in enumerate(zip(grads, units, strict=True)):
         if unit.groups > 1 or not grad.is_cpu or is_sharded(grad):
-            at_once.append(i)
+            ways[_clip_at_once_, None].append(i)
         elif unit.axis is None:
-            whole_by_dtype[torch.promote_types(grad.dtype, torch.float32)].append(i)
+            ways[_clip_whole_, grad.dtype].append(i)
+        elif grad.dim() > 1:
+            ways[_clip_rows_, grad.dtype].append(i)
         else:
-            factors[i] = _factors(
-                row_norms(weight, unit.axis),
-                row_norms(grad, unit.axis),
-                max_ratio=max_ratio,
-                weight_floor=weight_floor,
-            )
-            _scale_if_any_is_less_(grad, factors[i])
-    if at_once:
-        chosen = [grads[i] for i in at_once]
-        made = unit_factors(
-            chosen,
-            [weights[i] for i in at_once],
-            [units[i] for i in at_once],
-            max_ratio=max_ratio,
-            weight_floor=weight_floor,
-        )
-        scale_units_(chosen, made)
-        factors.update(zip(at_once, made, strict=True))
-    for indices in whole_by_dtype.values():
-        made = _clip_whole_(
+            ways[_clip_at_once_, None].append(i)
+    factors: dict[int, Tensor] = {}
+    for (clip, _), indices in ways.items():
+        made = clip(
             [grads[i] for i in indices],
             [weights[i] for i in indices],
+            [units[i] for i in indices],
             max_ratio=max_ratio,
             weight_floor=weight_floor,
         )
@@ -204,8 +189,27 @@ def _factors(
     return weight_norms.clamp_(min=weight_floor).mul_(max_ratio).div_(gradient_norms).clamp_(max=1)
 
 
+def _clip_at_once_(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    units: list[Unit],
+    *,
+    max_ratio: float,
+    weight_floor: float,
+) -> list[Tensor]:
+    """Clip tensors of any kind: all norms first, then all gradients."""
+    factors = unit_factors(grads, weights, units, max_ratio=max_ratio, weight_floor=weight_floor)
+    scale_units_(grads, factors)
+    return factors
+
+
 def _clip_whole_(
-    grads: list[Tensor], weights: list[Tensor], *, max_ratio: float, weight_floor: float
+    grads: list[Tensor],
+    weights: list[Tensor],
+    _: list[Unit],
+    *,
+    max_ratio: float,
+    weight_floor: float,
 ) -> list[Tensor]:
     """Clip tensors on the CPU that are one unit each, and whose norms have one dtype."""
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
@@ -215,16 +219,53 @@ def _clip_whole_(
         max_ratio=max_ratio,
         weight_floor=weight_floor,
     )
+    # One by one: of bfloat16 `_foreach_mul_` rounds the numbers first.
     for grad, factor in zip(grads, factors.tolist(), strict=True):
         if not factor >= 1:  # so that NaN spreads
             grad.mul_(factor)
     return list(factors.unbind())
 
 
-def _scale_if_any_is_less_(grad: Tensor, factor: Tensor) -> None:
-    """Scale a gradient on the CPU, where reading a number is free and a pass over it is not."""
-    if factor.numel() and not factor.min().item() >= 1:  # so that NaN spreads
-        grad.mul_(factor)
+def _clip_rows_(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    units: list[Unit],
+    *,
+    max_ratio: float,
+    weight_floor: float,
+) -> list[Tensor]:
+    """Clip tensors of one dtype on the CPU that have several units each.
+
+    What runs between two gradients finds its code out of the cache, so it is as few operations
+    as can be: all weights come first.
+    """
+    dtype = torch.promote_types(grads[0].dtype, torch.float32)
+    spans = [_span(grad, unit) for grad, unit in zip(grads, units, strict=True)]
+    norm = torch.linalg.vector_norm
+    factors = [
+        norm(weight, 2, span, keepdim=True, dtype=dtype)
+        for weight, span in zip(weights, spans, strict=True)
+    ]
+    torch._foreach_clamp_min_(factors, weight_floor)
+    torch._foreach_mul_(factors, max_ratio)
+    for grad, factor, span in zip(grads, factors, spans, strict=True):
+        factor.div_(norm(grad, 2, span, keepdim=True, dtype=dtype)).clamp_(max=1)
+        if _is_any_less_than_one(factor):
+            grad.mul_(factor)
+    return factors
+
+
+def _span(tensor: Tensor, unit: Unit) -> list[int]:
+    """Return the dimensions of a plain tensor that one of its units spans."""
+    dims = list(range(tensor.dim()))
+    if unit.axis is not None:
+        del dims[unit.axis]
+    return dims
+
+
+def _is_any_less_than_one(factors: Tensor) -> bool:
+    """Look, on the CPU, where reading a number is free and a pass over a gradient is not."""
+    return factors.numel() > 0 and not factors.min().item() >= 1  # so that NaN spreads
 
 
 @torch.no_grad()
@@ -239,7 +280,8 @@ def scale_units_(grads: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     their_factors: list[Tensor] = []
     for grad, factor in zip(locals_of(grads), factors, strict=True):
         if grad.is_cpu:
-            _scale_if_any_is_less_(grad, factor)
+            if _is_any_less_than_one(factor):
+                grad.mul_(factor)
         else:
             elsewhere.append(grad)
             their_factors.append(factor)
