@@ -18,8 +18,8 @@ from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.arms import Arm
 from regrad_runner.training.run import TrainingRun
 
-# The first step is slower, and is not counted.
-STEPS_TRIED = 4
+STEPS_TRIED = 12
+STEPS_NOT_COUNTED = 3  # the first are slower
 LONGEST_TRIAL_SECONDS = 3.0
 # Of what training on a sample takes: its forward pass, in larger batches.
 SHARE_OF_EVALUATION = 0.25
@@ -43,7 +43,9 @@ def estimate_in_words(plan: Plan, folder: ResultsFolder) -> str | None:
     except (RuntimeError, ValueError):  # the runs meet it too, and say so
         return None
     at_once = min(plan.jobs, left)
-    return f"this will take about {in_words(left * seconds / at_once)}, going by a few steps"
+    return (
+        f"this will take about {duration_in_words(left * seconds / at_once)}, going by a few steps"
+    )
 
 
 def _seconds_per_run(plan: Plan) -> float:
@@ -81,14 +83,16 @@ def _seconds_of_arm(plan: Plan, arm: Arm, rate: float) -> float:
             now = time.perf_counter()
             times.append(now - before)
             before = now
-    return median(times[1:] or times)
+            if sum(times) > LONGEST_TRIAL_SECONDS:
+                break
+    return median(times[STEPS_NOT_COUNTED:] or times[-1:])
 
 
-def in_words(seconds: float) -> str:
+def duration_in_words(seconds: float) -> str:
     """Return a time as people say it.
 
     Example:
-        >>> in_words(42), in_words(140), in_words(9000)
+        >>> duration_in_words(42), duration_in_words(140), duration_in_words(9000)
         ('42 seconds', '2.3 minutes', '2.5 hours')
     """
     minutes = seconds / SECONDS_PER_MINUTE
