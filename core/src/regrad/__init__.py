@@ -11,7 +11,6 @@ Example:
 """
 
 import importlib
-from typing import Any
 
 _PUBLIC = {
     "attachment": ("Attachment", "attach"),
@@ -22,7 +21,8 @@ _PUBLIC = {
 }
 
 
-def __getattr__(name: str) -> Any:
+# Not `Any`: `typing` alone takes as long to import as all the rest.
+def __getattr__(name: str) -> object:
     for home, names in _PUBLIC.items():
         if name in names:
             return getattr(importlib.import_module(f"regrad.{home}"), name)

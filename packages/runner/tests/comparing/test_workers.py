@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import regrad
 from regrad_runner.cli.main import main
+from regrad_runner.comparing import workers
 from regrad_runner.comparing.plan import make_plan, suitable_jobs
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.machine import usable_cores
@@ -58,6 +59,16 @@ def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, caps
     assert runs["baseline, lr 1e+30, trial 1"][1] == "FAILED"
     children = tracked(here / "out", "select value from tags where key = 'mlflow.parentRunId'")
     assert children == [(runs["out"][0],)] * (len(runs) - 1)
+
+
+def test_workers_keep_memory_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
+    with workers._keeping_memory():
+        assert os.environ["MALLOC_TRIM_THRESHOLD_"] == str(2**28)
+        assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "4096"
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "4096"
 
 
 def test_rates_that_arms_add_are_the_same_for_any_jobs(here, capsys, tables):

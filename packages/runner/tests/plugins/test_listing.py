@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from regrad_runner.cli.main import main
+from regrad_runner.plugins.listing import table_lines
 
 ODD = "\x1b[31mred \u202e\x07"
 
@@ -80,3 +81,27 @@ def test_metadata_are_shown_and_not_obeyed(install, capsys):
     shown = capsys.readouterr().out
     assert shown.isascii()
     assert ODD in {row["summary"] for row in json.loads(shown)}
+
+
+ROWS = [("name", "what it is"), ("agc", "clips every unit by the norm of its weights"), ("x", "")]
+
+
+def test_a_table_wraps_its_last_column_to_the_screen():
+    assert list(table_lines(ROWS, width=30)) == [
+        "name  what it is",
+        "agc   clips every unit by the",
+        "      norm of its weights",
+        "x",
+    ]
+
+
+def test_a_narrow_screen_leaves_room_for_words():
+    assert list(table_lines(ROWS, width=5))[1] == "agc   clips every unit by"
+
+
+def test_another_program_gets_one_line_per_plugin():
+    assert list(table_lines(ROWS, width=None)) == [
+        "name  what it is",
+        "agc   clips every unit by the norm of its weights",
+        "x",
+    ]

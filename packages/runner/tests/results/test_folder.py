@@ -53,6 +53,16 @@ def test_a_folder_holds_every_run_that_ended(tmp_path, ended_run):
     assert not folder.is_finished("baseline", 2)
 
 
+def test_the_rows_of_a_run_are_made_once_and_anew_when_it_ran_again(tmp_path, ended_run):
+    ended_run(tmp_path, result(), [POINT])
+    folder = ResultsFolder(tmp_path)
+    first = folder.curves[0]
+    assert folder.curves[0] is first
+    ended_run(tmp_path, result(), [POINT, POINT])
+    folder.take(Cell("baseline", 0))
+    assert len(folder.curves) == 2
+
+
 def test_a_run_is_taken_when_it_has_ended(tmp_path, ended_run):
     folder = ResultsFolder(tmp_path)
     with begin_run(tmp_path, {"name": "baseline", "arm": "baseline", "seed": 0, "lr": 0.1}):

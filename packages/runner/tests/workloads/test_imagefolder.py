@@ -6,6 +6,8 @@ import pytest
 import torch
 from PIL import Image
 from regrad_runner.cli.main import main
+from regrad_runner.comparing.plan import make_plan
+from regrad_runner.settings.config import CompareConfig
 from regrad_runner.workloads import imagefolder
 from regrad_runner.workloads.files import MEAN, STD, FileSet
 from regrad_runner.workloads.loading import load_workload
@@ -110,6 +112,33 @@ def test_more_than_fits_in_memory_is_refused_with_the_ways_on(tmp_path, monkeypa
         load_workload("imagefolder", data_dir=tmp_path)
     monkeypatch.setattr(imagefolder, "MOST_BYTES", 40 * 3 * 144)
     assert len(load_workload("imagefolder", data_dir=tmp_path).train) == 18
+
+
+@pytest.mark.parametrize(
+    ("count", "model", "batch_size", "lr"),
+    [
+        (20, "resnet8", 8, 0.05),
+        (127, "resnet8", 8, 0.05),
+        (128, "resnet8", 16, 0.05),
+        (2_000, "resnet8", 64, 0.05),
+        (2_001, "resnet20", 128, 0.1),
+    ],
+)
+def test_few_images_get_a_small_network_and_an_epoch_of_eight_steps(count, model, batch_size, lr):
+    found = imagefolder.defaults_for(count)
+    assert (found.model, found.batch_size, found.lr) == (model, batch_size, lr)
+    assert (found.reason == "") == (count > 2_000)
+
+
+def test_a_plan_says_why_a_small_network_is_trained_unless_another_was_asked_for(tmp_path):
+    write_folders(tmp_path)
+    settings = {"workload": "imagefolder", "data_dir": str(tmp_path), "corrections": ()}
+    plan = make_plan(CompareConfig(**settings), out=tmp_path / "out")
+    assert plan.config.model == "resnet8"
+    assert "a small network and batches of 8, for 18 training images are few" in plan.in_words()
+    asked = make_plan(CompareConfig(**settings, model="resnet20"), out=tmp_path / "out")
+    assert (asked.config.model, asked.config.batch_size) == ("resnet20", 8)
+    assert "a small network" not in asked.in_words()
 
 
 # large images, on the disk

@@ -13,8 +13,6 @@ from regrad.distributions import hide_broken
 from regrad.errors import RegradError
 from regrad.text import printable
 
-from regrad_runner.errors import KEPT_CHARACTERS, format_warning
-
 FAILED = 1
 BAD_INPUT = 2
 STOPPED = 130
@@ -60,7 +58,12 @@ def _run(words: list[str]) -> int:
     import typer  # noqa: PLC0415 - a listing needs no parser
 
     from regrad_runner.cli.app import app  # noqa: PLC0415
-    from regrad_runner.errors import BadInput, error_in_words, in_one_line  # noqa: PLC0415
+    from regrad_runner.errors import (  # noqa: PLC0415
+        BadInput,
+        error_in_words,
+        format_warning,
+        in_one_line,
+    )
 
     # Typer has had its own copy of click since some version: in none of them does its usage error
     # have a public name.
@@ -119,6 +122,7 @@ def _complain(problem: str, code: int = BAD_INPUT) -> int:
     speaks = alone or os.environ.get("RANK", "0") == "0"
     if problem and speaks:
         from regrad_runner.addresses import without_secrets  # noqa: PLC0415
+        from regrad_runner.errors import KEPT_CHARACTERS  # noqa: PLC0415
 
         sys.stderr.write(f"regrad: {printable(without_secrets(problem), keep=KEPT_CHARACTERS)}\n")
     return code

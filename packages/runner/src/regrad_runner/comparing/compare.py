@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from regrad_runner.comparing.estimate import estimate_in_words
 from regrad_runner.comparing.plan import Plan, Planned, agreed, make_plan, open_folder
 from regrad_runner.comparing.runners import runner_of
 from regrad_runner.comparing.running import Comparison, Runner
@@ -52,11 +53,20 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
         display.skip(
             len(folder.trials) + sum(result.status != "failed" for result in folder.results)
         )
+        if isinstance(plan, Plan):
+            _say_estimate(plan, folder, display)
         _run_pending(plan, folder, display)
         if isinstance(plan, Plan):
             time_steps(plan, folder, display)
         draw(folder, plan.measure)
     return folder
+
+
+def _say_estimate(plan: Plan, folder: ResultsFolder, display: Display) -> None:
+    """Say how long it will take, where that can be measured."""
+    estimate = estimate_in_words(plan, folder)
+    if estimate is not None:
+        display.say(estimate)
 
 
 def _run_pending(plan: Planned[Any], folder: ResultsFolder, display: Display) -> None:

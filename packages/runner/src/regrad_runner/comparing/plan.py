@@ -159,6 +159,9 @@ class Plan(Planned[CompareConfig]):
             f"{self._data_in_words()}: {self.runs_in_words()}",
             f"{config.model}, {config.epochs} epochs, {config.optimizer}; writing {self.path}",
         ]
+        defaults = self.workload.defaults
+        if defaults.reason and config.model == defaults.model:
+            lines.append(defaults.reason)
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
         lines += environment_in_words(config)
         return "\n".join(lines)

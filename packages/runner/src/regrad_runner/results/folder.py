@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -81,6 +81,17 @@ class EndedRun:
     record: RunRecord
     lines: Sequence[Line]
     outcome: Result | Trial
+    _rows: dict[type[Any], list[Any]] = field(default_factory=dict, init=False, compare=False)
+
+    def rows(self, line_kind: str, kind: type[RunPart]) -> list[RunPart]:
+        """Return rows for its lines of one kind; see `ResultsFolder.kept`.
+
+        They are made once: a comparison writes its tables anew after every run.
+        """
+        if kind not in self._rows:
+            lines = [line for line in self.lines if line.kind == line_kind]
+            self._rows[kind] = [_row(kind, self.record, line) for line in lines]
+        return self._rows[kind]
 
 
 class ResultsFolder:
@@ -156,8 +167,7 @@ class ResultsFolder:
         """
         rows: list[RunPart] = []
         for run in self._in_order():
-            lines = [line for line in run.lines if line.kind == line_kind]
-            rows += [_row(kind, run.record, line) for line in lines]
+            rows += run.rows(line_kind, kind)
         return rows
 
     def holds(self, cell: Cell) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -29,7 +30,7 @@ def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
-    table.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
+    table.writerows({name: _cell(getattr(row, name)) for name in names} for row in rows)
     content = text.getvalue().encode()
     write_whole(path, content)
 
@@ -74,12 +75,18 @@ def checked(kind: type[Row], values: Any) -> Row:
     """
     try:
         # As JSON, which has a dictionary where Python has a dataclass.
-        made = TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
+        made = _checker(kind).validate_json(json.dumps(values), strict=True)
     except ValidationError as problems:
         problem = problems.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "value"
         raise ValueError(f"{where}: {problem['msg']}") from None
     return made
+
+
+@functools.cache
+def _checker(kind: type[Row]) -> TypeAdapter[Row]:
+    """Return what checks values of a dataclass; to make it takes longer than a hundred checks."""
+    return TypeAdapter(kind)
 
 
 def _row(kind: type[Row], header: Sequence[str], cells: Sequence[str], hints: Any) -> Row:

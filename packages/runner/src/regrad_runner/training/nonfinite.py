@@ -96,22 +96,27 @@ class Watch:
 
     def _is_finite_everywhere(self, row: Tensor) -> bool:
         """Say whether numbers are finite on every process."""
-        unfit = (~row.isfinite().all()).float()
-        if self._accelerator.num_processes > 1:
-            unfit = self._accelerator.reduce(unfit, "sum")
-        return unfit.item() == 0
+        is_finite = row.isfinite().all()
+        if self._accelerator.num_processes == 1:
+            return bool(is_finite)
+        unfit = self._accelerator.reduce((~is_finite).float(), "sum")
+        return unfit.item() == 0  # type: ignore[no-any-return]
 
     def _norms(self) -> Tensor:
         """Return the norms of the gradients that this process has, 0 where there is none."""
-        norms = torch.zeros(len(self._parameters), device=self._ring.device)
         places: list[int] = []
         gradients: list[Tensor] = []
         for place, parameter in enumerate(self._parameters):
             if parameter.grad is not None:
                 places.append(place)
                 gradients.append(local(parameter.grad).float())
-        if gradients:
-            norms[places] = torch.stack(list(torch._foreach_norm(gradients)))
+        if not gradients:
+            return torch.zeros(len(self._parameters), device=self._ring.device)
+        present = torch.stack(list(torch._foreach_norm(gradients)))
+        if len(places) == len(self._parameters):
+            return present
+        norms = torch.zeros(len(self._parameters), device=self._ring.device)
+        norms[places] = present
         return norms
 
     def _count(self, step: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +31,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             "mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'"
         )
     check_launcher()
+    _note_missing("lomo_optim")
     threads = torch.get_num_threads()
     with settings_win():
         accelerator = Accelerator(
@@ -43,6 +46,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     _check_processes(config, accelerator.num_processes)
     _check_sharding(accelerator)
     return accelerator
+
+
+def _note_missing(module: str) -> None:
+    """Let Python know of a module that is not installed.
+
+    Accelerate looks for this one twice in every step, in every folder of `sys.path`.
+    """
+    if module not in sys.modules and importlib.util.find_spec(module) is None:
+        sys.modules[module] = None  # type: ignore[assignment]
 
 
 def check_task() -> None:

@@ -31,6 +31,11 @@ MOST_BYTES = 8 * 2**30
 IMAGE_LAYOUT = (
     "a folder with train and val, or train and test, each with a folder of images per class"
 )
+# Up to so many training images a small network suits, in batches small enough for some steps.
+FEW_IMAGES = 2_000
+FEWEST_STEPS_PER_EPOCH = 8
+BATCHES_OF_FEW = (64, 32, 16, 8)
+RATE_OF_FEW = 0.05  # as for the digits, of which 100 train well with it in batches of 8
 SMALL_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
@@ -69,6 +74,8 @@ def load(
         image_size: Height and width in pixels, at least 4; None for the median shorter side of 100
             training images, but at most 64.
 
+    A few images get other settings than many: see `defaults_for`.
+
     Raises:
         ValueError: If a folder, class or image is missing or cannot be read, if there are fewer
             than 2 classes or too few images of one, if what is to be decoded into memory takes more
@@ -93,7 +100,7 @@ def load(
         defaults = LARGE_DEFAULTS
     else:
         sets = _in_memory(splits, _format(all_train, image_size))
-        defaults = SMALL_DEFAULTS
+        defaults = defaults_for(len(kept))
     train_set, validation_set, test_set = sets
     return ImageWorkload(
         name="imagefolder",
@@ -103,6 +110,39 @@ def load(
         test=test_set,
         classes=len(all_train.classes),
         defaults=defaults,
+    )
+
+
+def defaults_for(count: int) -> Defaults:
+    """Return the settings that suit so many training images of up to 64 pixels.
+
+    Of more than 2,000 they are those of CIFAR: a ResNet-20 in batches of 128. Fewer get a ResNet-8,
+    a learning rate of .05, and the largest batch of 64, 32, 16 or 8 with which an epoch has eight
+    steps.
+
+    Args:
+        count: Training images, at least 1.
+
+    Example:
+        >>> few = defaults_for(90)
+        >>> few.model, few.batch_size, few.epochs
+        ('resnet8', 8, 30)
+        >>> defaults_for(50_000).model
+        'resnet20'
+    """
+    if count > FEW_IMAGES:
+        return SMALL_DEFAULTS
+    fitting = [size for size in BATCHES_OF_FEW if size * FEWEST_STEPS_PER_EPOCH <= count]
+    batch_size = max(fitting, default=min(BATCHES_OF_FEW))
+    return replace(
+        SMALL_DEFAULTS,
+        model="resnet8",
+        batch_size=batch_size,
+        lr=RATE_OF_FEW,
+        reason=(
+            f"a small network and batches of {batch_size}, for {count:,} training images are few; "
+            "--model, --batch-size, --lr and --epochs choose others"
+        ),
     )
 
 

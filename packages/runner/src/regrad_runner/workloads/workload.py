@@ -76,6 +76,8 @@ class Defaults:
         model: Name for `Workload.build_model`.
         warmup_steps: Steps in which the learning rate rises, but at most a tenth of a run.
         evaluations_per_epoch: How often the validation samples are looked at.
+        reason: Why these and no others, said before the first run where `model` is trained; empty
+            where there is nothing to say.
     """
 
     epochs: int
@@ -87,6 +89,7 @@ class Defaults:
     model: str
     warmup_steps: int = 0
     evaluations_per_epoch: int = 1
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
