@@ -1,4 +1,4 @@
-"""The list of installed plugins, from metadata alone: imports no torch, no parser, no plugin."""
+"""The list of installed plugins, from metadata and files: imports no torch, no plugin."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict
 import regrad
 from regrad.registry import GROUPS
 
+from regrad_runner.plugins.sources import line_of
 from regrad_runner.terminal import Terminal, plain_table
 
 
@@ -22,13 +23,18 @@ def show_plugins(*, as_json: bool = False) -> None:
         entries += [(kind, entry) for entry in regrad.available(group).values()]
     console = Terminal(soft_wrap=as_json)
     if as_json:
-        listed = [{"kind": kind, **asdict(entry)} for kind, entry in entries]
+        listed = [
+            {"kind": kind, **asdict(entry), "about": line_of(entry.value)}
+            for kind, entry in entries
+        ]
         console.out(json.dumps(listed, indent=2), highlight=False)
         return
     rows = []
     for kind, entry in entries:
         source = f"{entry.distribution} {entry.version}".strip()
-        about = f"refused: {entry.refused}" if entry.refused else entry.summary
+        about = line_of(entry.value) or entry.summary
+        if entry.refused:
+            about = f"refused: {entry.refused}"
         rows.append((kind, entry.name, source, about))
     console.print(plain_table(("kind", "name", "from", "what it is"), rows))
     if not any(kind == "correction" for kind, _ in entries):

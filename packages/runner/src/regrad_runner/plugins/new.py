@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from regrad.registry import Entry
 from regrad_runner.files import folder_aside
 from regrad_runner.plugins.copied_code import renamed, without_prose
 from regrad_runner.plugins.names import check_name, class_of, package_of
+from regrad_runner.plugins.sources import folder_of
 
 SKELETON = Path(__file__).with_name("skeleton")
 MINIMAL = ("shared", "minimal")  # folders of the skeleton
@@ -262,22 +262,13 @@ def _whole(entry: Entry) -> CopiedPlugin | None:
     others = [line for line in found.requires if line.startswith("regrad-")]
     if groups.count("regrad") > 1 or others:
         return None
-    package = _folder_of(module)
+    package = folder_of(module)
     if package is None:
         return None
     rest = _editable(found) or package / CARRIED
     if not all((rest / name).exists() for name in COPIED):
         return None
     return CopiedPlugin(entry, package, rest)
-
-
-def _folder_of(module: str) -> Path | None:
-    """Return the folder of an installed package, without importing it."""
-    try:
-        spec = find_spec(module)
-    except ValueError:  # it was put among the imported ones by hand
-        return None
-    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def _editable(found: distributions.Installed) -> Path | None:
