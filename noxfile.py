@@ -25,6 +25,8 @@ TEST_ENVIRONMENT = {
 }
 # Whole files go to one process each: many of them make something that all of their tests use.
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+# What builds the members; uv refuses a file whose hash is another.
+BUILD_REQUIREMENTS = ("--build-constraints", "release/build-requirements.txt")
 KIT = "packages/testing"
 NOT_FOR_A_PLUGIN = {"accelerate", "mlflow", "torchvision"}
 FAIL_IF_IMPORTABLE = """
@@ -199,6 +201,50 @@ def sharding(session: nox.Session) -> None:
 
 
 @nox.session
-def build(session: nox.Session) -> None:
-    """Build wheels and source distributions of every member into dist/."""
-    session.run_install("uv", "build", "--all-packages", "--clear", "--out-dir", "dist")
+def release(session: nox.Session) -> None:
+    """Build every member into dist/, by requirements pinned by hash.
+
+    With `-- --check` each file is proved too: what it holds, what it says, and that it works in
+    an environment with nothing but what it needs. `--tag TAG` also asks for what a release of
+    that tag must say.
+    """
+    session.run_install(
+        "uv",
+        "build",
+        "--all-packages",
+        "--clear",
+        "--out-dir",
+        "dist",
+        *BUILD_REQUIREMENTS,
+        "--require-hashes",
+    )
+    if "--check" not in session.posargs:
+        return
+    session.install("--group", "release")
+    built = sorted(str(path) for path in Path("dist").glob("regrad*"))
+    session.run("twine", "check", "--strict", *built)
+    words = [word for word in session.posargs if word != "--check"]
+    session.run("python", "release/check.py", "dist", *words)
+    for member in MEMBERS:
+        install_alone(session, member)
+
+
+def install_alone(session: nox.Session, member: str) -> None:
+    """Prove a member's wheel, then its source distribution, in an environment of its own."""
+    project = metadata(member)
+    package = import_name(member)
+    stem = f"dist/{package}-{project['version']}"
+    needed = [f"dist/{import_name(other)}-*.whl" for other in needed_members(member)]
+    wheels = [str(path) for pattern in needed for path in Path().glob(pattern)]
+    place = Path(session.create_tmp()) / "alone"
+    python = str(place / "bin" / "python")
+    interpreter = str(Path(session.bin) / "python")
+    probe = [python, "-I", "release/installed.py", project["name"], package]
+    pip = ["uv", "pip", "install", "--quiet", "--python", python]
+    session.run_install("uv", "venv", "--quiet", "--clear", "--python", interpreter, str(place))
+    session.run_install(*pip, *wheels)
+    session.run_install("uv", "pip", "check", "--quiet", "--python", python)
+    session.run(*probe, external=True)
+    again = ["--no-deps", "--reinstall", *BUILD_REQUIREMENTS]
+    session.run_install(*pip, *again, f"{stem}.tar.gz")
+    session.run(*probe, external=True)
