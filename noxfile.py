@@ -205,25 +205,20 @@ def release(session: nox.Session) -> None:
     """Build every member into dist/, by requirements pinned by hash.
 
     With `-- --check` each file is proved too: what it holds, what it says, and that it works in
-    an environment with nothing but what it needs. `--tag TAG` also asks for what a release of
-    that tag must say.
+    an environment with nothing but what it needs. `--built` proves what lies in dist/ already,
+    and `--tag TAG` also asks for what a release of that tag must say.
     """
-    session.run_install(
-        "uv",
-        "build",
-        "--all-packages",
-        "--clear",
-        "--out-dir",
-        "dist",
-        *BUILD_REQUIREMENTS,
-        "--require-hashes",
-    )
-    if "--check" not in session.posargs:
+    given = [*session.posargs]
+    if "--built" not in given:
+        folder = ("--clear", "--out-dir", "dist")
+        pinned = (*BUILD_REQUIREMENTS, "--require-hashes")
+        session.run_install("uv", "build", "--all-packages", *folder, *pinned)
+    if "--check" not in given:
         return
     session.install("--group", "release")
     built = sorted(str(path) for path in Path("dist").glob("regrad*"))
     session.run("twine", "check", "--strict", *built)
-    words = [word for word in session.posargs if word != "--check"]
+    words = [word for word in given if word not in ("--check", "--built")]
     session.run("python", "release/check.py", "dist", *words)
     for member in MEMBERS:
         install_alone(session, member)
@@ -239,12 +234,13 @@ def install_alone(session: nox.Session, member: str) -> None:
     place = Path(session.create_tmp()) / "alone"
     python = str(place / "bin" / "python")
     interpreter = str(Path(session.bin) / "python")
-    probe = [python, "-I", "release/installed.py", project["name"], package]
     pip = ["uv", "pip", "install", "--quiet", "--python", python]
     session.run_install("uv", "venv", "--quiet", "--clear", "--python", interpreter, str(place))
     session.run_install(*pip, *wheels)
     session.run_install("uv", "pip", "check", "--quiet", "--python", python)
-    session.run(*probe, external=True)
+    probe = ["release/installed.py", project["name"], package]
+    session.run(python, "-I", *probe, external=True)
     again = ["--no-deps", "--reinstall", *BUILD_REQUIREMENTS]
     session.run_install(*pip, *again, f"{stem}.tar.gz")
-    session.run(*probe, external=True)
+    compare = ["release/same_files.py", f"{stem}-py3-none-any.whl"]
+    session.run(python, "-I", *compare, external=True)

@@ -3,7 +3,7 @@
 Usage: python release/addresses.py ADDRESS TAG
 Links of a card to other files become addresses of these files at the tag, and `pyproject.toml`
 gets its `[project.urls]`. The release workflow does this in its own checkout, since a fork, or
-a checkout without a remote, has another address or none.
+a checkout without a remote, has another address or none. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -12,9 +12,22 @@ import re
 import sys
 from pathlib import Path
 
-from check import LEADS_SOMEWHERE, LINK, ROOT, Member, read_members
+from members import ROOT, Member, read_members
 
+# An address, a mail, or a place on the same page.
+LEADS_SOMEWHERE = re.compile(r"https?://|mailto:|#")
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
 TABLE_BELOW_PROJECT = re.compile(r"^\[(?!build-system\]|project\])", flags=re.MULTILINE)
+
+
+def dead_links(text: str) -> list[str]:
+    """Return the links in Markdown that lead nowhere outside the repository.
+
+    Example:
+        >>> dead_links("[here](#use), [there](https://a.example), [gone](../README.md)")
+        ['../README.md']
+    """
+    return [link for link in LINK.findall(text) if not LEADS_SOMEWHERE.match(link)]
 
 
 def with_addresses(readme: str, folder: Path, root: Path, files: str) -> str:

@@ -11,93 +11,23 @@ import argparse
 import re
 import sys
 import tarfile
-import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from addresses import dead_links
+from members import ROOT, Member, read_members
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
 FILES_OF_A_SOURCE = ("CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml")
 UPPER_ENDS = {"<", "<=", "~=", "=="}
 MADE_BY_PYTHON = "__pycache__"
-# An address, a mail, or a place on the same page.
-LEADS_SOMEWHERE = re.compile(r"https?://|mailto:|#")
-LINK = re.compile(r"\]\(\s*<?([^)\s>]+)")
 ENTRY = re.compile(
     r"## (?P<version>\d+\.\d+\.\d+\S*) \((?P<date>unreleased|\d{4}-\d\d-\d\d)\)|## Unreleased"
 )
-
-
-@dataclass(frozen=True)
-class Member:
-    """One distribution of the workspace.
-
-    Attributes:
-        path: Its folder.
-        pyproject: Its `pyproject.toml`.
-    """
-
-    path: Path
-    pyproject: dict[str, Any]
-
-    @property
-    def project(self) -> dict[str, Any]:
-        """The table `[project]`."""
-        return self.pyproject["project"]
-
-    @property
-    def name(self) -> str:
-        """The name of the distribution."""
-        return self.project["name"]
-
-    @property
-    def version(self) -> str:
-        """The version of the distribution."""
-        return self.project["version"]
-
-    @property
-    def package(self) -> str:
-        """The name by which it is imported."""
-        return self.name.replace("-", "_")
-
-    @property
-    def stem(self) -> str:
-        """What the names of its files begin with."""
-        return f"{self.package}-{self.version}"
-
-    @property
-    def wheel(self) -> str:
-        """The name of its wheel."""
-        return f"{self.stem}-py3-none-any.whl"
-
-    @property
-    def source(self) -> str:
-        """The name of its source distribution."""
-        return f"{self.stem}.tar.gz"
-
-    @property
-    def requirements(self) -> list[Requirement]:
-        """What it needs, extras included."""
-        lines = list(self.project.get("dependencies", []))
-        for extra in self.project.get("optional-dependencies", {}).values():
-            lines += extra
-        return [Requirement(line) for line in lines]
-
-
-def read_members(root: Path) -> list[Member]:
-    """Return the members of a workspace, as its patterns find them."""
-    workspace = _read_toml(root / "pyproject.toml")["tool"]["uv"]["workspace"]
-    paths: list[Path] = []
-    for pattern in workspace["members"]:
-        paths += sorted(root.glob(pattern))
-    return [Member(path, _read_toml(path / "pyproject.toml")) for path in paths]
 
 
 def problems(folder: Path, members: list[Member], tag: str | None = None) -> Iterator[str]:
@@ -138,10 +68,18 @@ def disagreements(members: list[Member]) -> Iterator[str]:
         said = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
         yield f"members must have one version, got {said}"
     for member in members:
-        for requirement in member.requirements:
+        for requirement in requirements_of(member):
             version = versions.get(canonicalize_name(requirement.name))
             if version is not None:
                 yield from _problems_of_range(member.name, requirement, version)
+
+
+def requirements_of(member: Member) -> list[Requirement]:
+    """Return what a member needs, extras included."""
+    lines = list(member.project.get("dependencies", []))
+    for extra in member.project.get("optional-dependencies", {}).values():
+        lines += extra
+    return [Requirement(line) for line in lines]
 
 
 def _problems_of_range(name: str, requirement: Requirement, version: str) -> Iterator[str]:
@@ -192,16 +130,6 @@ def problems_of_release(member: Member, tag: str) -> Iterator[str]:
         yield f"README.md links {link!r}, which leads nowhere on the index"
     if not member.project.get("urls"):
         yield "pyproject.toml has no [project.urls]"
-
-
-def dead_links(text: str) -> list[str]:
-    """Return the links in Markdown that lead nowhere outside the repository.
-
-    Example:
-        >>> dead_links("[here](#use), [there](https://a.example), [gone](../README.md)")
-        ['../README.md']
-    """
-    return [link for link in LINK.findall(text) if not LEADS_SOMEWHERE.match(link)]
 
 
 def problems_of_wheel(member: Member, path: Path) -> Iterator[str]:
@@ -298,10 +226,6 @@ def _files_below(start: Path, folder: Path) -> list[str]:
 def _missing(archive: str, names: set[str], expected: Iterable[str]) -> Iterator[str]:
     """Yield which files an archive lacks."""
     yield from (f"{archive} lacks {name}" for name in expected if name not in names)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str]) -> int:
