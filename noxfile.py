@@ -229,8 +229,9 @@ def install_alone(session: nox.Session, member: str) -> None:
     project = metadata(member)
     package = import_name(member)
     stem = f"dist/{package}-{project['version']}"
-    needed = [f"dist/{import_name(other)}-*.whl" for other in needed_members(member)]
-    wheels = [str(path) for pattern in needed for path in Path().glob(pattern)]
+    wheels: list[str] = []
+    for other in needed_members(member):
+        wheels += [str(path) for path in Path("dist").glob(f"{import_name(other)}-*.whl")]
     place = Path(session.create_tmp()) / "alone"
     python = str(place / "bin" / "python")
     interpreter = str(Path(session.bin) / "python")

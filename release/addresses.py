@@ -61,7 +61,7 @@ def with_addresses(readme: str, folder: Path, root: Path, files: str) -> str:
 
 
 def with_urls(pyproject: str, urls: dict[str, str]) -> str:
-    """Return a `pyproject.toml` with links of the project, above the first table below `[project]`."""
+    """Return a `pyproject.toml` with `[project.urls]`, above the first table below `[project]`."""
     lines = [f'{label} = "{address}"\n' for label, address in urls.items()]
     table = f"[project.urls]\n{''.join(lines)}\n"
     below = TABLE_BELOW_PROJECT.search(pyproject)

@@ -30,7 +30,7 @@ def main(name: str, package: str) -> int:
     folder = Path(importlib.import_module(package).__file__ or "").parent
     if not (folder / "py.typed").is_file():
         raise FileNotFoundError(f"{package} is installed without py.typed")
-    if not distribution.metadata["Description"] and not distribution.metadata.get_payload():
+    if not distribution.metadata.json.get("description"):
         raise ValueError(f"{name} is installed without its README")
     files = distribution.files or []
     if not any(file.parent.name == "licenses" for file in files):

@@ -31,17 +31,18 @@ class Member:
     @property
     def project(self) -> dict[str, Any]:
         """The table `[project]`."""
-        return self.pyproject["project"]
+        table: dict[str, Any] = self.pyproject["project"]
+        return table
 
     @property
     def name(self) -> str:
         """The name of the distribution."""
-        return self.project["name"]
+        return str(self.project["name"])
 
     @property
     def version(self) -> str:
         """The version of the distribution."""
-        return self.project["version"]
+        return str(self.project["version"])
 
     @property
     def package(self) -> str:

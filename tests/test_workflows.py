@@ -1,4 +1,4 @@
-"""Workflows, ours and those of a new plugin: pinned actions, and no permission that is not needed."""
+"""Workflows, ours and those of a new plugin: pinned actions, no permission without need."""
 
 import re
 from pathlib import Path
