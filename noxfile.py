@@ -25,6 +25,8 @@ TEST_ENVIRONMENT = {
 }
 # Whole files go to one process each: many of them make something that all of their tests use.
 ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+# What builds the members; uv refuses a file whose hash is another.
+BUILD_REQUIREMENTS = ("--build-constraints", "release/build-requirements.txt")
 KIT = "packages/testing"
 NOT_FOR_A_PLUGIN = {"accelerate", "mlflow", "torchvision"}
 FAIL_IF_IMPORTABLE = """
@@ -199,6 +201,47 @@ def sharding(session: nox.Session) -> None:
 
 
 @nox.session
-def build(session: nox.Session) -> None:
-    """Build wheels and source distributions of every member into dist/."""
-    session.run_install("uv", "build", "--all-packages", "--clear", "--out-dir", "dist")
+def release(session: nox.Session) -> None:
+    """Build every member into dist/, by requirements pinned by hash.
+
+    With `-- --check` each file is proved too: what it holds, what it says, and that it works in
+    an environment with nothing but what it needs. `--built` proves what lies in dist/ already,
+    and `--tag TAG` also asks for what a release of that tag must say.
+    """
+    given = [*session.posargs]
+    if "--built" not in given:
+        folder = ("--clear", "--out-dir", "dist")
+        pinned = (*BUILD_REQUIREMENTS, "--require-hashes")
+        session.run_install("uv", "build", "--all-packages", *folder, *pinned)
+    if "--check" not in given:
+        return
+    session.install("--group", "release")
+    built = sorted(str(path) for path in Path("dist").glob("regrad*"))
+    session.run("twine", "check", "--strict", *built)
+    words = [word for word in given if word not in ("--check", "--built")]
+    session.run("python", "release/check.py", "dist", *words)
+    for member in MEMBERS:
+        install_alone(session, member)
+
+
+def install_alone(session: nox.Session, member: str) -> None:
+    """Prove a member's wheel, then its source distribution, in an environment of its own."""
+    project = metadata(member)
+    package = import_name(member)
+    stem = f"dist/{package}-{project['version']}"
+    wheels: list[str] = []
+    for other in needed_members(member):
+        wheels += [str(path) for path in Path("dist").glob(f"{import_name(other)}-*.whl")]
+    place = Path(session.create_tmp()) / "alone"
+    python = str(place / "bin" / "python")
+    interpreter = str(Path(session.bin) / "python")
+    pip = ["uv", "pip", "install", "--quiet", "--python", python]
+    session.run_install("uv", "venv", "--quiet", "--clear", "--python", interpreter, str(place))
+    session.run_install(*pip, *wheels)
+    session.run_install("uv", "pip", "check", "--quiet", "--python", python)
+    probe = ["release/installed.py", project["name"], package]
+    session.run(python, "-I", *probe, external=True)
+    again = ["--no-deps", "--reinstall", *BUILD_REQUIREMENTS]
+    session.run_install(*pip, *again, f"{stem}.tar.gz")
+    compare = ["release/same_files.py", f"{stem}-py3-none-any.whl"]
+    session.run(python, "-I", *compare, external=True)

@@ -131,6 +131,9 @@ class Commands:
         assert bool(rest) == (action == "run"), f"uv {action} {shlex.join(rest)}"
         return self.check(rest) if rest else None
 
+    def git(self, words: list[str]) -> None:
+        assert words[0] in {"tag", "push"}, f"no rule for git {words[0]!r}"
+
     def nox(self, words: list[str]) -> None:
         if words == ["-l"]:
             return

@@ -16,6 +16,11 @@ CARD_HEADINGS = [
     "Source, and where we differ",
     "Claimed and reproduced",
 ]
+CHANGELOG_LINE = re.compile(
+    r"## \d+\.\d+\.\d+ \((unreleased|\d{4}-\d\d-\d\d)\)$"
+    r"|### (Added|Changed|Deprecated|Removed|Fixed|Security)$"
+    r"|- \S"
+)
 SHARED_KEYS = ("requires-python", "license", "license-files", "authors", "classifiers", "readme")
 # Written in pieces, so that this file does not match itself.
 PATH_OF_ONE_MACHINE = re.compile(r"(?:^|[^\w.~/])/(?:home|root|work|mnt|Users|opt)" + r"/[a-zA-Z]")
@@ -82,6 +87,24 @@ def test_a_changelog_speaks_of_the_version_that_the_metadata_names(member):
     text = (member.path / "CHANGELOG.md").read_text()
     assert text.startswith(f"# Changelog of {member.project['name']}\n")
     assert f"\n## {member.project['version']} " in text
+
+
+def test_changelogs_have_one_form(member):
+    """Entries from the newest on, in the sections of Keep a Changelog where they need sections."""
+    lines = (member.path / "CHANGELOG.md").read_text().splitlines()[1:]
+    odd = [line for line in lines if line and not CHANGELOG_LINE.match(line)]
+    assert odd == []
+    dates = [line.rpartition("(")[2] for line in lines if line.startswith("## ")]
+    assert dates == sorted(dates, reverse=True)  # "unreleased" is after every number
+
+
+def test_a_changelog_names_whatever_the_member_offers(member):
+    text = (member.path / "CHANGELOG.md").read_text()
+    offered = list(member.project.get("scripts", {}))
+    for group, points in member.project.get("entry-points", {}).items():
+        if group.startswith("regrad"):
+            offered += points
+    assert [name for name in offered if f"`{name}" not in text] == []
 
 
 def test_a_card_has_every_heading_in_order_and_at_most_80_lines(plugin):

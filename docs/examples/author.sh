@@ -3,7 +3,7 @@
 set -euo pipefail
 
 # A distribution of your own, with a small example. It works before you have edited anything.
-regrad plugins new my-method
+regrad plugins new my-method --author "Your Name"
 uv pip install --editable regrad-my-method
 regrad plugins show my-method
 regrad plugins check my-method
@@ -17,8 +17,11 @@ fi
 grep -E "reference +FAILED" before.txt
 
 # Then the fast version.
-sed -i.bak 's|1 + gradient.abs() / bound|1 + (gradient.abs() / bound).square()|' regrad-my-method/src/regrad_my_method/functional.py
+sed -i.bak 's|1 + gradient.abs() / self.options.bound|1 + (gradient.abs() / self.options.bound).square()|' regrad-my-method/src/regrad_my_method/__init__.py
 regrad plugins check my-method
+
+# What you would publish: a wheel and a source distribution.
+uv build regrad-my-method --out-dir dist
 
 # Does it help? On real data, with paired seeds; six seeds are the fewest for a verdict, two are for a look.
 regrad compare --corrections my-method --seeds 2 --epochs 2 --threads 1 --out comparison

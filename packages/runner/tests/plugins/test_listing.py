@@ -105,3 +105,26 @@ def test_another_program_gets_one_line_per_plugin():
         "agc   clips every unit by the norm of its weights",
         "x",
     ]
+
+
+def test_each_correction_of_one_distribution_has_its_own_line(capsys):
+    pytest.importorskip("regrad_clipping", reason="a distribution with several is needed")
+    assert main(["plugins", "list", "--json"]) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out) if row["kind"] == "correction"]
+    about = {row["name"]: row["about"] for row in rows if row["distribution"] == "regrad-clipping"}
+    assert set(about) == {"agc", "clip-norm", "clip-value"}
+    assert about["clip-value"] == "Clamp every element of every gradient to a bound"
+    assert len(set(about.values())) == 3
+
+
+def test_the_list_imports_neither_torch_nor_a_plugin():
+    code = (
+        "import sys\n"
+        "from regrad_runner.cli.main import main\n"
+        "main(['plugins', 'list'])\n"
+        "heavy = {name.partition('.')[0] for name in sys.modules}\n"
+        "sys.exit(str(heavy & {'torch', 'numpy', 'regrad_clipping', 'regrad_xgrad'} or ''))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+    assert "correction" in done.stdout

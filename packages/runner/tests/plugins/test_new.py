@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import regrad
+import yaml
 from regrad_runner.cli.main import main
 from regrad_runner.plugins.check import run_check
 from regrad_runner.plugins.names import NAME_PATTERN
@@ -23,9 +24,9 @@ ROOT = Path(__file__).parents[4]
 CITED = re.compile(r"\b(19|20)\d\d\b.*,|arxiv|doi|et al|\bthe regrad founders\b", re.IGNORECASE)
 
 
-@pytest.fixture
-def made(tmp_path):
-    return new_plugin("my-method", tmp_path)
+@pytest.fixture(params=["minimal", "full"])
+def made(tmp_path, request):
+    return new_plugin("my-method", tmp_path, full=request.param == "full")
 
 
 @pytest.fixture
@@ -64,6 +65,9 @@ def test_its_own_tests_and_examples_pass_unedited(installed):
     command = [sys.executable, "-m", "pytest", "-q", "--doctest-modules", "tests", "src"]
     quiet = ["--import-mode=importlib", "-p", "no:cacheprovider", "-W", "error"]
     chosen = ["-k", "not conformance"]  # the kit has judged it above
+    if not (installed / "tests" / "test_functional.py").is_file():
+        # The kit's suite is all the tests that a minimal plugin has: one clause stands for it.
+        chosen = ["-k", "TestRule and reference"]
     done = subprocess.run(
         [*command, *quiet, *chosen],
         cwd=installed,
@@ -84,16 +88,36 @@ def texts_of(made):
     }
 
 
-def test_it_has_the_files_of_every_plugin_and_every_blank_is_marked(made):
+SHARED_FILES = {
+    *("pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", ".gitignore"),
+    *(str(Path(".github", "workflows", file)) for file in ("ci.yml", "publish.yml")),
+    *(str(Path("src", "regrad_my_method", file)) for file in ("__init__.py", "py.typed")),
+    *(str(Path("tests", file)) for file in ("reference.py", "test_conformance.py")),
+}
+FULL_FILES = {
+    *(str(Path("src", "regrad_my_method", file)) for file in ("correction.py", "functional.py")),
+    *(str(Path("tests", file)) for file in ("test_correction.py", "test_functional.py")),
+}
+
+
+def test_a_minimal_plugin_has_few_files_and_a_full_one_those_of_every_plugin(tmp_path):
+    minimal = new_plugin("my-method", tmp_path / "minimal")
+    full = new_plugin("my-method", tmp_path / "full", full=True)
+    assert set(texts_of(minimal)) == SHARED_FILES
+    assert set(texts_of(full)) == SHARED_FILES | FULL_FILES
+
+
+def test_the_rule_of_a_minimal_plugin_is_one_class_of_about_twenty_lines(tmp_path):
+    made = new_plugin("my-method", tmp_path)
+    code = (made / "src" / "regrad_my_method" / "__init__.py").read_text()
+    (rule,) = [node for node in ast.parse(code).body if isinstance(node, ast.ClassDef)]
+    assert rule.end_lineno - rule.lineno < 22
+
+
+def test_every_blank_is_marked(made):
     texts = texts_of(made)
-    package = {"__init__.py", "correction.py", "functional.py", "py.typed"}
-    tests = {"reference.py", "test_conformance.py", "test_correction.py", "test_functional.py"}
-    assert set(texts) == {
-        *("pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md"),
-        *(str(Path("src/regrad_my_method", file)) for file in package),
-        *(str(Path("tests", file)) for file in tests),
-    }
-    assert not [text for text in texts.values() if "$" in text]
+    workflows = {file for file in texts if file.endswith(".yml")}
+    assert [file for file, text in texts.items() if "$" in text and file not in workflows] == []
     for file in ("README.md", "pyproject.toml", "tests/reference.py"):
         assert "(fill in" in texts[file]
     assert "Source: (fill in)" in texts["README.md"]
@@ -101,8 +125,22 @@ def test_it_has_the_files_of_every_plugin_and_every_blank_is_marked(made):
     assert project["entry-points"] == {"regrad": {"my-method": "regrad_my_method:MyMethod"}}
 
 
-def test_nothing_is_cited_and_no_prose_is_of_another_plugin(tmp_path):
-    made = new_plugin("signed-noise", tmp_path)
+def test_its_workflows_are_those_of_github_and_hold_no_blank(made):
+    for path in sorted((made / ".github" / "workflows").iterdir()):
+        text = path.read_text()
+        assert "$$" not in text
+        assert "(fill in" not in text
+        assert yaml.safe_load(text)["permissions"] == {}
+    published = yaml.safe_load((made / ".github" / "workflows" / "publish.yml").read_text())
+    assert 'test "v$(uv version --short)" = "$GITHUB_REF_NAME"' in str(published)
+    jobs = published["jobs"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert jobs["build"]["permissions"] == {"contents": "read"}
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_nothing_is_cited_and_no_prose_is_of_another_plugin(tmp_path, full):
+    made = new_plugin("signed-noise", tmp_path, full=full)
     shipped = {"centraliz", "centring", "yong", "powergrad", "agc", "brock"}
     for file, text in texts_of(made).items():
         if file != "LICENSE":
@@ -146,16 +184,29 @@ def test_licence_and_project_name_the_author_that_git_knows_or_leave_a_blank(
         rf"Copyright \(c\) \d{{4}} {re.escape(shown or '(fill in your name)')}", line
     )
     project = tomllib.loads((made / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["authors"] == [{"name": shown or "(fill in)"}]
+    assert project["authors"] == [{"name": shown or "(fill in your name)"}]
 
 
-def test_without_git_the_author_is_a_blank(tmp_path, monkeypatch):
+def test_without_git_the_author_is_a_blank_and_the_command_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    made = new_plugin("my-method", tmp_path)
-    assert "(fill in your name)" in (made / "LICENSE").read_text()
+    assert main(["plugins", "new", "my-method", "--out", str(tmp_path)]) == 0
+    assert "(fill in your name)" in (tmp_path / "regrad-my-method" / "LICENSE").read_text()
+    said = capsys.readouterr().out
+    assert "need your name: git knows none and --author was not given. Fill it in" in said
 
 
-def test_the_card_has_the_headings_of_every_card_and_claims_nothing(made):
+def test_an_author_who_is_named_stands_in_the_licence_whatever_git_knows(tmp_path, capsys):
+    command = ["plugins", "new", "my-method", "--out", str(tmp_path)]
+    assert main([*command, "--author", "Ada\n\x1b[31mLovelace"]) == 0
+    made = tmp_path / "regrad-my-method"
+    assert " Ada [31mLovelace\n" in (made / "LICENSE").read_text()
+    project = tomllib.loads((made / "pyproject.toml").read_text())["project"]
+    assert project["authors"] == [{"name": "Ada [31mLovelace"}]
+    assert "need your name" not in capsys.readouterr().out
+
+
+def test_a_full_card_has_the_headings_of_every_card_and_claims_nothing(tmp_path):
+    made = new_plugin("my-method", tmp_path, full=True)
     card = (made / "README.md").read_text()
     assert card.startswith("# regrad-my-method: (fill in")
     assert card.count("\n## ") == 8
@@ -246,9 +297,10 @@ def test_a_name_that_an_installed_distribution_has_is_refused(tmp_path, monkeypa
         new_plugin("other", tmp_path)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", ["a", "self", "dataclass", "x-2d", "json", "os", "numpy", "nan-2"])
-def test_any_other_name_gives_code_that_compiles_and_shadows_nothing(tmp_path, name):
-    made = new_plugin(name, tmp_path)
+def test_any_other_name_gives_code_that_compiles_and_shadows_nothing(tmp_path, name, full):
+    made = new_plugin(name, tmp_path, full=full)
     for path in made.rglob("*.py"):
         tree = ast.parse(path.read_text())
         defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}

@@ -89,7 +89,11 @@ def check_command(
 @plugin_commands.command(
     "new",
     cls=Plain,
-    epilog=examples("regrad plugins new my-method", "regrad plugins new my-method --like adanorm"),
+    epilog=examples(
+        "regrad plugins new my-method",
+        "regrad plugins new my-method --full",
+        "regrad plugins new my-method --like adanorm",
+    ),
 )
 def new_command(
     name: Annotated[
@@ -110,22 +114,36 @@ def new_command(
             help="Plugin whose code to start from; an example by default.",
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Write functions, more tests and a whole card too."),
+    ] = False,
+    author: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="For the licence; the name that git knows by default."),
+    ] = None,
 ) -> int:
     """Write a distribution with your own correction: an example that passes the kit as it is."""
     with checking_input():
-        from regrad_runner.plugins.new import new_plugin  # noqa: PLC0415
+        from regrad_runner.plugins.new import YOUR_NAME, new_plugin  # noqa: PLC0415
 
-        folder = new_plugin(name, out, like)
+        folder = new_plugin(name, out, like, full=full, author=author)
+        is_anonymous = YOUR_NAME in (folder / "LICENSE").read_text(encoding="utf-8")
     place = shlex.quote(printable(folder))
     sys.stdout.write(
         f"{printable(folder)} holds a correction {name!r} that works. Next:\n"
         f"  pip install --editable {place}\n"
         f"  regrad plugins check {name}\n"
-        "  write the rule: first tests/reference.py, then the package in src, its tests and card\n"
-        "  grep -rn 'fill in' for what only you can say: the source, the card, your name\n"
+        "  write the rule: first tests/reference.py, then the package in src\n"
+        f"  grep -rn 'fill in' {place} for what only you can say, such as the source\n"
         f"  pytest {place}\n"
         f"  regrad compare --corrections {name}\n"
     )
+    if is_anonymous:
+        sys.stdout.write(
+            "LICENSE and pyproject.toml need your name: git knows none and --author was not "
+            "given. Fill it in before you publish.\n"
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The list of installed plugins, from metadata alone: imports no torch, no parser, no plugin.
+"""The list of installed plugins, from metadata and files: imports no torch, no plugin.
 
 It draws its table itself: rich takes as long to import as everything else here takes.
 """
@@ -14,6 +14,8 @@ from dataclasses import asdict
 import regrad
 from regrad.registry import GROUPS, Entry
 from regrad.text import printable
+
+from regrad_runner.plugins.sources import line_of
 
 HEADINGS = ("kind", "name", "from", "what it is")
 BETWEEN_COLUMNS = "  "
@@ -33,7 +35,10 @@ def show_plugins(*, as_json: bool = False) -> None:
     if as_json:
         import json  # noqa: PLC0415 - a table needs none
 
-        listed = [{"kind": kind, **asdict(entry)} for kind, entry in entries]
+        listed = [
+            {"kind": kind, **asdict(entry), "about": line_of(entry.value)}
+            for kind, entry in entries
+        ]
         sys.stdout.write(f"{json.dumps(listed, indent=2)}\n")
         return
     rows = [HEADINGS, *(_row(kind, entry) for kind, entry in entries)]
@@ -47,7 +52,9 @@ def show_plugins(*, as_json: bool = False) -> None:
 def _row(kind: str, entry: Entry) -> tuple[str, str, str, str]:
     """Return what the table says of a plugin, fit to be shown."""
     source = f"{entry.distribution} {entry.version}".strip()
-    about = f"refused: {entry.refused}" if entry.refused else entry.summary
+    about = line_of(entry.value) or entry.summary
+    if entry.refused:
+        about = f"refused: {entry.refused}"
     return kind, printable(entry.name), printable(source), printable(about)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
@@ -29,9 +28,14 @@ from regrad.registry import Entry
 from regrad_runner.files import folder_aside
 from regrad_runner.plugins.copied_code import renamed, without_prose
 from regrad_runner.plugins.names import check_name, class_of, package_of
+from regrad_runner.plugins.sources import folder_of
 
 SKELETON = Path(__file__).with_name("skeleton")
+MINIMAL = ("shared", "minimal")  # folders of the skeleton
+FULL = ("shared", "full")
+EVERY_FOLDER = ("shared", "minimal", "full")
 BLANK = "(fill in)"
+YOUR_NAME = "(fill in your name)"
 CARRIED = "distribution"  # where a plugin's wheel carries what is outside its package
 COPIED = ("pyproject.toml", "LICENSE", "README.md", "tests")
 NEEDS = ["regrad>=0.1,<0.2", "torch>=2.12"]
@@ -52,18 +56,48 @@ class CopiedPlugin(NamedTuple):
     rest: Path
 
 
-def new_plugin(name: str, out: Path, like: str | None = None) -> Path:
+class PluginRequest(NamedTuple):
+    """What an author asks for.
+
+    Attributes:
+        name: Of the correction: lower-case words, with hyphens between them.
+        author: For the licence and the metadata; empty for a blank to fill in.
+        is_full: Whether to write the large example, with functions, more tests and a whole card.
+        source: A plugin whose code to start from instead of an example, with a whole card.
+    """
+
+    name: str
+    author: str
+    is_full: bool
+    source: CopiedPlugin | None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of the skeleton that it is written from."""
+        return FULL if self.is_full or self.source else MINIMAL
+
+
+def new_plugin(
+    name: str,
+    out: Path,
+    like: str | None = None,
+    *,
+    full: bool = False,
+    author: str | None = None,
+) -> Path:
     """Write a distribution that offers a correction of a new name.
 
-    It holds a small example with a reference, tests and a card, and blanks for the author
-    to fill in. It installs and passes the conformance kit before anything is edited.
-    Nothing is cited.
+    It holds a small example with its reference and a test, a licence, the workflows that test
+    and publish it, and blanks for the author to fill in. It installs and passes the
+    conformance kit before anything is edited. Nothing is cited.
 
     Args:
         name: Of the correction: lower-case words, with hyphens between them.
         out: Folder in which the distribution's folder "regrad-NAME" is made.
         like: An installed correction whose code to start from instead of the example. Its
             docstrings, comments and card are left out.
+        full: Whether the example has functions of tensors, more tests and a whole card.
+        author: For the licence and the metadata; the name that git knows by default.
 
     Returns:
         The folder.
@@ -81,7 +115,9 @@ def new_plugin(name: str, out: Path, like: str | None = None) -> Path:
         )
     if os.path.lexists(out) and not out.is_dir():
         raise ValueError(f"out must be a folder, got '{out}', which is none")
-    _write_whole(folder, partial(_write, name=name, source=source))
+    known_author = _one_line(author) if author is not None else _author_in_git()
+    request = PluginRequest(name, known_author, full, source)
+    _write_whole(folder, partial(_write, request=request))
     return folder
 
 
@@ -107,21 +143,23 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         raise ValueError(f"{rule}, got '{out}': {problem.strerror or problem}") from problem
 
 
-def _write(made: Path, name: str, source: CopiedPlugin | None) -> None:
+def _write(made: Path, request: PluginRequest) -> None:
     """Write the files of a distribution."""
-    values = _values(name, source)
-    for file, text in _templates():
+    values = _values(request)
+    for file, text in _templates(request.folders):
         is_code = file.parts[0] in ("package", "tests")
-        if source is None or not is_code:
-            _write_file(made, file, Template(text).substitute(values), name)
-    if source is not None:
-        _copy_code(made, name, source)
+        if request.source is None or not is_code:
+            _write_file(made, file, Template(text).substitute(values), request.name)
+    if request.source is not None:
+        _copy_code(made, request.name, request.source)
 
 
-def _templates() -> Iterator[tuple[Path, str]]:
-    """Return the skeleton's files, where they go, and their texts."""
-    for path in sorted(SKELETON.rglob("*.txt")):
-        yield path.relative_to(SKELETON).with_suffix(""), path.read_text(encoding="utf-8")
+def _templates(folders: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
+    """Return files of some of the skeleton's folders, where they go, and their texts."""
+    for folder in folders:
+        for path in sorted((SKELETON / folder).rglob("*.txt")):
+            place = path.relative_to(SKELETON / folder).with_suffix("")
+            yield place, path.read_text(encoding="utf-8")
 
 
 def _write_file(made: Path, file: Path, text: str, name: str) -> None:
@@ -133,27 +171,27 @@ def _write_file(made: Path, file: Path, text: str, name: str) -> None:
     target.write_text(text, encoding="utf-8")
 
 
-def _values(name: str, source: CopiedPlugin | None) -> dict[str, str]:
+def _values(request: PluginRequest) -> dict[str, str]:
     """Return what fills the skeleton's blanks."""
-    author = _author()
+    name = request.name
     origin = "The example that `regrad plugins new` writes: replace it by your rule."
     dependencies = NEEDS
     options = EXAMPLE
-    if source is not None:
-        entry = source.entry
+    if request.source is not None:
+        entry = request.source.entry
         origin = (
             f"Started from the code of {entry.distribution} {entry.version}, "
             "whose licence is kept beside ours."
         )
-        project = tomllib.loads((source.rest / "pyproject.toml").read_text(encoding="utf-8"))
-        dependencies = project.get("project", {}).get("dependencies", NEEDS)
+        pyproject = (request.source.rest / "pyproject.toml").read_text(encoding="utf-8")
+        dependencies = tomllib.loads(pyproject).get("project", {}).get("dependencies", NEEDS)
         options = _option_rows(entry.name)
     return {
         "name": name,
         "package": package_of(name),
         "kind": class_of(name),
-        "author": author or f"{BLANK[:-1]} your name)",
-        "quoted_author": json.dumps(author or BLANK, ensure_ascii=False),
+        "author": request.author or YOUR_NAME,
+        "quoted_author": json.dumps(request.author or YOUR_NAME, ensure_ascii=False),
         "year": str(datetime.now(UTC).year),
         "dependencies": json.dumps(dependencies, ensure_ascii=False),
         "options": options,
@@ -161,14 +199,18 @@ def _values(name: str, source: CopiedPlugin | None) -> dict[str, str]:
     }
 
 
-def _author() -> str:
+def _author_in_git() -> str:
     """Return the name that git knows the user by; empty where it knows none."""
     git = shutil.which("git")
     if git is None:
         return ""
     command = [git, "config", "user.name"]
     done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - a fixed command
-    text = done.stdout.decode("utf-8", errors="ignore")
+    return _one_line(done.stdout.decode("utf-8", errors="ignore"))
+
+
+def _one_line(text: str) -> str:
+    """Return a text without line breaks, and without what a terminal would obey."""
     visible = "".join(letter if letter.isprintable() else " " for letter in text)
     return " ".join(visible.split())
 
@@ -220,22 +262,13 @@ def _whole(entry: Entry) -> CopiedPlugin | None:
     others = [line for line in found.requires if line.startswith("regrad-")]
     if groups.count("regrad") > 1 or others:
         return None
-    package = _folder_of(module)
+    package = folder_of(module)
     if package is None:
         return None
     rest = _editable(found) or package / CARRIED
     if not all((rest / name).exists() for name in COPIED):
         return None
     return CopiedPlugin(entry, package, rest)
-
-
-def _folder_of(module: str) -> Path | None:
-    """Return the folder of an installed package, without importing it."""
-    try:
-        spec = find_spec(module)
-    except ValueError:  # it was put among the imported ones by hand
-        return None
-    return Path(spec.origin).parent if spec and spec.origin else None
 
 
 def _editable(found: distributions.Installed) -> Path | None:
@@ -253,9 +286,9 @@ def _python_of(source: CopiedPlugin | None) -> list[str]:
     """Return the texts of the Python files to write, before the author's names are in them."""
     if source is not None:
         return [path.read_text(encoding="utf-8") for _, path in _code_of(source)]
-    values = _values("a-name-that-nobody-has", None)
-    templates = [Template(text) for file, text in _templates() if file.suffix == ".py"]
-    return [template.substitute(values) for template in templates]
+    values = _values(PluginRequest("a-name-that-nobody-has", "", is_full=True, source=None))
+    texts = [text for file, text in _templates(EVERY_FOLDER) if file.suffix == ".py"]
+    return [Template(text).substitute(values) for text in texts]
 
 
 def _code_of(source: CopiedPlugin) -> Iterator[tuple[Path, Path]]:

@@ -134,7 +134,12 @@ class Published:
 
 
 cifar10 = Published("cifar10", "CIFAR-10", datasets.CIFAR10, "cifar-10-batches-py")
+"""CIFAR-10: 60,000 colour images of 32 × 32 pixels in 10 classes."""
+
 cifar100 = Published("cifar100", "CIFAR-100", datasets.CIFAR100, "cifar-100-python")
+"""CIFAR-100: 60,000 colour images of 32 × 32 pixels in 100 classes."""
+
 fashion_mnist = Published(
     "fashion-mnist", "Fashion-MNIST", datasets.FashionMNIST, "FashionMNIST/raw"
 )
+"""Fashion-MNIST: 70,000 grey images of 28 × 28 pixels, clothes in 10 classes."""
