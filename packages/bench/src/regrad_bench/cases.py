@@ -111,8 +111,3 @@ class Attached:
         self.engine.before_forward(self.model)
         self.engine.before_step(self.engine.optimizer, (self.engine.optimizer,), {})
         self.engine.after_step()
-
-    def predict_and_restore(self) -> None:
-        """Open the window and close it again."""
-        self.engine.before_forward(self.model)
-        self.engine.close_window()
