@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from regrad import exchange
+from regrad import RegradWarning, exchange
 from regrad.exchange import adopt_, extrapolate_, swap_
 from regrad.hookspecs import LastStep
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,7 +53,7 @@ def test_weights_go_on_as_worked_out_by_hand():
     weights, before = [torch.tensor([2.0])], [torch.tensor([4.0])]
     # the decay of .25 took 4 to 3, the step 3 to 2: half a step further is 1.5
     extrapolate_(weights, before, [LastStep(factor=0.5, decay=0.25)])
-    assert weights[0].item() == 1.5
+    assert weights[0].item() == pytest.approx(1.5, rel=1e-6)
     assert before[0].item() == 2.0
 
 
@@ -70,7 +70,7 @@ def test_what_did_not_move_stays_to_the_bit():
 def test_numbers_in_tensors_give_the_weights_of_numbers():
     one, other = tensors(0), tensors(0)
     extrapolate_(one, clones(tensors(1)), [LastStep(factor=0.5, decay=0.02)] * len(one))
-    factor, decay = torch.tensor(0.5).double(), torch.tensor(0.02).double()
+    factor, decay = torch.tensor([0.5, 0.02], dtype=torch.float64)
     extrapolate_(other, clones(tensors(1)), [LastStep(factor=factor, decay=decay)] * len(one))
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-15, atol=1e-15)
@@ -97,6 +97,39 @@ def test_what_was_flagged_is_adopted_and_the_rest_is_left_alone():
         torch.testing.assert_close(
             got, live if index % 2 == 0 else old, rtol=0, atol=0, equal_nan=True
         )
+
+
+def test_without_a_compiler_the_weights_go_on_all_the_same(monkeypatch):
+    def fails(*_, **__):
+        def compiled(*_):
+            raise RuntimeError("no working C++ compiler found\nwhere it was looked for")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(exchange, "COMPILED_FROM", 4)
+    exchange._compiled.cache_clear()
+    weights, before = [torch.full((5,), 3.0)], [torch.full((5,), 2.0)]
+    with pytest.warns(RegradWarning, match="torch.compile failed: no working C.. compiler found$"):
+        extrapolate_(weights, before, [LastStep(factor=0.5, is_compiled=True)])
+    exchange._compiled.cache_clear()
+    assert torch.equal(weights[0], torch.full((5,), 3.5))
+    assert torch.equal(before[0], torch.full((5,), 3.0))
+
+
+@pytest.mark.slow
+def test_the_compiled_pass_gives_the_numbers_of_the_others():
+    generator = torch.Generator().manual_seed(0)
+    start, before = torch.randn(2, 40_001, generator=generator)
+    ends = []
+    for is_compiled in (False, True):
+        weights, kept = [start.clone()], [before.clone()]
+        extrapolate_(weights, kept, [LastStep(factor=0.7, decay=0.01, is_compiled=is_compiled)])
+        assert torch.equal(kept[0], start)
+        ends.append(weights[0])
+    if exchange._compiled() is None:
+        pytest.skip("torch.compile finds no compiler here")
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-6)
 
 
 class Operations(TorchDispatchMode):

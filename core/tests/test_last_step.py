@@ -6,9 +6,10 @@ import io
 import pytest
 import regrad
 import torch
-from regrad import Correction
+from regrad import Correction, exchange, samples
 from regrad.correction import Needs
 from regrad.hookspecs import LastStep
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FACTOR = 0.5
 
@@ -139,7 +140,8 @@ def test_a_step_without_a_training_forward_is_gone_on_too(toys, followed):
     before = toys.weights_of(model)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    with pytest.warns(regrad.RegradWarning, match="without a training forward"):
+        optimizer.step()
     now = toys.weights_of(model)
     require_close(points_of(toys, model), gone_on(before, now))
 
@@ -250,6 +252,81 @@ def test_a_displacement_and_a_last_step_may_stand_in_one_list(toys, same_bits):
     first, second, *_ = now
     wanted = gone_on(before, now) | {first: now[first] + 1, second: now[second]}
     require_close(points_of(toys, model), wanted)
+
+
+@pytest.fixture
+def on_a_device(monkeypatch):
+    """Walk the way of a device, on the CPU: what only it knows is never read."""
+    make = samples._Group.__init__
+
+    def made(group, tensors):
+        make(group, tensors)
+        group.is_on_host = False
+
+    monkeypatch.setattr(samples._Group, "__init__", made)
+    monkeypatch.setattr(exchange, "_is_on_host", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_on_a_device_a_write_that_only_it_knows_is_not_gone_on(toys, same_bits):
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [Follow()])
+    toys.train_step(model, optimizer)
+    before = toys.weights_of(model)
+    toys.train_step(model, optimizer, seed=1)
+    model.body.weight.data.add_(1.0)
+    now = toys.weights_of(model)
+    require_close(
+        points_of(toys, model), gone_on(before, now) | {"body.weight": now["body.weight"]}
+    )
+    model.head.weight.data.add_(1.0)
+    written = model.head.weight.detach().clone()
+    model.eval()
+    toys.loss_of(model)
+    assert same_bits(toys.weights_of(model), now | {"head.weight": written})
+    assert attachment.engine.window.overwritten_on_device.item() == 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are launches on a device."""
+
+    VIEWS = ("view", "detach", "split", "unbind", "permute", "slice", "alias", "as_strided", "t.")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not name.startswith(self.VIEWS):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("on_a_device")
+def test_the_launches_of_a_step_do_not_grow_with_the_number_of_parameters(toys):
+    counts = []
+    for number in (5, 50):
+        layers = [torch.nn.Linear(3, 3, bias=False) for _ in range(number)]
+        model = torch.nn.Sequential(*layers)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = regrad.attach(model, optimizer, [Follow()]).engine
+        engine.applied = 101  # past the steps in which the meter looks
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            with Operations() as seen:
+                engine.before_forward(model)
+                engine.before_step(optimizer, (optimizer,), {})
+            names = list(seen.names)
+            assert len(engine.window._kept) == number
+            with Operations() as seen:
+                engine.after_step()
+        assert not any("_local_scalar_dense" in name for name in names + seen.names)
+        counts.append(len(names + seen.names))
+    assert counts[0] == counts[1]
+    assert counts[0] <= 40
 
 
 def test_explain_goes_on_from_the_same_last_step(toys, followed):

@@ -7,17 +7,24 @@ many tensors.
 from __future__ import annotations
 
 import functools
+import subprocess
+import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from regrad.errors import RegradWarning
 from regrad.hookspecs import LastStep
 
 # Elements of a piece on a CPU, and of the tensors that share a launch elsewhere.
 PIECE = 2**18
 GROUP = 2**23
+# Elements from which on calling a compiled function costs less than it saves.
+COMPILED_FROM = 2**15
+# What torch raises where it finds no compiler, or one that fails.
+NOT_COMPILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
 
 Tensors = Sequence[Tensor]
 
@@ -49,6 +56,10 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
     scratch = _Scratch()
     for index in on_host:
         size, length = (float(number) for number in _coefficients(steps[index]))
+        if steps[index].is_compiled and _extrapolate_compiled_(
+            weights[index], kept[index], size, length
+        ):
+            continue
         for live, before, spare in scratch.pieces(weights[index], kept[index]):
             torch.lerp(before, live, 1 + length, out=spare)
             before.copy_(live)
@@ -65,6 +76,43 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
             live = [weights[index] for index in group]
             before = [kept[index] for index in group]
             _extrapolate_group_(live, before, size, length)
+
+
+def _extrapolate_compiled_(weights: Tensor, kept: Tensor, size: float, length: float) -> bool:
+    """Do the same to a large tensor in one pass; say whether that was possible."""
+    live, before = _rows(weights, kept)
+    if live.dim() != 1 or live.numel() < COMPILED_FROM:
+        return False
+    in_one_pass = _compiled()
+    if in_one_pass is None:
+        return False
+    # Numbers would be compiled in, and change with every step.
+    in_one_pass(live, before, torch.tensor(length), torch.tensor(size))
+    return True
+
+
+def _in_one_pass(weights: Tensor, kept: Tensor, length: Tensor, size: Tensor) -> None:
+    """Extrapolate, to be compiled."""
+    ahead = (weights + (weights - kept) * length) * size
+    kept.copy_(weights)
+    weights.copy_(ahead)
+
+
+@functools.cache
+def _compiled() -> Callable[..., None] | None:
+    """Return `_in_one_pass` compiled; None, after a warning, where that does not work."""
+    compiled = torch.compile(_in_one_pass, dynamic=True, fullgraph=True)
+    try:
+        compiled(*(torch.zeros(COMPILED_FROM) for _ in range(2)), torch.ones(()), torch.ones(()))
+    except NOT_COMPILED as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"the prediction goes on uncompiled, torch.compile failed: {reason}",
+            RegradWarning,
+            stacklevel=2,
+        )
+        return None
+    return compiled
 
 
 def _extrapolate_group_(

@@ -50,14 +50,17 @@ class LastStep:
             The number 0 moves nothing.
         decay: :math:`\delta`, the decoupled decay that the step contains and that is not to be
             repeated: learning rate times decay rate.
+        is_compiled: Whether to compile the pass over the memory of large tensors on a CPU, once in
+            a process, by `torch.compile`; where that fails it goes on without, after a warning.
 
     Example:
         >>> LastStep(factor=0.5)
-        LastStep(factor=0.5, decay=0.0)
+        LastStep(factor=0.5, decay=0.0, is_compiled=False)
     """
 
     factor: float | Tensor
     decay: float | Tensor = 0.0
+    is_compiled: bool = False
 
 
 class Step:

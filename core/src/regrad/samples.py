@@ -77,6 +77,8 @@ class _Group:
         self._lengths = [view.numel() for view in self._views]
         self._places = self._current_places()
         self._kept = torch.cat(self._views)
+        # Of which tensor each element is; made where it is asked for.
+        self._owners: Tensor | None = None
 
     def _current_places(self) -> list[int]:
         return [local(tensor).data_ptr() for tensor in self._tensors]
@@ -121,11 +123,12 @@ class _Group:
     def flags(self) -> dict[Tensor, Tensor]:
         """Return by tensor a boolean scalar: whether its samples differ."""
         differs = self._differs().to(torch.float32)
-        owners = torch.repeat_interleave(
-            torch.arange(len(self._lengths)), torch.tensor(self._lengths)
-        ).to(differs.device, non_blocking=True)
+        if self._owners is None:
+            self._owners = torch.repeat_interleave(
+                torch.arange(len(self._lengths)), torch.tensor(self._lengths)
+            ).to(differs.device, non_blocking=True)
         counts = torch.zeros(len(self._lengths), device=differs.device)
-        counts.index_add_(0, owners, differs)
+        counts.index_add_(0, self._owners.to(differs.device), differs)
         return dict(zip(self._tensors, (counts > 0).unbind(), strict=True))
 
 

@@ -43,6 +43,9 @@ class XGrad(Correction):
             :math:`-\eta\lambda\theta`; at least 0. None reads it from torch's own
             classes, AdaM3 and pytorch_optimizer's groups, and warns where another has a
             weight decay.
+        compiled: Compile the pass over large tensors on a CPU by `torch.compile`, once in a
+            process; without a compiler it goes on uncompiled, after a warning. The weights
+            differ by rounding.
         allow_double_lookahead: Permit an optimizer that takes a Nesterov step itself
             (`nesterov=True`, NAdam), or a second correction that looks ahead.
 
@@ -80,6 +83,7 @@ class XGrad(Correction):
 
         horizon: float = 1.0
         decoupled_decay: float | None = None
+        compiled: bool = False
         allow_double_lookahead: bool = False
 
         def __post_init__(self) -> None:
@@ -125,7 +129,11 @@ class XGrad(Correction):
         last = self._last.get(name)
         if last is None:
             return LastStep(factor=0.0)
-        return LastStep(factor=factors.of(rate, last["rate"]), decay=last["decay"])
+        return LastStep(
+            factor=factors.of(rate, last["rate"]),
+            decay=last["decay"],
+            is_compiled=self.options.compiled,
+        )
 
     def after_step(self, step: Step) -> None:
         """Keep the rate of the step, and the decay in it, once for each group."""
