@@ -55,18 +55,7 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
     on_host, elsewhere = _by_place(weights)
     scratch = _Scratch()
     for index in on_host:
-        size, length = (float(number) for number in _coefficients(steps[index]))
-        if steps[index].is_compiled and _extrapolate_compiled_(
-            weights[index], kept[index], size, length
-        ):
-            continue
-        for live, before, spare in scratch.pieces(weights[index], kept[index]):
-            torch.lerp(before, live, 1 + length, out=spare)
-            before.copy_(live)
-            if size == 1:
-                live.copy_(spare)
-            else:
-                torch.mul(spare, size, out=live)
+        _extrapolate_on_host_(weights[index], kept[index], steps[index], scratch)
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index in elsewhere:
         groups[_kind(weights[index]), _identity(steps[index])].append(index)
@@ -76,6 +65,20 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
             live = [weights[index] for index in group]
             before = [kept[index] for index in group]
             _extrapolate_group_(live, before, size, length)
+
+
+def _extrapolate_on_host_(weights: Tensor, kept: Tensor, step: LastStep, scratch: _Scratch) -> None:
+    """Do the same to one tensor, in pieces that stay in the cache."""
+    size, length = (float(number) for number in _coefficients(step))
+    if step.is_compiled and _extrapolate_compiled_(weights, kept, size, length):
+        return
+    for live, before, spare in scratch.pieces(weights, kept):
+        torch.lerp(before, live, 1 + length, out=spare)
+        before.copy_(live)
+        if size == 1:
+            live.copy_(spare)
+        else:
+            torch.mul(spare, size, out=live)
 
 
 def _extrapolate_compiled_(weights: Tensor, kept: Tensor, size: float, length: float) -> bool:
@@ -159,12 +162,15 @@ def swap_(weights: Tensors, kept: Tensors) -> None:
             other.copy_(spare)
     for alike in _alike(elsewhere, weights):
         for group in _launches(alike, weights):
-            live = [weights[index] for index in group]
-            others = [kept[index] for index in group]
-            spares = [torch.empty_like(tensor) for tensor in live]
-            torch._foreach_copy_(spares, live)
-            torch._foreach_copy_(live, others)
-            torch._foreach_copy_(others, spares)
+            _swap_group_([weights[index] for index in group], [kept[index] for index in group])
+
+
+def _swap_group_(weights: list[Tensor], kept: list[Tensor]) -> None:
+    """Do the same for tensors of one device and dtype."""
+    spares = [torch.empty_like(tensor) for tensor in weights]
+    torch._foreach_copy_(spares, weights)
+    torch._foreach_copy_(weights, kept)
+    torch._foreach_copy_(kept, spares)
 
 
 @torch.no_grad()
@@ -211,7 +217,7 @@ def _adopt_group_(kept: list[Tensor], weights: list[Tensor], flags: list[Tensor]
         torch.stack(of_rows), _on_device(lengths, rows[0].device), output_size=sum(lengths)
     )
     chosen = torch.where(is_newer, torch.cat(newer), torch.cat(rows))
-    torch._foreach_copy_(rows, list(chosen.split(list(lengths))))
+    torch._foreach_copy_(rows, list(torch.split(chosen, list(lengths))))
 
 
 @functools.lru_cache(maxsize=256)
@@ -240,7 +246,7 @@ class _Scratch:
         if total <= PIECE:
             yield live, other, spare[:total]
             return
-        pairs = zip(live.split(PIECE), other.split(PIECE), strict=True)
+        pairs = zip(torch.split(live, PIECE), torch.split(other, PIECE), strict=True)
         for piece, its_other in pairs:
             yield piece, its_other, spare[: piece.numel()]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from regrad.samples import sample
+from regrad.sharding import local
 
 
 class Holds(enum.Enum):
@@ -34,18 +35,25 @@ class Kept:
     """The buffer of one parameter.
 
     Attributes:
-        tensor: Like the local part of the parameter.
+        parameter: The parameter.
+        tensor: Like its local part.
         holds: What it holds.
         is_followed: Whether a `LastStep` was asked for last.
         has_gradient: Whether the parameter had a gradient in the step under way.
         writes: How often it was written before that step.
     """
 
+    parameter: Tensor
     tensor: Tensor
     holds: Holds = Holds.NOTHING
     is_followed: bool = False
     has_gradient: bool = False
     writes: int = -1
+
+    @property
+    def live(self) -> Tensor:
+        """The local part of the parameter as it is now."""
+        return local(self.parameter)
 
     def fits(self, part: Tensor) -> bool:
         """Say whether the buffer is like the local part of a parameter."""

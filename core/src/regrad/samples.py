@@ -31,8 +31,8 @@ class Samples:
             groups.setdefault((part.device, part.dtype), []).append(tensor)
         self._groups = [_Group(members) for members in groups.values()]
 
-    def _count_writes(self) -> dict[Tensor, int]:
-        return {tensor: local(tensor)._version for tensor in self.tensors}
+    def _count_writes(self) -> list[int]:
+        return [local(tensor)._version for tensor in self.tensors]
 
     def is_in_place(self) -> bool:
         """Say whether every tensor has the memory that it had."""
@@ -46,12 +46,14 @@ class Samples:
 
     def rewritten(self) -> list[Tensor]:
         """Return the tensors that are known to hold other values. Reads nothing on a device."""
-        now = self._count_writes()
-        changed = {tensor for tensor in self.tensors if now[tensor] != self._versions[tensor]}
+        counts = zip(self.tensors, self._count_writes(), self._versions, strict=True)
+        changed = {tensor for tensor, now, then in counts if now != then}
         for group in self._groups:
             if group.is_on_host:
                 changed.update(group.changed_on_host())
-        return [tensor for tensor in self._versions if tensor in changed]
+        if not changed:
+            return []
+        return [tensor for tensor in self.tensors if tensor in changed]
 
     def flags(self) -> dict[Tensor, Tensor]:
         """Return, for tensors on a device, a boolean scalar there: whether the samples differ."""
@@ -93,13 +95,17 @@ class _Group:
 
     def _differs(self) -> Tensor:
         """Return which of all sampled elements differ, shape [sum of the lengths]."""
-        if self.is_in_place():
-            now = torch.cat(self._views)
-        else:
-            parts = [self._current(index, tensor) for index, tensor in enumerate(self._tensors)]
-            now = torch.cat(parts)
+        now = self._now()
         both_nan = now.isnan() & self._kept.isnan()
         return (now != self._kept) & ~both_nan
+
+    def _now(self) -> Tensor:
+        """Return the samples as they are now."""
+        if self.is_in_place():
+            return torch.cat(self._views)
+        return torch.cat(
+            [self._current(index, tensor) for index, tensor in enumerate(self._tensors)]
+        )
 
     def _current(self, index: int, tensor: Tensor) -> Tensor:
         """Return the sample of a tensor whose memory may be another now."""
@@ -113,9 +119,9 @@ class _Group:
 
     def changed_on_host(self) -> list[Tensor]:
         """Return the tensors whose samples differ."""
-        differs = self._differs()
-        if not differs.any():
+        if torch.equal(self._now(), self._kept):
             return []
+        differs = self._differs()
         parts = torch.split(differs, self._lengths)
         pairs = zip(self._tensors, parts, strict=True)
         return [tensor for tensor, part in pairs if part.any()]

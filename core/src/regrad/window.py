@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from regrad.exchange import adopt_, extrapolate_, swap_
 from regrad.hookspecs import LastStep
 from regrad.kept_weights import Holds, Kept, Loaded, loaded_from
 from regrad.samples import Samples, sample
-from regrad.sharding import is_sharded, local, locals_of
+from regrad.sharding import is_sharded, local
 
 Move = Tensor | LastStep | None
 
@@ -28,7 +28,6 @@ class Window:
     Attributes:
         is_open: Whether the weights of this step were already asked for; true also
             when nothing had to be moved.
-        moved: The parameters that are moved now.
         overwritten: Those that held other values than the window's at its last closing.
         overwritten_on_device: How many more there were so far whose values only their device
             knows; a scalar there, or None.
@@ -36,12 +35,17 @@ class Window:
 
     def __init__(self) -> None:
         self.is_open = False
-        self.moved: list[Tensor] = []
         self.overwritten: list[Tensor] = []
         self.overwritten_on_device: Tensor | None = None
         self._kept: dict[Tensor, Kept] = {}
+        self._moved: list[Kept] = []
         self._loaded: dict[Tensor, Loaded] = {}
         self._samples = Samples([])
+
+    @property
+    def moved(self) -> list[Tensor]:
+        """The parameters that are moved now."""
+        return [kept.parameter for kept in self._moved]
 
     # ---- moving
 
@@ -64,45 +68,49 @@ class Window:
             raise RegradError(
                 f"predict_weights must return {len(parameters)} displacements, got {len(moves)}"
             )
-        pairs = zip(parameters, moves, strict=True)
-        wanted = {parameter: move for parameter, move in pairs if move is not None}
         self.is_open = True
         self._take_loaded()
         if self._follows():
             self._forget_what_was_written()
-        self._kept = {parameter: self._kept_of(parameter) for parameter in wanted}
+        pairs = zip(parameters, moves, strict=True)
+        wanted = [(self._kept_of(p), move) for p, move in pairs if move is not None]
+        self._kept = {kept.parameter: kept for kept, _ in wanted}
         if not wanted:
             return False
-        self.moved = self._move(wanted)
+        self._moved = self._move(wanted)
         self._watch()
-        return bool(self.moved)
+        return bool(self._moved)
 
-    def _move(self, wanted: Mapping[Tensor, Tensor | LastStep]) -> list[Tensor]:
-        """Move the parameters, so that each buffer holds the true weights; return those moved."""
-        displaced: dict[Tensor, Tensor] = {}
-        followed: dict[Tensor, LastStep] = {}
-        again: list[Tensor] = []
-        for parameter, move in wanted.items():
-            kept = self._kept[parameter]
-            if isinstance(move, Tensor):
-                displaced[parameter] = local(move)
-                kept.holds = Holds.NOTHING
-            elif kept.holds is Holds.AHEAD:
-                again.append(parameter)
-            elif kept.holds is Holds.BEFORE and _goes_anywhere(move):
-                followed[parameter] = move
-            elif kept.holds is Holds.BEFORE:
-                kept.holds = Holds.NOTHING
+    def _move(self, wanted: Sequence[tuple[Kept, Tensor | LastStep]]) -> list[Kept]:
+        """Move parameters, so that each buffer holds the true weights; return what was moved."""
+        displaced: list[tuple[Kept, Tensor]] = []
+        followed: list[tuple[Kept, LastStep]] = []
+        again: list[Kept] = []
+        stale: list[Kept] = []
+        moved: list[Kept] = []
+        for kept, move in wanted:
             kept.is_followed = isinstance(move, LastStep)
-        self._copy(parameter for parameter in wanted if self._holds(parameter, Holds.NOTHING))
-        extrapolate_(locals_of(followed), self._buffers(followed), list(followed.values()))
-        swap_(locals_of(again), self._buffers(again))
+            if isinstance(move, Tensor):
+                displaced.append((kept, local(move)))
+            elif kept.holds is Holds.AHEAD:
+                again.append(kept)
+            elif kept.holds is Holds.BEFORE and _goes_anywhere(move):
+                followed.append((kept, move))
+            elif kept.holds is not Holds.TRUE:
+                stale.append(kept)
+                continue
+            else:
+                continue
+            moved.append(kept)
+        _copy([*stale, *(kept for kept, _ in displaced)])
         if displaced:
-            torch._foreach_add_(locals_of(displaced), list(displaced.values()))
-        for kept in self._kept.values():
+            live = [kept.live for kept, _ in displaced]
+            torch._foreach_add_(live, [displacement for _, displacement in displaced])
+        extrapolate_(*_pairs([kept for kept, _ in followed]), [step for _, step in followed])
+        swap_(*_pairs(again))
+        for kept, _ in wanted:
             kept.holds = Holds.TRUE
-        moved = {*displaced, *followed, *again}
-        return [parameter for parameter in wanted if parameter in moved]
+        return moved
 
     @torch.no_grad()
     def where_to(self, parameters: Sequence[Tensor], moves: Sequence[Move]) -> list[Tensor | None]:
@@ -148,21 +156,8 @@ class Window:
         part = local(parameter)
         kept = self._kept.get(parameter)
         if kept is None or not kept.fits(part):
-            return Kept(torch.empty_like(part, requires_grad=False))
+            return Kept(parameter, torch.empty_like(part, requires_grad=False))
         return kept
-
-    def _holds(self, parameter: Tensor, content: Holds) -> bool:
-        """Say whether that is what the buffer of a parameter holds."""
-        return self._kept[parameter].holds is content
-
-    def _buffers(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        return [self._kept[parameter].tensor for parameter in parameters]
-
-    def _copy(self, parameters: Iterable[Tensor]) -> None:
-        """Copy parameters into their buffers."""
-        chosen = list(parameters)
-        if chosen:
-            torch._foreach_copy_(self._buffers(chosen), locals_of(chosen))
 
     # ---- what somebody else wrote
 
@@ -177,29 +172,33 @@ class Window:
 
     def rewritten(self) -> list[Tensor]:
         """Return the moved parameters that somebody else wrote. Reads nothing on a device."""
-        if not self.moved:
+        written = self._samples.rewritten() if self._moved else []
+        if not written:
             return []
         moved = set(self.moved)
-        return [parameter for parameter in self._samples.rewritten() if parameter in moved]
+        return [parameter for parameter in written if parameter in moved]
 
-    def _forget_what_was_written(self) -> tuple[set[Tensor], dict[Tensor, Tensor]]:
+    def _forget_what_was_written(self) -> dict[Tensor, Tensor]:
         """Let no buffer hold what is no longer of use because somebody else wrote the weights.
 
+        It then holds nothing.
+
         Returns:
-            The parameters that are known to be written; and, of others on a device, flags that
-            only it can read. Where one is set, the buffer holds what was written.
+            Of parameters on a device flags that only it can read. Where one is set, the buffer
+            holds what was written.
         """
-        written = {parameter for parameter in self._samples.rewritten() if parameter in self._kept}
-        for parameter in written:
-            self._kept[parameter].holds = Holds.NOTHING
+        for parameter in self._samples.rewritten():
+            if parameter in self._kept:
+                self._kept[parameter].holds = Holds.NOTHING
         flags = {
             parameter: flag
             for parameter, flag in self._samples.flags().items()
-            if parameter in self._kept and parameter not in written
+            if parameter in self._kept and self._kept[parameter].holds is not Holds.NOTHING
         }
-        fitting = [p for p in flags if self._kept[p].fits(local(p))]
-        adopt_(self._buffers(fitting), locals_of(fitting), [flags[p] for p in fitting])
-        return written, flags
+        fitting = [self._kept[p] for p in flags if self._kept[p].fits(local(p))]
+        weights, buffers = _pairs(fitting)
+        adopt_(buffers, weights, [flags[kept.parameter] for kept in fitting])
+        return flags
 
     # ---- restoring
 
@@ -219,31 +218,21 @@ class Window:
         if before_step:
             self._take_loaded()
         follows = self._follows()
-        if not self.moved and not (before_step and follows):
+        if not self._moved and not (before_step and follows):
             return False
-        written, flags = self._forget_what_was_written()
-        moved = self.moved
-        self.moved = []
-        self.overwritten = [parameter for parameter in moved if parameter in written]
-        self._restore([p for p in moved if p not in written], comes_again=not before_step)
-        self._count_on_device([flags[parameter] for parameter in moved if parameter in flags])
+        flags = self._forget_what_was_written()
+        moved = self._moved
+        self._moved = []
+        self.overwritten = [kept.parameter for kept in moved if kept.holds is Holds.NOTHING]
+        _restore([kept for kept in moved if kept.holds is Holds.TRUE], comes_again=not before_step)
+        if flags:
+            found = [flags.get(kept.parameter) for kept in moved]
+            self._count_on_device([flag for flag in found if flag is not None])
         if before_step:
             self._begin_step()
         elif follows:
             self._watch()
         return bool(moved)
-
-    def _restore(self, parameters: Sequence[Tensor], *, comes_again: bool) -> None:
-        """Give parameters their true weights; keep where they were if that may come again."""
-        again: list[Tensor] = []
-        if comes_again:
-            again = [parameter for parameter in parameters if self._kept[parameter].is_followed]
-        swap_(locals_of(again), self._buffers(again))
-        for parameter in again:
-            self._kept[parameter].holds = Holds.AHEAD
-        rest = [parameter for parameter in parameters if self._holds(parameter, Holds.TRUE)]
-        if rest:
-            torch._foreach_copy_(locals_of(rest), self._buffers(rest))
 
     def _count_on_device(self, flags: list[Tensor]) -> None:
         """Add the flags that are set to the count of all so far."""
@@ -260,20 +249,19 @@ class Window:
 
     def _begin_step(self) -> None:
         """Let the buffers hold the weights that the optimizer steps from."""
-        followed = [parameter for parameter, kept in self._kept.items() if kept.is_followed]
-        self._copy(p for p in followed if not self._holds(p, Holds.TRUE))
-        for parameter in followed:
-            kept = self._kept[parameter]
+        followed = [kept for kept in self._kept.values() if kept.is_followed]
+        _copy([kept for kept in followed if kept.holds is not Holds.TRUE])
+        for kept in followed:
             kept.holds = Holds.TRUE
-            kept.writes = local(parameter)._version
-            kept.has_gradient = parameter.grad is not None
+            kept.writes = kept.live._version
+            kept.has_gradient = kept.parameter.grad is not None
 
     def end_step(self) -> None:
         """Note that the optimizer stepped the parameters with a gradient, and those it wrote."""
-        for parameter, kept in self._kept.items():
+        for kept in self._kept.values():
             if not (kept.is_followed and kept.holds is Holds.TRUE):
                 continue
-            if kept.has_gradient or local(parameter)._version != kept.writes:
+            if kept.has_gradient or kept.live._version != kept.writes:
                 kept.holds = Holds.BEFORE
         self.note_writes()
 
@@ -289,7 +277,7 @@ class Window:
 
         They are copies because the buffers are used again.
         """
-        if not self.moved:
+        if not self._moved:
             return {}
         newer = set(self.rewritten())
         flags = self._samples.flags()
@@ -363,9 +351,36 @@ class Window:
             if one.is_of(part):
                 tensor = torch.empty_like(part)
                 tensor.copy_(one.tensor)
-                self._kept[parameter] = Kept(tensor, holds=one.holds, is_followed=True)
+                self._kept[parameter] = Kept(parameter, tensor, holds=one.holds, is_followed=True)
 
 
 def _goes_anywhere(step: LastStep) -> bool:
     """Say whether a last step is to be followed at all; a tensor is not read to know it."""
     return isinstance(step.factor, Tensor) or step.factor != 0
+
+
+def _pairs(chosen: Sequence[Kept]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the live weights and the buffers."""
+    return [kept.live for kept in chosen], [kept.tensor for kept in chosen]
+
+
+def _copy(chosen: Sequence[Kept]) -> None:
+    """Copy weights into their buffers."""
+    if chosen:
+        weights, buffers = _pairs(chosen)
+        torch._foreach_copy_(buffers, weights)
+
+
+def _restore(chosen: Sequence[Kept], *, comes_again: bool) -> None:
+    """Give parameters their true weights; keep where they were if that may come again."""
+    again = [kept for kept in chosen if kept.is_followed and comes_again]
+    rest = [kept for kept in chosen if not (kept.is_followed and comes_again)]
+    swap_(*_pairs(again))
+    for kept in again:
+        kept.holds = Holds.AHEAD
+    if rest:
+        weights, buffers = _pairs(rest)
+        torch._foreach_copy_(weights, buffers)
+    for kept in rest:
+        if not kept.is_followed:
+            kept.holds = Holds.NOTHING
