@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regrad.sharding import local
+from regrad.sharding import is_sharded, local
 
 SAMPLES = 64
 
@@ -24,6 +24,7 @@ class Samples:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
+        self._is_plain = not any(is_sharded(tensor) for tensor in self.tensors)
         self._versions = self._count_writes()
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
@@ -32,6 +33,8 @@ class Samples:
         self._groups = [_Group(members) for members in groups.values()]
 
     def _count_writes(self) -> list[int]:
+        if self._is_plain:
+            return [tensor._version for tensor in self.tensors]
         return [local(tensor)._version for tensor in self.tensors]
 
     def is_in_place(self) -> bool:
@@ -73,6 +76,7 @@ class _Group:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
+        self._is_plain = not any(is_sharded(tensor) for tensor in self._tensors)
         first = local(self._tensors[0])
         self.is_on_host = first.device.type == "cpu"
         self._views = [sample(local(tensor)) for tensor in self._tensors]
@@ -83,6 +87,8 @@ class _Group:
         self._owners: Tensor | None = None
 
     def _current_places(self) -> list[int]:
+        if self._is_plain:
+            return [tensor.data_ptr() for tensor in self._tensors]
         return [local(tensor).data_ptr() for tensor in self._tensors]
 
     def is_in_place(self) -> bool:

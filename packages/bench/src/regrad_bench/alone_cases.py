@@ -61,6 +61,13 @@ def alone_cases() -> list[Case]:
     looped = replace(
         fused, name="alone/xgrad-looped", peer="AdamW step, looped", build=_xgrad_looped, goal=None
     )
+    compiled = replace(
+        fused,
+        name="alone/xgrad-compiled",
+        ours="xgrad's prediction, compiled, and restore",
+        build=_xgrad_compiled,
+        goal=1.1,
+    )
     held = Case(
         name="alone/xgrad-memory",
         ours="xgrad's first step",
@@ -70,7 +77,7 @@ def alone_cases() -> list[Case]:
     )
     losses = [_loss_case(*size, goal) for size, goal in LOSS_SIZES.items()]
     optimizers = [_optimizer_case(name) for name in regrad.available("regrad.optimizers")]
-    return [*gradients, fused, looped, held, *losses, *optimizers]
+    return [*gradients, fused, looped, compiled, held, *losses, *optimizers]
 
 
 def _sgd(gradients: Gradients) -> SGD:
@@ -163,21 +170,25 @@ def _adanorm(setting: Setting) -> Pair:
 
 
 def _xgrad(setting: Setting) -> Pair:
-    return _xgrad_against(setting, fused=True, foreach=False)
+    return _xgrad_against(setting, "xgrad", fused=True, foreach=False)
 
 
 def _xgrad_looped(setting: Setting) -> Pair:
-    return _xgrad_against(setting, fused=False, foreach=False)
+    return _xgrad_against(setting, "xgrad", fused=False, foreach=False)
 
 
-def _xgrad_against(setting: Setting, **kind: bool) -> Pair:
-    """Time the hooks of a step beside a plain step on weights of its own.
+def _xgrad_compiled(setting: Setting) -> Pair:
+    return _xgrad_against(setting, "xgrad:compiled=true", fused=True, foreach=False)
+
+
+def _xgrad_against(setting: Setting, correction: str, **kind: bool) -> Pair:
+    """Time the window beside a plain step on weights of its own.
 
     On the same weights the plain step would be another optimizer's, and the prediction would pause.
     """
     gradients = resnet50_gradients(setting.device, quick=setting.quick)
     attached_to = AdamW(gradients.parameters, lr=1e-6, betas=BETAS, **kind)
-    attached = Attached(gradients.model, attached_to, ["xgrad"])
+    attached = Attached(gradients.model, attached_to, [correction])
     others = resnet50_gradients(setting.device, quick=setting.quick)
     plain = AdamW(others.parameters, lr=1e-6, betas=BETAS, **kind)
 
@@ -186,9 +197,13 @@ def _xgrad_against(setting: Setting, **kind: bool) -> Pair:
         attached_to.step()
         attached.pass_the_meter()
 
-    attached.correct()
+    prepare()
+    attached.predict_and_restore()
     return Pair(
-        ours=attached.correct, peer=plain.step, prepare=prepare, close=attached.attachment.detach
+        ours=attached.predict_and_restore,
+        peer=plain.step,
+        prepare=prepare,
+        close=attached.attachment.detach,
     )
 
 

@@ -111,3 +111,9 @@ class Attached:
         self.engine.before_forward(self.model)
         self.engine.before_step(self.engine.optimizer, (self.engine.optimizer,), {})
         self.engine.after_step()
+
+    def predict_and_restore(self) -> None:
+        """Do what the window does in a step."""
+        self.engine.before_forward(self.model)
+        self.engine.window.close(before_step=True)
+        self.engine.window.end_step()
