@@ -84,7 +84,8 @@ def _extrapolate_on_host_(weights: Tensor, kept: Tensor, step: LastStep, scratch
 def _extrapolate_compiled_(weights: Tensor, kept: Tensor, size: float, length: float) -> bool:
     """Do the same to a large tensor in one pass; say whether that was possible."""
     live, before = _rows(weights, kept)
-    if live.dim() != 1 or live.numel() < COMPILED_FROM:
+    is_fit = live.dim() == 1 and live.dtype is torch.float32
+    if not is_fit or live.numel() < COMPILED_FROM:
         return False
     in_one_pass = _compiled()
     if in_one_pass is None:
@@ -104,9 +105,12 @@ def _in_one_pass(weights: Tensor, kept: Tensor, length: Tensor, size: Tensor) ->
 @functools.cache
 def _compiled() -> Callable[..., None] | None:
     """Return `_in_one_pass` compiled; None, after a warning, where that does not work."""
-    compiled = torch.compile(_in_one_pass, dynamic=True, fullgraph=True)
+    weights = torch.zeros(COMPILED_FROM)
+    one = torch.ones(())
     try:
-        compiled(*(torch.zeros(COMPILED_FROM) for _ in range(2)), torch.ones(()), torch.ones(()))
+        # Whole graphs are not asked for: where torch gives up compiling anew, it runs as it is.
+        compiled: Callable[..., None] = torch.compile(_in_one_pass, dynamic=True)
+        compiled(weights, weights.clone(), one, one)
     except NOT_COMPILED as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
