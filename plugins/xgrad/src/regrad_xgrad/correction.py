@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regrad_xgrad.decay import decoupled_decay
-
-Scalar = float | Tensor
+from regrad_xgrad.functional import Scalar
 
 
 class XGrad(Correction):
