@@ -348,6 +348,9 @@ class Window:
         self._loaded = {}
         for parameter, one in loaded.items():
             part = local(parameter.detach())
+            if is_sharded(parameter):
+                # It may be a sample of the whole weights.
+                one.beside = None
             if one.is_of(part):
                 tensor = torch.empty_like(part)
                 tensor.copy_(one.tensor)
