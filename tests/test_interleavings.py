@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from regrad.optimizer_state import take_out
 from torch import nn
 
 RATE, MOMENTUM, OTHER_RATE, MAX_RATIO, WEIGHT_FLOOR = 0.05, 0.9, 0.03, 0.05, 1e-3
@@ -60,6 +61,9 @@ class ByHand:
     Attributes:
         live: The weights that a forward pass sees, by name.
         window: What was moved: by name the true weights, or None while it is closed.
+        before: Of what the last own step moved and nobody wrote since, the weights before it.
+        ahead: Where weights were moved that were restored before their step.
+        followed: What was asked for at the last opening: of that the steps are known.
     """
 
     def __init__(self, correction: str) -> None:
@@ -74,6 +78,10 @@ class ByHand:
     def attach(self) -> None:
         self.is_attached = True
         self.window: dict[str, torch.Tensor] | None = None
+        self.before: dict[str, torch.Tensor] = {}
+        self.ahead: dict[str, torch.Tensor] = {}
+        self.followed: set[str] = set()
+        self.loaded: list[dict[str, torch.Tensor]] | None = None
         self.written: set[str] = set()
         self.paused = False
         self.other_steps = 0
@@ -88,8 +96,10 @@ class ByHand:
         kept = {n: v for n, v in (self.window or {}).items() if n not in self.written}
         return self.live | kept
 
-    def close(self) -> None:
+    def close(self, *, before_step: bool = False) -> None:
         if self.window is not None:
+            if not before_step:
+                self.ahead = {n: self.live[n] for n in self.window.keys() - self.written}
             self.live = self.true
             if self.written & self.window.keys():
                 self.paused = True
@@ -99,6 +109,8 @@ class ByHand:
     def write(self, name: str, value: torch.Tensor) -> None:
         self.live[name] = value.clone()
         self.written.add(name)
+        self.before.pop(name, None)
+        self.ahead.pop(name, None)
 
     def before_training_forward(self) -> None:
         if not (self.is_attached and self.correction == "xgrad"):
@@ -106,11 +118,41 @@ class ByHand:
         if self.window is not None and self.written & self.window.keys():
             self.close()
         if self.window is None and not self.paused:
-            moved = [n for n in self.trained if n in self.momentum and n not in self.frozen]
+            self.take_loaded()
+            self.followed = {n for n in self.trained if n not in self.frozen}
+            going_on = {n: 2 * self.live[n] - before for n, before in self.before.items()}
+            places = going_on | self.ahead
+            moved = [n for n in self.trained if n in places and n in self.followed]
             self.window = {n: self.live[n] for n in moved}
             self.written = set()
+            self.before = {}
+            self.ahead = {}
             for name in moved:
-                self.live[name] = self.live[name] - RATE * self.momentum[name]
+                self.live[name] = places[name]
+
+    def window_state(self) -> list[dict[str, torch.Tensor]]:
+        """Return what a checkpoint holds: weights before, places ahead, and the weights beside."""
+        if self.loaded is not None:
+            return self.loaded
+        moved = self.window.keys() - self.written if self.window is not None else set()
+        return [dict(self.before), self.ahead | {n: self.live[n] for n in moved}, dict(self.true)]
+
+    def load_window(self, state: list[dict[str, torch.Tensor]]) -> None:
+        self.before = {}
+        self.ahead = {}
+        self.followed = set()
+        self.loaded = state
+
+    def take_loaded(self) -> None:
+        """Take what was loaded, of the weights that are those beside which it was saved."""
+        if self.loaded is None:
+            return
+        before, ahead, beside = self.loaded
+        self.loaded = None
+        same = {n for n, value in beside.items() if torch.equal(value, self.live[n])}
+        self.before = {n: value for n, value in before.items() if n in same}
+        self.ahead = {n: value for n, value in ahead.items() if n in same}
+        self.followed = set(self.before) | set(self.ahead)
 
     def forward_backward(self, index: int) -> None:
         self.before_training_forward()
@@ -137,7 +179,11 @@ class ByHand:
         return torch.stack(clipped) if rows else clipped[0]
 
     def step(self) -> None:
-        self.close()
+        if self.is_attached:
+            self.take_loaded()
+        self.close(before_step=True)
+        self.ahead = {}
+        self.before = {}
         gradients = self.gradients()
         for name in self.trained:
             if name not in gradients or name in self.frozen:
@@ -145,6 +191,8 @@ class ByHand:
             gradient = self.corrected(name, gradients[name])
             parameter = dict(self.network.named_parameters())[name]
             parameter.grad = gradient.clone()
+            if name in self.followed:
+                self.before[name] = self.live[name]
             before = self.momentum.get(name)
             self.momentum[name] = gradient if before is None else MOMENTUM * before + gradient
             self.live[name] = self.live[name] - RATE * self.momentum[name]
@@ -161,7 +209,8 @@ class ByHand:
             if self.other_steps > 1:
                 self.paused = True
         for name, gradient in self.gradients().items():
-            self.live[name] = self.live[name] - OTHER_RATE * gradient
+            self.write(name, self.live[name] - OTHER_RATE * gradient)
+        self.written = set()
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -260,7 +309,9 @@ class Interleavings(RuleBasedStateMachine):
         self.quietly(self.model.load_state_dict, self.saved_model)
         if self.hand.is_attached:
             self.hand.close()
-        self.hand.live = dict(self.saved_model)
+        for name, value in self.saved_model.items():
+            self.hand.write(name, value)
+        self.hand.written = set()
 
     @precondition(lambda self: self.saved_model is not None)
     @rule()
@@ -279,6 +330,7 @@ class Interleavings(RuleBasedStateMachine):
     def save_optimizer(self):
         self.saved_optimizer = copy.deepcopy(self.own.state_dict())
         self.saved_momentum = dict(self.hand.momentum)
+        self.saved_window = self.hand.window_state() if self.hand.is_attached else None
         self.saved_groups = len(self.own.param_groups)
 
     @precondition(lambda self: self.saved_optimizer is not None)
@@ -286,9 +338,15 @@ class Interleavings(RuleBasedStateMachine):
     def load_optimizer(self):
         if self.saved_groups != len(self.own.param_groups):
             return
-        self.quietly(self.own.load_state_dict, copy.deepcopy(self.saved_optimizer))
+        saved = copy.deepcopy(self.saved_optimizer)
+        if not self.hand.is_attached:
+            # The next attachment would start from it, where the loop by hand starts anew.
+            take_out(saved["param_groups"])
+        self.quietly(self.own.load_state_dict, saved)
         if self.hand.is_attached:
             self.hand.close()
+            if self.saved_window is not None:
+                self.hand.load_window(self.saved_window)
         self.hand.momentum = dict(self.saved_momentum)
 
     @precondition(lambda self: "gain" not in self.hand.trained)

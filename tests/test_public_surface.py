@@ -139,7 +139,12 @@ OPTIONS = {
         **{"fit_target": "next", "target": "moment", "norm": "free", "gate": True},
         **{"warmup_steps": 10, "fit_every": 10, "allow_double_lookahead": False},
     },
-    "xgrad": {"horizon": 1.0, "decoupled_decay": None, "allow_double_lookahead": False},
+    "xgrad": {
+        "horizon": 1.0,
+        "decoupled_decay": None,
+        "compiled": False,
+        "allow_double_lookahead": False,
+    },
 }
 
 

@@ -306,7 +306,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the corrections' state by name, with effects and receipt.
+        """Return the corrections' state by name, with the window's, effects and receipt.
 
         Plain values and tensors only. The optimizer's own `state_dict()` holds it too, under
         the key "regrad".
@@ -316,6 +316,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
                 correction.name: correction.state_dict() for correction in self.corrections
             },
             "effects": dict(self.engine.meter.sums),
+            "window": self.engine.window_state(),
             "receipt": self.receipt(),
         }
 
@@ -346,6 +347,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             if correction.name in state["corrections"]:
                 self._load_correction(correction, state["corrections"][correction.name])
                 self.engine.meter.load_sums(correction.name, state["effects"])
+        self.engine.load_window_state(state.get("window", {}))
         self._in_optimizer.is_there()
 
     def _load_correction(self, correction: Correction, state: Any) -> None:

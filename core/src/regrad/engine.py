@@ -1,11 +1,12 @@
 """Runs the corrections at their moments of the training step."""
 
 import contextlib
+import functools
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,6 +139,7 @@ class Engine:
         if any(parameter not in self._names for parameter in step.parameters):
             self._name_parameters()
         step.names = [self._names[parameter] for parameter in step.parameters]
+        step.where_to = functools.partial(self.window.where_to, step.parameters)
         return step
 
     def _name_parameters(self) -> None:
@@ -315,7 +317,11 @@ class Engine:
 
     def close_window(self, *_: Any) -> None:
         """Restore the weights that are moved, but for those that somebody else wrote meanwhile."""
-        if not self.window.close():
+        self._close(before_step=False)
+
+    def _close(self, *, before_step: bool) -> None:
+        """Do so, and say what was written."""
+        if not self.window.close(before_step=before_step):
             return
         self._reshard()
         overwritten = self.window.overwritten
@@ -406,13 +412,13 @@ class Engine:
 
     def correct(self) -> None:
         """Restore, check for a skip, unscale, then correct gradients and moments."""
-        self.close_window()
+        self._is_skipping = bool(getattr(self.optimizer, "found_inf", None))
+        self._close(before_step=not self._is_skipping)
         if self.callers["predict_weights"]:
             self._versions = self._count_writes()
         self._calls += 1
         if self._calls > 1:
             self._refuse_several_closure_calls()
-        self._is_skipping = bool(getattr(self.optimizer, "found_inf", None))
         if self._is_skipping or not self.corrections:
             return
         step = self.step()
@@ -495,6 +501,7 @@ class Engine:
         """Let corrections learn from a step that really happened."""
         if self._is_ignored:
             self._is_ignored = False
+            self.window.note_writes()
             return
         self._progress.forget()
         self._is_paused = False
@@ -506,13 +513,24 @@ class Engine:
         if self._is_skipping:
             self._is_skipping = False
             self.skipped += 1
+            self.window.note_writes()
             return
         self.run("after_step", self.step())
+        self.window.end_step()
         self.applied += 1
         for correction in self.corrections:
             self.meter.warn_if_idle(correction, self.applied)
 
     # ---- the checkpoint
+
+    def window_state(self) -> dict[str, Any]:
+        """Return what the window keeps of the last step, by parameter name."""
+        step = self.step()
+        return self.window.state_dict(dict(zip(step.parameters, step.names, strict=True)))
+
+    def load_window_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `window_state` returned."""
+        self.window.load_state_dict(state, dict(self.step().named_parameters()))
 
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """Put copies of the true weights into a state_dict taken inside the window."""

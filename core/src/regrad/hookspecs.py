@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
@@ -33,6 +34,35 @@ hookspec = pluggy.HookspecMarker("regrad")
 hookimpl = pluggy.HookimplMarker("regrad")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LastStep:
+    r"""Go on along what the last optimizer step did to a parameter.
+
+    With θ' before that step and θ after it, the weights move to
+    :math:`\theta + r(\theta - (1-\delta)\theta')`. The core keeps θ' in the buffer that holds the
+    true weights while they are moved, so that this costs no memory beyond a displacement's. It
+    moves a parameter nowhere whose last step it does not know: before the first one, where none was
+    made for want of a gradient, and where somebody else wrote the weights since. Returned by
+    `predict_weights` from the first step on, or θ' is not kept.
+
+    Attributes:
+        factor: r, in last steps; a number, or a scalar tensor, which is never read off its device.
+            The number 0 moves nothing.
+        decay: :math:`\delta`, the decoupled decay that the step contains and that is not to be
+            repeated: learning rate times decay rate.
+        is_compiled: Whether to compile the pass over the memory of large tensors on a CPU, once in
+            a process, by `torch.compile`; where that fails it goes on without, after a warning.
+
+    Example:
+        >>> LastStep(factor=0.5)
+        LastStep(factor=0.5, decay=0.0, is_compiled=False)
+    """
+
+    factor: float | Tensor
+    decay: float | Tensor = 0.0
+    is_compiled: bool = False
+
+
 class Step:
     """One optimizer step, as it stands at the moment of the call.
 
@@ -42,9 +72,12 @@ class Step:
         parameters: The optimizer's trainable parameters, in the order of its groups.
         names: Their names in the model, in the same order.
         correction: The correction that is running.
+        where_to: Takes what `predict_weights` returned, and returns where each of
+            `parameters` would go, as a new tensor; None where it stays.
     """
 
     correction: Correction
+    where_to: Callable[[Sequence[Tensor | LastStep | None]], list[Tensor | None]]
 
     def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
         self.optimizer = optimizer
@@ -184,15 +217,15 @@ class CorrectionSpec:
         attachment goes back to the original in evaluation mode and after detach.
         """
 
-    def predict_weights(self, step: Step) -> Sequence[Tensor | None] | None:
+    def predict_weights(self, step: Step) -> Sequence[Tensor | LastStep | None] | None:
         """Return how far to move each parameter before the forward pass.
 
         Called before the first training-mode forward after an optimizer step.
-        One displacement, of the parameter's (local) shape, or None per entry of
-        `step.parameters`; None for the whole step moves nothing. The core copies
-        the weights, adds the displacements and restores the weights bit for bit.
-        May be called again for the same step after an evaluation closed the
-        window, and must then return the same numbers.
+        Per entry of `step.parameters` one displacement, of the parameter's (local)
+        shape, or a `LastStep` to go on along what the last step did, or None;
+        None for the whole step moves nothing. The core copies the weights, moves
+        them and restores them bit for bit. May be called again for the same step
+        after an evaluation closed the window, and must then return the same numbers.
         """
 
     def correct_gradients(self, step: Step) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regrad.correction import Correction
 from regrad.errors import RegradWarning
-from regrad.hookspecs import Step, hookimpl
+from regrad.hookspecs import LastStep, Step, hookimpl
 from regrad.sharding import local
 
 FIRST_STEPS = 20
@@ -196,17 +196,12 @@ class Meter:
             )
 
 
-def _weights(step: Step, moves: Sequence[Tensor | None] | None) -> Named:
+def _weights(step: Step, moves: Sequence[Tensor | LastStep | None] | None) -> Named:
     """Return the weights, or, of those that are moved, where they are moved to."""
-    weights = {name: local(parameter.detach()) for name, parameter in step.named_parameters()}
     if moves is None:
-        return weights
-    predicted: Named = {}
-    # The window refuses a wrong number of moves, and says so better.
-    for name, move in zip(step.names, moves, strict=False):
-        if move is not None:
-            predicted[name] = weights[name] + local(move)
-    return predicted
+        return {name: local(parameter.detach()) for name, parameter in step.named_parameters()}
+    places = zip(step.names, step.where_to(moves), strict=False)
+    return {name: place for name, place in places if place is not None}
 
 
 def _gradients(step: Step, _: object) -> Named:

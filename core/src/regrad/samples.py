@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regrad.sharding import local
+from regrad.sharding import is_sharded, local
 
 SAMPLES = 64
 
@@ -24,6 +24,7 @@ class Samples:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
+        self._is_plain = not any(is_sharded(tensor) for tensor in self.tensors)
         self._versions = self._count_writes()
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in tensors:
@@ -31,8 +32,10 @@ class Samples:
             groups.setdefault((part.device, part.dtype), []).append(tensor)
         self._groups = [_Group(members) for members in groups.values()]
 
-    def _count_writes(self) -> dict[Tensor, int]:
-        return {tensor: local(tensor)._version for tensor in self.tensors}
+    def _count_writes(self) -> list[int]:
+        if self._is_plain:
+            return [tensor._version for tensor in self.tensors]
+        return [local(tensor)._version for tensor in self.tensors]
 
     def is_in_place(self) -> bool:
         """Say whether every tensor has the memory that it had."""
@@ -46,12 +49,14 @@ class Samples:
 
     def rewritten(self) -> list[Tensor]:
         """Return the tensors that are known to hold other values. Reads nothing on a device."""
-        now = self._count_writes()
-        changed = {tensor for tensor in self.tensors if now[tensor] != self._versions[tensor]}
+        counts = zip(self.tensors, self._count_writes(), self._versions, strict=True)
+        changed = {tensor for tensor, now, then in counts if now != then}
         for group in self._groups:
             if group.is_on_host:
                 changed.update(group.changed_on_host())
-        return [tensor for tensor in self._versions if tensor in changed]
+        if not changed:
+            return []
+        return [tensor for tensor in self.tensors if tensor in changed]
 
     def flags(self) -> dict[Tensor, Tensor]:
         """Return, for tensors on a device, a boolean scalar there: whether the samples differ."""
@@ -71,14 +76,19 @@ class _Group:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
+        self._is_plain = not any(is_sharded(tensor) for tensor in self._tensors)
         first = local(self._tensors[0])
         self.is_on_host = first.device.type == "cpu"
         self._views = [sample(local(tensor)) for tensor in self._tensors]
         self._lengths = [view.numel() for view in self._views]
         self._places = self._current_places()
         self._kept = torch.cat(self._views)
+        # Of which tensor each element is; made where it is asked for.
+        self._owners: Tensor | None = None
 
     def _current_places(self) -> list[int]:
+        if self._is_plain:
+            return [tensor.data_ptr() for tensor in self._tensors]
         return [local(tensor).data_ptr() for tensor in self._tensors]
 
     def is_in_place(self) -> bool:
@@ -91,13 +101,17 @@ class _Group:
 
     def _differs(self) -> Tensor:
         """Return which of all sampled elements differ, shape [sum of the lengths]."""
-        if self.is_in_place():
-            now = torch.cat(self._views)
-        else:
-            parts = [self._current(index, tensor) for index, tensor in enumerate(self._tensors)]
-            now = torch.cat(parts)
+        now = self._now()
         both_nan = now.isnan() & self._kept.isnan()
         return (now != self._kept) & ~both_nan
+
+    def _now(self) -> Tensor:
+        """Return the samples as they are now."""
+        if self.is_in_place():
+            return torch.cat(self._views)
+        return torch.cat(
+            [self._current(index, tensor) for index, tensor in enumerate(self._tensors)]
+        )
 
     def _current(self, index: int, tensor: Tensor) -> Tensor:
         """Return the sample of a tensor whose memory may be another now."""
@@ -111,9 +125,9 @@ class _Group:
 
     def changed_on_host(self) -> list[Tensor]:
         """Return the tensors whose samples differ."""
-        differs = self._differs()
-        if not differs.any():
+        if torch.equal(self._now(), self._kept):
             return []
+        differs = self._differs()
         parts = torch.split(differs, self._lengths)
         pairs = zip(self._tensors, parts, strict=True)
         return [tensor for tensor, part in pairs if part.any()]
@@ -121,11 +135,12 @@ class _Group:
     def flags(self) -> dict[Tensor, Tensor]:
         """Return by tensor a boolean scalar: whether its samples differ."""
         differs = self._differs().to(torch.float32)
-        owners = torch.repeat_interleave(
-            torch.arange(len(self._lengths)), torch.tensor(self._lengths)
-        ).to(differs.device, non_blocking=True)
+        if self._owners is None:
+            self._owners = torch.repeat_interleave(
+                torch.arange(len(self._lengths)), torch.tensor(self._lengths)
+            ).to(differs.device, non_blocking=True)
         counts = torch.zeros(len(self._lengths), device=differs.device)
-        counts.index_add_(0, owners, differs)
+        counts.index_add_(0, self._owners.to(differs.device), differs)
         return dict(zip(self._tensors, (counts > 0).unbind(), strict=True))
 
 

@@ -1,25 +1,33 @@
 """The window: the time between moving weights and restoring them."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrad.errors import RegradError
-from regrad.samples import Samples
-from regrad.sharding import local, locals_of
+from regrad.exchange import adopt_, extrapolate_, swap_
+from regrad.hookspecs import LastStep
+from regrad.kept_weights import Holds, Kept, Loaded, loaded_from
+from regrad.samples import Samples, sample
+from regrad.sharding import is_sharded, local
+
+Move = Tensor | LastStep | None
 
 
 class Window:
     """Moves weights and restores them bit for bit, but for those that were written meanwhile.
 
-    The true weights are copied into buffers that are kept from step to step:
-    allocating them anew costs several times the copy.
+    One buffer per parameter, kept from step to step: allocating it anew costs several times the
+    copy. While the weights are moved it holds the true ones. After the optimizer's step it still
+    holds those from before the step, so that a `LastStep` can be followed.
 
     Attributes:
         is_open: Whether the weights of this step were already asked for; true also
             when nothing had to be moved.
-        moved: The parameters that are moved now.
         overwritten: Those that held other values than the window's at its last closing.
         overwritten_on_device: How many more there were so far whose values only their device
             knows; a scalar there, or None.
@@ -27,115 +35,249 @@ class Window:
 
     def __init__(self) -> None:
         self.is_open = False
-        self.moved: list[Tensor] = []
         self.overwritten: list[Tensor] = []
         self.overwritten_on_device: Tensor | None = None
-        self._buffers: dict[Tensor, Tensor] = {}
+        self._kept: dict[Tensor, Kept] = {}
+        self._moved: list[Kept] = []
+        self._loaded: dict[Tensor, Loaded] = {}
         self._samples = Samples([])
 
+    @property
+    def moved(self) -> list[Tensor]:
+        """The parameters that are moved now."""
+        return [kept.parameter for kept in self._moved]
+
+    # ---- moving
+
     @torch.no_grad()
-    def open(
-        self, parameters: Sequence[Tensor], displacements: Sequence[Tensor | None] | None
-    ) -> bool:
-        """Add a displacement to each parameter.
+    def open(self, parameters: Sequence[Tensor], moves: Sequence[Move] | None) -> bool:
+        """Move each parameter.
 
         Args:
             parameters: The live parameters. Overwritten until `close`.
-            displacements: One per parameter, of its local shape, or None.
+            moves: One per parameter: a displacement of its local shape, a `LastStep`, or None.
 
         Returns:
             Whether any parameter was moved.
 
         Raises:
-            RegradError: If the number of displacements is not the number of parameters.
+            RegradError: If the number of moves is not the number of parameters.
         """
-        displacements = displacements or [None] * len(parameters)
-        if len(displacements) != len(parameters):
+        moves = moves or [None] * len(parameters)
+        if len(moves) != len(parameters):
             raise RegradError(
-                f"predict_weights must return {len(parameters)} displacements, "
-                f"got {len(displacements)}"
+                f"predict_weights must return {len(parameters)} displacements, got {len(moves)}"
             )
-        pairs = zip(parameters, displacements, strict=True)
-        moves = {parameter: local(move) for parameter, move in pairs if move is not None}
         self.is_open = True
-        if not moves:
-            self._buffers = {}
+        self._take_loaded()
+        if self._follows():
+            self._forget_what_was_written()
+        pairs = zip(parameters, moves, strict=True)
+        wanted = [(self._kept_of(p), move) for p, move in pairs if move is not None]
+        self._kept = {kept.parameter: kept for kept, _ in wanted}
+        if not wanted:
             return False
-        self._buffers = {parameter: self._buffer(parameter) for parameter in moves}
-        live = locals_of(moves)
-        torch._foreach_copy_(list(self._buffers.values()), live)
-        torch._foreach_add_(live, list(moves.values()))
-        self.moved = list(moves)
+        self._moved = self._move(wanted)
         self._watch()
-        return True
+        return bool(self._moved)
+
+    def _move(self, wanted: Sequence[tuple[Kept, Tensor | LastStep]]) -> list[Kept]:
+        """Move parameters, so that each buffer holds the true weights; return what was moved."""
+        displaced: list[tuple[Kept, Tensor]] = []
+        followed: list[tuple[Kept, LastStep]] = []
+        again: list[Kept] = []
+        stale: list[Kept] = []
+        moved: list[Kept] = []
+        for kept, move in wanted:
+            kept.is_followed = isinstance(move, LastStep)
+            if isinstance(move, Tensor):
+                displaced.append((kept, local(move)))
+            elif kept.holds is Holds.AHEAD:
+                again.append(kept)
+            elif kept.holds is Holds.BEFORE and _goes_anywhere(move):
+                followed.append((kept, move))
+            elif kept.holds is not Holds.TRUE:
+                stale.append(kept)
+                continue
+            else:
+                continue
+            moved.append(kept)
+        _copy([*stale, *(kept for kept, _ in displaced)])
+        if displaced:
+            live = [kept.live for kept, _ in displaced]
+            torch._foreach_add_(live, [displacement for _, displacement in displaced])
+        extrapolate_(*_pairs([kept for kept, _ in followed]), [step for _, step in followed])
+        swap_(*_pairs(again))
+        for kept, _ in wanted:
+            kept.holds = Holds.TRUE
+        return moved
+
+    @torch.no_grad()
+    def where_to(self, parameters: Sequence[Tensor], moves: Sequence[Move]) -> list[Tensor | None]:
+        """Return where `open` would move each parameter, as a new tensor; None where it stays.
+
+        Args:
+            parameters: The live parameters.
+            moves: As for `open`, of any number.
+        """
+        self._take_loaded()
+        written = set(self._samples.rewritten())
+        places: list[Tensor | None] = []
+        # The window refuses a wrong number of moves, and says so better.
+        for parameter, move in zip(parameters, moves, strict=False):
+            if isinstance(move, LastStep) and parameter in written:
+                places.append(None)
+            else:
+                places.append(self._place(parameter, move))
+        return places
+
+    def _place(self, parameter: Tensor, move: Move) -> Tensor | None:
+        """Return where a parameter would go that nobody wrote since its last step, or None."""
+        part = local(parameter.detach())
+        if isinstance(move, Tensor):
+            return part + local(move)
+        kept = self._kept.get(parameter)
+        if move is None or kept is None or not kept.fits(part):
+            return None
+        if kept.holds is Holds.AHEAD:
+            return kept.tensor.clone()
+        if kept.holds is Holds.BEFORE and _goes_anywhere(move):
+            ahead = part.clone()
+            extrapolate_([ahead], [kept.tensor.clone()], [move])
+            return ahead
+        return None
+
+    def _follows(self) -> bool:
+        """Say whether any parameter goes on along its last steps."""
+        return any(kept.is_followed for kept in self._kept.values())
+
+    def _kept_of(self, parameter: Tensor) -> Kept:
+        """Return the buffer of a parameter, kept from step to step while it fits."""
+        part = local(parameter)
+        kept = self._kept.get(parameter)
+        if kept is None or not kept.fits(part):
+            return Kept(parameter, torch.empty_like(part, requires_grad=False))
+        return kept
+
+    # ---- what somebody else wrote
 
     def _watch(self) -> None:
-        """Note what was written, to know later whether it is still there."""
-        watched = self._samples.tensors
-        is_same = [id(tensor) for tensor in watched] == [id(parameter) for parameter in self.moved]
+        """Note what the parameters hold, to know later whether it is still there."""
+        watched = list(self._kept)
+        is_same = [*map(id, self._samples.tensors)] == [*map(id, watched)]
         if is_same and self._samples.is_in_place():
             self._samples.take()
         else:
-            self._samples = Samples(self.moved)
-
-    def _buffer(self, parameter: Tensor) -> Tensor:
-        """Return a tensor for the true weights of a parameter, kept from step to step."""
-        part = local(parameter)
-        kept = self._buffers.get(parameter)
-        if kept is None:
-            return torch.empty_like(part)
-        is_alike = (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)
-        return kept if is_alike else torch.empty_like(part)
+            self._samples = Samples(watched)
 
     def rewritten(self) -> list[Tensor]:
         """Return the moved parameters that somebody else wrote. Reads nothing on a device."""
-        return self._samples.rewritten() if self.moved else []
+        written = self._samples.rewritten() if self._moved else []
+        if not written:
+            return []
+        moved = set(self.moved)
+        return [parameter for parameter in written if parameter in moved]
+
+    def _forget_what_was_written(self) -> dict[Tensor, Tensor]:
+        """Let no buffer hold what is no longer of use because somebody else wrote the weights.
+
+        It then holds nothing.
+
+        Returns:
+            Of parameters on a device flags that only it can read. Where one is set, the buffer
+            holds what was written.
+        """
+        for parameter in self._samples.rewritten():
+            if parameter in self._kept:
+                self._kept[parameter].holds = Holds.NOTHING
+        flags = {
+            parameter: flag
+            for parameter, flag in self._samples.flags().items()
+            if parameter in self._kept and self._kept[parameter].holds is not Holds.NOTHING
+        }
+        fitting = [self._kept[p] for p in flags if self._kept[p].fits(local(p))]
+        weights, buffers = _pairs(fitting)
+        adopt_(buffers, weights, [flags[kept.parameter] for kept in fitting])
+        return flags
+
+    # ---- restoring
 
     @torch.no_grad()
-    def close(self) -> bool:
+    def close(self, *, before_step: bool = False) -> bool:
         """Restore the moved parameters that nobody else wrote.
+
+        Args:
+            before_step: Whether the optimizer steps now: the buffers then hold the weights from
+                which it does. Else where parameters were moved to along their last step is kept,
+                should the forward pass of this step come again.
 
         Returns:
             Whether any parameter was moved.
         """
-        if not self.moved:
-            self.is_open = False
-            return False
-        self.overwritten = self.rewritten()
-        flags = self._samples.flags()
-        newer = set(self.overwritten)
-        unwritten = [parameter for parameter in self.moved if parameter not in newer]
-        self.moved = []
         self.is_open = False
-        known = [parameter for parameter in unwritten if parameter not in flags]
-        if known:
-            true = [self._buffers[parameter] for parameter in known]
-            torch._foreach_copy_(locals_of(known), true)
-        unknown = [parameter for parameter in unwritten if parameter in flags]
-        self._restore_on_device({parameter: flags[parameter] for parameter in unknown})
-        return True
-
-    def _restore_on_device(self, flags: dict[Tensor, Tensor]) -> None:
-        """Restore the parameters whose flag is not set, without waiting for the device."""
-        for parameter, is_newer in flags.items():
-            live = local(parameter)
-            torch.where(is_newer, live, self._buffers[parameter].to(live), out=live)
+        if before_step:
+            self._take_loaded()
+        follows = self._follows()
+        if not self._moved and not (before_step and follows):
+            return False
+        flags = self._forget_what_was_written()
+        moved = self._moved
+        self._moved = []
+        self.overwritten = [kept.parameter for kept in moved if kept.holds is Holds.NOTHING]
+        _restore([kept for kept in moved if kept.holds is Holds.TRUE], comes_again=not before_step)
         if flags:
-            self._count_on_device(list(flags.values()))
+            found = [flags.get(kept.parameter) for kept in moved]
+            self._count_on_device([flag for flag in found if flag is not None])
+        if before_step:
+            self._begin_step()
+        elif follows:
+            self._watch()
+        return bool(moved)
 
     def _count_on_device(self, flags: list[Tensor]) -> None:
         """Add the flags that are set to the count of all so far."""
-        count = torch.stack([flag.to(torch.float32) for flag in flags]).sum()
-        if self.overwritten_on_device is not None:
-            count += self.overwritten_on_device.to(count)
-        self.overwritten_on_device = count
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for flag in flags:
+            by_device.setdefault(flag.device, []).append(flag)
+        for alike in by_device.values():
+            count = torch.stack(alike).sum(dtype=torch.float32)
+            if self.overwritten_on_device is not None:
+                count += self.overwritten_on_device.to(count)
+            self.overwritten_on_device = count
+
+    # ---- the step
+
+    def _begin_step(self) -> None:
+        """Let the buffers hold the weights that the optimizer steps from."""
+        followed = [kept for kept in self._kept.values() if kept.is_followed]
+        _copy([kept for kept in followed if kept.holds is not Holds.TRUE])
+        for kept in followed:
+            kept.holds = Holds.TRUE
+            kept.writes = kept.live._version
+            kept.has_gradient = kept.parameter.grad is not None
+
+    def end_step(self) -> None:
+        """Note that the optimizer stepped the parameters with a gradient, and those it wrote."""
+        for kept in self._kept.values():
+            if not (kept.is_followed and kept.holds is Holds.TRUE):
+                continue
+            if kept.has_gradient or kept.live._version != kept.writes:
+                kept.holds = Holds.BEFORE
+        self.note_writes()
+
+    def note_writes(self) -> None:
+        """Take what was written until now as the optimizer's doing."""
+        if self._follows():
+            self._watch()
+
+    # ---- the checkpoint
 
     def true_weights(self) -> dict[Tensor, Tensor]:
         """Return copies of the true weights, by moved parameter.
 
         They are copies because the buffers are used again.
         """
-        if not self.moved:
+        if not self._moved:
             return {}
         newer = set(self.rewritten())
         flags = self._samples.flags()
@@ -145,9 +287,103 @@ class Window:
                 continue
             copy = parameter.detach().clone()
             part = local(copy)
-            true = self._buffers[parameter].to(part)
+            true = self._kept[parameter].tensor.to(part)
             if parameter in flags:
                 true = torch.where(flags[parameter], part, true)
             part.copy_(true)
             copies[parameter] = copy
         return copies
+
+    def state_dict(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
+        """Return what a resumed run needs to predict the same: copies, by parameter name.
+
+        Args:
+            names: Of the parameters.
+
+        Returns:
+            Empty where no `LastStep` is followed; else "before", the weights before the last step;
+            "ahead", where those are that were moved already in the step under way; "beside", a few
+            of the weights that belong to either, but for shards: by them it is known later whether
+            they were loaded too.
+        """
+        state: dict[str, Any] = {"before": {}, "ahead": {}, "beside": {}}
+        written = set(self._samples.rewritten())
+        moved = set(self.moved)
+        for parameter, kept in self._kept.items():
+            if parameter not in names or parameter in written or not kept.is_followed:
+                continue
+            live = local(parameter.detach())
+            if parameter in moved:
+                loaded = Loaded(Holds.AHEAD, live.clone(), sample(kept.tensor).clone())
+            elif kept.holds in (Holds.BEFORE, Holds.AHEAD):
+                loaded = Loaded(kept.holds, kept.tensor.clone(), sample(live).clone())
+            else:
+                continue
+            if is_sharded(parameter):
+                loaded.beside = None
+            loaded.write(state, names[parameter])
+        for parameter, loaded in self._loaded.items():
+            if parameter in names:
+                loaded.write(state, names[parameter])
+        return state if state["before"] or state["ahead"] else {}
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` returned; it is used with the weights of the next forward.
+
+        Args:
+            state: Empty, or as `state_dict` returned it.
+            parameters: By name.
+        """
+        self._kept = {}
+        self._samples = Samples([])
+        self._loaded = {}
+        for name, parameter in parameters.items():
+            loaded = loaded_from(state, name)
+            if loaded is not None:
+                self._loaded[parameter] = loaded
+
+    def _take_loaded(self) -> None:
+        """Put what was loaded into the buffers, where it belongs to the weights there are."""
+        loaded = self._loaded
+        self._loaded = {}
+        for parameter, one in loaded.items():
+            part = local(parameter.detach())
+            if is_sharded(parameter):
+                # It may be a sample of the whole weights.
+                one.beside = None
+            if one.is_of(part):
+                tensor = torch.empty_like(part)
+                tensor.copy_(one.tensor)
+                self._kept[parameter] = Kept(parameter, tensor, holds=one.holds, is_followed=True)
+
+
+def _goes_anywhere(step: LastStep) -> bool:
+    """Say whether a last step is to be followed at all; a tensor is not read to know it."""
+    return isinstance(step.factor, Tensor) or step.factor != 0
+
+
+def _pairs(chosen: Sequence[Kept]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the live weights and the buffers."""
+    return [kept.live for kept in chosen], [kept.tensor for kept in chosen]
+
+
+def _copy(chosen: Sequence[Kept]) -> None:
+    """Copy weights into their buffers."""
+    if chosen:
+        weights, buffers = _pairs(chosen)
+        torch._foreach_copy_(buffers, weights)
+
+
+def _restore(chosen: Sequence[Kept], *, comes_again: bool) -> None:
+    """Give parameters their true weights; keep where they were if that may come again."""
+    again = [kept for kept in chosen if kept.is_followed and comes_again]
+    rest = [kept for kept in chosen if not (kept.is_followed and comes_again)]
+    swap_(*_pairs(again))
+    for kept in again:
+        kept.holds = Holds.AHEAD
+    if rest:
+        weights, buffers = _pairs(rest)
+        torch._foreach_copy_(weights, buffers)
+    for kept in rest:
+        if not kept.is_followed:
+            kept.holds = Holds.NOTHING

@@ -10,7 +10,7 @@ reference = load_beside(__file__, "reference")
 
 
 class OtherLibrary(torch.optim.Adam):
-    """Adam's numbers under another class: the displacement form, which has state."""
+    """Adam's numbers under another class, of whose decay nothing is known."""
 
 
 class TestXGrad(CorrectionSuite):
@@ -19,7 +19,7 @@ class TestXGrad(CorrectionSuite):
     optimizers = {
         **CorrectionSuite.optimizers,
         "adam3": partial(AdaM3, lr=1e-3, weight_decay=0.1),
-        "displacement": partial(OtherLibrary, lr=0.01),
+        "foreign": partial(OtherLibrary, lr=0.01),
     }
 
     def reference(self, step):

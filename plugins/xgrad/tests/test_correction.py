@@ -1,7 +1,6 @@
 import math
 import subprocess
 import sys
-import types
 import warnings
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from regrad_xgrad import AdaM3, XGrad
-from regrad_xgrad.state_forms import state_form
+from regrad_xgrad.decay import decoupled_decay
 
 RATES = [0.1, 0.1, 0.07, 0.2, 0.0, 0.05, 0.03, 0.11, 0.09, 0.02]
 WIDTH = 7
@@ -201,6 +200,37 @@ def test_horizon_of_the_momentum_is_nesterov_at_a_constant_rate(momentum):
             torch.testing.assert_close(point, nesterov.weight.detach(), rtol=0, atol=1e-14)
 
 
+def cosine(steps):
+    return [0.05 * (1 + math.cos(math.pi * step / steps)) + 1e-4 for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("make", "decay"),
+    [
+        (lambda reference: reference.Adam(decoupled=True, decay=0.1), 0.1),
+        (lambda reference: reference.Adam(amsgrad=True, decay=0.1), 0.0),
+        (lambda reference: reference.SGD(momentum=0.9, decay=0.01), 0.0),
+        (lambda reference: reference.RMSprop(momentum=0.9, eps=1e-2), 0.0),
+        (lambda reference: reference.AdaM3(eps=1e-3, decay=0.1), 0.1),
+        (lambda reference: reference.AdaBelief(eps=1e-3, decay=0.1), 0.1),
+    ],
+    ids=["adamw", "adam amsgrad coupled decay", "sgd", "rmsprop", "adam3", "adabelief"],
+)
+def test_going_on_along_the_last_step_is_what_the_optimizers_state_says(make, decay, reference):
+    """The two references agree: fifty steps under a cosine, where the prediction itself is large."""
+    model = Quadratic()
+    start = model.weight.detach().clone()
+    rates = cosine(50)
+    of_state, points = reference.train(start, model.gradient_at, make(reference), rates, 1.0)
+    of_steps, their_points = reference.train_from_displacement(
+        start, model.gradient_at, make(reference), rates, 1.0, decay, [True] * 50
+    )
+    for got, want in zip(of_steps + their_points, of_state + points, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    moved = [(p - w).abs().max() for p, w in zip(points[1:], of_state[:-1], strict=True)]
+    assert max(moved) > 1e-2
+
+
 class ForeignAdamW(torch.optim.AdamW):
     """The same numbers under another class: its state must not be read."""
 
@@ -343,21 +373,36 @@ def test_the_displacement_form_of_adabelief_is_its_state_form(options):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
-class NoAdaBelief(torch.optim.Adam):
-    """Stands in for AdaBelief where the library is absent: same place, so the state form is asked for."""
+class OfPytorchOptimizer(torch.optim.Adam):
+    """Stands in for the library's optimizers where it is absent."""
+
+    __module__ = "pytorch_optimizer.optimizer.adabelief"
 
 
-@pytest.mark.parametrize("variant", ["rectify", "adanorm", "adam_debias"])
-def test_only_adabelief_itself_in_its_plain_form_has_a_state_form(variant, monkeypatch):
-    weight = [torch.nn.Parameter(torch.ones(1))]
-    group = {"ams_bound": False, "rectify": False}
-    assert state_form(NoAdaBelief(weight), group) is None
-    module = types.ModuleType("pytorch_optimizer.optimizer.adabelief")
-    module.AdaBelief = NoAdaBelief
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert state_form(NoAdaBelief(weight), group)[0] == "exp_avg"
-    assert state_form(NoAdaBelief(weight), {**group, variant: True}) is None
-    assert state_form(type("Sub", (NoAdaBelief,), {})(weight), group) is None
+@pytest.mark.parametrize(
+    ("cls", "group", "decay"),
+    [
+        (torch.optim.AdamW, {"weight_decay": 0.1, "decoupled_weight_decay": True}, 0.1),
+        (torch.optim.Adam, {"weight_decay": 0.1, "decoupled_weight_decay": False}, 0.0),
+        (torch.optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}, 0.1),
+        (torch.optim.SGD, {"weight_decay": 0.1}, 0.0),
+        (torch.optim.Muon, {"weight_decay": 0.1}, 0.1),
+        (AdaM3, {"weight_decay": 0.1}, 0.1),
+        (ForeignSGD, {"weight_decay": 0.0}, 0.0),
+        (ForeignSGD, {"weight_decay": 0.1}, None),
+        (OfPytorchOptimizer, {"weight_decay": 0.1, "weight_decouple": True}, 0.1),
+        (OfPytorchOptimizer, {"weight_decay": 0.1, "weight_decouple": False}, 0.0),
+        (
+            OfPytorchOptimizer,
+            {"weight_decay": 0.1, "weight_decouple": True, "fixed_decay": True},
+            None,
+        ),
+        (OfPytorchOptimizer, {"weight_decay": 0.1}, None),
+    ],
+)
+def test_the_decay_of_an_optimizer_is_known_by_its_class_and_groups(cls, group, decay):
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    assert decoupled_decay(cls([weight], lr=0.1), group) == decay
 
 
 def test_attaching_imports_no_optional_library():
@@ -409,22 +454,20 @@ def test_weights_come_back_bit_for_bit_before_the_update():
             assert torch.equal(seen[-1], before)
 
 
-def test_a_stale_momentum_still_moves_a_parameter_without_gradient():
-    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "idle": torch.nn.Linear(2, 1)})
-    points = []
-    model.forward = lambda x, both: (
-        points.append(model["idle"].weight.detach().clone())
-        or (model["used"](x).sum() + (model["idle"](x).sum() if both else 0.0))
-    )
+def test_a_parameter_without_a_gradient_stays_whatever_its_momentum():
+    model = Halves()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    x = torch.ones(3, 2)
     with regrad.attach(model, optimizer, ["xgrad"]):
-        for both in (True, False):
-            optimizer.zero_grad(set_to_none=True)
-            model(x, both).backward()
+        for both in (True, False, True):
+            optimizer.zero_grad()
+            model(both).backward()
             optimizer.step()
-    weight, buffer = model["idle"].weight, optimizer.state[model["idle"].weight]["momentum_buffer"]
-    torch.testing.assert_close(points[1], weight.detach() - 0.1 * buffer, rtol=0, atol=0)
+            if both:
+                weight = model.idle.detach().clone()
+    start, after_its_step, without_one = model.points
+    # the second forward looks past the first step; the third finds that the second made none
+    torch.testing.assert_close(after_its_step, without_one + (without_one - start))
+    assert not torch.equal(weight, without_one)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class OtherLibrary(torch.optim.Adam):
-    """Adam's numbers under another class: the displacement form."""
+    """Adam's numbers under another class."""
 
 
 OPTIMIZERS = {
@@ -18,7 +18,7 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "adam3": lambda p: AdaM3(p, lr=1e-3, weight_decay=0.1),
     "adam3-foreach": lambda p: AdaM3(p, lr=1e-3, foreach=True),
-    "displacement": lambda p: OtherLibrary(p, lr=0.01),
+    "foreign": lambda p: OtherLibrary(p, lr=0.01),
 }
 
 

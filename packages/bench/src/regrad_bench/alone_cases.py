@@ -63,9 +63,23 @@ def alone_cases() -> list[Case]:
     looped = replace(
         fused, name="alone/xgrad-looped", peer="AdamW step, looped", build=_xgrad_looped, goal=None
     )
+    compiled = replace(
+        fused,
+        name="alone/xgrad-compiled",
+        ours="xgrad's prediction, compiled, and restore",
+        build=_xgrad_compiled,
+        goal=1.1,
+    )
+    held = Case(
+        name="alone/xgrad-memory",
+        ours="xgrad's first step",
+        peer="one copy of the weights",
+        build=_xgrad_memory,
+        memory_goal=1.05,
+    )
     losses = [_loss_case(*size, goal) for size, goal in LOSS_SIZES.items()]
     optimizers = [_optimizer_case(name) for name in regrad.available("regrad.optimizers")]
-    return [*gradients, fused, looped, *losses, *optimizers]
+    return [*gradients, fused, looped, compiled, held, *losses, *optimizers]
 
 
 def _sgd(gradients: Gradients) -> SGD:
@@ -158,30 +172,54 @@ def _adanorm(setting: Setting) -> Pair:
 
 
 def _xgrad(setting: Setting) -> Pair:
-    return _xgrad_against(setting, fused=True, foreach=False)
+    return _xgrad_against(setting, "xgrad", fused=True, foreach=False)
 
 
 def _xgrad_looped(setting: Setting) -> Pair:
-    return _xgrad_against(setting, fused=False, foreach=False)
+    return _xgrad_against(setting, "xgrad", fused=False, foreach=False)
 
 
-def _xgrad_against(setting: Setting, **kind: bool) -> Pair:
+def _xgrad_compiled(setting: Setting) -> Pair:
+    return _xgrad_against(setting, "xgrad:compiled=true", fused=True, foreach=False)
+
+
+def _xgrad_against(setting: Setting, correction: str, **kind: bool) -> Pair:
     """Time the window beside a plain step on weights of its own.
 
     On the same weights the plain step would be another optimizer's, and the prediction would pause.
     """
     gradients = resnet50_gradients(setting.device, quick=setting.quick)
     attached_to = AdamW(gradients.parameters, lr=1e-6, betas=BETAS, **kind)
-    attached_to.step()
-    attached = Attached(gradients.model, attached_to, ["xgrad"])
+    attached = Attached(gradients.model, attached_to, [correction])
     others = resnet50_gradients(setting.device, quick=setting.quick)
     plain = AdamW(others.parameters, lr=1e-6, betas=BETAS, **kind)
+
+    def prepare() -> None:
+        """Take a step of the optimizer, along which the next prediction goes on."""
+        attached_to.step()
+        attached.pass_the_meter()
+
+    prepare()
+    attached.predict_and_restore()
     return Pair(
         ours=attached.predict_and_restore,
         peer=plain.step,
-        prepare=attached.pass_the_meter,
+        prepare=prepare,
         close=attached.attachment.detach,
     )
+
+
+def _xgrad_memory(setting: Setting) -> Pair:
+    """Compare what is allocated in a first step with one copy of the weights."""
+    gradients = resnet50_gradients(setting.device, quick=setting.quick)
+
+    def first_step() -> None:
+        attached = Attached(gradients.model, _sgd(gradients), ["xgrad"])
+        attached.correct()
+        attached.correct()
+        attached.attachment.detach()
+
+    return Pair(ours=first_step, peer=lambda: [torch.empty_like(p) for p in gradients.parameters])
 
 
 def _optimizer_case(name: str) -> Case:

@@ -117,6 +117,7 @@ class Attached:
         self.engine.after_step()
 
     def predict_and_restore(self) -> None:
-        """Open the window and close it again."""
+        """Do what the window does in a step."""
         self.engine.before_forward(self.model)
-        self.engine.close_window()
+        self.engine.window.close(before_step=True)
+        self.engine.window.end_step()

@@ -45,7 +45,7 @@ class Averaged(Correction):
 
 
 class OtherLibrary(torch.optim.Adam):
-    """Adam's numbers under another class: XGrad then keeps the last displacement itself."""
+    """Adam's numbers under another class."""
 
 
 CASES = {

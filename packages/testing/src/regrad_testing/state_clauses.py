@@ -27,6 +27,8 @@ class StateClauses(Settings):
         for name in self.trains_on():
             training = self.train(name)
             for index in range(self.problem.steps):
+                # The first forward of a step predicts with the rate that the step will have.
+                training.set_rates(index)
                 true = training.weights()
                 _require_true_evaluation(training, true, f"on {name}, before step {index}")
                 training.outer(training.problem.batch(index).inputs)

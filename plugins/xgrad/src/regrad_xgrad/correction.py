@@ -12,35 +12,39 @@ from typing import Any
 import torch
 from regrad import Attachment, Correction, RegradError, RegradWarning
 from regrad.correction import Control, Needs
-from regrad.hookspecs import Step, learning_rate
+from regrad.hookspecs import LastStep, Step, learning_rate
 from regrad.optimizers import looks_ahead, nesterov_control
-from regrad.sharding import local
 from regrad.signatures import takes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrad_xgrad.decay import decoupled_decay
 from regrad_xgrad.functional import Scalar
-from regrad_xgrad.state_forms import decoupled_decay, state_form
 
 
 class XGrad(Correction):
     r"""Take each step's gradient at predicted weights.
 
-    Per optimizer step: keep θ, move to :math:`\hat\theta = \theta - s\,\eta\,D`,
-    run forward and backward there, restore θ, step as usual. D is what the last
-    step subtracted per unit of learning rate, read from the state of torch's SGD
-    with momentum, RMSprop with momentum, Adam and AdamW, of `AdaM3`, and of
-    pytorch_optimizer's AdaBelief; for every other optimizer the last displacement
-    takes its place,
-    :math:`s\,\eta_t D = -s\,(\eta_t/\eta_{t-1})(\theta_t - \theta_{t-1})`,
-    after decoupled decay has been taken out of it where a step was made. The first step
-    predicts nothing.
+    Per optimizer step: keep θ, go on along the last step, run forward and backward
+    there, restore θ, step as usual. With rate :math:`\eta`, decoupled decay
+    :math:`\lambda` and horizon s,
+
+    .. math:: \hat\theta_t = \theta_t
+        + s\,\frac{\eta_t}{\eta_{t-1}}(\theta_t - (1-\eta_{t-1}\lambda)\,\theta_{t-1}).
+
+    Nothing is read of the optimizer's state: what it will subtract per unit of rate is
+    taken to be what it subtracted last. Parameters that the last step left alone, and
+    all of them in the first step, stay where they are.
 
     Args:
         horizon: s, how many updates ahead. Real, at least 0.
         decoupled_decay: Decay rate λ of a foreign optimizer whose step contains
             :math:`-\eta\lambda\theta`; at least 0. None reads it from torch's own
-            classes and warns where a foreign one has a weight decay.
+            classes, AdaM3 and pytorch_optimizer's groups, and warns where another has a
+            weight decay.
+        compiled: Compile the pass over large tensors on a CPU by `torch.compile`, once in a
+            process; without a compiler it goes on uncompiled, after a warning. The weights
+            differ by rounding.
         allow_double_lookahead: Permit an optimizer that takes a Nesterov step itself
             (`nesterov=True`, NAdam), or a second correction that looks ahead.
 
@@ -57,9 +61,11 @@ class XGrad(Correction):
 
     References:
         Guan, Li, Shi and Meng, 2023, "XGrad: Boosting Gradient-Based Optimizers With
-        Weight Prediction", algorithm 1. Unlike the authors' code it works after
-        `zero_grad(set_to_none=True)`, restores the weights bit for bit, reads
-        AMSGrad's buffer, and covers every optimizer.
+        Weight Prediction", algorithm 1, which reads the direction from the state of
+        five optimizers; from the weights it comes out the same but for rounding, for
+        every optimizer. Unlike the authors' code this works after
+        `zero_grad(set_to_none=True)`, restores the weights bit for bit, and covers
+        AMSGrad.
     """
 
     name = "xgrad"
@@ -67,7 +73,7 @@ class XGrad(Correction):
         stages=("weights",),
         exclusive=("look-ahead",),
         layouts=("plain", "ddp", "fsdp2"),
-        reads=("elements", "moments"),
+        reads=("elements",),
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,7 @@ class XGrad(Correction):
 
         horizon: float = 1.0
         decoupled_decay: float | None = None
+        compiled: bool = False
         allow_double_lookahead: bool = False
 
         def __post_init__(self) -> None:
@@ -89,12 +96,8 @@ class XGrad(Correction):
         super().__init__(**options)
         if self.options.allow_double_lookahead:
             self.needs = with_changes(self.needs, exclusive=())
-        self._displacements: dict[str, Tensor] = {}
-        # The displacement form keeps the weights before a step, then the step and its rate.
-        self._before: dict[str, Tensor] = {}
-        self._noted: set[str] = set()
-        self._last: dict[str, Tensor] = {}
-        self._last_rates: dict[str, Scalar] = {}
+        # Rate of the last step, and rate times decoupled decay, by parameter name.
+        self._last: dict[str, dict[str, Scalar]] = {}
 
     def setup(self, attachment: Attachment) -> None:
         """Refuse an optimizer without a rate, or that looks ahead; warn where decay is unknown."""
@@ -115,94 +118,42 @@ class XGrad(Correction):
         if self.options.decoupled_decay is None:
             _warn_of_unknown_decay(optimizer)
 
-    def predict_weights(self, step: Step) -> list[Tensor | None]:
-        """Return the displacements to the predicted weights."""
-        moved: dict[str, Tensor] = {}
-        for group in step.optimizer.param_groups:
-            moved.update(self._predict(step, group))
-        return [moved.get(name) for name in step.names]
+    def predict_weights(self, step: Step) -> list[LastStep]:
+        """Return how far each parameter goes on along its last step."""
+        factors = _Factors(self.options.horizon)
+        return [self._go_on(name, step.lr_of(p), factors) for name, p in step.named_parameters()]
 
-    def _predict(self, step: Step, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the displacement of each parameter of one group that has a direction, by name."""
-        members = {
-            name: parameter
-            for name, parameter in step.named_parameters()
-            if step.group_of(parameter) is group
-        }
-        form = state_form(step.optimizer, group)
-        if form is None:
-            moved = {
-                name: self._predict_from_displacement(name, parameter, step)
-                for name, parameter in members.items()
-            }
-            return {name: move for name, move in moved.items() if move is not None}
-        key, write = form
-        states: list[Mapping[str, Any]] = []
-        rates: list[Scalar] = []
-        displacements: dict[str, Tensor] = {}
-        for name, parameter in members.items():
-            state = step.optimizer.state.get(parameter, {})
-            if state.get(key) is not None:
-                states.append(state)
-                rates.append(self.options.horizon * step.lr_of(parameter))
-                displacements[name] = self._buffer(self._displacements, name, parameter)
-        if displacements:
-            write(list(displacements.values()), states, group, rates)
-        return displacements
-
-    def _predict_from_displacement(
-        self, name: str, parameter: nn.Parameter, step: Step
-    ) -> Tensor | None:
-        """Scale the last step by the change of the learning rate; keep the weights for the next."""
-        self._buffer(self._before, name, parameter).copy_(local(parameter))
-        self._noted.add(name)
-        if name not in self._last:
-            return None
-        ratio = _ratio(step.lr_of(parameter), self._last_rates[name], local(parameter).device)
-        if ratio is None:
-            return None
-        out = self._buffer(self._displacements, name, parameter)
-        return torch.mul(self._last[name].to(out), self.options.horizon * ratio, out=out)
+    def _go_on(self, name: str, rate: Scalar, factors: _Factors) -> LastStep:
+        """Return s·η_t/η_{t−1} last steps, without their decoupled decay."""
+        last = self._last.get(name)
+        if last is None:
+            return LastStep(factor=0.0)
+        return LastStep(
+            factor=factors.of(rate, last["rate"]),
+            decay=last["decay"],
+            is_compiled=self.options.compiled,
+        )
 
     def after_step(self, step: Step) -> None:
-        """Keep what the step did, where the displacement form needs it."""
+        """Keep the rate of the step, and the decay in it, once for each group."""
+        of_groups: dict[int, dict[str, Scalar]] = {}
+        last: dict[str, dict[str, Scalar]] = {}
         for name, parameter in step.named_parameters():
-            if name in self._noted:
-                self._keep_step(name, parameter, step)
-            else:
-                self._last.pop(name, None)
-        self._noted.clear()
+            group = step.group_of(parameter)
+            if id(group) not in of_groups:
+                of_groups[id(group)] = self._rate_and_decay(step, parameter)
+            last[name] = of_groups[id(group)]
+        self._last = last
 
-    def _keep_step(self, name: str, parameter: nn.Parameter, step: Step) -> None:
-        """Keep the step of one parameter, without decoupled decay, and its rate."""
+    def _rate_and_decay(self, step: Step, parameter: nn.Parameter) -> dict[str, Scalar]:
+        """Return the rate of the step that was made, and rate times decoupled decay."""
         rate = step.lr_of(parameter)
-        before = self._before[name]
-        last = self._buffer(self._last, name, parameter)
-        torch.sub(local(parameter.detach()), before, out=last)
+        if isinstance(rate, Tensor):
+            rate = rate.detach().clone().reshape(())
         decay = self.options.decoupled_decay
         if decay is None:
             decay = decoupled_decay(step.optimizer, step.group_of(parameter))
-        if decay:
-            # Only where a step was made: a parameter without a gradient was not decayed either.
-            decayed = torch.where(last == 0, 0, before)
-            factor = torch.as_tensor(rate * decay, dtype=last.dtype, device=last.device)
-            last.addcmul_(decayed, factor)
-        self._last_rates[name] = rate.clone() if isinstance(rate, Tensor) else rate
-
-    @staticmethod
-    def _buffer(buffers: dict[str, Tensor], name: str, parameter: Tensor) -> Tensor:
-        """Return a tensor like the local part of `parameter`, kept from step to step."""
-        part = local(parameter)
-        kept = buffers.get(name)
-        fits = (
-            kept is not None
-            and kept.shape == part.shape
-            and kept.dtype == part.dtype
-            and kept.device == part.device
-        )
-        if not fits:
-            buffers[name] = torch.empty_like(part, requires_grad=False)
-        return buffers[name]
+        return {"rate": rate, "decay": rate * decay if decay else 0.0}
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return Nesterov's momentum, which this is up to the horizon on SGD; NAdam on Adam."""
@@ -212,29 +163,58 @@ class XGrad(Correction):
         """Say why no weight may have moved."""
         if self.options.horizon == 0:
             return "horizon is 0"
-        return "no parameter had a last step to predict from (was the learning rate 0 throughout?)"
+        return (
+            "no parameter had a last step to predict from (was the learning rate 0 throughout, or "
+            "are the weights written between the steps?)"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last displacements and their rates, where the displacement form is in use."""
-        return {
-            "last": {name: last.clone() for name, last in self._last.items()},
-            "last_rates": dict(self._last_rates),
-        }
+        """Return the rate of the last step and the decay in it, by parameter name."""
+        return {"last": {name: dict(last) for name, last in self._last.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back the last displacements and their rates."""
-        self._last = {name: tensor.clone() for name, tensor in state["last"].items()}
-        self._last_rates = dict(state["last_rates"])
-        self._noted.clear()
+        """Take back the rates and decays of the last step."""
+        self._last = {
+            name: {"rate": last["rate"], "decay": last["decay"]}
+            for name, last in state["last"].items()
+        }
+
+
+class _Factors:
+    """How many last steps to go on, computed once for each pair of rates.
+
+    Args:
+        horizon: s.
+    """
+
+    def __init__(self, horizon: float) -> None:
+        self._horizon = horizon
+        self._found: dict[tuple[int, int], Scalar] = {}
+
+    def of(self, rate: Scalar, last_rate: Scalar) -> Scalar:
+        """Return s·rate/last_rate; 0 if the last rate was 0, whose step tells nothing."""
+        key = (id(rate), id(last_rate))
+        if key not in self._found:
+            self._found[key] = self._horizon * _ratio(rate, last_rate)
+        return self._found[key]
+
+
+def _ratio(rate: Scalar, last_rate: Scalar) -> Scalar:
+    """Return rate / last_rate; 0 if the last rate was 0."""
+    if not (isinstance(rate, Tensor) or isinstance(last_rate, Tensor)):
+        return rate / last_rate if last_rate != 0 else 0.0
+    divisor = torch.as_tensor(last_rate)
+    divisor = torch.where(divisor == 0, torch.inf, divisor)
+    if isinstance(rate, Tensor):
+        divisor = divisor.to(rate.device)
+        rate = rate.reshape(())
+    return rate / divisor
 
 
 def _warn_of_unknown_decay(optimizer: Optimizer) -> None:
-    """Warn where the displacement form meets a decay that may be decoupled."""
+    """Warn where a weight decay may be decoupled."""
     for group in optimizer.param_groups:
-        if (
-            state_form(optimizer, group) is not None
-            or decoupled_decay(optimizer, group) is not None
-        ):
+        if decoupled_decay(optimizer, group) is not None:
             continue
         warnings.warn(
             f"{type(optimizer).__name__} has a weight_decay that may be decoupled; pass "
@@ -244,12 +224,3 @@ def _warn_of_unknown_decay(optimizer: Optimizer) -> None:
             stacklevel=3,
         )
         return
-
-
-def _ratio(rate: Scalar, last_rate: Scalar, device: torch.device) -> Scalar | None:
-    """Return rate / last_rate; 0 or None if the last rate was 0, whose step tells nothing."""
-    if isinstance(rate, Tensor) or isinstance(last_rate, Tensor):
-        divisor = torch.as_tensor(last_rate)
-        divisor = torch.where(divisor == 0, torch.inf, divisor)
-        return rate / divisor.to(device)
-    return None if last_rate == 0 else rate / last_rate

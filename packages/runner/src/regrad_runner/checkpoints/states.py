@@ -26,6 +26,8 @@ from torch.optim import Optimizer
 
 Shards = dict[str, DTensor]
 Change = Callable[[Tensor, DTensor], Tensor]
+# The parts of an attachment's state that hold tensors by the name of their parameter.
+BY_NAME = ("corrections", "window")
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -107,10 +109,11 @@ def group_of_names(groups: Any, names: set[str]) -> Any:
 def corrections_state(attachment: Attachment) -> dict[str, Any]:
     """Return the corrections' state, whole where it has the shape of a sharded parameter.
 
-    A correction keeps its own part of such a state, under the parameter's name. Call it on every
-    process.
+    A correction keeps its own part of such a state, under the parameter's name, and so does the
+    window. Call it on every process.
     """
     state = attachment.state_dict()
+    by_name = {key: state[key] for key in BY_NAME}
     shards = _shards(attachment)
     if not shards:
         return state
@@ -120,7 +123,7 @@ def corrections_state(attachment: Attachment) -> dict[str, Any]:
         own_flags.append(is_sharded(value) or value.shape == local(owner).shape)
         return value
 
-    _changed(state["corrections"], shards, look)
+    _changed(by_name, shards, look)
     of_all: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(of_all, own_flags)
     # Only what every process takes for a part is gathered, or they would wait for each other.
@@ -129,7 +132,7 @@ def corrections_state(attachment: Attachment) -> dict[str, Any]:
     def gather(value: Tensor, owner: DTensor) -> Tensor:
         return _gathered(value, owner) if next(is_part) else value
 
-    return {**state, "corrections": _changed(state["corrections"], shards, gather)}
+    return {**state, **_changed(by_name, shards, gather)}
 
 
 def load_corrections(attachment: Attachment, saved: Mapping[str, Any]) -> None:
@@ -147,8 +150,8 @@ def load_corrections(attachment: Attachment, saved: Mapping[str, Any]) -> None:
             f"corrections must act in the checkpoint's order ({', '.join(then)}), "
             f"got {', '.join(now)}"
         )
-    whole = _changed(saved["corrections"], _shards(attachment), _cut_local)
-    attachment.load_state_dict({**saved, "corrections": whole})
+    by_name = {key: saved.get(key, {}) for key in BY_NAME}
+    attachment.load_state_dict({**saved, **_changed(by_name, _shards(attachment), _cut_local)})
 
 
 def random_state() -> dict[str, Any]:
