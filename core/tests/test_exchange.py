@@ -107,7 +107,7 @@ def test_without_a_compiler_the_weights_go_on_all_the_same(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", fails)
-    monkeypatch.setattr(exchange, "COMPILED_FROM", 4)
+    monkeypatch.setattr(exchange, "ALONE_FROM", 4)
     exchange._compiled.cache_clear()
     weights, before = [torch.full((5,), 3.0)], [torch.full((5,), 2.0)]
     with pytest.warns(RegradWarning, match="torch.compile failed: no working C.. compiler found$"):

@@ -21,8 +21,9 @@ from regrad.hookspecs import LastStep
 # Elements of a piece on a CPU, and of the tensors that share a launch elsewhere.
 PIECE = 2**18
 GROUP = 2**23
-# Elements from which on calling a compiled function costs less than it saves.
-COMPILED_FROM = 2**15
+# Elements from which on a tensor on a CPU is moved alone, or by a compiled function: the call then
+# costs less than it saves.
+ALONE_FROM = 2**15
 # What torch raises where it finds no compiler, or one that fails.
 NOT_COMPILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
 
@@ -54,14 +55,19 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
     """
     on_host, elsewhere = _by_place(weights)
     scratch = _Scratch()
+    small: list[int] = []
     for index in on_host:
-        _extrapolate_on_host_(weights[index], kept[index], steps[index], scratch)
+        if weights[index].numel() < ALONE_FROM:
+            small.append(index)
+        else:
+            _extrapolate_on_host_(weights[index], kept[index], steps[index], scratch)
     groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index in elsewhere:
+    for index in (*small, *elsewhere):
         groups[_kind(weights[index]), _identity(steps[index])].append(index)
     for alike in groups.values():
         size, length = _coefficients(steps[alike[0]])
-        for group in _launches(alike, weights):
+        most = PIECE if _is_on_host(weights[alike[0]]) else GROUP
+        for group in _launches(alike, weights, most):
             live = [weights[index] for index in group]
             before = [kept[index] for index in group]
             _extrapolate_group_(live, before, size, length)
@@ -85,7 +91,7 @@ def _extrapolate_compiled_(weights: Tensor, kept: Tensor, size: float, length: f
     """Do the same to a large tensor in one pass; say whether that was possible."""
     live, before = _rows(weights, kept)
     is_fit = live.dim() == 1 and live.dtype is torch.float32
-    if not is_fit or live.numel() < COMPILED_FROM:
+    if not is_fit or live.numel() < ALONE_FROM:
         return False
     in_one_pass = _compiled()
     if in_one_pass is None:
@@ -105,7 +111,7 @@ def _in_one_pass(weights: Tensor, kept: Tensor, length: Tensor, size: Tensor) ->
 @functools.cache
 def _compiled() -> Callable[..., None] | None:
     """Return `_in_one_pass` compiled; None, after a warning, where that does not work."""
-    weights = torch.zeros(COMPILED_FROM)
+    weights = torch.zeros(ALONE_FROM)
     one = torch.ones(())
     try:
         # Whole graphs are not asked for: where torch gives up compiling anew, it runs as it is.
@@ -293,13 +299,13 @@ def _alike(indexes: Sequence[int], tensors: Tensors) -> list[list[int]]:
     return list(groups.values())
 
 
-def _launches(indexes: Sequence[int], tensors: Tensors) -> Iterator[list[int]]:
-    """Iterate over numbers of tensors whose elements together are at most `GROUP`, or one alone."""
+def _launches(indexes: Sequence[int], tensors: Tensors, most: int = GROUP) -> Iterator[list[int]]:
+    """Iterate over numbers of tensors whose elements together are at most `most`, or one alone."""
     group: list[int] = []
     elements = 0
     for index in indexes:
         count = tensors[index].numel()
-        if group and elements + count > GROUP:
+        if group and elements + count > most:
             yield group
             group = []
             elements = 0
