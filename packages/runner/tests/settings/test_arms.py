@@ -126,6 +126,25 @@ def test_a_stack_of_each_others_controls_has_none_but_in_a_larger_stack_they_sta
     )
 
 
+@pytest.mark.parametrize(
+    ("stack", "name"),
+    [("xgrad+centralization", "nesterov+centralization"), ("agc+xgrad", "agc+nesterov")],
+)
+def test_a_part_of_a_stack_without_a_control_stays_in_the_control(
+    with_controls, optimizer, stack, name
+):
+    with_controls(xgrad=NESTEROV, centralization=None, agc=None)
+    arms = expand([stack], optimizer)
+    assert must_beat(arms) == {stack: name}
+    kept = next(part for part in stack.split("+") if part != "xgrad")
+    assert arms[-1].control == Control(name=name, optimizer={"nesterov": True}, corrections=(kept,))
+
+
+def test_a_stack_without_any_control_has_none(with_controls, optimizer):
+    with_controls(agc=None, centralization=None)
+    assert must_beat(expand(["agc+centralization"], optimizer)) == {"agc+centralization": None}
+
+
 NADAM = Control(name="nadam", optimizer_class=torch.optim.NAdam)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from regrad_runner.errors import KEPT_CHARACTERS
-from regrad_runner.settings.arms import control_as_values, created, merged
+from regrad_runner.settings.arms import control_as_values, control_of_stack
 from regrad_runner.terminal import Terminal, plain_table
 
 NOT_OPTIONS = {"self", "params"}
@@ -188,10 +188,9 @@ def _controls(name: str) -> dict[str, dict[str, Any] | None]:
         "adamw": torch.optim.AdamW([weight]),
     }
     try:
-        made = created(name)
-        controls = {}
-        for text, optimizer in optimizers.items():
-            controls[text] = merged([correction.control(optimizer) for correction in made])
+        controls = {
+            text: control_of_stack([name], optimizer) for text, optimizer in optimizers.items()
+        }
     except Exception as cause:  # a plugin may fail in any way: it is named, and the cause chained
         said = f"{type(cause).__name__}: {printable(cause)}"
         raise PluginLoadError(f"plugin {name!r} cannot say what it must beat: {said}") from cause

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from regrad_runner.models.heads import own_head
 from regrad_runner.scripts.nadam import NAdamSteps, check_can_be_nadam
-from regrad_runner.settings.arms import merged
+from regrad_runner.settings.arms import control_of_stack
 
 
 def control_named(name: str, optimizer: Optimizer) -> Control:
@@ -46,8 +46,7 @@ def control_of(corrections: Sequence[str], optimizer: Optimizer) -> Control:
     Raises:
         RegradError: If they declare none.
     """
-    made = registry.create_all(corrections)
-    control = merged([correction.control(optimizer) for correction in made])
+    control = control_of_stack(corrections, optimizer)
     if control is None:
         raise RegradError(
             f"{'+'.join(corrections)} declares no control on {type(optimizer).__name__}"

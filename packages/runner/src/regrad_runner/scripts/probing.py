@@ -25,7 +25,7 @@ from regrad_runner.files import write_whole
 from regrad_runner.scripts.attaching import AutomaticAttachment
 from regrad_runner.scripts.controls import apply_control, check_fits
 from regrad_runner.scripts.running import run_script
-from regrad_runner.settings.arms import control_as_values, merged
+from regrad_runner.settings.arms import control_as_values, control_of_stack
 
 
 class SeenEnough(BaseException):
@@ -62,7 +62,7 @@ class ScriptProbe(AutomaticAttachment):
         for arm, names in self._arms.items():
             try:
                 corrections = registry.create_all(names)
-                control = merged([correction.control(optimizer) for correction in corrections])
+                control = control_of_stack(names, optimizer)
                 criterion = None
                 if any("criterion" in correction.needs.stages for correction in corrections):
                     criterion = F.cross_entropy

@@ -120,8 +120,7 @@ def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool =
     arms = correction_arms(corrections)
     changes: dict[str, Control] = {}
     for arm in arms:
-        stack = chain.from_iterable(created(part) for part in arm.corrections)
-        change = merged([correction.control(optimizer) for correction in stack])
+        change = control_of_stack(arm.corrections, optimizer)
         if change is not None:
             changes[arm.name] = change
     return with_controls(arms, changes, added=controls)
@@ -280,6 +279,30 @@ def create_all(arm: Arm) -> list[Correction]:
 def must_beat(arms: Iterable[Arm]) -> dict[str, str | None]:
     """Return what each correction arm must beat, by its name."""
     return {arm.name: arm.must_beat for arm in arms if arm.corrections}
+
+
+def control_of_stack(corrections: Sequence[str], optimizer: Optimizer) -> Control | None:
+    """Return the change that corrections attached together must beat; None where they have none.
+
+    Each correction gives way to its control. One without a control stays: otherwise the stack
+    would be credited with what that correction achieves alone.
+
+    Args:
+        corrections: As for `regrad.create`.
+        optimizer: What is trained with: a control depends on it.
+
+    Raises:
+        ValueError: If a correction cannot be created, or the controls do not go together.
+    """
+    stacks = [created(text) for text in corrections]
+    controls = [merged(part.control(optimizer) for part in stack) for stack in stacks]
+    if not any(controls):
+        return None
+    kept = [
+        control or Control(name=text, corrections=(text,))
+        for text, control in zip(corrections, controls, strict=True)
+    ]
+    return merged(kept)
 
 
 def merged(controls: Iterable[Control | None]) -> Control | None:
