@@ -7,10 +7,10 @@ import functools
 import io
 import json
 import os
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -75,7 +75,7 @@ def checked(kind: type[Row], values: Any) -> Row:
     """
     try:
         # As JSON, which has a dictionary where Python has a dataclass.
-        made: Row = _checker(kind).validate_json(json.dumps(values), strict=True)
+        made: Row = _checker(cast(Any, kind)).validate_json(json.dumps(values), strict=True)
     except ValidationError as problems:
         problem = problems.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "value"
@@ -84,7 +84,7 @@ def checked(kind: type[Row], values: Any) -> Row:
 
 
 @functools.cache
-def _checker(kind: Hashable) -> TypeAdapter[Any]:
+def _checker(kind: Any) -> TypeAdapter[Any]:
     """Return what checks values of a dataclass; to make it takes longer than a hundred checks."""
     return TypeAdapter(kind)
 
