@@ -515,7 +515,8 @@ class Engine:
             self.skipped += 1
             self.window.note_writes()
             return
-        self.run("after_step", self.step())
+        if self.callers["after_step"]:
+            self.run("after_step", self.step())
         self.window.end_step()
         self.applied += 1
         for correction in self.corrections:

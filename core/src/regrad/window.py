@@ -202,7 +202,6 @@ class Window:
 
     # ---- restoring
 
-    @torch.no_grad()
     def close(self, *, before_step: bool = False) -> bool:
         """Restore the moved parameters that nobody else wrote.
 
@@ -220,6 +219,11 @@ class Window:
         follows = self._follows()
         if not self._moved and not (before_step and follows):
             return False
+        return self._restore_moved(before_step=before_step, follows=follows)
+
+    @torch.no_grad()
+    def _restore_moved(self, *, before_step: bool, follows: bool) -> bool:
+        """Do so; `follows` says whether any parameter goes on along its last steps."""
         flags = self._forget_what_was_written()
         moved = self._moved
         self._moved = []
