@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 from regrad_runner.diagnostics.step_times import kept_step_times
-from regrad_runner.reporting.numbers import difference_in_brackets
+from regrad_runner.reporting.numbers import difference_in_brackets, short_number
 from regrad_runner.reporting.sentences import sentence
 from regrad_runner.reporting.summaries import summarize_results
 from regrad_runner.reporting.table import print_comparison
@@ -37,12 +37,12 @@ README = DOCS.parent / "README.md"
 METHODS = DOCS / "methods"
 # The rows of the README's table: a folder of docs/results, its heading, what was trained, an arm.
 FRONT = (
-    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD", "xgrad+centralization"),
-    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD", "centralization"),
-    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD", "xgrad"),
-    ("cifar10-adamw", "cifar10-adamw", "ResNet-8, AdamW", "xgrad"),
-    ("cifar10-adamw", "cifar10-adamw", "ResNet-8, AdamW", "powergrad"),
-    ("scripts/nanogpt", "nanogpt-unmodified", "nanoGPT, AdamW (loss)", "xgrad"),
+    ("scripts/nanogpt", "nanogpt-unmodified", "nanoGPT, AdamW: loss", "xgrad"),
+    ("cifar10-adamw", "cifar10-adamw", "ResNet-8, AdamW: accuracy", "xgrad"),
+    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD: accuracy", "xgrad"),
+    ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD: accuracy", "centralization"),
+    ("cifar10-adamw", "cifar10-adamw", "ResNet-8, AdamW: accuracy", "powergrad"),
+    ("scripts/run_clm", "transformers-run_clmpy-unmodified", "run_clm.py, AdamW: loss", "agc"),
 )
 FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
 BEGIN = "<!-- written by docs/results_tables.py -->\n"
@@ -231,36 +231,42 @@ def seen_on(page: Path, summaries: dict[str, list[ArmSummary]]) -> str:
 def front_table() -> str:
     """Return the README's table: a few arms, each beside its control."""
     lines = [
-        "| correction | against the baseline [95 % interval] | its control | verdict | trained on |\n"
-        "| --- | --- | --- | --- | --- |\n"
+        "| trained, measured | baseline | correction | difference [95 % interval] | its control | "
+        "difference from the control | verdict |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
     ]
     for folder, heading, trained, name in FRONT:
         arms = {summary.arm: summary for summary in summaries_of(FOLDER / folder)}
         measure = measure_of(FOLDER / folder)
         arm = arms[name]
+        baseline = arms[BASELINE].mean
         cells = [
+            f"[{trained}](docs/results.md#{heading})",
+            "–" if baseline is None else short_number(baseline, measure),
             f"`{name}`",
             difference_in_brackets(arm, measure),
-            control_in_front(arm, arms, measure),
+            "none" if arm.control is None else f"`{arm.control}`",
+            against_control_in_front(arm, measure),
             verdict_in_front(arm),
-            f"[{trained}](docs/results.md#{heading})",
         ]
         lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)
 
 
-def control_in_front(arm: ArmSummary, arms: dict[str, ArmSummary], measure: Measure) -> str:
-    """Return the name of an arm's control and its own difference from the baseline."""
-    if arm.control is None:
-        return "none"
-    difference = difference_in_brackets(arms[arm.control], measure).partition(" ")[0]
-    return f"`{arm.control}` {difference}"
+def against_control_in_front(arm: ArmSummary, measure: Measure) -> str:
+    """Return an arm's difference from its control, with the interval."""
+    test = arm.against_control
+    if test is None:
+        return "–"
+    return difference_in_brackets(test, measure)
 
 
 def verdict_in_front(arm: ArmSummary) -> str:
     """Say what an arm came to, with its control."""
     if arm.verdict == "better" and arm.control is not None:
         return "**better than both**"
+    if arm.verdict == "better":
+        return "better, with no control to beat"
     if arm.verdict == "better than nothing":
         return "not shown to beat its control"
     return arm.verdict
