@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from regrad import (
     explain,
+    layouts,
     module_hooks,
     order,
     other_optimizers,
@@ -24,6 +25,7 @@ from regrad.correction import Correction
 from regrad.criterion import Switch, switching_criterion
 from regrad.engine import Engine
 from regrad.errors import RegradError
+from regrad.hookspecs import Layout
 from regrad.inside import CrossEntropyInside
 from regrad.optimizer_state import StateInOptimizer, form_problem
 from regrad.record import ForwardRecord
@@ -85,14 +87,32 @@ def attach(
     given = [model] if isinstance(model, nn.Module) else _listed(model)
     refusals.check(given, layers, made, criterion)
     whole: nn.Module = nn.ModuleList(given) if len(given) > 1 else given[0]
+    layout = layouts.choose(whole, optimizer)
+    refusals.check_layout(made, layout)
     proved = ranks.agree_across_ranks(whole, layers[-1], made)
     acts_inside = isinstance(criterion, str)
     loss = F.cross_entropy if acts_inside else criterion
-    attachment = Attachment(model, layers[-1], made, loss, layers=layers, acts_inside=acts_inside)
+    attachment = Attachment(
+        model, layers[-1], made, loss, layers=layers, acts_inside=acts_inside, layout=layout
+    )
+    attachment.engine.before_first_use = functools.partial(
+        _settle_layout, attachment, whole, optimizer
+    )
     attachment.engine.before_first_step = functools.partial(
         ranks.check_first_step, whole, layers[-1], attachment.corrections, proved=proved
     )
     return attachment
+
+
+def _settle_layout(attachment: "Attachment", model: nn.Module, optimizer: Any) -> None:
+    """Choose the layout again, now that what replaces or wraps parameters has done so.
+
+    Raises:
+        RegradError: If a correction is not exact on what it has become.
+    """
+    layout = layouts.choose(model, optimizer)
+    refusals.check_layout(attachment.corrections, layout)
+    attachment.engine.layout = layout
 
 
 def _listed(models: Any) -> list[Any]:
@@ -124,6 +144,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         *,
         layers: Sequence[Any] = (),
         acts_inside: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         self._called: list[nn.Module] = [model] if isinstance(model, nn.Module) else [*model]
         roots = [innermost_module(module) for module in self._called]
@@ -136,7 +157,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self._switch: Switch | None = None
         self._handles: list[module_hooks.Handle] = []
         self._in_optimizer = StateInOptimizer(self)
-        self.engine = Engine(self.model, optimizer, self.corrections, roots=roots, layers=layers)
+        self.engine = Engine(
+            self.model, optimizer, self.corrections, roots=roots, layers=layers, layout=layout
+        )
         self.record: ForwardRecord | None = None
         self.is_detached = False
         try:

@@ -26,8 +26,9 @@ from regrad.errors import RegradError
 if TYPE_CHECKING:
     from torch import Tensor, nn, optim
 
-    from regrad.correction import Correction
+    from regrad.correction import Correction, Reading
     from regrad.record import ForwardRecord
+    from regrad.window import Window
 
 hookspec = pluggy.HookspecMarker("regrad")
 hookimpl = pluggy.HookimplMarker("regrad")
@@ -42,9 +43,11 @@ class Step:
         parameters: The optimizer's trainable parameters, in the order of its groups.
         names: Their names in the model, in the same order.
         correction: The correction that is running.
+        layout: How the parameters lie; None for a step that no attachment made.
     """
 
     correction: Correction
+    layout: Layout | None = None
 
     def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
         self.optimizer = optimizer
@@ -160,6 +163,85 @@ class AttachmentInSetup(Protocol):
 
     def hook_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call `function(module, inputs, output)` after each forward of a module, until detach."""
+
+
+class Layout(Protocol):
+    """Where parameters, gradients and optimizer state lie, and who answers for that.
+
+    An engine that keeps them in a way of its own offers one, see `LayoutSpec`. Corrections see
+    `.grad` of the optimizer's parameters, and its `state`; a layout makes that right before they
+    act and writes back what they changed.
+
+    Attributes:
+        name: As refusals and the receipt call it.
+        offers: What a correction may read here; each of the others is refused with `why_not`.
+        is_cut: Whether a process holds only parts of parameters. Then the corrections' state
+            differs from process to process, and models cannot be copied for `explain`.
+    """
+
+    name: str
+    offers: frozenset[Reading]
+    is_cut: bool
+
+    def why_not(self, need: Reading) -> str:
+        """Return why something that is not in `offers` cannot be read, and what to do instead."""
+
+    def gradients(self, step: Step) -> None:
+        """Make `.grad` of the step's parameters final: reduced, and laid out as its parameter.
+
+        Called at every step before the corrections act. Collective where it must reduce.
+        """
+
+    def moments(self, optimizer: optim.Optimizer) -> None:
+        """Lay the optimizer's state out as its parameters.
+
+        Called before corrections predict weights, and after `gradients`.
+        """
+
+    def commit(self, step: Step) -> None:
+        """Write back what corrections changed, where `gradients` handed out copies.
+
+        Called once after every call of `gradients`, also where a correction raised.
+        """
+
+    def sum_over(self, values: Tensor, parameter: Tensor, kept: int | None = None) -> Tensor:
+        """Add, in place, what each process computed from its own part of a parameter.
+
+        Args:
+            values: Any shape, the same on all processes. Overwritten.
+            parameter: A parameter, its gradient or a tensor of its state.
+            kept: Dimension whose parts have values of their own; None for none.
+
+        Returns:
+            `values` itself.
+        """
+
+    def sum_over_model(self, values: Tensor) -> Tensor:
+        """Add, in place, what processes with different parts of the model computed.
+
+        Args:
+            values: Any shape, the same on all processes. Overwritten.
+
+        Returns:
+            `values` itself.
+        """
+
+    def move(
+        self, window: Window, step: Step, displacements: Sequence[Tensor | None] | None
+    ) -> bool:
+        """Move the weights that the coming forward reads; return whether any was moved.
+
+        Args:
+            window: Copies, moves and restores tensors of this process.
+            step: The coming step.
+            displacements: One per entry of `step.parameters`, of its local shape, or None.
+        """
+
+    def restore(self, window: Window) -> bool:
+        """Undo `move` bit for bit; return whether any weight was moved."""
+
+    def true_weights(self, window: Window) -> dict[Tensor, Tensor]:
+        """Return copies of the true weights, by parameter that is moved now."""
 
 
 class CorrectionSpec:

@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from regrad import other_optimizers, sharding
+from regrad import other_optimizers
 from regrad.correction import Correction, did_you_mean
 from regrad.errors import RegradError
+from regrad.hookspecs import Layout
 from regrad.optimizers import parameters_of
+from regrad.wrappers import is_kind
 
 # Wrappers that pull the weights elsewhere after the wrapped optimizer's step.
 MOVES_AFTER_THE_STEP = ("lookahead", "optimizer.trac", "optimizer.magma")
@@ -19,34 +21,12 @@ INSIDE = "inside"  # for attach: the model computes its loss itself
 ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def layout_of(models: Sequence[nn.Module], layers: Sequence[Any]) -> str:
-    """Return how the weights lie.
-
-    Args:
-        models: The modules given to attach.
-        layers: The optimizer given to attach and those inside of it.
-
-    Returns:
-        "plain", "ddp", "fsdp2", or "flat" (FSDP1, ZeroRedundancyOptimizer).
-    """
-    if any(_is_kind(layer, "zeroredundancyoptimizer") for layer in layers):
-        return "flat"
-    modules: list[nn.Module] = []
-    for model in models:
-        modules.extend(model.modules())
-    if any(_is_kind(module, "fullyshardeddataparallel") for module in modules):
-        return "flat"
-    if any(sharding.is_sharded(parameter) for parameter in parameters_of(layers[-1])):
-        return "fsdp2"
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
-        return "ddp"
-    return "plain"
-
-
 def check(
     models: Sequence[Any], layers: Sequence[Any], corrections: Sequence[Correction], criterion: Any
 ) -> None:
     """Raise unless these corrections can be right on these models and this optimizer.
+
+    What depends on the layout is left to `check_layout`.
 
     Args:
         models: The modules given to attach.
@@ -70,14 +50,26 @@ def check(
     _refuse_meta_parameters(models, optimizer)
     _refuse_optimizers_without_hooks(optimizer)
     _refuse_a_second_attachment(optimizer)
-    layout = layout_of(models, layers)
     for correction in corrections:
         _refuse_a_second_use(correction)
-        _refuse_layout(correction, layout)
         _refuse_several_closure_calls(correction, optimizer)
         _refuse_optimizers_that_move_weights(correction, layers)
         _refuse_a_second_look_ahead(correction, optimizer)
         _refuse_a_missing_criterion(correction, criterion)
+
+
+def check_layout(corrections: Sequence[Correction], layout: Layout) -> None:
+    """Raise unless all corrections are exact on a layout.
+
+    Args:
+        corrections: In acting order.
+        layout: How model and optimizer lie now.
+
+    Raises:
+        RegradError: For the first that is not, with the reason.
+    """
+    for correction in corrections:
+        _refuse_layout(correction, layout)
 
 
 # ---- of models, optimizer and criterion
@@ -87,7 +79,7 @@ def _refuse_what_is_no_model(models: Sequence[Any]) -> None:
     if not models:
         raise TypeError("model must be a torch.nn.Module or a list of some, got an empty list")
     for model in models:
-        if not isinstance(model, nn.Module) and not _is_kind(model, "deepspeed"):
+        if not isinstance(model, nn.Module) and not is_kind(model, "deepspeed"):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
@@ -104,7 +96,7 @@ def _refuse_what_is_no_criterion(criterion: Any) -> None:
 
 
 def _refuse_deepspeed(parts: Sequence[Any]) -> None:
-    if any(_is_kind(part, "deepspeed") for part in parts):
+    if any(is_kind(part, "deepspeed") for part in parts):
         raise RegradError("DeepSpeed hides gradients; use DDP, FSDP2")
 
 
@@ -184,12 +176,12 @@ def _refuse_a_second_use(correction: Correction) -> None:
         )
 
 
-def _refuse_layout(correction: Correction, layout: str) -> None:
+def _refuse_layout(correction: Correction, layout: Layout) -> None:
     needs = correction.needs
-    if layout not in needs.layouts:
-        why = needs.conflicts.get(layout, "of this one nothing is proved")
+    if layout.name not in needs.layouts:
+        why = needs.conflicts.get(layout.name, "of this one nothing is proved")
         raise RegradError(
-            f"{correction.name!r} is not exact on layout {layout!r}; "
+            f"{correction.name!r} is not exact on layout {layout.name!r}; "
             f"it is on {', '.join(needs.layouts)}; {why}"
         )
 
@@ -222,14 +214,14 @@ def _refuse_a_second_evaluation(correction: Correction, layer: Any) -> None:
 
 
 def _refuse_schedule_free(correction: Correction, layer: Any) -> None:
-    if _is_kind(layer, "schedulefree"):
+    if is_kind(layer, "schedulefree"):
         raise RegradError(
             f"{correction.name!r} and a Schedule-Free optimizer both move the point of the gradient"
         )
 
 
 def _refuse_moves_after_the_step(correction: Correction, layer: Any) -> None:
-    if any(_is_kind(layer, kind) for kind in MOVES_AFTER_THE_STEP):
+    if any(is_kind(layer, kind) for kind in MOVES_AFTER_THE_STEP):
         raise RegradError(
             f"{correction.name!r} predicts the coming step; {type(layer).__name__} moves the "
             "weights once more after it; use one of the two"
@@ -258,18 +250,6 @@ def _refuse_a_missing_criterion(correction: Correction, criterion: Any) -> None:
 
 
 # ---- what optimizers and wrappers are
-
-
-def _is_kind(instance: object, name: str) -> bool:
-    """Say whether a class in the lineage, or its module, has a name.
-
-    Recognises the classes of libraries without importing them.
-    """
-    for ancestor in type(instance).__mro__:
-        full_name = f"{ancestor.__module__}.{ancestor.__qualname__}"
-        if name in full_name.lower().replace("_", ""):
-            return True
-    return False
 
 
 def _evaluates_elsewhere(optimizer: Any) -> bool:

@@ -94,3 +94,19 @@ def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[
         return loss
 
     return (optimizer, corrected_closure, *positional), rest
+
+
+def is_kind(instance: object, name: str) -> bool:
+    """Say whether a class in the lineage, or its module, has a name.
+
+    Recognises the classes of libraries without importing them.
+
+    Args:
+        instance: Of any class.
+        name: In lower case and without underscores.
+    """
+    for ancestor in type(instance).__mro__:
+        full_name = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        if name in full_name.lower().replace("_", ""):
+            return True
+    return False
