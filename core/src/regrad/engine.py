@@ -1,6 +1,7 @@
 """Runs the corrections at their moments of the training step."""
 
 import contextlib
+import functools
 import sys
 import time
 import warnings
@@ -264,7 +265,8 @@ class Engine:
         self.layout.moments(self.optimizer)
         step = self.step()
         self._refuse_a_second_window(step)
-        self.layout.move(self.window, step, self.run("predict_weights", step))
+        moves = self.run("predict_weights", step)
+        self.layout.move(functools.partial(self.window.open, step.parameters, moves))
 
     def _refuse_a_late_hook(self, module: nn.Module) -> None:
         """Raise where FSDP2 gathers the weights before they are moved."""
@@ -330,7 +332,7 @@ class Engine:
 
     def close_window(self, *_: Any) -> None:
         """Restore the weights that are moved, but for those that somebody else wrote meanwhile."""
-        if not self.layout.restore(self.window):
+        if not self.layout.restore(self.window.close):
             return
         overwritten = self.window.overwritten
         if overwritten:
@@ -522,7 +524,7 @@ class Engine:
 
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """Put copies of the true weights into a state_dict taken inside the window."""
-        true = self.layout.true_weights(self.window)
+        true = self.layout.true_weights(self.window.true_weights)
         if not true:
             return
         for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -26,9 +26,9 @@ from regrad.errors import RegradError
 if TYPE_CHECKING:
     from torch import Tensor, nn, optim
 
-    from regrad.correction import Correction, Reading
+    from regrad.correction import Correction
+    from regrad.reading import Reading
     from regrad.record import ForwardRecord
-    from regrad.window import Window
 
 hookspec = pluggy.HookspecMarker("regrad")
 hookimpl = pluggy.HookimplMarker("regrad")
@@ -226,22 +226,33 @@ class Layout(Protocol):
             `values` itself.
         """
 
-    def move(
-        self, window: Window, step: Step, displacements: Sequence[Tensor | None] | None
-    ) -> bool:
-        """Move the weights that the coming forward reads; return whether any was moved.
+    def move(self, open_window: Callable[[], bool]) -> bool:
+        """Move the weights that the coming forward reads.
 
         Args:
-            window: Copies, moves and restores tensors of this process.
-            step: The coming step.
-            displacements: One per entry of `step.parameters`, of its local shape, or None.
+            open_window: Copies and moves the parameters in place, and returns whether any was
+                moved. Called here once; what the forward reads in their stead must follow.
+
+        Returns:
+            What `open_window` returned.
         """
 
-    def restore(self, window: Window) -> bool:
-        """Undo `move` bit for bit; return whether any weight was moved."""
+    def restore(self, close_window: Callable[[], bool]) -> bool:
+        """Undo `move` bit for bit; called too where nothing is moved.
 
-    def true_weights(self, window: Window) -> dict[Tensor, Tensor]:
-        """Return copies of the true weights, by parameter that is moved now."""
+        Args:
+            close_window: Restores the parameters in place, and returns whether any was moved.
+
+        Returns:
+            What `close_window` returned.
+        """
+
+    def true_weights(self, read_window: Callable[[], dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+        """Return copies of the true weights, by parameter that is moved now.
+
+        Args:
+            read_window: Returns those of the parameters themselves.
+        """
 
 
 class CorrectionSpec:

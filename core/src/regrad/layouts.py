@@ -1,18 +1,17 @@
 """The layouts that the core knows, and which of them a model and its optimizer have."""
 
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn, optim
 
 from regrad import sharding
-from regrad.correction import Reading
 from regrad.hookspecs import Layout, Step
 from regrad.optimizers import parameters_of
-from regrad.window import Window
+from regrad.reading import EVERYTHING, OFFERS, Reading
 from regrad.wrappers import is_kind, optimizer_layers
 
-EVERYTHING: frozenset[Reading] = frozenset(get_args(Reading))
+HIDES_MICRO = "the gradients of micro-batches are seen by nobody before they are reduced; use DDP"
 
 
 class PlainLayout:
@@ -43,19 +42,17 @@ class PlainLayout:
         """Add nothing: this process has the whole model."""
         return values
 
-    def move(
-        self, window: Window, step: Step, displacements: Sequence[Tensor | None] | None
-    ) -> bool:
+    def move(self, open_window: Callable[[], bool]) -> bool:
         """Move the weights in place."""
-        return window.open(step.parameters, displacements)
+        return open_window()
 
-    def restore(self, window: Window) -> bool:
+    def restore(self, close_window: Callable[[], bool]) -> bool:
         """Restore the weights in place."""
-        return window.close()
+        return close_window()
 
-    def true_weights(self, window: Window) -> dict[Tensor, Tensor]:
+    def true_weights(self, read_window: Callable[[], dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
         """Return what the window kept."""
-        return window.true_weights()
+        return read_window()
 
 
 class DataParallelLayout(PlainLayout):
@@ -72,10 +69,15 @@ class ShardedLayout(PlainLayout):
     """
 
     name = "fsdp2"
+    offers = OFFERS["fsdp2"]
     is_cut = True
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+
+    def why_not(self, need: Reading) -> str:
+        """Return why something cannot be read here."""
+        return HIDES_MICRO if need == "micro" else super().why_not(need)
 
     def gradients(self, step: Step) -> None:
         """Reduce what is a pending sum."""
@@ -85,18 +87,16 @@ class ShardedLayout(PlainLayout):
         """Reduce what steps before attach have left as a pending sum."""
         sharding.reduce_states(optimizer)
 
-    def move(
-        self, window: Window, step: Step, displacements: Sequence[Tensor | None] | None
-    ) -> bool:
+    def move(self, open_window: Callable[[], bool]) -> bool:
         """Move this process's parts, and have them gathered anew."""
-        was_moved = super().move(window, step, displacements)
+        was_moved = open_window()
         if was_moved:
             self._gather_anew()
         return was_moved
 
-    def restore(self, window: Window) -> bool:
+    def restore(self, close_window: Callable[[], bool]) -> bool:
         """Restore this process's parts, and have them gathered anew."""
-        was_moved = super().restore(window)
+        was_moved = close_window()
         if was_moved:
             self._gather_anew()
         return was_moved

@@ -13,6 +13,7 @@ from regrad.correction import Correction, did_you_mean
 from regrad.errors import RegradError
 from regrad.hookspecs import Layout
 from regrad.optimizers import parameters_of
+from regrad.reading import IN_WORDS, Implied
 from regrad.wrappers import is_kind
 
 # Wrappers that pull the weights elsewhere after the wrapped optimizer's step.
@@ -177,8 +178,17 @@ def _refuse_a_second_use(correction: Correction) -> None:
 
 
 def _refuse_layout(correction: Correction, layout: Layout) -> None:
+    """Refuse a layout that does not offer what is read, or that is not on a list of layouts."""
     needs = correction.needs
-    if layout.name not in needs.layouts:
+    for need in needs.reads:
+        if need not in layout.offers:
+            why = needs.conflicts.get(layout.name) or layout.why_not(need)
+            raise RegradError(
+                f"{correction.name!r} is not exact on layout {layout.name!r}: it reads "
+                f"{IN_WORDS[need]}, which this layout does not offer; {why}"
+            )
+    follows_from_reads = isinstance(needs.layouts, Implied) and needs.reads
+    if layout.name not in needs.layouts and not follows_from_reads:
         why = needs.conflicts.get(layout.name, "of this one nothing is proved")
         raise RegradError(
             f"{correction.name!r} is not exact on layout {layout.name!r}; "

@@ -70,7 +70,6 @@ class Centralization(Correction):
     name = "centralization"
     needs = Needs(
         stages=("gradient",),
-        layouts=("plain", "ddp", "fsdp2"),
         closures=True,
         sparse=True,
         before=("gcw",),

@@ -17,7 +17,6 @@ from regrad_clipping.functional import check_positive, clip_norm_, clip_value_, 
 
 CLIPPING = Needs(
     stages=("gradient",),
-    layouts=("plain", "ddp", "fsdp2"),
     closures=True,
     after=("centralization", "gcw"),
 )

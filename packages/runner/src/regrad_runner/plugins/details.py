@@ -29,6 +29,7 @@ from regrad_runner.terminal import Terminal, plain_table
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
     "stages": "acts on",
+    "reads": "reads",
     "layouts": "exact on",
     "exclusive": "alone with",
     "before": "acts before",
