@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -23,11 +22,13 @@ from regrad import (
 )
 from regrad.correction import Correction
 from regrad.criterion import Switch, switching_criterion
+from regrad.devices import random_numbers_kept
 from regrad.engine import Engine
 from regrad.errors import RegradError
 from regrad.hookspecs import Layout
 from regrad.inside import CrossEntropyInside
 from regrad.optimizer_state import StateInOptimizer, form_problem
+from regrad.optimizers import parameters_of
 from regrad.record import ForwardRecord
 from regrad.wrappers import (
     innermost_module,
@@ -179,8 +180,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         if reads_record and not any(is_compiled(module) for module in modules):
             self.record = ForwardRecord(self.model, roots)
             self._handles += self.record.handles
+        parameters = parameters_of(self.optimizer)
         for correction, call in self.engine.callers["setup"]:
-            with torch.random.fork_rng(devices=[]), self.engine.named(correction, "setup"):
+            with random_numbers_kept(parameters), self.engine.named(correction, "setup"):
                 call(attachment=self)
         for owner, call in self.engine.callers["wrap_criterion"]:
             with self.engine.named(owner, "wrap_criterion"):

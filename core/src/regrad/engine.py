@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
-from regrad import names, other_optimizers, sharding
+from regrad import devices, names, other_optimizers, sharding
 from regrad.correction import Correction
 from regrad.empty_steps import only_makes_state
 from regrad.errors import RegradError, RegradWarning
@@ -53,13 +53,6 @@ NOT_IN_CHARGE = (
     "or detach()"
 )
 FORWARDS_WITHOUT_STEP = 50
-
-
-def _is_capturing() -> bool:
-    """Say whether a CUDA graph is being captured."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return False
-    return torch.cuda.is_current_stream_capturing()
 
 
 class Engine:
@@ -322,7 +315,7 @@ class Engine:
         """Raise inside a backward pass, and inside the capture of a CUDA graph."""
         if torch._C._current_graph_task_id() != -1:
             raise RegradError(f"a step must not begin or end inside backward; {why}")
-        if _is_capturing():
+        if devices.is_capturing():
             raise RegradError(
                 "a whole step must not be captured in a CUDA graph; "
                 "capture forward and backward alone"
