@@ -31,6 +31,7 @@ from regrad.optimizer_state import StateInOptimizer, form_problem
 from regrad.optimizers import parameters_of
 from regrad.record import ForwardRecord
 from regrad.wrappers import (
+    holder_of_all,
     innermost_module,
     is_compiled,
     optimizer_layers,
@@ -45,6 +46,8 @@ def attach(
     optimizer: Optimizer,
     corrections: Sequence[str | Correction],
     criterion: Criterion | Literal["inside"] | None = None,
+    *,
+    model_group: Any = None,
 ) -> "Attachment":
     """Bind corrections to a model and its optimizer; the training loop stays as it is.
 
@@ -62,6 +65,10 @@ def attach(
             loss itself, as those of transformers and nanoGPT do: every cross entropy of its
             training forward is the corrected one until detach, see
             `regrad.inside.CrossEntropyInside`; the loop stays as it is.
+        model_group: Where the model is in parts (pipeline stages): the
+            `torch.distributed` process group whose processes hold one part each, none of
+            them twice. What corrections sum over the whole model, as the norm of
+            `clip-norm`, is summed over it. Without it such corrections are refused there.
 
     Returns:
         The attachment; as a context manager it detaches at the end.
@@ -88,30 +95,39 @@ def attach(
     given = [model] if isinstance(model, nn.Module) else _listed(model)
     refusals.check(given, layers, made, criterion)
     whole: nn.Module = nn.ModuleList(given) if len(given) > 1 else given[0]
-    layout = layouts.choose(whole, optimizer)
+    layout = layouts.choose(whole, optimizer, model_group)
     refusals.check_layout(made, layout)
-    proved = ranks.agree_across_ranks(whole, layers[-1], made)
+    inner = holder_of_all(layers)
+    in_parts = model_group is not None
+    proved = ranks.agree_across_ranks(whole, inner, made, in_parts=in_parts)
     acts_inside = isinstance(criterion, str)
     loss = F.cross_entropy if acts_inside else criterion
     attachment = Attachment(
-        model, layers[-1], made, loss, layers=layers, acts_inside=acts_inside, layout=layout
+        model, inner, made, loss, layers=layers, acts_inside=acts_inside, layout=layout
     )
     attachment.engine.before_first_use = functools.partial(
-        _settle_layout, attachment, whole, optimizer
+        _settle_layout, attachment, whole, optimizer, model_group
     )
     attachment.engine.before_first_step = functools.partial(
-        ranks.check_first_step, whole, layers[-1], attachment.corrections, proved=proved
+        ranks.check_first_step,
+        whole,
+        inner,
+        attachment.corrections,
+        proved=proved,
+        in_parts=in_parts,
     )
     return attachment
 
 
-def _settle_layout(attachment: "Attachment", model: nn.Module, optimizer: Any) -> None:
+def _settle_layout(
+    attachment: "Attachment", model: nn.Module, optimizer: Any, model_group: Any
+) -> None:
     """Choose the layout again, now that what replaces or wraps parameters has done so.
 
     Raises:
         RegradError: If a correction is not exact on what it has become.
     """
-    layout = layouts.choose(model, optimizer)
+    layout = layouts.choose(model, optimizer, model_group)
     refusals.check_layout(attachment.corrections, layout)
     attachment.engine.layout = layout
 
@@ -202,6 +218,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         for root in roots:
             self._hook(root, root.register_forward_hook, self.engine.after_forward)
             self._hook(root, root.register_state_dict_post_hook, self.engine.on_state_dict)
+            before_saving = module_hooks.first_before_state_dict(root)
+            self._hook(root, before_saving, self.engine.before_state_dict)
             self._hook(root, root.register_load_state_dict_pre_hook, self.engine.close_window)
         optimizer = self.optimizer
         # One by one: what is registered when a later one raises can be removed.

@@ -38,7 +38,8 @@ class Needs:
         exclusive: Resources that one correction at most may own. The stages
             "weights" (the window) and "criterion" are such resources without saying so.
         layouts: Where it is exact, by names of layouts: "plain" (one process, or each its
-            own copy), "ddp", "fsdp2". Attaching elsewhere is refused. Leave it out and say
+            own copy), "ddp", "fsdp2", "flat" (FSDP1), "zero-redundancy" (torch's
+            ZeroRedundancyOptimizer). Attaching elsewhere is refused. Leave it out and say
             `reads`: then these are the core's layouts that offer all that is read, and a
             layout of somebody else's engine serves too if it offers that.
         closures: Whether it bears an optimizer that evaluates its closure several
@@ -60,7 +61,7 @@ class Needs:
 
     Example:
         >>> Needs(stages=("gradient",), reads=("units",)).layouts
-        ('plain', 'ddp', 'fsdp2')
+        ('plain', 'ddp', 'fsdp2', 'zero-redundancy')
     """
 
     stages: tuple[Stage, ...]

@@ -515,6 +515,14 @@ class Engine:
 
     # ---- the checkpoint
 
+    def before_state_dict(self, *_: Any) -> None:
+        """Restore the weights before they are read, where copies could not take their place."""
+        if not (self.layout.is_restored_to_save and self.window.moved):
+            return
+        if self._graph_waits:
+            raise RegradError("no state_dict() between forward and backward under FSDP1")
+        self.close_window()
+
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """Put copies of the true weights into a state_dict taken inside the window."""
         true = self.layout.true_weights(self.window.true_weights)

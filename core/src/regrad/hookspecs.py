@@ -177,11 +177,17 @@ class Layout(Protocol):
         offers: What a correction may read here; each of the others is refused with `why_not`.
         is_cut: Whether a process holds only parts of parameters. Then the corrections' state
             differs from process to process, and models cannot be copied for `explain`.
+        is_restored_to_save: Whether `model.state_dict()` reads the live weights in a way that
+            `true_weights` cannot mend, so that moved weights are restored before it.
+        model_group: The process group over which `sum_over_model` adds, or None where this
+            process has the whole model.
     """
 
     name: str
     offers: frozenset[Reading]
     is_cut: bool
+    is_restored_to_save: bool
+    model_group: Any
 
     def why_not(self, need: Reading) -> str:
         """Return why something that is not in `offers` cannot be read, and what to do instead."""
@@ -252,6 +258,28 @@ class Layout(Protocol):
 
         Args:
             read_window: Returns those of the parameters themselves.
+        """
+
+
+class LayoutSpec:
+    """The hook by which a distribution offers the layout of an engine.
+
+    Its entry point in the group "regrad.layouts" names a module or an object with a function
+    `regrad_layout` that is marked with `hookimpl`.
+    """
+
+    @hookspec(firstresult=True)
+    def regrad_layout(self, model: nn.Module, optimizer: Any, model_group: Any) -> Layout | None:
+        """Return the layout of this model and optimizer, or None if they are not of the engine.
+
+        Called at attach, and once more before the first training forward or step, when
+        everything that wraps them has done so. The first layout that is returned is taken; the
+        core's own are asked last. May take fewer arguments.
+
+        Args:
+            model: As given to attach; of several, a `ModuleList` of them.
+            optimizer: As given to attach.
+            model_group: As given to attach: who holds the other parts of the model.
         """
 
 

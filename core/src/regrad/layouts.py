@@ -1,25 +1,47 @@
-"""The layouts that the core knows, and which of them a model and its optimizer have."""
+"""The layouts that the core knows, and which of all layouts a model and its optimizer have."""
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn, optim
+import pluggy
+from torch import Tensor, distributed, nn, optim
 
-from regrad import sharding
-from regrad.hookspecs import Layout, Step
+from regrad import registry, sharding
+from regrad.errors import PluginLoadError
+from regrad.hookspecs import Layout, LayoutSpec, Step, hookimpl
 from regrad.optimizers import parameters_of
 from regrad.reading import EVERYTHING, OFFERS, Reading
 from regrad.wrappers import is_kind, optimizer_layers
 
+GROUP = "regrad.layouts"
+HOOK = "regrad_layout"
+FLAT = (
+    "FSDP1 lays several parameters out in one flat tensor and cuts it anywhere; "
+    "use FSDP2 (torch.distributed.fsdp.fully_shard)"
+)
+PARTITIONED = (
+    "ZeroRedundancyOptimizer keeps the moments of a parameter on one process; use its optimizer "
+    "without it, or FSDP2"
+)
 HIDES_MICRO = "the gradients of micro-batches are seen by nobody before they are reduced; use DDP"
 
 
 class PlainLayout:
-    """Whole parameters with whole gradients: one process, or each its own copy."""
+    """Whole parameters with whole gradients: one process, or each its own copy.
+
+    Args:
+        model_group: As given to attach.
+    """
 
     name: str = "plain"
     offers: frozenset[Reading] = EVERYTHING
     is_cut: bool = False
+    is_restored_to_save: bool = False
+
+    def __init__(self, model_group: Any = None) -> None:
+        self.model_group = model_group
 
     def why_not(self, need: Reading) -> str:
         """Return why something cannot be read here."""
@@ -39,7 +61,9 @@ class PlainLayout:
         return sharding.sum_over_shards(values, parameter, kept)
 
     def sum_over_model(self, values: Tensor) -> Tensor:
-        """Add nothing: this process has the whole model."""
+        """Add over the group that attach was given; nothing without one."""
+        if self.model_group is not None:
+            distributed.all_reduce(values, group=self.model_group)
         return values
 
     def move(self, open_window: Callable[[], bool]) -> bool:
@@ -66,13 +90,15 @@ class ShardedLayout(PlainLayout):
 
     Args:
         model: As given to attach.
+        model_group: As given to attach.
     """
 
     name = "fsdp2"
     offers = OFFERS["fsdp2"]
     is_cut = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, model_group: Any = None) -> None:
+        super().__init__(model_group)
         self._model = model
 
     def why_not(self, need: Reading) -> str:
@@ -112,26 +138,115 @@ class ShardedLayout(PlainLayout):
 
 
 class FlatLayout(PlainLayout):
-    """Flat parameters of FSDP1, or an optimizer that is cut by rank: nothing is exact."""
+    """FSDP1: each process has a stretch of flat tensors that hold several parameters.
+
+    Args:
+        model: As given to attach.
+        model_group: As given to attach.
+    """
 
     name = "flat"
+    offers = OFFERS["flat"]
+    is_cut = True
+    is_restored_to_save = True
+
+    def __init__(self, model: nn.Module, model_group: Any = None) -> None:
+        super().__init__(model_group)
+        self._model = model
+
+    def why_not(self, need: Reading) -> str:
+        """Return why something cannot be read here."""
+        return HIDES_MICRO if need == "micro" else FLAT
+
+    def moments(self, optimizer: optim.Optimizer) -> None:
+        """Let parameters be this process's parts again, as the optimizer's state is."""
+        self._show_parts()
+
+    def restore(self, close_window: Callable[[], bool]) -> bool:
+        """Restore this process's parts, and have them gathered anew."""
+        self._show_parts()
+        return close_window()
+
+    def _show_parts(self) -> None:
+        """Free what FSDP1 has gathered: an evaluation leaves the outermost module so."""
+        for module in self._model.modules():
+            if is_kind(module, "fullyshardeddataparallel") and _has_gathered(module):
+                handle: Any = module._handle
+                handle.reshard(free_unsharded_flat_param=True)
+                handle.post_reshard()
 
 
-def choose(model: nn.Module, optimizer: Any) -> Layout:
+def _has_gathered(module: Any) -> bool:
+    """Say whether a module of FSDP1 holds whole weights now, for which torch has no public name."""
+    handle = module._handle
+    if handle is None or not handle.uses_sharded_strategy:
+        return False
+    # Before the first forward there is no room to gather into.
+    has_room = hasattr(handle.flat_param, "_full_param_padded")
+    return has_room and not handle.needs_unshard()
+
+
+class PartitionedLayout(PlainLayout):
+    """ZeroRedundancyOptimizer: whole parameters and gradients, each stepped by one process."""
+
+    name = "zero-redundancy"
+    offers = OFFERS["zero-redundancy"]
+
+    def why_not(self, need: Reading) -> str:
+        """Return why something cannot be read here."""
+        return PARTITIONED if need == "moments" else super().why_not(need)
+
+
+class OwnLayouts:
+    """The layouts of the core, as a plugin that is asked last."""
+
+    @hookimpl
+    def regrad_layout(self, model: nn.Module, optimizer: Any, model_group: Any) -> Layout:
+        """Return how the weights lie; as in one process where nothing else is known."""
+        layers = optimizer_layers(optimizer)
+        if any(is_kind(layer, "zeroredundancyoptimizer") for layer in layers):
+            return PartitionedLayout(model_group)
+        modules = list(model.modules())
+        if any(is_kind(module, "fullyshardeddataparallel") for module in modules):
+            return FlatLayout(model, model_group)
+        if any(sharding.is_sharded(parameter) for parameter in parameters_of(layers[-1])):
+            return ShardedLayout(model, model_group)
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
+            return DataParallelLayout(model_group)
+        return PlainLayout(model_group)
+
+
+def choose(model: nn.Module, optimizer: Any, model_group: Any = None) -> Layout:
     """Return how the weights lie.
 
     Args:
         model: As given to attach; of several, a `ModuleList` of them.
         optimizer: As given to attach.
+        model_group: As given to attach.
+
+    Raises:
+        PluginLoadError: If an installed layout cannot be loaded.
     """
-    layers = optimizer_layers(optimizer)
-    modules = list(model.modules())
-    if any(is_kind(layer, "zeroredundancyoptimizer") for layer in layers):
-        return FlatLayout()
-    if any(is_kind(module, "fullyshardeddataparallel") for module in modules):
-        return FlatLayout()
-    if any(sharding.is_sharded(parameter) for parameter in parameters_of(layers[-1])):
-        return ShardedLayout(model)
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
-        return DataParallelLayout()
-    return PlainLayout()
+    hook = _layout_plugins(tuple(sys.path)).hook
+    layout: Layout = hook.regrad_layout(model=model, optimizer=optimizer, model_group=model_group)
+    return layout
+
+
+@functools.lru_cache(maxsize=1)
+def _layout_plugins(_: tuple[str, ...]) -> pluggy.PluginManager:
+    """Return everything that offers layouts; found once, unless Python looks elsewhere then."""
+    manager = pluggy.PluginManager("regrad")
+    manager.add_hookspecs(LayoutSpec)
+    # pluggy asks those first that were registered last.
+    manager.register(OwnLayouts(), "regrad")
+    for name in registry.available(GROUP):
+        if registry.is_disabled(name):
+            continue
+        offered = registry.load(name, GROUP)
+        manager.register(offered, name)
+        if not any(caller.name == HOOK for caller in manager.get_hookcallers(offered) or ()):
+            raise PluginLoadError(
+                f"layout {name!r} must have a function {HOOK!r} marked with "
+                f"regrad.hookimpl, got {offered!r}"
+            )
+    return manager

@@ -70,7 +70,9 @@ def looks_ahead(optimizer: optim.Optimizer) -> bool:
         >>> looks_ahead(torch.optim.SGD(parameters, momentum=0.9, nesterov=True))
         True
     """
-    if isinstance(optimizer, optim.NAdam):
+    # A ZeroRedundancyOptimizer steps another one.
+    stepped = getattr(optimizer, "optim", optimizer)
+    if isinstance(stepped, optim.NAdam):
         return True
     return any(group.get("nesterov") for group in optimizer.param_groups)
 

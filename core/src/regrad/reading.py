@@ -19,6 +19,8 @@ OFFERS: Mapping[str, frozenset[Reading]] = {
     "plain": EVERYTHING,
     "ddp": EVERYTHING,
     "fsdp2": EVERYTHING - {"micro"},
+    "flat": frozenset({"elements", "moments", "criterion"}),
+    "zero-redundancy": EVERYTHING - {"moments"},
 }
 """What the layouts of the core offer, by their names."""
 
@@ -38,9 +40,9 @@ def layouts_with(reads: Collection[str]) -> Implied:
 
     Example:
         >>> layouts_with(["elements"])
-        ('plain', 'ddp', 'fsdp2')
+        ('plain', 'ddp', 'fsdp2', 'flat', 'zero-redundancy')
         >>> layouts_with(["micro"])
-        ('plain', 'ddp')
+        ('plain', 'ddp', 'zero-redundancy')
         >>> layouts_with([])
         ('plain',)
     """

@@ -14,7 +14,7 @@ from regrad.errors import RegradError
 from regrad.hookspecs import Layout
 from regrad.optimizers import parameters_of
 from regrad.reading import IN_WORDS, Implied
-from regrad.wrappers import is_kind
+from regrad.wrappers import holder_of_all, is_kind
 
 # Wrappers that pull the weights elsewhere after the wrapped optimizer's step.
 MOVES_AFTER_THE_STEP = ("lookahead", "optimizer.trac", "optimizer.magma")
@@ -40,20 +40,20 @@ def check(
         TypeError: If a model is no module, or the criterion cannot be called.
         RegradError: For every refusal, with its reason.
     """
-    optimizer = layers[-1]
+    optimizer = holder_of_all(layers)
     _refuse_what_is_no_model(models)
     _refuse_what_is_no_criterion(criterion)
     _refuse_deepspeed((*models, *layers))
     _refuse_weights_cut_by_deepspeed(models)
     _refuse_lazy_modules(models)
     _refuse_foreign_parameters(models, optimizer)
-    _refuse_steps_inside_backward(models)
+    _refuse_steps_inside_backward(models, layers)
     _refuse_meta_parameters(models, optimizer)
     _refuse_optimizers_without_hooks(optimizer)
     _refuse_a_second_attachment(optimizer)
     for correction in corrections:
         _refuse_a_second_use(correction)
-        _refuse_several_closure_calls(correction, optimizer)
+        _refuse_several_closure_calls(correction, layers)
         _refuse_optimizers_that_move_weights(correction, layers)
         _refuse_a_second_look_ahead(correction, optimizer)
         _refuse_a_missing_criterion(correction, criterion)
@@ -127,7 +127,12 @@ def _refuse_foreign_parameters(models: Sequence[nn.Module], optimizer: Optimizer
         )
 
 
-def _refuse_steps_inside_backward(models: Sequence[nn.Module]) -> None:
+def _refuse_steps_inside_backward(models: Sequence[nn.Module], layers: Sequence[Any]) -> None:
+    if any(getattr(layer, "_overlap_with_ddp", False) for layer in layers):
+        raise RegradError(
+            "the optimizer must not step inside backward; make the ZeroRedundancyOptimizer without "
+            "overlap_with_ddp"
+        )
     for model in models:
         if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
             raise RegradError("the optimizer must not step inside backward")
@@ -196,10 +201,10 @@ def _refuse_layout(correction: Correction, layout: Layout) -> None:
         )
 
 
-def _refuse_several_closure_calls(correction: Correction, optimizer: Optimizer) -> None:
+def _refuse_several_closure_calls(correction: Correction, layers: Sequence[Any]) -> None:
     moves_weights = "weights" in correction.needs.stages
     allows_several = correction.needs.closures and not moves_weights
-    if isinstance(optimizer, LBFGS) and not allows_several:
+    if not allows_several and any(isinstance(layer, LBFGS) for layer in layers):
         raise RegradError(f"{correction.name!r} must see one closure call; LBFGS makes several")
 
 

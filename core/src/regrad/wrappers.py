@@ -1,7 +1,7 @@
 """What is inside wrappers: the user's module, and the optimizers that wrap one another."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn, optim
@@ -48,12 +48,23 @@ def _inner_optimizer(optimizer: Any) -> Any:
 
 
 def innermost_optimizer(optimizer: Any) -> optim.Optimizer:
-    """Return the torch optimizer inside wrappers.
+    """Return the torch optimizer inside wrappers that holds all parameters.
 
     Raises:
         TypeError: If there is none.
     """
-    return optimizer_layers(optimizer)[-1]  # type: ignore[no-any-return]
+    return holder_of_all(optimizer_layers(optimizer))
+
+
+def holder_of_all(layers: Sequence[Any]) -> optim.Optimizer:
+    """Return the innermost of some layers of optimizers that holds all parameters.
+
+    What a ZeroRedundancyOptimizer steps holds those of its own process alone.
+    """
+    for layer in layers:
+        if is_kind(layer, "zeroredundancyoptimizer"):
+            return layer  # type: ignore[no-any-return]
+    return layers[-1]  # type: ignore[no-any-return]
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -1,0 +1,175 @@
+"""FSDP1 and ZeroRedundancyOptimizer: every function here runs on two processes, see `test_processes.py`."""
+
+import contextlib
+import copy
+import warnings
+
+import regrad
+import torch
+import toys
+from regrad import RegradError
+from regrad.correction import Needs
+from shared_cases import BATCH, STEPS, WORLD, alone, close, raises, train
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp.fully_sharded_data_parallel import FullStateDictConfig, ShardingStrategy
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+
+def reading(correction, *reads):
+    """Return a correction of the toys that says what it reads instead of listing layouts."""
+    stages = correction.needs.stages
+    correction.needs = Needs(stages=stages, closures=correction.needs.closures, reads=reads)
+    return correction
+
+
+def by_elements():
+    """Return corrections of every kind that read single elements."""
+    return [
+        reading(toys.Push(amount=0.02), "elements"),
+        reading(toys.Louder(), "criterion"),
+        reading(toys.Scale(), "elements"),
+    ]
+
+
+STRATEGIES = (
+    ShardingStrategy.FULL_SHARD,
+    ShardingStrategy.SHARD_GRAD_OP,
+    ShardingStrategy.NO_SHARD,
+)
+
+
+def flat(corrections, *, originals=False, strategy=ShardingStrategy.FULL_SHARD, nested=True):
+    """Return a model under FSDP1, its optimizer and the attachment."""
+    policy = ModuleWrapPolicy({nn.Linear}) if nested else None
+    model = FullyShardedDataParallel(
+        toys.Net(),
+        device_id=torch.device("cpu"),
+        auto_wrap_policy=policy,
+        use_orig_params=originals,
+        sharding_strategy=strategy,
+    )
+    optimizer = toys.sgd(model)
+    return model, optimizer, regrad.attach(model, optimizer, corrections, nn.CrossEntropyLoss())
+
+
+@contextlib.contextmanager
+def no_warnings_of_torch():
+    """Leave out what torch says of FSDP1, which it no longer recommends."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)
+        warnings.filterwarnings("ignore", module="torch.distributed", category=UserWarning)
+        yield
+
+
+def whole_weights(model):
+    """Return copies of the whole weights of a model under FSDP1."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def train_flat(model, optimizer, attachment, rank, *, evaluate=False):
+    """Train on this rank's part of every global batch."""
+    for seed in range(STEPS):
+        inputs, labels = (t.chunk(WORLD)[rank] for t in toys.batch(BATCH, seed=seed))
+        optimizer.zero_grad()
+        attachment.criterion(model(inputs), labels).backward()
+        optimizer.step()
+        if evaluate:
+            model.eval()
+            with torch.no_grad():
+                model(inputs)
+            model.train()
+    return whole_weights(model)
+
+
+def case_fsdp1_on_two_processes_is_one_process_for_what_reads_elements(rank):
+    with no_warnings_of_torch():
+        expected = alone(by_elements())
+        for strategy in STRATEGIES:
+            for originals in (False, True):
+                for nested in (False, True):
+                    corrections = by_elements()
+                    model, optimizer, attachment = flat(
+                        corrections, originals=originals, strategy=strategy, nested=nested
+                    )
+                    weights = train_flat(model, optimizer, attachment, rank, evaluate=nested)
+                    close(weights, expected)
+                    assert attachment.engine.layout.name == "flat"
+                    assert corrections[0].calls == STEPS
+
+
+def case_a_state_dict_inside_the_window_is_true_under_fsdp1(rank):
+    with no_warnings_of_torch():
+        model, *_ = flat([reading(toys.Shift(), "elements")])
+        true = whole_weights(model)
+        toys.loss_of(model).backward()
+        config = FullStateDictConfig(rank0_only=False)
+        kind = StateDictType.FULL_STATE_DICT
+        with FullyShardedDataParallel.state_dict_type(model, kind, config):
+            saved = model.state_dict()
+            close(saved, true, 0)
+            toys.loss_of(model)
+            raises(RegradError, ["between forward and backward under FSDP1"], model.state_dict)
+
+
+def case_fsdp1_refuses_what_reads_more_with_the_reason(rank):
+    with no_warnings_of_torch():
+        for need in ("units", "tensor", "model"):
+            words = ["'scale' is not exact on layout 'flat'", "one flat tensor", "fully_shard"]
+            raises(RegradError, words, lambda n=need: flat([reading(toys.Scale(), n)]))
+        raises(
+            RegradError, ["micro-batches", "DDP"], lambda: flat([reading(toys.Scale(), "micro")])
+        )
+
+
+def partitioned(corrections, seed=0):
+    """Return a model under DDP, its ZeroRedundancyOptimizer and the attachment."""
+    model = DistributedDataParallel(toys.Net(seed=seed))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    return model, optimizer, regrad.attach(model, optimizer, corrections, nn.CrossEntropyLoss())
+
+
+def by_model():
+    """Return corrections of every kind, but for those that read the optimizer's moments."""
+    return [*by_elements(), reading(toys.UnitRows(), "units", "model")]
+
+
+def case_a_zero_redundancy_optimizer_is_one_process_for_all_but_its_moments(rank):
+    corrections = by_model()
+    model, optimizer, attachment = partitioned(corrections)
+    assert attachment.optimizer is optimizer
+    close(train(model, optimizer, attachment, rank, WORLD), alone(by_model()))
+    assert corrections[0].calls == STEPS
+    assert attachment.metrics()["steps_applied"] == STEPS
+    raises(
+        RegradError,
+        ["'boost'", "layout 'zero-redundancy'", "the optimizer's moments", "on one process"],
+        lambda: partitioned([reading(toys.Boost(), "moments")]),
+    )
+
+
+def case_the_state_in_a_zero_redundancy_optimizer_comes_back(rank):
+    tally = reading(toys.Tally(), "elements")
+    model, optimizer, attachment = partitioned([tally])
+    train(model, optimizer, attachment, rank, WORLD)
+    optimizer.consolidate_state_dict(to=0)
+    other = reading(toys.Tally(), "elements")
+    _, fresh, loaded = partitioned([other])
+    if rank == 0:
+        fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert loaded.engine.applied == attachment.engine.applied == STEPS
+        assert other.state_dict() == tally.state_dict() != {}
+
+
+def case_a_zero_redundancy_optimizer_that_steps_inside_backward_is_refused(rank):
+    model = DistributedDataParallel(toys.Net())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer._overlap_with_ddp = True
+    raises(
+        RegradError,
+        ["inside backward", "without overlap_with_ddp"],
+        lambda: regrad.attach(model, optimizer, [reading(toys.Scale(), "elements")]),
+    )
