@@ -31,6 +31,7 @@ PUBLIC = {
     "regrad_testing": {
         *(
             "CorrectionSuite",
+            "LayoutSuite",
             "OptimizerSuite",
             "OptimizerStep",
             "Problem",
