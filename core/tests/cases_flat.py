@@ -125,6 +125,35 @@ def case_fsdp1_refuses_what_reads_more_with_the_reason(rank):
         )
 
 
+def case_a_model_inside_its_fsdp1_wrapper_is_refused(rank):
+    with no_warnings_of_torch():
+        for originals in (False, True):
+            inner = toys.Net()
+            model = FullyShardedDataParallel(
+                inner, device_id=torch.device("cpu"), use_orig_params=originals
+            )
+            optimizer = toys.sgd(model)
+            correction = reading(toys.Scale(), "elements")
+            words = ["FullyShardedDataParallel", "got Net", "attach to the wrapper"]
+            raises(
+                RegradError, words, lambda i=inner, o=optimizer, c=correction: attach_one(i, o, c)
+            )
+            regrad.attach(model, optimizer, [correction])
+
+
+def attach_one(model, optimizer, correction):
+    """Attach one correction."""
+    return regrad.attach(model, optimizer, [correction])
+
+
+def case_explaining_with_a_zero_redundancy_optimizer_tries_copies(rank):
+    model, _, attachment = partitioned([reading(toys.Scale(factor=0.5), "elements")])
+    before = toys.weights_of(model)
+    rows = attachment.explain(toys.batch()).rows
+    assert {row["relative_change"] for row in rows} == {0.5}
+    close(toys.weights_of(model), before, 0)
+
+
 def partitioned(corrections, seed=0):
     """Return a model under DDP, its ZeroRedundancyOptimizer and the attachment."""
     model = DistributedDataParallel(toys.Net(seed=seed))

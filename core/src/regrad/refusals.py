@@ -47,6 +47,7 @@ def check(
     _refuse_weights_cut_by_deepspeed(models)
     _refuse_lazy_modules(models)
     _refuse_foreign_parameters(models, optimizer)
+    _refuse_models_inside_fsdp1(models, optimizer)
     _refuse_steps_inside_backward(models, layers)
     _refuse_meta_parameters(models, optimizer)
     _refuse_optimizers_without_hooks(optimizer)
@@ -124,6 +125,27 @@ def _refuse_foreign_parameters(models: Sequence[nn.Module], optimizer: Optimizer
     if all(held.isdisjoint(model.parameters()) for model in models):
         raise RegradError(
             "optimizer must hold parameters of model, got none; pass the model that it trains"
+        )
+
+
+def _refuse_models_inside_fsdp1(models: Sequence[nn.Module], optimizer: Optimizer) -> None:
+    """Refuse a model whose parameters a wrapper around it has laid out flat, if that is not given.
+
+    It alone looks like one that is not sharded.
+    """
+    flattened = {p for p in parameters_of(optimizer) if getattr(p, "_fsdp_flattened", False)}
+    if not flattened:
+        return
+    for model in models:
+        for module in model.modules():
+            handle: Any = vars(module).get("_handle")
+            flat: Any = getattr(handle, "flat_param", None)
+            if flat is not None:
+                flattened -= {flat, *(getattr(flat, "_params", None) or ())}
+    if flattened:
+        raise RegradError(
+            "model must be the FullyShardedDataParallel that holds all parameters of the "
+            f"optimizer, got {type(models[0]).__name__}, inside of it; attach to the wrapper"
         )
 
 
