@@ -2,7 +2,8 @@
 
 import torch
 from regrad import hookimpl
-from regrad.layouts import EVERYTHING, PlainLayout
+from regrad.layouts import PlainLayout
+from regrad.reading import EVERYTHING
 from torch import Tensor, distributed, nn
 
 
