@@ -59,8 +59,7 @@ def flat(corrections, *, originals=False, strategy=ShardingStrategy.FULL_SHARD, 
 def no_warnings_of_torch():
     """Leave out what torch says of FSDP1, which it no longer recommends."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)
-        warnings.filterwarnings("ignore", module="torch.distributed", category=UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
