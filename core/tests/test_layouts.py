@@ -49,6 +49,16 @@ def test_an_engines_layout_is_taken_for_its_models_alone(toys, offer):
     assert attachment.engine.layout.model_group is None
 
 
+def test_an_engine_with_a_layout_is_no_longer_refused_for_its_name(toys, offer):
+    engine = type("Engine", (toys.Net,), {"__module__": "deepspeed.runtime.engine"})
+    model = engine()
+    with pytest.raises(regrad.RegradError, match="DeepSpeed hides gradients"):
+        regrad.attach(model, toys.sgd(model), [])
+    offer("own", OWN)
+    model.of_the_engine = True
+    assert regrad.attach(model, toys.sgd(model), []).engine.layout.name == "own"
+
+
 def test_a_layout_that_the_environment_leaves_out_is_not_asked(toys, offer, monkeypatch):
     offer("own", OWN)
     monkeypatch.setenv("REGRAD_DISABLE", "own")

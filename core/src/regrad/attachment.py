@@ -93,9 +93,10 @@ def attach(
     made = registry.create_all(corrections)
     layers = optimizer_layers(optimizer)
     given = [model] if isinstance(model, nn.Module) else _listed(model)
-    refusals.check(given, layers, made, criterion)
+    refusals.check_arguments(given, criterion)
     whole: nn.Module = nn.ModuleList(given) if len(given) > 1 else given[0]
     layout = layouts.choose(whole, optimizer, model_group)
+    refusals.check(given, layers, made, criterion, is_served=not layouts.is_own(layout))
     refusals.check_layout(made, layout)
     inner = holder_of_all(layers)
     in_parts = model_group is not None

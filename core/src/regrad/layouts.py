@@ -232,6 +232,11 @@ def choose(model: nn.Module, optimizer: Any, model_group: Any = None) -> Layout:
     return layout
 
 
+def is_own(layout: Layout) -> bool:
+    """Say whether a layout is one of the core's, and not of another distribution."""
+    return type(layout).__module__ == __name__
+
+
 @functools.lru_cache(maxsize=1)
 def _layout_plugins(_: tuple[str, ...]) -> pluggy.PluginManager:
     """Return everything that offers layouts; found once, unless Python looks elsewhere then."""

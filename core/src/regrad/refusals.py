@@ -22,8 +22,24 @@ INSIDE = "inside"  # for attach: the model computes its loss itself
 ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
+def check_arguments(models: Sequence[Any], criterion: Any) -> None:
+    """Raise unless models and criterion are what attach takes.
+
+    Raises:
+        ValueError: If the criterion is a word other than "inside".
+        TypeError: If a model is no module, or the criterion cannot be called.
+    """
+    _refuse_what_is_no_model(models)
+    _refuse_what_is_no_criterion(criterion)
+
+
 def check(
-    models: Sequence[Any], layers: Sequence[Any], corrections: Sequence[Correction], criterion: Any
+    models: Sequence[Any],
+    layers: Sequence[Any],
+    corrections: Sequence[Correction],
+    criterion: Any,
+    *,
+    is_served: bool = False,
 ) -> None:
     """Raise unless these corrections can be right on these models and this optimizer.
 
@@ -34,6 +50,8 @@ def check(
         layers: The optimizer given to attach and those inside of it, outermost first.
         corrections: In acting order.
         criterion: The criterion given to attach.
+        is_served: Whether the layout of another distribution answers for the engine, and
+            for where its optimizer keeps parameters.
 
     Raises:
         ValueError: If the criterion is a word other than "inside".
@@ -41,13 +59,14 @@ def check(
         RegradError: For every refusal, with its reason.
     """
     optimizer = holder_of_all(layers)
-    _refuse_what_is_no_model(models)
-    _refuse_what_is_no_criterion(criterion)
-    _refuse_deepspeed((*models, *layers))
-    _refuse_weights_cut_by_deepspeed(models)
+    check_arguments(models, criterion)
+    if not is_served:
+        _refuse_deepspeed((*models, *layers))
+        _refuse_weights_cut_by_deepspeed(models)
     _refuse_lazy_modules(models)
-    _refuse_foreign_parameters(models, optimizer)
-    _refuse_models_inside_fsdp1(models, optimizer)
+    if not is_served:
+        _refuse_foreign_parameters(models, optimizer)
+        _refuse_models_inside_fsdp1(models, optimizer)
     _refuse_steps_inside_backward(models, layers)
     _refuse_meta_parameters(models, optimizer)
     _refuse_optimizers_without_hooks(optimizer)
@@ -81,7 +100,8 @@ def _refuse_what_is_no_model(models: Sequence[Any]) -> None:
     if not models:
         raise TypeError("model must be a torch.nn.Module or a list of some, got an empty list")
     for model in models:
-        if not isinstance(model, nn.Module) and not is_kind(model, "deepspeed"):
+        if not isinstance(model, nn.Module):
+            _refuse_deepspeed([model])
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
