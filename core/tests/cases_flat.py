@@ -60,6 +60,8 @@ def no_warnings_of_torch():
     """Leave out what torch says of FSDP1, which it no longer recommends."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "`_get_pg_default_device` will be deprecated")
+        warnings.filterwarnings("ignore", "Multiple backends are registered with this ProcessGroup")
         yield
 
 
@@ -112,6 +114,27 @@ def case_a_state_dict_inside_the_window_is_true_under_fsdp1(rank):
             close(saved, true, 0)
             toys.loss_of(model)
             raises(RegradError, ["between forward and backward under FSDP1"], model.state_dict)
+
+
+def case_the_state_comes_back_with_torchs_own_way_of_saving_under_fsdp1(rank):
+    with no_warnings_of_torch():
+        for originals in (False, True):
+            tally = reading(toys.Tally(), "elements")
+            model, optimizer, attachment = flat([tally], originals=originals)
+            train_flat(model, optimizer, attachment, rank)
+            config = FullStateDictConfig(rank0_only=False)
+            kind = StateDictType.FULL_STATE_DICT
+            with FullyShardedDataParallel.state_dict_type(model, kind, config):
+                saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+                state = FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, saved)
+            other = reading(toys.Tally(), "elements")
+            _, fresh, loaded = flat([other], originals=originals)
+            fresh.load_state_dict(state)
+            assert loaded.engine.applied == STEPS
+            assert other.state_dict() == tally.state_dict() != {}
+            if originals:
+                names = {name for name, _ in toys.Net().named_parameters()}
+                assert {*tally.state_dict()} == names
 
 
 def case_fsdp1_refuses_what_reads_more_with_the_reason(rank):

@@ -213,7 +213,7 @@ class Engine:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
             if self._graph_waits and self.window.moved:
-                raise RegradError("no evaluation between forward and backward under FSDP2")
+                raise RegradError("no evaluation between forward and backward on shards")
             self.close_window()
             return
         if not torch.is_grad_enabled():

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-WRAPPER = r"_orig_mod\.|_checkpoint_wrapped_module\."
+WRAPPER = r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\."
 
 HOOK_TABLES = (
     "_forward_pre_hooks",
