@@ -15,8 +15,7 @@ from regrad.optimizers import parameters_of
 from regrad.reading import EVERYTHING, OFFERS, Reading
 from regrad.wrappers import is_kind, optimizer_layers
 
-GROUP = "regrad.layouts"
-HOOK = "regrad_layout"
+LAYOUT_HOOK = "regrad_layout"
 FLAT = (
     "FSDP1 lays several parameters out in one flat tensor and cuts it anywhere; "
     "use FSDP2 (torch.distributed.fsdp.fully_shard)"
@@ -244,14 +243,15 @@ def _layout_plugins(_: tuple[str, ...]) -> pluggy.PluginManager:
     manager.add_hookspecs(LayoutSpec)
     # pluggy asks those first that were registered last.
     manager.register(OwnLayouts(), "regrad")
-    for name in registry.available(GROUP):
+    group = registry.GROUPS["layout"]
+    for name in registry.available(group):
         if registry.is_disabled(name):
             continue
-        offered = registry.load(name, GROUP)
+        offered = registry.load(name, group)
         manager.register(offered, name)
-        if not any(caller.name == HOOK for caller in manager.get_hookcallers(offered) or ()):
+        if not any(caller.name == LAYOUT_HOOK for caller in manager.get_hookcallers(offered) or ()):
             raise PluginLoadError(
-                f"layout {name!r} must have a function {HOOK!r} marked with "
+                f"layout {name!r} must have a function {LAYOUT_HOOK!r} marked with "
                 f"regrad.hookimpl, got {offered!r}"
             )
     return manager
