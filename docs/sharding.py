@@ -1,8 +1,9 @@
 """Write the page on layouts, and what the cards say of them, from what sharding_cells.py measures.
 
-Usage: python docs/sharding.py [--prove | --render | --check] [NAME ...]
+Usage: python docs/sharding.py [--prove | --render | --check] [--column=TITLE ...] [NAME ...]
 Without a flag everything, or what is named, is measured on two processes and on one, and
-sharding.json, the page and the cards are written.
+sharding.json, the page and the cards are written. With --column only the columns of these
+headings are measured.
 With --prove the verdicts are measured and compared with sharding.json; with --render
 page and cards are written from it; with --check nothing is measured or written, and a
 stale page or card is an error.
@@ -21,7 +22,16 @@ from corrections_table import ROOT, cards
 from interactions import shipped
 from regrad import available
 from regrad_testing.processes import launch
-from sharding_cells import COLUMNS, NAMES, Column, OnTwoProcesses, Seen, measures
+from sharding_cells import (
+    COLUMNS,
+    NAMES,
+    TITLES,
+    Column,
+    OnTwoProcesses,
+    Seen,
+    chosen_columns,
+    measures,
+)
 
 DOCS = Path(__file__).parent
 PAGE, TABLE = DOCS / "sharding.md", DOCS / "sharding.json"
@@ -96,7 +106,7 @@ def verdicts(names: Sequence[str]) -> Verdicts:
     """Measure, and return a verdict per correction and column."""
     seen, found = measured(names), dict[str, dict[str, Verdict]]()
     for name in names:
-        cells = {column.title: f"{name} | {column.title}" for column in COLUMNS}
+        cells = {column.title: f"{name} | {column.title}" for column in chosen_columns()}
         found[name] = {
             column.title: verdict_of(
                 cells[column.title],
@@ -107,9 +117,19 @@ def verdicts(names: Sequence[str]) -> Verdicts:
                     if key.startswith(f"{cells[column.title]} | ")
                 },
             )
-            for column in COLUMNS
+            for column in chosen_columns()
         }
     return found
+
+
+def with_fresh(found: Verdicts) -> Verdicts:
+    """Return the verdicts in sharding.json with those that were measured now, in order."""
+    before = kept()
+    rows: Verdicts = {}
+    for name in shipped():
+        cells = {**before.get(name, {}), **found.get(name, {})}
+        rows[name] = {c.title: cells[c.title] for c in COLUMNS if c.title in cells}
+    return {name: cells for name, cells in rows.items() if cells}
 
 
 def short(verdict: Verdict) -> str:
@@ -205,6 +225,8 @@ def differences(found: Verdicts, wanted: Verdicts) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Measure and write, or compare."""
     names = [argument for argument in arguments if not argument.startswith("-")] or shipped()
+    titles = [a.partition("=")[2] for a in arguments if a.startswith("--column=")]
+    os.environ[TITLES] = "\n".join(titles)  # read by the other processes too
     if "--check" in arguments:
         stale = [
             path for path, text in pages(kept()).items() if text != path.read_text(encoding="utf-8")
@@ -221,8 +243,7 @@ def main(arguments: list[str]) -> int:
     else:
         said = []
         if "--render" not in arguments:
-            fresh = {**kept(), **verdicts(names)}
-            rows = {name: fresh[name] for name in shipped() if name in fresh}
+            rows = with_fresh(verdicts(names))
             found = {"torch": torch.__version__.partition("+")[0], "verdicts": rows}
             TABLE.write_text(
                 json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -30,11 +30,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.func import functional_call
 
 FLOAT64, FLOAT32 = 1e-12, 1e-6
 SCALE = 2.0**12
 NAMES = "REGRAD_SHARDING_NAMES"
+TITLES = "REGRAD_SHARDING_COLUMNS"  # those to measure, a line each; all where there is no line
 Seen = dict[str, Any]
 
 
@@ -107,11 +110,20 @@ def cases_of(name: str) -> dict[str, Case]:
 
 def compared(got: Training, wanted: Training) -> Seen:
     """Return how far two finished trainings end apart, over the parameters that both have."""
-    ends, goal = got.weights(), wanted.weights()
     ends = {
-        name.replace("_checkpoint_wrapped_module.", ""): weight for name, weight in ends.items()
+        name.replace("_checkpoint_wrapped_module.", ""): weight
+        for name, weight in whole_weights(got).items()
     }
-    return {"far": difference(goal, ends)[0]}
+    return {"far": difference(wanted.weights(), ends)[0]}
+
+
+def whole_weights(training: Training) -> dict[str, Tensor]:
+    """Return copies of the weights, whole where they are shards of any kind."""
+    model = training.outer
+    if not isinstance(model, FullyShardedDataParallel):
+        return training.weights()
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        return as_bits(dict(model.named_parameters()))
 
 
 # One process.
@@ -450,6 +462,20 @@ def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
     return prepared, keep
 
 
+def fsdp1(model: nn.Module, **options: Any) -> nn.Module:
+    """Lay a model out in flat tensors."""
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+
+
+def by_zero(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
+    """Return the layout of DDP with an optimizer that is cut by rank."""
+
+    def partitioned(parameters: Any, **options: Any) -> Any:
+        return ZeroRedundancyOptimizer(list(parameters), functools.partial(make, **options))
+
+    return partitioned, ddp
+
+
 def on_two(case: Case, layout: Layout) -> Seen:
     """Each process its own rows, with evaluations in between, against one with all rows."""
     make, parallel = layout(case.suite.optimizers[case.optimizer])
@@ -478,7 +504,7 @@ def told(training: Training) -> Seen:
     """Return hashes of what must be the same on all ranks; of shards, what is no tensor."""
     state: Any = training.correction_state()
     state = without_tensors(state) if training.attachment.engine.is_sharded() else state
-    return {"ranks": [digest(training.weights()), digest(state)]}
+    return {"ranks": [digest(whole_weights(training)), digest(state)]}
 
 
 def without_tensors(state: Any) -> Any:
@@ -494,6 +520,11 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     "DDP": {"": wrapped_by(ddp)},
     "FSDP2": {"by rows": wrapped_by(fsdp2), "by columns": wrapped_by(fsdp2_by_columns)},
     "FSDP2 by accelerate": {"": by_accelerate},
+    "FSDP1": {
+        "flat": wrapped_by(fsdp1),
+        "original parameters": wrapped_by(functools.partial(fsdp1, use_orig_params=True)),
+    },
+    "ZeroRedundancyOptimizer": {"": by_zero},
 }
 LATER: dict[str, Layout] = {
     "DDP": wrapped_by(ddp_with_unused),
@@ -558,6 +589,12 @@ COLUMNS = [
 ]
 
 
+def chosen_columns() -> list[Column]:
+    """Return the columns to measure."""
+    titles = os.environ.get(TITLES, "").splitlines()
+    return [column for column in COLUMNS if not titles or column.title in titles]
+
+
 def seen_in(case: Case, measure: Measure) -> Seen:
     """Return what was measured, or the reason of a refusal."""
     try:
@@ -570,7 +607,7 @@ def measures(name: str, processes: int) -> dict[str, Callable[[], Seen]]:
     """Return what is to be measured of a correction, by column, way, suite and optimizer."""
     cases = cases_of(name)
     found = {}
-    for column in COLUMNS:
+    for column in chosen_columns():
         if column.processes != processes:
             continue
         for way, measure in column.ways.items():

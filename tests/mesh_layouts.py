@@ -332,13 +332,15 @@ def stage_of(part: nn.Module, index: int, many: int) -> PipelineStage:
     return PipelineStage(part, index, many, torch.device("cpu"))
 
 
-def train_in_parts(trial: Trial, make_parts: Callable[..., Any], rank: int) -> list[Tensor]:
+def train_in_parts(
+    trial: Trial, make_parts: Callable[..., Any], rank: int, group: Any = None
+) -> list[Tensor]:
     """Train as `weights_after` does, in a pipeline; return the weights of this rank's stages."""
     now: list[Any] = [None, 1.0]  # the criterion, known once it is attached to, and the factor
     parts, schedule = make_parts(rank, lambda logits, classes: now[0](logits, classes) * now[1])
     optimizers = [trial.make(part.parameters()) for part in parts]
     attachments = [
-        regrad.attach(part, optimizer, [trial.spec], F.cross_entropy)
+        regrad.attach(part, optimizer, [trial.spec], F.cross_entropy, model_group=group)
         for part, optimizer in zip(parts, optimizers, strict=True)
     ]
     now[0] = attachments[-1].criterion
@@ -391,6 +393,25 @@ def in_pipelines(rank: int) -> dict[str, float]:
     return seen
 
 
+def summed_in_pipelines(rank: int) -> dict[str, float]:
+    """Return how far the norm over all stages ends from one process; infinity where one is missed."""
+    trial, world = TRIALS["clip-norm"], distributed.group.WORLD
+    wanted = train_whole(trial)
+    mine = [w for key, w in wanted.items() if int(key[0]) in (2 * rank, 2 * rank + 1)]
+    seen = {}
+    for make_parts in (gpipe, one_forward_one_backward):
+        weights = train_in_parts(trial, make_parts, rank, world)
+        pairs = zip(weights, mine, strict=True)
+        seen[make_parts.__name__] = max((a - b).abs().max().item() for a, b in pairs)
+    reason = ""
+    try:
+        train_in_parts(trial, interleaved, rank, world)
+    except regrad.RegradError as refusal:
+        reason = str(refusal)
+    told = "attach all stages of a process together" in reason
+    return {**seen, "interleaved": 0.0 if told else float("inf")}
+
+
 def refused_in_pipelines(rank: int) -> dict[str, float]:
     """Return 0 for each correction that is refused with its reason, infinity else."""
     seen = {}
@@ -414,7 +435,11 @@ class Pipelines:
     @classmethod
     def cases(cls) -> dict[str, Callable[[int], Any]]:
         """Return what each process runs."""
-        return {"": in_pipelines, "refused": refused_in_pipelines}
+        return {
+            "": in_pipelines,
+            "refused": refused_in_pipelines,
+            "summed": summed_in_pipelines,
+        }
 
 
 class ByRows:

@@ -31,6 +31,7 @@ PUBLIC = {
     "regrad_testing": {
         *(
             "CorrectionSuite",
+            "LayoutSuite",
             "OptimizerSuite",
             "OptimizerStep",
             "Problem",
@@ -80,7 +81,9 @@ ENTRY_POINTS = {
     },
 }
 SIGNATURES = {
-    "regrad:attach": ["model", "optimizer", "corrections", "criterion=None"],
+    "regrad:attach": [
+        *("model", "optimizer", "corrections", "criterion=None", "*model_group=None")
+    ],
     "regrad:available": ["group='regrad'"],
     "regrad:load": ["name", "group='regrad'"],
     "regrad:create": ["spec", "**options"],

@@ -106,15 +106,17 @@ def case_a_layout_that_a_correction_is_not_exact_on_is_refused(rank):
     )
 
 
-def case_a_zero_redundancy_optimizer_is_refused(rank):
+def case_a_zero_redundancy_optimizer_is_refused_where_layouts_are_listed_without_it(rank):
     model = toys.Net()
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     raises(
-        RegradError, ["scale", "'flat'"], lambda: regrad.attach(model, optimizer, [toys.Scale()])
+        RegradError,
+        ["scale", "'zero-redundancy'"],
+        lambda: regrad.attach(model, optimizer, [toys.Scale()]),
     )
 
 
-def case_fsdp1_is_refused(rank):
+def case_fsdp1_is_refused_where_layouts_are_listed_without_it(rank):
     model = FullyShardedDataParallel(toys.Net(), device_id=torch.device("cpu"))
     raises(
         RegradError,

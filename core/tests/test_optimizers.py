@@ -8,6 +8,7 @@ from regrad.optimizers import (
     looks_ahead,
     nesterov_control,
     parameters_of,
+    stepped_by,
 )
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 
@@ -118,3 +119,18 @@ def test_where_nadam_is_not_adams_step_with_nesterovs_momentum_there_is_no_contr
     assert nesterov_control(Adam(groups)) is None
     groups = [{"params": parameters[:1]}, {"params": parameters[1:], "amsgrad": True}]
     assert nesterov_control(AdamW(groups)) is None
+
+
+def test_what_is_cut_by_rank_is_judged_by_the_optimizer_that_it_steps():
+    class Cut(torch.optim.Optimizer):
+        """Holds another optimizer, as torch's ZeroRedundancyOptimizer does."""
+
+        def __init__(self, inner):
+            super().__init__(inner.param_groups[0]["params"], {})
+            self.optim = inner
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    inner = NAdam([weight])
+    assert stepped_by(Cut(inner)) is inner
+    assert looks_ahead(Cut(inner))
+    assert not looks_ahead(Cut(SGD([weight])))

@@ -3,7 +3,7 @@
 import pytest
 import regrad
 import torch
-from regrad import RegradError
+from regrad import RegradError, layouts
 from regrad.correction import Needs
 
 
@@ -173,6 +173,60 @@ def test_a_correction_says_on_which_layouts_it_is_exact(toys):
     model = toys.Net()
     with pytest.raises(RegradError, match="'scale' is not exact on layout 'plain'; it is on ddp"):
         regrad.attach(model, toys.sgd(model), [Elsewhere()])
+
+
+def test_a_layout_that_does_not_offer_what_is_read_is_refused_with_the_difference(
+    toys, monkeypatch
+):
+    class Elements(toys.Scale):
+        needs = Needs(stages=("gradient",), reads=("elements",))
+
+    class Units(toys.Scale):
+        needs = Needs(
+            stages=("gradient",), reads=("elements", "units"), conflicts={"own": "buy another"}
+        )
+
+    class Listed(toys.Scale):
+        needs = Needs(stages=("gradient",), layouts=("plain",), reads=("elements",))
+
+    class Silent(toys.Scale):
+        needs = Needs(stages=("gradient",))
+
+    class Own(layouts.PlainLayout):
+        name = "mine"
+        offers = frozenset({"elements"})
+
+    model = toys.Net()
+    monkeypatch.setattr(layouts, "choose", lambda *_: Own())
+    regrad.attach(model, toys.sgd(model), [Elements()])
+    rule = r"'scale' is not exact on layout 'mine': it reads units \(one output's weights\), which"
+    with pytest.raises(RegradError, match=f"{rule} .* not offer; layout 'mine' does not offer"):
+        regrad.attach(model, toys.sgd(model), [Units()])
+    for unproved in (Listed(), Silent()):
+        with pytest.raises(RegradError, match="not exact on layout 'mine'; it is on plain"):
+            regrad.attach(model, toys.sgd(model), [unproved])
+    monkeypatch.setattr(Own, "name", "own")
+    with pytest.raises(RegradError, match="not offer; buy another"):
+        regrad.attach(model, toys.sgd(model), [Units()])
+
+
+def test_a_layout_that_the_first_use_shows_is_refused_there(toys, monkeypatch):
+    class Later(layouts.PlainLayout):
+        name = "later"
+
+    model = toys.Net()
+    optimizer = toys.sgd(model)
+    attachment = regrad.attach(model, optimizer, [toys.Scale()])
+    plain = attachment.engine.layout
+    monkeypatch.setattr(layouts, "choose", lambda *_: Later())
+    with pytest.raises(RegradError, match="'scale' is not exact on layout 'later'"):
+        toys.loss_of(model)
+    assert attachment.engine.layout is plain
+    monkeypatch.setattr(Later, "name", "ddp")
+    toys.train_step(model, optimizer)
+    assert attachment.engine.layout.name == "ddp"
+    monkeypatch.setattr(layouts, "choose", lambda *_: pytest.fail("chosen at every step"))
+    toys.train_step(model, optimizer)
 
 
 def test_a_refusal_changes_nothing(toys, same_bits, hooks_on):

@@ -5,13 +5,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from regrad import (
     explain,
+    layouts,
     module_hooks,
     order,
     other_optimizers,
@@ -22,12 +22,16 @@ from regrad import (
 )
 from regrad.correction import Correction
 from regrad.criterion import Switch, switching_criterion
+from regrad.devices import random_numbers_kept
 from regrad.engine import Engine
 from regrad.errors import RegradError
+from regrad.hookspecs import Layout
 from regrad.inside import CrossEntropyInside
 from regrad.optimizer_state import StateInOptimizer, form_problem
+from regrad.optimizers import parameters_of
 from regrad.record import ForwardRecord
 from regrad.wrappers import (
+    holder_of_all,
     innermost_module,
     is_compiled,
     optimizer_layers,
@@ -42,6 +46,8 @@ def attach(
     optimizer: Optimizer,
     corrections: Sequence[str | Correction],
     criterion: Criterion | Literal["inside"] | None = None,
+    *,
+    model_group: Any = None,
 ) -> "Attachment":
     """Bind corrections to a model and its optimizer; the training loop stays as it is.
 
@@ -59,6 +65,10 @@ def attach(
             loss itself, as those of transformers and nanoGPT do: every cross entropy of its
             training forward is the corrected one until detach, see
             `regrad.inside.CrossEntropyInside`; the loop stays as it is.
+        model_group: Where the model is in parts (pipeline stages): the
+            `torch.distributed` process group whose processes hold one part each, none of
+            them twice. What corrections sum over the whole model, as the norm of
+            `clip-norm`, is summed over it. Without it such corrections are refused there.
 
     Returns:
         The attachment; as a context manager it detaches at the end.
@@ -83,16 +93,44 @@ def attach(
     made = registry.create_all(corrections)
     layers = optimizer_layers(optimizer)
     given = [model] if isinstance(model, nn.Module) else _listed(model)
-    refusals.check(given, layers, made, criterion)
+    refusals.check_arguments(given, criterion)
     whole: nn.Module = nn.ModuleList(given) if len(given) > 1 else given[0]
-    proved = ranks.agree_across_ranks(whole, layers[-1], made)
+    layout = layouts.choose(whole, optimizer, model_group)
+    refusals.check(given, layers, made, criterion, is_served=not layouts.is_own(layout))
+    refusals.check_layout(made, layout)
+    inner = holder_of_all(layers)
+    in_parts = model_group is not None
+    proved = ranks.agree_across_ranks(whole, inner, made, in_parts=in_parts)
     acts_inside = isinstance(criterion, str)
     loss = F.cross_entropy if acts_inside else criterion
-    attachment = Attachment(model, layers[-1], made, loss, layers=layers, acts_inside=acts_inside)
+    attachment = Attachment(
+        model, inner, made, loss, layers=layers, acts_inside=acts_inside, layout=layout
+    )
+    attachment.engine.before_first_use = functools.partial(
+        _settle_layout, attachment, whole, optimizer, model_group
+    )
     attachment.engine.before_first_step = functools.partial(
-        ranks.check_first_step, whole, layers[-1], attachment.corrections, proved=proved
+        ranks.check_first_step,
+        whole,
+        inner,
+        attachment.corrections,
+        proved=proved,
+        in_parts=in_parts,
     )
     return attachment
+
+
+def _settle_layout(
+    attachment: "Attachment", model: nn.Module, optimizer: Any, model_group: Any
+) -> None:
+    """Choose the layout again, now that what replaces or wraps parameters has done so.
+
+    Raises:
+        RegradError: If a correction is not exact on what it has become.
+    """
+    layout = layouts.choose(model, optimizer, model_group)
+    refusals.check_layout(attachment.corrections, layout)
+    attachment.engine.layout = layout
 
 
 def _listed(models: Any) -> list[Any]:
@@ -124,6 +162,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         *,
         layers: Sequence[Any] = (),
         acts_inside: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         self._called: list[nn.Module] = [model] if isinstance(model, nn.Module) else [*model]
         roots = [innermost_module(module) for module in self._called]
@@ -136,7 +175,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self._switch: Switch | None = None
         self._handles: list[module_hooks.Handle] = []
         self._in_optimizer = StateInOptimizer(self)
-        self.engine = Engine(self.model, optimizer, self.corrections, roots=roots, layers=layers)
+        self.engine = Engine(
+            self.model, optimizer, self.corrections, roots=roots, layers=layers, layout=layout
+        )
         self.record: ForwardRecord | None = None
         self.is_detached = False
         try:
@@ -156,8 +197,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         if reads_record and not any(is_compiled(module) for module in modules):
             self.record = ForwardRecord(self.model, roots)
             self._handles += self.record.handles
+        parameters = parameters_of(self.optimizer)
         for correction, call in self.engine.callers["setup"]:
-            with torch.random.fork_rng(devices=[]), self.engine.named(correction, "setup"):
+            with random_numbers_kept(parameters), self.engine.named(correction, "setup"):
                 call(attachment=self)
         for owner, call in self.engine.callers["wrap_criterion"]:
             with self.engine.named(owner, "wrap_criterion"):
@@ -177,6 +219,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         for root in roots:
             self._hook(root, root.register_forward_hook, self.engine.after_forward)
             self._hook(root, root.register_state_dict_post_hook, self.engine.on_state_dict)
+            before_saving = module_hooks.first_before_state_dict(root)
+            self._hook(root, before_saving, self.engine.before_state_dict)
             self._hook(root, root.register_load_state_dict_pre_hook, self.engine.close_window)
         optimizer = self.optimizer
         # One by one: what is registered when a later one raises can be removed.

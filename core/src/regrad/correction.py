@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from regrad.errors import RegradError
+from regrad.reading import EVERYTHING, Implied, Reading, layouts_with
 from regrad.signatures import ClassSignature
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 API_VERSION = 1
 
 Stage = Literal["hidden", "criterion", "weights", "gradient", "moment"]
-Reading = Literal["elements", "units", "tensor", "model", "moments", "micro", "criterion"]
 HOOK_OF_STAGE: dict[Stage, str] = {
     "hidden": "setup",
     "criterion": "wrap_criterion",
@@ -37,8 +37,11 @@ class Needs:
         stages: When it acts; each stage's hook must be implemented, and no other.
         exclusive: Resources that one correction at most may own. The stages
             "weights" (the window) and "criterion" are such resources without saying so.
-        layouts: Where it is exact: "plain" (one process, or each its own copy),
-            "ddp", "fsdp2". Attaching elsewhere is refused.
+        layouts: Where it is exact, by names of layouts: "plain" (one process, or each its
+            own copy), "ddp", "fsdp2", "flat" (FSDP1), "zero-redundancy" (torch's
+            ZeroRedundancyOptimizer). Attaching elsewhere is refused. Leave it out and say
+            `reads`: then these are the core's layouts that offer all that is read, and a
+            layout of somebody else's engine serves too if it offers that.
         closures: Whether it bears an optimizer that evaluates its closure several
             times per step.
         sparse: Whether it has a rule for sparse gradients.
@@ -53,12 +56,17 @@ class Needs:
             head), the optimizer's "moments", the "micro"-batches of a step, the
             "criterion". Where ranks hold different parameters (pipeline stages,
             experts), corrections that read the "model" or its record are refused;
-            `conflicts` may say under "parts" what to do there.
+            `conflicts` may say under "parts" what to do there. A layout that does not offer
+            all of this is refused at attach, see `regrad.hookspecs.Layout`.
+
+    Example:
+        >>> Needs(stages=("gradient",), reads=("units",)).layouts
+        ('plain', 'ddp', 'fsdp2', 'zero-redundancy')
     """
 
     stages: tuple[Stage, ...]
     exclusive: tuple[str, ...] = ()
-    layouts: tuple[Literal["plain", "ddp", "fsdp2"], ...] = ("plain",)
+    layouts: tuple[str, ...] = Implied()
     closures: bool = False
     sparse: bool = False
     before: tuple[str, ...] = ()
@@ -67,6 +75,11 @@ class Needs:
     warmup_steps: int = 0
     record: bool = False
     reads: tuple[Reading, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Let the layouts follow from what is read, also in a copy that reads something else."""
+        if isinstance(self.layouts, Implied):
+            object.__setattr__(self, "layouts", layouts_with(self.reads))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +168,7 @@ class Correction:
         >>> class Scale(Correction):
         ...     "Multiply every gradient by a factor."
         ...     name = "scale"
-        ...     needs = Needs(stages=("gradient",), layouts=("plain", "ddp", "fsdp2"))
+        ...     needs = Needs(stages=("gradient",), reads=("elements",))
         ...     @dataclass(frozen=True, kw_only=True)
         ...     class Options:
         ...         factor: float = 0.5
@@ -233,10 +246,9 @@ class Correction:
 
 def _check_reads(cls: type[Correction]) -> None:
     """Raise `RegradError` if a class declares to read what there is not."""
-    known = typing.get_args(Reading)
     for reading in cls.needs.reads:
-        if reading not in known:
-            allowed = ", ".join(map(repr, known))
+        if reading not in EVERYTHING:
+            allowed = ", ".join(map(repr, typing.get_args(Reading)))
             raise RegradError(
                 f"correction {cls.name!r} must declare reads of {allowed}, got {reading!r}"
             )

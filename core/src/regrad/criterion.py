@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regrad.devices import random_numbers_kept
 from regrad.sharding import local
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Switch:
         """Compare the logit gradients of both criteria."""
         for_original = logits.detach().requires_grad_()
         for_corrected = logits.detach().requires_grad_()
-        with torch.random.fork_rng([logits.device] if logits.is_cuda else []):
+        with random_numbers_kept([logits]):
             values = (
                 self.original(for_original, *rest, **options).sum(),
                 self.corrected(for_corrected, *rest, **options).sum(),

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
-from regrad import names, other_optimizers, sharding
+from regrad import devices, names, other_optimizers, sharding
 from regrad.correction import Correction
 from regrad.empty_steps import only_makes_state
 from regrad.errors import RegradError, RegradWarning
-from regrad.hookspecs import Step
+from regrad.hookspecs import Layout, Step
+from regrad.layouts import PlainLayout
 from regrad.meter import Meter
 from regrad.nesting import StepUnderWay, caller_of_hook
 from regrad.optimizers import parameters_of
@@ -54,13 +55,6 @@ NOT_IN_CHARGE = (
 FORWARDS_WITHOUT_STEP = 50
 
 
-def _is_capturing() -> bool:
-    """Say whether a CUDA graph is being captured."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return False
-    return torch.cuda.is_current_stream_capturing()
-
-
 class Engine:
     """Calls each correction alone, in order, and keeps the window, the meter and the counts.
 
@@ -70,14 +64,17 @@ class Engine:
         corrections: In acting order.
         roots: The modules that the loop calls, without wrappers; by default the model.
         layers: The optimizers around `optimizer`, which step it and are no others.
+        layout: How the weights lie; by default as in one process.
 
     Attributes:
+        layout: How the weights lie, as far as is known now.
         applied: Optimizer steps that really happened.
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         criterion_called: Whether the corrected criterion was ever called.
         no_criterion: What is said once where a step came without such a call.
         seconds: Host time spent in each correction's hooks so far, by name.
+        before_first_use: Called once, before the first training forward or step; None afterwards.
         before_first_step: Called once, before anything of the first step; None afterwards.
         before_use: What to call at the next training forward or step, or None.
     """
@@ -90,11 +87,13 @@ class Engine:
         *,
         roots: Sequence[nn.Module] = (),
         layers: Sequence[Any] = (),
+        layout: Layout | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.corrections = corrections
         self.roots = tuple(roots) or (model,)
+        self.layout: Layout = layout or PlainLayout()
         self._layers = {id(layer) for layer in (*layers, optimizer)}
         self.window = Window()
         self.meter = Meter()
@@ -108,6 +107,7 @@ class Engine:
         self.registry = HookRegistry(corrections)
         self.registry.register(self.meter, "regrad effect meter")
         self.callers = self.registry.callers(corrections)
+        self.before_first_use: Callable[[], None] | None = None
         self.before_first_step: Callable[[], None] | None = None
         self.before_use: Callable[[], None] | None = None
 
@@ -136,6 +136,7 @@ class Engine:
         Parameters may have come since the last one.
         """
         step = Step(self.optimizer, self.applied)
+        step.layout = self.layout
         if any(parameter not in self._names for parameter in step.parameters):
             self._name_parameters()
         step.names = [self._names[parameter] for parameter in step.parameters]
@@ -185,8 +186,8 @@ class Engine:
         return result
 
     def is_sharded(self) -> bool:
-        """Say whether any parameter is a shard now."""
-        return any(sharding.is_sharded(parameter) for parameter in parameters_of(self.optimizer))
+        """Say whether this process holds only parts of parameters."""
+        return self.layout.is_cut
 
     def is_training(self) -> bool:
         """Say whether the model is in training mode."""
@@ -213,17 +214,25 @@ class Engine:
         """Predict at the first training forward of a step; restore at an evaluation forward."""
         if not module.training:
             if self._graph_waits and self.window.moved:
-                raise RegradError("no evaluation between forward and backward under FSDP2")
+                raise RegradError("no evaluation between forward and backward on shards")
             self.close_window()
             return
         if not torch.is_grad_enabled():
             return
+        if self.before_first_use is not None:
+            self._begin_use()
         if self.before_use is not None:
             self.before_use()
         self.forwards += 1
         self._saw_forward = True
         if self.callers["predict_weights"]:
             self._predict(module)
+
+    def _begin_use(self) -> None:
+        """Call what waits for the first training forward or step."""
+        if self.before_first_use is not None:
+            self.before_first_use()
+        self.before_first_use = None
 
     def _count_forward(self) -> None:
         """Warn once where the attached optimizer does not step."""
@@ -247,11 +256,11 @@ class Engine:
         self._refuse_a_late_hook(module)
         self._refuse_nested("checkpoint parts of the model, or with use_reentrant=False")
         self._refuse_an_inner_evaluation()
-        sharding.reduce_states(self.optimizer)
+        self.layout.moments(self.optimizer)
         step = self.step()
         self._refuse_a_second_window(step)
-        if self.window.open(step.parameters, self.run("predict_weights", step)):
-            self._reshard()
+        moves = self.run("predict_weights", step)
+        self.layout.move(functools.partial(self.window.open, step.parameters, moves))
 
     def _refuse_a_late_hook(self, module: nn.Module) -> None:
         """Raise where FSDP2 gathers the weights before they are moved."""
@@ -307,7 +316,7 @@ class Engine:
         """Raise inside a backward pass, and inside the capture of a CUDA graph."""
         if torch._C._current_graph_task_id() != -1:
             raise RegradError(f"a step must not begin or end inside backward; {why}")
-        if _is_capturing():
+        if devices.is_capturing():
             raise RegradError(
                 "a whole step must not be captured in a CUDA graph; "
                 "capture forward and backward alone"
@@ -321,9 +330,9 @@ class Engine:
 
     def _close(self, *, before_step: bool) -> None:
         """Do so, and say what was written."""
-        if not self.window.close(before_step=before_step):
+        close = functools.partial(self.window.close, before_step=before_step)
+        if not self.layout.restore(close):
             return
-        self._reshard()
         overwritten = self.window.overwritten
         if overwritten:
             self._is_paused = True
@@ -334,17 +343,6 @@ class Engine:
                 first=self._names.get(overwritten[0], "?"),
                 optimizer=type(self.optimizer).__name__,
             )
-
-    def _reshard(self) -> None:
-        """Make FSDP2 gather the weights anew."""
-        if not self.is_sharded():
-            return
-        # Heavy to import, and only shards need it.
-        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
-
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
     def before_other_step(
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -389,6 +387,8 @@ class Engine:
     ) -> Any:
         """Correct now, or, where a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
+        if self.before_first_use is not None:
+            self._begin_use()
         if self.before_first_step is not None:
             self.before_first_step()
             self.before_first_step = None
@@ -424,12 +424,13 @@ class Engine:
         step = self.step()
         self._refuse_sparse_gradients(step)
         self._look_for_what_is_missing(step)
-        sharding.reduce_gradients(step.parameters)
-        sharding.reduce_states(self.optimizer)
         self._progress.begin(gradient for _, gradient in step.named_gradients())
+        self.layout.gradients(step)
         try:
+            self.layout.moments(self.optimizer)
             self._correct(step)
         finally:
+            self.layout.commit(step)
             self._progress.end(gradient for _, gradient in step.named_gradients())
 
     def _refuse_several_closure_calls(self) -> None:
@@ -533,9 +534,17 @@ class Engine:
         """Take back what `window_state` returned."""
         self.window.load_state_dict(state, dict(self.step().named_parameters()))
 
+    def before_state_dict(self, *_: Any) -> None:
+        """Restore the weights before they are read, where copies could not take their place."""
+        if not (self.layout.is_restored_to_save and self.window.moved):
+            return
+        if self._graph_waits:
+            raise RegradError("no state_dict() between forward and backward under FSDP1")
+        self.close_window()
+
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         """Put copies of the true weights into a state_dict taken inside the window."""
-        true = self.window.true_weights()
+        true = self.layout.true_weights(self.window.true_weights)
         if not true:
             return
         for name, parameter in module.named_parameters(remove_duplicate=False):

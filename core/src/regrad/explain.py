@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn, optim
 
 from regrad.correction import Correction
+from regrad.devices import random_numbers_kept
 from regrad.engine import Engine
 from regrad.errors import RegradError
 from regrad.meter import change_and_cosine
@@ -95,8 +95,7 @@ def explain(
         )
     model, optimizer = copy.deepcopy((attached.model, attached.optimizer))
     corrections = [type(own)(**vars(own.options)) for own in attached.corrections]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices):
+    with random_numbers_kept(model.parameters()):
         trial = attach_copy(model, optimizer, corrections)
         try:
             trial.load_state_dict(copy.deepcopy(attached.state_dict()))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn, optim
 
     from regrad.correction import Correction
+    from regrad.reading import Reading
     from regrad.record import ForwardRecord
 
 hookspec = pluggy.HookspecMarker("regrad")
@@ -74,10 +75,12 @@ class Step:
         correction: The correction that is running.
         where_to: Takes what `predict_weights` returned, and returns where each of
             `parameters` would go, as a new tensor; None where it stays.
+        layout: How the parameters lie; None for a step that no attachment made.
     """
 
     correction: Correction
     where_to: Callable[[Sequence[Tensor | LastStep | None]], list[Tensor | None]]
+    layout: Layout | None = None
 
     def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
         self.optimizer = optimizer
@@ -193,6 +196,124 @@ class AttachmentInSetup(Protocol):
 
     def hook_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call `function(module, inputs, output)` after each forward of a module, until detach."""
+
+
+class Layout(Protocol):
+    """Where parameters, gradients and optimizer state lie, and who answers for that.
+
+    An engine that keeps them in a way of its own offers one, see `LayoutSpec`. Corrections see
+    `.grad` of the optimizer's parameters, and its `state`; a layout makes that right before they
+    act and writes back what they changed.
+
+    Attributes:
+        name: As refusals and the receipt call it.
+        offers: What a correction may read here; each of the others is refused with `why_not`.
+        is_cut: Whether a process holds only parts of parameters. Then the corrections' state
+            differs from process to process, and models cannot be copied for `explain`.
+        is_restored_to_save: Whether `model.state_dict()` reads the live weights in a way that
+            `true_weights` cannot mend, so that moved weights are restored before it.
+        model_group: The process group over which `sum_over_model` adds, or None where this
+            process has the whole model.
+    """
+
+    name: str
+    offers: frozenset[Reading]
+    is_cut: bool
+    is_restored_to_save: bool
+    model_group: Any
+
+    def why_not(self, need: Reading) -> str:
+        """Return why something that is not in `offers` cannot be read, and what to do instead."""
+
+    def gradients(self, step: Step) -> None:
+        """Make `.grad` of the step's parameters final: reduced, and laid out as its parameter.
+
+        Called at every step before the corrections act. Collective where it must reduce.
+        """
+
+    def moments(self, optimizer: optim.Optimizer) -> None:
+        """Lay the optimizer's state out as its parameters.
+
+        Called before corrections predict weights, and after `gradients`.
+        """
+
+    def commit(self, step: Step) -> None:
+        """Write back what corrections changed, where `gradients` handed out copies.
+
+        Called once after every call of `gradients`, also where a correction raised.
+        """
+
+    def sum_over(self, values: Tensor, parameter: Tensor, kept: int | None = None) -> Tensor:
+        """Add, in place, what each process computed from its own part of a parameter.
+
+        Args:
+            values: Any shape, the same on all processes. Overwritten.
+            parameter: A parameter, its gradient or a tensor of its state.
+            kept: Dimension whose parts have values of their own; None for none.
+
+        Returns:
+            `values` itself.
+        """
+
+    def sum_over_model(self, values: Tensor) -> Tensor:
+        """Add, in place, what processes with different parts of the model computed.
+
+        Args:
+            values: Any shape, the same on all processes. Overwritten.
+
+        Returns:
+            `values` itself.
+        """
+
+    def move(self, open_window: Callable[[], bool]) -> bool:
+        """Move the weights that the coming forward reads.
+
+        Args:
+            open_window: Copies and moves the parameters in place, and returns whether any was
+                moved. Called here once; what the forward reads in their stead must follow.
+
+        Returns:
+            What `open_window` returned.
+        """
+
+    def restore(self, close_window: Callable[[], bool]) -> bool:
+        """Undo `move` bit for bit; called too where nothing is moved.
+
+        Args:
+            close_window: Restores the parameters in place, and returns whether any was moved.
+
+        Returns:
+            What `close_window` returned.
+        """
+
+    def true_weights(self, read_window: Callable[[], dict[Tensor, Tensor]]) -> dict[Tensor, Tensor]:
+        """Return copies of the true weights, by parameter that is moved now.
+
+        Args:
+            read_window: Returns those of the parameters themselves.
+        """
+
+
+class LayoutSpec:
+    """The hook by which a distribution offers the layout of an engine.
+
+    Its entry point in the group "regrad.layouts" names a module or an object with a function
+    `regrad_layout` that is marked with `hookimpl`.
+    """
+
+    @hookspec(firstresult=True)
+    def regrad_layout(self, model: nn.Module, optimizer: Any, model_group: Any) -> Layout | None:
+        """Return the layout of this model and optimizer, or None if they are not of the engine.
+
+        Called at attach, and once more before the first training forward or step, when
+        everything that wraps them has done so. The first layout that is returned is taken; the
+        core's own are asked last. May take fewer arguments.
+
+        Args:
+            model: As given to attach; of several, a `ModuleList` of them.
+            optimizer: As given to attach.
+            model_group: As given to attach: who holds the other parts of the model.
+        """
 
 
 class CorrectionSpec:

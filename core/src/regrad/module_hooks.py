@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-WRAPPER = r"_orig_mod\.|_checkpoint_wrapped_module\."
+WRAPPER = r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\."
 
 HOOK_TABLES = (
     "_forward_pre_hooks",
     "_forward_hooks",
     "_state_dict_hooks",
+    "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
 )
 OPTION_TABLES = (
@@ -125,6 +126,18 @@ class ModuleHandle:
         self._handle.remove()
         if not _holds_ours(self._module):
             vars(self._module).pop(REDUCE, None)
+
+
+def first_before_state_dict(module: nn.Module) -> Callable[..., Any]:
+    """Return what registers a hook that runs before all others before a module's `state_dict()`."""
+
+    def register(hook: Callable[..., Any]) -> Any:
+        handle = module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        hooks: Any = module._state_dict_pre_hooks
+        hooks.move_to_end(handle.id, last=False)  # torch has no option for it
+        return handle
+
+    return register
 
 
 def add_hook(

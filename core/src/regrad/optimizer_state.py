@@ -116,7 +116,8 @@ class StateInOptimizer:
 
     def _mark_of_weights(self, optimizer: Optimizer) -> Mark:
         """Return the mark of the weights, of the true ones where they are moved now."""
-        true = self._attachment.engine.window.true_weights()
+        engine = self._attachment.engine
+        true = engine.layout.true_weights(engine.window.true_weights)
         parameters = parameters_of(optimizer)
         return mark_of_weights([true.get(parameter, parameter) for parameter in parameters])
 

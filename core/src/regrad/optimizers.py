@@ -34,6 +34,22 @@ def parameters_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:
     return parameters
 
 
+def stepped_by(optimizer: optim.Optimizer) -> optim.Optimizer:
+    """Return the optimizer that makes the steps: of a ZeroRedundancyOptimizer the one inside.
+
+    Ask it for the class where that says what a step is; it holds the parameters of this process
+    alone.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+        >>> stepped_by(optimizer) is optimizer
+        True
+    """
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, optim.Optimizer) else optimizer
+
+
 def first_moment_key(optimizer: optim.Optimizer) -> str | None:
     """Return the key under which an optimizer keeps the moving average of the gradients.
 
@@ -70,7 +86,7 @@ def looks_ahead(optimizer: optim.Optimizer) -> bool:
         >>> looks_ahead(torch.optim.SGD(parameters, momentum=0.9, nesterov=True))
         True
     """
-    if isinstance(optimizer, optim.NAdam):
+    if isinstance(stepped_by(optimizer), optim.NAdam):
         return True
     return any(group.get("nesterov") for group in optimizer.param_groups)
 
@@ -100,9 +116,10 @@ def nesterov_control(optimizer: optim.Optimizer) -> Control | None:
     References:
         Dozat, 2016, "Incorporating Nesterov Momentum into Adam".
     """
-    if type(optimizer) is optim.SGD:
+    kind = type(stepped_by(optimizer))
+    if kind is optim.SGD:
         return _nesterov_of_sgd(optimizer)
-    if type(optimizer) in {optim.Adam, optim.AdamW}:
+    if kind in {optim.Adam, optim.AdamW}:
         return _nesterov_of_adam(optimizer)
     return None
 

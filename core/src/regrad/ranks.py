@@ -28,13 +28,23 @@ SAMPLED = 8  # numbers read of each parameter, to see whether ranks hold the sam
 PARAMETERS_SHOWN = 3  # parameters named in a refusal
 
 
-def reads_model(correction: Correction) -> bool:
-    """Say whether a correction reads what only the whole model shows: its norm, or its record."""
-    return "model" in correction.needs.reads or correction.needs.record
+def reads_model(correction: Correction, *, in_parts: bool = False) -> bool:
+    """Say whether a correction reads what only the whole model shows: its norm, or its record.
+
+    Args:
+        correction: Any.
+        in_parts: Whether sums are taken over the processes that hold the parts of the model, so
+            that a part shows all but the record.
+    """
+    return correction.needs.record or ("model" in correction.needs.reads and not in_parts)
 
 
 def agree_across_ranks(
-    model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction]
+    model: nn.Module,
+    optimizer: Optimizer,
+    corrections: Sequence[Correction],
+    *,
+    in_parts: bool = False,
 ) -> bool:
     """Raise on every rank unless all ranks can attach these corrections.
 
@@ -44,6 +54,7 @@ def agree_across_ranks(
         model: As given to attach.
         optimizer: The innermost optimizer.
         corrections: In acting order.
+        in_parts: As for `reads_model`.
 
     Returns:
         Whether what was seen now is proof. It is none where ranks hold different
@@ -55,26 +66,35 @@ def agree_across_ranks(
             if they hold different parameters and a correction reads the whole model;
             if the process group cannot reach the parameters, or not every rank answers.
     """
-    wide = [c for c in corrections if reads_model(c)]
+    wide = [c for c in corrections if reads_model(c, in_parts=in_parts)]
+    summing = [c for c in corrections if in_parts and "model" in c.needs.reads]
     stage = _stage_of(model) if wide else None
     if not _are_several_ranks():
         _refuse_stages(wide, [stage])
         return True
+    attached = str([f"{c!r} of {registry.origin(c)}" for c in corrections])
     mine = {
-        "corrections": str([f"{c!r} of {registry.origin(c)}" for c in corrections]),
+        "corrections": f"{attached} with model_group" if in_parts else attached,
         "parameters": _described(model, optimizer),
         "stage": stage,
         "weights": _samples(model) if wide else {},
+        "stages": _stages_of(model) if summing else [],
     }
     everyone = _gather(mine, _device(optimizer))
     _refuse_other_corrections([theirs["corrections"] for theirs in everyone])
     _refuse_stages(wide, [theirs["stage"] for theirs in everyone])
+    _refuse_missing_stages(summing, [theirs["stages"] for theirs in everyone])
     _refuse_parts(wide, [theirs["parameters"] for theirs in everyone])
     return _are_copies([theirs["weights"] for theirs in everyone])
 
 
 def check_first_step(
-    model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction], *, proved: bool
+    model: nn.Module,
+    optimizer: Optimizer,
+    corrections: Sequence[Correction],
+    *,
+    proved: bool,
+    in_parts: bool = False,
 ) -> None:
     """Raise unless the optimizer still trains the model, with copies of weights where they must be.
 
@@ -86,13 +106,14 @@ def check_first_step(
         optimizer: The innermost optimizer.
         corrections: In acting order.
         proved: What `agree_across_ranks` returned.
+        in_parts: As for `reads_model`.
 
     Raises:
         RegradError: If none of the optimizer's parameters is the model's any more, or a
             correction that reads the whole model sees a part of it.
     """
     _refuse_replaced_parameters(model, optimizer)
-    wide = [c for c in corrections if reads_model(c)]
+    wide = [c for c in corrections if reads_model(c, in_parts=in_parts)]
     if not wide:
         return
     _refuse_stages(wide, [_stage_of(model)])
@@ -252,13 +273,23 @@ def _are_copies(samples: Sequence[Mapping[str, str]]) -> bool:
 
 def _stage_of(model: nn.Module) -> str | None:
     """Return which of several pipeline stages of torch runs the model or a part of it, or None."""
+    stages = _stages_of(model)
+    if not stages:
+        return None
+    index, many = stages[0]
+    return f"stage {index} of {many}"
+
+
+def _stages_of(model: nn.Module) -> list[tuple[int, int]]:
+    """Return numbers of torch's pipeline stages that run a part of the model, of how many each."""
     parts: set[nn.Module | Tensor] = {*model.modules(), *model.parameters()}
+    found: list[tuple[int, int]] = []
     for stage in _pipeline_stages():
         submodule = stage.submod
         is_ours = not parts.isdisjoint([*submodule.modules(), *submodule.parameters()])
         if stage.num_stages > 1 and is_ours:
-            return f"stage {stage.stage_index} of {stage.num_stages}"
-    return None
+            found.append((stage.stage_index, stage.num_stages))
+    return found
 
 
 def _pipeline_stages() -> Iterator[Any]:
@@ -302,6 +333,23 @@ def _refuse_stages(wide: Sequence[Correction], stages: Sequence[str | None]) -> 
         raise RegradError(
             f"{_refused(wide)}, but torch.distributed.pipelining runs this one as {known[0]}; "
             f"{_way_out(wide)}"
+        )
+
+
+def _refuse_missing_stages(
+    summing: Sequence[Correction], stages: Sequence[Sequence[tuple[int, int]]]
+) -> None:
+    """Refuse sums over the model where one attachment of each rank does not make it whole."""
+    known: set[int] = set()
+    many = 0
+    for of_rank in stages:
+        for index, of_how_many in of_rank:
+            known.add(index)
+            many = max(many, of_how_many)
+    if summing and len(known) < many:
+        raise RegradError(
+            f"{_refused(summing)}, but the stages that are attached are {sorted(known)} of {many}; "
+            "attach all stages of a process together: attach([stage, …], one optimizer, …)"
         )
 
 

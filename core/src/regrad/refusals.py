@@ -8,10 +8,13 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import LBFGS, Optimizer
 
-from regrad import other_optimizers, sharding
+from regrad import other_optimizers
 from regrad.correction import Correction, did_you_mean
 from regrad.errors import RegradError
+from regrad.hookspecs import Layout
 from regrad.optimizers import parameters_of
+from regrad.reading import IN_WORDS, Implied
+from regrad.wrappers import holder_of_all, is_kind
 
 # Wrappers that pull the weights elsewhere after the wrapped optimizer's step.
 MOVES_AFTER_THE_STEP = ("lookahead", "optimizer.trac", "optimizer.magma")
@@ -19,65 +22,75 @@ INSIDE = "inside"  # for attach: the model computes its loss itself
 ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def layout_of(models: Sequence[nn.Module], layers: Sequence[Any]) -> str:
-    """Return how the weights lie.
+def check_arguments(models: Sequence[Any], criterion: Any) -> None:
+    """Raise unless models and criterion are what attach takes.
 
-    Args:
-        models: The modules given to attach.
-        layers: The optimizer given to attach and those inside of it.
-
-    Returns:
-        "plain", "ddp", "fsdp2", or "flat" (FSDP1, ZeroRedundancyOptimizer).
+    Raises:
+        ValueError: If the criterion is a word other than "inside".
+        TypeError: If a model is no module, or the criterion cannot be called.
     """
-    if any(_is_kind(layer, "zeroredundancyoptimizer") for layer in layers):
-        return "flat"
-    modules: list[nn.Module] = []
-    for model in models:
-        modules.extend(model.modules())
-    if any(_is_kind(module, "fullyshardeddataparallel") for module in modules):
-        return "flat"
-    if any(sharding.is_sharded(parameter) for parameter in parameters_of(layers[-1])):
-        return "fsdp2"
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
-        return "ddp"
-    return "plain"
+    _refuse_what_is_no_model(models)
+    _refuse_what_is_no_criterion(criterion)
 
 
 def check(
-    models: Sequence[Any], layers: Sequence[Any], corrections: Sequence[Correction], criterion: Any
+    models: Sequence[Any],
+    layers: Sequence[Any],
+    corrections: Sequence[Correction],
+    criterion: Any,
+    *,
+    is_served: bool = False,
 ) -> None:
     """Raise unless these corrections can be right on these models and this optimizer.
+
+    What depends on the layout is left to `check_layout`.
 
     Args:
         models: The modules given to attach.
         layers: The optimizer given to attach and those inside of it, outermost first.
         corrections: In acting order.
         criterion: The criterion given to attach.
+        is_served: Whether the layout of another distribution answers for the engine, and
+            for where its optimizer keeps parameters.
 
     Raises:
         ValueError: If the criterion is a word other than "inside".
         TypeError: If a model is no module, or the criterion cannot be called.
         RegradError: For every refusal, with its reason.
     """
-    optimizer = layers[-1]
-    _refuse_what_is_no_model(models)
-    _refuse_what_is_no_criterion(criterion)
-    _refuse_deepspeed((*models, *layers))
-    _refuse_weights_cut_by_deepspeed(models)
+    optimizer = holder_of_all(layers)
+    check_arguments(models, criterion)
+    if not is_served:
+        _refuse_deepspeed((*models, *layers))
+        _refuse_weights_cut_by_deepspeed(models)
     _refuse_lazy_modules(models)
-    _refuse_foreign_parameters(models, optimizer)
-    _refuse_steps_inside_backward(models)
+    if not is_served:
+        _refuse_foreign_parameters(models, optimizer)
+        _refuse_models_inside_fsdp1(models, optimizer)
+    _refuse_steps_inside_backward(models, layers)
     _refuse_meta_parameters(models, optimizer)
     _refuse_optimizers_without_hooks(optimizer)
     _refuse_a_second_attachment(optimizer)
-    layout = layout_of(models, layers)
     for correction in corrections:
         _refuse_a_second_use(correction)
-        _refuse_layout(correction, layout)
-        _refuse_several_closure_calls(correction, optimizer)
+        _refuse_several_closure_calls(correction, layers)
         _refuse_optimizers_that_move_weights(correction, layers)
         _refuse_a_second_look_ahead(correction, optimizer)
         _refuse_a_missing_criterion(correction, criterion)
+
+
+def check_layout(corrections: Sequence[Correction], layout: Layout) -> None:
+    """Raise unless all corrections are exact on a layout.
+
+    Args:
+        corrections: In acting order.
+        layout: How model and optimizer lie now.
+
+    Raises:
+        RegradError: For the first that is not, with the reason.
+    """
+    for correction in corrections:
+        _refuse_layout(correction, layout)
 
 
 # ---- of models, optimizer and criterion
@@ -87,7 +100,8 @@ def _refuse_what_is_no_model(models: Sequence[Any]) -> None:
     if not models:
         raise TypeError("model must be a torch.nn.Module or a list of some, got an empty list")
     for model in models:
-        if not isinstance(model, nn.Module) and not _is_kind(model, "deepspeed"):
+        if not isinstance(model, nn.Module):
+            _refuse_deepspeed([model])
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
@@ -104,7 +118,7 @@ def _refuse_what_is_no_criterion(criterion: Any) -> None:
 
 
 def _refuse_deepspeed(parts: Sequence[Any]) -> None:
-    if any(_is_kind(part, "deepspeed") for part in parts):
+    if any(is_kind(part, "deepspeed") for part in parts):
         raise RegradError("DeepSpeed hides gradients; use DDP, FSDP2")
 
 
@@ -134,7 +148,33 @@ def _refuse_foreign_parameters(models: Sequence[nn.Module], optimizer: Optimizer
         )
 
 
-def _refuse_steps_inside_backward(models: Sequence[nn.Module]) -> None:
+def _refuse_models_inside_fsdp1(models: Sequence[nn.Module], optimizer: Optimizer) -> None:
+    """Refuse a model whose parameters a wrapper around it has laid out flat, if that is not given.
+
+    It alone looks like one that is not sharded.
+    """
+    flattened = {p for p in parameters_of(optimizer) if getattr(p, "_fsdp_flattened", False)}
+    if not flattened:
+        return
+    for model in models:
+        for module in model.modules():
+            handle: Any = vars(module).get("_handle")
+            flat: Any = getattr(handle, "flat_param", None)
+            if flat is not None:
+                flattened -= {flat, *(getattr(flat, "_params", None) or ())}
+    if flattened:
+        raise RegradError(
+            "model must be the FullyShardedDataParallel that holds all parameters of the "
+            f"optimizer, got {type(models[0]).__name__}, inside of it; attach to the wrapper"
+        )
+
+
+def _refuse_steps_inside_backward(models: Sequence[nn.Module], layers: Sequence[Any]) -> None:
+    if any(getattr(layer, "_overlap_with_ddp", False) for layer in layers):
+        raise RegradError(
+            "the optimizer must not step inside backward; make the ZeroRedundancyOptimizer without "
+            "overlap_with_ddp"
+        )
     for model in models:
         if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
             raise RegradError("the optimizer must not step inside backward")
@@ -184,20 +224,29 @@ def _refuse_a_second_use(correction: Correction) -> None:
         )
 
 
-def _refuse_layout(correction: Correction, layout: str) -> None:
+def _refuse_layout(correction: Correction, layout: Layout) -> None:
+    """Refuse a layout that does not offer what is read, or that is not on a list of layouts."""
     needs = correction.needs
-    if layout not in needs.layouts:
-        why = needs.conflicts.get(layout, "of this one nothing is proved")
+    for need in needs.reads:
+        if need not in layout.offers:
+            why = needs.conflicts.get(layout.name) or layout.why_not(need)
+            raise RegradError(
+                f"{correction.name!r} is not exact on layout {layout.name!r}: it reads "
+                f"{IN_WORDS[need]}, which this layout does not offer; {why}"
+            )
+    follows_from_reads = isinstance(needs.layouts, Implied) and needs.reads
+    if layout.name not in needs.layouts and not follows_from_reads:
+        why = needs.conflicts.get(layout.name, "of this one nothing is proved")
         raise RegradError(
-            f"{correction.name!r} is not exact on layout {layout!r}; "
+            f"{correction.name!r} is not exact on layout {layout.name!r}; "
             f"it is on {', '.join(needs.layouts)}; {why}"
         )
 
 
-def _refuse_several_closure_calls(correction: Correction, optimizer: Optimizer) -> None:
+def _refuse_several_closure_calls(correction: Correction, layers: Sequence[Any]) -> None:
     moves_weights = "weights" in correction.needs.stages
     allows_several = correction.needs.closures and not moves_weights
-    if isinstance(optimizer, LBFGS) and not allows_several:
+    if not allows_several and any(isinstance(layer, LBFGS) for layer in layers):
         raise RegradError(f"{correction.name!r} must see one closure call; LBFGS makes several")
 
 
@@ -222,14 +271,14 @@ def _refuse_a_second_evaluation(correction: Correction, layer: Any) -> None:
 
 
 def _refuse_schedule_free(correction: Correction, layer: Any) -> None:
-    if _is_kind(layer, "schedulefree"):
+    if is_kind(layer, "schedulefree"):
         raise RegradError(
             f"{correction.name!r} and a Schedule-Free optimizer both move the point of the gradient"
         )
 
 
 def _refuse_moves_after_the_step(correction: Correction, layer: Any) -> None:
-    if any(_is_kind(layer, kind) for kind in MOVES_AFTER_THE_STEP):
+    if any(is_kind(layer, kind) for kind in MOVES_AFTER_THE_STEP):
         raise RegradError(
             f"{correction.name!r} predicts the coming step; {type(layer).__name__} moves the "
             "weights once more after it; use one of the two"
@@ -258,18 +307,6 @@ def _refuse_a_missing_criterion(correction: Correction, criterion: Any) -> None:
 
 
 # ---- what optimizers and wrappers are
-
-
-def _is_kind(instance: object, name: str) -> bool:
-    """Say whether a class in the lineage, or its module, has a name.
-
-    Recognises the classes of libraries without importing them.
-    """
-    for ancestor in type(instance).__mro__:
-        full_name = f"{ancestor.__module__}.{ancestor.__qualname__}"
-        if name in full_name.lower().replace("_", ""):
-            return True
-    return False
 
 
 def _evaluates_elsewhere(optimizer: Any) -> bool:

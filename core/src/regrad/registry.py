@@ -17,7 +17,12 @@ from regrad.text import printable
 
 ALLOWED = "REGRAD_PLUGINS"
 DISABLED = "REGRAD_DISABLE"
-GROUPS = {"correction": "regrad", "optimizer": "regrad.optimizers", "workload": "regrad.workloads"}
+GROUPS = {
+    "correction": "regrad",
+    "optimizer": "regrad.optimizers",
+    "workload": "regrad.workloads",
+    "layout": "regrad.layouts",
+}
 # Lists and texts in quotes.
 COVERED = r"\[[^\]]*\]|\([^)]*\)|'[^']*'" + r'|"[^"]*"'
 USES = {
@@ -25,6 +30,7 @@ USES = {
     "optimizer": "train with it in place of yours: regrad.load({name!r}, 'regrad.optimizers'), "
     "or --optimizer {name}",
     "workload": "give it to --workload",
+    "layout": "attach takes it by itself where model and optimizer are of its engine",
 }
 
 
@@ -68,7 +74,8 @@ def available(group: str = "regrad") -> dict[str, Entry]:
     """Return what is installed, by name, from metadata alone.
 
     Args:
-        group: "regrad" (corrections), "regrad.optimizers" or "regrad.workloads".
+        group: "regrad" (corrections), "regrad.optimizers", "regrad.workloads" or
+            "regrad.layouts".
 
     Returns:
         One `Entry` per name, sorted. A name that two distributions claim, or that the
@@ -103,12 +110,17 @@ def _source(entry: Entry) -> str:
 
 def _excluded_by_environment(name: str, group: str) -> str | None:
     """Return why the environment leaves a name out, or None."""
-    if name in _names_in(DISABLED):
+    if is_disabled(name):
         return f"{DISABLED} in the environment leaves out {name!r}; take it off that list"
     allowed = _names_in(ALLOWED)
     if group == "regrad" and allowed and name not in allowed:
         return f"{ALLOWED} in the environment leaves out {name!r}; put it on that list"
     return None
+
+
+def is_disabled(name: str) -> bool:
+    """Say whether the environment leaves a name out of every group."""
+    return name in _names_in(DISABLED)
 
 
 def _names_in(variable: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What is inside wrappers: the user's module, and the optimizers that wrap one another."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn, optim
@@ -48,12 +48,23 @@ def _inner_optimizer(optimizer: Any) -> Any:
 
 
 def innermost_optimizer(optimizer: Any) -> optim.Optimizer:
-    """Return the torch optimizer inside wrappers.
+    """Return the torch optimizer inside wrappers that holds all parameters.
 
     Raises:
         TypeError: If there is none.
     """
-    return optimizer_layers(optimizer)[-1]  # type: ignore[no-any-return]
+    return holder_of_all(optimizer_layers(optimizer))
+
+
+def holder_of_all(layers: Sequence[Any]) -> optim.Optimizer:
+    """Return the innermost of some layers of optimizers that holds all parameters.
+
+    What a ZeroRedundancyOptimizer steps holds those of its own process alone.
+    """
+    for layer in layers:
+        if is_kind(layer, "zeroredundancyoptimizer"):
+            return layer  # type: ignore[no-any-return]
+    return layers[-1]  # type: ignore[no-any-return]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -94,3 +105,19 @@ def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[
         return loss
 
     return (optimizer, corrected_closure, *positional), rest
+
+
+def is_kind(instance: object, name: str) -> bool:
+    """Say whether a class in the lineage, or its module, has a name.
+
+    Recognises the classes of libraries without importing them.
+
+    Args:
+        instance: Of any class.
+        name: In lower case and without underscores.
+    """
+    for ancestor in type(instance).__mro__:
+        full_name = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        if name in full_name.lower().replace("_", ""):
+            return True
+    return False

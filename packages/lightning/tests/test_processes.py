@@ -208,7 +208,7 @@ def test_shards_are_one_process_and_resume_with_each_process_its_own_part(seen):
 
 def test_what_is_not_exact_on_shards_and_a_state_of_whole_weights_are_refused(seen):
     assert seen["fsdp2-refused"].startswith(
-        "'gcode' is not exact on layout 'fsdp2'; it is on plain, ddp;"
+        "'gcode' is not exact on layout 'fsdp2': it reads the micro-batches of a step, "
     )
     assert (
         "must come from 2 processes with shards, got that of whole weights" in seen["fsdp2-whole"]

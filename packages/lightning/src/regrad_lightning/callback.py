@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from regrad import Attachment, Correction, attach, optimizer_state, refusals
+from regrad import Attachment, Correction, attach, layouts, optimizer_state, refusals
 from regrad.errors import RegradError
 from regrad.registry import as_list, create_all
-from regrad.wrappers import optimizer_layers
+from regrad.wrappers import holder_of_all, optimizer_layers
 from torch import nn
 from torch.optim import Optimizer
 
@@ -147,9 +147,11 @@ class RegradCallback(Callback):
             )
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
         # The wrapper is what says how the weights lie; the target alone would look unwrapped.
+        wrapped: Any = trainer.strategy.model
         layers = optimizer_layers(optimizer)
-        refusals.check([trainer.strategy.model], layers, made, borrowed.original)
-        optimizer_state.take_out(layers[-1].param_groups)  # the same as in self._loaded
+        refusals.check([wrapped], layers, made, borrowed.original)
+        refusals.check_layout(made, layouts.choose(wrapped, optimizer))
+        optimizer_state.take_out(holder_of_all(layers).param_groups)  # the same as in self._loaded
         self.attachment = attach(target, optimizer, made, borrowed.original)
         borrowed.replace(self.attachment)
         self._borrowed = borrowed

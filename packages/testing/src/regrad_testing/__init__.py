@@ -1,7 +1,8 @@
-"""Prove a correction or an optimizer: inherit one test per clause."""
+"""Prove a correction, an optimizer or a layout: inherit one test per clause."""
 
 from regrad_testing.corrections import CorrectionSuite
 from regrad_testing.files import load_beside
+from regrad_testing.layout_suite import LayoutSuite
 from regrad_testing.optimizer_rules import OptimizerStep
 from regrad_testing.optimizers import OptimizerSuite
 from regrad_testing.problem import Problem, StagedImages
@@ -10,6 +11,7 @@ from regrad_testing.references import ReferenceStep
 
 __all__ = [
     "CorrectionSuite",
+    "LayoutSuite",
     "OptimizerStep",
     "OptimizerSuite",
     "Problem",

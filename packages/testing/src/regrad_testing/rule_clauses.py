@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from regrad import Correction, hookimpl
+from regrad import Correction, devices, hookimpl
 from regrad.correction import HOOK_OF_STAGE
 from regrad.hookspecs import HOOKS
 from torch import Tensor
@@ -283,6 +283,7 @@ class RuleClauses(Settings):
 def global_random_state() -> list[Any]:
     """Return the state of Python's and torch's global generators."""
     state = [torch.get_rng_state(), list(random.getstate()[1])]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state.append(torch.cuda.get_rng_state())
+    kind = devices.accelerator()
+    if kind is not None and devices.is_in_use(kind):
+        state.append(devices.random_state(torch.device(kind)))
     return state

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from regrad.devices import random_numbers_kept
 from regrad.errors import RegradError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,9 +161,8 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 def _nothing_changed(model: nn.Module) -> Iterator[None]:
     """Put buffers and random numbers back at the end."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
-        with torch.random.fork_rng(sorted(devices, key=str)):
+        with random_numbers_kept(model.parameters()):
             yield
     finally:
         for buffer, value in kept:

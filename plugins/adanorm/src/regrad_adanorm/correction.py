@@ -69,7 +69,6 @@ class AdaNorm(Correction):
     name = "adanorm"
     needs = Needs(
         stages=("gradient", "moment"),
-        layouts=("plain", "ddp", "fsdp2"),
         reads=("tensor", "moments"),
     )
 
@@ -88,6 +87,8 @@ class AdaNorm(Correction):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.needs = with_changes(self.needs, stages=(self.options.target,))
+        if self.options.target == "gradient":
+            self.needs = with_changes(self.needs, reads=("tensor",))
         self._averages: dict[str, Tensor] = {}
         self._largest: list[Tensor] = []
         self._scratch: dict[torch.dtype, Tensor] = {}

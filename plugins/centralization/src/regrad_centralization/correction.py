@@ -9,6 +9,7 @@ from typing import Any, Literal
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Needs
 from regrad.hookspecs import Step
+from regrad.optimizers import stepped_by
 from regrad.signatures import takes
 from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
@@ -26,7 +27,7 @@ def coupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Non
 
     Under `maximize` the decay is added to the negated gradient, so it is negative here.
     """
-    if type(optimizer) not in COUPLED or group.get("decoupled_weight_decay"):
+    if type(stepped_by(optimizer)) not in COUPLED or group.get("decoupled_weight_decay"):
         return None
     decay = float(group["weight_decay"])
     return -decay if group.get("maximize") else decay
@@ -70,7 +71,6 @@ class Centralization(Correction):
     name = "centralization"
     needs = Needs(
         stages=("gradient",),
-        layouts=("plain", "ddp", "fsdp2"),
         closures=True,
         sparse=True,
         before=("gcw",),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from typing import Any
 
+import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
-from regrad.hookspecs import Step
+from regrad.hookspecs import Layout, Step
 from regrad.signatures import takes
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,7 +19,6 @@ from regrad_clipping.functional import check_positive, clip_norm_, clip_value_, 
 
 CLIPPING = Needs(
     stages=("gradient",),
-    layouts=("plain", "ddp", "fsdp2"),
     closures=True,
     after=("centralization", "gcw"),
 )
@@ -30,9 +31,9 @@ class ClipNorm(Correction):
 
     as `torch.nn.utils.clip_grad_norm_` does, over every gradient of the optimizer,
     after a GradScaler's scale is gone. With several optimizers each clips by the norm
-    of its own gradients. Pipeline stages and experts are refused: each rank would clip
-    by the norm of its own part. A NaN or infinite norm spreads to every gradient, as
-    in torch.
+    of its own gradients. Pipeline stages are refused unless `attach` is given their
+    `model_group`: each rank would clip by the norm of its own part. A NaN or infinite
+    norm spreads to every gradient, as in torch.
 
     Args:
         max_norm: c, the largest norm, in the units of the gradient. Positive.
@@ -53,7 +54,7 @@ class ClipNorm(Correction):
     needs = with_changes(
         CLIPPING,
         reads=("model",),
-        conflicts={"parts": "clip in the loop, by the norm over the gradients of all ranks"},
+        conflicts={"parts": "pass attach(…, model_group=…), over which the norm is taken"},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,12 @@ class ClipNorm(Correction):
     def correct_gradients(self, step: Step) -> None:
         """Clip the gradients of the step."""
         grads = [g for g in step.gradients if g is not None]
-        if grads:
+        layout = step.layout
+        if layout is not None and layout.model_group is not None:
+            self._norm = _norm_of_all_parts(grads, step.parameters[0], layout)
+        elif grads:
             self._norm = gradient_norm(grads)
+        if grads and self._norm is not None:
             clip_norm_(grads, self._norm, max_norm=self.options.max_norm)
 
     def metrics(self) -> dict[str, float]:
@@ -101,6 +106,19 @@ class ClipNorm(Correction):
 
     def idle_reason(self) -> None:
         """Return None: a bound that is never reached is information, not a fault."""
+
+
+def _norm_of_all_parts(grads: Sequence[Tensor], like: Tensor, layout: Layout) -> Tensor:
+    """Return the norm of the gradients of a model whose parts several processes hold.
+
+    Args:
+        grads: Those of this process. May be empty: it takes part in the sum all the same.
+        like: A parameter, for device and type.
+        layout: Adds over the processes.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    square = gradient_norm(grads).to(like.device, dtype).square()
+    return layout.sum_over_model(square).sqrt()
 
 
 class ClipValue(Correction):

@@ -74,7 +74,6 @@ class GCODE(Correction):
     name = "gcode"
     needs = Needs(
         stages=("hidden",),
-        layouts=("plain", "ddp"),
         record=True,
         conflicts={"fsdp2": UNCOUNTED},
         reads=("model", "micro"),

@@ -70,7 +70,6 @@ class GCW(Correction):
     needs = Needs(
         stages=("gradient", "moment"),
         exclusive=("look-ahead",),
-        layouts=("plain", "ddp", "fsdp2"),
         after=("centralization",),
         before=("clip-norm", "clip-value", "agc"),
         record=True,
@@ -118,6 +117,9 @@ class GCW(Correction):
             self.needs = replace(self.needs, exclusive=())
         if self.options.layers != "stages":
             self.needs = replace(self.needs, record=False, reads=("tensor", "moments"))
+        if self.options.target == "gradient":
+            without = tuple(reading for reading in self.needs.reads if reading != "moments")
+            self.needs = replace(self.needs, reads=without)
         self._memories: dict[str, Memory] = {}
         self._stage_ends: set[Any] | None = None
 

@@ -67,7 +67,6 @@ class PowerGrad(Correction):
     name = "powergrad"
     needs = Needs(
         stages=("criterion",),
-        layouts=("plain", "ddp", "fsdp2"),
         closures=True,
         sparse=True,
         reads=("criterion",),

@@ -72,7 +72,6 @@ class XGrad(Correction):
     needs = Needs(
         stages=("weights",),
         exclusive=("look-ahead",),
-        layouts=("plain", "ddp", "fsdp2"),
         reads=("elements",),
     )
 

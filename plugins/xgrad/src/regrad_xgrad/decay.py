@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from regrad.optimizers import stepped_by
 from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
 from regrad_xgrad.optimizer import AdaM3
@@ -29,6 +30,7 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | N
         >>> decoupled_decay(optimizer, optimizer.param_groups[0])
         0.1
     """
+    optimizer = stepped_by(optimizer)
     decay = float(group.get("weight_decay") or 0.0)
     if not decay or type(optimizer) is AdaM3:
         return decay

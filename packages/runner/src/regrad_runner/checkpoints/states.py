@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from regrad import Attachment
+from regrad import Attachment, devices
 from regrad.errors import RegradError
 from regrad.sharding import is_sharded, local
 from torch import Tensor, distributed, nn
@@ -164,8 +164,9 @@ def random_state() -> dict[str, Any]:
         "numpy": [str(kind), numpy_keys, position, has_gauss, cached],
         "python": [version, list(internal), gauss],
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    accelerator = devices.accelerator()
+    if accelerator is not None:
+        state[accelerator] = devices.random_state(torch.device(accelerator))
     return state
 
 
@@ -177,8 +178,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     numpy_keys = keys.numpy().astype(np.uint32)
     np.random.set_state((kind, numpy_keys, position, has_gauss, cached))  # noqa: NPY002
     random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    accelerator = devices.accelerator()
+    if accelerator is not None and accelerator in state:
+        devices.set_random_state(torch.device(accelerator), state[accelerator])
 
 
 def _whole() -> StateDictOptions:

@@ -12,7 +12,7 @@ import regrad
 from regrad_runner.plugins.sources import names_in_source, torch_optimizers
 
 OWN_MODELS = ("resnet8", "resnet20", "resnet32", "resnet56", "gpt")
-PLUGIN_GROUPS = ("regrad", "regrad.optimizers", "regrad.workloads")
+PLUGIN_GROUPS = ("regrad", "regrad.optimizers", "regrad.workloads", "regrad.layouts")
 
 
 def corrections(incomplete: str) -> list[str]:

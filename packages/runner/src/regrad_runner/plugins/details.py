@@ -29,6 +29,7 @@ from regrad_runner.terminal import Terminal, plain_table
 NOT_OPTIONS = {"self", "params"}
 FACTS = {  # a correction's declarations, in words
     "stages": "acts on",
+    "reads": "reads",
     "layouts": "exact on",
     "exclusive": "alone with",
     "before": "acts before",
@@ -75,7 +76,7 @@ def describe(kind: str, entry: Entry) -> dict[str, Any]:
     """Return what is known of a plugin.
 
     Args:
-        kind: "correction", "optimizer" or "workload".
+        kind: "correction", "optimizer", "workload" or "layout".
         entry: What its metadata say.
 
     Returns:
@@ -99,6 +100,8 @@ def describe(kind: str, entry: Entry) -> dict[str, Any]:
         details["options"] = _options_of(loaded)
         details["needs"] = _needs(loaded)
         details["controls"] = _controls(entry.name)
+    elif kind == "layout":
+        details["options"] = []  # attach calls it, with nothing to choose
     else:
         details["options"] = _arguments_of(loaded)
     metadata: Any = _metadata_of(entry)

@@ -12,6 +12,7 @@ from typing import Any
 import joblib
 import psutil
 import torch
+from regrad.devices import accelerator
 from regrad.distributions import version
 
 LIBRARIES_TOLD = ("regrad", "regrad-runner", "torch", "torchvision", "accelerate", "numpy")
@@ -77,7 +78,10 @@ def _processor() -> str:
 
 
 def _devices() -> list[str]:
-    """Return the names of the CUDA devices."""
-    if not torch.cuda.is_available():
+    """Return the names of the accelerators; where torch has none, their type and number."""
+    kind = accelerator()
+    if kind is None:
         return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    indices = range(torch.accelerator.device_count())
+    name_of = getattr(torch.get_device_module(kind), "get_device_name", None)
+    return [f"{kind}:{index}" if name_of is None else str(name_of(index)) for index in indices]
