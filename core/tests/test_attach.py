@@ -75,7 +75,7 @@ def test_an_optimizer_is_attached_at_most_once_and_again_after_detach(toys):
     model = toys.Net()
     optimizer = toys.sgd(model)
     first = regrad.attach(model, optimizer, [])
-    with pytest.raises(RegradError, match="optimizer is attached already; detach"):
+    with pytest.raises(RegradError, match="optimizer is already attached; detach"):
         regrad.attach(model, optimizer, [toys.Scale()])
     first.detach()
     regrad.attach(model, optimizer, [toys.Scale()])

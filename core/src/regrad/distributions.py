@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any
 
 POINTS = "entry_points.txt"
-NAMELESS = "it has no METADATA, or none with a name"
+NAMELESS = "it has no METADATA, or METADATA without a name"
 # Kept from before `hide_broken`, so that what is hidden from others can be named here.
 discover = metadata.Distribution.discover
 # For the processes that a program starts: they import these before anything can be hidden.

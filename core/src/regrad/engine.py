@@ -28,26 +28,26 @@ from regrad.window import Window
 from regrad.wrappers import wrap_closure
 
 NO_FORWARD = (
-    "a step came without a training forward of the attached model: "
-    "wrong model, or compiled before attach()?"
+    "a step ran without a training forward of the attached model: was another model attached, or "
+    "was it compiled before attach()?"
 )
 NO_STEP = (
-    "{count} training forwards of the attached model came without a step of its optimizer "
-    "({optimizer}): is it another optimizer that trains, or one whose step has another name? "
-    "Call attach() with the optimizer whose step() updates the weights"
+    "{count} training forwards of the attached model ran without a step of its optimizer "
+    "({optimizer}): does another optimizer train the model, or is its step method named "
+    "differently? Call attach() with the optimizer whose step() updates the weights"
 )
 NO_CRITERION = (
-    "{name!r} corrects the criterion, but a step came without a call of attachment.criterion; "
-    "call that in the loop instead of the original"
+    "{name!r} corrects the criterion, but a step ran without a call to attachment.criterion; call "
+    "it in the loop instead of the original"
 )
 OVERWRITTEN = (
-    "{count} of the weights that {names} moved for the forward pass were written before the step, "
-    "first {first!r}: they are kept as they are now. Another optimizer or a hand-written update "
-    "does that; detach() before training in another way. The prediction pauses until "
+    "{count} of the weights that {names} moved for the forward pass were changed before the step, "
+    "the first is {first!r}: the new values are kept. Another optimizer or a hand-written update "
+    "does that; call detach() before training another way. The prediction pauses until "
     "{optimizer} steps again"
 )
 NOT_IN_CHARGE = (
-    "{other} has stepped weights of the attached {optimizer} twice in a row: the prediction of "
+    "{other} has updated weights of the attached {optimizer} twice in a row: the prediction of "
     "{names} pauses until {optimizer} steps again; attach to the optimizer that trains, "
     "or detach()"
 )

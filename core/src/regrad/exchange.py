@@ -114,7 +114,7 @@ def _compiled() -> Callable[..., None] | None:
     except NOT_COMPILED as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"the prediction goes on uncompiled, torch.compile failed: {reason}",
+            f"the prediction continues uncompiled because torch.compile failed: {reason}",
             RegradWarning,
             stacklevel=2,
         )

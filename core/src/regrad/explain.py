@@ -168,7 +168,7 @@ def _loss_in(output: Any) -> Tensor:
     if len(scalars) == 1:
         return scalars[0]
     raise TypeError(
-        "model must return its loss for a batch that is a mapping: under the name 'loss', or as "
+        "model must return its loss when the batch is a mapping: as 'loss', or as "
         f"the only scalar with a gradient in a tuple, got {_described(output)}"
     )
 

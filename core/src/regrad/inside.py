@@ -25,17 +25,18 @@ NORMALISED = 1e-2
 bfloat16 rounds a probability to 4e-3.
 """
 NONE_INSIDE = (
-    "{name!r} corrects the cross entropy that the model computes, but a step came without one: "
-    "no training forward of the attached {model} called torch.nn.functional.cross_entropy, or "
-    "nll_loss with log-probabilities (compiled code counts as none). Where the loop computes the "
-    "loss, pass it as criterion=… to attach() and call attachment.criterion; without a cross "
-    "entropy leave {name!r} out"
+    "{name!r} corrects the cross entropy that the model computes, but a step ran without one: no "
+    "training forward of the attached {model} called torch.nn.functional.cross_entropy, or "
+    "nll_loss with log-probabilities (calls in compiled code are not seen). If the loop computes "
+    "the loss, pass it as criterion=… to attach() and call attachment.criterion; if there is no "
+    "cross entropy, leave {name!r} out"
 )
 NONE_IN_TRAINING = (
-    "{name!r} corrects the cross entropy, but a step of {optimizer} came without one while the "
+    "{name!r} corrects the cross entropy, but a step of {optimizer} ran without one while the "
     "attached {model} trains: nothing called torch.nn.functional.cross_entropy, or nll_loss with "
-    "log-probabilities (compiled code counts as none), so {name!r} changed nothing. With another "
-    "loss leave it out; where a compiled model computes its loss, compile what comes before it"
+    "log-probabilities (calls in compiled code are not seen), so {name!r} changed nothing. With "
+    "another loss leave it out; if a compiled model computes its loss, compile only what comes "
+    "before the loss"
 )
 
 

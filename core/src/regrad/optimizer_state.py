@@ -27,20 +27,20 @@ from regrad.sharding import local
 KEY = "regrad"
 PARTS = ("corrections", "effects", "receipt")
 WITHOUT = (
-    "the optimizer's state was loaded without the state of {names}, which starts anew: it was "
-    "saved without regrad, or by a way that keeps nothing but the optimizer's own values; save "
-    "attachment.state_dict() beside it there"
+    "the optimizer's state was loaded without the state of {names}, which starts from scratch: it "
+    "was saved without regrad, or in a way that keeps only the optimizer's own values; then save "
+    "attachment.state_dict() beside it"
 )
 ANOTHER = (
-    "optimizer state must come from the same corrections; {found}; attach as it was saved, or "
-    "remove the key 'regrad' from {place} to start the corrections anew"
+    "optimizer state must come from the same corrections; {found}; attach the corrections it was "
+    "saved with, or remove the key 'regrad' from {place} to reset the corrections"
 )
 DAMAGED = (
     "the key 'regrad' of the optimizer's state must hold what regrad saved there, got {got}; "
-    "remove it to start the corrections anew"
+    "remove it to reset the corrections"
 )
 ELSEWHERE = (
-    "optimizer state must be loaded on every process alike, another process refused its part; "
+    "optimizer state must load on every process, but another process refused its part; "
     "see its error"
 )
 # What a process says to the others in place of the step that its state is of.
@@ -359,7 +359,7 @@ def form_problem(own: Any) -> str | None:
     for row in rows:
         is_row = isinstance(row, Mapping) and isinstance(row.get("options"), Mapping)
         if not is_row or not isinstance(row.get("name"), str):
-            return "a receipt with something else than corrections and their options"
+            return "a receipt with something other than corrections and their options"
     return None
 
 

@@ -101,8 +101,8 @@ def check_first_step(
     if not _are_copies(_gather(_samples(model), _device(optimizer))):
         raise RegradError(
             f"{_refused(wide)}, but the weights of the ranks differ: pipeline stages, experts, or "
-            "copies that were never made the same; broadcast the weights before the first step "
-            f"if they are copies, else {_way_out(wide)}"
+            "copies that were never synchronised; if they are copies, broadcast the weights "
+            f"before the first step, otherwise {_way_out(wide)}"
         )
 
 
@@ -141,7 +141,7 @@ def _device(optimizer: Optimizer) -> torch.device:
             return parameter.device
     kind = parameters[0].device.type
     raise RegradError(
-        f"parameters must lie where the process group can reach them, got {kind} with the "
+        f"parameters must be where the process group can reach them, got {kind} with the "
         f"backends {backends}; move the model to its device before attach, or give "
         f"init_process_group a backend for {kind} too"
     )

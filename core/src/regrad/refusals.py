@@ -85,7 +85,7 @@ def check(
 
 def _refuse_what_is_no_model(models: Sequence[Any]) -> None:
     if not models:
-        raise TypeError("model must be a torch.nn.Module or a list of some, got an empty list")
+        raise TypeError("model must be a torch.nn.Module or a list of modules, got an empty list")
     for model in models:
         if not isinstance(model, nn.Module) and not _is_kind(model, "deepspeed"):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -145,7 +145,7 @@ def _refuse_meta_parameters(models: Sequence[nn.Module], optimizer: Optimizer) -
     for parameter in parameters_of(optimizer):
         if parameter.is_meta:
             raise RegradError(
-                f"parameters must have numbers, got {_name_of(parameter, models)} on the meta "
+                f"parameters must hold values, got {_name_of(parameter, models)} on the meta "
                 "device; materialise the model first: model.to_empty(device=…), then initialise "
                 "or load it"
             )
@@ -164,14 +164,14 @@ def _refuse_optimizers_without_hooks(optimizer: Optimizer) -> None:
     """Refuse an optimizer that skipped the constructor in which torch makes room for hooks."""
     if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
         raise RegradError(
-            f"{type(optimizer).__name__} cannot hold hooks, since it does not call "
-            "super().__init__(); attach to the optimizer that it wraps, or have it call that"
+            f"{type(optimizer).__name__} cannot hold hooks, because it does not call "
+            "super().__init__(); attach to the optimizer that it wraps, or add that call"
         )
 
 
 def _refuse_a_second_attachment(optimizer: Optimizer) -> None:
     if optimizer in ATTACHED:
-        raise RegradError("optimizer is attached already; detach() the other attachment first")
+        raise RegradError("optimizer is already attached; detach() the other attachment first")
 
 
 # ---- of one correction
@@ -180,14 +180,14 @@ def _refuse_a_second_attachment(optimizer: Optimizer) -> None:
 def _refuse_a_second_use(correction: Correction) -> None:
     if correction.attachment is not None:
         raise RegradError(
-            f"{correction.name!r} is attached already; create another for a second attachment"
+            f"{correction.name!r} is already attached; create another for a second attachment"
         )
 
 
 def _refuse_layout(correction: Correction, layout: str) -> None:
     needs = correction.needs
     if layout not in needs.layouts:
-        why = needs.conflicts.get(layout, "of this one nothing is proved")
+        why = needs.conflicts.get(layout, "nothing is proved for this one")
         raise RegradError(
             f"{correction.name!r} is not exact on layout {layout!r}; "
             f"it is on {', '.join(needs.layouts)}; {why}"
@@ -224,14 +224,15 @@ def _refuse_a_second_evaluation(correction: Correction, layer: Any) -> None:
 def _refuse_schedule_free(correction: Correction, layer: Any) -> None:
     if _is_kind(layer, "schedulefree"):
         raise RegradError(
-            f"{correction.name!r} and a Schedule-Free optimizer both move the point of the gradient"
+            f"{correction.name!r} and a Schedule-Free optimizer both move the point at which the "
+            "gradient is taken"
         )
 
 
 def _refuse_moves_after_the_step(correction: Correction, layer: Any) -> None:
     if any(_is_kind(layer, kind) for kind in MOVES_AFTER_THE_STEP):
         raise RegradError(
-            f"{correction.name!r} predicts the coming step; {type(layer).__name__} moves the "
+            f"{correction.name!r} predicts the next step; {type(layer).__name__} moves the "
             "weights once more after it; use one of the two"
         )
 

@@ -152,7 +152,7 @@ def _import(entry: Entry, group: str) -> Any:
     """
     if not re.fullmatch(r"[\w.]+(:[\w.]+)?(\s*\[.*\])?", entry.value):
         rule = f"must have an entry point 'module:attribute', got {entry.value!r}"
-        raise PluginLoadError(f"{_in_words(entry)} {rule}; install it anew")
+        raise PluginLoadError(f"{_in_words(entry)} {rule}; reinstall it")
     try:
         return metadata.EntryPoint(entry.name, entry.value, group).load()
     # A plugin may fail in any way: it is named, and the cause chained.
@@ -178,7 +178,7 @@ def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
     kind = _kind_of(group)
     several = several_in(name) if group == "regrad" else []
     if several:
-        return f"a name must be that of one correction, got {name!r}; write {several}"
+        return f"a name must stand for one correction, got {name!r}; write {several}"
     installed = ", ".join(printable(known) for known in entries) or "none"
     text = f"no {kind} named {name!r}; installed: {installed}"
     elsewhere = _known_elsewhere(name, group)
@@ -301,7 +301,7 @@ def _read_one(spec: str) -> tuple[str, dict[str, Any]]:
 
 def _alone(spec: str, several: list[str]) -> str:
     """Say that a text names several corrections."""
-    return f"a name must be that of one correction, got {spec!r}; write {several}"
+    return f"a name must stand for one correction, got {spec!r}; write {several}"
 
 
 def _create_parts(
@@ -411,7 +411,7 @@ def _form_of(item: Any) -> str:
             f"the optimizer {kind.__name__}; it is the argument before: attach(model, optimizer, …)"
         )
     if isinstance(item, Composition):
-        return f"{item!r}; write the name that it is installed under"
+        return f"{item!r}; write the name it is installed under"
     if isinstance(item, Mapping):
         calls = ", ".join(_call(name, options) for name, options in item.items())
         return f"{item!r}; write [{calls}]"

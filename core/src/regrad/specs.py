@@ -64,21 +64,23 @@ class _Reader:
             name = self._name()
             if name in options:
                 raise ValueError(
-                    f"option {name!r} must be given once, got {self._shown}; take out all but one"
+                    f"option {name!r} must be given once, got {self._shown}; remove all but one"
                 )
             options[name] = self._value(name)
             if not self._left:
                 return options
             if self._take(",") is None:
-                raise self._refusal(f"put a comma before {self._left[:20]!r}, or quotes around all")
+                raise self._refusal(
+                    f"put a comma before {self._left[:20]!r}, or quotes around the whole text"
+                )
 
     def _name(self) -> str:
         """Read "option=", where the name may have several parts with dots between them."""
         item = self._take(r"[^,=]*") or ""
         if self._take("=") is None:
             if not item:
-                raise self._refusal("take out the comma too many")
-            raise self._refusal(f"give {item!r} a value, or put quotes around a text with commas")
+                raise self._refusal("remove the extra comma")
+            raise self._refusal(f"give {item!r} a value, or put quotes around text with commas")
         if not all(part.strip() for part in item.split(".")):
             raise self._refusal("write the option's name before '='")
         return item
@@ -93,7 +95,7 @@ class _Reader:
             return value
         word = self._take(r"[^,]+")
         if word is None:
-            raise self._refusal(f"give {name!r} a value; '' is an empty text")
+            raise self._refusal(f"give {name!r} a value; '' is empty text")
         return self._plain(word)
 
     def _list(self, closing: str) -> tuple[Any, ...]:
@@ -115,7 +117,7 @@ class _Reader:
             return self._plain(word)
         if not self._left:
             raise self._refusal(f"close the list with {closing!r}")
-        raise self._refusal("put numbers, words or texts in quotes between the commas of a list")
+        raise self._refusal("put numbers, words or quoted text between the commas of a list")
 
     def _quoted(self) -> str | None:
         """Read a text in quotes; None where there is none."""

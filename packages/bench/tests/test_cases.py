@@ -186,7 +186,8 @@ def test_readers_have_names_of_their_own():
 
 def test_a_pattern_that_fits_no_case_names_them_all():
     with pytest.raises(
-        ValueError, match=r"only must fit the name of a case, got 'nothing'; there are step/none, "
+        ValueError,
+        match=r"only must match the name of a case, got 'nothing'; there are step/none, ",
     ):
         chosen_cases("nothing")
 

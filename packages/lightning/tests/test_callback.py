@@ -143,7 +143,7 @@ def checkpoints(toys, tmp_path_factory):
 
 
 def test_a_checkpoint_without_the_corrections_is_refused_unless_told(toys, tmp_path, checkpoints):
-    rule = r"must hold the state of \['xgrad'\], it has none; pass strict=False to RegradCallback to start them anew"
+    rule = r"must hold the state of \['xgrad'\], got none; pass strict=False to RegradCallback to reset them"
     with pytest.raises(RegradError, match=rule):
         toys.trainer(tmp_path, RegradCallback(["xgrad"])).fit(
             toys.Classifier(), toys.loader(), ckpt_path=checkpoints / "without.ckpt"
@@ -370,7 +370,10 @@ def test_a_module_that_is_never_called_trains_with_prediction_all_the_same(toys,
 
 
 def test_a_correction_that_must_see_a_forward_refuses_a_module_that_is_never_called(toys, tmp_path):
-    rule = "gcw must see what training_step calls, got no forward of the LightningModule; name it with module='…'"
+    rule = (
+        "gcw must attach to the module that training_step calls, got no forward of the "
+        "LightningModule; name it with module='…'"
+    )
     with pytest.raises(RegradError, match=rule):
         toys.trainer(tmp_path, RegradCallback(["gcw"])).fit(Images(), toys.loader())
 

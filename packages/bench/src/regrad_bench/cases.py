@@ -64,7 +64,7 @@ class Case:
         scale: The ratio is divided by it: what the sizes of both sides lead one to expect.
         most_pairs: Pairs at most, for what takes seconds.
         repeats: Calls per time that is taken, for what takes microseconds.
-        host_only: Whether it is about the host alone, whatever the device.
+        host_only: Whether it is about the host only, whatever the device.
         wall: Whether it waits for another process.
         only_memory: Whether the ratio is that of the peak memories, and nothing is timed.
     """

@@ -18,7 +18,7 @@ from regrad_bench.timing import Clock, HostClock, Paired, WallClock, clock_for, 
 
 Verdict = Literal["met", "missed", "no goal", "not measured"]
 NO_DEVICE = "no CUDA device here"
-HOST_ALONE = "it is about the host alone"
+HOST_ALONE = "it is about the host only"
 
 
 @dataclass(frozen=True, kw_only=True)

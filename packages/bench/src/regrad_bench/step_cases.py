@@ -134,7 +134,7 @@ def that_go_together(setting: Setting, number: int, *, layout: str = "plain") ->
             chosen.append(name)
     if len(chosen) < number:
         raise ValueError(
-            f"{number} corrections must be installed that can be attached together; there are "
+            f"{number} corrections that can be attached together must be installed; there are "
             f"{len(chosen)}: {', '.join(chosen)}"
         )
     return chosen

@@ -100,8 +100,8 @@ class RegradCallback(Callback):
         self._loaded = saved[0].get(optimizer_state.KEY) if saved else None
         if self._loaded is None and self.strict:
             raise RegradError(
-                f"the checkpoint must hold the state of {self.corrections}, it has none; "
-                "pass strict=False to RegradCallback to start them anew"
+                f"the checkpoint must hold the state of {self.corrections}, got none; pass "
+                "strict=False to RegradCallback to reset them"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ class RegradCallback(Callback):
         outside = _outside(optimizer, target)
         if outside:
             raise RegradError(
-                "module must hold all that the optimizer trains, "
+                "module must hold every parameter that the optimizer trains, "
                 f"{self.module!r} lacks {outside} parameters"
             )
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
@@ -167,7 +167,7 @@ class RegradCallback(Callback):
         if index is None or index not in range(len(optimizers)):
             raise RegradError(
                 f"optimizer must be an index below {len(optimizers)}, got {self.optimizer!r}; "
-                "give each optimizer that is to be corrected a RegradCallback of its own"
+                "use one RegradCallback for each optimizer that is to be corrected"
             )
         return optimizers[index]
 
@@ -215,7 +215,7 @@ class RegradCallback(Callback):
             return
         names = ", ".join(c.name for c in live.engine.corrections if c.needs.record)
         raise RegradError(
-            f"{names} must see what training_step calls, got no forward of "
+            f"{names} must attach to the module that training_step calls, got no forward of "
             f"{self.module or 'the LightningModule'}; name it with module='…'"
         )
 

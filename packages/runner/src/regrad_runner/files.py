@@ -36,7 +36,7 @@ OWN = 0o600
 
 @contextmanager
 def disk_errors(
-    path: Path, *, next_step: str = "make room or choose another folder"
+    path: Path, *, next_step: str = "free some space or choose another folder"
 ) -> Iterator[None]:
     """Turn an `OSError` of the block into a `DiskError` that names the file and what to do.
 

@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_in_the_same_
         path, lines = load_latest(run, tmp_path)
         assert (path.name, run.position.step) == ("step-00000009", 9)
         assert lines == [
-            "checkpoint step-00000013 is damaged: tensors.pt is not what was written; "
+            "checkpoint step-00000013 is damaged: tensors.pt has changed since it was written; "
             f"it is now '{tmp_path / 'damaged-step-00000013'}', and step-00000009 is used instead"
         ]
         assert all(torch.equal(weights[name], tensor) for name, tensor in finish(run)[1].items())

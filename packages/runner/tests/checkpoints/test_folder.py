@@ -104,7 +104,7 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path, name):
     assert damage_of(path) == fault
     with pytest.raises(RegradError) as refusal:
         read_checkpoint(path)
-    assert str(refusal.value) == f"checkpoint must be as it was written, got '{path}' where {fault}"
+    assert str(refusal.value) == f"checkpoint must be undamaged, got '{path}': {fault}"
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "7", "null", '{"tensors.pt": 3}'])
@@ -123,7 +123,7 @@ def test_damaged_ones_are_passed_over_renamed_and_named(tmp_path):
     path, read, lines = read_latest(tmp_path)
     assert (path.name, read.state["step"]) == ("step-00000001", 1)
     assert [line.partition(";")[0] for line in lines] == [
-        "checkpoint step-00000003 is damaged: tensors.pt is not what was written",
+        "checkpoint step-00000003 is damaged: tensors.pt has changed since it was written",
         "checkpoint step-00000002 is damaged: checksums.json is missing",
     ]
     assert checkpoints(tmp_path) == [path]

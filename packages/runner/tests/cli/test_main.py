@@ -85,7 +85,7 @@ BAD = [
     ),
     ("compare --out .", "out must be a new or empty folder, got '.'"),
     ("compare --speed 3", "No such option"),
-    ("compare 3", "script must be a file, got '3'; corrections come behind --corrections"),
+    ("compare 3", "script must be a file, got '3'; corrections go after --corrections"),
     ("train --seed -1", "seed must be greater than or equal to 0, got -1"),
     ("train --lr 0", "lr must be greater than 0, got 0.0"),
     ("explain --after-steps -1", "after_steps must be from 0 to"),
@@ -289,7 +289,7 @@ def test_a_sigterm_ends_comparison_and_run_as_killed(here, baseline, monkeypatch
         main(["compare", "--seeds", "3", *baseline])
     assert stop.value.code == 143
     assert (
-        "stopped; this goes on from here: regrad compare --resume --out out"
+        "stopped; to continue from here: regrad compare --resume --out out"
         in capsys.readouterr().err
     )
     assert tracked(here / "out") == {
@@ -303,8 +303,7 @@ def test_ctrl_c_ends_a_run_as_killed_with_code_130(here, baseline, monkeypatch, 
     in_the_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(["train", *baseline]) == 130
     assert (
-        "stopped; this goes on from here: regrad train --resume --out out"
-        in capsys.readouterr().err
+        "stopped; to continue from here: regrad train --resume --out out" in capsys.readouterr().err
     )
     assert tracked(here / "out") == {"out": "KILLED"}
 

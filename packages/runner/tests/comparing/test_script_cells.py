@@ -121,7 +121,7 @@ def test_a_comparison_goes_on_with_more_seeds_and_corrections(here, capsys, monk
     }
     capsys.readouterr()
     assert main([*more, "--lr", "0.1"]) == 2
-    assert "script must take {lr} in its arguments where --lr is given" in capsys.readouterr().err
+    assert "script must take {lr} in its arguments when --lr is given" in capsys.readouterr().err
 
 
 def test_several_rates_are_chosen_by_trials_and_extensions(here, capsys):

@@ -135,7 +135,7 @@ def test_a_plan_says_why_a_small_network_is_trained_unless_another_was_asked_for
     settings = {"workload": "imagefolder", "data_dir": str(tmp_path), "corrections": ()}
     plan = make_plan(CompareConfig(**settings), out=tmp_path / "out")
     assert plan.config.model == "resnet8"
-    assert "a small network and batches of 8, for 18 training images are few" in plan.in_words()
+    assert "a small network and batches of 8, because 18 training images are few" in plan.in_words()
     asked = make_plan(CompareConfig(**settings, model="resnet20"), out=tmp_path / "out")
     assert (asked.config.model, asked.config.batch_size) == ("resnet20", 8)
     assert "a small network" not in asked.in_words()
@@ -234,7 +234,8 @@ def test_a_file_that_is_no_image_is_found_before_anything_is_trained(tmp_path, s
     write_folders(tmp_path, size=(80, 80))
     (tmp_path / "val" / "bee" / "003.png").write_bytes(b"no image")
     with pytest.raises(
-        ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'; read"
+        ValueError,
+        match=r"image must be a JPEG, PNG or the like, got something else in '.*003.png'; read",
     ):
         load_workload("imagefolder", data_dir=tmp_path, image_size=size)
 
@@ -278,7 +279,8 @@ def test_an_image_that_is_damaged_behind_its_head_is_one_line_that_names_it(
     assert main(words) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("regrad:")]
     assert line.startswith(
-        "regrad: image must be a JPEG, PNG or the like, got another in 'images/val/bee/003.png': "
+        "regrad: image must be a JPEG, PNG or the like, got something else in "
+        "'images/val/bee/003.png': "
     )
 
 

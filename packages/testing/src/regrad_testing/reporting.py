@@ -66,7 +66,7 @@ class Recorder:
         if report.failed:
             row.outcome = "failed"
             row.details = report.longreprtext
-            row.reason = raised or "it raised without a word"
+            row.reason = raised or "it raised without a message"
         elif report.skipped:
             row.outcome = "skipped"
             row.reason = raised

@@ -21,16 +21,16 @@ from transformers import TrainerCallback
 from regrad_transformers import loss, storage
 
 PREFIX = "regrad/"
-ANEW = "RegradCallback(…, restore=False) begins corrections anew"
-WITHOUT = f"checkpoint must be of a training with corrections, got one without; {ANEW}"
+ANEW = "RegradCallback(…, restore=False) resets the corrections"
+WITHOUT = f"checkpoint must come from training with corrections, got one without; {ANEW}"
 SHARDS = (
-    "checkpoints must not be of shards, whose corrections this callback cannot save; "
+    "checkpoints must not be sharded, because this callback cannot save their corrections; "
     "pass save_strategy='no' or save_only_model=True"
 )
 NO_CROSS_ENTROPY = (
-    "{} corrects cross entropy, and the first training batch had none that it could reach: "
-    "where the model is compiled, or returns no loss, pass Trainer(…, callbacks=[callback], "
-    "compute_loss_func=callback.compute_loss); where the loss is another (regression, several "
+    "{} corrects cross entropy, and the first training batch had none that it could reach: if the "
+    "model is compiled, or returns no loss, pass Trainer(…, callbacks=[callback], "
+    "compute_loss_func=callback.compute_loss); if the loss is another one (regression, several "
     "labels per row, a fused one), leave {} out, or call callback.criterion in a "
     "compute_loss_func of your own"
 )

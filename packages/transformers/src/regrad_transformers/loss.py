@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import unwrap_peft_model
 
 IGNORED = -100
-INSIDE = "leave compute_loss_func out, then the correction acts inside of the model"
+INSIDE = "leave compute_loss_func out; the correction then acts inside the model"
 OWN_LOSS = (
     f"{INSIDE}, or write a compute_loss_func of your own that calls callback.criterion for the "
     "part that is cross entropy"
@@ -219,7 +219,9 @@ def cross_entropy(
             f"loss must be cross entropy alone, got a model that adds its aux_loss; {OWN_LOSS}"
         )
     if isinstance(items, Tensor) and items.numel() > 1:
-        raise RegradError("loss must be of one GPU per process, got several; start with torchrun")
+        raise RegradError(
+            "loss must come from one GPU per process, got several; start with torchrun"
+        )
     if shift:
         labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     loss = criterion(

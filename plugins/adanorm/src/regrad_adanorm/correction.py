@@ -206,7 +206,7 @@ class AdaNorm(Correction):
             return "decay is 0: the average is the norm itself"
         return (
             "no gradient's norm ever fell below its average "
-            "(or no first moment was there to correct)"
+            "(or there was no first moment to correct)"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class Centralization(Correction):
             known = ", ".join(kind.__name__ for kind in COUPLED)
             raise RegradError(
                 "'centralization' with placement='decayed' needs weight decay that is added to "
-                f"the gradient, as by torch's {known}; {type(optimizer).__name__} decouples it "
-                "or is not known; use placement='gradient'"
+                f"the gradient, as by torch's {known}; {type(optimizer).__name__} decouples it or "
+                "is unknown; use placement='gradient'"
             )
         return decay
 
@@ -145,4 +145,4 @@ class Centralization(Correction):
         if not any(self._units.values()):
             kind = "convolution" if self.options.conv_only else "layer"
             return f"the model has no {kind} with several weights per output"
-        return "the gradients' means were zero already"
+        return "the gradients' means were already zero"

@@ -141,7 +141,8 @@ class AGC(Correction):
         for rule in self._rules:
             if not any(fnmatchcase(name, rule.pattern) for name in self._units):
                 raise ValueError(
-                    f"axis must name parameters of the model, got {rule.pattern!r}, which fits none"
+                    f"axis must name parameters of the model, got {rule.pattern!r}, which matches "
+                    "none"
                 )
         head = self.options.head
         if head is None:
@@ -158,7 +159,7 @@ class AGC(Correction):
             raise RegradError(
                 f"'agc' finds the head in the model's forward, and "
                 f"{type(attachment.model).__name__} has none; attach the modules that are called "
-                "as a list, or pass head='name', or head=None to leave nothing alone"
+                "as a list, or pass head='name', or head=None to clip every layer"
             )
 
     def _read_units(self) -> None:
@@ -197,7 +198,7 @@ class AGC(Correction):
             raise RegradError(
                 "'agc' saw no classifier head in a training forward (there is none, the model was "
                 "not called, or compiled code ran without hooks); pass head='name', or head=None "
-                "to leave nothing alone"
+                "to clip every layer"
             )
         return self._spare(found)
 

@@ -24,7 +24,7 @@ from regrad_gcode.pair import Pair, Passage, Shape
 from regrad_gcode.selection import Stage, find_stages
 
 WHOLE = "'gcode' must see whole stages; checkpoint them whole, or with use_reentrant=False"
-UNCOUNTED = "FSDP2 hides the gradients by which fits know a step's micro-batches"
+UNCOUNTED = "FSDP2 hides the gradients that show which micro-batches belong to a step"
 UNSEEN = "'gcode' saw no forward of a stage; do not replace modules after attach()"
 
 
@@ -181,8 +181,8 @@ class GCODE(Correction):
             shapes = (*first_inputs.get(stage.first, ()), *first_outputs.get(stage.last, ()))
             if [len(shape) for shape in shapes] != [4, 4]:
                 raise RegradError(
-                    "stages must take and give images [B, C, H, W]; "
-                    f"{stage.last!r} takes and gives {shapes}"
+                    "stages must take and return images [B, C, H, W]; "
+                    f"{stage.last!r} takes and returns {shapes}"
                 )
             self._build(stage, (shapes[0][1:], shapes[1][1:]))
 
@@ -349,7 +349,7 @@ class GCODE(Correction):
                 self._build(stage, kept["shapes"])
         if state and {*state} != {*self._pairs}:
             stages = ", ".join(self._pairs)
-            raise RegradError(f"state must be of the stages {stages}, got {', '.join(state)}")
+            raise RegradError(f"state must be for the stages {stages}, got {', '.join(state)}")
         for name, kept in state.items():
             self._pairs[name].load(kept)
 

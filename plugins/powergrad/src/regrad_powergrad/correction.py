@@ -114,8 +114,8 @@ class PowerGrad(Correction):
             return PowerGradOf(criterion, alpha=alpha)
         raise TypeError(
             "criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got "
-            f"{criterion!r}; where a loss contains a cross entropy, put "
-            "regrad_powergrad.PowerGradCrossEntropyLoss in its place there"
+            f"{criterion!r}; if a loss contains a cross entropy, replace that part with "
+            "regrad_powergrad.PowerGradCrossEntropyLoss"
         )
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -218,8 +218,8 @@ def _warn_of_unknown_decay(optimizer: Optimizer) -> None:
             continue
         warnings.warn(
             f"{type(optimizer).__name__} has a weight_decay that may be decoupled; pass "
-            "decoupled_decay=… (0 where the decay is added to the gradient), which 'xgrad' takes "
-            "to be 0 now",
+            "decoupled_decay=… (0 where the decay is added to the gradient), which 'xgrad' now "
+            "assumes to be 0",
             RegradWarning,
             stacklevel=3,
         )

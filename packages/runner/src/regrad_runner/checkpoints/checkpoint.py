@@ -195,7 +195,7 @@ def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:
     if not _is_place(run, step, epoch, batch):
         place = f"step {step!r}, epoch {epoch!r}, batch {batch!r}"
         raise RegradError(
-            f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps"
+            f"checkpoint must be from a step of this run, got {place} of {run.total_steps} steps"
         )
     like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0, seconds=0.0))
     points = [Point(**_checked(point, like, "points")) for point in state["points"]]
@@ -263,10 +263,10 @@ def _take_own(run: TrainingRun, then: Sequence[Any]) -> list[str]:
         return []
     run.loss_sum.fill_(sum(own["loss_sum"] for own in then) / len(then))
     return [
-        f"the checkpoint is of {len(then)} processes and goes on with {now}: "
-        "the same images in the same order, but sums in another order (the last digits differ), "
-        "statistics of batch normalisation over other parts of a batch, "
-        "and other random numbers where a model or correction draws them"
+        f"the checkpoint was written by {len(then)} processes and continues on {now}: images keep "
+        "their order, but sums are taken in another order (the last digits differ), batch "
+        "normalisation sees other parts of a batch, and a model or correction that draws random "
+        "numbers draws others"
     ]
 
 

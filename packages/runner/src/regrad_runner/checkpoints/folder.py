@@ -80,8 +80,8 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
             _fill(aside, content)
     except OSError as problem:
         raise DiskError(
-            f"checkpoint must be written, got {problem}; "
-            "those before it are whole: make room and --resume"
+            f"checkpoint must be written, got {problem}; earlier ones are intact: free some space "
+            "and use --resume"
         ) from problem
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
@@ -98,13 +98,13 @@ def read_checkpoint(path: Path) -> Content:
     """
     fault = damage_of(path)
     if fault is not None:
-        raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
+        raise RegradError(f"checkpoint must be undamaged, got '{path}': {fault}")
     try:
         state = _read_json(path / STATE)
         receipt = _read_json(path / CHECKPOINT_RECEIPT)
     except (ValueError, RecursionError) as problem:
         raise RegradError(
-            f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'"
+            f"checkpoint must hold JSON objects beside its tensors, got something else in '{path}'"
         ) from problem
     if state.get("format") != FORMAT:
         raise RegradError(
@@ -125,7 +125,8 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         ) from problem
     except Exception as problem:
         raise RegradError(
-            f"checkpoint must be a file of torch.save, got another in '{path / TENSORS}'"
+            "checkpoint must be a file written by torch.save, got something else in "
+            f"'{path / TENSORS}'"
         ) from problem
     if not isinstance(tensors, dict):
         raise RegradError(
@@ -157,7 +158,8 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     if faults:
         listed = "; ".join(f"{path.name}: {fault}" for path, fault in faults)
         raise RegradError(
-            f"checkpoints must be whole to resume, got only damaged ones in '{folder}' ({listed})"
+            f"checkpoints must be undamaged to resume, got only damaged ones in '{folder}' "
+            f"({listed})"
         )
     return None
 
@@ -168,7 +170,7 @@ def damage_of(path: Path) -> str | None:
         sums = _read_json(path / CHECKSUMS)
         for name in (TENSORS, STATE, CHECKPOINT_RECEIPT):
             if checksum(path / name) != sums.get(name):
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
     except OSError as problem:

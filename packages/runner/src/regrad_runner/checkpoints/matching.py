@@ -76,16 +76,16 @@ def check_settings(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
     then = state.get("identity")
     if not isinstance(then, dict):
         raise RegradError(
-            f"checkpoint must say of which settings it is, got {shown(then)}; "
-            "it is of an earlier version: start anew in another folder"
+            f"checkpoint must hold its settings, got {shown(then)}; "
+            "it is from an earlier version: start again in another folder"
         )
     now = identity(run)
     for name in now | then:
         if then.get(name) != now.get(name):
             raise RegradError(
-                f"checkpoint must be of the settings of this run, "
-                f"got {name} {shown(then.get(name))} there and {shown(now.get(name))} here; "
-                "set it back, or start anew in another folder"
+                f"checkpoint must have the settings of this run, got {name} "
+                f"{shown(then.get(name))} there and {shown(now.get(name))} here; change it back, "
+                "or start again in another folder"
             )
     place = state.get(MOVED)
     here = run.config.data_dir
@@ -120,7 +120,9 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
     clean = run.accelerator.scaler is None and state["watch"]["skipped"] == 0
     for name, tensor in _tensors(tensors["model"]):
         if (clean or name in weights) and not tensor.isfinite().all():
-            raise RegradError(f"checkpoint must hold finite weights, got others in '{name}'")
+            raise RegradError(
+                f"checkpoint must hold finite weights, got NaN or infinity in '{name}'"
+            )
     for way, tensor in _tensors(tensors["optimizer"]):
         if tensor.isnan().any():
             raise RegradError(f"checkpoint must hold numbers in the optimizer, got NaN in '{way}'")
@@ -150,7 +152,7 @@ def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
         for key in sorted(options & group.keys()):
             if not _same(old.get(key), group[key]):
                 raise RegradError(
-                    f"checkpoint must be of the optimizer of this run, "
+                    f"checkpoint must have the optimizer of this run, "
                     f"got {key} {shown(old.get(key))} there and {shown(group[key])} here "
                     f"in group {index}"
                 )
@@ -158,7 +160,7 @@ def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
         for key, rate in (("lr", base * factor), ("initial_lr", base)):
             if not math.isclose(old.get(key, math.nan), rate, rel_tol=1e-9):
                 raise RegradError(
-                    f"checkpoint must be of the learning rates of this run, "
+                    f"checkpoint must have the learning rates of this run, "
                     f"got {key} {shown(old.get(key))} there and {rate!r} here in group {index}"
                 )
 

@@ -85,8 +85,8 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, A
         old = group_of_names(saved["groups"], set(here))
         if old is None:
             raise RegradError(
-                "optimizer must have the checkpoint's parameter groups, "
-                f"got others in group {index}"
+                "optimizer must have the checkpoint's parameter groups, got different ones in "
+                f"group {index}"
             )
         numbers = list(range(count, count + len(here)))
         count += len(here)

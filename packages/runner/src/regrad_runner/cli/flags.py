@@ -47,7 +47,7 @@ def switch(meaning: str, group: str | None, name: str) -> Any:
 
 ConfigFile = Annotated[
     Path | None,
-    flag("YAML file with these settings; flags win.", WHERE_IT_GOES, metavar="FILE"),
+    flag("YAML file with these settings; flags override it.", WHERE_IT_GOES, metavar="FILE"),
 ]
 Out = Annotated[
     Path | None,
@@ -58,5 +58,5 @@ Json = Annotated[bool, switch(JSON_MEANING, WHERE_IT_GOES, "--json")]
 UngroupedJson = Annotated[bool, switch(JSON_MEANING, None, "--json")]
 FolderArgument = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False),
+    typer.Argument(metavar="DIR", help="Folder that compare or train wrote.", show_default=False),
 ]

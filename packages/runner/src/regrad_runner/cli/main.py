@@ -101,7 +101,7 @@ def _hint_at_script(words: Sequence[str]) -> str:
     scripts = [word for word in words if word.endswith(".py")]
     if not scripts or "--" in words:
         return ""
-    return f"; a script and its arguments come behind '--': -- {scripts[0]} ..."
+    return f"; a script and its arguments go after '--': -- {scripts[0]} ..."
 
 
 def _values_of(flag: str, words: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ SYNC_EXAMPLES = ("regrad sync DIR",)
 def sync_command(
     folder: FolderArgument,
     tracking_uri: Annotated[
-        str | None, flag("Another MLflow server or database to show it in.", None, metavar="URI")
+        str | None, flag("Another MLflow server or database to show runs in.", None, metavar="URI")
     ] = None,
 ) -> int:
     """Show a folder in MLflow: whatever is not there yet, such as after the server was down."""

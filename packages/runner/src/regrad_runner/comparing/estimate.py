@@ -44,7 +44,8 @@ def estimate_in_words(plan: Plan, folder: ResultsFolder) -> str | None:
         return None
     at_once = min(plan.jobs, left)
     return (
-        f"this will take about {duration_in_words(left * seconds / at_once)}, going by a few steps"
+        f"this will take about {duration_in_words(left * seconds / at_once)}, estimated from a few "
+        "steps"
     )
 
 

@@ -36,7 +36,7 @@ def time_steps(plan: Plan, folder: ResultsFolder, display: Display) -> None:
     if BASELINE not in rates:
         return
     if arms:
-        display.say("measuring the time per step of each arm in turns with the baseline's")
+        display.say("measuring each arm's time per step, alternating with the baseline")
     for arm in arms:
         display.begin(f"time per step, {arm.name}", steps=None)
         found = _measured(plan, arm, rates, display)

@@ -127,7 +127,7 @@ def why_not_measured(about: Mapping[str, Any]) -> str:
         about: What the folder says about itself.
     """
     if about.get("samples") == "":  # only a script does not say what its samples are
-        return "the runs were those of a script, whose steps cannot be taken in turns"
+        return "the runs were those of a script, whose steps cannot be interleaved"
     if about.get("job_array"):
         return "the runs were jobs of an array, and nothing else was run"
     if about.get("processes", 1) != 1:

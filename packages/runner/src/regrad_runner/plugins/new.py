@@ -174,7 +174,7 @@ def _write_file(made: Path, file: Path, text: str, name: str) -> None:
 def _values(request: PluginRequest) -> dict[str, str]:
     """Return what fills the skeleton's blanks."""
     name = request.name
-    origin = "The example that `regrad plugins new` writes: replace it by your rule."
+    origin = "The example that `regrad plugins new` writes: replace it with your rule."
     dependencies = NEEDS
     options = EXAMPLE
     if request.source is not None:

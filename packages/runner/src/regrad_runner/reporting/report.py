@@ -252,8 +252,8 @@ def _ended_run(folder: ResultsFolder) -> Result:
     results = folder.results
     if not results or results[-1].value is None or results[-1].validation is None:
         raise ValueError(
-            f"folder must hold a run that ended, got '{folder.path}'; "
-            "regrad train --resume --out goes on"
+            f"folder must hold a run that ended, got '{folder.path}'; regrad train --resume --out "
+            "continues it"
         )
     return results[-1]
 

@@ -347,7 +347,7 @@ def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
 def _check_place(path: Path) -> None:
     """Raise a `ValueError` unless a path is a folder, or can become one, that can be written."""
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"out must be a folder, got '{path}', a link that leads nowhere")
+        raise ValueError(f"out must be a folder, got '{path}', a broken link")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out must be a folder, got the file '{path}'")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -274,7 +274,7 @@ def read_points(path: Path, record: RunRecord | None = None) -> list[Line]:
         ) from None
     if record is not None and record.points is not None and _seal(whole) != record.points:
         raise ValueError(
-            f"'{file}' must be as it was written, got another or a part of it; "
+            f"'{file}' must be unchanged since it was written, got a changed or incomplete file; "
             f"take it from a copy of the folder, or remove '{path}' and run it again"
         )
     lines = []

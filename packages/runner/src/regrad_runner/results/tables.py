@@ -58,7 +58,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     try:
         text = content.decode()
         if not text.endswith("\n") or "\0" in text:
-            raise ValueError("the last line has no end, or there are bytes that are no text")
+            raise ValueError("the last line is incomplete, or some bytes are not text")
         header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
         return [_row(kind, header, cells, hints) for cells in lines]
     except (KeyError, TypeError, ValueError, csv.Error) as problem:

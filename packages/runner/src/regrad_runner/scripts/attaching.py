@@ -149,10 +149,13 @@ class AutomaticAttachment:
     def _on_new(self, optimizer: Optimizer) -> None:
         name = type(optimizer).__name__
         if self._classes and name.lower() not in self._classes:
-            self._trace(f"{name} is made; left alone, since other classes were asked for")
+            self._trace(f"{name} was created; left alone, since other classes were requested")
             self.left_out.append(name)
             return
-        self._trace(f"{name} is made; it waits for a training forward of what holds its parameters")
+        self._trace(
+            f"{name} was created; it waits for a training forward of the module that holds its "
+            "parameters"
+        )
         self._waiting.append(Waiting(weakref.ref(optimizer), name))
         self._forwards.start()
 
@@ -226,7 +229,7 @@ class AutomaticAttachment:
         except (RegradError, ValueError, TypeError) as problem:
             reason = " ".join(str(problem).split())
             self.refused.append(f"{waiting.name}: {reason}")
-            self._trace(f"{waiting.name} stays as it is: {reason}")
+            self._trace(f"{waiting.name} is left unchanged: {reason}")
             warnings.warn(
                 f"{waiting.name} of {' and '.join(names)} trains uncorrected: {reason}",
                 RegradWarning,

@@ -107,7 +107,7 @@ def check_fits(control: Control, corrections: Sequence[Correction]) -> None:
     for correction in corrections:
         if "weights" in correction.needs.stages:
             raise RegradError(
-                f"control {control.name!r} changes steps after they were made, and "
+                f"control {control.name!r} changes steps after they are computed, and "
                 f"{correction.name!r} predicts them; use one of the two"
             )
 
@@ -125,7 +125,7 @@ def _options_of(control: Control, optimizer: Optimizer) -> dict[str, Any]:
     if control.optimizer_class is not NAdam:
         raise RegradError(
             f"control {control.name!r} trains with {control.optimizer_class.__name__}, whose "
-            f"steps a live {name} cannot take; in a script NAdam can stand for Adam and AdamW"
+            f"steps a live {name} cannot take; in a script NAdam can replace Adam and AdamW"
         )
     check_can_be_nadam(optimizer)
     # "nesterov" says so to corrections that look ahead themselves, and to whoever prints it.

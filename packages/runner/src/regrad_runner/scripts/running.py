@@ -25,7 +25,7 @@ def check_script(words: Sequence[str]) -> None:
         return
     if words[0] in {"python", "python3"}:
         raise ValueError(
-            f"script must be given without {words[0]!r}, which runs already, got "
+            f"script must be given without {words[0]!r}, which is already running, got "
             f"{' '.join(words[:2])!r}; leave it out"
         )
     if not Path(words[0]).is_file():

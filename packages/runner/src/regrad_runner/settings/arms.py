@@ -217,7 +217,7 @@ def _check_alone(part: str) -> None:
     several = several_in(part)
     if several:
         raise ValueError(
-            f"corrections must be apart, or stacked by '+', got {part!r}; "
+            f"corrections must be separated by spaces, or stacked with '+', got {part!r}; "
             f"write {' '.join(several)} or {'+'.join(several)}"
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WHAT_IS_TRAINED = "What is trained"
-THE_SCRIPT = "A script of your own, behind --"
+THE_SCRIPT = "A script of your own, after --"
 HOW_IT_IS_TRAINED = "How it is trained"
 WHERE_IT_GOES = "Where it goes"
 

@@ -190,7 +190,7 @@ def prepare(path: Path, *, own: bool) -> str | None:
     fault = fault_of(path) if path.exists() else None
     if fault is not None and not own:
         raise DiskError(
-            f"database '{path}' must be one of MLflow, but {fault}; move it away or mend it"
+            f"database '{path}' must be an MLflow database, but {fault}; move it away or repair it"
         )
     told = put_aside(path, fault) if fault is not None else None
     if not path.exists():
@@ -219,9 +219,9 @@ def fault_of(path: Path) -> str | None:
             found = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             tables = {name for (name,) in found}
             if not tables >= {"alembic_version", "experiments", "runs"}:
-                return "it is not whole, or of another program"
+                return "it is incomplete, or belongs to another program"
             if database.execute("SELECT count(*) FROM alembic_version").fetchone() == (0,):
-                return "its making was broken off"
+                return "its creation was interrupted"
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as problem:

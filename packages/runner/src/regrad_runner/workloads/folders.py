@@ -123,8 +123,8 @@ class DataFolder:
         target = Path(os.path.realpath(link))
         if not self._follows_links and not target.is_relative_to(self._real_root):
             raise ValueError(
-                f"data_dir must hold no link that leads out of it, got '{link}' to '{target}'; "
-                "copy what it leads to, or hard-link the files"
+                f"data_dir must hold no link that points outside it, got '{link}' to '{target}'; "
+                "copy its target, or hard-link the files"
             )
 
 

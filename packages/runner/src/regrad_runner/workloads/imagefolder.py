@@ -140,8 +140,8 @@ def defaults_for(count: int) -> Defaults:
         batch_size=batch_size,
         lr=RATE_OF_FEW,
         reason=(
-            f"a small network and batches of {batch_size}, for {count:,} training images are few; "
-            "--model, --batch-size, --lr and --epochs choose others"
+            f"a small network and batches of {batch_size}, because {count:,} training images are few; "
+            "--model, --batch-size, --lr and --epochs change this"
         ),
     )
 
