@@ -69,16 +69,16 @@ class Engine:
         optimizer: The innermost optimizer.
         corrections: In acting order.
         roots: The modules that the loop calls, without wrappers; by default the model.
-        layers: The optimizers around `optimizer`, which step it and are no others.
+        layers: The wrappers around `optimizer`, which step it.
 
     Attributes:
         applied: Optimizer steps that really happened.
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         criterion_called: Whether the corrected criterion was ever called.
-        no_criterion: What is said once where a step came without such a call.
+        no_criterion: The warning given once if a step ran without such a call.
         seconds: Host time spent in each correction's hooks so far, by name.
-        before_first_step: Called once, before anything of the first step; None afterwards.
+        before_first_step: Called once, before the first step begins; None afterwards.
         before_use: What to call at the next training forward or step, or None.
     """
 
@@ -131,9 +131,9 @@ class Engine:
     # ---- what the corrections are given
 
     def step(self) -> Step:
-        """Return the coming optimizer step as it stands now.
+        """Return the next optimizer step in its present state.
 
-        Parameters may have come since the last one.
+        Parameters may have been added since the last one.
         """
         step = Step(self.optimizer, self.applied)
         if any(parameter not in self._names for parameter in step.parameters):
@@ -143,7 +143,7 @@ class Engine:
         return step
 
     def _name_parameters(self) -> None:
-        """Name the optimizer's parameters anew; the state of a renamed one follows it."""
+        """Rename the optimizer's parameters; the state of a renamed one moves with it."""
         before = self._names
         self._names = names.parameter_names(self.model, self.optimizer)
         renamed = {
@@ -160,7 +160,7 @@ class Engine:
 
     @contextlib.contextmanager
     def named(self, correction: Correction, hook: str) -> Iterator[None]:
-        """Let an exception say in which correction and hook it came up."""
+        """Add to an exception the correction and hook in which it was raised."""
         try:
             yield
         except Exception as error:
@@ -226,7 +226,7 @@ class Engine:
             self._predict(module)
 
     def _count_forward(self) -> None:
-        """Warn once where the attached optimizer does not step."""
+        """Warn once if the attached optimizer does not step."""
         self._forwards_without_step += 1
         limit = max(FORWARDS_WITHOUT_STEP, 2 * self._most_forwards)
         if self._forwards_without_step == limit and self.corrections:
@@ -234,7 +234,7 @@ class Engine:
             self._say_once(NO_STEP, count=limit, optimizer=name)
 
     def _predict(self, module: nn.Module) -> None:
-        """Move the weights, unless they are moved already or are somebody else's to train."""
+        """Move the weights, unless they are already moved or another optimizer trains them."""
         if self.window.is_open:
             if not self.window.rewritten():
                 return
@@ -254,7 +254,7 @@ class Engine:
             self._reshard()
 
     def _refuse_a_late_hook(self, module: nn.Module) -> None:
-        """Raise where FSDP2 gathers the weights before they are moved."""
+        """Raise if FSDP2 gathers the weights before they are moved."""
         if not self.is_sharded():
             return
         hooks_in_order = module._forward_pre_hooks.values()
@@ -265,7 +265,7 @@ class Engine:
             )
 
     def _refuse_an_inner_evaluation(self) -> None:
-        """Raise where the optimizer evaluates the model inside its step, at weights of its own."""
+        """Raise if the optimizer evaluates the model inside its step, at weights of its own."""
         is_inside = self._under_way.contains(sys._getframe(1))
         if not is_inside or self._versions == self._count_writes():
             return
@@ -276,7 +276,7 @@ class Engine:
         )
 
     def _refuse_a_second_window(self, step: Step) -> None:
-        """Raise where parameters that were added later are moved by another attachment too."""
+        """Raise if another attachment also moves parameters that were added later."""
         other = other_optimizers.moved_by_another(self, step.parameters)
         if other is not None:
             raise RegradError(
@@ -316,7 +316,7 @@ class Engine:
     # ---- the window
 
     def close_window(self, *_: Any) -> None:
-        """Restore the weights that are moved, but for those that somebody else wrote meanwhile."""
+        """Restore the moved weights, except those that somebody else wrote meanwhile."""
         self._close(before_step=False)
 
     def _close(self, *, before_step: bool) -> None:
@@ -336,7 +336,7 @@ class Engine:
             )
 
     def _reshard(self) -> None:
-        """Make FSDP2 gather the weights anew."""
+        """Make FSDP2 gather the weights again."""
         if not self.is_sharded():
             return
         # Heavy to import, and only shards need it.
@@ -433,7 +433,7 @@ class Engine:
             self._progress.end(gradient for _, gradient in step.named_gradients())
 
     def _refuse_several_closure_calls(self) -> None:
-        """Raise where a correction must see one call of the closure."""
+        """Raise if a correction must see one call of the closure."""
         unfit = [c.name for c in self.corrections if not c.needs.closures]
         if unfit:
             raise RegradError(
@@ -452,14 +452,14 @@ class Engine:
                     self._progress.note(hook, correction.name)
 
     def _refuse_sparse_gradients(self, step: Step) -> None:
-        """Raise where a correction has no rule for gradients that are sparse."""
+        """Raise if a correction has no rule for sparse gradients."""
         unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
         sparse = [name for name, gradient in step.named_gradients() if gradient.is_sparse]
         if unfit and sparse:
             raise RegradError(f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
 
     def _look_for_what_is_missing(self, step: Step) -> None:
-        """Say once that no forward was seen, or no call of the criterion."""
+        """Warn once if no forward was seen, or no call of the criterion."""
         if self.forwards == 0:
             self._look_for_parts(step)
         elif self.callers["wrap_criterion"] and not self.criterion_called:
@@ -472,14 +472,14 @@ class Engine:
             )
 
     def _look_for_parts(self, step: Step) -> None:
-        """Watch the model's parts; warn once where no forward of them was seen either."""
+        """Watch the model's parts; warn once if no forward of them was seen either."""
         if self._saw_forward or self.parts.is_watching:
             self._say_once(NO_FORWARD)
         self.parts.watch(self.roots, step.parameters)
 
     @torch.no_grad()
     def _unscale(self, *, is_done: bool) -> None:
-        """Take over from a fused optimizer what it would do itself under a GradScaler.
+        """Do for a fused optimizer what it would do itself under a GradScaler.
 
         Frozen parameters that have a gradient are included.
 
@@ -529,7 +529,7 @@ class Engine:
         return self.window.state_dict(dict(zip(step.parameters, step.names, strict=True)))
 
     def load_window_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `window_state` returned."""
+        """Restore what `window_state` returned."""
         self.window.load_state_dict(state, dict(self.step().named_parameters()))
 
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

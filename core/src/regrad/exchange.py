@@ -1,4 +1,4 @@
-"""Moves weights along their last step and back, in few passes over the memory and few launches.
+"""Moves weights along their last step and back, with few passes over the memory and few launches.
 
 On a CPU the operations run over pieces that stay in its cache; elsewhere each is one launch for
 many tensors.
@@ -31,7 +31,7 @@ Tensors = Sequence[Tensor]
 
 @torch.no_grad()
 def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> None:
-    r"""Move weights along their last step, and keep them as they were.
+    r"""Move weights along their last step, and keep their previous values.
 
     With factor r and decay :math:`\delta` of `steps`,
 
@@ -42,9 +42,9 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
 
     Args:
         weights: n plain tensors θ. Overwritten with :math:`\hat\theta`.
-        kept: Their values θ' before the last step, like them in shape, layout, dtype and device.
+        kept: Their values θ' before the last step, with their shape, layout, dtype and device.
             Overwritten with θ.
-        steps: How far to go on, n of them.
+        steps: How far to extrapolate, n of them.
 
     Example:
         >>> weights, before = [torch.tensor([3.0])], [torch.tensor([2.0])]
@@ -104,7 +104,7 @@ def _in_one_pass(weights: Tensor, kept: Tensor, length: Tensor, size: Tensor) ->
 
 @functools.cache
 def _compiled() -> Callable[..., None] | None:
-    """Return `_in_one_pass` compiled; None, after a warning, where that does not work."""
+    """Return `_in_one_pass` compiled; None, after a warning, if that does not work."""
     weights = torch.zeros(COMPILED_FROM)
     one = torch.ones(())
     try:
@@ -125,7 +125,7 @@ def _compiled() -> Callable[..., None] | None:
 def _extrapolate_group_(
     live: list[Tensor], before: list[Tensor], size: float | Tensor, length: float | Tensor
 ) -> None:
-    """Do the same for tensors of one device and dtype that go on alike."""
+    """Do the same for tensors of one device and dtype with equal steps."""
     ahead = torch._foreach_sub(live, before)
     torch._foreach_mul_(ahead, length)
     torch._foreach_add_(ahead, live)

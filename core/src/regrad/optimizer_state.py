@@ -1,4 +1,4 @@
-"""The corrections' state in the optimizer's: a script that saves that one resumes exactly."""
+"""Keep the corrections' state in the optimizer's, so that scripts which save it resume exactly."""
 
 from __future__ import annotations
 
@@ -58,24 +58,24 @@ UNREADABLE = (
 
 
 class StateHolder(Protocol):
-    """What this file needs of an attachment, see `regrad.Attachment`."""
+    """What this file needs from an attachment, see `regrad.Attachment`."""
 
     optimizer: Optimizer
     corrections: tuple[Correction, ...]
     engine: Engine
 
     def receipt(self) -> dict[str, Any]:
-        """Return what really happened."""
+        """Return what actually happened."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the corrections' state."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
 
 
 class StateInOptimizer:
-    """Adds the corrections' state to what the optimizer saves, and takes it back with that.
+    """Adds the corrections' state to what the optimizer saves, and restores it from there.
 
     `state_dict()["regrad"]` is what `Attachment.state_dict` returns; torch ignores the key where
     regrad is missing. `torch.distributed.checkpoint.state_dict`, and an optimizer that is loaded
@@ -204,7 +204,7 @@ class StateInOptimizer:
             raise RegradError(ANOTHER.format(found=found, place=place))
 
     def _agreed(self, own: Any, problem: RegradError | None) -> Any:
-        """Return the state if every process has one of the same step, else None.
+        """Return the state if every process has one from the same step, else None.
 
         Shards must be loaded on every process: a part of the processes with state and a part
         without would part ways.
@@ -318,7 +318,7 @@ def carries(groups: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def take_out(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Remove the packed copies from an optimizer's groups, so that the corrections start anew.
+    """Remove the packed copies from an optimizer's groups, so that the corrections start afresh.
 
     Args:
         groups: Of an optimizer, or of its state_dict. Overwritten.
@@ -345,7 +345,7 @@ def _without_ours(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def form_problem(own: Any) -> str | None:
-    """Return what keeps a value from being a state of `Attachment.state_dict`, or None."""
+    """Return why a value is not a state from `Attachment.state_dict`, or None."""
     if not isinstance(own, Mapping):
         return f"a {type(own).__name__}"
     lacking = [part for part in PARTS if not isinstance(own.get(part), Mapping)]

@@ -46,9 +46,9 @@ def agree_across_ranks(
         corrections: In acting order.
 
     Returns:
-        Whether what was seen now is proof. It is none where ranks hold different
-        weights under the same names: parts of a model, or copies that data
-        parallelism has yet to make the same. Ask `check_first_step` then.
+        Whether this settles the question. It does not if ranks hold different weights under the
+        same names: parts of a model, or copies that data parallelism has yet to synchronise. In
+        that case call `check_first_step` later.
 
     Raises:
         RegradError: If the ranks attach different corrections, versions or options;
@@ -76,10 +76,10 @@ def agree_across_ranks(
 def check_first_step(
     model: nn.Module, optimizer: Optimizer, corrections: Sequence[Correction], *, proved: bool
 ) -> None:
-    """Raise unless the optimizer still trains the model, with copies of weights where they must be.
+    """Raise unless the optimizer still trains the model, and weights that must be copies are.
 
     Called before the first step: data parallelism has made the ranks' weights the
-    same by then, and what replaces the optimizer's parameters has done so.
+    same by then, and whatever replaces the optimizer's parameters has done so.
 
     Args:
         model: As given to attach.
@@ -88,7 +88,7 @@ def check_first_step(
         proved: What `agree_across_ranks` returned.
 
     Raises:
-        RegradError: If none of the optimizer's parameters is the model's any more, or a
+        RegradError: If none of the optimizer's parameters belongs to the model any more, or a
             correction that reads the whole model sees a part of it.
     """
     _refuse_replaced_parameters(model, optimizer)
@@ -107,7 +107,7 @@ def check_first_step(
 
 
 def _refuse_replaced_parameters(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse an optimizer none of whose parameters is the model's any more."""
+    """Refuse an optimizer if none of its parameters belongs to the model any more."""
     trained = [p for p in parameters_of(optimizer) if p.requires_grad]
     if trained and set(model.parameters()).isdisjoint(trained):
         raise RegradError(
@@ -128,7 +128,7 @@ def _is_process_group_there() -> bool:
 
 
 def _device(optimizer: Optimizer) -> torch.device:
-    """Return the first place of parameters that the process group can reach.
+    """Return the first device of parameters that the process group can reach.
 
     Raises:
         RegradError: If it can reach none of them.

@@ -20,7 +20,7 @@ ATTACHED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def layout_of(models: Sequence[nn.Module], layers: Sequence[Any]) -> str:
-    """Return how the weights lie.
+    """Return the layout of the weights.
 
     Args:
         models: The modules given to attach.
@@ -46,7 +46,7 @@ def layout_of(models: Sequence[nn.Module], layers: Sequence[Any]) -> str:
 def check(
     models: Sequence[Any], layers: Sequence[Any], corrections: Sequence[Correction], criterion: Any
 ) -> None:
-    """Raise unless these corrections can be right on these models and this optimizer.
+    """Raise unless these corrections can work correctly on these models and this optimizer.
 
     Args:
         models: The modules given to attach.
@@ -56,7 +56,7 @@ def check(
 
     Raises:
         ValueError: If the criterion is a word other than "inside".
-        TypeError: If a model is no module, or the criterion cannot be called.
+        TypeError: If a model is not a module, or the criterion cannot be called.
         RegradError: For every refusal, with its reason.
     """
     optimizer = layers[-1]
@@ -141,7 +141,7 @@ def _refuse_steps_inside_backward(models: Sequence[nn.Module]) -> None:
 
 
 def _refuse_meta_parameters(models: Sequence[nn.Module], optimizer: Optimizer) -> None:
-    """Refuse parameters that have a shape but no numbers yet."""
+    """Refuse parameters that have a shape but no values yet."""
     for parameter in parameters_of(optimizer):
         if parameter.is_meta:
             raise RegradError(
@@ -202,7 +202,7 @@ def _refuse_several_closure_calls(correction: Correction, optimizer: Optimizer) 
 
 
 def _refuse_optimizers_that_move_weights(correction: Correction, layers: Sequence[Any]) -> None:
-    """Refuse a window, or flows added to hidden states, where the optimizer moves weights too."""
+    """Refuse a window, or flows added to hidden states, if the optimizer moves weights too."""
     stages = correction.needs.stages
     for layer in layers:
         if "weights" in stages or "hidden" in stages:

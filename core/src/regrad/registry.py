@@ -30,13 +30,13 @@ USES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What metadata says of one plugin, without importing it.
+    """What metadata says about one plugin, without importing it.
 
     The fields are as somebody wrote them: show them through `regrad.text.printable`.
 
     Attributes:
         name: The name that loads it.
-        distribution: Distribution that offers it; all of them, where several claim the name.
+        distribution: Distribution that offers it; all of them, if several claim the name.
         version: Version of that distribution.
         value: Where the object is, as "module:attribute".
         summary: The distribution's one-line description.
@@ -53,11 +53,11 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """Corrections that go by one name.
+    """Several corrections under one name.
 
     Args:
-        parts: Names of the corrections, in order. `create` takes their options
-            with the part's name in front: "gcgd:gcw.prior=0.9".
+        parts: Names of the corrections, in order. `create` takes their options prefixed with the
+            part's name: "gcgd:gcw.prior=0.9".
     """
 
     parts: tuple[str, ...]
@@ -71,12 +71,11 @@ def available(group: str = "regrad") -> dict[str, Entry]:
         group: "regrad" (corrections), "regrad.optimizers" or "regrad.workloads".
 
     Returns:
-        One `Entry` per name, sorted. A name that two distributions claim, or that the
-        environment leaves out, is listed with `refused` set, and `load` refuses it.
-        `REGRAD_DISABLE` lists names to leave out of every group, `REGRAD_PLUGINS` the
-        only corrections to offer; commas or spaces separate names, an empty list is none.
-        A distribution whose metadata cannot be read offers nothing; `regrad plugins
-        doctor` names it.
+        One `Entry` per name, sorted. A name that two distributions claim, or that the environment
+        excludes, is listed with `refused` set, and `load` refuses it. `REGRAD_DISABLE` lists names
+        to leave out of every group, `REGRAD_PLUGINS` the only corrections to offer; commas or
+        spaces separate names, an empty list is none. A distribution whose metadata cannot be read
+        offers nothing; `regrad plugins doctor` names it.
     """
     claims: dict[str, list[Entry]] = {}
     for found, point in distributions.offers(group):
@@ -127,7 +126,8 @@ def load(name: str, group: str = "regrad") -> Any:
         The class, function or `Composition`.
 
     Raises:
-        ValueError: If nothing of that name is installed; says where else the name is known.
+        ValueError: If nothing of that name is installed; the message says where else the name is
+            known.
         PluginLoadError: If it cannot be imported, does not fit this core, or two
             distributions claim the name. Other plugins are unaffected.
     """
@@ -188,7 +188,7 @@ def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
 
 
 def _known_elsewhere(name: str, group: str) -> str:
-    """Say what has a name that is not in a group; nothing where nothing has it."""
+    """Say what has a name that is not in a group; empty if nothing has it."""
     for kind, place in GROUPS.items():
         if place != group and name in available(place):
             article = "an" if kind == "optimizer" else "a"
@@ -223,7 +223,7 @@ def several_in(text: str) -> list[str]:
     Commas, spaces and plus signs separate, where the name of an installed correction follows.
 
     Returns:
-        A text per correction; none where the text does not name several.
+        A text per correction; empty if the text does not name several.
 
     Example:
         >>> several_in("no-such-correction, neither")
@@ -246,7 +246,7 @@ def several_in(text: str) -> list[str]:
 
 
 def _misfit(loaded: Any, name: str) -> str:
-    """Say why `loaded` is no correction that fits this core; nothing where it is."""
+    """Say why `loaded` is not a correction that fits this core; empty if it is."""
     is_class = isinstance(loaded, type) and issubclass(loaded, Correction)
     if not is_class and not isinstance(loaded, Composition):
         return f"must offer a Correction class or a Composition, got {printable(repr(loaded))}"
@@ -264,7 +264,7 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
 
     Args:
         spec: Name, optionally with options: "agc:max_ratio=0.02,axis=auto".
-        **options: More options; they win over those in `spec`.
+        **options: More options; they take precedence over those in `spec`.
 
     Returns:
         The correction, or one per part for a `Composition`.
@@ -272,7 +272,7 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
     Raises:
         ValueError: If the name is not installed, `spec` cannot be read or an
             option is out of range.
-        TypeError: If `spec` is no text, or an option is unknown or of the wrong type.
+        TypeError: If `spec` is not a string, or an option is unknown or of the wrong type.
         PluginLoadError: If the plugin cannot be loaded.
     """
     if not isinstance(spec, str):
@@ -333,17 +333,18 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     """Turn what `attach` is given into corrections.
 
     Args:
-        specs: Names with options as for `create`, or `Correction` objects, in the order
-            in which they shall act.
+        specs: Names with options as for `create`, or `Correction` objects, in the order in which
+            they act.
 
     Returns:
-        The corrections, each with stages and hooks that agree, no name twice.
+        The corrections, with matching stages and hooks, and no name twice.
 
     Raises:
-        TypeError: If `specs` is no list, or an item is neither; says the right form.
-        ValueError: If no correction of a name is installed or an option is out of range.
+        TypeError: If `specs` is not a list, or an item is neither; the message shows the right
+            form.
+        ValueError: If no correction of that name is installed or an option is out of range.
         PluginLoadError: If a plugin cannot be loaded.
-        RegradError: If a name comes twice, or a class declares what it does not implement.
+        RegradError: If a name occurs twice, or a class declares what it does not implement.
     """
     given = as_list(specs)
     made: list[Correction] = []
@@ -370,8 +371,8 @@ def as_list(specs: Iterable[str | Correction]) -> list[str | Correction]:
         specs: As for `create_all`.
 
     Raises:
-        TypeError: If `specs` is no list, or an item is neither a name nor a `Correction`;
-            says the right form.
+        TypeError: If `specs` is not a list, or an item is neither a name nor a `Correction`; the
+            message shows the right form.
     """
     _refuse_no_list(specs)
     items: list[Any] = list(specs)
@@ -441,7 +442,7 @@ def origin(correction: Correction) -> dict[str, str]:
     """Return the distribution and version that a correction comes from.
 
     Returns:
-        "distribution" and "version"; "local" and "" for one that no distribution installed.
+        "distribution" and "version"; "local" and "" for one that does not come from a distribution.
     """
     entry = available().get(correction.name)
     package = type(correction).__module__.partition(".")[0]

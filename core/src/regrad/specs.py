@@ -14,20 +14,20 @@ def read_spec(text: str, what: str = "options") -> tuple[str, dict[str, Any]]:
     """Split "name:option=value,option=value" into the name and its options.
 
     A value is a number, `true`, `false` or `none` in any case, a list in brackets or
-    parentheses, or else a text. A text in quotes may hold commas and brackets, and may look
-    like a number. Spaces around names and values do not count.
+    parentheses, or otherwise text. Quoted text may hold commas and brackets, and may look like a
+    number. Spaces around names and values are ignored.
 
     Args:
         text: As the user typed it.
         what: What it names, as an error calls it.
 
     Returns:
-        The name, and the options in the order in which they stand there. A list becomes a
-        tuple. An option of a part has the part's name in front: "gcw.prior".
+        The name, and the options in their order. A list becomes a tuple. An option of a part is
+        prefixed with the part's name: "gcw.prior".
 
     Raises:
-        ValueError: If it is not of that form, an option is given twice, or a number is too
-            large for a float; says what to write.
+        ValueError: If it is not of that form, an option is given twice, or a number is too large
+            for a float; the message says what to write.
 
     Example:
         >>> read_spec("agc:max_ratio=1e-2,axis=auto")
@@ -120,7 +120,7 @@ class _Reader:
         raise self._refusal("put numbers, words or quoted text between the commas of a list")
 
     def _quoted(self) -> str | None:
-        """Read a text in quotes; None where there is none."""
+        """Read a text in quotes; None if there is none."""
         if self._left[:1] not in {"'", '"'}:
             return None
         text = self._take(r"'[^']*'|\"[^\"]*\"")

@@ -134,7 +134,9 @@ def test_the_small_side_of_growth_has_gradients_that_are_corrected(name):
 def test_corrections_that_go_together_are_attached_together():
     names = that_go_together(QUICK, 2)
     assert len(names) == 2
-    with pytest.raises(ValueError, match="100 corrections must be installed"):
+    with pytest.raises(
+        ValueError, match="100 corrections that can be attached together must be installed"
+    ):
         that_go_together(QUICK, 100)
 
 

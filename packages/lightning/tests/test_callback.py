@@ -260,11 +260,11 @@ def test_a_criterion_is_corrected_in_training_and_given_back(toys, tmp_path):
         ),
         (
             {"corrections": [], "module": "net.0"},
-            "must hold all that the optimizer trains, 'net.0' lacks 4 parameters",
+            "must hold every parameter that the optimizer trains, 'net.0' lacks 4 parameters",
         ),
         (
             {"corrections": [], "optimizer": 1},
-            "optimizer must be an index below 1, got 1; give each optimizer",
+            "optimizer must be an index below 1, got 1; use one RegradCallback",
         ),
     ],
 )

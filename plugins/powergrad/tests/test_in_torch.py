@@ -111,7 +111,7 @@ def test_differentiating_twice_is_refused(batch):
     )
     with pytest.raises(
         RuntimeError,
-        match="must be differentiated once only, its gradient was differentiated again",
+        match="must be differentiated only once, but its gradient was differentiated again",
     ):
         gradient.square().sum().backward()
 

@@ -18,7 +18,7 @@ def state_of(attachment: Attachment) -> Any:
 
 
 def load_state(attachment: Attachment, state: Any, *, strict: bool) -> None:
-    """Take back what `state_of` returned.
+    """Restore what `state_of` returned.
 
     Raises:
         RegradError: If the weights were cut for another number of processes, or if

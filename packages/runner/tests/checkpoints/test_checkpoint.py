@@ -292,7 +292,8 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     for name in names:
         from_two, lines = resuming.continued(name, tmp_path / (name or "baseline") / "two")[1:]
         assert lines[0].startswith(
-            "the checkpoint is of 2 processes and goes on with 1: the same images in the same"
+            "the checkpoint was written by 2 processes and continues on 1: images keep images in "
+            "the same"
         )
         assert results[name]["lines"][0].startswith(
             "the checkpoint is of 1 processes and goes on with 2"

@@ -191,7 +191,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_whole(tmp_path, mo
         patch.setattr(storage.torch, "save", full)
         with pytest.raises(
             RegradError,
-            match=r"checkpoint must be written, got .*No space left.*make room and --resume",
+            match=r"checkpoint must be written, got .*No space left.*free some space and use --resume",
         ):
             write(tmp_path, 2)
     assert [left.name for left in tmp_path.iterdir()] == ["step-00000001"]

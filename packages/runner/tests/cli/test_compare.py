@@ -44,11 +44,11 @@ def here(tmp_path, monkeypatch):
         (f"{LOSS} --lr auto -- train.py {{seed}}", "lr must be numbers for a script, got 'auto'"),
         (
             "--measure x=json:m:k --lower-is-better -- train.py {seed}",
-            "script must take {out} where --measure reads a file, got 'm'; runs would write to",
+            "script must take {out} when --measure reads a file, got 'm'; runs would write to",
         ),
         (
             "--measure x=csv:m:k --lower-is-better -- train.py {seed}",
-            "script must take {out} where --measure reads a file",
+            "script must take {out} when --measure reads a file",
         ),
         (
             "--measure x=mlflow:k --lower-is-better --tracker none -- train.py {seed}",

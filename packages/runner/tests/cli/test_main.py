@@ -372,7 +372,7 @@ def test_sync_shows_a_run_that_was_not_tracked_and_the_second_time_finds_everyth
     said = capsys.readouterr().out
     assert said.endswith(f" numbers and 1 files of 1 runs sent to {address}\n")
     assert main(["sync", "out"]) == 0
-    assert capsys.readouterr().out == f"everything of out is at {address}\n"
+    assert capsys.readouterr().out == f"everything in out is at {address}\n"
     assert tracked(here / "out") == {"out": "FINISHED"}
 
 
@@ -466,7 +466,7 @@ def test_a_disk_that_fills_while_saving_is_one_clear_line_and_the_run_goes_on_wh
         assert main([*words, "out"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
-        "regrad: checkpoint must be written, got [Errno 28] No space left on device; those before it"
+        "regrad: checkpoint must be written, got [Errno 28] No space left on device; earlier ones"
     )
     assert [path.name for path in (here / "out" / "checkpoints").iterdir()] == ["step-00000003"]
     assert main(["train", "--resume", "--out", "out"]) == main([*words, "whole"]) == 0

@@ -166,7 +166,8 @@ def test_a_network_without_normalisation_may_be_asked_for_by_that():
         ),
         (
             {"name": "swin_t", "norm": "group"},
-            "norm must be 'batch' for model 'swin_t', got 'group'; it has no batch normalisation and mixes no samples",
+            "norm must be 'batch' for model 'swin_t', got 'group'; it has no batch normalisation "
+            "and does not mix samples",
         ),
     ],
 )

@@ -235,7 +235,7 @@ def test_metadata_that_can_be_read_and_say_nonsense_are_named(install, tmp_path,
     findings = [finding for finding in examine(tmp_path) if not finding.ok]
     said = {finding.said.partition(":")[0] for finding in findings}
     assert said >= {
-        "its METADATA call it so, which is no name",
+        "its METADATA gives this name, which is not valid",
         "needs '!!! no requirement', which is not a valid requirement",
         "its METADATA gives the version '\\x1b[1mone; rm -r x'",
         "is installed twice, as 1.0 and 1.0",
@@ -350,7 +350,7 @@ def test_the_command_prints_for_people_and_for_programs_and_exits_with_1(
     rows = json.loads(capsys.readouterr().out)
     assert [row["check"] for row in rows if not row["ok"]] == ["./mlruns"]
     assert main(["plugins", "doctor"]) == 1
-    assert "mend: look, then remove it" in capsys.readouterr().out
+    assert "fix: look at it, then remove it" in capsys.readouterr().out
     assert main(["plugins", "doctor", "nowhere"]) == 2
     assert "folder must be a folder, got 'nowhere'" in capsys.readouterr().err
 

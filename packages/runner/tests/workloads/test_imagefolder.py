@@ -245,7 +245,7 @@ def test_the_head_of_so_many_large_images_is_read_beforehand(tmp_path, monkeypat
     (tmp_path / "val" / "bee" / "003.png").write_bytes(b"no image")
     monkeypatch.setattr(imagefolder, "OPENED", 2)
     large = load_workload("imagefolder", data_dir=tmp_path, image_size=72)
-    with pytest.raises(ValueError, match=r"got another in '.*003.png'; read are"):
+    with pytest.raises(ValueError, match=r"got something else in '.*003.png'; supported are"):
         large.test.__getitems__([13])
     (tmp_path / "val" / "bee" / "003.png").unlink()
     with pytest.raises(
@@ -431,8 +431,12 @@ def test_images_below_a_class_are_found_in_the_order_of_their_folders(tmp_path):
         ("train/cat", "ant", "one folder as '{0}/train/ant' and '{0}/train/cat'"),
         ("train/held", "../val/ant", "one folder as '{0}/train/held' and '{0}/val/ant'"),
         ("test", "train", "one folder as '{0}/train' and '{0}/test'"),
-        ("train/cat", "../../elsewhere", "hold no link that leads out of it, got '{0}/train/cat'"),
-        ("test", "../elsewhere", "hold no link that leads out of it, got '{0}/test' to"),
+        (
+            "train/cat",
+            "../../elsewhere",
+            "hold no link that points outside it, got '{0}/train/cat'",
+        ),
+        ("test", "../elsewhere", "hold no link that points outside it, got '{0}/test' to"),
         ("train/ant/x.png", "../../../elsewhere/extra-0.png", "no link that leads out of it, got"),
         ("train/ant/x.png", "000.png", "each file once, got one file as '{0}/train/ant/000.png'"),
         ("train/ant/x.png", "../bee/000.png", "each file once, got one file as '{0}/train/ant/x"),

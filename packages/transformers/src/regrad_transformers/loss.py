@@ -67,7 +67,7 @@ def shifts_labels(model: Any) -> bool:
 
 
 def accepts_loss_kwargs(model: nn.Module) -> bool:
-    """Say whether the Trainer gives this model the number of labels of an optimizer step."""
+    """Say whether the Trainer passes this model the number of labels in an optimizer step."""
     inner = _without_adapters(model)
     declared = getattr(inner, "accepts_loss_kwargs", None)
     if declared is not None:
@@ -98,8 +98,8 @@ def own_target(
         labels: Shape [N, ...].
 
     Returns:
-        The target, or None where the model cannot say: its forward takes no labels,
-        or every target gives the same loss.
+        The target, or None if the model does not show it: its forward takes no labels, or every
+        target gives the same loss.
 
     Raises:
         RegradError: If the model's own loss is none of them.
@@ -158,7 +158,7 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _nothing_changed(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random numbers back at the end."""
+    """Restore buffers and random state at the end."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
@@ -204,8 +204,8 @@ def cross_entropy(
         The loss in nats, shape [].
 
     Raises:
-        RegradError: If the labels are no class indices of every position, if the
-            model has a loss beside cross entropy, or if there is one n per GPU.
+        RegradError: If the labels are not class indices for every position, if the model has
+            another loss besides cross entropy, or if there is one n per GPU.
     """
     logits = _logits_of(outputs)
     if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():

@@ -29,7 +29,7 @@ class ClipNorm(Correction):
     .. math:: G \leftarrow G \min(1, c / (\|G\| + 10^{-6}))
 
     as `torch.nn.utils.clip_grad_norm_` does, over every gradient of the optimizer,
-    after a GradScaler's scale is gone. With several optimizers each clips by the norm
+    after a GradScaler's scale is removed. With several optimizers each clips by the norm
     of its own gradients. Pipeline stages and experts are refused: each rank would clip
     by the norm of its own part. A NaN or infinite norm spreads to every gradient, as
     in torch.
@@ -71,7 +71,7 @@ class ClipNorm(Correction):
         self._norm: Tensor | None = None
 
     def setup(self, attachment: Attachment) -> None:
-        """Note it if the optimizer holds only a part of the model, whose norm alone is read."""
+        """Note if the optimizer holds only a part of the model: only that part's norm is read."""
         held: set[Tensor] = set()
         for group in attachment.optimizer.param_groups:
             held.update(group["params"])
@@ -108,9 +108,9 @@ class ClipValue(Correction):
 
     .. math:: G \leftarrow \min(\max(G, -c), c)
 
-    as `torch.nn.utils.clip_grad_value_` does. Before an optimizer that divides by
-    the gradient's own deviation, as AdaBelief does, it does harm: constant gradients
-    make steps of 3e5 times the learning rate.
+    as `torch.nn.utils.clip_grad_value_` does. It is harmful before an optimizer that divides by the
+    gradient's own deviation, as AdaBelief does: constant gradients make steps of 3e5 times the
+    learning rate.
 
     Args:
         max_value: c, the largest magnitude, in the units of the gradient. Positive.

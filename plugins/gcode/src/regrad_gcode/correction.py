@@ -32,8 +32,8 @@ class GCODE(Correction):
     r"""Add the gradient flow of neural ODE branches to hidden states (experimental).
 
     Beside each stage :math:`h_{i-1} \to h_i` a branch
-    :math:`b_i = ODESolve(\varphi_i, P_i(h_{i-1}), t: 0 \to 1)` learns to follow it. The
-    forward pass stays as it is; in the backward pass, with :math:`g_i = dL/dh_i`,
+    :math:`b_i = ODESolve(\varphi_i, P_i(h_{i-1}), t: 0 \to 1)` learns to follow it. The forward
+    pass does not change; in the backward pass, with :math:`g_i = dL/dh_i`,
 
     .. math:: dL/dh_{i-1} = J_{stage}^\top g_i + \lambda\, J_{branch}^\top g_i.
 
@@ -67,8 +67,8 @@ class GCODE(Correction):
 
     References:
         Li, Ni, Li, Zhang and Gao, 2022, "Gradient Correction beyond Gradient Descent"
-        (arXiv 2203.08345, withdrawn), which gives no formula and no code: field,
-        projection, injection, fit and ramp are ours.
+        (arXiv 2203.08345, withdrawn), which gives no formula and no code; field, projection,
+        injection, fit and ramp are ours.
     """
 
     name = "gcode"
@@ -126,7 +126,7 @@ class GCODE(Correction):
         self._task = -1
 
     def setup(self, attachment: Attachment) -> None:
-        """Refuse what has no stages to see; branches come with the first forward, or a state."""
+        """Refuse models without visible stages; branches come with the first forward or a state."""
         if attachment.record is None:
             raise RegradError("'gcode' must see the stages of a model that is not compiled")
         modules = dict(attachment.model.named_modules())
@@ -287,7 +287,7 @@ class GCODE(Correction):
         return index > 0 and (index + 1) % self.options.fit_every == 0
 
     def _witness(self) -> None:
-        """Tell the meter what was measured in backward, now that the step is known to count."""
+        """Report what was measured in backward to the meter, now that the step counts."""
         before: dict[str, Tensor] = {}
         after: dict[str, Tensor] = {}
         for name, pair in self._pairs.items():
@@ -301,7 +301,7 @@ class GCODE(Correction):
         self.attachment.engine.meter.observe(self.name, "hidden", before, after)
 
     def after_step(self, step: Step) -> None:
-        """Fit the branches when it is time, and let go what the step held."""
+        """Fit the branches when due, and release what the step held."""
         if self._forwards > 1 and not any(pair.passages for pair in self._pairs.values()):
             raise RegradError(UNSEEN)
         self._witness()
@@ -333,13 +333,13 @@ class GCODE(Correction):
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the branches and their Adams, by stage."""
+        """Return copies of the branches and their Adam states, by stage."""
         if not self._pairs:
             return copy.deepcopy(dict(self._kept))
         return {name: pair.state() for name, pair in self._pairs.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned; before attach it is kept until then."""
+        """Restore what `state_dict` returned; before attach it is kept until then."""
         self._kept = state
         if self.attachment is None:
             return

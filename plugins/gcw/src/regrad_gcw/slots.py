@@ -200,6 +200,6 @@ def _fit_attention(
 
 
 def _stack(tensors: Iterable[Tensor]) -> Tensor:
-    """Return n tensors as one [n, *], where the first one is."""
+    """Return n tensors as one [n, *], on the device of the first one."""
     first, *others = tensors
     return torch.stack([first, *(tensor.to(first) for tensor in others)])

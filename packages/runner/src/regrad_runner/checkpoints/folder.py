@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
         The checkpoint's folder.
 
     Raises:
-        RegradError: If the disk does not take it; what was there before is as it was.
+        RegradError: If the disk does not take it; what was there before is unchanged.
     """
     path = folder / f"{CHECKPOINT_PREFIX}{step:08d}"
     check_own_folder(folder)
@@ -188,7 +188,7 @@ def checksum(path: Path) -> str:
 
 
 def _fill(folder: Path, content: Content) -> None:
-    """Write the files, and last the checksums: of what the disk took, not of what was meant."""
+    """Write the files, and last the checksums: of what is on the disk, not of what was meant."""
     with whole_file(folder / TENSORS) as file:
         torch.save(dict(content.tensors), file)
     _write_json(folder / STATE, {"format": FORMAT, **content.state})

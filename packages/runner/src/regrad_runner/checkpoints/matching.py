@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the run that wants to go on from it: settings, weights, optimizer."""
+"""Whether a checkpoint fits the run that continues from it: settings, weights, optimizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ABSENT = "nothing"
 
 
 def identity(run: TrainingRun) -> dict[str, Any]:
-    """Return what must be the same where a run goes on, by name, as JSON holds it.
+    """Return what must be the same when a run continues, by name, as JSON holds it.
 
     Args:
         run: Whose settings, seed, learning rate and numbers of samples these are.
@@ -47,7 +47,7 @@ def identity(run: TrainingRun) -> dict[str, Any]:
 def inventory(tensors: Mapping[str, Any]) -> dict[str, str]:
     """Return the number format and shape of every tensor in weights, optimizer and corrections.
 
-    Each goes by the way to it, such as "model/fc.weight".
+    Each is named by its path, such as "model/fc.weight".
 
     Example:
         >>> inventory({"model": {"fc.weight": torch.zeros(2, 3)}})
@@ -64,11 +64,11 @@ def check_settings(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
     """Compare the settings of a checkpoint with those of the run.
 
     Args:
-        run: That wants to go on.
+        run: The run that is to continue.
         state: Of the checkpoint, as JSON held it.
 
     Returns:
-        What differs and may: where the data are.
+        What differs and is allowed to: where the data are.
 
     Raises:
         RegradError: If anything else differs; says what, there and here.
@@ -101,7 +101,7 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
     """Compare what a checkpoint holds with what was put into it and with what the run needs.
 
     Args:
-        run: That wants to go on.
+        run: The run that is to continue.
         tensors: Of the checkpoint.
         state: Of the checkpoint, as JSON held it.
 
@@ -132,7 +132,7 @@ def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
     """Compare the options of each group of parameters with those of this run's optimizer.
 
     Args:
-        run: That wants to go on.
+        run: The run that is to continue.
         groups: Of the checkpoint, each with "params", the names of its parameters.
         last_epoch: Steps that the schedule of the learning rate has made.
 

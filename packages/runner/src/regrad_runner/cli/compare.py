@@ -104,7 +104,7 @@ def compare_command(
 
 
 def _check_are_corrections(names: Sequence[str]) -> None:
-    """Raise a `ValueError` where the script stands among the corrections."""
+    """Raise a `ValueError` if the script is among the corrections."""
     for name in names:
         if name == "--":
             raise ValueError("corrections must be named between --corrections and '--', got none")
@@ -115,7 +115,7 @@ def _check_are_corrections(names: Sequence[str]) -> None:
 
 
 def _check_is_script(words: list[str]) -> None:
-    """Raise a `ValueError` where somebody names corrections as if they were a script."""
+    """Raise a `ValueError` if corrections are given in place of a script."""
     from regrad_runner.scripts.running import check_script  # noqa: PLC0415
 
     first = Path(words[0])
@@ -176,7 +176,7 @@ def _out_of_place(name: str, value: Any, kind: type[ComparisonSettings]) -> str:
 
 
 def _check_is_complete(known: dict[str, Any]) -> None:
-    """Raise a `ValueError` where a comparison of a script lacks what only the user knows."""
+    """Raise a `ValueError` if a comparison of a script lacks what only the user knows."""
     if "measure" not in known:
         raise ValueError(
             "--measure must be given with a script, such as --measure 'loss=val loss ([0-9.]+)'"

@@ -1,4 +1,4 @@
-"""The flags that several commands share and that are no settings."""
+"""The flags that several commands share and that are not settings."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def flag(
     metavar: str | None = None,
     completion: Callable[[str], list[str]] | None = None,
 ) -> Any:
-    """Return an option whose default is not shown apart: `meaning` names it.
+    """Return an option whose default is not shown separately: `meaning` names it.
 
     Args:
         meaning: A sentence.
         group: Heading under which the help lists it; None for the general one.
         *names: How it is typed; derived from the parameter's name by default.
         metavar: What stands for its value.
-        completion: Returns what a shell offers for half a word.
+        completion: Returns completions for half a word.
     """
     return typer.Option(
         *names,

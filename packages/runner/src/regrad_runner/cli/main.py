@@ -97,7 +97,7 @@ def _with_value(problem: Any, words: Sequence[str]) -> str:
 
 
 def _hint_at_script(words: Sequence[str]) -> str:
-    """Return what to do where a script's own flags were taken for ours; nothing elsewhere."""
+    """Return what to do if a script's own flags were taken for ours; else nothing."""
     scripts = [word for word in words if word.endswith(".py")]
     if not scripts or "--" in words:
         return ""

@@ -74,7 +74,7 @@ def check_command(
     ] = None,
     json: UngroupedJson = False,
 ) -> int:
-    """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
+    """Check, clause by clause, that an installed plugin keeps the contract of corrections."""
     from rich.markup import escape  # noqa: PLC0415
 
     from regrad_runner.plugins.check import run_check, show_check  # noqa: PLC0415
@@ -123,7 +123,7 @@ def new_command(
         typer.Option(metavar="NAME", help="Author for the licence; git's user name by default."),
     ] = None,
 ) -> int:
-    """Write a distribution with your own correction: an example that passes the kit as it is."""
+    """Write a distribution with your own correction: an example that already passes the kit."""
     with checking_input():
         from regrad_runner.plugins.new import YOUR_NAME, new_plugin  # noqa: PLC0415
 

@@ -83,8 +83,8 @@ def run_command(
 ) -> int:
     """Run a training script, unmodified, with corrections.
 
-    Optimizers are found when they are made, models when they are called. At the end it says what
-    was corrected. Exit code: the script's own, or 3 where nothing was attached.
+    Optimizers are found when they are created, models when they are called. At the end it reports
+    what was corrected. Exit code: the script's own, or 3 if nothing was attached.
     """
     with checking_input():
         from regrad_runner.scripts.command import ScriptRun, check, run  # noqa: PLC0415

@@ -58,7 +58,7 @@ class ScriptCells:
 
     Args:
         plan: Of the comparison; its folder is there.
-        display: Told what is under way.
+        display: Shows what is under way.
     """
 
     def __init__(self, plan: ScriptPlan, display: Display) -> None:

@@ -63,7 +63,7 @@ class Workers:
 
     Args:
         plan: Of the comparison; its folder is there.
-        display: Told what is under way.
+        display: Shows what is under way.
     """
 
     def __init__(self, plan: Plan, display: Display) -> None:

@@ -78,7 +78,7 @@ def folder_of(package: str) -> Path | None:
 
 
 def _file_of(module: str) -> Path | None:
-    """Return the file of a module, or None where there is none."""
+    """Return the file of a module, or None if there is none."""
     package, *rest = module.split(".")
     if not all(part.isidentifier() for part in (package, *rest)):
         return None

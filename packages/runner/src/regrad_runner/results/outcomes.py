@@ -27,7 +27,7 @@ class Result:
         seconds: Time of the whole run, evaluations included.
         touched: Whether a correction changed any tensor.
         lr: Learning rate.
-        must_beat: Name of the control arm; None where there is none.
+        must_beat: Name of the control arm; None if there is none.
         control: Whether the arm is a control and no correction of its own; None in folders that do
             not say.
     """

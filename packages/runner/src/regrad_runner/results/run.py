@@ -73,7 +73,7 @@ class Line(BaseModel):
         kind: What was measured, such as "evaluation".
         step: Optimizer steps done.
         time: When, in milliseconds since 1970.
-        values: Numbers by name; None where there is none.
+        values: Numbers by name; None if there is none.
         labels: What else tells lines of one step apart, such as the name of a correction.
     """
 
@@ -539,7 +539,7 @@ def end_abandoned(
 
 
 def _running_record(path: Path) -> RunRecord | None:
-    """Return the record of a run that began and did not end; None where there is none."""
+    """Return the record of a run that began and did not end; None if there is none."""
     if not os.path.lexists(path / RECORD):
         return None
     record = read_record(path)

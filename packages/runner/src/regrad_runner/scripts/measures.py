@@ -156,7 +156,7 @@ def curve_in_file(source: MeasureSource, values: Mapping[str, str], folder: Path
 
 
 def _newest(file: str, values: Mapping[str, str], folder: Path) -> Path | None:
-    """Return the file of a name that may hold stars; None where there is none."""
+    """Return the file of a name that may hold stars; None if there is none."""
     path = folder / filled_in(file, values)  # an absolute name stays as it is
     if path.is_file():
         return path

@@ -283,7 +283,7 @@ def must_beat(arms: Iterable[Arm]) -> dict[str, str | None]:
 
 
 def merged(controls: Iterable[Control | None]) -> Control | None:
-    """Return one control that makes every change of these; None where there is none.
+    """Return one control that makes every change of these; None if there is none.
 
     Raises:
         ValueError: If two of them set the same option of the optimizer differently, or train

@@ -61,7 +61,7 @@ class ArmSummary:
             spread if all arms spread alike; None where the ratio is not known.
         unsteady: Whether that ratio is above 3.
         time_ratio: Median ratio of the time per step to the baseline's, from the measurement at the
-            end of a comparison; None where there is none.
+            end of a comparison; None if there is none.
         rate_ratio: Learning rate over the baseline's; None where either has none.
         touched: Runs in which a correction changed something.
         control: Name of the arm it must also beat; None if none is declared or known.

@@ -68,7 +68,7 @@ class Watch:
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.skipped = state["skipped"]
         self._in_a_row = state["in_a_row"]
 

@@ -41,7 +41,7 @@ class EncodedImage:
 
     Attributes:
         where: Where it was found, for errors.
-        content: A file of one of `FORMATS`; None where there is none.
+        content: A file of one of `FORMATS`; None if there is none.
     """
 
     where: str
