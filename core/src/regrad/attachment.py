@@ -43,7 +43,7 @@ def attach(
     corrections: Sequence[str | Correction],
     criterion: Criterion | Literal["inside"] | None = None,
 ) -> "Attachment":
-    """Bind corrections to a model and its optimizer; the training loop stays as it is.
+    """Bind corrections to a model and its optimizer; the training loop does not change.
 
     Args:
         model: The module that the loop calls: plain, compiled, or prepared for DDP
@@ -58,7 +58,7 @@ def attach(
             `Attachment.criterion` in the loop. Or "inside", for a model that computes its loss
             itself, like those of transformers and nanoGPT: every cross entropy in its training
             forward is corrected until detach, see `regrad.inside.CrossEntropyInside`; the loop
-            stays as it is.
+            stays unchanged.
 
     Returns:
         The attachment; as a context manager it detaches at the end.

@@ -49,14 +49,14 @@ class Installed:
 
     @property
     def requires(self) -> list[str]:
-        """The lines of its requirements; none where they cannot be read."""
+        """The lines of its requirements; none if they cannot be read."""
         try:
             return list(self.source.requires or [])
         except Exception:  # noqa: BLE001 - somebody else's file can be wrong in any way
             return []
 
     def read(self, file: str) -> str:
-        """Return the text of a file beside its metadata; empty where it cannot be read."""
+        """Return the text of a file beside its metadata; empty if it cannot be read."""
         return _text(self.source, file)
 
 
@@ -227,7 +227,7 @@ def _read(source: metadata.Distribution) -> Installed | Broken:
 
 
 def _description(source: metadata.Distribution) -> str:
-    """Return the text of a distribution's metadata; empty where it has none."""
+    """Return the text of a distribution's metadata; empty if it has none."""
     return source.read_text("METADATA") or source.read_text("PKG-INFO") or ""
 
 
@@ -238,7 +238,7 @@ def _headers(text: str) -> Message:
 
 
 def _text(source: metadata.Distribution, file: str) -> str:
-    """Return the text of a file beside a distribution's metadata; empty where it cannot be read."""
+    """Return the text of a file beside a distribution's metadata; empty if it cannot be read."""
     try:
         return source.read_text(file) or ""
     except Exception:  # noqa: BLE001 - somebody else's file can be wrong in any way

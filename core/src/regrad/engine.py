@@ -72,7 +72,7 @@ class Engine:
         layers: The wrappers around `optimizer`, which step it.
 
     Attributes:
-        applied: Optimizer steps that really happened.
+        applied: Optimizer steps that actually happened.
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         criterion_called: Whether the corrected criterion was ever called.
@@ -387,7 +387,7 @@ class Engine:
     def before_step(
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Correct now, or, where a closure computes the gradients, right after it."""
+        """Correct now, or, if a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
         if self.before_first_step is not None:
             self.before_first_step()
@@ -498,7 +498,7 @@ class Engine:
                 gradient.div_(scale.to(gradient.device))
 
     def after_step(self, *_: Any) -> None:
-        """Let corrections learn from a step that really happened."""
+        """Let corrections learn from a step that actually happened."""
         if self._is_ignored:
             self._is_ignored = False
             self.window.note_writes()

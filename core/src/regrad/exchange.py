@@ -108,7 +108,7 @@ def _compiled() -> Callable[..., None] | None:
     weights = torch.zeros(COMPILED_FROM)
     one = torch.ones(())
     try:
-        # Whole graphs are not asked for: where torch gives up compiling anew, it runs as it is.
+        # Whole graphs are not required: where torch gives up compiling again, it runs uncompiled.
         compiled: Callable[..., None] = torch.compile(_in_one_pass, dynamic=True)
         compiled(weights, weights.clone(), one, one)
     except NOT_COMPILED as error:

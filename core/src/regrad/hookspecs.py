@@ -244,7 +244,7 @@ class CorrectionSpec:
     def after_step(self, step: Step) -> None:
         """Learn from the step and update the correction's own state.
 
-        Called after the update really happened; gradients may be gone.
+        Called after the update actually happened; gradients may be gone.
         """
 
 

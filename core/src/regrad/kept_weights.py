@@ -38,7 +38,7 @@ class Kept:
         parameter: The parameter.
         tensor: Like its local part.
         holds: What it holds.
-        is_followed: Whether a `LastStep` was asked for last.
+        is_followed: Whether a `LastStep` was requested last.
         has_gradient: Whether the parameter had a gradient in the step under way.
         writes: How often it was written before that step.
     """

@@ -23,7 +23,7 @@ class Mark(TypedDict):
 
 
 def mark_of(state: Mapping[Any, Any]) -> Mark | None:
-    """Return the first values of the tensors of an optimizer's state; None where it has none."""
+    """Return the first values of the tensors of an optimizer's state; None if it has none."""
     tensors: list[Tensor] = []
     for of_parameter in state.values():
         if isinstance(of_parameter, Mapping):

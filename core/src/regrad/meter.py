@@ -173,7 +173,7 @@ class Meter:
         return result
 
     def load_sums(self, name: str, saved: Mapping[tuple[str, str], Any]) -> None:
-        """Take back the `sums` of one correction from those of another meter."""
+        """Restore the `sums` of one correction from those of another meter."""
         for key, sums in saved.items():
             if key[0] == name:
                 self.sums[key] = sums

@@ -250,7 +250,7 @@ class StateInOptimizer:
         self._attachment.engine.before_use = None if unproved is None else self._prove
 
     def _prove(self) -> None:
-        """Take back a state that is not of these weights, at the first use after a load."""
+        """Restore a state that is not of these weights, at the first use after a load."""
         self._attachment.engine.before_use = None
         then = self._unproved
         before = self._before

@@ -202,7 +202,7 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 def _samples(model: nn.Module) -> dict[str, str]:
     """Return digests of some numbers of every parameter, by this rank's place in their mesh.
 
-    Ranks at one place hold copies of one another. A parameter that is no DTensor has
+    Ranks at one place hold copies of one another. A parameter that is not a DTensor has
     the same place, "everywhere", on all ranks.
     """
     found: dict[str, list[Tensor]] = {}
@@ -296,7 +296,7 @@ def _refuse_other_corrections(corrections: Sequence[str]) -> None:
 
 
 def _refuse_stages(wide: Sequence[Correction], stages: Sequence[str | None]) -> None:
-    """Refuse corrections that read the whole model where it is cut into pipeline stages."""
+    """Refuse corrections that read the whole model if it is cut into pipeline stages."""
     known = [stage for stage in stages if stage is not None]
     if wide and known:
         raise RegradError(
@@ -306,7 +306,7 @@ def _refuse_stages(wide: Sequence[Correction], stages: Sequence[str | None]) -> 
 
 
 def _refuse_parts(wide: Sequence[Correction], described: Sequence[Mapping[str, str]]) -> None:
-    """Refuse corrections that read the whole model where ranks hold different parameters."""
+    """Refuse corrections that read the whole model if ranks hold different parameters."""
     for rank, theirs in enumerate(described):
         if wide and theirs["digest"] != described[0]["digest"]:
             raise RegradError(

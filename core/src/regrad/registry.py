@@ -403,7 +403,7 @@ def _refuse_no_list(specs: Any) -> None:
 
 
 def _form_of(item: Any) -> str:
-    """Say what an item is that is no correction, and the right form of it."""
+    """Say what an item is that is not a correction, and the right form of it."""
     if isinstance(item, type) and issubclass(item, Correction):
         return f"the class {item.__name__}; write [{item.__name__}()]"
     kind = item if isinstance(item, type) else type(item)

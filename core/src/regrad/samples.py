@@ -83,7 +83,7 @@ class _Group:
         self._lengths = [view.numel() for view in self._views]
         self._places = self._current_places()
         self._kept = torch.cat(self._views)
-        # Of which tensor each element is; made where it is asked for.
+        # Of which tensor each element is; made where it is needed.
         self._owners: Tensor | None = None
 
     def _current_places(self) -> list[int]:

@@ -140,7 +140,7 @@ class _Reader:
         return number
 
     def _take(self, pattern: str) -> str | None:
-        """Take what matches off the front, and the spaces around it; None where nothing matches."""
+        """Take what matches off the front, and the spaces around it; None if nothing matches."""
         found = re.match(pattern, self._left)
         if found is None:
             return None

@@ -36,7 +36,7 @@ def optimizer_layers(optimizer: Any) -> list[Any]:
 
 
 def _inner_optimizer(optimizer: Any) -> Any:
-    """Return what a wrapper steps, or None where `optimizer` wraps nothing."""
+    """Return what a wrapper steps, or None if `optimizer` wraps nothing."""
     for name in INNER:
         inner = getattr(optimizer, name, None)
         if isinstance(inner, optim.Optimizer):

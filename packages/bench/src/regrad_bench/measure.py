@@ -39,7 +39,7 @@ class Result:
             where nothing is timed.
         low: Their first quartile.
         high: Their third quartile.
-        memory_ratio: Ratio of the peak memories, where it was asked for.
+        memory_ratio: Ratio of the peak memories, if it was requested.
         memory_goal: The largest that is good enough, or None.
         difference: Largest relative difference between both sides' results, where they
             should be equal.

@@ -141,7 +141,7 @@ def that_go_together(setting: Setting, number: int, *, layout: str = "plain") ->
 
 
 def _is_fit_for(name: str, layout: str) -> bool:
-    """Say whether every part of a correction bears a layout."""
+    """Say whether every part of a correction supports a layout."""
     made = regrad.create(name)
     parts = made if isinstance(made, tuple) else (made,)
     return all(layout in part.needs.layouts for part in parts)

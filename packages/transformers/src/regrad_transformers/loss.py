@@ -50,7 +50,7 @@ def shifts_labels(model: Any) -> bool:
 
     Args:
         model: A model of transformers. Its weights, buffers and modes, and the random
-            numbers, stay as they are.
+            numbers, stay unchanged.
     """
     if isinstance(model, nn.Module):
         weight = next(model.parameters(), torch.zeros(()))
@@ -91,7 +91,7 @@ def own_target(
 
     Args:
         model: The innermost module. Its weights, buffers and modes, and the random
-            numbers, stay as they are.
+            numbers, stay unchanged.
         arguments: Of its forward.
         inputs: Keyword arguments of its forward, with `num_items_in_batch` where the
             Trainer gives it.

@@ -213,7 +213,7 @@ class AdaNorm(Correction):
         return {"averages": {name: average.clone() for name, average in self._averages.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back the average norms."""
+        """Restore the average norms."""
         self._averages = {name: average.clone() for name, average in state["averages"].items()}
 
 

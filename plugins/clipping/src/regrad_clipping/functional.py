@@ -106,7 +106,7 @@ def unit_factors(
 
     Returns:
         n plain tensors in float32 at least, each broadcasting against the local
-        part of its gradient. 1 for a gradient of zero; NaN where a norm is NaN.
+        part of its gradient. 1 for a gradient of zero; NaN if a norm is NaN.
     """
     gradient_norms = _norms(grads, units)
     weight_norms = _norms(weights, units)

@@ -133,7 +133,7 @@ def evidence(grams: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Two tensors of shape [*, S]: :math:`\langle g', g - M_k\rangle` and
-        :math:`c_k = \cos(g', g - M_k)`; NaN where a number is not finite, cosine 0
+        :math:`c_k = \cos(g', g - M_k)`; NaN if a number is not finite, cosine 0
         where a vector is zero.
     """
     slots = slice(1, -1)

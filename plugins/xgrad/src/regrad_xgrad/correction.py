@@ -51,7 +51,7 @@ class XGrad(Correction):
     Raises:
         ValueError: If `horizon` or `decoupled_decay` is negative or not finite.
         RegradError: At attach, on an optimizer that already looks ahead, or whose
-            learning rate is no number.
+            learning rate is not a number.
 
     Example:
         >>> import regrad, torch
@@ -173,7 +173,7 @@ class XGrad(Correction):
         return {"last": {name: dict(last) for name, last in self._last.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back the rates and decays of the last step."""
+        """Restore the rates and decays of the last step."""
         self._last = {
             name: {"rate": last["rate"], "decay": last["decay"]}
             for name, last in state["last"].items()

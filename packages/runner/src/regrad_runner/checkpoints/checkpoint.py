@@ -66,7 +66,7 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_K
 
     Raises:
         RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold,
-            or if the disk does not take it.
+            or if it cannot be written to disk.
     """
     done = run.position.batch % run.config.accumulate
     if done:

@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
         The checkpoint's folder.
 
     Raises:
-        RegradError: If the disk does not take it; what was there before is unchanged.
+        RegradError: If it cannot be written to disk; what was there before is unchanged.
     """
     path = folder / f"{CHECKPOINT_PREFIX}{step:08d}"
     check_own_folder(folder)
@@ -142,7 +142,7 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     Damaged ones that come after it are renamed, so that they no longer count.
 
     Returns:
-        Where it is, what it holds, and a line for each damaged one; None where there is no
+        Where it is, what it holds, and a line for each damaged one; None if there is no
         checkpoint.
 
     Raises:
@@ -165,7 +165,7 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
 
 
 def damage_of(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint's files; None where every file is as it was written."""
+    """Say what is wrong with a checkpoint's files; None if every file is unchanged."""
     try:
         sums = _read_json(path / CHECKSUMS)
         for name in (TENSORS, STATE, CHECKPOINT_RECEIPT):

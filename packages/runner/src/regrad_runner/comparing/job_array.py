@@ -79,9 +79,9 @@ class CellPlan:
     Attributes:
         plan: Of its comparison.
         name: As printed.
-        cell: The run; None where its arm chose a rate without it.
+        cell: The run; None if its arm chose a rate without it.
         lr: Its learning rate.
-        done: Why there is nothing to run; empty where there is.
+        done: Why there is nothing to run; empty if there is.
     """
 
     plan: Planned[Any]

@@ -44,7 +44,7 @@ class ScriptPlan(Planned[ScriptConfig]):
     """A comparison of a script with itself, corrected.
 
     Attributes:
-        trained: What the script trains, in words; nothing where it was not looked at. The others
+        trained: What the script trains, in words; nothing if it was not looked at. The others
             are as in `Planned`.
     """
 
@@ -110,7 +110,7 @@ def make_script_plan(
         out: Folder to write; None for a new one in the current folder.
         resume: Whether to continue the comparison that is in `out`.
         jobs: How many runs to have at once; None for as many as there are CPU cores, but one with
-            an accelerator device. Each has one thread, where nothing else is said.
+            an accelerator device. Each has one thread, unless something else is said.
 
     Raises:
         ValueError: If the script is not there, does not train, or anything does not fit.

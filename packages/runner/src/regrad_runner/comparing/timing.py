@@ -46,7 +46,7 @@ def time_steps(plan: Plan, folder: ResultsFolder, display: Display) -> None:
 
 
 def _measured(plan: Plan, arm: Arm, rates: dict[str, float], display: Display) -> StepTime | None:
-    """Return the time per step of an arm; None where it cannot be measured, which is said."""
+    """Return the time per step of an arm; None if it cannot be measured, which is said."""
     try:
         return measure_step_times(
             plan.config,

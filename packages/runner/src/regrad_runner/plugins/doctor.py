@@ -162,7 +162,7 @@ def _requirements(entries: Mapping[str, Entry], versions: Mapping[str, str]) -> 
 
 
 def _requirement(name: str, line: str, versions: Mapping[str, str]) -> Finding | None:
-    """Judge one requirement of a distribution; None where it is met."""
+    """Judge one requirement of a distribution; None if it is met."""
     check = f"distribution {name}"
     try:
         needed = Requirement(line)
@@ -349,7 +349,7 @@ def _databases(folder: Path) -> Iterator[Finding]:
 
 
 def _hosts(path: Path) -> list[str]:
-    """Return the hosts whose runs are in a database; none where it cannot be read."""
+    """Return the hosts whose runs are in a database; none if it cannot be read."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             return sorted(str(row[0]) for row in database.execute(HOSTS, (HOST_TAG,)))

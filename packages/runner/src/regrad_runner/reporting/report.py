@@ -88,7 +88,7 @@ def export_tables(folder: ResultsFolder) -> None:
         folder: Of a comparison or run.
 
     Raises:
-        DiskError: If the disk does not take them.
+        DiskError: If they cannot be written to disk.
     """
     tables: dict[str, tuple[Sequence[Any], type[Any]]] = {
         "tuning.csv": (folder.trials, Trial),
@@ -283,7 +283,7 @@ def _effects_in_words(file: Path) -> dict[str, str]:
 
 
 def _print_resolution(console: Terminal, about: dict[str, Any], measure: Measure) -> None:
-    """Say how many samples the numbers rest on, where the folder says it."""
+    """Say how many samples the numbers rest on, if the folder says so."""
     resolution = resolution_of(about, measure)
     if resolution is None:
         return

@@ -52,7 +52,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def drawing(folder: Path) -> Iterator[None]:
-    """Hold a folder while its tables and figures are written anew; its cells may run meanwhile.
+    """Hold a folder while its tables and figures are rewritten; its cells may run meanwhile.
 
     Raises:
         ValueError: If another command writes it.

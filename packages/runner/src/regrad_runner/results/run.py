@@ -449,7 +449,7 @@ class RunWriter(RunLog):
         """Say how the run ended; see `RunLog.end`.
 
         Raises:
-            DiskError: If the disk does not take it; the run then counts as killed.
+            DiskError: If it cannot be written to disk; the run then counts as killed.
         """
         if self.record.status != "running":
             return
@@ -489,7 +489,7 @@ def begin_run(folder: Path, values: Mapping[str, Any], *, lines: Iterable[Line] 
 
     Raises:
         ValueError: If another process writes this run.
-        DiskError: If the disk does not take it.
+        DiskError: If it cannot be written to disk.
     """
     trial_lr = values["lr"] if values.get("trial") else None
     path = make_folder(folder, *run_names(values["arm"], values["seed"], trial_lr))
@@ -560,7 +560,7 @@ def _earlier_ids(path: Path) -> list[str]:
 
 
 def _whole_lines(file: Path) -> bytes:
-    """Return a file's lines without a torn last one; nothing where a kill left no file."""
+    """Return a file's lines without a torn last one; nothing if a kill left no file."""
     if not os.path.lexists(file):
         return b""
     content = read_regular_file(file, largest=LARGEST_POINTS)

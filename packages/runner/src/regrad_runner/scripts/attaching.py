@@ -69,10 +69,10 @@ class AutomaticAttachment:
     and holds its parameters, before that forward runs: so its very first step is corrected. Where
     the parameters are spread over several modules that are called by themselves, it is attached
     to all of them, once the last of them is called. What the script attaches itself, and what is
-    no optimizer of the names asked for, is left alone.
+    no optimizer of the requested names, is left alone.
 
     Args:
-        corrections: Strings for `regrad.create`, in acting order. Created anew for each optimizer.
+        corrections: Strings for `regrad.create`, in acting order. Created again for each optimizer.
         control: Name of a control whose change is made too.
         control_of: Corrections whose control's change is made too.
         classes: Names of optimizer classes; none stands for all.
@@ -81,7 +81,7 @@ class AutomaticAttachment:
     Attributes:
         attached: In the order of attachment.
         refused: Why optimizers were not attached.
-        left_out: Names of the classes of optimizers that were not asked for.
+        left_out: Names of the classes of optimizers that were not requested.
         start: Tells the weights and the inputs of the first training forward, before any change;
             None before it.
     """
@@ -204,7 +204,7 @@ class AutomaticAttachment:
         return None
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        """Attach after a step what holds some of the parameters, where nothing holds them all."""
+        """Attach after a step what holds some of the parameters, if nothing holds them all."""
         for waiting in list(self._waiting):
             if waiting.optimizer() is not optimizer:
                 continue

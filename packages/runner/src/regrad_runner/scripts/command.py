@@ -1,4 +1,4 @@
-"""The command `regrad run`: a script with corrections, and what really happened."""
+"""The command `regrad run`: a script with corrections, and what actually happened."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ScriptRun:
 
 
 def check(script: ScriptRun) -> None:
-    """Raise a `ValueError` where the script or a correction is not there; runs nothing."""
+    """Raise a `ValueError` if the script or a correction is not there; runs nothing."""
     check_script(script.words)
     registry.create_all([*script.corrections, *script.control_of])
     if script.control is not None and script.control_of:

@@ -100,7 +100,7 @@ def apply_control(control: Control, model: nn.Module, optimizer: Optimizer) -> E
 
 
 def check_fits(control: Control, corrections: Sequence[Correction]) -> None:
-    """Raise `RegradError` where a correction predicts steps that a control changes afterwards."""
+    """Raise `RegradError` if a correction predicts steps that a control changes afterwards."""
     keeps_rates = control.head_lr == control.body_lr == 1
     if control.optimizer_class is None and keeps_rates:
         return

@@ -310,7 +310,7 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
 
 
 def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of both, or raise a `ValueError` where they differ."""
+    """Return the options of both, or raise a `ValueError` if they differ."""
     for key in one.keys() & other.keys():
         if one[key] != other[key]:
             raise ValueError(
@@ -322,7 +322,7 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 def _one_class(
     one: type[Optimizer] | None, other: type[Optimizer] | None
 ) -> type[Optimizer] | None:
-    """Return the class that either names, or raise a `ValueError` where they differ."""
+    """Return the class that either names, or raise a `ValueError` if they differ."""
     if one is None or other is None:
         return one or other
     if one is not other:

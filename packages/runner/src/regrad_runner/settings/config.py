@@ -220,7 +220,7 @@ class ComparisonSettings(Settings):
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Learning rates to choose from; none where they are still left to the workload."""
+        """Learning rates to choose from; none if they are still left to the workload."""
         return self.lr if isinstance(self.lr, tuple) else ()
 
 

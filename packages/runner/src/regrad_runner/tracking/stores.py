@@ -75,7 +75,7 @@ class Store:
 
     @property
     def artifact_location(self) -> str | None:
-        """Address at which runs keep their files; None where the store decides."""
+        """Address at which runs keep their files; None if the store decides."""
         return self.artifacts.as_uri() if self.artifacts else None
 
     @property
@@ -85,7 +85,7 @@ class Store:
         return Path(path.partition("?")[0]) if scheme == "sqlite" else None
 
     def client(self) -> Any:
-        """Return MLflow's client; the folder's database is made, or made anew, if need be.
+        """Return MLflow's client; the folder's database is made, or recreated, if need be.
 
         Raises:
             DiskError: If there is something else in the place of the database.
@@ -175,7 +175,7 @@ def prepare(path: Path, *, own: bool) -> str | None:
 
     Args:
         path: The file.
-        own: Whether it is the database of an output folder, which may be made anew, and not one
+        own: Whether it is the database of an output folder, which may be recreated, and not one
             that the user named.
 
     Returns:
@@ -210,7 +210,7 @@ def check_is_file(path: Path, *, own: bool) -> None:
 
 
 def fault_of(path: Path) -> str | None:
-    """Say what is wrong with a database; None where it is whole and MLflow's."""
+    """Say what is wrong with a database; None if it is whole and MLflow's."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
             database.execute(f"PRAGMA busy_timeout = {int(1000 * SECONDS_FOR_OTHERS)}")

@@ -1,4 +1,4 @@
-"""The processes of a run: as many as asked for, and sharded as asked for."""
+"""The processes of a run: as many as requested, and sharded as requested."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_task() -> None:
 
 
 def _check_processes(config: RunConfig, started: int) -> None:
-    """Raise unless as many processes run as were asked for."""
+    """Raise unless as many processes run as were requested."""
     if config.processes not in (None, started):
         raise ValueError(
             f"processes must be {config.processes} as asked, got {started}; "

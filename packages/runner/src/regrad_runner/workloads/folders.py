@@ -61,7 +61,7 @@ class DataFolder:
             is_data: Says of a name whether a file of that name is data.
 
         Raises:
-            ValueError: If a folder cannot be read, or what is named as data is no regular file,
+            ValueError: If a folder cannot be read, or what is named as data is not a regular file,
                 stands twice, or is a link that leads out or nowhere.
         """
         found: dict[str, list[Path]] = {}

@@ -269,7 +269,7 @@ def resolution(data: ReportData) -> str:
 
 
 def digest_of_script(data: ReportData) -> str:
-    """Return the SHA-256 of the script that was compared on; empty where there is none."""
+    """Return the SHA-256 of the script that was compared on; empty if there is none."""
     return str(data.about.get("script_sha256") or "")
 
 
@@ -444,7 +444,7 @@ def _trials_cell(data: ReportData, arm: str, rate: float, chosen: float | None) 
 
 
 def _on_validation(measure: Measure) -> str:
-    """Return on what trials are looked at, where that is another split."""
+    """Return on what trials are looked at, if that is another split."""
     return "" if name_on_validation(measure) == measure.name else " on the validation split"
 
 
