@@ -39,7 +39,7 @@ def test_a_wrapped_optimizer_is_unwrapped(toys, wrapper):
     toys.loss_of(model).backward()
     optimizer.step()
     assert spy.indices == [0]
-    with pytest.raises(RegradError, match="attached already"):
+    with pytest.raises(RegradError, match="already attached"):
         regrad.attach(model, inner, [])
 
 
@@ -75,7 +75,7 @@ def test_an_optimizer_is_attached_at_most_once_and_again_after_detach(toys):
     model = toys.Net()
     optimizer = toys.sgd(model)
     first = regrad.attach(model, optimizer, [])
-    with pytest.raises(RegradError, match="optimizer is attached already; detach"):
+    with pytest.raises(RegradError, match="optimizer is already attached; detach"):
         regrad.attach(model, optimizer, [toys.Scale()])
     first.detach()
     regrad.attach(model, optimizer, [toys.Scale()])
@@ -84,7 +84,7 @@ def test_an_optimizer_is_attached_at_most_once_and_again_after_detach(toys):
 def test_a_correction_object_is_attached_at_most_once_and_again_after_detach(toys):
     model, other, scale = toys.Net(), toys.Net(), toys.Scale()
     first = regrad.attach(model, toys.sgd(model), [scale])
-    with pytest.raises(RegradError, match="'scale' is attached already; create"):
+    with pytest.raises(RegradError, match="'scale' is already attached; create"):
         regrad.attach(other, toys.sgd(other), [scale])
     first.detach()
     regrad.attach(other, toys.sgd(other), [scale])

@@ -137,7 +137,7 @@ def test_a_criterion_that_the_loop_never_calls_is_warned_about_after_the_first_s
     optimizer = toys.sgd(model)
     regrad.attach(model, optimizer, [toys.Louder()], nn.CrossEntropyLoss())
     toys.loss_of(model).backward()
-    with pytest.warns(RegradWarning, match="'louder' .* call that in the loop"):
+    with pytest.warns(RegradWarning, match="'louder' .* call it in the loop"):
         optimizer.step()
     toys.train_step(model, optimizer)
 

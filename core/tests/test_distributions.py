@@ -50,9 +50,9 @@ def broken_in(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "points", "problem"),
     [
-        (None, POINTS, "it has no METADATA, or none with a name"),
-        ("", POINTS, "it has no METADATA, or none with a name"),
-        ("Version: 1.0\n", POINTS, "it has no METADATA, or none with a name"),
+        (None, POINTS, "it has no METADATA, or METADATA without a name"),
+        ("", POINTS, "it has no METADATA, or METADATA without a name"),
+        ("Version: 1.0\n", POINTS, "it has no METADATA, or METADATA without a name"),
         (b"Name: half\nSummary: \xff\xfe\n", POINTS, "its METADATA cannot be read (UnicodeDecode"),
         (GOOD, b"[regrad]\nhalf = \xff:\xfe\n", "its entry_points.txt cannot be read (UnicodeDec"),
         (GOOD, "[regrad]\nno equals sign\n", "its entry_points.txt cannot be read (TypeError"),

@@ -282,7 +282,7 @@ def test_a_model_whose_loss_cannot_be_told_is_refused_with_what_it_returned(toys
     model = Returning(returned)
     attachment = regrad.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), [toys.Scale()])
     with pytest.raises(
-        TypeError, match=f"model must return its loss for a batch that is a mapping.*{said}"
+        TypeError, match=f"model must return its loss when the batch is a mapping.*{said}"
     ):
         attachment.explain(BATCH)
 

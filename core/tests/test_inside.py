@@ -319,7 +319,7 @@ def test_a_part_that_the_loop_calls_by_itself_counts_as_the_model(batch, toys):
     ("in_the_loop", "message"),
     [
         (False, r"'louder' .* no training forward of the attached Reader called .*attachment\."),
-        (True, r"'louder' .* a step of SGD came without one while the attached Reader trains"),
+        (True, r"'louder' .* a step of SGD ran without one while the attached Reader trains"),
     ],
 )
 def test_a_first_step_without_a_cross_entropy_is_warned_about_once(

@@ -114,7 +114,7 @@ def test_a_step_from_weights_written_inside_the_window_is_gone_on_alone(toys, fo
     toys.loss_of(model, seed=2).backward()
     by_add(model.body.weight)
     written = model.body.weight.detach().clone()
-    with pytest.warns(regrad.RegradWarning, match="were written before the step"):
+    with pytest.warns(regrad.RegradWarning, match="were changed before the step"):
         optimizer.step()
     now = toys.weights_of(model)
     points = points_of(toys, model)

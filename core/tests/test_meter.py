@@ -293,7 +293,7 @@ def test_a_criterion_that_the_loop_never_calls_is_warned_about(toys):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     regrad.attach(model, optimizer, [toys.Louder()], nn.CrossEntropyLoss())
     model().backward()
-    with pytest.warns(RegradWarning, match="'louder' .* without a call of attachment.criterion"):
+    with pytest.warns(RegradWarning, match="'louder' .* without a call to attachment.criterion"):
         optimizer.step()
 
 

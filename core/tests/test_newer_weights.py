@@ -192,7 +192,7 @@ def test_a_second_phase_with_a_new_optimizer_trains_as_without_regrad_after_one_
     own, other = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
     regrad.attach(model, own, [toys.Shift()])
     toys.train_step(model, own, seed=0)
-    with pytest.warns(RegradWarning, match="SGD has stepped weights of the attached SGD") as said:
+    with pytest.warns(RegradWarning, match="SGD has updated weights of the attached SGD") as said:
         for seed in range(1, 6):
             toys.train_step(model, other, seed=seed)
     assert len(said) == 1

@@ -161,6 +161,6 @@ def test_a_second_detach_does_not_free_the_next_attachment(toys):
     first.detach()
     second = regrad.attach(model, optimizer, [correction])
     first.detach()
-    with pytest.raises(RegradError, match="attached already"):
+    with pytest.raises(RegradError, match="already attached"):
         regrad.attach(model, optimizer, [])
     assert correction.attachment is second

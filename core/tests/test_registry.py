@@ -470,7 +470,7 @@ def test_options_stay_with_their_correction_when_a_text_is_taken_apart(install):
         ([{"gain": {"gain.a": 1}}], "write [regrad.create('gain', **{'gain.a': 1})]"),
         ([["gain", "tilt"]], "write ['gain', 'tilt']"),
         ([None], "corrections must be names or Correction objects, got None"),
-        ([Composition(parts=("gain",))], "write the name that it is installed under"),
+        ([Composition(parts=("gain",))], "write the name it is installed under"),
     ],
 )
 def test_corrections_in_a_wrong_form_are_refused_with_the_right_one(toys, hooks_on, given, form):

@@ -65,26 +65,26 @@ def test_a_name_may_come_without_options(text):
 @pytest.mark.parametrize(
     ("text", "mend"),
     [
-        ("agc:fast", "give 'fast' a value, or put quotes around a text with commas"),
-        ("agc:option=f(a,b)", "give 'b)' a value, or put quotes around a text with commas"),
-        ("agc:option=", "give 'option' a value; '' is an empty text"),
-        ("agc:option=,other=1", "give 'option' a value; '' is an empty text"),
+        ("agc:fast", "give 'fast' a value, or put quotes around text with commas"),
+        ("agc:option=f(a,b)", "give 'b)' a value, or put quotes around text with commas"),
+        ("agc:option=", "give 'option' a value; '' is empty text"),
+        ("agc:option=,other=1", "give 'option' a value; '' is empty text"),
         ("agc:=1", "write the option's name before '='"),
         ("agc:.option=1", "write the option's name before '='"),
         ("agc:gcw.=1", "write the option's name before '='"),
         ("agc:gcw..option=1", "write the option's name before '='"),
-        ("agc:option=1,", "take out the comma too many"),
-        ("agc:,option=1", "take out the comma too many"),
-        ("agc:a=1,,b=2", "take out the comma too many"),
+        ("agc:option=1,", "remove the extra comma"),
+        ("agc:,option=1", "remove the extra comma"),
+        ("agc:a=1,,b=2", "remove the extra comma"),
         ("agc:option=[", "close the list with ']'"),
         ("agc:option=[1,2", "close the list with ']'"),
         ("agc:option=(1]", "close the list with ')'"),
         ("agc:option=['a' 1]", "close the list with ']'"),
-        ("agc:option=[,]", "put numbers, words or texts in quotes"),
-        ("agc:option=[1,,2]", "put numbers, words or texts in quotes"),
-        ("agc:option=[[1]]", "put numbers, words or texts in quotes"),
-        ("agc:option=[1]2", "put a comma before '2', or quotes around all"),
-        ("agc:option='a'b", "put a comma before 'b', or quotes around all"),
+        ("agc:option=[,]", "put numbers, words or quoted text"),
+        ("agc:option=[1,,2]", "put numbers, words or quoted text"),
+        ("agc:option=[[1]]", "put numbers, words or quoted text"),
+        ("agc:option=[1]2", "put a comma before '2', or quotes around the whole text"),
+        ("agc:option='a'b", "put a comma before 'b', or quotes around the whole text"),
         ("agc:option='a", "close the quotes"),
         ("agc:option=['a]", "close the quotes"),
     ],
@@ -96,7 +96,7 @@ def test_what_cannot_be_read_is_said_with_what_to_write(text, mend):
 
 
 def test_an_option_given_twice_is_refused():
-    rule = "option 'a' must be given once, got 'agc:a=1,b=2,a=1'; take out all but one"
+    rule = "option 'a' must be given once, got 'agc:a=1,b=2,a=1'; remove all but one"
     with pytest.raises(ValueError, match=re.escape(rule)):
         read_spec("agc:a=1,b=2,a=1")
 

@@ -1,6 +1,6 @@
 """Correct gradients in PyTorch training without touching the loop.
 
-`attach` binds corrections to a model and its optimizer; the loop stays as it is.
+`attach` binds corrections to a model and its optimizer; the loop does not change.
 Names are imported when they are first used, so that listing plugins never imports
 torch; `__init__.pyi` tells type checkers where they live.
 

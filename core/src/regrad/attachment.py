@@ -49,13 +49,13 @@ def attach(
     *,
     model_group: Any = None,
 ) -> "Attachment":
-    """Bind corrections to a model and its optimizer; the training loop stays as it is.
+    """Bind corrections to a model and its optimizer; the training loop does not change.
 
     Args:
         model: The module that the loop calls: plain, compiled, or prepared for DDP
-            or FSDP2. Gets hooks, which `Attachment.detach` removes. Several, such as
-            encoder and decoder, as a list. Of a module that is not called itself, such
-            as a LightningModule, the parts that are called are found after the first step.
+            or FSDP2. Gets hooks, which `Attachment.detach` removes. Pass several, such as encoder
+            and decoder, as a list. If a module is not called itself, as with a LightningModule, the
+            parts that are called are found after the first step.
         optimizer: Its optimizer, or a wrapper of it. Its `state_dict()` holds the
             corrections' state from here on, under the key "regrad".
         corrections: Names with options for `regrad.create`, or `Correction`
@@ -74,11 +74,11 @@ def attach(
         The attachment; as a context manager it detaches at the end.
 
     Raises:
-        ValueError: If no correction of a name is installed, an option is out of range, or
+        ValueError: If no correction of that name is installed, an option is out of range, or
             the criterion is a word other than "inside".
         TypeError: If an argument or option is of the wrong type.
-        RegradError: If a correction cannot be right here; the message says why.
-            Nothing was changed then.
+        RegradError: If a correction cannot work correctly here; the message says why. Nothing is
+            changed in that case.
 
     Example:
         >>> import regrad, torch
@@ -134,7 +134,7 @@ def _settle_layout(
 
 
 def _listed(models: Any) -> list[Any]:
-    """Return several models as a list; what is none of them is refused by name later."""
+    """Return several models as a list; anything else is refused by name later."""
     return list(models) if isinstance(models, list | tuple) else [models]
 
 
@@ -142,13 +142,13 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
     """Corrections bound to one model and one optimizer. Made by `regrad.attach`.
 
     Attributes:
-        model: The innermost module; of several, a `ModuleList` of them.
+        model: The innermost module; for several, a `ModuleList` of them.
         optimizer: The innermost torch optimizer.
         corrections: In acting order.
-        reasons: Why any correction was moved from the place it was given, and what
-            corrections note of their choices.
-        record: The record of the first training forward, of each module where there are
-            several, where a correction needs it and the model is not compiled; else None.
+        reasons: Why any correction was moved from its given place, and what corrections note about
+            their choices.
+        record: The record of the first training forward of every module, if a correction needs it
+            and the model is not compiled; else None.
         engine: Runs the corrections. Register observers (`hookimpl(wrapper=True)`)
             with `engine.registry.register`.
     """
@@ -188,7 +188,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             raise
 
     def _set_up(self) -> None:
-        """Let every correction build its state; put the global random numbers back afterwards."""
+        """Let every correction build its state; restore the global random state afterwards."""
         for correction in self.corrections:
             correction.attachment = self
         reads_record = any(correction.needs.record for correction in self.corrections)
@@ -268,14 +268,14 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
     def criterion(self) -> Criterion:
         """The criterion to call in the loop, corrected in training mode, the original otherwise.
 
-        An `nn.Module` where the original is one, so that a model can hold it as a submodule.
+        An `nn.Module` if the original is one, so that a model can hold it as a submodule.
         """
         if self._criterion is None:
             raise RegradError("attachment has no criterion; pass attach(…, criterion=criterion)")
         return self._criterion  # type: ignore[no-any-return]
 
     def detach(self) -> None:
-        """Restore the weights and remove every hook; the criterion is the original from here on."""
+        """Restore the weights and remove every hook; from then on the criterion is the original."""
         if self.is_detached:
             return
         self.engine.close_window()
@@ -296,7 +296,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
     def metrics(self) -> dict[str, float]:
         """Return counts, effects and each correction's own metrics, by name.
 
-        Effects go by "<correction>/<stage>/<measure>", a correction's own metrics by
+        Effects are named "<correction>/<stage>/<measure>", a correction's own metrics
         "<correction>/<name>".
         """
         values = {
@@ -313,7 +313,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         return values
 
     def receipt(self) -> dict[str, Any]:
-        """Return what really happened, as plain values that JSON can hold.
+        """Return what actually happened, as plain values that JSON can hold.
 
         Returns:
             "corrections" (name, distribution, version, options, stages, matched
@@ -365,12 +365,12 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Take back what `state_dict` returned.
+        """Restore what `state_dict` returned.
 
         Args:
-            state: Of an attachment with the same corrections and options.
-            strict: Refuse a state of other corrections or options; False loads
-                what goes by the same name.
+            state: From an attachment with the same corrections and options.
+            strict: Refuse a state of other corrections or options; False loads what has the same
+                name.
 
         Raises:
             ValueError: If it is not what `state_dict` returned.
@@ -395,7 +395,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self._in_optimizer.is_there()
 
     def _load_correction(self, correction: Correction, state: Any) -> None:
-        """Give a correction its state; say in words where it cannot take it."""
+        """Load a correction's state; explain what is wrong if it does not fit."""
         try:
             with self.engine.named(correction, "load_state_dict"):
                 correction.load_state_dict(state)

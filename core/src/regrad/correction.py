@@ -47,7 +47,7 @@ class Needs:
         sparse: Whether it has a rule for sparse gradients.
         before: Names of corrections that this one acts before, in a stage they share.
         after: Names of corrections that this one acts after, in a stage they share.
-        conflicts: Why it refuses to work with a correction or on a layout, by the name of that.
+        conflicts: Why it refuses to work with a correction or on a layout, keyed by their name.
         warmup_steps: Optimizer steps in which it changes nothing by design.
         record: Whether it reads the record of the first training forward, which is
             one of the whole model.
@@ -109,9 +109,9 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a correction that has none.
+    """The options of a correction without any.
 
-    Others nest a frozen dataclass of their own and check its values there.
+    Other corrections nest a frozen dataclass of their own and check its values there.
     """
 
 
@@ -140,7 +140,7 @@ def _spoken(annotation: Any) -> str:
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """Return '; did you mean ...?' where a known name is near, else nothing."""
+    """Return '; did you mean ...?' if a known name is close, else nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -207,9 +207,9 @@ class Correction:
         return None
 
     def metrics(self) -> dict[str, float]:
-        """Return numbers worth a curve, by name.
+        """Return numbers worth plotting, by name.
 
-        Called rarely, so that it may wait for the device.
+        Called rarely, so it may wait for the device.
         """
         return {}
 
@@ -218,7 +218,7 @@ class Correction:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         if state:
             raise RegradError(f"correction {self.name!r} has no state, got {', '.join(state)}")
 

@@ -33,7 +33,7 @@ class Switch:
         self.corrected = corrected
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Return the loss of the criterion that holds now."""
+        """Return the loss of the criterion that applies now."""
         if self.corrected is None or not self._engine.is_training():
             return self.original(*arguments, **options)
         self._engine.criterion_called = True

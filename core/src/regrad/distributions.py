@@ -1,4 +1,4 @@
-"""What installed distributions say of themselves, by metadata alone.
+"""What installed distributions say about themselves, from metadata alone.
 
 A broken one is set aside, and can be named.
 """
@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any
 
 POINTS = "entry_points.txt"
-NAMELESS = "it has no METADATA, or none with a name"
+NAMELESS = "it has no METADATA, or METADATA without a name"
 # Kept from before `hide_broken`, so that what is hidden from others can be named here.
 discover = metadata.Distribution.discover
 # For the processes that a program starts: they import these before anything can be hidden.
@@ -29,10 +29,10 @@ class Installed:
     """A distribution whose metadata can be read.
 
     Attributes:
-        name: As its metadata have it: any text, if somebody damaged them.
-        version: Empty where they have none.
-        summary: One line; empty where they have none.
-        folder: Where its metadata lie.
+        name: As in its metadata: any text, if the metadata is damaged.
+        version: Empty if there is none.
+        summary: One line; empty if there is none.
+        folder: The folder of its metadata.
         source: What `importlib.metadata` found.
     """
 
@@ -49,14 +49,14 @@ class Installed:
 
     @property
     def requires(self) -> list[str]:
-        """The lines of its requirements; none where they cannot be read."""
+        """The lines of its requirements; none if they cannot be read."""
         try:
             return list(self.source.requires or [])
         except Exception:  # noqa: BLE001 - somebody else's file can be wrong in any way
             return []
 
     def read(self, file: str) -> str:
-        """Return the text of a file beside its metadata; empty where it cannot be read."""
+        """Return the text of a file beside its metadata; empty if it cannot be read."""
         return _text(self.source, file)
 
 
@@ -66,7 +66,7 @@ class Broken:
 
     Attributes:
         name: What its folder calls it.
-        folder: Where its metadata lie, if that is known.
+        folder: The folder of its metadata, if known.
         problem: What is wrong, in words.
         points: The text of its entry points, as far as it can be read.
     """
@@ -78,13 +78,13 @@ class Broken:
 
 
 def every() -> Iterator[Installed | Broken]:
-    """Return what is installed, in the order in which Python finds it, broken ones among it."""
+    """Return what is installed, in the order in which Python finds it, including broken ones."""
     for source in discover():
         yield _read(source)
 
 
 def installed() -> Iterator[Installed]:
-    """Return the distributions that can be read; of several with one name the one found first."""
+    """Return the readable distributions; of several with one name, the one found first."""
     yield from _first_of_each_name(every())
 
 
@@ -96,7 +96,7 @@ def plugins() -> Iterator[Installed]:
 
 
 def _first_of_each_name(found: Iterable[Installed | Broken]) -> Iterator[Installed]:
-    """Yield those that can be read, and of several with one name the first."""
+    """Yield the readable ones; of several with one name, the first."""
     seen: set[str] = set()
     for one in found:
         if isinstance(one, Installed) and one.normal_name not in seen:
@@ -128,7 +128,7 @@ def find(name: str, version: str) -> Installed | None:
 
 
 def version(name: str) -> str:
-    """Return the version of an installed distribution; empty where none can be read.
+    """Return the version of an installed distribution; empty if none can be read.
 
     Args:
         name: Of a distribution that the caller knows, such as "torch".
@@ -150,7 +150,7 @@ def broken() -> list[Broken]:
 
 
 def doubled() -> dict[str, list[Installed]]:
-    """Return distributions that are twice in one folder, by name: an upgrade ended halfway."""
+    """Return the distributions that are in one folder twice, by name: an interrupted upgrade."""
     groups: dict[tuple[str, str], list[Installed]] = {}
     for one in every():
         if isinstance(one, Installed):
@@ -227,7 +227,7 @@ def _read(source: metadata.Distribution) -> Installed | Broken:
 
 
 def _description(source: metadata.Distribution) -> str:
-    """Return the text of a distribution's metadata; empty where it has none."""
+    """Return the text of a distribution's metadata; empty if it has none."""
     return source.read_text("METADATA") or source.read_text("PKG-INFO") or ""
 
 
@@ -238,7 +238,7 @@ def _headers(text: str) -> Message:
 
 
 def _text(source: metadata.Distribution, file: str) -> str:
-    """Return the text of a file beside a distribution's metadata; empty where it cannot be read."""
+    """Return the text of a file beside a distribution's metadata; empty if it cannot be read."""
     try:
         return source.read_text(file) or ""
     except Exception:  # noqa: BLE001 - somebody else's file can be wrong in any way

@@ -29,26 +29,26 @@ from regrad.window import Window
 from regrad.wrappers import wrap_closure
 
 NO_FORWARD = (
-    "a step came without a training forward of the attached model: "
-    "wrong model, or compiled before attach()?"
+    "a step ran without a training forward of the attached model: was another model attached, or "
+    "was it compiled before attach()?"
 )
 NO_STEP = (
-    "{count} training forwards of the attached model came without a step of its optimizer "
-    "({optimizer}): is it another optimizer that trains, or one whose step has another name? "
-    "Call attach() with the optimizer whose step() updates the weights"
+    "{count} training forwards of the attached model ran without a step of its optimizer "
+    "({optimizer}): does another optimizer train the model, or is its step method named "
+    "differently? Call attach() with the optimizer whose step() updates the weights"
 )
 NO_CRITERION = (
-    "{name!r} corrects the criterion, but a step came without a call of attachment.criterion; "
-    "call that in the loop instead of the original"
+    "{name!r} corrects the criterion, but a step ran without a call to attachment.criterion; call "
+    "it in the loop instead of the original"
 )
 OVERWRITTEN = (
-    "{count} of the weights that {names} moved for the forward pass were written before the step, "
-    "first {first!r}: they are kept as they are now. Another optimizer or a hand-written update "
-    "does that; detach() before training in another way. The prediction pauses until "
+    "{count} of the weights that {names} moved for the forward pass were changed before the step, "
+    "the first is {first!r}: the new values are kept. Another optimizer or a hand-written update "
+    "does that; call detach() before training another way. The prediction pauses until "
     "{optimizer} steps again"
 )
 NOT_IN_CHARGE = (
-    "{other} has stepped weights of the attached {optimizer} twice in a row: the prediction of "
+    "{other} has updated weights of the attached {optimizer} twice in a row: the prediction of "
     "{names} pauses until {optimizer} steps again; attach to the optimizer that trains, "
     "or detach()"
 )
@@ -72,7 +72,7 @@ class Engine:
         skipped: Steps that a scaler skipped inside a fused optimizer.
         forwards: Training forwards since the last step.
         criterion_called: Whether the corrected criterion was ever called.
-        no_criterion: What is said once where a step came without such a call.
+        no_criterion: The warning given once if a step ran without such a call.
         seconds: Host time spent in each correction's hooks so far, by name.
         before_first_use: Called once, before the first training forward or step; None afterwards.
         before_first_step: Called once, before anything of the first step; None afterwards.
@@ -131,9 +131,9 @@ class Engine:
     # ---- what the corrections are given
 
     def step(self) -> Step:
-        """Return the coming optimizer step as it stands now.
+        """Return the next optimizer step in its present state.
 
-        Parameters may have come since the last one.
+        Parameters may have been added since the last one.
         """
         step = Step(self.optimizer, self.applied)
         step.layout = self.layout
@@ -144,7 +144,7 @@ class Engine:
         return step
 
     def _name_parameters(self) -> None:
-        """Name the optimizer's parameters anew; the state of a renamed one follows it."""
+        """Rename the optimizer's parameters; the state of a renamed one moves with it."""
         before = self._names
         self._names = names.parameter_names(self.model, self.optimizer)
         renamed = {
@@ -161,7 +161,7 @@ class Engine:
 
     @contextlib.contextmanager
     def named(self, correction: Correction, hook: str) -> Iterator[None]:
-        """Let an exception say in which correction and hook it came up."""
+        """Add to an exception the correction and hook in which it was raised."""
         try:
             yield
         except Exception as error:
@@ -235,7 +235,7 @@ class Engine:
         self.before_first_use = None
 
     def _count_forward(self) -> None:
-        """Warn once where the attached optimizer does not step."""
+        """Warn once if the attached optimizer does not step."""
         self._forwards_without_step += 1
         limit = max(FORWARDS_WITHOUT_STEP, 2 * self._most_forwards)
         if self._forwards_without_step == limit and self.corrections:
@@ -243,7 +243,7 @@ class Engine:
             self._say_once(NO_STEP, count=limit, optimizer=name)
 
     def _predict(self, module: nn.Module) -> None:
-        """Move the weights, unless they are moved already or are somebody else's to train."""
+        """Move the weights, unless they are already moved or another optimizer trains them."""
         if self.window.is_open:
             if not self.window.rewritten():
                 return
@@ -263,7 +263,7 @@ class Engine:
         self.layout.move(functools.partial(self.window.open, step.parameters, moves))
 
     def _refuse_a_late_hook(self, module: nn.Module) -> None:
-        """Raise where FSDP2 gathers the weights before they are moved."""
+        """Raise if FSDP2 gathers the weights before they are moved."""
         if not self.is_sharded():
             return
         hooks_in_order = module._forward_pre_hooks.values()
@@ -274,7 +274,7 @@ class Engine:
             )
 
     def _refuse_an_inner_evaluation(self) -> None:
-        """Raise where the optimizer evaluates the model inside its step, at weights of its own."""
+        """Raise if the optimizer evaluates the model inside its step, at weights of its own."""
         is_inside = self._under_way.contains(sys._getframe(1))
         if not is_inside or self._versions == self._count_writes():
             return
@@ -285,7 +285,7 @@ class Engine:
         )
 
     def _refuse_a_second_window(self, step: Step) -> None:
-        """Raise where parameters that were added later are moved by another attachment too."""
+        """Raise if another attachment also moves parameters that were added later."""
         other = other_optimizers.moved_by_another(self, step.parameters)
         if other is not None:
             raise RegradError(
@@ -325,7 +325,7 @@ class Engine:
     # ---- the window
 
     def close_window(self, *_: Any) -> None:
-        """Restore the weights that are moved, but for those that somebody else wrote meanwhile."""
+        """Restore the moved weights, except those that somebody else wrote meanwhile."""
         self._close(before_step=False)
 
     def _close(self, *, before_step: bool) -> None:
@@ -385,7 +385,7 @@ class Engine:
     def before_step(
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Correct now, or, where a closure computes the gradients, right after it."""
+        """Correct now, or, if a closure computes the gradients, right after it."""
         self._refuse_nested("gradients are not final there")
         if self.before_first_use is not None:
             self._begin_use()
@@ -434,7 +434,7 @@ class Engine:
             self._progress.end(gradient for _, gradient in step.named_gradients())
 
     def _refuse_several_closure_calls(self) -> None:
-        """Raise where a correction must see one call of the closure."""
+        """Raise if a correction must see one call of the closure."""
         unfit = [c.name for c in self.corrections if not c.needs.closures]
         if unfit:
             raise RegradError(
@@ -453,14 +453,14 @@ class Engine:
                     self._progress.note(hook, correction.name)
 
     def _refuse_sparse_gradients(self, step: Step) -> None:
-        """Raise where a correction has no rule for gradients that are sparse."""
+        """Raise if a correction has no rule for sparse gradients."""
         unfit = ", ".join(c.name for c in self.corrections if not c.needs.sparse)
         sparse = [name for name, gradient in step.named_gradients() if gradient.is_sparse]
         if unfit and sparse:
             raise RegradError(f"{unfit} must not see sparse gradients, got them for {sparse[:3]}")
 
     def _look_for_what_is_missing(self, step: Step) -> None:
-        """Say once that no forward was seen, or no call of the criterion."""
+        """Warn once if no forward was seen, or no call of the criterion."""
         if self.forwards == 0:
             self._look_for_parts(step)
         elif self.callers["wrap_criterion"] and not self.criterion_called:
@@ -473,14 +473,14 @@ class Engine:
             )
 
     def _look_for_parts(self, step: Step) -> None:
-        """Watch the model's parts; warn once where no forward of them was seen either."""
+        """Watch the model's parts; warn once if no forward of them was seen either."""
         if self._saw_forward or self.parts.is_watching:
             self._say_once(NO_FORWARD)
         self.parts.watch(self.roots, step.parameters)
 
     @torch.no_grad()
     def _unscale(self, *, is_done: bool) -> None:
-        """Take over from a fused optimizer what it would do itself under a GradScaler.
+        """Do for a fused optimizer what it would do itself under a GradScaler.
 
         Frozen parameters that have a gradient are included.
 
@@ -499,7 +499,7 @@ class Engine:
                 gradient.div_(scale.to(gradient.device))
 
     def after_step(self, *_: Any) -> None:
-        """Let corrections learn from a step that really happened."""
+        """Let corrections learn from a step that actually happened."""
         if self._is_ignored:
             self._is_ignored = False
             self.window.note_writes()
@@ -531,7 +531,7 @@ class Engine:
         return self.window.state_dict(dict(zip(step.parameters, step.names, strict=True)))
 
     def load_window_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `window_state` returned."""
+        """Restore what `window_state` returned."""
         self.window.load_state_dict(state, dict(self.step().named_parameters()))
 
     def before_state_dict(self, *_: Any) -> None:

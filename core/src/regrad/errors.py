@@ -1,8 +1,8 @@
-"""What regrad raises and warns about."""
+"""The errors and warnings of regrad."""
 
 
 class RegradError(RuntimeError):
-    """A state of regrad's own that does not allow what was asked.
+    """The current state of regrad does not allow what was asked.
 
     Wrong arguments raise `ValueError` or `TypeError` instead.
     """
@@ -13,4 +13,4 @@ class PluginLoadError(RegradError):
 
 
 class RegradWarning(UserWarning):
-    """Something that regrad was told to do has probably not the effect that was meant."""
+    """Something that regrad was told to do probably does not have the intended effect."""

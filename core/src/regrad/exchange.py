@@ -1,4 +1,4 @@
-"""Moves weights along their last step and back, in few passes over the memory and few launches.
+"""Moves weights along their last step and back, with few passes over the memory and few launches.
 
 On a CPU the operations run over pieces that stay in its cache; elsewhere each is one launch for
 many tensors.
@@ -32,7 +32,7 @@ Tensors = Sequence[Tensor]
 
 @torch.no_grad()
 def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> None:
-    r"""Move weights along their last step, and keep them as they were.
+    r"""Move weights along their last step, and keep their previous values.
 
     With factor r and decay :math:`\delta` of `steps`,
 
@@ -43,9 +43,9 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
 
     Args:
         weights: n plain tensors θ. Overwritten with :math:`\hat\theta`.
-        kept: Their values θ' before the last step, like them in shape, layout, dtype and device.
+        kept: Their values θ' before the last step, with their shape, layout, dtype and device.
             Overwritten with θ.
-        steps: How far to go on, n of them.
+        steps: How far to extrapolate, n of them.
 
     Example:
         >>> weights, before = [torch.tensor([3.0])], [torch.tensor([2.0])]
@@ -114,13 +114,13 @@ def _compiled() -> Callable[..., None] | None:
     weights = torch.zeros(ALONE_FROM)
     one = torch.ones(())
     try:
-        # Whole graphs are not asked for: where torch gives up compiling anew, it runs as it is.
+        # Whole graphs are not required: where torch gives up compiling again, it runs uncompiled.
         compiled: Callable[..., None] = torch.compile(_in_one_pass, dynamic=True)
         compiled(weights, weights.clone(), one, one)
     except NOT_COMPILED as error:
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"the prediction goes on uncompiled, torch.compile failed: {reason}",
+            f"the prediction continues uncompiled because torch.compile failed: {reason}",
             RegradWarning,
             stacklevel=2,
         )
@@ -131,7 +131,7 @@ def _compiled() -> Callable[..., None] | None:
 def _extrapolate_group_(
     live: list[Tensor], before: list[Tensor], size: float | Tensor, length: float | Tensor
 ) -> None:
-    """Do the same for tensors of one device and dtype that go on alike."""
+    """Do the same for tensors of one device and dtype with equal steps."""
     ahead = torch._foreach_sub(live, before)
     torch._foreach_mul_(ahead, length)
     torch._foreach_add_(ahead, live)

@@ -1,4 +1,4 @@
-"""What each correction would change, before training: one batch through a copy of the model."""
+"""Show what each correction would change before training, by one batch on a copy of the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LINE = "{:<16} {:<10} {:<40} {:>15.4} {:>8.4}"
 
 
 class BatchTrial(Protocol):
-    """What this file needs of an attachment, see `regrad.Attachment`."""
+    """What this file needs from an attachment, see `regrad.Attachment`."""
 
     model: nn.Module
     optimizer: optim.Optimizer
@@ -34,13 +34,13 @@ class BatchTrial(Protocol):
         """The criterion, corrected in training mode."""
 
     def receipt(self) -> dict[str, Any]:
-        """Return what really happened."""
+        """Return what actually happened."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the corrections' state."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
 
     def detach(self) -> None:
         """Remove every hook."""
@@ -59,7 +59,7 @@ class Explanation:
             "tensor", "relative_change" (norm of the change over the norm before),
             "cosine" (before with after).
         seconds: Host time spent in each correction's hooks, by name.
-        notes: What else is worth knowing.
+        notes: Other remarks.
     """
 
     rows: list[Row]
@@ -135,7 +135,7 @@ def _idle(corrections: Sequence[Correction], rows: Sequence[Row]) -> list[str]:
 
 
 def _loss_of(model: nn.Module, criterion: Any, batch: Any) -> Tensor:
-    """Return the loss of one batch, or raise `TypeError` where it cannot be known.
+    """Return the loss of one batch, or raise `TypeError` if it cannot be known.
 
     A pair goes through model and criterion. A mapping is what the model is called with: it
     returns its loss under the name "loss", or as the only scalar that requires a gradient of
@@ -167,7 +167,7 @@ def _loss_in(output: Any) -> Tensor:
     if len(scalars) == 1:
         return scalars[0]
     raise TypeError(
-        "model must return its loss for a batch that is a mapping: under the name 'loss', or as "
+        "model must return its loss when the batch is a mapping: as 'loss', or as "
         f"the only scalar with a gradient in a tuple, got {_described(output)}"
     )
 

@@ -1,4 +1,4 @@
-"""What plugins read of the first forward, by the path that is public since 0.1."""
+"""What plugins read of the first forward, under the path that has been public since 0.1."""
 
 from regrad.module_hooks import WRAPPER
 from regrad.record import Call

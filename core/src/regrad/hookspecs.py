@@ -1,4 +1,4 @@
-"""The moments of a training step at which a correction may act, and what it is given then.
+"""The moments of a training step at which a correction may act, and what it is given there.
 
 In time order of one optimizer step::
 
@@ -37,22 +37,22 @@ hookimpl = pluggy.HookimplMarker("regrad")
 
 @dataclass(frozen=True, kw_only=True)
 class LastStep:
-    r"""Go on along what the last optimizer step did to a parameter.
+    r"""Extrapolate what the last optimizer step did to a parameter.
 
     With θ' before that step and θ after it, the weights move to
     :math:`\theta + r(\theta - (1-\delta)\theta')`. The core keeps θ' in the buffer that holds the
-    true weights while they are moved, so that this costs no memory beyond a displacement's. It
-    moves a parameter nowhere whose last step it does not know: before the first one, where none was
-    made for want of a gradient, and where somebody else wrote the weights since. Returned by
-    `predict_weights` from the first step on, or θ' is not kept.
+    true weights while they are moved, so that this costs no memory beyond a displacement's. It does
+    not move a parameter whose last step is unknown: before the first step, when there was no step
+    because there was no gradient, and when somebody else has written the weights since.
+    `predict_weights` must return it from the first step on, or θ' is not kept.
 
     Attributes:
-        factor: r, in last steps; a number, or a scalar tensor, which is never read off its device.
-            The number 0 moves nothing.
-        decay: :math:`\delta`, the decoupled decay that the step contains and that is not to be
+        factor: r, in units of the last step; a number, or a scalar tensor, which is never read from
+            its device. The number 0 moves nothing.
+        decay: :math:`\delta`, the decoupled decay that the step contains and that must not be
             repeated: learning rate times decay rate.
         is_compiled: Whether to compile the pass over the memory of large tensors on a CPU, once in
-            a process, by `torch.compile`; where that fails it goes on without, after a warning.
+            a process, by `torch.compile`; if that fails it continues without, after a warning.
 
     Example:
         >>> LastStep(factor=0.5)
@@ -65,7 +65,7 @@ class LastStep:
 
 
 class Step:
-    """One optimizer step, as it stands at the moment of the call.
+    """One optimizer step, at the moment of the call.
 
     Attributes:
         optimizer: The innermost torch optimizer.
@@ -95,11 +95,11 @@ class Step:
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """`.grad` of each of `parameters`; None where there is none."""
+        """`.grad` of each of `parameters`; None if there is none."""
         return [parameter.grad for parameter in self.parameters]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Iterate over `parameters` with their names, those without a gradient included.
+        """Iterate over `parameters` with their names, including those without a gradient.
 
         Example:
             >>> import torch
@@ -111,7 +111,7 @@ class Step:
         return zip(self.names, self.parameters, strict=True)
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the gradients that are there, with the names of their parameters.
+        """Iterate over the gradients that exist, with the names of their parameters.
 
         Example:
             >>> import torch
@@ -131,7 +131,7 @@ class Step:
         return self._groups[parameter]
 
     def lr_of(self, parameter: nn.Parameter) -> float | Tensor:
-        """Return the learning rate that the coming update of `parameter` will use.
+        """Return the learning rate that the next update of `parameter` will use.
 
         Raises:
             RegradError: If its group has none, as `learning_rate` says.
@@ -142,19 +142,19 @@ class Step:
 def learning_rate(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | Tensor:
     """Return the learning rate of one of an optimizer's parameter groups.
 
-    A correction that reads rates calls this in `setup`, so that it is refused before
-    training begins.
+    A correction that reads rates calls this in `setup`, so that an error comes before training
+    begins.
 
     Args:
         optimizer: The innermost torch optimizer.
         group: One of its `param_groups`.
 
     Returns:
-        A number, or a tensor of one element where the optimizer keeps it so.
+        A number, or a tensor of one element if the optimizer keeps it as one.
 
     Raises:
-        RegradError: If the group has no rate, or one that is not a number: the
-            optimizer computes its steps from something else then.
+        RegradError: If the group has no rate, or one that is not a number, because the optimizer
+            computes its steps from something else.
 
     Example:
         >>> import torch
@@ -179,13 +179,13 @@ class AttachmentInSetup(Protocol):
     """What `setup` is given: the `regrad.Attachment` that is being made.
 
     Attributes:
-        model: The innermost module; of several, a `ModuleList` of them.
+        model: The innermost module; for several, a `ModuleList` of them.
         optimizer: The innermost torch optimizer.
         corrections: In acting order.
         reasons: Sentences for the receipt. A correction that says what it chose, and why,
-            puts a longer tuple in its place.
-        record: The record of the first training forward, where a correction needs it
-            and the model is not compiled; else None.
+            replaces it with a longer tuple.
+        record: The record of the first training forward, if a correction needs it and the model is
+            not compiled; else None.
     """
 
     model: nn.Module
@@ -319,7 +319,7 @@ class LayoutSpec:
 class CorrectionSpec:
     """The hooks of a correction, which implements those of its stages.
 
-    Each may take fewer arguments than are named here.
+    Each may take fewer arguments than are listed here.
     """
 
     def setup(self, attachment: AttachmentInSetup) -> None:
@@ -327,8 +327,8 @@ class CorrectionSpec:
 
         Called once, at attach, after every argument was validated and before any
         hook is on the model. Submodule hooks go through
-        `attachment.hook_forward`, so that detach removes them. The global random
-        numbers are put back afterwards: use an own generator.
+        `attachment.hook_forward`, so that detach removes them. The state of the global random
+        generators is restored afterwards: use your own generator.
         """
 
     def wrap_criterion(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
@@ -343,10 +343,10 @@ class CorrectionSpec:
 
         Called before the first training-mode forward after an optimizer step.
         Per entry of `step.parameters` one displacement, of the parameter's (local)
-        shape, or a `LastStep` to go on along what the last step did, or None;
-        None for the whole step moves nothing. The core copies the weights, moves
-        them and restores them bit for bit. May be called again for the same step
-        after an evaluation closed the window, and must then return the same numbers.
+        shape, or a `LastStep` to extrapolate the last step, or None; None for the whole step moves
+        nothing. The core copies the weights, moves them and restores them bit for bit. May be
+        called again for the same step after an evaluation closed the window, and must then return
+        the same numbers.
         """
 
     def correct_gradients(self, step: Step) -> None:
@@ -357,15 +357,15 @@ class CorrectionSpec:
         """
 
     def correct_moments(self, step: Step) -> None:
-        """Add to optimizer state that the coming update will read.
+        """Add to optimizer state that the next update will read.
 
         Called after every `correct_gradients`, just before the update.
         """
 
     def after_step(self, step: Step) -> None:
-        """Learn from the step and update own state.
+        """Learn from the step and update the correction's own state.
 
-        Called after the update really happened; gradients may be gone.
+        Called after the update actually happened; gradients may be gone.
         """
 
 

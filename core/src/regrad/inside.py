@@ -25,22 +25,23 @@ NORMALISED = 1e-2
 bfloat16 rounds a probability to 4e-3.
 """
 NONE_INSIDE = (
-    "{name!r} corrects the cross entropy that the model computes, but a step came without one: "
-    "no training forward of the attached {model} called torch.nn.functional.cross_entropy, or "
-    "nll_loss with log-probabilities (compiled code counts as none). Where the loop computes the "
-    "loss, pass it as criterion=… to attach() and call attachment.criterion; without a cross "
-    "entropy leave {name!r} out"
+    "{name!r} corrects the cross entropy that the model computes, but a step ran without one: no "
+    "training forward of the attached {model} called torch.nn.functional.cross_entropy, or "
+    "nll_loss with log-probabilities (calls in compiled code are not seen). If the loop computes "
+    "the loss, pass it as criterion=… to attach() and call attachment.criterion; if there is no "
+    "cross entropy, leave {name!r} out"
 )
 NONE_IN_TRAINING = (
-    "{name!r} corrects the cross entropy, but a step of {optimizer} came without one while the "
+    "{name!r} corrects the cross entropy, but a step of {optimizer} ran without one while the "
     "attached {model} trains: nothing called torch.nn.functional.cross_entropy, or nll_loss with "
-    "log-probabilities (compiled code counts as none), so {name!r} changed nothing. With another "
-    "loss leave it out; where a compiled model computes its loss, compile what comes before it"
+    "log-probabilities (calls in compiled code are not seen), so {name!r} changed nothing. With "
+    "another loss leave it out; if a compiled model computes its loss, compile only what comes "
+    "before the loss"
 )
 
 
 class Corrected(Protocol):
-    """What this file needs of an attachment, see `regrad.Attachment`."""
+    """What this file needs from an attachment, see `regrad.Attachment`."""
 
     engine: Engine
 
@@ -59,25 +60,23 @@ class CrossEntropyInside:
     """Correct every cross entropy that a model computes in its own training forward.
 
     A call of `torch.nn.functional.cross_entropy` that comes from the attached model's
-    forward, in training mode, goes to the attachment's criterion.
-    `nn.CrossEntropyLoss`, the losses of transformers and nanoGPT look the function up
-    by that name at every call. So target, reduction and what else the model adds to
-    its loss are the model's own, and nothing about them has to be known.
-    `torch.nn.functional.nll_loss` of log-probabilities is the same loss, and goes there
-    too. A part of the model that is called by itself counts as the model. Every other
-    call has the plain function; so has a compiled model, and a part of a model that
-    activation checkpointing runs again in backward: see `calls`. A first step without any
-    call to correct is warned about once.
+    forward, in training mode, is sent to the attachment's criterion.
+    `nn.CrossEntropyLoss`, and the losses of transformers and nanoGPT look up the function by that
+    name at every call. So target, reduction and whatever else the model adds to its loss stay the
+    model's own, and nothing has to be known about them. `torch.nn.functional.nll_loss` of
+    log-probabilities is the same loss and is corrected too. A part of the model that is called by
+    itself counts as the model. Every other call uses the plain function; so do a compiled model and
+    a part of a model that activation checkpointing runs again in backward: see `calls`. If the
+    first step has no call to correct, a warning says so once.
 
     `regrad.attach(…, criterion="inside")` makes one by itself.
 
     Args:
         attachment: Made with `criterion=torch.nn.functional.cross_entropy`. Its
             `detach` ends this too.
-        in_the_loop: Correct also the calls outside of the model's forward, such as the
-            loop's own loss, while the model is in training mode and gradients are
-            computed. Of several such attachments the one whose model was called last
-            is meant.
+        in_the_loop: Also correct calls outside the model's forward, such as the loop's own loss,
+            while the model is in training mode and gradients are computed. With several such
+            attachments, the one whose model was called last is used.
 
     Attributes:
         calls: Cross entropies that were corrected so far.
@@ -116,7 +115,7 @@ class CrossEntropyInside:
         install()
 
     def remove(self) -> None:
-        """Leave the model's loss alone from here on."""
+        """Leave the model's loss alone from now on."""
         if self in _LIVE:
             _LIVE.discard(self)
             uninstall()
@@ -148,9 +147,9 @@ class CrossEntropyInside:
         self.last_forward = next(_FORWARDS)
 
     def takes_log_probabilities(self, values: Tensor) -> bool:
-        """Say whether the model gives `nll_loss` what it is made for, by the first that it gave.
+        """Say whether the model passes log-probabilities to `nll_loss`, judging by its first call.
 
-        Later ones are not looked at: that would wait for the device at every step.
+        Later calls are not checked: that would wait for the device at every step.
         """
         if self._takes_log_probabilities is None:
             total = torch.logsumexp(values.detach().float(), dim=min(1, values.dim() - 1))
@@ -164,11 +163,11 @@ _installed: list[bool] = []
 
 
 def install() -> None:
-    """Put the stand-ins in the place of torch's functions, until as many calls of `uninstall`.
+    """Replace torch's functions by stand-ins, until `uninstall` was called as often.
 
-    They do what torch's functions do until somebody corrects. `F.cross_entropy(model(x), y)` looks
-    the function up before it calls the model: to correct the very first loss of a loop whose model
-    is attached in that call, install them before.
+    They behave like torch's functions until a correction is attached. `F.cross_entropy(model(x),
+    y)` looks the function up before it calls the model: to correct the very first loss of a loop
+    whose model is attached in that call, install them before.
     """
     _installed.append(True)
     F.cross_entropy = _cross_entropy

@@ -1,4 +1,4 @@
-"""What a window keeps of a parameter from step to step, and as it stands in a checkpoint."""
+"""What a window keeps of a parameter from step to step, and what a checkpoint holds of it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Holds(enum.Enum):
     """What a buffer holds.
 
     Attributes:
-        NOTHING: Nothing that is of use.
-        TRUE: The weights from which the coming update starts.
+        NOTHING: Nothing useful.
+        TRUE: The weights from which the next update starts.
         BEFORE: The weights before the last update.
         AHEAD: Where the weights were moved for a forward pass that may come again.
     """
@@ -38,7 +38,7 @@ class Kept:
         parameter: The parameter.
         tensor: Like its local part.
         holds: What it holds.
-        is_followed: Whether a `LastStep` was asked for last.
+        is_followed: Whether a `LastStep` was requested last.
         has_gradient: Whether the parameter had a gradient in the step under way.
         writes: How often it was written before that step.
     """
@@ -70,7 +70,7 @@ class Loaded:
     Attributes:
         holds: `Holds.BEFORE` or `Holds.AHEAD`.
         tensor: The content, of the parameter's local shape.
-        beside: A sample of the weights that it belongs to; None where there is none.
+        beside: A sample of the weights that it belongs to; None if there is none.
     """
 
     holds: Holds

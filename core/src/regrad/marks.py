@@ -1,4 +1,4 @@
-"""Values by which a state of corrections is known to belong to an optimizer or to weights."""
+"""Values that show whether a state of corrections belongs to an optimizer or to weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from regrad.sharding import local
 
 
 class Mark(TypedDict):
-    """Values by which an optimizer is known again.
+    """Values by which an optimizer is recognised.
 
     Attributes:
-        of_weights: Whether they are of the weights, for want of tensors in its state.
+        of_weights: Whether they are of the weights, because its state has no tensors.
         values: Sorted.
     """
 
@@ -23,7 +23,7 @@ class Mark(TypedDict):
 
 
 def mark_of(state: Mapping[Any, Any]) -> Mark | None:
-    """Return the first values of the tensors of an optimizer's state; None where it has none."""
+    """Return the first values of the tensors of an optimizer's state; None if it has none."""
     tensors: list[Tensor] = []
     for of_parameter in state.values():
         if isinstance(of_parameter, Mapping):

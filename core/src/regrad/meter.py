@@ -1,4 +1,4 @@
-"""The effect meter: what each correction really changed."""
+"""The effect meter: what each correction actually changed."""
 
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,7 +23,7 @@ def compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     """Compare tensors pairwise without leaving the device.
 
     Args:
-        before: n dense tensors, any of which may be without elements.
+        before: n dense tensors, any of which may be empty.
         after: n tensors of the same shapes.
 
     Returns:
@@ -78,8 +78,8 @@ def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _summary(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the `MEASURES` of one look, and which of them count, from rows of `compare`.
 
-    Rows that are not finite say nothing of change and angle; how many looks met some is a measure
-    of its own.
+    Rows that are not finite say nothing about change and angle; how many looks met one is a
+    separate measure.
     """
     is_finite = rows[:, :4].isfinite().all(dim=1)
     finite = torch.where(is_finite[:, None], rows, 0.0)
@@ -146,7 +146,7 @@ class Meter:
     def _around(
         self, step: Step, stage: str, read: Callable[[Step, Any], Named]
     ) -> Generator[None, Any, Any]:
-        """Let the correction run; where a measurement is due, compare what `read` returns.
+        """Let the correction run; if a measurement is due, compare what `read` returns.
 
         It is called with None before, and afterwards with what the correction returned.
         """
@@ -158,7 +158,7 @@ class Meter:
         return result
 
     def effects(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return mean measures by correction and stage; none of what was never finite.
+        """Return mean measures by correction and stage; without what was never finite.
 
         Waits for the device.
         """
@@ -173,7 +173,7 @@ class Meter:
         return result
 
     def load_sums(self, name: str, saved: Mapping[tuple[str, str], Any]) -> None:
-        """Take back the `sums` of one correction from those of another meter."""
+        """Restore the `sums` of one correction from those of another meter."""
         for key, sums in saved.items():
             if key[0] == name:
                 self.sums[key] = sums

@@ -1,4 +1,4 @@
-"""Module hooks that torch.compile leaves alone and that copies of a model do not hold."""
+"""Module hooks that torch.compile ignores and that copies of a model do not hold."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Hook:
     """A callable for one module; on a copy of the module it does nothing.
 
     Copies and pickles hold no hook, see `ReduceWithoutHooks`. A module class that copies itself
-    in its own way may take one along all the same: it is inert there.
+    in its own way may still copy one: it is inert there.
 
     Args:
         module: The module whose events count, None for none.

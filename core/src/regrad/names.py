@@ -12,9 +12,9 @@ from regrad.module_hooks import WRAPPER
 def parameter_names(model: nn.Module, optimizer: optim.Optimizer) -> dict[Tensor, str]:
     """Return a name for each parameter of the optimizer, frozen ones included.
 
-    A parameter of the model has its name there, without what wrappers add. One outside of it, as
-    of a learnt loss, is named by its group and its place in it, which neither unfreezing nor a
-    resume changes.
+    A parameter of the model has its name there, without the prefixes of wrappers. A parameter
+    outside the model, as in a learnt loss, is named by its group and its position there, which
+    neither unfreezing nor resuming changes.
     """
     in_model = {p: re.sub(WRAPPER, "", name) for name, p in model.named_parameters()}
     names: dict[Tensor, str] = {}

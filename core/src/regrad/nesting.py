@@ -1,4 +1,4 @@
-"""Which call of an optimizer's `step` is the step, and which is a part of it."""
+"""Tell an optimizer's outermost `step` from the calls inside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corrections' state in the optimizer's: a script that saves that one resumes exactly."""
+"""Keep the corrections' state in the optimizer's, so that scripts which save it resume exactly."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from regrad.sharding import local
 KEY = "regrad"
 PARTS = ("corrections", "effects", "receipt")
 WITHOUT = (
-    "the optimizer's state was loaded without the state of {names}, which starts anew: it was "
-    "saved without regrad, or by a way that keeps nothing but the optimizer's own values; save "
-    "attachment.state_dict() beside it there"
+    "the optimizer's state was loaded without the state of {names}, which starts from scratch: it "
+    "was saved without regrad, or in a way that keeps only the optimizer's own values; then save "
+    "attachment.state_dict() beside it"
 )
 ANOTHER = (
-    "optimizer state must come from the same corrections; {found}; attach as it was saved, or "
-    "remove the key 'regrad' from {place} to start the corrections anew"
+    "optimizer state must come from the same corrections; {found}; attach the corrections it was "
+    "saved with, or remove the key 'regrad' from {place} to reset the corrections"
 )
 DAMAGED = (
     "the key 'regrad' of the optimizer's state must hold what regrad saved there, got {got}; "
-    "remove it to start the corrections anew"
+    "remove it to reset the corrections"
 )
 ELSEWHERE = (
-    "optimizer state must be loaded on every process alike, another process refused its part; "
+    "optimizer state must load on every process, but another process refused its part; "
     "see its error"
 )
 # What a process says to the others in place of the step that its state is of.
@@ -58,24 +58,24 @@ UNREADABLE = (
 
 
 class StateHolder(Protocol):
-    """What this file needs of an attachment, see `regrad.Attachment`."""
+    """What this file needs from an attachment, see `regrad.Attachment`."""
 
     optimizer: Optimizer
     corrections: tuple[Correction, ...]
     engine: Engine
 
     def receipt(self) -> dict[str, Any]:
-        """Return what really happened."""
+        """Return what actually happened."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the corrections' state."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
 
 
 class StateInOptimizer:
-    """Adds the corrections' state to what the optimizer saves, and takes it back with that.
+    """Adds the corrections' state to what the optimizer saves, and restores it from there.
 
     `state_dict()["regrad"]` is what `Attachment.state_dict` returns; torch ignores the key where
     regrad is missing. `torch.distributed.checkpoint.state_dict`, and an optimizer that is loaded
@@ -205,7 +205,7 @@ class StateInOptimizer:
             raise RegradError(ANOTHER.format(found=found, place=place))
 
     def _agreed(self, own: Any, problem: RegradError | None) -> Any:
-        """Return the state if every process has one of the same step, else None.
+        """Return the state if every process has one from the same step, else None.
 
         Shards must be loaded on every process: a part of the processes with state and a part
         without would part ways.
@@ -251,7 +251,7 @@ class StateInOptimizer:
         self._attachment.engine.before_use = None if unproved is None else self._prove
 
     def _prove(self) -> None:
-        """Take back a state that is not of these weights, at the first use after a load."""
+        """Restore a state that is not of these weights, at the first use after a load."""
         self._attachment.engine.before_use = None
         then = self._unproved
         before = self._before
@@ -319,7 +319,7 @@ def carries(groups: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def take_out(groups: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Remove the packed copies from an optimizer's groups, so that the corrections start anew.
+    """Remove the packed copies from an optimizer's groups, so that the corrections start afresh.
 
     Args:
         groups: Of an optimizer, or of its state_dict. Overwritten.
@@ -346,7 +346,7 @@ def _without_ours(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def form_problem(own: Any) -> str | None:
-    """Return what keeps a value from being a state of `Attachment.state_dict`, or None."""
+    """Return why a value is not a state from `Attachment.state_dict`, or None."""
     if not isinstance(own, Mapping):
         return f"a {type(own).__name__}"
     lacking = [part for part in PARTS if not isinstance(own.get(part), Mapping)]
@@ -360,7 +360,7 @@ def form_problem(own: Any) -> str | None:
     for row in rows:
         is_row = isinstance(row, Mapping) and isinstance(row.get("options"), Mapping)
         if not is_row or not isinstance(row.get("name"), str):
-            return "a receipt with something else than corrections and their options"
+            return "a receipt with something other than corrections and their options"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What is asked of torch's optimizers: their parameters, their first moment, do they look ahead?"""
+"""Facts about torch's optimizers: their parameters, their first moment, whether they look ahead."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def looks_ahead(optimizer: optim.Optimizer) -> bool:
         optimizer: The innermost torch optimizer.
 
     Returns:
-        True for NAdam, and where any parameter group says `nesterov=True`.
+        True for NAdam, and if any parameter group has `nesterov=True`.
 
     Example:
         >>> import torch

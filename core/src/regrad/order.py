@@ -36,7 +36,7 @@ def resolve_order(
 def _sorted(
     corrections: Sequence[Correction], behind: dict[str, dict[str, str]]
 ) -> list[Correction]:
-    """Take, again and again, the first correction that has nothing left to wait for."""
+    """Repeatedly take the first correction that has nothing left to wait for."""
     waiting = list(corrections)
     ordered: list[Correction] = []
     while waiting:
@@ -86,7 +86,7 @@ def _must_follow(correction: Correction, others: Sequence[Correction]) -> dict[s
 
 
 def _refuse_conflicts(corrections: Sequence[Correction]) -> None:
-    """Raise where two corrections cannot be attached together."""
+    """Raise if two corrections cannot be attached together."""
     for one, other in itertools.combinations(corrections, 2):
         told = (one.needs.conflicts.get(other.name), other.needs.conflicts.get(one.name))
         shared = sorted(_owned(one) & _owned(other))

@@ -61,7 +61,7 @@ def moved_by_another(own: LooksAhead, parameters: Iterable[Tensor]) -> LooksAhea
 
 
 def add(engine: LooksAhead) -> None:
-    """Let a window be closed before any other optimizer steps its parameters.
+    """Close a window before any other optimizer steps its parameters.
 
     Such a step would otherwise start from the predicted weights, and be undone when they are
     restored.

@@ -1,4 +1,4 @@
-"""What was done with the present gradients, in case the step raises and is tried again."""
+"""What was done with the current gradients, in case the step raises and is tried again."""
 
 from collections.abc import Iterable
 
@@ -8,10 +8,10 @@ from regrad.sharding import local
 
 
 class Progress:
-    """Remembers which corrections were made of which gradients.
+    """Remembers which corrections were applied to which gradients.
 
-    A step that raises after its corrections, as for want of memory, may be tried again with the
-    same gradients: they must not be corrected twice.
+    A step that raises after its corrections, when memory runs out for example, may be tried again
+    with the same gradients: they must not be corrected twice.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Progress:
         self._gradients: list[tuple[Tensor, int]] = []
 
     def forget(self) -> None:
-        """Begin anew: the gradients were used."""
+        """Start over: the gradients were used."""
         self._done.clear()
         self._gradients = []
 

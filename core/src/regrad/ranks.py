@@ -57,9 +57,9 @@ def agree_across_ranks(
         in_parts: As for `reads_model`.
 
     Returns:
-        Whether what was seen now is proof. It is none where ranks hold different
-        weights under the same names: parts of a model, or copies that data
-        parallelism has yet to make the same. Ask `check_first_step` then.
+        Whether this settles the question. It does not if ranks hold different weights under the
+        same names: parts of a model, or copies that data parallelism has yet to synchronise. In
+        that case call `check_first_step` later.
 
     Raises:
         RegradError: If the ranks attach different corrections, versions or options;
@@ -96,10 +96,10 @@ def check_first_step(
     proved: bool,
     in_parts: bool = False,
 ) -> None:
-    """Raise unless the optimizer still trains the model, with copies of weights where they must be.
+    """Raise unless the optimizer still trains the model, and weights that must be copies are.
 
     Called before the first step: data parallelism has made the ranks' weights the
-    same by then, and what replaces the optimizer's parameters has done so.
+    same by then, and whatever replaces the optimizer's parameters has done so.
 
     Args:
         model: As given to attach.
@@ -109,7 +109,7 @@ def check_first_step(
         in_parts: As for `reads_model`.
 
     Raises:
-        RegradError: If none of the optimizer's parameters is the model's any more, or a
+        RegradError: If none of the optimizer's parameters belongs to the model any more, or a
             correction that reads the whole model sees a part of it.
     """
     _refuse_replaced_parameters(model, optimizer)
@@ -122,13 +122,13 @@ def check_first_step(
     if not _are_copies(_gather(_samples(model), _device(optimizer))):
         raise RegradError(
             f"{_refused(wide)}, but the weights of the ranks differ: pipeline stages, experts, or "
-            "copies that were never made the same; broadcast the weights before the first step "
-            f"if they are copies, else {_way_out(wide)}"
+            "copies that were never synchronised; if they are copies, broadcast the weights "
+            f"before the first step, otherwise {_way_out(wide)}"
         )
 
 
 def _refuse_replaced_parameters(model: nn.Module, optimizer: Optimizer) -> None:
-    """Refuse an optimizer none of whose parameters is the model's any more."""
+    """Refuse an optimizer if none of its parameters belongs to the model any more."""
     trained = [p for p in parameters_of(optimizer) if p.requires_grad]
     if trained and set(model.parameters()).isdisjoint(trained):
         raise RegradError(
@@ -149,7 +149,7 @@ def _is_process_group_there() -> bool:
 
 
 def _device(optimizer: Optimizer) -> torch.device:
-    """Return the first place of parameters that the process group can reach.
+    """Return the first device of parameters that the process group can reach.
 
     Raises:
         RegradError: If it can reach none of them.
@@ -162,7 +162,7 @@ def _device(optimizer: Optimizer) -> torch.device:
             return parameter.device
     kind = parameters[0].device.type
     raise RegradError(
-        f"parameters must lie where the process group can reach them, got {kind} with the "
+        f"parameters must be where the process group can reach them, got {kind} with the "
         f"backends {backends}; move the model to its device before attach, or give "
         f"init_process_group a backend for {kind} too"
     )
@@ -223,7 +223,7 @@ def _named(model: nn.Module) -> dict[str, nn.Parameter]:
 def _samples(model: nn.Module) -> dict[str, str]:
     """Return digests of some numbers of every parameter, by this rank's place in their mesh.
 
-    Ranks at one place hold copies of one another. A parameter that is no DTensor has
+    Ranks at one place hold copies of one another. A parameter that is not a DTensor has
     the same place, "everywhere", on all ranks.
     """
     found: dict[str, list[Tensor]] = {}
@@ -327,7 +327,7 @@ def _refuse_other_corrections(corrections: Sequence[str]) -> None:
 
 
 def _refuse_stages(wide: Sequence[Correction], stages: Sequence[str | None]) -> None:
-    """Refuse corrections that read the whole model where it is cut into pipeline stages."""
+    """Refuse corrections that read the whole model if it is cut into pipeline stages."""
     known = [stage for stage in stages if stage is not None]
     if wide and known:
         raise RegradError(
@@ -354,7 +354,7 @@ def _refuse_missing_stages(
 
 
 def _refuse_parts(wide: Sequence[Correction], described: Sequence[Mapping[str, str]]) -> None:
-    """Refuse corrections that read the whole model where ranks hold different parameters."""
+    """Refuse corrections that read the whole model if ranks hold different parameters."""
     for rank, theirs in enumerate(described):
         if wide and theirs["digest"] != described[0]["digest"]:
             raise RegradError(

@@ -1,4 +1,4 @@
-"""The receipt: what really happened, as plain values that JSON can hold."""
+"""The receipt: what actually happened, as plain values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def receipt(engine: Engine, reasons: tuple[str, ...]) -> dict[str, Any]:
 
     Args:
         engine: Of the attachment.
-        reasons: Why corrections were moved, and what they note of their choices.
+        reasons: Why corrections were moved, and what they note about their choices.
     """
     step = engine.step()
     notes = list(reasons)

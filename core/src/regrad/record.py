@@ -28,10 +28,10 @@ class Call:
 
 
 class ForwardRecord:
-    """Records the first training forward after it is made, then takes its hooks away.
+    """Records the first training forward after its creation, then removes its hooks.
 
-    Of several modules that are attached together each one's own is recorded, in the order in which
-    they are called; the output of the one that was called last is the model's.
+    For several modules that are attached together, each one's forward is recorded, in the order of
+    the calls; the output of the last one called is the model's.
 
     Args:
         model: The innermost module. Gets a forward hook per submodule until then.

@@ -41,7 +41,7 @@ def check(
     *,
     is_served: bool = False,
 ) -> None:
-    """Raise unless these corrections can be right on these models and this optimizer.
+    """Raise unless these corrections can work correctly on these models and this optimizer.
 
     What depends on the layout is left to `check_layout`.
 
@@ -55,7 +55,7 @@ def check(
 
     Raises:
         ValueError: If the criterion is a word other than "inside".
-        TypeError: If a model is no module, or the criterion cannot be called.
+        TypeError: If a model is not a module, or the criterion cannot be called.
         RegradError: For every refusal, with its reason.
     """
     optimizer = holder_of_all(layers)
@@ -98,7 +98,7 @@ def check_layout(corrections: Sequence[Correction], layout: Layout) -> None:
 
 def _refuse_what_is_no_model(models: Sequence[Any]) -> None:
     if not models:
-        raise TypeError("model must be a torch.nn.Module or a list of some, got an empty list")
+        raise TypeError("model must be a torch.nn.Module or a list of modules, got an empty list")
     for model in models:
         if not isinstance(model, nn.Module):
             _refuse_deepspeed([model])
@@ -181,11 +181,11 @@ def _refuse_steps_inside_backward(models: Sequence[nn.Module], layers: Sequence[
 
 
 def _refuse_meta_parameters(models: Sequence[nn.Module], optimizer: Optimizer) -> None:
-    """Refuse parameters that have a shape but no numbers yet."""
+    """Refuse parameters that have a shape but no values yet."""
     for parameter in parameters_of(optimizer):
         if parameter.is_meta:
             raise RegradError(
-                f"parameters must have numbers, got {_name_of(parameter, models)} on the meta "
+                f"parameters must hold values, got {_name_of(parameter, models)} on the meta "
                 "device; materialise the model first: model.to_empty(device=…), then initialise "
                 "or load it"
             )
@@ -204,14 +204,14 @@ def _refuse_optimizers_without_hooks(optimizer: Optimizer) -> None:
     """Refuse an optimizer that skipped the constructor in which torch makes room for hooks."""
     if not hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
         raise RegradError(
-            f"{type(optimizer).__name__} cannot hold hooks, since it does not call "
-            "super().__init__(); attach to the optimizer that it wraps, or have it call that"
+            f"{type(optimizer).__name__} cannot hold hooks, because it does not call "
+            "super().__init__(); attach to the optimizer that it wraps, or add that call"
         )
 
 
 def _refuse_a_second_attachment(optimizer: Optimizer) -> None:
     if optimizer in ATTACHED:
-        raise RegradError("optimizer is attached already; detach() the other attachment first")
+        raise RegradError("optimizer is already attached; detach() the other attachment first")
 
 
 # ---- of one correction
@@ -220,7 +220,7 @@ def _refuse_a_second_attachment(optimizer: Optimizer) -> None:
 def _refuse_a_second_use(correction: Correction) -> None:
     if correction.attachment is not None:
         raise RegradError(
-            f"{correction.name!r} is attached already; create another for a second attachment"
+            f"{correction.name!r} is already attached; create another for a second attachment"
         )
 
 
@@ -251,7 +251,7 @@ def _refuse_several_closure_calls(correction: Correction, layers: Sequence[Any])
 
 
 def _refuse_optimizers_that_move_weights(correction: Correction, layers: Sequence[Any]) -> None:
-    """Refuse a window, or flows added to hidden states, where the optimizer moves weights too."""
+    """Refuse a window, or flows added to hidden states, if the optimizer moves weights too."""
     stages = correction.needs.stages
     for layer in layers:
         if "weights" in stages or "hidden" in stages:
@@ -273,14 +273,15 @@ def _refuse_a_second_evaluation(correction: Correction, layer: Any) -> None:
 def _refuse_schedule_free(correction: Correction, layer: Any) -> None:
     if is_kind(layer, "schedulefree"):
         raise RegradError(
-            f"{correction.name!r} and a Schedule-Free optimizer both move the point of the gradient"
+            f"{correction.name!r} and a Schedule-Free optimizer both move the point at which the "
+            "gradient is taken"
         )
 
 
 def _refuse_moves_after_the_step(correction: Correction, layer: Any) -> None:
     if any(is_kind(layer, kind) for kind in MOVES_AFTER_THE_STEP):
         raise RegradError(
-            f"{correction.name!r} predicts the coming step; {type(layer).__name__} moves the "
+            f"{correction.name!r} predicts the next step; {type(layer).__name__} moves the "
             "weights once more after it; use one of the two"
         )
 

@@ -31,7 +31,7 @@ class HookRegistry(pluggy.PluginManager):
         """Return the options of one implementation.
 
         Raises:
-            RegradError: If a correction marks its place, or an observer is no wrapper.
+            RegradError: If a correction marks its place, or an observer is not a wrapper.
         """
         marked: Any = super().parse_hookimpl_opts(plugin, name)
         placing = [option for option in PLACING if marked and marked[option]]

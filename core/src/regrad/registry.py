@@ -36,13 +36,13 @@ USES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What metadata says of one plugin, without importing it.
+    """What metadata says about one plugin, without importing it.
 
     The fields are as somebody wrote them: show them through `regrad.text.printable`.
 
     Attributes:
         name: The name that loads it.
-        distribution: Distribution that offers it; all of them, where several claim the name.
+        distribution: Distribution that offers it; all of them, if several claim the name.
         version: Version of that distribution.
         value: Where the object is, as "module:attribute".
         summary: The distribution's one-line description.
@@ -59,11 +59,11 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
-    """Corrections that go by one name.
+    """Several corrections under one name.
 
     Args:
-        parts: Names of the corrections, in order. `create` takes their options
-            with the part's name in front: "gcgd:gcw.prior=0.9".
+        parts: Names of the corrections, in order. `create` takes their options prefixed with the
+            part's name: "gcgd:gcw.prior=0.9".
     """
 
     parts: tuple[str, ...]
@@ -78,12 +78,11 @@ def available(group: str = "regrad") -> dict[str, Entry]:
             "regrad.layouts".
 
     Returns:
-        One `Entry` per name, sorted. A name that two distributions claim, or that the
-        environment leaves out, is listed with `refused` set, and `load` refuses it.
-        `REGRAD_DISABLE` lists names to leave out of every group, `REGRAD_PLUGINS` the
-        only corrections to offer; commas or spaces separate names, an empty list is none.
-        A distribution whose metadata cannot be read offers nothing; `regrad plugins
-        doctor` names it.
+        One `Entry` per name, sorted. A name that two distributions claim, or that the environment
+        excludes, is listed with `refused` set, and `load` refuses it. `REGRAD_DISABLE` lists names
+        to leave out of every group, `REGRAD_PLUGINS` the only corrections to offer; commas or
+        spaces separate names, an empty list is none. A distribution whose metadata cannot be read
+        offers nothing; `regrad plugins doctor` names it.
     """
     claims: dict[str, list[Entry]] = {}
     for found, point in distributions.offers(group):
@@ -139,7 +138,8 @@ def load(name: str, group: str = "regrad") -> Any:
         The class, function or `Composition`.
 
     Raises:
-        ValueError: If nothing of that name is installed; says where else the name is known.
+        ValueError: If nothing of that name is installed; the message says where else the name is
+            known.
         PluginLoadError: If it cannot be imported, does not fit this core, or two
             distributions claim the name. Other plugins are unaffected.
     """
@@ -164,7 +164,7 @@ def _import(entry: Entry, group: str) -> Any:
     """
     if not re.fullmatch(r"[\w.]+(:[\w.]+)?(\s*\[.*\])?", entry.value):
         rule = f"must have an entry point 'module:attribute', got {entry.value!r}"
-        raise PluginLoadError(f"{_in_words(entry)} {rule}; install it anew")
+        raise PluginLoadError(f"{_in_words(entry)} {rule}; reinstall it")
     try:
         return metadata.EntryPoint(entry.name, entry.value, group).load()
     # A plugin may fail in any way: it is named, and the cause chained.
@@ -190,7 +190,7 @@ def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
     kind = _kind_of(group)
     several = several_in(name) if group == "regrad" else []
     if several:
-        return f"a name must be that of one correction, got {name!r}; write {several}"
+        return f"a name must stand for one correction, got {name!r}; write {several}"
     installed = ", ".join(printable(known) for known in entries) or "none"
     text = f"no {kind} named {name!r}; installed: {installed}"
     elsewhere = _known_elsewhere(name, group)
@@ -200,7 +200,7 @@ def _unknown(name: str, group: str, entries: Mapping[str, Entry]) -> str:
 
 
 def _known_elsewhere(name: str, group: str) -> str:
-    """Say what has a name that is not in a group; nothing where nothing has it."""
+    """Say what has a name that is not in a group; empty if nothing has it."""
     for kind, place in GROUPS.items():
         if place != group and name in available(place):
             article = "an" if kind == "optimizer" else "a"
@@ -235,7 +235,7 @@ def several_in(text: str) -> list[str]:
     Commas, spaces and plus signs separate, where the name of an installed correction follows.
 
     Returns:
-        A text per correction; none where the text does not name several.
+        A text per correction; empty if the text does not name several.
 
     Example:
         >>> several_in("no-such-correction, neither")
@@ -258,7 +258,7 @@ def several_in(text: str) -> list[str]:
 
 
 def _misfit(loaded: Any, name: str) -> str:
-    """Say why `loaded` is no correction that fits this core; nothing where it is."""
+    """Say why `loaded` is not a correction that fits this core; empty if it is."""
     is_class = isinstance(loaded, type) and issubclass(loaded, Correction)
     if not is_class and not isinstance(loaded, Composition):
         return f"must offer a Correction class or a Composition, got {printable(repr(loaded))}"
@@ -276,7 +276,7 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
 
     Args:
         spec: Name, optionally with options: "agc:max_ratio=0.02,axis=auto".
-        **options: More options; they win over those in `spec`.
+        **options: More options; they take precedence over those in `spec`.
 
     Returns:
         The correction, or one per part for a `Composition`.
@@ -284,7 +284,7 @@ def create(spec: str, **options: Any) -> Correction | tuple[Correction, ...]:
     Raises:
         ValueError: If the name is not installed, `spec` cannot be read or an
             option is out of range.
-        TypeError: If `spec` is no text, or an option is unknown or of the wrong type.
+        TypeError: If `spec` is not a string, or an option is unknown or of the wrong type.
         PluginLoadError: If the plugin cannot be loaded.
     """
     if not isinstance(spec, str):
@@ -313,7 +313,7 @@ def _read_one(spec: str) -> tuple[str, dict[str, Any]]:
 
 def _alone(spec: str, several: list[str]) -> str:
     """Say that a text names several corrections."""
-    return f"a name must be that of one correction, got {spec!r}; write {several}"
+    return f"a name must stand for one correction, got {spec!r}; write {several}"
 
 
 def _create_parts(
@@ -345,17 +345,18 @@ def create_all(specs: Iterable[str | Correction]) -> list[Correction]:
     """Turn what `attach` is given into corrections.
 
     Args:
-        specs: Names with options as for `create`, or `Correction` objects, in the order
-            in which they shall act.
+        specs: Names with options as for `create`, or `Correction` objects, in the order in which
+            they act.
 
     Returns:
-        The corrections, each with stages and hooks that agree, no name twice.
+        The corrections, with matching stages and hooks, and no name twice.
 
     Raises:
-        TypeError: If `specs` is no list, or an item is neither; says the right form.
-        ValueError: If no correction of a name is installed or an option is out of range.
+        TypeError: If `specs` is not a list, or an item is neither; the message shows the right
+            form.
+        ValueError: If no correction of that name is installed or an option is out of range.
         PluginLoadError: If a plugin cannot be loaded.
-        RegradError: If a name comes twice, or a class declares what it does not implement.
+        RegradError: If a name occurs twice, or a class declares what it does not implement.
     """
     given = as_list(specs)
     made: list[Correction] = []
@@ -382,8 +383,8 @@ def as_list(specs: Iterable[str | Correction]) -> list[str | Correction]:
         specs: As for `create_all`.
 
     Raises:
-        TypeError: If `specs` is no list, or an item is neither a name nor a `Correction`;
-            says the right form.
+        TypeError: If `specs` is not a list, or an item is neither a name nor a `Correction`; the
+            message shows the right form.
     """
     _refuse_no_list(specs)
     items: list[Any] = list(specs)
@@ -414,7 +415,7 @@ def _refuse_no_list(specs: Any) -> None:
 
 
 def _form_of(item: Any) -> str:
-    """Say what an item is that is no correction, and the right form of it."""
+    """Say what an item is that is not a correction, and the right form of it."""
     if isinstance(item, type) and issubclass(item, Correction):
         return f"the class {item.__name__}; write [{item.__name__}()]"
     kind = item if isinstance(item, type) else type(item)
@@ -423,7 +424,7 @@ def _form_of(item: Any) -> str:
             f"the optimizer {kind.__name__}; it is the argument before: attach(model, optimizer, …)"
         )
     if isinstance(item, Composition):
-        return f"{item!r}; write the name that it is installed under"
+        return f"{item!r}; write the name it is installed under"
     if isinstance(item, Mapping):
         calls = ", ".join(_call(name, options) for name, options in item.items())
         return f"{item!r}; write [{calls}]"
@@ -453,7 +454,7 @@ def origin(correction: Correction) -> dict[str, str]:
     """Return the distribution and version that a correction comes from.
 
     Returns:
-        "distribution" and "version"; "local" and "" for one that no distribution installed.
+        "distribution" and "version"; "local" and "" for one that does not come from a distribution.
     """
     entry = available().get(correction.name)
     package = type(correction).__module__.partition(".")[0]

@@ -1,4 +1,4 @@
-"""Notices what somebody else wrote into tensors, without reading them whole."""
+"""Notices when somebody else writes into tensors, without reading all of them."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ SAMPLES = 64
 
 
 class Samples:
-    """Tells whether tensors are still as they were.
+    """Tells whether tensors are unchanged.
 
     Torch counts the writes into a tensor in `Tensor._version`. Writes through `.data` are not
     counted, so that a few elements of each tensor are kept as well and compared: all of a small
-    tensor, evenly spread ones of a large tensor. A write through `.data` that leaves all of them
-    alone goes unseen.
+    tensor, evenly spread ones of a large tensor. A write through `.data` that changes none of these
+    elements goes unnoticed.
 
     Args:
         tensors: What to watch, plain or DTensor. May be empty.
@@ -83,7 +83,7 @@ class _Group:
         self._lengths = [view.numel() for view in self._views]
         self._places = self._current_places()
         self._kept = torch.cat(self._views)
-        # Of which tensor each element is; made where it is asked for.
+        # Of which tensor each element is; made where it is needed.
         self._owners: Tensor | None = None
 
     def _current_places(self) -> list[int]:

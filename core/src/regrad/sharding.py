@@ -58,7 +58,7 @@ def sum_over_shards(values: Tensor, tensor: Any, kept: int | None = None) -> Ten
 
 @torch.no_grad()
 def reduce_gradients(parameters: Iterable[Tensor]) -> None:
-    """Lay each `.grad` out as its parameter: under sequence parallelism it is a pending sum.
+    """Give each `.grad` its parameter's layout: under sequence parallelism it is a pending sum.
 
     Collective where a layout differs: every process must call it for the same
     parameters in the same order.
@@ -76,7 +76,7 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def reduce_states(optimizer: Optimizer) -> None:
-    """Lay the optimizer's state out as its parameters.
+    """Give the optimizer's state the layout of its parameters.
 
     Steps before attach leave pending sums in it. Collective where a layout differs, as
     `reduce_gradients` is.
@@ -94,7 +94,7 @@ def reduce_states(optimizer: Optimizer) -> None:
 
 
 def _laid_out_as(parameter: Any, tensor: Any) -> Any:
-    """Return `tensor`, redistributed where both are DTensors whose placements differ."""
+    """Return `tensor`, redistributed if both are DTensors with different placements."""
     if not (is_sharded(parameter) and is_sharded(tensor)):
         return tensor
     if tensor.placements == parameter.placements:
@@ -104,7 +104,7 @@ def _laid_out_as(parameter: Any, tensor: Any) -> Any:
 
 @torch.no_grad()
 def row_norms(tensor: Tensor, axis: int | None = 0) -> Tensor:
-    r"""Return the norm of each unit of `tensor`, exact where it is cut into shards.
+    r"""Return the norm of each unit of `tensor`, exact if it is cut into shards.
 
     Args:
         tensor: Shape [d_0, …, d_n], plain or DTensor.
@@ -146,7 +146,7 @@ def _norms_over(dims: Sequence[int], part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all tensors together, exact where they are cut into shards.
+    """Return the norm of all tensors together, exact if they are cut into shards.
 
     Args:
         tensors: Any shapes, plain or DTensor. May be empty.

@@ -49,7 +49,7 @@ def takes(
 class ClassSignature:
     """A class's `__signature__`: the fields of its `Options` in place of `**options`.
 
-    It is read from the class when somebody asks, so a plugin has it without writing anything.
+    It is read from the class when somebody asks, so plugins get it for free.
     """
 
     def __get__(self, instance: object, owner: type[Any]) -> Signature | None:

@@ -14,20 +14,20 @@ def read_spec(text: str, what: str = "options") -> tuple[str, dict[str, Any]]:
     """Split "name:option=value,option=value" into the name and its options.
 
     A value is a number, `true`, `false` or `none` in any case, a list in brackets or
-    parentheses, or else a text. A text in quotes may hold commas and brackets, and may look
-    like a number. Spaces around names and values do not count.
+    parentheses, or otherwise text. Quoted text may hold commas and brackets, and may look like a
+    number. Spaces around names and values are ignored.
 
     Args:
         text: As the user typed it.
         what: What it names, as an error calls it.
 
     Returns:
-        The name, and the options in the order in which they stand there. A list becomes a
-        tuple. An option of a part has the part's name in front: "gcw.prior".
+        The name, and the options in their order. A list becomes a tuple. An option of a part is
+        prefixed with the part's name: "gcw.prior".
 
     Raises:
-        ValueError: If it is not of that form, an option is given twice, or a number is too
-            large for a float; says what to write.
+        ValueError: If it is not of that form, an option is given twice, or a number is too large
+            for a float; the message says what to write.
 
     Example:
         >>> read_spec("agc:max_ratio=1e-2,axis=auto")
@@ -64,21 +64,23 @@ class _Reader:
             name = self._name()
             if name in options:
                 raise ValueError(
-                    f"option {name!r} must be given once, got {self._shown}; take out all but one"
+                    f"option {name!r} must be given once, got {self._shown}; remove all but one"
                 )
             options[name] = self._value(name)
             if not self._left:
                 return options
             if self._take(",") is None:
-                raise self._refusal(f"put a comma before {self._left[:20]!r}, or quotes around all")
+                raise self._refusal(
+                    f"put a comma before {self._left[:20]!r}, or quotes around the whole text"
+                )
 
     def _name(self) -> str:
         """Read "option=", where the name may have several parts with dots between them."""
         item = self._take(r"[^,=]*") or ""
         if self._take("=") is None:
             if not item:
-                raise self._refusal("take out the comma too many")
-            raise self._refusal(f"give {item!r} a value, or put quotes around a text with commas")
+                raise self._refusal("remove the extra comma")
+            raise self._refusal(f"give {item!r} a value, or put quotes around text with commas")
         if not all(part.strip() for part in item.split(".")):
             raise self._refusal("write the option's name before '='")
         return item
@@ -93,7 +95,7 @@ class _Reader:
             return value
         word = self._take(r"[^,]+")
         if word is None:
-            raise self._refusal(f"give {name!r} a value; '' is an empty text")
+            raise self._refusal(f"give {name!r} a value; '' is empty text")
         return self._plain(word)
 
     def _list(self, closing: str) -> tuple[Any, ...]:
@@ -115,10 +117,10 @@ class _Reader:
             return self._plain(word)
         if not self._left:
             raise self._refusal(f"close the list with {closing!r}")
-        raise self._refusal("put numbers, words or texts in quotes between the commas of a list")
+        raise self._refusal("put numbers, words or quoted text between the commas of a list")
 
     def _quoted(self) -> str | None:
-        """Read a text in quotes; None where there is none."""
+        """Read a text in quotes; None if there is none."""
         if self._left[:1] not in {"'", '"'}:
             return None
         text = self._take(r"'[^']*'|\"[^\"]*\"")
@@ -138,7 +140,7 @@ class _Reader:
         return number
 
     def _take(self, pattern: str) -> str | None:
-        """Take what matches off the front, and the spaces around it; None where nothing matches."""
+        """Take what matches off the front, and the spaces around it; None if nothing matches."""
         found = re.match(pattern, self._left)
         if found is None:
             return None

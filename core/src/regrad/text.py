@@ -1,4 +1,4 @@
-"""Text that others wrote, made fit to be shown."""
+"""Make text that others wrote safe to show."""
 
 import unicodedata
 
@@ -8,7 +8,7 @@ UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def printable(text: object, *, keep: str = "") -> str:
-    r"""Return text in which a terminal finds nothing to obey, with escapes for what cannot be seen.
+    r"""Return text without control sequences, with escapes for what cannot be seen.
 
     For what a third party wrote: metadata, names, the texts of exceptions and warnings.
 

@@ -19,14 +19,14 @@ Move = Tensor | LastStep | None
 
 
 class Window:
-    """Moves weights and restores them bit for bit, but for those that were written meanwhile.
+    """Moves weights and restores them bit for bit, except those that were written meanwhile.
 
-    One buffer per parameter, kept from step to step: allocating it anew costs several times the
+    One buffer per parameter, kept from step to step: allocating it again costs several times the
     copy. While the weights are moved it holds the true ones. After the optimizer's step it still
     holds those from before the step, so that a `LastStep` can be followed.
 
     Attributes:
-        is_open: Whether the weights of this step were already asked for; true also
+        is_open: Whether the weights of this step were already requested; true also
             when nothing had to be moved.
         overwritten: Those that held other values than the window's at its last closing.
         overwritten_on_device: How many more there were so far whose values only their device
@@ -114,7 +114,7 @@ class Window:
 
     @torch.no_grad()
     def where_to(self, parameters: Sequence[Tensor], moves: Sequence[Move]) -> list[Tensor | None]:
-        """Return where `open` would move each parameter, as a new tensor; None where it stays.
+        """Return where `open` would move each parameter, as a new tensor; None if it does not move.
 
         Args:
             parameters: The live parameters.
@@ -179,7 +179,7 @@ class Window:
         return [parameter for parameter in written if parameter in moved]
 
     def _forget_what_was_written(self) -> dict[Tensor, Tensor]:
-        """Let no buffer hold what is no longer of use because somebody else wrote the weights.
+        """Empty the buffers that became useless because somebody else wrote the weights.
 
         It then holds nothing.
 
@@ -332,7 +332,7 @@ class Window:
         return state if state["before"] or state["ahead"] else {}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` returned; it is used with the weights of the next forward.
+        """Restore what `state_dict` returned; it is used with the weights of the next forward.
 
         Args:
             state: Empty, or as `state_dict` returned it.
@@ -347,7 +347,7 @@ class Window:
                 self._loaded[parameter] = loaded
 
     def _take_loaded(self) -> None:
-        """Put what was loaded into the buffers, where it belongs to the weights there are."""
+        """Put what was loaded into the buffers, if it belongs to the current weights."""
         loaded = self._loaded
         self._loaded = {}
         for parameter, one in loaded.items():

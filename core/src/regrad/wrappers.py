@@ -1,4 +1,4 @@
-"""What is inside wrappers: the user's module, and the optimizers that wrap one another."""
+"""Look inside wrappers: the user's module, and the optimizers that wrap one another."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def optimizer_layers(optimizer: Any) -> list[Any]:
     """Return an optimizer and those that it wraps, outermost first.
 
     Raises:
-        TypeError: If the innermost is no torch optimizer.
+        TypeError: If the innermost is not a torch optimizer.
     """
     layers = [optimizer]
     while (inner := _inner_optimizer(layers[-1])) is not None:
@@ -36,7 +36,7 @@ def optimizer_layers(optimizer: Any) -> list[Any]:
 
 
 def _inner_optimizer(optimizer: Any) -> Any:
-    """Return what a wrapper steps, or None where `optimizer` wraps nothing."""
+    """Return what a wrapper steps, or None if `optimizer` wraps nothing."""
     for name in INNER:
         inner = getattr(optimizer, name, None)
         if isinstance(inner, optim.Optimizer):
@@ -90,7 +90,7 @@ def wrap_closure(args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[
     """Return (args, kwargs) of `optimizer.step` with `then` called after its closure.
 
     Returns:
-        None where no closure is passed.
+        None if no closure is passed.
     """
     optimizer, *positional = args
     rest = dict(kwargs)

@@ -134,7 +134,9 @@ def test_the_small_side_of_growth_has_gradients_that_are_corrected(name):
 def test_corrections_that_go_together_are_attached_together():
     names = that_go_together(QUICK, 2)
     assert len(names) == 2
-    with pytest.raises(ValueError, match="100 corrections must be installed"):
+    with pytest.raises(
+        ValueError, match="100 corrections that can be attached together must be installed"
+    ):
         that_go_together(QUICK, 100)
 
 
@@ -186,7 +188,8 @@ def test_readers_have_names_of_their_own():
 
 def test_a_pattern_that_fits_no_case_names_them_all():
     with pytest.raises(
-        ValueError, match=r"only must fit the name of a case, got 'nothing'; there are step/none, "
+        ValueError,
+        match=r"only must match the name of a case, got 'nothing'; there are step/none, ",
     ):
         chosen_cases("nothing")
 

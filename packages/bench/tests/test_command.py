@@ -46,7 +46,7 @@ def test_a_case_is_measured_by_its_name_with_the_threads_asked_for():
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--device", "tpu"], "device must be one of all, cpu, cuda, got 'tpu'"),
         (["--markdown", "nowhere.md"], "markdown must be a page that exists, got 'nowhere.md'"),
-        (["--only", "nothing"], "only must fit the name of a case, got 'nothing'"),
+        (["--only", "nothing"], "only must match the name of a case, got 'nothing'"),
         (["--speed"], "No such option"),
     ],
 )

@@ -135,5 +135,5 @@ def test_the_conditions_name_machine_versions_command_and_date():
     assert all(
         f"{name} " in told["Versions"] for name in ("torch", "timm", "pytorch-optimizer", "regrad")
     )
-    assert "no number means anything" in told["Sizes"]
+    assert "the numbers mean nothing" in told["Sizes"]
     assert "Sizes" not in about("regrad-bench", pairs=3, quick=False)

@@ -143,7 +143,7 @@ def checkpoints(toys, tmp_path_factory):
 
 
 def test_a_checkpoint_without_the_corrections_is_refused_unless_told(toys, tmp_path, checkpoints):
-    rule = r"must hold the state of \['xgrad'\], it has none; pass strict=False to RegradCallback to start them anew"
+    rule = r"must hold the state of \['xgrad'\], got none; pass strict=False to RegradCallback to reset them"
     with pytest.raises(RegradError, match=rule):
         toys.trainer(tmp_path, RegradCallback(["xgrad"])).fit(
             toys.Classifier(), toys.loader(), ckpt_path=checkpoints / "without.ckpt"
@@ -260,11 +260,11 @@ def test_a_criterion_is_corrected_in_training_and_given_back(toys, tmp_path):
         ),
         (
             {"corrections": [], "module": "net.0"},
-            "must hold all that the optimizer trains, 'net.0' lacks 4 parameters",
+            "must hold every parameter that the optimizer trains, 'net.0' lacks 4 parameters",
         ),
         (
             {"corrections": [], "optimizer": 1},
-            "optimizer must be an index below 1, got 1; give each optimizer",
+            "optimizer must be an index below 1, got 1; use one RegradCallback",
         ),
     ],
 )
@@ -370,7 +370,10 @@ def test_a_module_that_is_never_called_trains_with_prediction_all_the_same(toys,
 
 
 def test_a_correction_that_must_see_a_forward_refuses_a_module_that_is_never_called(toys, tmp_path):
-    rule = "gcw must see what training_step calls, got no forward of the LightningModule; name it with module='…'"
+    rule = (
+        "gcw must attach to the module that training_step calls, got no forward of the "
+        "LightningModule; name it with module='…'"
+    )
     with pytest.raises(RegradError, match=rule):
         toys.trainer(tmp_path, RegradCallback(["gcw"])).fit(Images(), toys.loader())
 

@@ -74,7 +74,7 @@ def test_ctrl_c_at_one_of_two_processes_saves_once_and_ends_both_as_killed_with_
     )
     assert (first, second) == (130, 130), said + heard
     assert "stopping after this step; once more leaves at once" in heard
-    assert "stopped; this goes on from here: regrad train --resume --out out" in said
+    assert "stopped; to continue from here: regrad train --resume --out out" in said
     assert "Traceback" not in said + heard
     (path,) = checkpoints(tmp_path / "out" / "checkpoints")
     content = read_checkpoint(path)

@@ -86,7 +86,7 @@ def test_what_aborts_every_time_is_said_with_the_place():
 
 
 def test_processes_that_take_too_long_are_ended():
-    with pytest.raises(AssertionError, match=r"ended with \[None, None\] \(None: too late\)"):
+    with pytest.raises(AssertionError, match=r"ended with \[None, None\] \(None: timed out\)"):
         run_on_processes(sleep, patience=1)
 
 

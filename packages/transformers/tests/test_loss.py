@@ -122,7 +122,7 @@ def test_a_compiled_model_has_its_loss_corrected_beside_it_or_is_refused(
     make_trainer, weights, distance
 ):
     compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
-    with pytest.raises(RegradError, match=r"where the model is compiled, .*compute_loss_func="):
+    with pytest.raises(RegradError, match=r"if the model is compiled, .*compute_loss_func="):
         trained(make_trainer, weights, ["powergrad"], **compiled)
     ours, told, _ = trained(make_trainer, weights, ["powergrad"], BESIDE, **compiled)
     plain, plain_told, _ = trained(make_trainer, weights, ["powergrad"], max_steps=2)

@@ -79,7 +79,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_what_to_do_and_leaves_no
     ):
         resume(with_state, ["xgrad:horizon=0.5"])
     with pytest.raises(
-        RegradError, match=r"of a training with corrections, got one without; .*restore=False"
+        RegradError, match=r"from training with corrections, got one without; .*restore=False"
     ):
         resume(bare, ["xgrad"])
     resume(bare, ["xgrad"], restore=False)

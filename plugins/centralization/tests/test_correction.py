@@ -273,7 +273,7 @@ class Outsider(torch.optim.SGD):
 def test_decayed_is_refused_where_the_decay_is_not_in_the_gradient(make):
     model = make_model()
     with pytest.raises(
-        regrad.RegradError, match="decouples it or is not known; use placement='gradient'"
+        regrad.RegradError, match="decouples it or is unknown; use placement='gradient'"
     ):
         regrad.attach(model, make(model.parameters()), ["centralization:placement=decayed"])
     regrad.attach(model, make(model.parameters()), ["centralization"]).detach()
@@ -430,7 +430,7 @@ def test_idle_reasons_name_the_probable_cause():
         reason = attachment.corrections[0].idle_reason()
     assert reason == "the model has no convolution with several weights per output"
     with regrad.attach(model, sgd(model), [Centralization()]) as attachment:
-        assert attachment.corrections[0].idle_reason() == "the gradients' means were zero already"
+        assert attachment.corrections[0].idle_reason() == "the gradients' means were already zero"
     lone = nn.Sequential(nn.Linear(1, 3))
     with regrad.attach(lone, torch.optim.SGD(lone.parameters()), [Centralization()]) as attachment:
         assert (

@@ -281,7 +281,10 @@ def test_the_axis_of_a_parameter_may_be_given(reference, generator):
             "axis must be 'auto' or a list of 'pattern=dimension' or 'pattern=none', got 'body.weight'",
         ),
         (("body.weight=x",), "got 'body.weight=x'"),
-        (("bdy.*=1",), r"axis must name parameters of the model, got 'bdy\.\*', which fits none"),
+        (
+            ("bdy.*=1",),
+            r"axis must name parameters of the model, got 'bdy\.\*', which matches none",
+        ),
         (("body.*=1",), "axis must be below 1 for 'body.bias', got 1"),
     ],
 )

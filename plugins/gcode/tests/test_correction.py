@@ -386,7 +386,7 @@ def test_a_state_of_other_stages_is_refused(make_network, make_batches):
         state["layer9"] = state.pop("layer2")
         with pytest.raises(
             regrad.RegradError,
-            match="state must be of the stages layer1, layer2, got layer1, layer9",
+            match="state must be for the stages layer1, layer2, got layer1, layer9",
         ):
             correction.load_state_dict(state)
 

@@ -248,7 +248,7 @@ def test_named_stages_must_be_there_and_give_images():
         regrad.RegradError, match=r"stages must name modules of the model, got \['layer9'\]; it has"
     ):
         attached(CifarResNet(), 8, stages=("stages.0", "layer9"))
-    message = r"stages must take and give images \[B, C, H, W\]; 'fc' takes and gives \(\(2, 16\), \(2, 3\)\)"
+    message = r"stages must take and return images \[B, C, H, W\]; 'fc' takes and returns \(\(2, 16\), \(2, 3\)\)"
     with pytest.raises(regrad.RegradError, match=message):
         attached(CifarResNet(), 8, stages=("stages.0", "fc"))
 

@@ -86,8 +86,9 @@ def test_a_partial_of_the_function_keeps_its_arguments(batch):
 )
 def test_other_criteria_are_refused_and_told_what_to_use(criterion):
     message = (
-        "criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got .*; "
-        "where a loss contains a cross entropy, put regrad_powergrad.PowerGradCrossEntropyLoss in its place there"
+        "criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got .*; if a "
+        "loss contains a cross entropy, replace that part with "
+        "regrad_powergrad.PowerGradCrossEntropyLoss"
     )
     with pytest.raises(TypeError, match=message):
         PowerGrad().wrap_criterion(criterion)

@@ -111,7 +111,7 @@ def test_differentiating_twice_is_refused(batch):
     )
     with pytest.raises(
         RuntimeError,
-        match="must be differentiated once only, its gradient was differentiated again",
+        match="must be differentiated only once, but its gradient was differentiated again",
     ):
         gradient.square().sum().backward()
 
@@ -239,7 +239,8 @@ REFUSALS = {
     "integer probabilities": (
         {"target": torch.zeros(6, 5, dtype=torch.int64)},
         TypeError,
-        "target must be floating point where it has the shape of logits, got torch.int64; class indices have shape [6]",
+        "target must be floating point if it has the shape of logits, got torch.int64; class "
+        "indices have shape [6]",
     ),
     "short": (
         {"target": torch.zeros(3, dtype=torch.int64)},

@@ -35,7 +35,7 @@ def about(command: str, *, pairs: int, quick: bool) -> dict[str, str]:
         seen["Load at the start"] = (
             f"{os.getloadavg()[0]:.1f} processes wanted a core in the last minute"
         )
-    return seen | ({"Sizes": "quick: small ones, no number means anything"} if quick else {})
+    return seen | ({"Sizes": "quick: small sizes, so the numbers mean nothing"} if quick else {})
 
 
 def processor() -> str:

@@ -45,7 +45,7 @@ def chosen_cases(only: str = "*") -> list[Case]:
     chosen = [case for case in cases if fnmatchcase(case.name, only)]
     if not chosen:
         raise ValueError(
-            f"only must fit the name of a case, got {only!r}; "
+            f"only must match the name of a case, got {only!r}; "
             f"there are {', '.join(case.name for case in cases)}"
         )
     return chosen

@@ -87,7 +87,7 @@ def _sgd(gradients: Gradients) -> SGD:
 
 
 def _in_place(gradients: Gradients, correction: str, peer: Callable[[], object]) -> Pair:
-    """Return a pair that changes the same gradients in place; each call gets them anew."""
+    """Return a pair that changes the same gradients in place; each call gets them again."""
     attached = Attached(gradients.model, _sgd(gradients), [correction])
 
     def prepare() -> None:

@@ -37,7 +37,7 @@ class Pair:
         peer: One call of the other side.
         prepare: Called before each timed call, not timed.
         difference: Returns the largest relative difference between what the two
-            sides compute; None where they are not meant to be equal.
+            sides compute; None if they are not meant to be equal.
         close: Called at the end.
     """
 
@@ -56,15 +56,15 @@ class Case:
         name: Such as "step/xgrad"; the part before the slash is its section.
         ours: What is timed, in words.
         peer: What it is timed against, in words.
-        build: Makes both sides. Raises `ValueError` or a `RegradError` where that
+        build: Makes both sides. Raises `ValueError` or a `RegradError` if that
             cannot be done, and the table says so.
-        goal: The largest ratio that is good enough; None where there is no goal.
+        goal: The largest ratio that is good enough; None if there is no goal.
         goal_ms: The most milliseconds of our side that are good enough.
         memory_goal: The same for the ratio of peak memories; it is measured where this is given.
         scale: The ratio is divided by it: what the sizes of both sides lead one to expect.
         most_pairs: Pairs at most, for what takes seconds.
         repeats: Calls per time that is taken, for what takes microseconds.
-        host_only: Whether it is about the host alone, whatever the device.
+        host_only: Whether it is about the host only, whatever the device.
         wall: Whether it waits for another process.
         only_memory: Whether the ratio is that of the peak memories, and nothing is timed.
     """

@@ -29,16 +29,16 @@ def flag(text: str, *names: str, metavar: str | None = None) -> Any:
 def bench(
     *,
     only: Annotated[
-        str, flag("Cases whose name fits, such as 'alone/*'.", metavar="PATTERN")
+        str, flag("Cases whose name matches, such as 'alone/*'.", metavar="PATTERN")
     ] = "*",
     pairs: Annotated[int, flag("Pairs to time; some cases take fewer.", metavar="N")] = 20,
     threads: Annotated[int, flag("CPU threads.", metavar="N")] = 1,
     device: Annotated[str, flag("all, cpu or cuda.", metavar="NAME")] = "all",
-    quick: Annotated[bool, flag("Small sizes: does everything run?", "--quick")] = False,
+    quick: Annotated[bool, flag("Use small sizes to see that all runs.", "--quick")] = False,
     json: Annotated[bool, flag("Print JSON instead of a table.", "--json")] = False,
     csv: Annotated[Path | None, flag("Also write the results as CSV.", metavar="FILE")] = None,
     markdown: Annotated[
-        Path | None, flag("Also write them between the marks of a page.", metavar="FILE")
+        Path | None, flag("Also write them to a page, between its marks.", metavar="FILE")
     ] = None,
 ) -> int:
     """Time every correction beside the plain step and beside the peers that ship the same."""

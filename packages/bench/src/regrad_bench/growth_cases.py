@@ -51,7 +51,7 @@ def _sizes(name: str) -> Callable[[Setting], Pair]:
         made = regrad.create(name)
         parts = made if isinstance(made, tuple) else (made,)
         if any({"hidden", "criterion"} & set(part.needs.stages) for part in parts):
-            raise ValueError("its cost is that of activations or logits, not of parameters")
+            raise ValueError("its cost depends on activations or logits, not on parameters")
         large_layers, small_layers = (
             square_layers(millions, setting.device, quick=setting.quick)
             for millions in (LARGE, SMALL)

@@ -18,7 +18,7 @@ from regrad_bench.timing import Clock, HostClock, Paired, WallClock, clock_for, 
 
 Verdict = Literal["met", "missed", "no goal", "not measured"]
 NO_DEVICE = "no CUDA device here"
-HOST_ALONE = "it is about the host alone"
+HOST_ALONE = "it is about the host only"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Result:
             where nothing is timed.
         low: Their first quartile.
         high: Their third quartile.
-        memory_ratio: Ratio of the peak memories, where it was asked for.
+        memory_ratio: Ratio of the peak memories, if it was requested.
         memory_goal: The largest that is good enough, or None.
         difference: Largest relative difference between both sides' results, where they
             should be equal.

@@ -118,7 +118,7 @@ class World:
 
 
 def _serve(end: Connection, names: list[str], setting: Setting, **group: Any) -> None:
-    """Build both sides in one process, then take the steps that are asked for."""
+    """Build both sides in one process, then take the steps that are requested."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RegradWarning)
     distributed.init_process_group("gloo", **group)

@@ -146,7 +146,7 @@ def to_markdown(
 
 
 def why_nothing(results: Sequence[Result]) -> str | None:
-    """Return why none of these was measured, or None where one was."""
+    """Return why none of these was measured, or None if one was."""
     if any(result.reason is None for result in results):
         return None
     reasons = dict.fromkeys(result.reason for result in results)

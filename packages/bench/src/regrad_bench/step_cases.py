@@ -134,14 +134,14 @@ def that_go_together(setting: Setting, number: int, *, layout: str = "plain") ->
             chosen.append(name)
     if len(chosen) < number:
         raise ValueError(
-            f"{number} corrections must be installed that can be attached together; there are "
+            f"{number} corrections that can be attached together must be installed; there are "
             f"{len(chosen)}: {', '.join(chosen)}"
         )
     return chosen
 
 
 def _is_fit_for(name: str, layout: str) -> bool:
-    """Say whether every part of a correction bears a layout."""
+    """Say whether every part of a correction supports a layout."""
     made = regrad.create(name)
     parts = made if isinstance(made, tuple) else (made,)
     return all(layout in part.needs.layouts for part in parts)

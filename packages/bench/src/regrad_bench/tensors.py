@@ -15,7 +15,7 @@ OUTPUTS = 10
 
 
 class Gradients:
-    """A model whose parameters have gradients that can be put back as they were.
+    """A model whose parameters have gradients that can be restored.
 
     Args:
         model: Overwritten with random weights.

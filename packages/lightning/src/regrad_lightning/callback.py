@@ -20,38 +20,38 @@ from regrad_lightning.criterion import BorrowedCriterion
 
 
 class RegradCallback(Callback):
-    """Correct gradients in `Trainer.fit`; the LightningModule stays as it is.
+    """Correct gradients in `Trainer.fit`; the LightningModule is not changed.
 
-    Attached from the start of a fit to its end, also where it ends in an exception.
+    Attached from the start of a fit to its end, even if it ends in an exception.
     Validation and checkpoints see the true weights. The corrections' state is in
-    every checkpoint, within that of the optimizer, and comes back with
+    every checkpoint, inside the optimizer's, and is restored by
     `fit(ckpt_path=…)`. Their metrics go to the
-    trainer's loggers under "regrad/" every `log_every_n_steps`; the receipt is left
-    beside the logs as "regrad-receipt.json".
+    trainer's loggers under "regrad/" every `log_every_n_steps`; the receipt is written beside the
+    logs as "regrad-receipt.json".
 
     Args:
         corrections: Names with options for `regrad.create`, or `Correction`
-            objects, in the order in which they shall act. May be empty.
+            objects, in the order in which they act. May be empty.
         module: Name of the submodule that makes the outputs, such as "net"; names
-            of parameters are those within it. None takes the LightningModule's
-            only child with parameters, or, where there are several, itself.
+            of parameters are those within it. None takes the LightningModule's only child with
+            parameters, or itself if there are several.
         criterion: Name of the LightningModule's loss module, such as
-            "criterion", where a correction corrects the criterion. Calls of it in
-            training mode are corrected until the fit ends.
-        optimizer: Index of the optimizer, from 0, where `configure_optimizers`
-            returns several; then one callback for each that is to be corrected.
+            "criterion", if a correction corrects the criterion. Calls of it in training mode are
+            corrected until the fit ends.
+        optimizer: Index of the optimizer, from 0, if `configure_optimizers` returns several; use
+            one callback for each that is to be corrected.
         strict: Refuse to resume from a checkpoint without these corrections and
-            options; False resumes with what goes by the same name.
+            options; False resumes with whatever has the same name.
 
     Attributes:
-        attachment: The `regrad.Attachment` of the current fit, or, detached, of the
-            last one; None before.
+        attachment: The `regrad.Attachment` of the current fit or, detached, of the last one; None
+            before the first.
 
     Raises:
-        ValueError: If no correction of a name is installed or an option is out of range.
+        ValueError: If no correction of that name is installed or an option is out of range.
         TypeError: If an argument or option is of the wrong type.
-        RegradError: At the start of a fit, if a correction cannot be right there,
-            or `module`, `criterion` or `optimizer` does not fit; says what does.
+        RegradError: At the start of a fit, if a correction cannot work correctly there, or
+            `module`, `criterion` or `optimizer` does not fit; the message says what does.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -87,21 +87,21 @@ class RegradCallback(Callback):
         return "RegradCallback" if self.optimizer is None else f"RegradCallback-{self.optimizer}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget what an earlier run loaded: a checkpoint's state comes after this, if it comes."""
+        """Forget what an earlier run loaded: a checkpoint's state, if any, comes after this."""
         self._loaded = None
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the state in a checkpoint's optimizer; refuse to resume where there is none."""
+        """Keep the state in a checkpoint's optimizer; refuse to resume if there is none."""
         if trainer.state.fn != "fit" or self.state_key in checkpoint["callbacks"]:
             return
         saved = checkpoint.get("optimizer_states", [])[self.optimizer or 0 :]
         self._loaded = saved[0].get(optimizer_state.KEY) if saved else None
         if self._loaded is None and self.strict:
             raise RegradError(
-                f"the checkpoint must hold the state of {self.corrections}, it has none; "
-                "pass strict=False to RegradCallback to start them anew"
+                f"the checkpoint must hold the state of {self.corrections}, got none; pass "
+                "strict=False to RegradCallback to reset them"
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -109,9 +109,10 @@ class RegradCallback(Callback):
         self._loaded = state_dict["attachment"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the corrections' state where no optimizer's state holds it whole, else nothing.
+        """Return the corrections' state if no optimizer's state holds all of it, else nothing.
 
-        That is, of shards, and of the last fit where none is under way; None before the first.
+        That is the case for shards, and for the last fit if none is under way; None before the
+        first.
         """
         live = self._live()
         if live is None:
@@ -126,7 +127,7 @@ class RegradCallback(Callback):
         self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach where there was no sanity check."""
+        """Attach if there was no sanity check."""
         if self._live() is None:
             self._begin(trainer, pl_module)
 
@@ -142,7 +143,7 @@ class RegradCallback(Callback):
         outside = _outside(optimizer, target)
         if outside:
             raise RegradError(
-                "module must hold all that the optimizer trains, "
+                "module must hold every parameter that the optimizer trains, "
                 f"{self.module!r} lacks {outside} parameters"
             )
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
@@ -169,7 +170,7 @@ class RegradCallback(Callback):
         if index is None or index not in range(len(optimizers)):
             raise RegradError(
                 f"optimizer must be an index below {len(optimizers)}, got {self.optimizer!r}; "
-                "give each optimizer that is to be corrected a RegradCallback of its own"
+                "use one RegradCallback for each optimizer that is to be corrected"
             )
         return optimizers[index]
 
@@ -201,7 +202,7 @@ class RegradCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log after a step, when Lightning logs; refuse where a correction saw no forward."""
+        """Log after a step, when Lightning logs; raise if a correction saw no forward."""
         if (live := self._live()) is None:
             return
         self._refuse_blindness(live)
@@ -212,12 +213,12 @@ class RegradCallback(Callback):
             pl_module.log_dict({f"{prefix}/{key}": value for key, value in live.metrics().items()})
 
     def _refuse_blindness(self, live: Attachment) -> None:
-        """Refuse to go on where corrections record forwards, and a step was taken without any."""
+        """Raise if corrections record forwards and a step was taken without any."""
         if live.record is None or live.record.calls or not live.engine.applied:
             return
         names = ", ".join(c.name for c in live.engine.corrections if c.needs.record)
         raise RegradError(
-            f"{names} must see what training_step calls, got no forward of "
+            f"{names} must attach to the module that training_step calls, got no forward of "
             f"{self.module or 'the LightningModule'}; name it with module='…'"
         )
 
@@ -243,7 +244,7 @@ class RegradCallback(Callback):
         self._end(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach where a fit ended after its sanity check."""
+        """Detach if a fit ended after its sanity check."""
         self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:

@@ -15,7 +15,7 @@ HOW = (
 
 
 class BorrowedCriterion:
-    """A loss module of a LightningModule whose forward is another until it is given back.
+    """A loss module of a LightningModule whose forward is replaced until it is given back.
 
     The module itself stays where it is: its buffers stay in every checkpoint, under their names.
 
@@ -66,7 +66,7 @@ class BorrowedCriterion:
 
 
 def _refuse_without_criterion(corrections: Sequence[Correction]) -> None:
-    """Refuse corrections of the criterion where no criterion is named."""
+    """Refuse corrections of the criterion if no criterion is named."""
     names = [repr(c.name) for c in corrections if "criterion" in c.needs.stages]
     if names:
         raise RegradError(f"{', '.join(names)} corrects the criterion; {HOW} to RegradCallback")

@@ -18,7 +18,7 @@ def state_of(attachment: Attachment) -> Any:
 
 
 def load_state(attachment: Attachment, state: Any, *, strict: bool) -> None:
-    """Take back what `state_of` returned.
+    """Restore what `state_of` returned.
 
     Raises:
         RegradError: If the weights were cut for another number of processes, or if
@@ -33,6 +33,8 @@ def load_state(attachment: Attachment, state: Any, *, strict: bool) -> None:
         got = "of whole weights"
         if then:
             got = f"of {then} processes with shards"
-        raise RegradError(f"the state must {rule}, got that {got}; resume as it was saved")
+        raise RegradError(
+            f"the state must {rule}, got that {got}; resume in the form it was saved in"
+        )
     own = state[distributed.get_rank()] if then else state
     attachment.load_state_dict(own, strict=strict)

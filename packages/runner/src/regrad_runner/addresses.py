@@ -1,4 +1,4 @@
-"""Addresses of tracking servers: which may be given, and how none of them shows a password."""
+"""Addresses of tracking servers: which are allowed, and how to show them without a password."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ DATABASE_HINT = "let the database's client read it, such as from PGPASSWORD or ~
 
 
 def check_address(address: str, name: str = "tracking_uri") -> str:
-    """Return an address that may be kept and shown: absolute, and without a password.
+    """Return an address that is safe to keep and show: absolute, and without a password.
 
     Args:
         address: Of an MLflow server or database.
         name: What the user calls it.
 
     Raises:
-        ValueError: If it is another one. The message shows no password.
+        ValueError: If it is not. The message shows no password.
 
     Example:
         >>> check_address("http://127.0.0.1:5000")
@@ -101,7 +101,7 @@ def holds_secret(address: str) -> bool:
 
 
 def shown_address(address: str) -> str:
-    """Return an address as it may be shown: without user, password, query and fragment.
+    """Return an address in a form that is safe to show: without user, password, query and fragment.
 
     Example:
         >>> shown_address("https://me:word@host:5000/path?token=word")

@@ -19,7 +19,7 @@ SHOWN_LAST = 400
 
 
 class DiskError(RegradError):
-    """A file cannot be written: the disk does not take it, or something else has its name."""
+    """A file cannot be written: the disk is full or refuses, or something else has its name."""
 
 
 class BadInput(Exception):  # noqa: N818 - it says what is wrong, and with whom

@@ -36,7 +36,7 @@ OWN = 0o600
 
 @contextmanager
 def disk_errors(
-    path: Path, *, next_step: str = "make room or choose another folder"
+    path: Path, *, next_step: str = "free some space or choose another folder"
 ) -> Iterator[None]:
     """Turn an `OSError` of the block into a `DiskError` that names the file and what to do.
 
@@ -55,12 +55,12 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = OPEN_TO_ALL) ->
     """Write a file so that a kill leaves the old one or the new one, never a half.
 
     Args:
-        path: The file. A link of that name is replaced, and what it leads to stays as it is.
+        path: The file. A link of that name is replaced, and what it leads to stays unchanged.
         content: Text is written as UTF-8.
         mode: Who may read it, as far as the process allows.
 
     Raises:
-        DiskError: If the disk does not take it; the old file is as it was.
+        DiskError: If it cannot be written to disk; the old file is unchanged.
     """
     with file_aside(path, mode=mode) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -112,7 +112,7 @@ def append(path: Path, text: str, *, at: int | None = None, mode: int = OPEN_TO_
         mode: Who may read a file that is made, as far as the process allows.
 
     Raises:
-        DiskError: If the disk does not take it, or something of that name is not a file.
+        DiskError: If it cannot be written to disk, or something of that name is not a file.
     """
     with disk_errors(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK | NO_WAIT | BINARY
@@ -148,7 +148,7 @@ def make_folder(root: Path, *names: str, mode: int = 0o777) -> Path:
         mode: Who may look into the folders that are made, as far as the process allows.
 
     Raises:
-        DiskError: If the disk does not take it, or there is a file or link of that name.
+        DiskError: If it cannot be written to disk, or there is a file or link of that name.
     """
     folder = root
     with disk_errors(root, next_step="choose another folder"):
@@ -178,7 +178,7 @@ def folder_aside(path: Path, *, replace: bool = True) -> Iterator[Path]:
         replace: Whether an older one of that name is removed.
 
     Raises:
-        OSError: If the disk does not take it, or an older one must stay; what was there is as
+        OSError: If it cannot be written to disk, or an older one must stay; what was there is as
             it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ def read_regular_file(path: Path, *, largest: int) -> bytes:
         largest: Bytes that it may have.
 
     Raises:
-        OSError: If there is none, or a link, a pipe or another thing that is no file, or if it
+        OSError: If there is none, or it is a link, a pipe or something else that is not a file, or if it
             is larger.
     """
     with open_regular_file(path, follow_link=False) as file:
@@ -308,7 +308,7 @@ def open_regular_file(path: Path, *, follow_link: bool) -> BufferedReader:
         follow_link: Whether it may be a link to a file.
 
     Raises:
-        OSError: If there is none, or a folder, a pipe or another thing that is no file.
+        OSError: If there is none, or it is a folder, a pipe or something else that is not a file.
     """
     flags = os.O_RDONLY | NO_WAIT | BINARY
     if not follow_link:

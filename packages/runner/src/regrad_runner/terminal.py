@@ -46,7 +46,7 @@ class Terminal(Console):
             text: What to print.
             style: Colour or weight of all of it.
             wrap: Whether a terminal breaks it between words; by default it is one line, whole for
-                whoever copies it. Where the console is no terminal nothing is broken.
+                whoever copies it. If the console is not a terminal nothing is broken.
         """
         is_whole = not (wrap and self.is_terminal)
         self.print(text, style=style, highlight=False, markup=False, soft_wrap=is_whole)

@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_still_ends_in_the_same_
         path, lines = load_latest(run, tmp_path)
         assert (path.name, run.position.step) == ("step-00000009", 9)
         assert lines == [
-            "checkpoint step-00000013 is damaged: tensors.pt is not what was written; "
+            "checkpoint step-00000013 is damaged: tensors.pt has changed since it was written; "
             f"it is now '{tmp_path / 'damaged-step-00000013'}', and step-00000009 is used instead"
         ]
         assert all(torch.equal(weights[name], tensor) for name, tensor in finish(run)[1].items())
@@ -292,7 +292,8 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     for name in names:
         from_two, lines = resuming.continued(name, tmp_path / (name or "baseline") / "two")[1:]
         assert lines[0].startswith(
-            "the checkpoint is of 2 processes and goes on with 1: the same images in the same"
+            "the checkpoint was written by 2 processes and continues on 1: images keep images in "
+            "the same"
         )
         assert results[name]["lines"][0].startswith(
             "the checkpoint is of 1 processes and goes on with 2"

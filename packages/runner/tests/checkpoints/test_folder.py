@@ -104,7 +104,7 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(tmp_path, name):
     assert damage_of(path) == fault
     with pytest.raises(RegradError) as refusal:
         read_checkpoint(path)
-    assert str(refusal.value) == f"checkpoint must be as it was written, got '{path}' where {fault}"
+    assert str(refusal.value) == f"checkpoint must be undamaged, got '{path}': {fault}"
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "7", "null", '{"tensors.pt": 3}'])
@@ -123,7 +123,7 @@ def test_damaged_ones_are_passed_over_renamed_and_named(tmp_path):
     path, read, lines = read_latest(tmp_path)
     assert (path.name, read.state["step"]) == ("step-00000001", 1)
     assert [line.partition(";")[0] for line in lines] == [
-        "checkpoint step-00000003 is damaged: tensors.pt is not what was written",
+        "checkpoint step-00000003 is damaged: tensors.pt has changed since it was written",
         "checkpoint step-00000002 is damaged: checksums.json is missing",
     ]
     assert checkpoints(tmp_path) == [path]
@@ -191,7 +191,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_whole(tmp_path, mo
         patch.setattr(storage.torch, "save", full)
         with pytest.raises(
             RegradError,
-            match=r"checkpoint must be written, got .*No space left.*make room and --resume",
+            match=r"checkpoint must be written, got .*No space left.*free some space and use --resume",
         ):
             write(tmp_path, 2)
     assert [left.name for left in tmp_path.iterdir()] == ["step-00000001"]

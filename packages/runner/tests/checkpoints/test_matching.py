@@ -68,7 +68,7 @@ def refused(run, path, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 3}, "got epochs 2 there and 3 here; set it back, or start anew"),
+        ({"epochs": 3}, "got epochs 2 there and 3 here; change it back, or start again"),
         ({"batch_size": 20}, "got batch_size 25 there and 20 here"),
         ({"width": 8}, "got width 4 there and 8 here"),
         ({"clip_norm": 0.5}, "got clip_norm None there and 0.5 here"),
@@ -140,8 +140,8 @@ def spoil(value):
             put("fc.bias", torch.zeros(10).double()),
             r"got float64 \[10\] for 'model/fc.bias' instead",
         ),
-        (spoil(float("nan")), "must hold finite weights, got others in 'fc.weight'"),
-        (spoil(float("-inf")), "must hold finite weights, got others in 'fc.weight'"),
+        (spoil(float("nan")), "must hold finite weights, got NaN or infinity in 'fc.weight'"),
+        (spoil(float("-inf")), "must hold finite weights, got NaN or infinity in 'fc.weight'"),
     ],
 )
 def test_weights_that_are_missing_added_of_another_form_or_not_finite_are_refused(
@@ -163,7 +163,7 @@ def test_running_statistics_that_are_not_finite_are_refused_unless_steps_were_sk
         tensors["model"][name][0] = float("nan")
 
     change(saved, edit)
-    refused(make(digits), saved, "must hold finite weights, got others in '.*running_var'")
+    refused(make(digits), saved, "must hold finite weights, got NaN or infinity in '.*running_var'")
     state = json.loads((saved / "state.json").read_text())
     state["watch"]["skipped"] = 1
     (saved / "state.json").write_text(json.dumps(state))
@@ -221,7 +221,7 @@ def test_a_checkpoint_that_does_not_say_its_settings_is_refused(digits, saved):
     del state["identity"]
     (saved / "state.json").write_text(json.dumps(state))
     sign(saved)
-    refused(make(digits), saved, "must say of which settings it is, got None; it is of an earlier")
+    refused(make(digits), saved, "must hold its settings, got None; it is from an earlier")
 
 
 SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4", "--epochs", "2"]
@@ -256,7 +256,7 @@ def test_settings_edited_in_the_folder_are_refused_and_the_folder_is_left_as_it_
     capsys.readouterr()
     assert main(["train", "--resume", "--out", str(out)]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("regrad: checkpoint must be of the settings of this run, ")
+    assert line.startswith("regrad: checkpoint must have the settings of this run, ")
     assert said in line
     assert line.count("\n") == 1
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

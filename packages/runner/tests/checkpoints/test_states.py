@@ -40,7 +40,7 @@ def test_an_optimizer_of_other_groups_is_refused():
     one_group = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(
         RegradError,
-        match="optimizer must have the checkpoint's parameter groups, got others in group 0",
+        match="optimizer must have the checkpoint's parameter groups, got different ones in group 0",
     ):
         load_optimizer(model, one_group, optimizer_state(model, optimizer))
 

@@ -85,7 +85,7 @@ BAD = [
     ),
     ("compare --out .", "out must be a new or empty folder, got '.'"),
     ("compare --speed 3", "No such option"),
-    ("compare 3", "script must be a file, got '3'; corrections come behind --corrections"),
+    ("compare 3", "script must be a file, got '3'; corrections go after --corrections"),
     ("train --seed -1", "seed must be greater than or equal to 0, got -1"),
     ("train --lr 0", "lr must be greater than 0, got 0.0"),
     ("explain --after-steps -1", "after_steps must be from 0 to"),
@@ -289,7 +289,7 @@ def test_a_sigterm_ends_comparison_and_run_as_killed(here, baseline, monkeypatch
         main(["compare", "--seeds", "3", *baseline])
     assert stop.value.code == 143
     assert (
-        "stopped; this goes on from here: regrad compare --resume --out out"
+        "stopped; to continue from here: regrad compare --resume --out out"
         in capsys.readouterr().err
     )
     assert tracked(here / "out") == {
@@ -303,8 +303,7 @@ def test_ctrl_c_ends_a_run_as_killed_with_code_130(here, baseline, monkeypatch, 
     in_the_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(["train", *baseline]) == 130
     assert (
-        "stopped; this goes on from here: regrad train --resume --out out"
-        in capsys.readouterr().err
+        "stopped; to continue from here: regrad train --resume --out out" in capsys.readouterr().err
     )
     assert tracked(here / "out") == {"out": "KILLED"}
 
@@ -373,7 +372,7 @@ def test_sync_shows_a_run_that_was_not_tracked_and_the_second_time_finds_everyth
     said = capsys.readouterr().out
     assert said.endswith(f" numbers and 1 files of 1 runs sent to {address}\n")
     assert main(["sync", "out"]) == 0
-    assert capsys.readouterr().out == f"everything of out is at {address}\n"
+    assert capsys.readouterr().out == f"everything in out is at {address}\n"
     assert tracked(here / "out") == {"out": "FINISHED"}
 
 
@@ -467,7 +466,7 @@ def test_a_disk_that_fills_while_saving_is_one_clear_line_and_the_run_goes_on_wh
         assert main([*words, "out"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
-        "regrad: checkpoint must be written, got [Errno 28] No space left on device; those before it"
+        "regrad: checkpoint must be written, got [Errno 28] No space left on device; earlier ones"
     )
     assert [path.name for path in (here / "out" / "checkpoints").iterdir()] == ["step-00000003"]
     assert main(["train", "--resume", "--out", "out"]) == main([*words, "whole"]) == 0

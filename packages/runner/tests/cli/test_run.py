@@ -38,7 +38,7 @@ def test_a_script_is_run_as_python_would_and_its_words_are_its_own(script, tmp_p
     assert done.returncode == 0, done.stderr
     assert done.stdout == "['--correction', '1', '-m'] __main__\n"
     said = done.stderr.splitlines()
-    assert said[0].startswith("regrad: SGD is made; it waits for")
+    assert said[0].startswith("regrad: SGD was created; it waits for")
     assert said[1] == "regrad: SGD is attached with Linear, before a forward of Linear"
     assert said[2] == "regrad: xgrad+agc on SGD with Linear: 4 steps corrected"
     kept = json.loads(receipt.read_text())

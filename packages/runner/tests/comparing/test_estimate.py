@@ -44,7 +44,7 @@ def slow(monkeypatch):
 # So a run is 25.05 seconds, and 8 runs are 3.34 minutes.
 @pytest.mark.usefixtures("slow")
 def test_an_estimate_counts_steps_evaluations_and_the_time_per_step(plan):
-    said = "this will take about {}, going by a few steps"
+    said = "this will take about {}, estimated from a few steps"
     assert estimate_in_words(plan, Runs()) == said.format("3.3 minutes")
     assert estimate_in_words(replace(plan, jobs=2), Runs()) == said.format("1.7 minutes")
 

@@ -118,7 +118,7 @@ def test_a_rate_that_its_arm_chose_without_ends_at_once_with_a_word(here, capsys
         in capsys.readouterr().err
     )
     assert [run_cell(number) for number in (3, 5, 6)] == [0, 0, 0]
-    assert "cell 3: baseline, lr 2.5, trial 1: it ended before" in capsys.readouterr().err
+    assert "cell 3: baseline, lr 2.5, trial 1: it has already ended" in capsys.readouterr().err
     assert {result.lr for result in ResultsFolder(here / "out").results} == {0.5}
 
 

@@ -121,7 +121,7 @@ def test_a_comparison_goes_on_with_more_seeds_and_corrections(here, capsys, monk
     }
     capsys.readouterr()
     assert main([*more, "--lr", "0.1"]) == 2
-    assert "script must take {lr} in its arguments where --lr is given" in capsys.readouterr().err
+    assert "script must take {lr} in its arguments when --lr is given" in capsys.readouterr().err
 
 
 def test_several_rates_are_chosen_by_trials_and_extensions(here, capsys):
@@ -242,7 +242,7 @@ def test_a_folder_that_is_taken_is_refused_before_the_script_starts(here, capsys
     [
         ("raise RuntimeError('no room')", "xgrad, seed 0 failed: it ended with exit code 1: Runti"),
         ("sys.exit(7)", "failed: it ended with exit code 7: it printed nothing"),
-        ("sys.exit(0)", r"failed: it gave no loss: nothing that fits 'step (?P<step>\\d+)"),
+        ("sys.exit(0)", r"failed: it gave no loss: nothing that matches 'step (?P<step>\\d+)"),
         ("input()", "it read its standard input, which is empty here; its output is in out/runs"),
         ("os.kill(os.getpid(), 9)", "it was ended by SIGKILL: it printed nothing; perhaps memory"),
         (
@@ -295,7 +295,7 @@ def test_a_file_measure_needs_its_file(here, capsys):
     curve = [p.value for p in ResultsFolder(here / "out").curves if p.seed == 0]
     assert curve == [3.0, 1.5, 1.0]
     page = (here / "out" / "report.html").read_text()
-    assert "before times of evaluations were kept" not in page
+    assert "before the times of evaluations were kept" not in page
 
 
 def test_links_in_the_place_of_a_runs_files_are_not_followed(here):
@@ -381,7 +381,7 @@ def test_a_signal_ends_all_and_resume_runs_the_rest_in_clean_folders(here, capsy
         time.sleep(0.05)
     process.send_signal(number)
     _, told = process.communicate(timeout=120)
-    assert "this goes on from here: regrad compare --resume --out 'my out' --jobs 2" in told
+    assert "to continue from here: regrad compare --resume --out 'my out' --jobs 2" in told
     assert process.returncode == (130 if number == signal.SIGINT else 143)
     for file in waiting:
         for pid in map(int, file.read_text().split()):

@@ -54,7 +54,7 @@ def test_a_comparison_ends_with_the_time_per_step_of_every_arm_but_the_baseline(
     times = kept_step_times(folder.path)
     assert times.keys() == {"agc"}
     assert times["agc"].pairs >= FEWEST_PAIRS
-    assert said.splitlines()[-1].startswith("measuring the time per step")
+    assert said.splitlines()[-1].startswith("measuring each arm's time per step")
 
 
 def test_what_was_measured_is_not_measured_again(compared, plan, monkeypatch):

@@ -134,7 +134,7 @@ def test_a_worker_that_is_killed_costs_its_run_and_ctrl_c_ends_all_of_them_as_ki
         process.stderr.close()
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert "stopped; this goes on from here: regrad compare --resume --out out --jobs 2" in said
+    assert "stopped; to continue from here: regrad compare --resume --out out --jobs 2" in said
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     main(["sync", "out"])  # what a busy machine did not deliver in time
     statuses = dict(tracked(here / "out", "select name, status from runs"))

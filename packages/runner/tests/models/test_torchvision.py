@@ -157,7 +157,8 @@ def test_a_network_without_normalisation_may_be_asked_for_by_that():
         ({"norm": "layer"}, "norm must be one of batch, group, none, got 'layer'"),
         (
             {"name": "densenet121", "norm": "group"},
-            "norm must be 'batch' for model 'densenet121', got 'group'; its constructor in torchvision takes no other",
+            "norm must be 'batch' for model 'densenet121', got 'group'; its constructor in "
+            "torchvision accepts no other",
         ),
         (
             {"name": "efficientnet_v2_s", "norm": "group"},
@@ -165,7 +166,8 @@ def test_a_network_without_normalisation_may_be_asked_for_by_that():
         ),
         (
             {"name": "swin_t", "norm": "group"},
-            "norm must be 'batch' for model 'swin_t', got 'group'; it has no batch normalisation and mixes no samples",
+            "norm must be 'batch' for model 'swin_t', got 'group'; it has no batch normalisation "
+            "and does not mix samples",
         ),
     ],
 )

@@ -213,7 +213,7 @@ def test_damaged_distributions_are_named_with_their_mend(install, tmp_path, unim
     }
     folder = tmp_path / "site" / "regrad_half-1.0.dist-info"
     assert found["distribution regrad_half"].said == (
-        f"it has no METADATA, or none with a name: {folder}"
+        f"it has no METADATA, or METADATA without a name: {folder}"
     )
     assert found["distribution regrad_half"].mend == (
         f"remove {folder}, then pip install --force-reinstall regrad_half"
@@ -235,10 +235,10 @@ def test_metadata_that_can_be_read_and_say_nonsense_are_named(install, tmp_path,
     findings = [finding for finding in examine(tmp_path) if not finding.ok]
     said = {finding.said.partition(":")[0] for finding in findings}
     assert said >= {
-        "its METADATA call it so, which is no name",
-        "needs '!!! no requirement', which is no requirement",
-        "its METADATA give it the version '\\x1b[1mone; rm -r x'",
-        "is there twice, as 1.0 and 1.0",
+        "its METADATA gives this name, which is not valid",
+        "needs '!!! no requirement', which is not a valid requirement",
+        "its METADATA gives the version '\\x1b[1mone; rm -r x'",
+        "is installed twice, as 1.0 and 1.0",
     }
     (odd,) = (finding for finding in findings if "call it so" in finding.said)
     assert odd.mend == f"remove {tmp_path}/site/odd-1.0.dist-info, then install what it belongs to"
@@ -350,7 +350,7 @@ def test_the_command_prints_for_people_and_for_programs_and_exits_with_1(
     rows = json.loads(capsys.readouterr().out)
     assert [row["check"] for row in rows if not row["ok"]] == ["./mlruns"]
     assert main(["plugins", "doctor"]) == 1
-    assert "mend: look, then remove it" in capsys.readouterr().out
+    assert "fix: look at it, then remove it" in capsys.readouterr().out
     assert main(["plugins", "doctor", "nowhere"]) == 2
     assert "folder must be a folder, got 'nowhere'" in capsys.readouterr().err
 

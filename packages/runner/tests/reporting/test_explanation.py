@@ -92,7 +92,7 @@ def test_cost_conflicts_order_and_notes_are_told():
     [
         (
             {"stages": ("criterion",)},
-            "(its work in the forward and backward pass is only in the time of whole steps)",
+            "(its work in the forward and backward pass shows only in the time of whole steps)",
         ),
         (
             {"cost": Cost(seconds=0, share_of_step=0, state_bytes=0, window_bytes=2048)},

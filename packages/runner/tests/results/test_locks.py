@@ -31,7 +31,7 @@ SMALL = [
     "none",
 ]
 A, B = ("runs", "baseline", "0"), ("runs", "baseline", "1")
-BUSY = "must be written by one command at a time, and another one writes it; wait for its end"
+BUSY = "must be written by one command at a time, and another is writing it; wait until it ends"
 
 
 @pytest.fixture(scope="module")

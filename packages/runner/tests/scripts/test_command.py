@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_cross_entropy_of_torch_is_told_to_be_uncorrected(scri
     with pytest.warns(RegradWarning, match="'powergrad' changed nothing"):
         assert script(text, "/dev/null", corrections=("powergrad", "xgrad")) == 0
     said = capsys.readouterr().err
-    assert "  powergrad on criterion: nothing, since no cross entropy of torch was called" in said
+    assert "  powergrad on criterion: nothing, since torch's cross entropy was not called" in said
     assert "  xgrad on weights: 100 % of tensors" in said
 
 

@@ -199,10 +199,10 @@ def test_what_only_yaml_1_1_takes_for_something_else_is_a_text(text):
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
-        ("epochs: 1\nseeds: 2\nepochs: 3\n", "'epochs' must stand once, got it in lines 1 and 3"),
-        ("a:\n  b: 1\n  'b': 1\n", "'b' must stand once, got it in lines 2 and 3"),
-        ("[{b: 1,\n b: 1}]", "'b' must stand once, got it in lines 1 and 2"),
-        ("10: 1\n0xa: 2", "10 must stand once, got it in lines 1 and 2"),
+        ("epochs: 1\nseeds: 2\nepochs: 3\n", "'epochs' must appear once, got it in lines 1 and 3"),
+        ("a:\n  b: 1\n  'b': 1\n", "'b' must appear once, got it in lines 2 and 3"),
+        ("[{b: 1,\n b: 1}]", "'b' must appear once, got it in lines 1 and 2"),
+        ("10: 1\n0xa: 2", "10 must appear once, got it in lines 1 and 2"),
     ],
 )
 def test_a_key_that_stands_twice_is_refused_with_both_lines(text, lines):
@@ -264,7 +264,7 @@ def test_no_where_yes_or_no_is_asked_is_no(tmp_path, word):
 
 
 def test_a_setting_that_stands_twice_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"'epochs' must stand once, got it in lines 1 and 3$"):
+    with pytest.raises(ValueError, match=r"'epochs' must appear once, got it in lines 1 and 3$"):
         read(tmp_path, "epochs: 1\nseed: 2\nepochs: 3\n")
 
 

@@ -132,7 +132,9 @@ def test_a_store_that_says_yes_and_keeps_nothing_is_not_complete(store, tracked_
     client = store.client()
     monkeypatch.setattr(client, "log_batch", lambda *args, **options: None)
     done = Projection(store, Runs(tracked_run)).until_complete()
-    assert done.problems == ["it says that it keeps what it gets, and 1 runs are not whole"]
+    assert done.problems == [
+        "it reports that it stores what it receives, but 1 runs are incomplete"
+    ]
 
 
 def test_a_damaged_run_keeps_no_other_from_being_shown(store, tracked_run, held, wanted):

@@ -217,7 +217,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == -9
     )
     assert main(["sync", str(out), "--tracking-uri", server.uri]) == 1
-    assert f"not all of {out} is at {server.uri}" in capsys.readouterr().out
+    assert f"not everything in {out} is at {server.uri}" in capsys.readouterr().out
     server.start()
     server.wait()
     assert main(["sync", str(out), "--tracking-uri", server.uri]) == 0
@@ -227,7 +227,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     ]
     server.check("KILLED")
     assert main(["sync", str(out), "--tracking-uri", server.uri]) == 0
-    assert capsys.readouterr().out.startswith(f"everything of {out} is at {server.uri}\n")
+    assert capsys.readouterr().out.startswith(f"everything in {out} is at {server.uri}\n")
     server.check("KILLED")
 
 

@@ -107,7 +107,7 @@ def test_what_a_kill_left_of_a_schema_is_removed(out):
 def test_a_damaged_database_that_somebody_named_stays_as_it_is(out):
     cut(out / "mlflow.db")
     before = (out / "mlflow.db").read_bytes()
-    with pytest.raises(DiskError, match="must be one of MLflow, but it is"):
+    with pytest.raises(DiskError, match="must be an MLflow database, but it is"):
         prepare(out / "mlflow.db", own=False)
     assert (out / "mlflow.db").read_bytes() == before
 
@@ -142,5 +142,5 @@ def test_a_database_of_another_program_is_not_changed(out, tmp_path, capsys):
     before = theirs.read_bytes()
     assert main(["sync", str(out), "--tracking-uri", f"sqlite:///{theirs}"]) == 1
     said = capsys.readouterr().out
-    assert "must be one of MLflow, but it is not whole, or of another program" in said
+    assert "must be an MLflow database, but it is incomplete, or belongs to another program" in said
     assert theirs.read_bytes() == before

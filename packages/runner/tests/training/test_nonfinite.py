@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_may_not_be_taken_and_is_counted(watch, layers
         layers["weight"].grad[0] = value
     with pytest.warns(
         RegradWarning,
-        match="loss or gradients of step 1 are not finite; it is skipped, and 10 in a row",
+        match="loss or gradients of step 1 are not finite; the step is skipped, and 10 in a row",
     ):
         assert not watch.is_finite(1, loss)
     assert not watch.is_finite(2, loss)

@@ -45,7 +45,9 @@ def test_other_formats_are_refused_whatever_pillow_would_make_of_them(kind, monk
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
     mode = {"spider": "F", "xbm": "1"}.get(kind, "L")
-    with pytest.raises(UnreadableImage, match=r"got another in 'it'; read are .*JPEG, .*PNG"):
+    with pytest.raises(
+        UnreadableImage, match=r"got something else in 'it'; supported are .*JPEG, .*PNG"
+    ):
         encoded(Image.new(mode, (32, 32)), kind).decoded()
 
 

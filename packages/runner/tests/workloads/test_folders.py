@@ -30,7 +30,7 @@ def test_links_that_lead_out_are_followed_where_that_was_asked_for_and_each_file
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).touch()
     (tmp_path / "in" / "link.txt").symlink_to("../out/1.txt")
-    with pytest.raises(ValueError, match="hold no link that leads out of it"):
+    with pytest.raises(ValueError, match="hold no link that points outside it"):
         DataFolder(tmp_path / "in").files(tmp_path / "in", is_text)
     data = DataFolder(tmp_path / "in", follows_links=True)
     assert len(data.files(tmp_path / "in", is_text)) == 2

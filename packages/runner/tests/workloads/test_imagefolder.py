@@ -135,7 +135,7 @@ def test_a_plan_says_why_a_small_network_is_trained_unless_another_was_asked_for
     settings = {"workload": "imagefolder", "data_dir": str(tmp_path), "corrections": ()}
     plan = make_plan(CompareConfig(**settings), out=tmp_path / "out")
     assert plan.config.model == "resnet8"
-    assert "a small network and batches of 8, for 18 training images are few" in plan.in_words()
+    assert "a small network and batches of 8, because 18 training images are few" in plan.in_words()
     asked = make_plan(CompareConfig(**settings, model="resnet20"), out=tmp_path / "out")
     assert (asked.config.model, asked.config.batch_size) == ("resnet20", 8)
     assert "a small network" not in asked.in_words()
@@ -234,7 +234,8 @@ def test_a_file_that_is_no_image_is_found_before_anything_is_trained(tmp_path, s
     write_folders(tmp_path, size=(80, 80))
     (tmp_path / "val" / "bee" / "003.png").write_bytes(b"no image")
     with pytest.raises(
-        ValueError, match=r"image must be a JPEG, PNG or the like, got another in '.*003.png'; read"
+        ValueError,
+        match=r"image must be a JPEG, PNG or the like, got something else in '.*003.png'; read",
     ):
         load_workload("imagefolder", data_dir=tmp_path, image_size=size)
 
@@ -244,7 +245,7 @@ def test_the_head_of_so_many_large_images_is_read_beforehand(tmp_path, monkeypat
     (tmp_path / "val" / "bee" / "003.png").write_bytes(b"no image")
     monkeypatch.setattr(imagefolder, "OPENED", 2)
     large = load_workload("imagefolder", data_dir=tmp_path, image_size=72)
-    with pytest.raises(ValueError, match=r"got another in '.*003.png'; read are"):
+    with pytest.raises(ValueError, match=r"got something else in '.*003.png'; supported are"):
         large.test.__getitems__([13])
     (tmp_path / "val" / "bee" / "003.png").unlink()
     with pytest.raises(
@@ -278,7 +279,8 @@ def test_an_image_that_is_damaged_behind_its_head_is_one_line_that_names_it(
     assert main(words) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("regrad:")]
     assert line.startswith(
-        "regrad: image must be a JPEG, PNG or the like, got another in 'images/val/bee/003.png': "
+        "regrad: image must be a JPEG, PNG or the like, got something else in "
+        "'images/val/bee/003.png': "
     )
 
 
@@ -429,8 +431,12 @@ def test_images_below_a_class_are_found_in_the_order_of_their_folders(tmp_path):
         ("train/cat", "ant", "one folder as '{0}/train/ant' and '{0}/train/cat'"),
         ("train/held", "../val/ant", "one folder as '{0}/train/held' and '{0}/val/ant'"),
         ("test", "train", "one folder as '{0}/train' and '{0}/test'"),
-        ("train/cat", "../../elsewhere", "hold no link that leads out of it, got '{0}/train/cat'"),
-        ("test", "../elsewhere", "hold no link that leads out of it, got '{0}/test' to"),
+        (
+            "train/cat",
+            "../../elsewhere",
+            "hold no link that points outside it, got '{0}/train/cat'",
+        ),
+        ("test", "../elsewhere", "hold no link that points outside it, got '{0}/test' to"),
         ("train/ant/x.png", "../../../elsewhere/extra-0.png", "no link that leads out of it, got"),
         ("train/ant/x.png", "000.png", "each file once, got one file as '{0}/train/ant/000.png'"),
         ("train/ant/x.png", "../bee/000.png", "each file once, got one file as '{0}/train/ant/x"),

@@ -446,6 +446,6 @@ def test_a_link_out_of_a_folder_of_texts_is_refused_and_one_that_was_named_is_fo
     tmp_path, file
 ):
     (tmp_path / "a.txt").symlink_to(file)
-    with pytest.raises(ValueError, match=r"hold no link that leads out of it, got '.*a.txt' to"):
+    with pytest.raises(ValueError, match=r"hold no link that points outside it, got '.*a.txt' to"):
         load_workload("text", data_dir=tmp_path)
     assert len(load_workload("text", data_dir=tmp_path / "a.txt").train)

@@ -619,7 +619,7 @@ def spoilt(folder, split, *, images=None, labels=None, **columns):
         ),
         (
             lambda folder: spoilt(folder, "test", images=[b"not an image"] * 20),
-            "image must be a JPEG, PNG or the like, got another in row 0 of the test split",
+            "image must be a JPEG, PNG or the like, got something else in row 0 of the test split",
         ),
         (
             lambda folder: spoilt(folder, "train", images=[None] * 20),

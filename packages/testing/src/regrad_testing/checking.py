@@ -120,7 +120,7 @@ def run_suites(path: Path, chosen: Callable[[Any, str], bool]) -> list[Row]:
 
     Args:
         path: A test file.
-        chosen: Says of a suite's class and the name of a clause whether it shall run.
+        chosen: Says of a suite's class and the name of a clause whether to run it.
 
     Returns:
         One row per test, in the order of the file.

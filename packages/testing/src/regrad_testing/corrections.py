@@ -11,7 +11,7 @@ from regrad_testing.state_clauses import StateClauses
 class CorrectionSuite(LayoutClauses, StateClauses, LoopClauses, RuleClauses):
     """One test per clause that a correction must satisfy: subclass it and set `correction`.
 
-    What a correction must bear follows from its `needs`, never from its name. A
+    What a correction must support follows from its `needs`, never from its name. A
     clause that does not apply is skipped with the reason.
 
     Attributes:
@@ -20,7 +20,7 @@ class CorrectionSuite(LayoutClauses, StateClauses, LoopClauses, RuleClauses):
         effective_options: Options under which it must change something within the
             few steps of the problem: no long warm-up, bounds that are reached.
         no_effect: Options (over the effective ones) under which training is bit for
-            bit the uncorrected one; None where there are none.
+            bit the uncorrected one; None if there are none.
         reference: A method that takes a `ReferenceStep` and returns what the rule
             makes of it in `step.stage`, in float64 and without regrad, or None for no
             change: for "weights" the points at which gradients are taken, for

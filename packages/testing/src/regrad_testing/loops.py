@@ -19,7 +19,7 @@ MakeOptimizer = Callable[..., Optimizer]
 
 
 class Training:
-    """A model, its optimizer and, where there are corrections, the attachment; takes steps.
+    """A model, its optimizer and, if there are corrections, the attachment; takes steps.
 
     Args:
         problem: Model, batches, criterion.

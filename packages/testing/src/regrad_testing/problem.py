@@ -131,7 +131,7 @@ class Staged(nn.Module):
 
 
 class WithRareParameters(nn.Module):
-    """A model with a parameter that never gets a gradient, and one that gets some when asked for.
+    """A model with a parameter that never gets a gradient, and one that gets some on request.
 
     Args:
         net: The model.

@@ -111,7 +111,7 @@ def _launch(
                 break
         require(
             codes == [0] * processes,
-            f"{processes} processes ended with {codes} (None: too late):\n{printed}",
+            f"{processes} processes ended with {codes} (None: timed out):\n{printed}",
         )
         return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 

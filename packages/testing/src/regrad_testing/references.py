@@ -158,7 +158,7 @@ class ReferenceTraining:
         return list(torch.autograd.grad(loss, leaves))
 
     def _ask(self, stage: str, index: int, **known: Any) -> Any:
-        """Return what the reference says in a stage; None where the correction does not act."""
+        """Return what the reference says in a stage; None if the correction does not act."""
         if stage not in self.stages:
             return None
         own = {"gradients": [g.clone() for g in known.pop("gradients", [])], **known}

@@ -36,7 +36,7 @@ class Recorder:
     """A pytest plugin: keeps the tests of chosen suites, and a row for each.
 
     Args:
-        chosen: Says of a suite's class and the name of a clause whether it shall run.
+        chosen: Says of a suite's class and the name of a clause whether to run it.
     """
 
     def __init__(self, chosen: Callable[[Any, str], bool]) -> None:
@@ -66,7 +66,7 @@ class Recorder:
         if report.failed:
             row.outcome = "failed"
             row.details = report.longreprtext
-            row.reason = raised or "it raised without a word"
+            row.reason = raised or "it raised without a message"
         elif report.skipped:
             row.outcome = "skipped"
             row.reason = raised

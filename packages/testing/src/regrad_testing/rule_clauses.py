@@ -101,8 +101,8 @@ class RuleClauses(Settings):
             correction.check_class()
             for name, hook in misspelt_hooks(type(correction)).items():
                 raise AssertionError(
-                    f"{name!r} is no hook and never called; did you mean {hook!r}? "
-                    "Else begin it with '_'"
+                    f"{name!r} is not a hook and is never called; did you mean {hook!r}? "
+                    "If not, start its name with '_'"
                 )
         for name in self.trains_on():
             observer = Observer()

@@ -60,7 +60,7 @@ class StateClauses(Settings):
             self._require_uncorrected_from_here(name, training)
 
     def _require_no_trace_at_once(self, name: str, plain: Training, traces: list[str]) -> None:
-        """Fail unless attach and detach, with no step between, leave everything as it was."""
+        """Fail unless attach and detach, with no step between, leave everything unchanged."""
         twin = self.train(name)
         twin.attachment.detach()
         require(

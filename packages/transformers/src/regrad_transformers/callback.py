@@ -1,4 +1,4 @@
-"""The callback that attaches corrections where a Trainer begins to train."""
+"""The callback that attaches corrections when a Trainer begins to train."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from transformers import TrainerCallback
 from regrad_transformers import loss, storage
 
 PREFIX = "regrad/"
-ANEW = "RegradCallback(…, restore=False) begins corrections anew"
-WITHOUT = f"checkpoint must be of a training with corrections, got one without; {ANEW}"
+ANEW = "RegradCallback(…, restore=False) resets the corrections"
+WITHOUT = f"checkpoint must come from training with corrections, got one without; {ANEW}"
 SHARDS = (
-    "checkpoints must not be of shards, whose corrections this callback cannot save; "
+    "checkpoints must not be sharded, because this callback cannot save their corrections; "
     "pass save_strategy='no' or save_only_model=True"
 )
 NO_CROSS_ENTROPY = (
-    "{} corrects cross entropy, and the first training batch had none that it could reach: "
-    "where the model is compiled, or returns no loss, pass Trainer(…, callbacks=[callback], "
-    "compute_loss_func=callback.compute_loss); where the loss is another (regression, several "
+    "{} corrects cross entropy, and the first training batch had none that it could reach: if the "
+    "model is compiled, or returns no loss, pass Trainer(…, callbacks=[callback], "
+    "compute_loss_func=callback.compute_loss); if the loss is another one (regression, several "
     "labels per row, a fused one), leave {} out, or call callback.criterion in a "
     "compute_loss_func of your own"
 )
@@ -48,12 +48,12 @@ class RegradCallback(TrainerCallback):
     """Attach corrections when a `transformers.Trainer` begins to train, and detach at the end.
 
     A correction of the criterion acts on every cross entropy that the model computes
-    in its own training forward, so the loss stays the model's own in all else. Their
-    state is in every checkpoint, within the optimizer's (`optimizer.pt`), and is
-    restored by `train(resume_from_checkpoint=…)`; the receipt is beside it for people
-    (`regrad.json`). What each really changed is in the Trainer's logs, under "regrad/".
-    Corrections act on gradients that are accumulated, averaged over processes and
-    clipped by `max_grad_norm`. Every `train()` begins them anew unless it resumes.
+    in its own training forward, so in everything else the loss stays the model's own. The
+    corrections' state is in every checkpoint, inside the optimizer's (`optimizer.pt`), and is
+    restored by `train(resume_from_checkpoint=…)`; a readable receipt is beside it (`regrad.json`).
+    What each correction actually changed is in the Trainer's logs, under "regrad/". Corrections act
+    on gradients that are accumulated, averaged over processes and clipped by `max_grad_norm`. Every
+    `train()` resets them unless it resumes.
 
     Args:
         corrections: As for `regrad.attach`.
@@ -61,13 +61,13 @@ class RegradCallback(TrainerCallback):
             own, with the arguments of `torch.nn.functional.cross_entropy`: for
             example a `functools.partial` of it that weights classes.
         restore: Whether a resumed training must go on with the state of its
-            corrections; False begins them anew.
+            corrections; False resets them.
 
     Attributes:
         attachment: The `regrad.Attachment` of the last training, None before.
 
     Raises:
-        ValueError: If no correction of a name is installed or an option is out of range.
+        ValueError: If no correction of that name is installed or an option is out of range.
         TypeError: If an argument or option is of the wrong type.
 
     Example:
@@ -101,7 +101,7 @@ class RegradCallback(TrainerCallback):
         self._needed = ", ".join(map(repr, needed))
 
     def _made(self) -> list[regrad.Correction]:
-        """Return new corrections with the options that were asked for."""
+        """Return new corrections with the requested options."""
         given = create_all(self.corrections)
         return [type(correction)(**vars(correction.options)) for correction in given]
 
@@ -125,14 +125,13 @@ class RegradCallback(TrainerCallback):
         Args:
             outputs: Of the model, with logits of shape [N, ..., C].
             labels: Class indices, shape [N, ...]; -100 does not count.
-            num_items_in_batch: Labels that count in the whole optimizer step; None
-                takes the mean.
+            num_items_in_batch: Labels that count in the whole optimizer step; None uses the mean.
 
         Returns:
             The loss in nats, shape [].
 
         Raises:
-            RegradError: If the labels are no class indices of every position, if the
+            RegradError: If the labels are not class indices for every position, if the
                 model's own loss is anything but their cross entropy, or under
                 `nn.DataParallel`.
         """
@@ -183,8 +182,8 @@ class RegradCallback(TrainerCallback):
 
         Reporters (`report_to`) come before the callbacks that a Trainer is given. The
         Trainer's label smoothing is corrected too, and a `criterion` of this callback
-        becomes its `compute_loss_func`. One that the Trainer has already stays: it must
-        call `criterion`.
+        becomes its `compute_loss_func`. If the Trainer already has one, it is kept and must call
+        `criterion`.
         """
         trainer.callback_handler.callbacks.insert(0, _Metrics(self))
         trainer.add_callback(self)
@@ -223,7 +222,7 @@ class RegradCallback(TrainerCallback):
             self.attachment.detach()
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Note the model and its settings, so that evaluation without training is right too."""
+        """Note the model and its settings, so that evaluation without training is correct too."""
         self._model = None if model is None else innermost_module(model)
         self._target = None
         self._inputs = None
@@ -232,7 +231,7 @@ class RegradCallback(TrainerCallback):
         self._micro_batches = args.gradient_accumulation_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Attach, and restore the corrections' state where training goes on."""
+        """Attach, and restore the corrections' state if training resumes."""
         self.detach()
         model = objects["model"]
         optimizer = objects["optimizer"]
@@ -266,7 +265,7 @@ class RegradCallback(TrainerCallback):
         )
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse where there is no cross entropy to correct: before anything was learnt."""
+        """Raise if there is no cross entropy to correct, before any step is taken."""
         self._inputs = None  # a batch is large
         if not self._needed or self._was_called or (self._inside and self._inside.calls):
             return
@@ -303,7 +302,7 @@ class RegradCallback(TrainerCallback):
 
 
 class _Metrics(TrainerCallback):
-    """Stands before reporters, which log what they are given at once."""
+    """Comes before reporters, which immediately log what they are given."""
 
     def __init__(self, callback: RegradCallback) -> None:
         self._callback = callback

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import unwrap_peft_model
 
 IGNORED = -100
-INSIDE = "leave compute_loss_func out, then the correction acts inside of the model"
+INSIDE = "leave compute_loss_func out; the correction then acts inside the model"
 OWN_LOSS = (
     f"{INSIDE}, or write a compute_loss_func of your own that calls callback.criterion for the "
     "part that is cross entropy"
@@ -51,7 +51,7 @@ def shifts_labels(model: Any) -> bool:
 
     Args:
         model: A model of transformers. Its weights, buffers and modes, and the random
-            numbers, stay as they are.
+            numbers, stay unchanged.
     """
     if isinstance(model, nn.Module):
         weight = next(model.parameters(), torch.zeros(()))
@@ -68,7 +68,7 @@ def shifts_labels(model: Any) -> bool:
 
 
 def accepts_loss_kwargs(model: nn.Module) -> bool:
-    """Say whether the Trainer gives this model the number of labels of an optimizer step."""
+    """Say whether the Trainer passes this model the number of labels in an optimizer step."""
     inner = _without_adapters(model)
     declared = getattr(inner, "accepts_loss_kwargs", None)
     if declared is not None:
@@ -92,15 +92,15 @@ def own_target(
 
     Args:
         model: The innermost module. Its weights, buffers and modes, and the random
-            numbers, stay as they are.
+            numbers, stay unchanged.
         arguments: Of its forward.
         inputs: Keyword arguments of its forward, with `num_items_in_batch` where the
             Trainer gives it.
         labels: Shape [N, ...].
 
     Returns:
-        The target, or None where the model cannot say: its forward takes no labels,
-        or every target gives the same loss.
+        The target, or None if the model does not show it: its forward takes no labels, or every
+        target gives the same loss.
 
     Raises:
         RegradError: If the model's own loss is none of them.
@@ -159,7 +159,7 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _nothing_changed(model: nn.Module) -> Iterator[None]:
-    """Put buffers and random numbers back at the end."""
+    """Restore buffers and random state at the end."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with random_numbers_kept(model.parameters()):
@@ -204,8 +204,8 @@ def cross_entropy(
         The loss in nats, shape [].
 
     Raises:
-        RegradError: If the labels are no class indices of every position, if the
-            model has a loss beside cross entropy, or if there is one n per GPU.
+        RegradError: If the labels are not class indices for every position, if the model has
+            another loss besides cross entropy, or if there is one n per GPU.
     """
     logits = _logits_of(outputs)
     if labels is None or labels.shape != logits.shape[:-1] or labels.is_floating_point():
@@ -219,7 +219,9 @@ def cross_entropy(
             f"loss must be cross entropy alone, got a model that adds its aux_loss; {OWN_LOSS}"
         )
     if isinstance(items, Tensor) and items.numel() > 1:
-        raise RegradError("loss must be of one GPU per process, got several; start with torchrun")
+        raise RegradError(
+            "loss must come from one GPU per process, got several; start with torchrun"
+        )
     if shift:
         labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     loss = criterion(

@@ -14,9 +14,9 @@ RECEIPT = "regrad.json"
 
 
 def write_receipt(folder: Path, receipt: Mapping[str, Any]) -> None:
-    """Write what really happened into a folder, for people.
+    """Write what actually happened into a folder, for people to read.
 
-    A kill leaves the file that was there, or none.
+    If the process is killed, the old file stays, or none.
     """
     _write(folder / RECEIPT, json.dumps(receipt, indent=1).encode())
 
@@ -24,7 +24,7 @@ def write_receipt(folder: Path, receipt: Mapping[str, Any]) -> None:
 def _write(path: Path, content: bytes) -> None:
     """Write aside, force it to the disk, and rename.
 
-    The name aside cannot be foreseen, and is never opened through a link.
+    The temporary name cannot be guessed, and is never opened through a link.
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     flags = (

@@ -1,4 +1,4 @@
-"""AdaNorm: gradients enter the first moment at no less than their usual norm."""
+"""AdaNorm: gradients enter the first moment with at least their usual norm."""
 
 from __future__ import annotations
 
@@ -38,11 +38,10 @@ class AdaNorm(Correction):
         s = g\,e/|g| \text{ if } e > |g| \text{ else } g.
 
     The first moment takes s where it took g; the second moment sees g. With
-    coupled decay :math:`g + \lambda\theta` takes the place of g in the rule, as the
-    optimizer's own. `.grad` is left alone: what the moment will lack is added to it
-    just before the step, which is exact on torch's Adam, AdamW, NAdam, RAdam,
-    Adamax and SGD with momentum. What these use of the gradient besides, in
-    NAdam's and Nesterov's steps, stays g.
+    coupled decay :math:`g + \lambda\theta` takes the place of g in the rule, as in the optimizer
+    itself. `.grad` is left alone: what the moment will lack is added to the moment just before the
+    step, which is exact on torch's Adam, AdamW, NAdam, RAdam, Adamax and SGD with momentum. Where
+    they use the gradient elsewhere, in NAdam's and Nesterov's steps, it stays g.
 
     Args:
         decay: :math:`\gamma` in [0, 1), per optimizer step. At 0 nothing changes.
@@ -62,8 +61,8 @@ class AdaNorm(Correction):
 
     References:
         Dubey, Singh and Chaudhuri, 2023, "AdaNorm: Adaptive Gradient Norm Correction
-        based Optimizer for CNNs" (arXiv 2210.06364), AdamNorm. We differ where a
-        gradient is zero or not finite, and may be used on any of six optimizers.
+        based Optimizer for CNNs" (arXiv 2210.06364), AdamNorm. We differ if a gradient is zero or
+        not finite, and support any of six optimizers.
     """
 
     name = "adanorm"
@@ -74,7 +73,7 @@ class AdaNorm(Correction):
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """How long norms are remembered, and what is kept at them."""
+        """How long norms are remembered, and what is rescaled."""
 
         decay: float = 0.95
         target: Literal["moment", "gradient"] = "moment"
@@ -114,7 +113,7 @@ class AdaNorm(Correction):
             _share_of_new(group)
 
     def correct_gradients(self, step: Step) -> None:
-        """Rescale `.grad`, where that is the target."""
+        """Rescale `.grad`, if that is the target."""
         if self.options.target != "gradient":
             return
         self._largest = []
@@ -124,7 +123,7 @@ class AdaNorm(Correction):
             add_scaled_(gradients, gradients, excess)
 
     def correct_moments(self, step: Step) -> None:
-        """Add to the first moments what they will lack, where they are the target."""
+        """Add to the first moments what they will lack, if they are the target."""
         if self.options.target != "moment":
             return
         self._largest = []
@@ -207,7 +206,7 @@ class AdaNorm(Correction):
             return "decay is 0: the average is the norm itself"
         return (
             "no gradient's norm ever fell below its average "
-            "(or no first moment was there to correct)"
+            "(or there was no first moment to correct)"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,7 +214,7 @@ class AdaNorm(Correction):
         return {"averages": {name: average.clone() for name, average in self._averages.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back the average norms."""
+        """Restore the average norms."""
         self._averages = {name: average.clone() for name, average in state["averages"].items()}
 
 
@@ -223,7 +222,8 @@ def _share_of_new(group: Mapping[str, Any]) -> float:
     """Return (weight of the new gradient)/(weight of the old moment) in the moment's update.
 
     Raises:
-        RegradError: If the old moment has no weight: nothing added to it would be read.
+        RegradError: If the old moment has no weight, so that nothing added to it would have an
+            effect.
     """
     if "betas" in group:
         option = "betas[0]"

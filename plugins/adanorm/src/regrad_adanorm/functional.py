@@ -50,7 +50,7 @@ def average_and_excess(
     Returns:
         The new e, shape [n], and the excess x, shape [n]: 0 where the norm is not
         below its average, and where it is 0 (a zero gradient has no direction).
-        A norm that is not finite leaves its average as it was.
+        A norm that is not finite leaves its average unchanged.
 
     Example:
         >>> average_and_excess(torch.tensor([1.0, 4.0, 0.0]), torch.full((3,), 3.0), decay=0.5)

@@ -34,13 +34,13 @@ def coupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Non
 
 
 class Centralization(Correction):
-    r"""Take the mean out of every output's gradient.
+    r"""Subtract the mean from every output's gradient.
 
     For output :math:`i` of a layer with M weights per output, gradient G and weight W,
 
     .. math:: G_i \leftarrow G_i - \frac{1}{M} \sum_j (G_{ij} + \lambda W_{ij}),
 
-    with :math:`\lambda = 0` for the placement "gradient", and for "decayed" the
+    where :math:`\lambda = 0` for the placement "gradient", and for "decayed" the
     coupled weight decay of the optimizer's group, so that the optimizer, which adds
     :math:`\lambda W` itself, works with a gradient whose means are zero: the mean
     of every output's weights then never moves under SGD. Biases, norms, gains,
@@ -53,7 +53,7 @@ class Centralization(Correction):
         conv_only: Centre only the weights of convolutions.
 
     Raises:
-        TypeError: If an option is none of these.
+        TypeError: If an option has any other value.
         RegradError: At attach, for "decayed" on an optimizer whose decay is decoupled
             or unknown.
 
@@ -104,8 +104,8 @@ class Centralization(Correction):
             known = ", ".join(kind.__name__ for kind in COUPLED)
             raise RegradError(
                 "'centralization' with placement='decayed' needs weight decay that is added to "
-                f"the gradient, as by torch's {known}; {type(optimizer).__name__} decouples it "
-                "or is not known; use placement='gradient'"
+                f"the gradient, as by torch's {known}; {type(optimizer).__name__} decouples it or "
+                "is unknown; use placement='gradient'"
             )
         return decay
 
@@ -129,7 +129,7 @@ class Centralization(Correction):
         subtract_(waiting, waiting_means)  # in one launch
 
     def _means(self, step: Step, parameter: nn.Parameter, gradient: Tensor, unit: Unit) -> Tensor:
-        """Return the means that one gradient has to lose."""
+        """Return the means to subtract from one gradient."""
         means = unit_means(gradient, unit)
         decay = self._decay(step.optimizer, step.group_of(parameter))
         if decay == 0:
@@ -145,4 +145,4 @@ class Centralization(Correction):
         if not any(self._units.values()):
             kind = "convolution" if self.options.conv_only else "layer"
             return f"the model has no {kind} with several weights per output"
-        return "the gradients' means were zero already"
+        return "the gradients' means were already zero"

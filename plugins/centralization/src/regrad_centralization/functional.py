@@ -15,7 +15,7 @@ class Unit(NamedTuple):
 
     Attributes:
         axis: Dimension that counts the outputs.
-        groups: Into how many equal parts dimension 0 falls first, each with outputs of its own.
+        groups: Into how many equal parts dimension 0 is divided first, each with its own outputs.
     """
 
     axis: int = 0

@@ -18,7 +18,7 @@ NEVER = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 def unit_of(
     module: nn.Module, name: str, parameter: Tensor, *, conv_only: bool = False
 ) -> Unit | None:
-    """Return what belongs to one output of a parameter, or None where it is not centred.
+    """Return what belongs to one output of a parameter, or None if it is not centred.
 
     Args:
         module: The module that holds it.
@@ -53,7 +53,7 @@ def unit_of(
 
 
 def _unless_single(unit: Unit, parameter: Tensor) -> Unit | None:
-    """Return the unit, or None if it is one element, of which nothing would be left."""
+    """Return the unit, or None if it is one element, which would become zero."""
     units = parameter.shape[unit.axis] * unit.groups
     return unit if parameter.numel() > units else None
 

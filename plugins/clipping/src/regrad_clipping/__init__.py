@@ -1,4 +1,4 @@
-"""Clipping as corrections for regrad: by norm, by value, and by the norms of the weights."""
+"""Clipping as corrections for regrad: by norm, by value, and relative to the weights' norms."""
 
 from regrad_clipping.adaptive import AGC
 from regrad_clipping.correction import ClipNorm, ClipValue

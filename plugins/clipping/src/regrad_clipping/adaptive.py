@@ -79,15 +79,15 @@ class AGC(Correction):
             the weight. Positive: without it a tensor that starts at zero never moves.
         head: Name of the classifier head; "auto" finds the module that makes the
             model's output in the first training forward, else the last linear layer
-            called; None leaves nothing alone. Of several modules that are attached
-            together the one that is called last makes the output.
+            called; None clips every layer. If several modules are attached together, the one called
+            last makes the output.
         axis: "auto", or a list of exceptions "pattern=dimension" and "pattern=none"
             (the whole tensor is one unit). A pattern is the name of a parameter, with
-            the wildcards of a shell; the first that fits decides.
+            the wildcards of a shell; the first match decides.
 
     Raises:
-        ValueError: If a number is not positive, `axis` cannot be read or fits no
-            parameter, or `head` names no module with a weight.
+        ValueError: If a number is not positive, `axis` cannot be read or matches no parameter, or
+            `head` names no module with a weight.
         RegradError: If `head` is "auto" and no forward pass shows one, the model has no
             forward of its own, or ranks hold different parts of the model.
 
@@ -111,7 +111,7 @@ class AGC(Correction):
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """How far a gradient may go, and where the rule needs help."""
+        """How large a gradient may be, and where the rule needs help."""
 
         max_ratio: float = 0.01
         weight_floor: float = 1e-3
@@ -141,7 +141,8 @@ class AGC(Correction):
         for rule in self._rules:
             if not any(fnmatchcase(name, rule.pattern) for name in self._units):
                 raise ValueError(
-                    f"axis must name parameters of the model, got {rule.pattern!r}, which fits none"
+                    f"axis must name parameters of the model, got {rule.pattern!r}, which matches "
+                    "none"
                 )
         head = self.options.head
         if head is None:
@@ -158,7 +159,7 @@ class AGC(Correction):
             raise RegradError(
                 f"'agc' finds the head in the model's forward, and "
                 f"{type(attachment.model).__name__} has none; attach the modules that are called "
-                "as a list, or pass head='name', or head=None to leave nothing alone"
+                "as a list, or pass head='name', or head=None to clip every layer"
             )
 
     def _read_units(self) -> None:
@@ -180,7 +181,7 @@ class AGC(Correction):
         return held.unit
 
     def _spare(self, modules: Sequence[str]) -> frozenset[str]:
-        """Leave the weights of these modules alone, and what is tied to them; return the names."""
+        """Exclude the weights of these modules, and what is tied to them; return the names."""
         self._spared = frozenset(
             held.known_as for held in self._held if held.module in modules and held.is_weight
         )
@@ -197,7 +198,7 @@ class AGC(Correction):
             raise RegradError(
                 "'agc' saw no classifier head in a training forward (there is none, the model was "
                 "not called, or compiled code ran without hooks); pass head='name', or head=None "
-                "to leave nothing alone"
+                "to clip every layer"
             )
         return self._spare(found)
 

@@ -72,7 +72,7 @@ class ClipNorm(Correction):
         self._norm: Tensor | None = None
 
     def setup(self, attachment: Attachment) -> None:
-        """Note it if the optimizer holds only a part of the model, whose norm alone is read."""
+        """Note if the optimizer holds only a part of the model: only that part's norm is read."""
         held: set[Tensor] = set()
         for group in attachment.optimizer.param_groups:
             held.update(group["params"])
@@ -126,9 +126,9 @@ class ClipValue(Correction):
 
     .. math:: G \leftarrow \min(\max(G, -c), c)
 
-    as `torch.nn.utils.clip_grad_value_` does. Before an optimizer that divides by
-    the gradient's own deviation, as AdaBelief does, it does harm: constant gradients
-    make steps of 3e5 times the learning rate.
+    as `torch.nn.utils.clip_grad_value_` does. It is harmful before an optimizer that divides by the
+    gradient's own deviation, as AdaBelief does: constant gradients make steps of 3e5 times the
+    learning rate.
 
     Args:
         max_value: c, the largest magnitude, in the units of the gradient. Positive.

@@ -17,7 +17,7 @@ class Unit(NamedTuple):
 
     Attributes:
         axis: Dimension that counts the units; None makes the whole tensor one unit.
-        groups: Into how many equal parts dimension 0 falls first, each with units of its own.
+        groups: Into how many equal parts dimension 0 is divided first, each with its own units.
     """
 
     axis: int | None = 0
@@ -106,7 +106,7 @@ def unit_factors(
 
     Returns:
         n plain tensors in float32 at least, each broadcasting against the local
-        part of its gradient. 1 for a gradient of zero; NaN where a norm is NaN.
+        part of its gradient. 1 for a gradient of zero; NaN if a norm is NaN.
     """
     gradient_norms = _norms(grads, units)
     weight_norms = _norms(weights, units)
@@ -137,7 +137,7 @@ def clip_units_(
     max_ratio: float,
     weight_floor: float,
 ) -> list[Tensor]:
-    """Clip every gradient in place: `unit_factors` and `scale_units_` in one.
+    """Clip every gradient in place: `unit_factors` and `scale_units_` in one call.
 
     On a CPU each tensor with several units is scaled as soon as its norms are known, while its
     gradient is still in the cache.
@@ -236,8 +236,8 @@ def _clip_rows_(
 ) -> list[Tensor]:
     """Clip tensors of one dtype on the CPU that have several units each.
 
-    What runs between two gradients finds its code out of the cache, so it is as few operations
-    as can be: all weights come first.
+    What runs between two gradients finds its code out of the cache, so there are as few operations
+    as possible: all weights come first.
     """
     dtype = torch.promote_types(grads[0].dtype, torch.float32)
     spans = [_span(grad, unit) for grad, unit in zip(grads, units, strict=True)]
@@ -342,7 +342,7 @@ def _spread(factor: Tensor, grad: Any, unit: Unit) -> Tensor:
 def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
     """Return the norm of all gradients together.
 
-    Where none is a shard it is that of `torch.nn.utils.get_total_norm`, bit for bit.
+    If none is a shard it equals `torch.nn.utils.get_total_norm`, bit for bit.
 
     Args:
         grads: Any shapes, plain or DTensor. May be empty.

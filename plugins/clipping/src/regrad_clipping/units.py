@@ -107,7 +107,7 @@ def head_modules(model: nn.Module, calls: Sequence[Call], held: Sequence[Holding
         held: Its parameters.
 
     Returns:
-        Names of layers that hold a weight of rank 2 at least; empty where there is none.
+        Names of layers that hold a weight of rank 2 at least; empty if there is none.
     """
     if isinstance(model, nn.Linear):
         return [""]

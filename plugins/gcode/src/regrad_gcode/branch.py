@@ -54,7 +54,7 @@ class Branch(nn.Module):
             backwards instead of differentiating the solver's steps.
 
     Raises:
-        RegradError: If no stride leads from the one size to the other.
+        RegradError: If no stride leads from one size to the other.
     """
 
     def __init__(

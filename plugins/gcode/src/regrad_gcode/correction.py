@@ -24,7 +24,7 @@ from regrad_gcode.pair import Pair, Passage, Shape
 from regrad_gcode.selection import Stage, find_stages
 
 WHOLE = "'gcode' must see whole stages; checkpoint them whole, or with use_reentrant=False"
-UNCOUNTED = "FSDP2 hides the gradients by which fits know a step's micro-batches"
+UNCOUNTED = "FSDP2 hides the gradients that show which micro-batches belong to a step"
 UNSEEN = "'gcode' saw no forward of a stage; do not replace modules after attach()"
 
 
@@ -32,8 +32,8 @@ class GCODE(Correction):
     r"""Add the gradient flow of neural ODE branches to hidden states (experimental).
 
     Beside each stage :math:`h_{i-1} \to h_i` a branch
-    :math:`b_i = ODESolve(\varphi_i, P_i(h_{i-1}), t: 0 \to 1)` learns to follow it. The
-    forward pass stays as it is; in the backward pass, with :math:`g_i = dL/dh_i`,
+    :math:`b_i = ODESolve(\varphi_i, P_i(h_{i-1}), t: 0 \to 1)` learns to follow it. The forward
+    pass does not change; in the backward pass, with :math:`g_i = dL/dh_i`,
 
     .. math:: dL/dh_{i-1} = J_{stage}^\top g_i + \lambda\, J_{branch}^\top g_i.
 
@@ -67,8 +67,8 @@ class GCODE(Correction):
 
     References:
         Li, Ni, Li, Zhang and Gao, 2022, "Gradient Correction beyond Gradient Descent"
-        (arXiv 2203.08345, withdrawn), which gives no formula and no code: field,
-        projection, injection, fit and ramp are ours.
+        (arXiv 2203.08345, withdrawn), which gives no formula and no code; field, projection,
+        injection, fit and ramp are ours.
     """
 
     name = "gcode"
@@ -125,7 +125,7 @@ class GCODE(Correction):
         self._task = -1
 
     def setup(self, attachment: Attachment) -> None:
-        """Refuse what has no stages to see; branches come with the first forward, or a state."""
+        """Refuse models without visible stages; branches come with the first forward or a state."""
         if attachment.record is None:
             raise RegradError("'gcode' must see the stages of a model that is not compiled")
         modules = dict(attachment.model.named_modules())
@@ -180,8 +180,8 @@ class GCODE(Correction):
             shapes = (*first_inputs.get(stage.first, ()), *first_outputs.get(stage.last, ()))
             if [len(shape) for shape in shapes] != [4, 4]:
                 raise RegradError(
-                    "stages must take and give images [B, C, H, W]; "
-                    f"{stage.last!r} takes and gives {shapes}"
+                    "stages must take and return images [B, C, H, W]; "
+                    f"{stage.last!r} takes and returns {shapes}"
                 )
             self._build(stage, (shapes[0][1:], shapes[1][1:]))
 
@@ -286,7 +286,7 @@ class GCODE(Correction):
         return index > 0 and (index + 1) % self.options.fit_every == 0
 
     def _witness(self) -> None:
-        """Tell the meter what was measured in backward, now that the step is known to count."""
+        """Report what was measured in backward to the meter, now that the step counts."""
         before: dict[str, Tensor] = {}
         after: dict[str, Tensor] = {}
         for name, pair in self._pairs.items():
@@ -300,7 +300,7 @@ class GCODE(Correction):
         self.attachment.engine.meter.observe(self.name, "hidden", before, after)
 
     def after_step(self, step: Step) -> None:
-        """Fit the branches when it is time, and let go what the step held."""
+        """Fit the branches when due, and release what the step held."""
         if self._forwards > 1 and not any(pair.passages for pair in self._pairs.values()):
             raise RegradError(UNSEEN)
         self._witness()
@@ -332,13 +332,13 @@ class GCODE(Correction):
         return numbers
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the branches and their Adams, by stage."""
+        """Return copies of the branches and their Adam states, by stage."""
         if not self._pairs:
             return copy.deepcopy(dict(self._kept))
         return {name: pair.state() for name, pair in self._pairs.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned; before attach it is kept until then."""
+        """Restore what `state_dict` returned; before attach it is kept until then."""
         self._kept = state
         if self.attachment is None:
             return
@@ -348,7 +348,7 @@ class GCODE(Correction):
                 self._build(stage, kept["shapes"])
         if state and {*state} != {*self._pairs}:
             stages = ", ".join(self._pairs)
-            raise RegradError(f"state must be of the stages {stages}, got {', '.join(state)}")
+            raise RegradError(f"state must be for the stages {stages}, got {', '.join(state)}")
         for name, kept in state.items():
             self._pairs[name].load(kept)
 

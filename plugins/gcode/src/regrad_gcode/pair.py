@@ -1,4 +1,4 @@
-"""Two adjacent hidden states, the branch between them, and what fits the branch."""
+"""Two adjacent hidden states, the branch between them, and its fit."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class Passage:
 
 
 class Pair:
-    """A pair (h before, h after), its branch with an Adam of its own, and what was seen last.
+    """A pair (h before, h after), its branch with its own Adam, and the last measurements.
 
     Args:
         name: Of the stage between them.
@@ -73,7 +73,7 @@ class Pair:
                 distributed.broadcast(parameter, 0)
 
     def forget(self, condition: Tensor) -> None:
-        """Drop the sums where the condition holds: they belong to no step that will be taken."""
+        """Drop the sums if the condition holds: they belong to no step that will be taken."""
         # Not multiplied: 0 × infinity is NaN.
         self.sums = [torch.where(condition.to(kept.device), 0, kept) for kept in self.sums]
 
@@ -117,7 +117,7 @@ class Pair:
         return copy.deepcopy(kept)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         self.branch.load_state_dict(state["branch"])
         self.adam.load_state_dict(copy.deepcopy(state["adam"]))
 

@@ -34,7 +34,7 @@ def find_stages(calls: Sequence[Call], convolutions: Collection[str]) -> list[St
         convolutions: Names of the model's convolutions.
 
     Returns:
-        Stages; few or none where the network shows no more.
+        Stages; few or none if the network shows no more.
     """
     spans = {call.name: (_size(call.inputs), _size(call.outputs)) for call in reversed(calls)}
     numbered: dict[str, list[tuple[int, str]]] = defaultdict(list)

@@ -35,7 +35,7 @@ class GCW(Correction):
             parameters or their modules, with `*` and `?`.
         slots: Any of "last", "fast", "slow".
         prior: Coefficient of "last" before anything is learned, in [-1, 2]; None takes
-            the momentum, :math:`\beta_1`, or 0 where the optimizer has neither.
+            the momentum, :math:`\beta_1`, or 0 if the optimizer has neither.
         predictor: "slot", "attention", or "prior" (nothing is learned).
         fit_target: Fit to the "next" gradient, or in "hindsight" to the mean of the
             `fit_every` gradients that follow.
@@ -139,7 +139,7 @@ class GCW(Correction):
         self._check_layers(attachment)
 
     def _check_layers(self, attachment: Attachment) -> None:
-        """Raise `RegradError` where the model has no such layers."""
+        """Raise `RegradError` if the model has no such layers."""
         layers = self.options.layers
         if layers == "all":
             return
@@ -186,7 +186,7 @@ class GCW(Correction):
             raise self._layers_error("must be named in a model without stages")
 
     def correct_gradients(self, step: Step) -> None:
-        """Add the offset to `.grad` where no first moment takes it."""
+        """Add the offset to `.grad` if no first moment takes it."""
         for parameter, memory in self._advanced(step, moment=False):
             if step.index >= self.options.warmup_steps:
                 local(parameter.grad).add_(self._offset(parameter, memory))
@@ -204,7 +204,7 @@ class GCW(Correction):
             local(moment).add_(self._offset(parameter, memory), alpha=factor)
 
     def _advanced(self, step: Step, *, moment: bool) -> Iterator[tuple[Any, Memory]]:
-        """Take the step's gradients into their memories and yield these with their parameters.
+        """Add the step's gradients to their memories and yield these with their parameters.
 
         Args:
             step: The step.
@@ -229,7 +229,7 @@ class GCW(Correction):
         return float(step.group_of(parameter)["betas"][0]) > 0
 
     def _advance(self, name: str, parameter: nn.Parameter, gradient: Tensor, step: Step) -> Memory:
-        """Take the gradient of one parameter into its memory, and return this."""
+        """Add the gradient of one parameter to its memory, and return the memory."""
         gradient = local(gradient)
         prior = self._prior(step.group_of(parameter))
         if name not in self._memories:
@@ -310,5 +310,5 @@ class GCW(Correction):
         return {name: memory.state() for name, memory in self._memories.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self._memories = {name: Memory.from_state(kept) for name, kept in state.items()}

@@ -24,7 +24,7 @@ Whole = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def roll_(history: Tensor, gradient: Tensor, *, decays: Sequence[float], seen: int) -> None:
-    r"""Take the gradient in row 0 into the slots, and put the new one in its place.
+    r"""Update the slots with the gradient in row 0, and replace that by the new one.
 
     With n gradients seen before this call, slot k becomes
     :math:`M_k \leftarrow M_k + w\,(g - M_k)`, :math:`w = (1-d_k)/(1-d_k^n)`: the moving
@@ -133,7 +133,7 @@ def evidence(grams: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Two tensors of shape [*, S]: :math:`\langle g', g - M_k\rangle` and
-        :math:`c_k = \cos(g', g - M_k)`; NaN where a number is not finite, cosine 0
+        :math:`c_k = \cos(g', g - M_k)`; NaN if a number is not finite, cosine 0
         where a vector is zero.
     """
     slots = slice(1, -1)

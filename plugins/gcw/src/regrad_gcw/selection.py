@@ -24,7 +24,7 @@ def stage_ends(calls: Sequence[Call], convolutions: Collection[str]) -> list[str
         convolutions: Names of the model's convolutions.
 
     Returns:
-        Names of modules; empty where there is no stage.
+        Names of modules; empty if there is no stage.
     """
     spans = {call.name: (_size(call.inputs), _size(call.outputs)) for call in calls}
     stages: list[list[str]] = [[]]

@@ -23,7 +23,7 @@ class Memory:
     Args:
         tensors: By name. "history" [S + 1, *]; "learned" and "used" [S], coefficients;
             "gate" [2], whether the learned ones are used, whether any are; "window"
-            [rows, S + 2, S + 2], Gram matrices, NaN where missing; "gains" [5 · rows, 2],
+            [rows, S + 2, S + 2], Gram matrices, NaN if missing; "gains" [5 · rows, 2],
             to first order, of the prior and of the learned coefficients; "query", "key",
             "scale" where attention predicts; "snapshot" [S + 1, *] and "sum" [1, *] where
             the target is hindsight. Of a shard, * is the shape of this process's part.
@@ -53,7 +53,7 @@ class Memory:
         Args:
             gradient: Tells shape, device and dtype (float32 at least).
             prior: S coefficients, from which the learned ones start.
-            rows: Gradients per window; None where the target is hindsight.
+            rows: Gradients per window; None if the target is hindsight.
             attention: Whether attention predicts.
         """
         slots = len(prior)
@@ -117,7 +117,7 @@ class Memory:
         """Return copies of everything.
 
         Of a shard, what is large is this process's part, in a dict by row; what is in the
-        list "learning" is no shard.
+        list "learning" is not a shard.
         """
         large = {key: self.tensors[key].clone() for key in LARGE if key in self.tensors}
         small = {key: tensor.clone() for key, tensor in self.tensors.items() if key not in LARGE}
@@ -200,6 +200,6 @@ def _fit_attention(
 
 
 def _stack(tensors: Iterable[Tensor]) -> Tensor:
-    """Return n tensors as one [n, *], where the first one is."""
+    """Return n tensors as one [n, *], on the device of the first one."""
     first, *others = tensors
     return torch.stack([first, *(tensor.to(first) for tensor in others)])

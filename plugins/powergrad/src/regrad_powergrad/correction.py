@@ -1,4 +1,4 @@
-"""PowerGrad as a correction: the user's own criterion, with another gradient."""
+"""PowerGrad as a correction: the user's own criterion, with a different gradient."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PowerGrad(Correction):
     References:
         Das, Mondal, Lall, Joshi and Dutta Roy, 2021, "Altering Backward Pass
         Gradients improves Convergence" (arXiv 2111.12495), PowerGrad Transform.
-        We differ from the published code, which is exact for one loss scale only.
+        We differ from the published code, which is exact only for one loss scale.
     """
 
     name = "powergrad"
@@ -113,8 +113,8 @@ class PowerGrad(Correction):
             return PowerGradOf(criterion, alpha=alpha)
         raise TypeError(
             "criterion must be nn.CrossEntropyLoss or torch.nn.functional.cross_entropy, got "
-            f"{criterion!r}; where a loss contains a cross entropy, put "
-            "regrad_powergrad.PowerGradCrossEntropyLoss in its place there"
+            f"{criterion!r}; if a loss contains a cross entropy, replace that part with "
+            "regrad_powergrad.PowerGradCrossEntropyLoss"
         )
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None) -> Non
     if target.shape == logits.shape:
         if not target.is_floating_point():
             raise TypeError(
-                "target must be floating point where it has the shape of logits, "
+                "target must be floating point if it has the shape of logits, "
                 f"got {target.dtype}; class indices have shape {list(rows)}"
             )
         return
@@ -378,7 +378,7 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(_ctx: Any, _upstream: Tensor) -> Tensor:
         raise RuntimeError(
-            "power_grad_cross_entropy must be differentiated once only, its gradient was "
+            "power_grad_cross_entropy must be differentiated only once, but its gradient was "
             "differentiated again; use alpha=1 or F.cross_entropy for second derivatives"
         )
 
@@ -472,7 +472,7 @@ def _on_mesh(logits: Any, target: Tensor, weight: Tensor | None, rule: _Rule) ->
     if in_parts and (target.is_floating_point() or rule.label_smoothing):
         # Under loss_parallel torch's own gradient of class probabilities is silently wrong.
         raise TypeError(
-            "logits must hold all classes where targets are class probabilities or smoothed, got "
+            "logits must hold all classes when targets are class probabilities or smoothed, got "
             f"placements {logits.placements}; pass logits.full_tensor(), or class indices"
         )
     try:

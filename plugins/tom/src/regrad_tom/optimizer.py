@@ -181,7 +181,7 @@ def _check_dense(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _check(group: dict[str, Any]) -> None:
-    """Raise `ValueError` where an option is out of range."""
+    """Raise `ValueError` if an option is out of range."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -201,7 +201,7 @@ def _check(group: dict[str, Any]) -> None:
 
 
 def _check_dtype(parameter: Tensor, eps: float) -> None:
-    """Raise `ValueError` where the rule is not defined, or 0/0."""
+    """Raise `ValueError` if the rule is not defined, or 0/0."""
     if not parameter.is_floating_point():
         raise ValueError(f"parameters must be real and floating point, got {parameter.dtype}")
     if torch.tensor(eps, dtype=parameter.dtype) == 0:

@@ -51,7 +51,7 @@ class XGrad(Correction):
     Raises:
         ValueError: If `horizon` or `decoupled_decay` is negative or not finite.
         RegradError: At attach, on an optimizer that already looks ahead, or whose
-            learning rate is no number.
+            learning rate is not a number.
 
     Example:
         >>> import regrad, torch
@@ -172,7 +172,7 @@ class XGrad(Correction):
         return {"last": {name: dict(last) for name, last in self._last.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back the rates and decays of the last step."""
+        """Restore the rates and decays of the last step."""
         self._last = {
             name: {"rate": last["rate"], "decay": last["decay"]}
             for name, last in state["last"].items()
@@ -217,8 +217,8 @@ def _warn_of_unknown_decay(optimizer: Optimizer) -> None:
             continue
         warnings.warn(
             f"{type(optimizer).__name__} has a weight_decay that may be decoupled; pass "
-            "decoupled_decay=… (0 where the decay is added to the gradient), which 'xgrad' takes "
-            "to be 0 now",
+            "decoupled_decay=… (0 where the decay is added to the gradient), which 'xgrad' now "
+            "assumes to be 0",
             RegradWarning,
             stacklevel=3,
         )

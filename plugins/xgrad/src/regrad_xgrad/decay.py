@@ -21,7 +21,7 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | N
         group: One of its parameter groups.
 
     Returns:
-        0 where the decay is added to the gradient, or there is none; None where it is not known
+        0 where the decay is added to the gradient, or there is none; None if it is not known
         which of both a foreign class does.
 
     Example:

@@ -52,8 +52,8 @@ Value = TypeVar("Value")
 def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_KEPT) -> Path:
     """Write where a run is, so that it can be continued exactly.
 
-    The checkpoint is written under another name, forced to the disk and renamed: a kill leaves it
-    whole or absent. Call it on every process; the first one writes.
+    The checkpoint is written under another name, forced to the disk and renamed: if the process is
+    killed, it is complete or absent. Call it on every process; the first one writes.
 
     Args:
         run: After an optimizer step.
@@ -66,7 +66,7 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_K
 
     Raises:
         RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold,
-            or if the disk does not take it.
+            or if it cannot be written to disk.
     """
     done = run.position.batch % run.config.accumulate
     if done:
@@ -81,7 +81,7 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_K
 
 
 def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
-    """Put a run where it was when `path` was written.
+    """Restore a run to where it was when `path` was written.
 
     Call it on every process; the first one reads.
 
@@ -90,8 +90,8 @@ def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
         path: A checkpoint's folder.
 
     Returns:
-        What is no longer exact, in words: nothing with as many processes as then. And where the
-        data were, if they were moved.
+        What is no longer exact, in words; nothing if there are as many processes as before. Also
+        where the data were, if they were moved.
 
     Raises:
         RegradError: If the checkpoint is damaged, of another format or would run code, if settings,
@@ -102,14 +102,14 @@ def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
 
 
 def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]:
-    """Put a run where the latest whole checkpoint was written, or leave it at its start.
+    """Restore a run from the latest undamaged checkpoint, or leave it at its start.
 
     Args:
         run: As for `load_checkpoint`.
         folder: Holds the run's checkpoints, or does not exist.
 
     Returns:
-        The checkpoint, and what is to be told: damaged ones that were passed over, what is no
+        The checkpoint, and what to tell the user: damaged ones that were skipped, and what is no
         longer exact.
 
     Raises:
@@ -153,7 +153,7 @@ def _content(run: TrainingRun) -> Content:
 
 
 def _take(run: TrainingRun, content: Content) -> list[str]:
-    """Put everything back, or raise `RegradError`."""
+    """Restore everything, or raise `RegradError`."""
     try:
         return _take_all(run, content)
     except RegradError:
@@ -166,7 +166,7 @@ def _take(run: TrainingRun, content: Content) -> list[str]:
 
 
 def _take_all(run: TrainingRun, content: Content) -> list[str]:
-    """Put everything back; what may be refused comes first."""
+    """Restore everything; what may be refused comes first."""
     tensors = content.tensors
     state = content.state
     lines = check_settings(run, state)
@@ -188,14 +188,14 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
 
 
 def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:
-    """Return how far the run was, or raise `RegradError` if this one cannot come there."""
+    """Return how far the run was, or raise `RegradError` if this one cannot get there."""
     step = state["step"]
     epoch = state["epoch"]
     batch = state["batch"]
     if not _is_place(run, step, epoch, batch):
         place = f"step {step!r}, epoch {epoch!r}, batch {batch!r}"
         raise RegradError(
-            f"checkpoint must be of a place in this run, got {place} of {run.total_steps} steps"
+            f"checkpoint must be from a step of this run, got {place} of {run.total_steps} steps"
         )
     like = asdict(Point(step=0, epoch=0.0, loss=0.0, value=0.0, lr=0.0, seconds=0.0))
     points = [Point(**_checked(point, like, "points")) for point in state["points"]]
@@ -254,7 +254,7 @@ def _is_alike(value: Any, like: Any) -> bool:
 
 
 def _take_own(run: TrainingRun, then: Sequence[Any]) -> list[str]:
-    """Put back what each process has for itself; for another number of them what comes closest."""
+    """Restore what each process has for itself; for another number of them, the closest match."""
     now = run.accelerator.num_processes
     index = run.accelerator.process_index
     set_random_state(then[index % len(then)]["random"])
@@ -263,10 +263,10 @@ def _take_own(run: TrainingRun, then: Sequence[Any]) -> list[str]:
         return []
     run.loss_sum.fill_(sum(own["loss_sum"] for own in then) / len(then))
     return [
-        f"the checkpoint is of {len(then)} processes and goes on with {now}: "
-        "the same images in the same order, but sums in another order (the last digits differ), "
-        "statistics of batch normalisation over other parts of a batch, "
-        "and other random numbers where a model or correction draws them"
+        f"the checkpoint was written by {len(then)} processes and continues on {now}: images keep "
+        "their order, but sums are taken in another order (the last digits differ), batch "
+        "normalisation sees other parts of a batch, and a model or correction that draws random "
+        "numbers draws others"
     ]
 
 

@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
         The checkpoint's folder.
 
     Raises:
-        RegradError: If the disk does not take it; what was there before is as it was.
+        RegradError: If it cannot be written to disk; what was there before is unchanged.
     """
     path = folder / f"{CHECKPOINT_PREFIX}{step:08d}"
     check_own_folder(folder)
@@ -80,8 +80,8 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
             _fill(aside, content)
     except OSError as problem:
         raise DiskError(
-            f"checkpoint must be written, got {problem}; "
-            "those before it are whole: make room and --resume"
+            f"checkpoint must be written, got {problem}; earlier ones are intact: free some space "
+            "and use --resume"
         ) from problem
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
@@ -98,13 +98,13 @@ def read_checkpoint(path: Path) -> Content:
     """
     fault = damage_of(path)
     if fault is not None:
-        raise RegradError(f"checkpoint must be as it was written, got '{path}' where {fault}")
+        raise RegradError(f"checkpoint must be undamaged, got '{path}': {fault}")
     try:
         state = _read_json(path / STATE)
         receipt = _read_json(path / CHECKPOINT_RECEIPT)
     except (ValueError, RecursionError) as problem:
         raise RegradError(
-            f"checkpoint must hold JSON objects beside its tensors, got another in '{path}'"
+            f"checkpoint must hold JSON objects beside its tensors, got something else in '{path}'"
         ) from problem
     if state.get("format") != FORMAT:
         raise RegradError(
@@ -125,7 +125,8 @@ def _read_tensors(path: Path) -> dict[str, Any]:
         ) from problem
     except Exception as problem:
         raise RegradError(
-            f"checkpoint must be a file of torch.save, got another in '{path / TENSORS}'"
+            "checkpoint must be a file written by torch.save, got something else in "
+            f"'{path / TENSORS}'"
         ) from problem
     if not isinstance(tensors, dict):
         raise RegradError(
@@ -141,7 +142,7 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     Damaged ones that come after it are renamed, so that they no longer count.
 
     Returns:
-        Where it is, what it holds, and a line for each damaged one; None where there is no
+        Where it is, what it holds, and a line for each damaged one; None if there is no
         checkpoint.
 
     Raises:
@@ -157,18 +158,19 @@ def read_latest(folder: Path) -> tuple[Path, Content, list[str]] | None:
     if faults:
         listed = "; ".join(f"{path.name}: {fault}" for path, fault in faults)
         raise RegradError(
-            f"checkpoints must be whole to resume, got only damaged ones in '{folder}' ({listed})"
+            f"checkpoints must be undamaged to resume, got only damaged ones in '{folder}' "
+            f"({listed})"
         )
     return None
 
 
 def damage_of(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint's files; None where every file is as it was written."""
+    """Say what is wrong with a checkpoint's files; None if every file is unchanged."""
     try:
         sums = _read_json(path / CHECKSUMS)
         for name in (TENSORS, STATE, CHECKPOINT_RECEIPT):
             if checksum(path / name) != sums.get(name):
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except FileNotFoundError as problem:
         return f"{Path(problem.filename).name} is missing"
     except OSError as problem:
@@ -186,7 +188,7 @@ def checksum(path: Path) -> str:
 
 
 def _fill(folder: Path, content: Content) -> None:
-    """Write the files, and last the checksums: of what the disk took, not of what was meant."""
+    """Write the files, and last the checksums: of what is on the disk, not of what was meant."""
     with whole_file(folder / TENSORS) as file:
         torch.save(dict(content.tensors), file)
     _write_json(folder / STATE, {"format": FORMAT, **content.state})

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the run that wants to go on from it: settings, weights, optimizer."""
+"""Whether a checkpoint fits the run that continues from it: settings, weights, optimizer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ABSENT = "nothing"
 
 
 def identity(run: TrainingRun) -> dict[str, Any]:
-    """Return what must be the same where a run goes on, by name, as JSON holds it.
+    """Return what must be the same when a run continues, by name, as JSON holds it.
 
     Args:
         run: Whose settings, seed, learning rate and numbers of samples these are.
@@ -47,7 +47,7 @@ def identity(run: TrainingRun) -> dict[str, Any]:
 def inventory(tensors: Mapping[str, Any]) -> dict[str, str]:
     """Return the number format and shape of every tensor in weights, optimizer and corrections.
 
-    Each goes by the way to it, such as "model/fc.weight".
+    Each is named by its path, such as "model/fc.weight".
 
     Example:
         >>> inventory({"model": {"fc.weight": torch.zeros(2, 3)}})
@@ -64,11 +64,11 @@ def check_settings(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
     """Compare the settings of a checkpoint with those of the run.
 
     Args:
-        run: That wants to go on.
+        run: The run that is to continue.
         state: Of the checkpoint, as JSON held it.
 
     Returns:
-        What differs and may: where the data are.
+        What differs and is allowed to: where the data are.
 
     Raises:
         RegradError: If anything else differs; says what, there and here.
@@ -76,16 +76,16 @@ def check_settings(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
     then = state.get("identity")
     if not isinstance(then, dict):
         raise RegradError(
-            f"checkpoint must say of which settings it is, got {shown(then)}; "
-            "it is of an earlier version: start anew in another folder"
+            f"checkpoint must hold its settings, got {shown(then)}; "
+            "it is from an earlier version: start again in another folder"
         )
     now = identity(run)
     for name in now | then:
         if then.get(name) != now.get(name):
             raise RegradError(
-                f"checkpoint must be of the settings of this run, "
-                f"got {name} {shown(then.get(name))} there and {shown(now.get(name))} here; "
-                "set it back, or start anew in another folder"
+                f"checkpoint must have the settings of this run, got {name} "
+                f"{shown(then.get(name))} there and {shown(now.get(name))} here; change it back, "
+                "or start again in another folder"
             )
     place = state.get(MOVED)
     here = run.config.data_dir
@@ -101,7 +101,7 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
     """Compare what a checkpoint holds with what was put into it and with what the run needs.
 
     Args:
-        run: That wants to go on.
+        run: The run that is to continue.
         tensors: Of the checkpoint.
         state: Of the checkpoint, as JSON held it.
 
@@ -120,7 +120,9 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
     clean = run.accelerator.scaler is None and state["watch"]["skipped"] == 0
     for name, tensor in _tensors(tensors["model"]):
         if (clean or name in weights) and not tensor.isfinite().all():
-            raise RegradError(f"checkpoint must hold finite weights, got others in '{name}'")
+            raise RegradError(
+                f"checkpoint must hold finite weights, got NaN or infinity in '{name}'"
+            )
     for way, tensor in _tensors(tensors["optimizer"]):
         if tensor.isnan().any():
             raise RegradError(f"checkpoint must hold numbers in the optimizer, got NaN in '{way}'")
@@ -130,7 +132,7 @@ def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
     """Compare the options of each group of parameters with those of this run's optimizer.
 
     Args:
-        run: That wants to go on.
+        run: The run that is to continue.
         groups: Of the checkpoint, each with "params", the names of its parameters.
         last_epoch: Steps that the schedule of the learning rate has made.
 
@@ -150,7 +152,7 @@ def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
         for key in sorted(options & group.keys()):
             if not _same(old.get(key), group[key]):
                 raise RegradError(
-                    f"checkpoint must be of the optimizer of this run, "
+                    f"checkpoint must have the optimizer of this run, "
                     f"got {key} {shown(old.get(key))} there and {shown(group[key])} here "
                     f"in group {index}"
                 )
@@ -158,7 +160,7 @@ def check_optimizer(run: TrainingRun, groups: Any, last_epoch: int) -> None:
         for key, rate in (("lr", base * factor), ("initial_lr", base)):
             if not math.isclose(old.get(key, math.nan), rate, rel_tol=1e-9):
                 raise RegradError(
-                    f"checkpoint must be of the learning rates of this run, "
+                    f"checkpoint must have the learning rates of this run, "
                     f"got {key} {shown(old.get(key))} there and {rate!r} here in group {index}"
                 )
 

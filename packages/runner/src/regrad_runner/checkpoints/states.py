@@ -39,7 +39,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def load_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Take back what `model_state` returned on the first process; give every process the same."""
+    """Load what `model_state` returned on the first process, on every process alike."""
     set_model_state_dict(model, dict(saved), options=_whole())
 
 
@@ -66,7 +66,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Take back what `optimizer_state` returned, whatever the order of the parameters now.
+    """Load what `optimizer_state` returned, whatever the present order of the parameters.
 
     torch's `set_optimizer_state_dict` is not used: it steps a fresh optimizer to make its state
     (the attachment's hooks would run), fails on one that has no state, and on parameters that never
@@ -85,8 +85,8 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, saved: Mapping[str, A
         old = group_of_names(saved["groups"], set(here))
         if old is None:
             raise RegradError(
-                "optimizer must have the checkpoint's parameter groups, "
-                f"got others in group {index}"
+                "optimizer must have the checkpoint's parameter groups, got different ones in "
+                f"group {index}"
             )
         numbers = list(range(count, count + len(here)))
         count += len(here)
@@ -136,7 +136,7 @@ def corrections_state(attachment: Attachment) -> dict[str, Any]:
 
 
 def load_corrections(attachment: Attachment, saved: Mapping[str, Any]) -> None:
-    """Take back what `corrections_state` returned on the first process.
+    """Load what `corrections_state` returned on the first process.
 
     Give every process the same.
 
@@ -171,7 +171,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Take back what `random_state` returned."""
+    """Restore what `random_state` returned."""
     kind, keys, position, has_gauss, cached = state["numpy"]
     version, internal, gauss = state["python"]
     torch.set_rng_state(state["torch"])

@@ -104,19 +104,18 @@ def compare_command(
 
 
 def _check_are_corrections(names: Sequence[str]) -> None:
-    """Raise a `ValueError` where the script stands among the corrections."""
+    """Raise a `ValueError` if the script is among the corrections."""
     for name in names:
         if name == "--":
             raise ValueError("corrections must be named between --corrections and '--', got none")
         if Path(name).suffix == ".py":
             raise ValueError(
-                f"script must stand behind '--', got {name!r} among the corrections; write: "
-                f"-- {name}"
+                f"script must come after '--', got {name!r} among the corrections; write: -- {name}"
             )
 
 
 def _check_is_script(words: list[str]) -> None:
-    """Raise a `ValueError` where somebody names corrections as if they were a script."""
+    """Raise a `ValueError` if corrections are given in place of a script."""
     from regrad_runner.scripts.running import check_script  # noqa: PLC0415
 
     first = Path(words[0])
@@ -125,7 +124,7 @@ def _check_is_script(words: list[str]) -> None:
         check_script(words)
         return
     raise ValueError(
-        f"script must be a file, got {words[0]!r}; corrections come behind --corrections, such as "
+        f"script must be a file, got {words[0]!r}; corrections go after --corrections, such as "
         f"--corrections {words[0]}"
     )
 
@@ -173,11 +172,11 @@ def _out_of_place(name: str, value: Any, kind: type[ComparisonSettings]) -> str:
         flag_name = f"--{value}-is-better"
     if kind is ScriptConfig:
         return f"{flag_name} must be left out with a script, which decides that itself"
-    return f"{flag_name} must be given with a script of your own behind '--'"
+    return f"{flag_name} must be given with a script of your own after '--'"
 
 
 def _check_is_complete(known: dict[str, Any]) -> None:
-    """Raise a `ValueError` where a comparison of a script lacks what only the user knows."""
+    """Raise a `ValueError` if a comparison of a script lacks what only the user knows."""
     if "measure" not in known:
         raise ValueError(
             "--measure must be given with a script, such as --measure 'loss=val loss ([0-9.]+)'"
@@ -197,7 +196,7 @@ def _make_plan(
 
         return make_script_plan(settings, out=out, resume=resume, jobs=jobs)
     if not isinstance(settings, CompareConfig):
-        raise TypeError(f"settings must be of a comparison, got {type(settings).__name__}")
+        raise TypeError(f"settings must be those of a comparison, got {type(settings).__name__}")
     from regrad_runner.comparing.plan import make_plan  # noqa: PLC0415
 
     return make_plan(settings, out=out, resume=resume, jobs=jobs)

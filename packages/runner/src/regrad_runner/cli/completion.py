@@ -1,4 +1,4 @@
-"""What a shell offers for half a word.
+"""Shell completion.
 
 All of it comes from metadata and source files, so that no torch is imported for a keystroke.
 """

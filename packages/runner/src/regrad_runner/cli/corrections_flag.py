@@ -29,7 +29,7 @@ class ManyValues(Plain):
         return rest
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """Offer more corrections behind the first one."""
+        """Offer more corrections after the first one."""
         flag_begins = incomplete.startswith("-")
         if flag_begins or not ctx.meta.get(IS_OFFERED):
             return super().shell_complete(ctx, incomplete)
@@ -38,7 +38,7 @@ class ManyValues(Plain):
 
 
 def more_corrections(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Return what a shell offers in the place of a script: behind `--corrections` more of them."""
+    """Return completions in the place of a script: after `--corrections`, more of them."""
     if ctx.meta.get(IS_OFFERED):
         return completion.corrections(incomplete)
     return []
@@ -47,7 +47,7 @@ def more_corrections(ctx: typer.Context, incomplete: str) -> list[str]:
 def repeat_flag(words: Sequence[str]) -> list[str]:
     """Put `--corrections` in front of each of its values; `--correction` is the same flag.
 
-    What stands behind `--` is left as it is.
+    What follows `--` is left unchanged.
 
     Example:
         >>> repeat_flag(["--corrections", "agc", "xgrad", "--seeds", "3"])

@@ -1,4 +1,4 @@
-"""The flags that several commands share and that are no settings."""
+"""The flags that several commands share and that are not settings."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def flag(
     metavar: str | None = None,
     completion: Callable[[str], list[str]] | None = None,
 ) -> Any:
-    """Return an option whose default is not shown apart: `meaning` names it.
+    """Return an option whose default is not shown separately: `meaning` names it.
 
     Args:
         meaning: A sentence.
         group: Heading under which the help lists it; None for the general one.
         *names: How it is typed; derived from the parameter's name by default.
         metavar: What stands for its value.
-        completion: Returns what a shell offers for half a word.
+        completion: Returns completions for half a word.
     """
     return typer.Option(
         *names,
@@ -47,7 +47,7 @@ def switch(meaning: str, group: str | None, name: str) -> Any:
 
 ConfigFile = Annotated[
     Path | None,
-    flag("YAML file with these settings; flags win.", WHERE_IT_GOES, metavar="FILE"),
+    flag("YAML file with these settings; flags override it.", WHERE_IT_GOES, metavar="FILE"),
 ]
 Out = Annotated[
     Path | None,
@@ -58,5 +58,5 @@ Json = Annotated[bool, switch(JSON_MEANING, WHERE_IT_GOES, "--json")]
 UngroupedJson = Annotated[bool, switch(JSON_MEANING, None, "--json")]
 FolderArgument = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="What compare or train wrote.", show_default=False),
+    typer.Argument(metavar="DIR", help="Folder that compare or train wrote.", show_default=False),
 ]

@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 
 def examples(*lines: str) -> str:
-    """Return what stands below a command's help; every line is parsed by a test."""
+    """Return the examples below a command's help; every line is parsed by a test."""
     return "\n\n".join(("Examples:", *lines))
 
 

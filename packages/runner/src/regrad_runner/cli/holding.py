@@ -36,7 +36,7 @@ def holding_folder(plan: Planned[Any] | TrainingPlan, *, resume: bool) -> Iterat
 def holding(
     lock: AbstractContextManager[None], check: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """Hold a lock while the block runs; whoever cannot have it gets one line, nothing written.
+    """Hold a lock while the block runs; if it is taken, end with one line and write nothing.
 
     Args:
         lock: From `regrad_runner.results.locks`.

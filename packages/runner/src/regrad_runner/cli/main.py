@@ -97,11 +97,11 @@ def _with_value(problem: Any, words: Sequence[str]) -> str:
 
 
 def _hint_at_script(words: Sequence[str]) -> str:
-    """Return what to do where a script's own flags were taken for ours; nothing elsewhere."""
+    """Return what to do if a script's own flags were taken for ours; else nothing."""
     scripts = [word for word in words if word.endswith(".py")]
     if not scripts or "--" in words:
         return ""
-    return f"; a script and its arguments come behind '--': -- {scripts[0]} ..."
+    return f"; a script and its arguments go after '--': -- {scripts[0]} ..."
 
 
 def _values_of(flag: str, words: Sequence[str]) -> list[str]:

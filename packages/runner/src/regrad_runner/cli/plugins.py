@@ -40,7 +40,7 @@ def show_command(
         str,
         typer.Argument(
             metavar="NAME",
-            help="As plugins list prints it.",
+            help="Its name in plugins list.",
             show_default=False,
             autocompletion=completion.plugins,
         ),
@@ -63,18 +63,18 @@ def check_command(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A correction or optimizer, with options if you like.",
+            help="A correction or optimizer; options are allowed.",
             show_default=False,
             autocompletion=completion.plugins,
         ),
     ],
     suite: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Its suites, if not in its own tests."),
+        typer.Option(metavar="FILE", help="File with its suites, if not in its own tests."),
     ] = None,
     json: UngroupedJson = False,
 ) -> int:
-    """Prove, clause by clause, that an installed plugin keeps what corrections promise."""
+    """Check, clause by clause, that an installed plugin keeps the contract of corrections."""
     from rich.markup import escape  # noqa: PLC0415
 
     from regrad_runner.plugins.check import run_check, show_check  # noqa: PLC0415
@@ -97,13 +97,13 @@ def check_command(
 )
 def new_command(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Of your method.", show_default=False)
+        str, typer.Argument(metavar="NAME", help="Name of your method.", show_default=False)
     ],
     out: Annotated[
         Path,
         typer.Option(
             metavar="DIR",
-            help="Where to make its folder; here by default.",
+            help="Where to create its folder; here by default.",
             show_default=False,
         ),
     ] = Path(),
@@ -116,14 +116,14 @@ def new_command(
     ] = None,
     full: Annotated[
         bool,
-        typer.Option("--full", help="Write functions, more tests and a whole card too."),
+        typer.Option("--full", help="Also write functions, more tests and a full card."),
     ] = False,
     author: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="For the licence; the name that git knows by default."),
+        typer.Option(metavar="NAME", help="Author for the licence; git's user name by default."),
     ] = None,
 ) -> int:
-    """Write a distribution with your own correction: an example that passes the kit as it is."""
+    """Write a distribution with your own correction: an example that already passes the kit."""
     with checking_input():
         from regrad_runner.plugins.new import YOUR_NAME, new_plugin  # noqa: PLC0415
 
@@ -135,7 +135,7 @@ def new_command(
         f"  pip install --editable {place}\n"
         f"  regrad plugins check {name}\n"
         "  write the rule: first tests/reference.py, then the package in src\n"
-        f"  grep -rn 'fill in' {place} for what only you can say, such as the source\n"
+        f"  grep -rn 'fill in' {place} for what only you know, such as the source\n"
         f"  pytest {place}\n"
         f"  regrad compare --corrections {name}\n"
     )

@@ -25,7 +25,7 @@ def run_command(
         list[str] | None,
         typer.Argument(
             metavar="-- SCRIPT ARGS...",
-            help="As python would get it; '-m MODULE ARGS...' too.",
+            help="As you would give it to python, or '-m MODULE ARGS...'.",
             show_default=False,
         ),
     ] = None,
@@ -33,7 +33,7 @@ def run_command(
     corrections: Annotated[
         list[str] | None,
         flag(
-            "Such as xgrad:horizon=2 agc; attached together, in this order.",
+            "For example xgrad:horizon=2 agc; attached together, in this order.",
             WHAT_IS_TRAINED,
             metavar="NAME...",
             completion=offered_corrections,
@@ -41,12 +41,12 @@ def run_command(
     ] = None,
     control: Annotated[
         str | None,
-        flag("Make a control's change instead, such as nesterov.", WHAT_IS_TRAINED, metavar="NAME"),
+        flag("Apply a control instead, such as nesterov.", WHAT_IS_TRAINED, metavar="NAME"),
     ] = None,
     control_of: Annotated[
         list[str] | None,
         flag(
-            "Make the control's change of this correction instead; may be repeated.",
+            "Apply this correction's control instead; may be repeated.",
             WHAT_IS_TRAINED,
             metavar="NAME",
             completion=offered_corrections,
@@ -55,7 +55,7 @@ def run_command(
     optimizer_class: Annotated[
         list[str] | None,
         flag(
-            "Correct optimizers of this class only; may be repeated.",
+            "Correct only optimizers of this class; may be repeated.",
             WHAT_IS_TRAINED,
             metavar="NAME",
         ),
@@ -83,8 +83,8 @@ def run_command(
 ) -> int:
     """Run a training script, unmodified, with corrections.
 
-    Optimizers are found when they are made, models when they are called. At the end it says what
-    was corrected. Exit code: the script's own, or 3 where nothing was attached.
+    Optimizers are found when they are created, models when they are called. At the end it reports
+    what was corrected. Exit code: the script's own, or 3 if nothing was attached.
     """
     with checking_input():
         from regrad_runner.scripts.command import ScriptRun, check, run  # noqa: PLC0415

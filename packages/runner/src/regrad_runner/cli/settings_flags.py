@@ -1,4 +1,4 @@
-"""The flags of settings: made from the settings' own declarations, and read back into settings."""
+"""The flags of settings: built from the settings' declarations, and read back into settings."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def load_settings(
 
     Args:
         kind: Which settings.
-        given: Those that were given as flags; they win.
+        given: Those that were given as flags; they take precedence.
         config: A file with settings. To resume, the one in `out` by default.
         out: The folder to write to.
         resume: Whether to continue what is in `out`.
 
     Raises:
-        ValueError: If a setting is unknown or out of its range, a file cannot be read, or `out`
-            is no folder that can be written to or resumed.
+        ValueError: If a setting is unknown or out of its range, a file cannot be read, or `out` is
+            not a folder that can be written to or resumed.
     """
     from regrad_runner.settings.loading import load_config  # noqa: PLC0415
 
@@ -109,7 +109,7 @@ def load_settings(
 
 
 def _fields_of(kinds: Sequence[type[Settings]]) -> dict[str, FieldInfo]:
-    """Return the fields that declare a flag; those that only one kind has in front, as they matter.
+    """Return the fields that declare a flag; those that only one kind has come first.
 
     Fields that every command has come last.
     """
@@ -123,7 +123,7 @@ def _fields_of(kinds: Sequence[type[Settings]]) -> dict[str, FieldInfo]:
 
 
 def _own_first(kind: type[Settings]) -> list[str]:
-    """Return the settings, those that only this kind has in front: they matter most."""
+    """Return the settings, those that only this kind has first: they matter most."""
     shared = [name for name in kind.model_fields if name in RunConfig.model_fields]
     return [*(name for name in kind.model_fields if name not in shared), *shared]
 
@@ -157,7 +157,7 @@ def _parameter_name(name: str, field: FieldInfo) -> str:
 def _parsed_type(annotation: Any) -> Any:
     """Return the type that the parser makes of a flag's text.
 
-    Only numbers are the parser's to read. The settings check the rest, with better messages.
+    The parser reads only numbers. The settings check the rest, with better messages.
     """
     kinds = _alternatives(annotation)
     if any(get_origin(kind) is Literal for kind in kinds):  # a number or a word

@@ -15,10 +15,10 @@ SYNC_EXAMPLES = ("regrad sync DIR",)
 def sync_command(
     folder: FolderArgument,
     tracking_uri: Annotated[
-        str | None, flag("Another MLflow server or database to show it in.", None, metavar="URI")
+        str | None, flag("Another MLflow server or database to show runs in.", None, metavar="URI")
     ] = None,
 ) -> int:
-    """Show a folder in MLflow: whatever is not there yet, such as after the server was down."""
+    """Send to MLflow what is missing there from a folder, for example after the server was down."""
     with checking_input():
         from regrad_runner.reporting.verdict_numbers import verdict_numbers  # noqa: PLC0415
         from regrad_runner.results.sync import sync  # noqa: PLC0415

@@ -23,15 +23,14 @@ __all__ = ["Comparison", "Plan", "Runner", "compare", "make_plan"]
 
 
 def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
-    """Run what is not finished yet; after every run the folder holds it.
+    """Run what is not finished yet; every run is in the folder as soon as it ends.
 
     A run that fails is kept as failed and the others go on. On several processes each run is
-    data-parallel, the first process writes, and a failure ends them all, unless it is that the run
-    diverged.
+    data-parallel, the first process writes, and a failure ends them all, unless the run diverged.
 
     Args:
         plan: From `make_plan`.
-        display: Told what is under way.
+        display: Shows what is under way.
 
     Returns:
         The folder with every run.
@@ -63,7 +62,7 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
 
 
 def _say_estimate(plan: Plan, folder: ResultsFolder, display: Display) -> None:
-    """Say how long it will take, where that can be measured."""
+    """Say how long it will take, if that can be measured."""
     estimate = estimate_in_words(plan, folder)
     if estimate is not None:
         display.say(estimate)
@@ -97,7 +96,7 @@ def _next_trials(
 def _follow(
     plan: Planned[Any], folder: ResultsFolder, display: Display, ended: Iterable[Cell]
 ) -> None:
-    """Read each cell as it ends, and write the tables anew."""
+    """Read each cell as it ends, and rewrite the tables."""
     for cell in ended:
         if plan.reports:
             outcome = folder.take(cell)

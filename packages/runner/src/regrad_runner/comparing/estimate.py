@@ -28,7 +28,7 @@ MINUTES_PER_HOUR = 60
 
 
 def estimate_in_words(plan: Plan, folder: ResultsFolder) -> str | None:
-    """Return how long the runs that are left will take, or None where it cannot be measured.
+    """Return how long the remaining runs will take, or None if it cannot be measured.
 
     Args:
         plan: Of the comparison.
@@ -44,7 +44,8 @@ def estimate_in_words(plan: Plan, folder: ResultsFolder) -> str | None:
         return None
     at_once = min(plan.jobs, left)
     return (
-        f"this will take about {duration_in_words(left * seconds / at_once)}, going by a few steps"
+        f"this will take about {duration_in_words(left * seconds / at_once)}, estimated from a few "
+        "steps"
     )
 
 
@@ -62,7 +63,7 @@ def _seconds_per_run(plan: Plan) -> float:
 
 
 def _seconds_per_step(plan: Plan) -> float:
-    """Return the mean over the arms; where steps are slow, over the first of them."""
+    """Return the mean over the arms; if steps are slow, over the first of them."""
     rate = plan.config.rates[0] if plan.config.rates else 0.0
     began = time.perf_counter()
     times: list[float] = []

@@ -79,9 +79,9 @@ class CellPlan:
     Attributes:
         plan: Of its comparison.
         name: As printed.
-        cell: The run; None where its arm chose a rate without it.
+        cell: The run; None if its arm chose a rate without it.
         lr: Its learning rate.
-        done: Why there is nothing to run; empty where there is.
+        done: Why there is nothing to run; empty if there is.
     """
 
     plan: Planned[Any]
@@ -127,7 +127,7 @@ def make_cell_plan(config: ComparisonSettings, number: int, path: Path) -> CellP
         lr = agreed(folder.rates)[run.arm]
     if isinstance(plan, Plan):
         try_on(plan.arm(run.arm), plan.config, plan.workload, lr=lr)
-    done = "it ended before" if agreed(_has_ended(run, folder)) else ""
+    done = "it has already ended" if agreed(_has_ended(run, folder)) else ""
     return CellPlan(plan, run.name, run, lr, done)
 
 
@@ -150,7 +150,7 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
     plan = cell_plan.plan
     cell = cell_plan.cell
     if cell is None:
-        raise ValueError(f"cell must be one that is to run, got {cell_plan.name!r}")
+        raise ValueError(f"cell must be one that still has to run, got {cell_plan.name!r}")
     if isinstance(plan, Plan):
         for line in environment_in_words(plan.config):
             display.say(line)

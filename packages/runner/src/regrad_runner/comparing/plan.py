@@ -43,7 +43,7 @@ class Planned(ABC, Generic[SettingsOfComparison]):
         reports: Whether this is the process that writes and prints.
         processes: How many there are.
         left_out: Installed corrections that cannot work here, with the reason, where all were
-            asked for.
+            requested.
         jobs: How many runs take place at once, each in a process of its own.
     """
 
@@ -68,16 +68,16 @@ class Planned(ABC, Generic[SettingsOfComparison]):
     @property
     @abstractmethod
     def samples(self) -> str:
-        """What samples are called; nothing where nobody knows."""
+        """What samples are called; empty if unknown."""
 
     @property
     def script_sha256(self) -> str:
-        """Of the file of a script that is trained; nothing where there is none."""
+        """Of the file of a script that is trained; nothing if there is none."""
         return ""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many samples each split has; nothing where nobody knows."""
+        """How many samples each split has; empty if unknown."""
         return {}
 
     @abstractmethod

@@ -43,7 +43,7 @@ class Comparison:
 
     Args:
         plan: What to do.
-        display: Told what is under way.
+        display: Shows what is under way.
     """
 
     def __init__(self, plan: Plan, display: Display) -> None:

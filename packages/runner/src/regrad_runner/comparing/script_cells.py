@@ -58,7 +58,7 @@ class ScriptCells:
 
     Args:
         plan: Of the comparison; its folder is there.
-        display: Told what is under way.
+        display: Shows what is under way.
     """
 
     def __init__(self, plan: ScriptPlan, display: Display) -> None:
@@ -231,7 +231,7 @@ class ScriptCells:
         record.end(status, result=numbers_of(result))
 
     def _check(self, record: RunWriter, ending: Ending, curve: Sequence[Measured]) -> None:
-        """Raise `RunFailedError` where a run came to nothing."""
+        """Raise `RunFailedError` if a run came to nothing."""
         where = f"its output is in {record.path / OUTPUT}"
         last = ending.reason
         if ending.timed_out:

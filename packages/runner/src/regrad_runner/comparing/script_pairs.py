@@ -18,7 +18,7 @@ class Beginning:
     """How a run of a script began, and what came of it.
 
     Attributes:
-        start: Tells its first weights and inputs; None where the script was not seen so far.
+        start: Tells its first weights and inputs; None if the script was not seen so far.
         curve: Values of its measure.
     """
 
@@ -62,7 +62,7 @@ class Pairs:
                 )
 
     def _warning(self, cell: Cell) -> str | None:
-        """Say that runs of one seed begin differently, where they do."""
+        """Say that runs of one seed begin differently, if they do."""
         if self._has_warned:
             return None
         for other in self._seen:

@@ -44,7 +44,7 @@ class ScriptPlan(Planned[ScriptConfig]):
     """A comparison of a script with itself, corrected.
 
     Attributes:
-        trained: What the script trains, in words; nothing where it was not looked at. The others
+        trained: What the script trains, in words; nothing if it was not looked at. The others
             are as in `Planned`.
     """
 
@@ -91,7 +91,7 @@ class ScriptPlan(Planned[ScriptConfig]):
         """Say what will be done."""
         lines = [
             f"{self.trained or self.name}: {self.runs_in_words()}",
-            f"each by: {shlex.join(self.config.script)}",
+            f"each runs: {shlex.join(self.config.script)}",
             f"writing {self.path}",
         ]
         lines += [f"left out: {name} ({why})" for name, why in self.left_out.items()]
@@ -110,7 +110,7 @@ def make_script_plan(
         out: Folder to write; None for a new one in the current folder.
         resume: Whether to continue the comparison that is in `out`.
         jobs: How many runs to have at once; None for as many as there are CPU cores, but one with
-            an accelerator device. Each has one thread, where nothing else is said.
+            an accelerator device. Each has one thread, unless something else is said.
 
     Raises:
         ValueError: If the script is not there, does not train, or anything does not fit.
@@ -121,8 +121,8 @@ def make_script_plan(
     check_script(config.script)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "a script must be compared by one process, got several; give what starts them to "
-            "--launcher, such as --launcher 'torchrun --nproc-per-node 2'"
+            "a script must be compared by one process, got several; pass the command that starts "
+            "them to --launcher, such as --launcher 'torchrun --nproc-per-node 2'"
         )
     if config.threads is None:
         config = config.model_copy(update={"threads": 1})
@@ -272,5 +272,5 @@ def _why_not_seen(config: ScriptConfig, ending: Ending, seen: Mapping[str, Any])
         return f"{rule}, got no training step within {config.timeout:g} s; raise --timeout"
     if ending.code != 0:
         return f"{rule}, got none: {ending.in_words}: {ending.reason}"
-    reasons = seen.get("not_attached") or ["it made none"]
+    reasons = seen.get("not_attached") or ["it created none"]
     return f"{rule}, got none: {reasons[0]}"

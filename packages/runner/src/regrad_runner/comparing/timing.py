@@ -36,7 +36,7 @@ def time_steps(plan: Plan, folder: ResultsFolder, display: Display) -> None:
     if BASELINE not in rates:
         return
     if arms:
-        display.say("measuring the time per step of each arm in turns with the baseline's")
+        display.say("measuring each arm's time per step, alternating with the baseline")
     for arm in arms:
         display.begin(f"time per step, {arm.name}", steps=None)
         found = _measured(plan, arm, rates, display)
@@ -46,7 +46,7 @@ def time_steps(plan: Plan, folder: ResultsFolder, display: Display) -> None:
 
 
 def _measured(plan: Plan, arm: Arm, rates: dict[str, float], display: Display) -> StepTime | None:
-    """Return the time per step of an arm; None where it cannot be measured, which is said."""
+    """Return the time per step of an arm; None if it cannot be measured, which is said."""
     try:
         return measure_step_times(
             plan.config,

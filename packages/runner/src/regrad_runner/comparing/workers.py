@@ -63,7 +63,7 @@ class Workers:
 
     Args:
         plan: Of the comparison; its folder is there.
-        display: Told what is under way.
+        display: Shows what is under way.
     """
 
     def __init__(self, plan: Plan, display: Display) -> None:
@@ -120,7 +120,7 @@ class Workers:
         self._display.begin("; ".join(names), steps=None)
 
     def _hear(self, worker: Worker) -> Iterator[Cell]:
-        """Take what a worker says; yield its cell, where that has ended."""
+        """Take what a worker says; yield its cell if that has ended."""
         try:
             what, text = worker.line.recv()
         except (EOFError, OSError):

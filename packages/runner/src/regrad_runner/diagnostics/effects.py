@@ -56,7 +56,7 @@ EFFECT_MEASURES = tuple(field.name for field in fields(Effect) if field.type == 
 class EffectTrace:
     """Reads a run's effect meter piece by piece.
 
-    What the meter says about the whole run stays as it is.
+    What the meter says about the whole run stays unchanged.
 
     Args:
         run: Before its first step.

@@ -59,7 +59,7 @@ class Explained:
         rows: One per stage and tensor that it could change: "stage", "tensor", "shape",
             "relative_change" (norm of the change over the norm before), "cosine" (before with
             after), "why".
-        cost: What it takes; None where it was not measured.
+        cost: What it takes; None if it was not measured.
         refuses: Installed corrections that it cannot work with, each with the reason.
         ordered: Installed corrections with which the order is declared, each with the declaration.
         notes: What it chose, and why it may have nothing to do.
@@ -130,7 +130,7 @@ def explain(config: TrainConfig, *, after_steps: int = 1) -> Explanation:
 def effects_of(run: TrainingRun) -> tuple[list[Explained], list[str]]:
     """Return what each correction changes on the next batch, and notes on all of them.
 
-    The run stays as it is.
+    The run stays unchanged.
 
     Args:
         run: With corrections attached, before its last step.

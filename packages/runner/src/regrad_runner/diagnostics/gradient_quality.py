@@ -98,7 +98,7 @@ class Probe:
     The samples of the large batch are drawn once from the training set, augmented as in training
     but always in the same way, and worked through in parts of the size of a micro-batch, each
     normalised by its own statistics, as in training. Weights are the true ones before the step;
-    random numbers are put back.
+    the random state is restored.
 
     Args:
         run: Before its first step. Its model is copied, and its optimizer gets a hook.
@@ -231,7 +231,7 @@ def _divided(model: nn.Module, divisor: float | Tensor) -> Gradient:
 
 
 def _against(gradient: Gradient, large: Gradient) -> tuple[float, float]:
-    """Return cosine and norm ratio of a gradient to the large batch's; NaN where a norm is zero."""
+    """Return cosine and norm ratio of a gradient to the large batch's; NaN if a norm is zero."""
     norm = math.sqrt(_inner(gradient, gradient))
     large_norm = math.sqrt(_inner(large, large))
     if large_norm == 0:
@@ -268,7 +268,7 @@ def kept_qualities(folder: ResultsFolder) -> list[Quality]:
 def mean_qualities(rows: Sequence[Quality]) -> list[dict[str, Any]]:
     """Return the number of probes and the means per arm, in the order of the rows.
 
-    A mean is None where no probe has a finite number.
+    A mean is None if no probe has a finite number.
 
     Example:
         >>> quality = Quality(

@@ -70,7 +70,7 @@ def measure_step_times(
 
     Raises:
         ValueError: If a run cannot be made.
-        RuntimeError: If it cannot be trained, such as for want of memory.
+        RuntimeError: If it cannot be trained, for example when memory runs out.
     """
     longer = _with_enough_steps(config, workload)
     with (
@@ -96,14 +96,14 @@ def keep_step_times(path: Path, times: Mapping[str, StepTime]) -> None:
         times: By arm.
 
     Raises:
-        DiskError: If the disk does not take it.
+        DiskError: If it cannot be written to disk.
     """
     content = {arm: asdict(found) for arm, found in times.items()}
     write_whole(path / STEP_TIMES_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def kept_step_times(path: Path) -> dict[str, StepTime]:
-    """Return what was measured, by arm; nothing where nothing was.
+    """Return what was measured, by arm; nothing if nothing was.
 
     Raises:
         ValueError: If the file is damaged.
@@ -127,7 +127,7 @@ def why_not_measured(about: Mapping[str, Any]) -> str:
         about: What the folder says about itself.
     """
     if about.get("samples") == "":  # only a script does not say what its samples are
-        return "the runs were those of a script, whose steps cannot be taken in turns"
+        return "the runs were those of a script, whose steps cannot be interleaved"
     if about.get("job_array"):
         return "the runs were jobs of an array, and nothing else was run"
     if about.get("processes", 1) != 1:

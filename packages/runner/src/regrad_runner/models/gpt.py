@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
 @torch.no_grad()
 def _initialize(model: GPT, generator: torch.Generator) -> None:
-    """Draw the weights anew, from the generator."""
+    """Draw new weights from the generator."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=DEVIATION, generator=generator)

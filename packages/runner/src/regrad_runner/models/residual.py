@@ -137,7 +137,7 @@ def _norm(norm: Norm, channels: int) -> nn.Module:
 
 @torch.no_grad()
 def _initialize(model: nn.Module, generator: torch.Generator) -> None:
-    """Draw the weights anew, from the generator."""
+    """Draw new weights from the generator."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)

@@ -113,9 +113,9 @@ def _with_groups(
     """Return the network again, with group in place of batch normalisation."""
     refusal = f"norm must be 'batch' for model {name!r}, got 'group'; "
     if not any(_of_kind(network, BATCH_NORM)):
-        raise ValueError(f"{refusal}it has no batch normalisation and mixes no samples as it is")
+        raise ValueError(f"{refusal}it has no batch normalisation and does not mix samples")
     if "norm_layer" not in _parameters(name):
-        raise ValueError(f"{refusal}its constructor in torchvision takes no other")
+        raise ValueError(f"{refusal}its constructor in torchvision accepts no other")
     try:
         network = _seeded(name, classes, seed, norm_layer=group_norm)
     except TypeError as problem:  # the builder passes one of its own

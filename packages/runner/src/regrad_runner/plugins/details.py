@@ -155,7 +155,7 @@ def _options_of(kind: type[Correction]) -> list[dict[str, Any]]:
 
 
 def _arguments_of(loaded: Any) -> list[dict[str, Any]]:
-    """Return what a class or a function takes, where it can be chosen."""
+    """Return what a class or a function takes, if it can be chosen."""
     meanings = _meanings(_docstring(loaded))
     if not inspect.isroutine(loaded) and not isinstance(loaded, type):
         meanings |= _meanings(_docstring(type(loaded).__call__))

@@ -42,7 +42,7 @@ class Finding:
         check: What was checked.
         ok: Whether it is as it should be.
         said: What was found.
-        mend: How to fix it; empty where nothing is wrong.
+        mend: How to fix it; empty if nothing is wrong.
     """
 
     check: str
@@ -90,12 +90,12 @@ def _damaged() -> Iterator[Finding]:
     yield from _doubled()
     for named in distributions.installed():
         if not distributions.NAME.fullmatch(named.name):
-            said = f"its METADATA call it so, which is no name: {named.folder}"
+            said = f"its METADATA gives this name, which is not valid: {named.folder}"
             mend = _reinstall(named.name, named.folder)
             yield Finding(f"distribution {named.name!r}", ok=False, said=said, mend=mend)
     for plugin in distributions.plugins():
         if not _is_version(plugin.version):
-            said = f"its METADATA give it the version {plugin.version!r}: {plugin.folder}"
+            said = f"its METADATA gives the version {plugin.version!r}: {plugin.folder}"
             mend = _reinstall(plugin.name, plugin.folder)
             yield Finding(f"distribution {plugin.name}", ok=False, said=said, mend=mend)
 
@@ -113,7 +113,7 @@ def _doubled() -> Iterator[Finding]:
     """Say which distributions are installed twice."""
     for name, several in distributions.doubled().items():
         versions = " and ".join(sorted(one.version for one in several))
-        said = f"is there twice, as {versions}: an upgrade did not finish"
+        said = f"is installed twice, as {versions}: an upgrade did not finish"
         folders = " ".join(shlex.quote(one.folder) for one in several)
         mend = f"remove {folders}, then pip install --force-reinstall {shlex.quote(name)}"
         yield Finding(f"distribution {name}", ok=False, said=said, mend=mend)
@@ -162,13 +162,13 @@ def _requirements(entries: Mapping[str, Entry], versions: Mapping[str, str]) -> 
 
 
 def _requirement(name: str, line: str, versions: Mapping[str, str]) -> Finding | None:
-    """Judge one requirement of a distribution; None where it is met."""
+    """Judge one requirement of a distribution; None if it is met."""
     check = f"distribution {name}"
     try:
         needed = Requirement(line)
         unmet = _is_unmet(needed, versions)
     except ValueError:  # every error of the library for what it cannot read is one
-        said = f"needs {line!r}, which is no requirement"
+        said = f"needs {line!r}, which is not a valid requirement"
         return Finding(check, ok=False, said=said, mend=f"ask the author of {name}")
     if not unmet:
         return None
@@ -310,7 +310,7 @@ def _device(line: Mapping[str, Any], *, gpu: bool) -> Finding:
     return Finding(
         DEVICE,
         ok=False,
-        said=f"a GPU is asked for, and torch finds none: {why}",
+        said=f"a GPU was requested, but torch finds none: {why}",
         mend="check nvidia-smi, CUDA_VISIBLE_DEVICES, "
         "and that torch's CUDA is not newer than the driver",
     )
@@ -342,14 +342,14 @@ def _databases(folder: Path) -> Iterator[Finding]:
             writer = hosts[0] if hosts else "no run yet"
             yield Finding(check, ok=True, said=f"written by {writer}")
             continue
-        said = f"{', '.join(hosts)} have written it, and SQLite's locks do not hold between hosts"
+        said = f"{', '.join(hosts)} have written it, and SQLite's locks do not work across hosts"
         server = f"mlflow server --backend-store-uri sqlite:///{path.resolve()}"
         mend = f"run one server, {server}, and give --tracking-uri"
         yield Finding(check, ok=False, said=said, mend=mend)
 
 
 def _hosts(path: Path) -> list[str]:
-    """Return the hosts whose runs are in a database; none where it cannot be read."""
+    """Return the hosts whose runs are in a database; none if it cannot be read."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             return sorted(str(row[0]) for row in database.execute(HOSTS, (HOST_TAG,)))
@@ -364,7 +364,7 @@ def _stale_store(folder: Path) -> Finding:
     if not path.is_dir():
         return Finding(check, ok=True, said="is not there")
     said = f"{path} was written by something without a tracking URI: regrad never writes there"
-    mend = f"look, then remove it: mlflow ui --backend-store-uri {path}"
+    mend = f"look at it, then remove it: mlflow ui --backend-store-uri {path}"
     return Finding(check, ok=False, said=said, mend=mend)
 
 
@@ -386,7 +386,7 @@ def show_findings(findings: list[Finding], *, as_json: bool = False) -> int:
     for finding in wrong:
         said = f"{_cell(finding.check)}: {_cell(finding.said)}"
         console.print(f"\n[bold red]wrong[/]  {said}", highlight=False)
-        console.print(f"       mend: {_cell(finding.mend)}", highlight=False)
+        console.print(f"       fix: {_cell(finding.mend)}", highlight=False)
     problems = f"{len(wrong)} problems" if len(wrong) > 1 else "1 problem"
     summary = problems if wrong else "no problems"
     console.print(f"\n{len(findings)} checks, {summary}", highlight=False)

@@ -23,7 +23,7 @@ DEVICE = "device"
 
 
 def main(wanted: list[str]) -> None:
-    """Import torch and torchvision, look for a device, then import each plugin asked for."""
+    """Import torch and torchvision, look for a device, then import each given plugin."""
     hide_broken()  # torch would end with the first of them; the doctor names them on its own
     run_job(LIBRARY_BUILDS, _libraries)
     run_job(DEVICE, _device)

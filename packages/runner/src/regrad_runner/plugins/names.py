@@ -97,11 +97,11 @@ def check_name(name: str, sources: Iterable[str]) -> None:
         raise ValueError(f"name must be a new one, got {name!r}, which {taken}")
     misread = _misread_by(name, sources)
     if misread:
-        raise ValueError(f"name must be no word with a meaning, got {name!r}, {misread}")
+        raise ValueError(f"name must not have another meaning, got {name!r}, {misread}")
 
 
 def _owner(name: str) -> str:
-    """Say who has this name already; nothing where it is free."""
+    """Say who has this name already; nothing if it is free."""
     for kind, group in GROUPS.items():
         entry = regrad.available(group).get(name)
         if entry is not None:
@@ -122,16 +122,16 @@ def _owner(name: str) -> str:
 
 
 def _misread_by(name: str, sources: Iterable[str]) -> str:
-    """Say what would read the name as something else; nothing where it is a plain name."""
+    """Say what would read the name as something else; nothing if it is a plain name."""
     class_name = class_of(name)
     if name in WORDS | LAYOUTS:
-        return "which settings read as a word of their own"
+        return "which settings read as a special value"
     if name in DEVICES:
         return "which is a device on Windows"
     if name.startswith("regrad-"):
         return "whose distribution would be called regrad twice"
     if class_name in identifiers(sources):
-        return f"whose class {class_name} is another in its own files"
+        return f"whose class {class_name} is already used in its own files"
     return _misread_by_python(name.replace("-", "_"), class_name)
 
 
@@ -146,7 +146,7 @@ def _misread_by_python(spoken: str, class_name: str) -> str:
         return "which is a keyword of Python"
     for word in (spoken, class_name):
         if word in dir(builtins):
-            return f"which Python has as {word}"
+            return f"which is {word} in Python"
     if class_name.startswith("Test"):
         return f"whose class {class_name} pytest would take for tests"
     return ""

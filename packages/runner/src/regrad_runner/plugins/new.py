@@ -174,7 +174,7 @@ def _write_file(made: Path, file: Path, text: str, name: str) -> None:
 def _values(request: PluginRequest) -> dict[str, str]:
     """Return what fills the skeleton's blanks."""
     name = request.name
-    origin = "The example that `regrad plugins new` writes: replace it by your rule."
+    origin = "The example that `regrad plugins new` writes: replace it with your rule."
     dependencies = NEEDS
     options = EXAMPLE
     if request.source is not None:
@@ -200,7 +200,7 @@ def _values(request: PluginRequest) -> dict[str, str]:
 
 
 def _author_in_git() -> str:
-    """Return the name that git knows the user by; empty where it knows none."""
+    """Return the name that git knows the user by; empty if it knows none."""
     git = shutil.which("git")
     if git is None:
         return ""
@@ -251,7 +251,7 @@ def _source_of(like: str) -> CopiedPlugin:
 
 
 def _whole(entry: Entry) -> CopiedPlugin | None:
-    """Return where a plugin's whole distribution lies, or None where it cannot be copied."""
+    """Return where a plugin's whole distribution lies, or None if it cannot be copied."""
     found = distributions.find(entry.distribution, entry.version)
     module, _, attribute = entry.value.partition(":")
     if entry.refused or found is None or not distributions.NAME.fullmatch(entry.distribution):

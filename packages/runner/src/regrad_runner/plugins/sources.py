@@ -48,7 +48,7 @@ def line_of(value: str) -> str:
         value: Where it is, as an entry point says: "module:name".
 
     Returns:
-        The line; empty where there is none, or no file that can be read.
+        The line; empty if there is none, or no file that can be read.
     """
     module, _, name = value.partition(":")
     for _ in range(MOST_IMPORTS):
@@ -78,7 +78,7 @@ def folder_of(package: str) -> Path | None:
 
 
 def _file_of(module: str) -> Path | None:
-    """Return the file of a module, or None where there is none."""
+    """Return the file of a module, or None if there is none."""
     package, *rest = module.split(".")
     if not all(part.isidentifier() for part in (package, *rest)):
         return None
@@ -113,7 +113,7 @@ def _docstring_of(definition: ast.Module) -> str:
 
 
 def _imported_from(text: str, name: str, package: str) -> str:
-    """Return the module that a file imports a name from; empty where it does not.
+    """Return the module that a file imports a name from; empty if it does not.
 
     Args:
         text: Of the file.

@@ -98,7 +98,7 @@ def _cost(explained: Explained, cost: Cost) -> str:
     share = f"{100 * cost.share_of_step:.1f} % of a plain step"
     time = f"{_milliseconds(cost.seconds)} in its hooks, {share}"
     if "criterion" in explained.stages or "hidden" in explained.stages:
-        time += " (its work in the forward and backward pass is only in the time of whole steps)"
+        time += " (its work in the forward and backward pass shows only in the time of whole steps)"
     window = f" and {_size(cost.window_bytes)} for the kept weights" if cost.window_bytes else ""
     return f"costs {time}; holds {_size(cost.state_bytes)}{window} from step to step"
 

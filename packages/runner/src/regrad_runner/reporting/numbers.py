@@ -53,7 +53,7 @@ def target_in_words(target: float, measure: Measure) -> str:
 
 
 def ratio_interval(interval: tuple[float, float | None] | None) -> str:
-    """Return the interval of a ratio in brackets, or its one end; nothing where there is none.
+    """Return the interval of a ratio in brackets, or its one end; nothing if there is none.
 
     Example:
         >>> ratio_interval((0.7, 0.95)), ratio_interval((0, 0.95)), ratio_interval((0.7, None))

@@ -61,7 +61,7 @@ class Display:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def expect(self, runs: int) -> None:
-        """Say how many runs there will be, where that has changed."""
+        """Say how many runs there will be, if that has changed."""
         self._runs = runs
         if self._bars is not None and self._all is not None:
             self._bars.update(self._all, total=runs)

@@ -88,7 +88,7 @@ def export_tables(folder: ResultsFolder) -> None:
         folder: Of a comparison or run.
 
     Raises:
-        DiskError: If the disk does not take them.
+        DiskError: If they cannot be written to disk.
     """
     tables: dict[str, tuple[Sequence[Any], type[Any]]] = {
         "tuning.csv": (folder.trials, Trial),
@@ -252,8 +252,8 @@ def _ended_run(folder: ResultsFolder) -> Result:
     results = folder.results
     if not results or results[-1].value is None or results[-1].validation is None:
         raise ValueError(
-            f"folder must hold a run that ended, got '{folder.path}'; "
-            "regrad train --resume --out goes on"
+            f"folder must hold a run that ended, got '{folder.path}'; regrad train --resume --out "
+            "continues it"
         )
     return results[-1]
 
@@ -283,7 +283,7 @@ def _effects_in_words(file: Path) -> dict[str, str]:
 
 
 def _print_resolution(console: Terminal, about: dict[str, Any], measure: Measure) -> None:
-    """Say how many samples the numbers rest on, where the folder says it."""
+    """Say how many samples the numbers rest on, if the folder says so."""
     resolution = resolution_of(about, measure)
     if resolution is None:
         return

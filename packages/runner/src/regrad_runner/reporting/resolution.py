@@ -23,7 +23,7 @@ class Resolution:
         one_validation_sample: What one of these is worth in the measure; None unless the measure
             is the share of samples that are right.
         one_test_sample: As above.
-        warning: What few samples mean; empty where there are enough.
+        warning: What few samples mean; empty if there are enough.
     """
 
     samples: str
@@ -35,7 +35,7 @@ class Resolution:
 
 
 def resolution_of(about: Mapping[str, Any], measure: Measure) -> Resolution | None:
-    """Return the resolution of a comparison; None where its folder does not say it.
+    """Return the resolution of a comparison; None if its folder does not say it.
 
     Args:
         about: What the folder says about itself.

@@ -112,7 +112,7 @@ def _control_evidence(summary: ArmSummary, measure: Measure) -> str:
 
 
 def _rate(summary: ArmSummary) -> str:
-    """Say how the learning rate compares with the baseline's, where it differs."""
+    """Say how the learning rate compares with the baseline's, if it differs."""
     if summary.rate_ratio is None or summary.rate_ratio == 1 or not summary.seeds:
         return ""
     return times_the_rate(summary.rate_ratio)

@@ -82,7 +82,7 @@ def summarize_results(
 
 
 def _rate_ratios(results: Sequence[Result]) -> dict[str, float]:
-    """Return each arm's learning rate over the baseline's; nothing where there is no rate."""
+    """Return each arm's learning rate over the baseline's; nothing if there is no rate."""
     rates = {result.arm: result.lr for result in results}
     own = rates.get(BASELINE, 0.0)
     if own <= 0:

@@ -43,7 +43,7 @@ def print_comparison(console: Console, summaries: Sequence[ArmSummary], measure:
     """Print the table and under it one sentence per arm.
 
     Args:
-        console: Where to print. If it is no terminal, nothing is broken into lines.
+        console: Where to print. If it is not a terminal, nothing is broken into lines.
         summaries: From `regrad_runner.statistics.verdicts.summarize`.
         measure: What was compared.
     """
@@ -114,7 +114,7 @@ def to_json(summaries: Sequence[ArmSummary], measure: Measure, **more: Any) -> s
     Args:
         summaries: From `regrad_runner.statistics.verdicts.summarize`.
         measure: What was compared.
-        **more: What else the object shall hold, by key.
+        **more: What else the object holds, by key.
 
     Returns:
         An object with the keys `measure` and `arms`; an arm has the fields of `ArmSummary` and

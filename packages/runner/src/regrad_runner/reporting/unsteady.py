@@ -54,7 +54,7 @@ def next_lower(lr: float, tried: Sequence[float]) -> float:
 
     Args:
         lr: A rate.
-        tried: The rates of the grid, rising; none where there was no choice.
+        tried: The rates of the grid, rising; none if there was no choice.
 
     Returns:
         The next lower rate of the grid. Below its lowest one, and without a grid, the rate that

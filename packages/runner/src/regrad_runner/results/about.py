@@ -55,7 +55,7 @@ class About(BaseModel):
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return what a folder says about itself; nothing where it says nothing.
+    """Return what a folder says about itself; nothing if it says nothing.
 
     Raises:
         ValueError: If its `about.json` is damaged.

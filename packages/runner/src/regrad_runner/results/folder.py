@@ -74,7 +74,7 @@ class EndedRun:
 
     Attributes:
         record: What it says of itself.
-        lines: Its points; none where it failed or diverged.
+        lines: Its points; none if it failed or diverged.
         outcome: What came out.
     """
 
@@ -86,7 +86,7 @@ class EndedRun:
     def rows(self, line_kind: str, kind: type[RunPart]) -> list[RunPart]:
         """Return rows for its lines of one kind; see `ResultsFolder.kept`.
 
-        They are made once: a comparison writes its tables anew after every run.
+        They are made once: a comparison rewrites its tables after every run.
         """
         if kind not in self._rows:
             lines = [line for line in self.lines if line.kind == line_kind]
@@ -101,7 +101,7 @@ class ResultsFolder:
         path: The output folder.
 
     Attributes:
-        cells: Of the comparison; none where the folder does not say what they are.
+        cells: Of the comparison; none if the folder does not say what they are.
         search: How its arms choose their learning rates.
 
     Raises:
@@ -143,7 +143,7 @@ class ResultsFolder:
 
     @property
     def choices(self) -> dict[str, RateChoice]:
-        """What the trials say of every arm's learning rate, also where there is no choice."""
+        """What the trials say of every arm's learning rate, even if there is no choice."""
         return choices_of(self.cells, self.search, self._trials())
 
     @property
@@ -226,7 +226,7 @@ class ResultsFolder:
         return [run.outcome for run in self._runs.values() if isinstance(run.outcome, Trial)]
 
     def _known_cells(self) -> list[Cell]:
-        """Return the cells whose run is known: all but rates that no arm has asked for so far."""
+        """Return the cells whose run is known: all but rates that no arm has requested so far."""
         choices = self.choices
         runs = [run_of(cell, choices[cell.arm]) for cell in self.cells]
         return [run for run in runs if run is not None]
@@ -253,8 +253,8 @@ def trial_in(record: RunRecord) -> Trial:
     """Return the trial of a learning rate that a record tells of.
 
     Raises:
-        TypeError: If what came out is no number.
-        ValueError: If what came out is no number.
+        TypeError: If what came out is not a number.
+        ValueError: If what came out is not a number.
     """
     numbers = record.result or {}
     return Trial(
@@ -347,7 +347,7 @@ def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
 def _check_place(path: Path) -> None:
     """Raise a `ValueError` unless a path is a folder, or can become one, that can be written."""
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"out must be a folder, got '{path}', a link that leads nowhere")
+        raise ValueError(f"out must be a folder, got '{path}', a broken link")
     if path.exists() and not path.is_dir():
         raise ValueError(f"out must be a folder, got the file '{path}'")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -52,7 +52,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def drawing(folder: Path) -> Iterator[None]:
-    """Hold a folder while its tables and figures are written anew; its cells may run meanwhile.
+    """Hold a folder while its tables and figures are rewritten; its cells may run meanwhile.
 
     Raises:
         ValueError: If another command writes it.
@@ -171,8 +171,8 @@ def _held(path: Path, what: str, *, seconds: float = 0.0) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise ValueError(
-                f"{what} must be written by one command at a time, and another one writes it; "
-                "wait for its end"
+                f"{what} must be written by one command at a time, and another is writing it; wait "
+                "until it ends"
             ) from None
     try:
         yield

@@ -18,16 +18,16 @@ class Result:
         seed: Its seed.
         status: "finished"; "diverged" if its numbers were not finite, which is an outcome too; or
             "failed" for any other reason.
-        value: The primary measure on the test split; None where it did not end.
+        value: The primary measure on the test split; None if it did not end.
         validation: The measure on the validation split at the end.
         steps: Optimizer steps.
         steps_to_target: Those after which the target was reached; None if it never was, or if the
-            target is no number but the baseline's, which only all runs together say.
+            target is not a number but the baseline's, which only all runs together say.
         step_seconds: Median time of a training step.
         seconds: Time of the whole run, evaluations included.
         touched: Whether a correction changed any tensor.
         lr: Learning rate.
-        must_beat: Name of the control arm; None where there is none.
+        must_beat: Name of the control arm; None if there is none.
         control: Whether the arm is a control and no correction of its own; None in folders that do
             not say.
     """

@@ -20,12 +20,12 @@ class Point:
 
     Attributes:
         step: Optimizer steps done.
-        epoch: Passes over the training samples done; None where nobody knows, as in a script.
+        epoch: Passes over the training samples done; None if unknown, as in a script.
         loss: Mean training loss since the last evaluation; None likewise.
         value: The measure on the validation samples.
         lr: Learning rate of the coming step; None likewise.
         seconds: Time spent so far in training steps and in fetching their batches, without
-            evaluations and probes; None where it was not kept. Two evaluations are equal whatever
+            evaluations and probes; None if it was not kept. Two evaluations are equal whatever
             their times.
     """
 
@@ -69,7 +69,7 @@ def curves_of(measure: Measure) -> dict[str, str]:
 def steps_to_target(points: Sequence[Point], measure: Measure) -> int | None:
     """Return the step at which the running median of three evaluations reached the target.
 
-    None if it never did, or where the target is no number.
+    None if it never did, or if the target is not a number.
     """
     target = measure.fixed_target
     if target is None:

@@ -17,7 +17,7 @@ class RateSearch:
     """How the arms of a comparison choose their learning rates: all in the same way.
 
     Attributes:
-        rates: Those given; one alone is no choice.
+        rates: Those given; one alone is not a choice.
         trials: Runs per rate and arm.
         extensions: How many rates an arm may add to these.
         higher_is_better: The direction of the measure.
@@ -163,7 +163,7 @@ def _lies_beyond(rate: float, best: float, neighbour: float) -> bool:
 
 
 def run_of(cell: Cell | Extension, choice: RateChoice) -> Cell | None:
-    """Return the run that a cell stands for; None for a rate that its arm has not asked for.
+    """Return the run that a cell stands for; None for a rate that its arm has not requested.
 
     Args:
         cell: Of an arm.

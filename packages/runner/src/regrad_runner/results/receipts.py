@@ -1,4 +1,4 @@
-"""Reading receipts: what runs really did, as they wrote it down."""
+"""Reading receipts: what runs actually did, as they wrote it down."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Line(BaseModel):
         kind: What was measured, such as "evaluation".
         step: Optimizer steps done.
         time: When, in milliseconds since 1970.
-        values: Numbers by name; None where there is none.
+        values: Numbers by name; None if there is none.
         labels: What else tells lines of one step apart, such as the name of a correction.
     """
 
@@ -274,7 +274,7 @@ def read_points(path: Path, record: RunRecord | None = None) -> list[Line]:
         ) from None
     if record is not None and record.points is not None and _seal(whole) != record.points:
         raise ValueError(
-            f"'{file}' must be as it was written, got another or a part of it; "
+            f"'{file}' must be unchanged since it was written, got a changed or incomplete file; "
             f"take it from a copy of the folder, or remove '{path}' and run it again"
         )
     lines = []
@@ -449,7 +449,7 @@ class RunWriter(RunLog):
         """Say how the run ended; see `RunLog.end`.
 
         Raises:
-            DiskError: If the disk does not take it; the run then counts as killed.
+            DiskError: If it cannot be written to disk; the run then counts as killed.
         """
         if self.record.status != "running":
             return
@@ -489,7 +489,7 @@ def begin_run(folder: Path, values: Mapping[str, Any], *, lines: Iterable[Line] 
 
     Raises:
         ValueError: If another process writes this run.
-        DiskError: If the disk does not take it.
+        DiskError: If it cannot be written to disk.
     """
     trial_lr = values["lr"] if values.get("trial") else None
     path = make_folder(folder, *run_names(values["arm"], values["seed"], trial_lr))
@@ -539,7 +539,7 @@ def end_abandoned(
 
 
 def _running_record(path: Path) -> RunRecord | None:
-    """Return the record of a run that began and did not end; None where there is none."""
+    """Return the record of a run that began and did not end; None if there is none."""
     if not os.path.lexists(path / RECORD):
         return None
     record = read_record(path)
@@ -560,7 +560,7 @@ def _earlier_ids(path: Path) -> list[str]:
 
 
 def _whole_lines(file: Path) -> bytes:
-    """Return a file's lines without a torn last one; nothing where a kill left no file."""
+    """Return a file's lines without a torn last one; nothing if a kill left no file."""
     if not os.path.lexists(file):
         return b""
     content = read_regular_file(file, largest=LARGEST_POINTS)

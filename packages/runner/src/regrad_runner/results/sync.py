@@ -52,11 +52,11 @@ class Synced:
             sent = f"{self.sent.points} numbers and {self.sent.files} files"
             yield f"{sent} of {self.runs} runs sent to {self.shown}"
         elif self.is_complete:
-            yield f"everything of {folder} is at {self.shown}"
+            yield f"everything in {folder} is at {self.shown}"
         if self.killed:
             yield f"{self.killed} runs that never ended are shown as KILLED"
         for problem in self.problems:
-            yield f"not all of {folder} is at {self.shown}: {problem}; run this again later"
+            yield f"not everything in {folder} is at {self.shown}: {problem}; run this again later"
 
 
 def sync(folder: Path, address: str | None = None, *, verdicts: Verdicts | None = None) -> Synced:

@@ -24,7 +24,7 @@ def write_rows(path: Path, rows: Iterable[Any], kind: type[Any]) -> None:
     """Write dataclass rows as CSV; None is an empty cell.
 
     Raises:
-        DiskError: If the disk does not take it; the old file is as it was.
+        DiskError: If it cannot be written to disk; the old file is unchanged.
     """
     names = _columns(kind)
     text = io.StringIO(newline="")
@@ -43,7 +43,7 @@ def _columns(kind: type[Any]) -> list[str]:
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:
-    """Read back what `write_rows` wrote; nothing where there is no file.
+    """Read back what `write_rows` wrote; nothing if there is no file.
 
     Raises:
         ValueError: If the file does not hold such rows, or not all of them.
@@ -58,7 +58,7 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     try:
         text = content.decode()
         if not text.endswith("\n") or "\0" in text:
-            raise ValueError("the last line has no end, or there are bytes that are no text")
+            raise ValueError("the last line is incomplete, or some bytes are not text")
         header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
         return [_row(kind, header, cells, hints) for cells in lines]
     except (KeyError, TypeError, ValueError, csv.Error) as problem:

@@ -263,8 +263,10 @@ def tracking(
     finally:
         view.under_way = False
         if not projector.close(seconds):
-            why = projector.problem or "it was left at once"
-            say(f"tracking at {store.shown} is not whole: {why}; regrad sync {folder} completes it")
+            why = projector.problem or "it was abandoned at once"
+            say(
+                f"tracking at {store.shown} is incomplete: {why}; regrad sync {folder} completes it"
+            )
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:

@@ -69,10 +69,10 @@ class AutomaticAttachment:
     and holds its parameters, before that forward runs: so its very first step is corrected. Where
     the parameters are spread over several modules that are called by themselves, it is attached
     to all of them, once the last of them is called. What the script attaches itself, and what is
-    no optimizer of the names asked for, is left alone.
+    no optimizer of the requested names, is left alone.
 
     Args:
-        corrections: Strings for `regrad.create`, in acting order. Created anew for each optimizer.
+        corrections: Strings for `regrad.create`, in acting order. Created again for each optimizer.
         control: Name of a control whose change is made too.
         control_of: Corrections whose control's change is made too.
         classes: Names of optimizer classes; none stands for all.
@@ -81,7 +81,7 @@ class AutomaticAttachment:
     Attributes:
         attached: In the order of attachment.
         refused: Why optimizers were not attached.
-        left_out: Names of the classes of optimizers that were not asked for.
+        left_out: Names of the classes of optimizers that were not requested.
         start: Tells the weights and the inputs of the first training forward, before any change;
             None before it.
     """
@@ -149,10 +149,13 @@ class AutomaticAttachment:
     def _on_new(self, optimizer: Optimizer) -> None:
         name = type(optimizer).__name__
         if self._classes and name.lower() not in self._classes:
-            self._trace(f"{name} is made; left alone, since other classes were asked for")
+            self._trace(f"{name} was created; left alone, since other classes were requested")
             self.left_out.append(name)
             return
-        self._trace(f"{name} is made; it waits for a training forward of what holds its parameters")
+        self._trace(
+            f"{name} was created; it waits for a training forward of the module that holds its "
+            "parameters"
+        )
         self._waiting.append(Waiting(weakref.ref(optimizer), name))
         self._forwards.start()
 
@@ -201,7 +204,7 @@ class AutomaticAttachment:
         return None
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        """Attach after a step what holds some of the parameters, where nothing holds them all."""
+        """Attach after a step what holds some of the parameters, if nothing holds them all."""
         for waiting in list(self._waiting):
             if waiting.optimizer() is not optimizer:
                 continue
@@ -226,7 +229,7 @@ class AutomaticAttachment:
         except (RegradError, ValueError, TypeError) as problem:
             reason = " ".join(str(problem).split())
             self.refused.append(f"{waiting.name}: {reason}")
-            self._trace(f"{waiting.name} stays as it is: {reason}")
+            self._trace(f"{waiting.name} is left unchanged: {reason}")
             warnings.warn(
                 f"{waiting.name} of {' and '.join(names)} trains uncorrected: {reason}",
                 RegradWarning,

@@ -1,4 +1,4 @@
-"""The command `regrad run`: a script with corrections, and what really happened."""
+"""The command `regrad run`: a script with corrections, and what actually happened."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from regrad_runner.scripts.seeding import seed_everything, shift_seeds
 
 NOTHING_ATTACHED = 3
 NO_CROSS_ENTROPY = (
-    "  {name} on criterion: nothing, since no cross entropy of torch was called in training"
+    "  {name} on criterion: nothing, since torch's cross entropy was not called in training"
 )
 
 
@@ -50,13 +50,13 @@ class ScriptRun:
 
 
 def check(script: ScriptRun) -> None:
-    """Raise a `ValueError` where the script or a correction is not there; runs nothing."""
+    """Raise a `ValueError` if the script or a correction is not there; runs nothing."""
     check_script(script.words)
     registry.create_all([*script.corrections, *script.control_of])
     if script.control is not None and script.control_of:
         raise ValueError("control must be given without --control-of, which names it already")
     if script.shifts_seeds and script.seed is None:
-        raise ValueError("shift_seeds must be given with --seed: it says how far")
+        raise ValueError("shift_seeds must be given with --seed, which says how far")
 
 
 def run(script: ScriptRun) -> int:
@@ -104,7 +104,7 @@ def summary(automatic: AutomaticAttachment) -> list[str]:
         return lines
     if automatic.left_out:
         names = ", ".join(dict.fromkeys(automatic.left_out))
-        lines.append(f"not attached: {names}, whose classes were not asked for")
+        lines.append(f"not attached: {names}, whose classes were not requested")
     if not lines:
         lines.append("the script made no torch optimizer in this process")
     return [*lines, "nothing was corrected"]

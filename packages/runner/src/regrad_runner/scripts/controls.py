@@ -99,14 +99,14 @@ def apply_control(control: Control, model: nn.Module, optimizer: Optimizer) -> E
 
 
 def check_fits(control: Control, corrections: Sequence[Correction]) -> None:
-    """Raise `RegradError` where a correction predicts steps that a control changes afterwards."""
+    """Raise `RegradError` if a correction predicts steps that a control changes afterwards."""
     keeps_rates = control.head_lr == control.body_lr == 1
     if control.optimizer_class is None and keeps_rates:
         return
     for correction in corrections:
         if "weights" in correction.needs.stages:
             raise RegradError(
-                f"control {control.name!r} changes steps after they were made, and "
+                f"control {control.name!r} changes steps after they are computed, and "
                 f"{correction.name!r} predicts them; use one of the two"
             )
 
@@ -124,7 +124,7 @@ def _options_of(control: Control, optimizer: Optimizer) -> dict[str, Any]:
     if control.optimizer_class is not NAdam:
         raise RegradError(
             f"control {control.name!r} trains with {control.optimizer_class.__name__}, whose "
-            f"steps a live {name} cannot take; in a script NAdam can stand for Adam and AdamW"
+            f"steps a live {name} cannot take; in a script NAdam can replace Adam and AdamW"
         )
     check_can_be_nadam(optimizer)
     # "nesterov" says so to corrections that look ahead themselves, and to whoever prints it.

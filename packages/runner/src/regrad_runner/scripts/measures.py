@@ -30,7 +30,7 @@ class Measured:
     """A value of the measure.
 
     Attributes:
-        step: At which it was measured; its number in the curve, from 1, where nothing says more.
+        step: At which it was measured; its number in the curve, from 1, if nothing says more.
         value: May be not a number.
         time: When it was seen, in milliseconds since 1970.
     """
@@ -124,7 +124,7 @@ def curve_in_csv(text: str, column: str) -> list[Measured]:
     """Return a curve from a table with a heading; rows without a value in the column are none.
 
     Raises:
-        ValueError: If it is no table.
+        ValueError: If it is not a table.
     """
     try:
         return _curve(csv.DictReader(io.StringIO(text, newline="")), column)
@@ -133,7 +133,7 @@ def curve_in_csv(text: str, column: str) -> list[Measured]:
 
 
 def curve_in_file(source: MeasureSource, values: Mapping[str, str], folder: Path) -> list[Measured]:
-    """Return a curve from the file that a script wrote; nothing where there is none.
+    """Return a curve from the file that a script wrote; nothing if there is none.
 
     Args:
         source: Of the kind "json" or "csv". Stars in its file stand for any names; of several files
@@ -143,7 +143,7 @@ def curve_in_file(source: MeasureSource, values: Mapping[str, str], folder: Path
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If it is no table where there must be one.
+        ValueError: If it is not a table where there must be one.
     """
     found = _newest(source.file, values, folder)
     if found is None:
@@ -156,7 +156,7 @@ def curve_in_file(source: MeasureSource, values: Mapping[str, str], folder: Path
 
 
 def _newest(file: str, values: Mapping[str, str], folder: Path) -> Path | None:
-    """Return the file of a name that may hold stars; None where there is none."""
+    """Return the file of a name that may hold stars; None if there is none."""
     path = folder / filled_in(file, values)  # an absolute name stays as it is
     if path.is_file():
         return path
@@ -193,7 +193,7 @@ def _curve(rows: Iterable[Mapping[str, Any]], key: str) -> list[Measured]:
 
 
 def _at(row: Mapping[str, Any], key: str) -> Any:
-    """Return what is at a key, or at keys with dots between them; None where nothing is."""
+    """Return what is at a key, or at keys with dots between them; None if nothing is."""
     if key in row:
         return row[key]
     value: Any = row

@@ -12,7 +12,7 @@ SCRIPT_FAILED, INTERRUPTED = 1, 130
 
 
 def check_script(words: Sequence[str]) -> None:
-    """Raise a `ValueError` where these words name no script that can be run.
+    """Raise a `ValueError` if these words name no script that can be run.
 
     Args:
         words: "SCRIPT ARGS..." or "-m MODULE ARGS...".
@@ -25,7 +25,7 @@ def check_script(words: Sequence[str]) -> None:
         return
     if words[0] in {"python", "python3"}:
         raise ValueError(
-            f"script must be given without {words[0]!r}, which runs already, got "
+            f"script must be given without {words[0]!r}, which is already running, got "
             f"{' '.join(words[:2])!r}; leave it out"
         )
     if not Path(words[0]).is_file():
@@ -73,7 +73,7 @@ def run_script(words: Sequence[str], *, ends_quietly: type[BaseException] | tupl
 
 
 def _exit_code(end: SystemExit) -> int:
-    """Return the code that Python would end with; what is no number is shown, as Python does."""
+    """Return the code that Python would end with; what is not a number is shown, as Python does."""
     if end.code is None:
         return 0
     if isinstance(end.code, int):

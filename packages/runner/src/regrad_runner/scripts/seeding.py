@@ -32,7 +32,7 @@ def shift_seeds(seed: int) -> None:
     A script that always sets the same seed trains the same run whatever it is started with. Moved
     are the numbers given to `torch.manual_seed`, `torch.cuda.manual_seed` and `manual_seed_all`,
     `torch.Generator.manual_seed`, `numpy.random.seed` and `default_rng`, and `random.seed`.
-    What is no whole number stays as it is.
+    What is not a whole number stays unchanged.
 
     Args:
         seed: Of the run, at least 0. 0 moves nothing.

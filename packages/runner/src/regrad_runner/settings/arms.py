@@ -216,7 +216,7 @@ def _check_alone(part: str) -> None:
     several = several_in(part)
     if several:
         raise ValueError(
-            f"corrections must be apart, or stacked by '+', got {part!r}; "
+            f"corrections must be separated by spaces, or stacked with '+', got {part!r}; "
             f"write {' '.join(several)} or {'+'.join(several)}"
         )
 
@@ -306,7 +306,7 @@ def control_of_stack(corrections: Sequence[str], optimizer: Optimizer) -> Contro
 
 
 def merged(controls: Iterable[Control | None]) -> Control | None:
-    """Return one control that makes every change of these; None where there is none.
+    """Return one control that makes every change of these; None if there is none.
 
     Raises:
         ValueError: If two of them set the same option of the optimizer differently, or train
@@ -333,7 +333,7 @@ def merged(controls: Iterable[Control | None]) -> Control | None:
 
 
 def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of both, or raise a `ValueError` where they differ."""
+    """Return the options of both, or raise a `ValueError` if they differ."""
     for key in one.keys() & other.keys():
         if one[key] != other[key]:
             raise ValueError(
@@ -345,7 +345,7 @@ def _united(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 def _one_class(
     one: type[Optimizer] | None, other: type[Optimizer] | None
 ) -> type[Optimizer] | None:
-    """Return the class that either names, or raise a `ValueError` where they differ."""
+    """Return the class that either names, or raise a `ValueError` if they differ."""
     if one is None or other is None:
         return one or other
     if one is not other:

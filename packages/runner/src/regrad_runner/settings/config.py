@@ -35,7 +35,7 @@ LARGEST_INTEGER = 2**53
 ArmsOfCorrections = Annotated[
     tuple[str, ...],
     Flag(
-        "Such as xgrad:horizon=2 agc; a+b combines two; all: every one.",
+        "For example xgrad:horizon=2 agc; a+b combines two; all: every one.",
         WHAT_IS_TRAINED,
         "NAME...",
     ),
@@ -43,7 +43,7 @@ ArmsOfCorrections = Annotated[
 Seeds = Annotated[
     int,
     Field(gt=0, le=FIRST_TUNING_SEED),
-    Flag("Paired runs of each arm; 10 by default, 6 of a script.", WHAT_IS_TRAINED, "N"),
+    Flag("Paired runs of each arm; 10 by default, 6 for a script.", WHAT_IS_TRAINED, "N"),
 ]
 Threads = Annotated[
     Annotated[int, Field(gt=0, le=MOST_THREADS)] | None,
@@ -111,7 +111,7 @@ class RunConfig(Settings):
     )
     image_size: Annotated[
         int | None,
-        Flag("Resize images to N by N pixels, where sizes differ.", WHAT_IS_TRAINED, "N"),
+        Flag("Resize images to N by N pixels, if sizes differ.", WHAT_IS_TRAINED, "N"),
     ] = Field(default=None, gt=0)
     train_size: Annotated[
         int | None,
@@ -137,7 +137,7 @@ class RunConfig(Settings):
         Flag("Samples per optimizer step, over all processes.", HOW_IT_IS_TRAINED, "N"),
     ] = Field(default=None, gt=0)
     optimizer: Annotated[
-        str | None, Flag("Such as adamw or sgd:nesterov=true.", HOW_IT_IS_TRAINED, "NAME")
+        str | None, Flag("For example adamw or sgd:nesterov=true.", HOW_IT_IS_TRAINED, "NAME")
     ] = None
     warmup_steps: Annotated[
         int | None, Flag("Steps over which the learning rate rises.", HOW_IT_IS_TRAINED, "N")
@@ -180,14 +180,12 @@ class ComparisonSettings(Settings):
     """Settings of a comparison: each of its `corrections` is an arm, run on the same seeds."""
 
     corrections: ArmsOfCorrections = ("powergrad", "xgrad", "xgrad+powergrad")
-    controls: Annotated[bool, Flag("Leave out the trivial changes to beat.", WHAT_IS_TRAINED)] = (
-        True
-    )
+    controls: Annotated[bool, Flag("Leave out the controls to beat.", WHAT_IS_TRAINED)] = True
     seeds: Seeds = 10
     lr: Annotated[
         tuple[float, ...] | Literal["auto"] | None,
         Flag(
-            "Learning rate; of several, or auto, each arm chooses its best.",
+            "Learning rate; with several, or auto, each arm chooses its best.",
             HOW_IT_IS_TRAINED,
             "X,X",
         ),
@@ -198,7 +196,7 @@ class ComparisonSettings(Settings):
     tuning_extensions: Annotated[
         int,
         Flag(
-            "Rates an arm may add where its best is at an edge; 3 by default.",
+            "Rates an arm may add if its best is at an edge; 3 by default.",
             HOW_IT_IS_TRAINED,
             "N",
         ),
@@ -222,7 +220,7 @@ class ComparisonSettings(Settings):
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Learning rates to choose from; none where they are still left to the workload."""
+        """Learning rates to choose from; none if they are still left to the workload."""
         return self.lr if isinstance(self.lr, tuple) else ()
 
 
@@ -244,7 +242,7 @@ class TrainConfig(RunConfig):
 
     corrections: Annotated[
         tuple[str, ...],
-        Flag("Such as xgrad:horizon=2 agc; all: every one.", WHAT_IS_TRAINED, "NAME..."),
+        Flag("For example xgrad:horizon=2 agc; all: every one.", WHAT_IS_TRAINED, "NAME..."),
     ] = ()
     lr: Annotated[float | None, Flag("Initial learning rate.", HOW_IT_IS_TRAINED, "X")] = Field(
         default=None, gt=0

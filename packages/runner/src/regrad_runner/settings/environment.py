@@ -85,7 +85,7 @@ def asked_to_shard() -> bool:
 
 
 def check_launcher() -> None:
-    """Raise a `ValueError` where a launcher was asked for what the runner does not do.
+    """Raise a `ValueError` if a launcher was asked for what the runner does not do.
 
     That is an engine that it does not train with, or a variable that is neither true nor false.
     """

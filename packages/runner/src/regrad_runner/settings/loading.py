@@ -49,7 +49,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     """Return what a YAML file says, whatever settings it names.
 
     Raises:
-        ValueError: If it cannot be read or is no mapping.
+        ValueError: If it cannot be read or is not a mapping.
     """
     try:
         text = read_bytes(file).decode("utf-8")

@@ -33,7 +33,7 @@ class MeasureSource:
     def in_words(self) -> str:
         """What is looked for, for a message."""
         if self.kind == "output":
-            return f"nothing that fits {self.key!r} in what it printed"
+            return f"nothing that matches {self.key!r} in what it printed"
         if self.kind == "mlflow":
             return f"no metric {self.key!r} in an MLflow run of its own"
         return f"no {self.key!r} in {self.file}"
@@ -93,5 +93,5 @@ def _check_pattern(text: str) -> None:
     if groups != 1:
         raise ValueError(
             f"measure must have one group in parentheses, for the value, got {groups} in {text!r}; "
-            "write (?:...) for parentheses that are no group, and (?P<step>...) for the step"
+            "write (?:...) for parentheses that are not a group, and (?P<step>...) for the step"
         )

@@ -43,17 +43,17 @@ class ScriptConfig(ComparisonSettings):
     ] = "baseline"
     launcher: Annotated[
         str | None,
-        Flag("In front of each run, such as 'torchrun --nproc-per-node 2'.", THE_SCRIPT, "TEXT"),
+        Flag("Starts each run, such as 'torchrun --nproc-per-node 2'.", THE_SCRIPT, "TEXT"),
     ] = None
     timeout: Annotated[
         float | None, Flag("Seconds after which a run is ended; none by default.", THE_SCRIPT, "X")
     ] = Field(default=None, gt=0)
     seed_by_run: Annotated[
-        bool, Flag("Seed by regrad, where the script takes no {seed}.", THE_SCRIPT)
+        bool, Flag("Let regrad set the seed, if the script takes no {seed}.", THE_SCRIPT)
     ] = False
     optimizer_class: Annotated[
         tuple[str, ...],
-        Flag("Correct optimizers of this class only; may be repeated.", THE_SCRIPT, "NAME"),
+        Flag("Correct only optimizers of this class; may be repeated.", THE_SCRIPT, "NAME"),
     ] = ()
     threads: Threads = None
 
@@ -86,7 +86,7 @@ class ScriptConfig(ComparisonSettings):
                 "'--seed {seed}', or give --seed-by-run, which seeds before the script starts"
             )
         if "lr" in found and self.lr is None:
-            raise ValueError("lr must be given where the script takes {lr}, such as --lr 0.001")
+            raise ValueError("lr must be given when the script takes {lr}, such as --lr 0.001")
         if self.lr == AUTO:
             raise ValueError(
                 "lr must be numbers for a script, got 'auto': only a workload has a rate of its "
@@ -94,13 +94,13 @@ class ScriptConfig(ComparisonSettings):
             )
         if "lr" not in found and self.lr is not None:
             raise ValueError(
-                "script must take {lr} in its arguments where --lr is given, got none; "
+                "script must take {lr} in its arguments when --lr is given, got none; "
                 "add it, as in '--learning_rate {lr}', or leave out --lr"
             )
         source = self.source
         if source.file and "out" not in found | set(PLACEHOLDER.findall(source.file)):
             raise ValueError(
-                f"script must take {{out}} where --measure reads a file, got {source.file!r}; "
+                f"script must take {{out}} when --measure reads a file, got {source.file!r}; "
                 "runs would write to the same one: add it, as in '--out_dir {out}'"
             )
         if source.kind == "mlflow" and self.tracker != "mlflow":

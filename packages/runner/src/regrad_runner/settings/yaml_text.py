@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
             line = node.start_mark.line + 1
             if key in lines:
                 raise ConstructorError(
-                    None, None, f"{key!r} must stand once, got it in lines {lines[key]} and {line}"
+                    None, None, f"{key!r} must appear once, got it in lines {lines[key]} and {line}"
                 )
             lines[key] = line
 
@@ -110,7 +110,7 @@ class _Loader(yaml.SafeLoader):
 
     def unknown(self, node: yaml.Node) -> None:
         """Refuse a tag of which nothing is said above."""
-        raise ConstructorError(None, None, f"no tag {node.tag!r} is known", node.start_mark)
+        raise ConstructorError(None, None, f"the tag {node.tag!r} is unknown", node.start_mark)
 
     def _matched(self, node: ScalarNode, pattern: re.Pattern[str]) -> str:
         """Return a node's text, which a tag may have promised to be something that it is not."""

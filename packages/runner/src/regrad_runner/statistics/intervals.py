@@ -21,7 +21,7 @@ def median_interval(values: Sequence[float], *, level: float = 0.05) -> tuple[fl
         level: One minus the least coverage of the interval.
 
     Returns:
-        The interval; None where not even the whole range covers the median often enough, as with
+        The interval; None if not even the whole range covers the median often enough, as with
         fewer than 6 values at .05.
 
     Example:

@@ -47,7 +47,7 @@ def paired_difference(
         level: One minus the coverage of the interval.
 
     Returns:
-        The test, or None where no pair says anything: both of each diverged, or there are none.
+        The test, or None if no pair says anything: both of each diverged, or there are none.
     """
     values = [(one.value, other.value) for one, other in pairs if one.usable and other.usable]
     one_diverged = [one.diverged for one, other in pairs if one.diverged != other.diverged]

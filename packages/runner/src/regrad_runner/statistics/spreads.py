@@ -50,7 +50,7 @@ def spread_ratios(values: Mapping[str, Sequence[float]]) -> dict[str, SpreadRati
         values: Of the runs of each arm, at least 2 of each arm.
 
     Returns:
-        The ratio of each arm; nothing where no arm spreads at all. An arm whose runs are all equal
+        The ratio of each arm; nothing if no arm spreads at all. An arm whose runs are all equal
         is not taken for the steadiest, as every other spreads infinitely more.
 
     Example:

@@ -21,7 +21,7 @@ class StepsToTarget:
     """When runs first reached a value.
 
     Attributes:
-        target: The value; None where it is not known.
+        target: The value; None if it is not known.
         steps: Steps of each run by arm and seed; None for a run that never reached it.
     """
 
@@ -35,7 +35,7 @@ class StepsRatio:
 
     Attributes:
         pairs: Seeds that say something.
-        ratio: Median over these; None where it is a miss of this arm, or there are none.
+        ratio: Median over these; None if it is a miss of this arm, or there are none.
         interval: Interval that covers the median with at least 1 - level; its upper end is None
             where it is open. None for too few pairs.
         p_value: Exact sign-flip test of the log ratios' signed ranks; None without a pair.
@@ -252,7 +252,7 @@ def _ran(run: RunRow) -> float:
 
 
 def _steps(run: RunRow) -> int | None:
-    """Return the steps of a run; None where it missed, as one that diverged does."""
+    """Return the steps of a run; None if it missed, as one that diverged does."""
     return run.steps_to_target if run.usable else None
 
 

@@ -48,21 +48,21 @@ class ArmSummary:
         p_value: Of the two-sided paired test.
         p_adjusted: The same after Holm over the correction arms; None for baseline and controls.
         target: Value on the validation samples to which steps are counted; None for none.
-        steps_to_target: Median over the arm's runs; None where the median run missed the target.
+        steps_to_target: Median over the arm's runs; None if the median run missed the target.
         misses: Runs that never reached the target.
-        steps_ratio: Median paired ratio to the baseline's steps; None where the median is a miss.
-        steps_interval: Interval of that median at 1 - level; its upper end is None where it is
+        steps_ratio: Median paired ratio to the baseline's steps; None if the median is a miss.
+        steps_interval: Interval of that median at 1 - level; its upper end is None if it is
             open. See `regrad_runner.statistics.steps.steps_ratio`.
         steps_p: Exact sign-flip test of the paired log ratios' signed ranks.
-        spread_ratio: `sd` over the smallest of the arms with 6 runs or more; None where that is
+        spread_ratio: `sd` over the smallest of the arms with 6 runs or more; None if that is
             not known.
         steadiest: Name of the arm with the smallest.
         spread_p: Bound on the probability that any two of the arms differ so much or more in their
-            spread if all arms spread alike; None where the ratio is not known.
+            spread if all arms spread alike; None if the ratio is not known.
         unsteady: Whether that ratio is above 3.
         time_ratio: Median ratio of the time per step to the baseline's, from the measurement at the
-            end of a comparison; None where there is none.
-        rate_ratio: Learning rate over the baseline's; None where either has none.
+            end of a comparison; None if there is none.
+        rate_ratio: Learning rate over the baseline's; None if either has none.
         touched: Runs in which a correction changed something.
         control: Name of the arm it must also beat; None if none is declared or known.
         against_control: The comparison with that arm; None if it was not run.
@@ -142,7 +142,7 @@ def summarize(
         rows: One per run. Rows that failed or ended without a finite value count as failed and are
             left out.
         baseline: Name of the arm without corrections.
-        controls: Correction arm to the name of its control arm, or to None where no control exists.
+        controls: Correction arm to the name of its control arm, or to None if no control exists.
             An arm that is missing here counts as one whose control was not run. A control that is a
             correction of its own is tested like one.
         higher_is_better: The direction of better.
@@ -263,7 +263,7 @@ def _verdict(
     Args:
         runs: Of the arm.
         test: Against the baseline.
-        control_test: Against the arm's control; None where there is none, or no pair.
+        control_test: Against the arm's control; None if there is none, or no pair.
         differs: Whether the first test, adjusted, is at most at the level.
         differs_from_both: Whether both tests, adjusted, are.
         better_side: The side of a better arm in a test, 1 or -1.
@@ -383,7 +383,7 @@ def _summary(
 
 
 def _median(values: Sequence[float]) -> float | None:
-    """Return the median; None where there is none or it is not finite."""
+    """Return the median; None if there is none or it is not finite."""
     if not values:
         return None
     median = statistics.median(values)

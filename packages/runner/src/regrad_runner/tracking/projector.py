@@ -111,7 +111,9 @@ class Projection:
                 return total
             if not done.sent:
                 return total
-        total.problems = [f"it says that it keeps what it gets, and {done.runs} runs are not whole"]
+        total.problems = [
+            f"it reports that it stores what it receives, but {done.runs} runs are incomplete"
+        ]
         return total
 
 
@@ -209,6 +211,6 @@ class Projector:
         if self.problem is not None and not self._said:
             self._said = True
             self._say(
-                f"tracking at {self._store.shown} failed: {self.problem}; the runs go on, "
-                "what is missing there is tried again"
+                f"tracking at {self._store.shown} failed: {self.problem}; the runs continue, and "
+                "what is missing there is sent again"
             )

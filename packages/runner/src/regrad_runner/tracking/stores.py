@@ -75,7 +75,7 @@ class Store:
 
     @property
     def artifact_location(self) -> str | None:
-        """Address at which runs keep their files; None where the store decides."""
+        """Address at which runs keep their files; None if the store decides."""
         return self.artifacts.as_uri() if self.artifacts else None
 
     @property
@@ -85,7 +85,7 @@ class Store:
         return Path(path.partition("?")[0]) if scheme == "sqlite" else None
 
     def client(self) -> Any:
-        """Return MLflow's client; the folder's database is made, or made anew, if need be.
+        """Return MLflow's client; the folder's database is made, or recreated, if need be.
 
         Raises:
             DiskError: If there is something else in the place of the database.
@@ -175,7 +175,7 @@ def prepare(path: Path, *, own: bool) -> str | None:
 
     Args:
         path: The file.
-        own: Whether it is the database of an output folder, which may be made anew, and not one
+        own: Whether it is the database of an output folder, which may be recreated, and not one
             that the user named.
 
     Returns:
@@ -190,7 +190,7 @@ def prepare(path: Path, *, own: bool) -> str | None:
     fault = fault_of(path) if path.exists() else None
     if fault is not None and not own:
         raise DiskError(
-            f"database '{path}' must be one of MLflow, but {fault}; move it away or mend it"
+            f"database '{path}' must be an MLflow database, but {fault}; move it away or repair it"
         )
     told = put_aside(path, fault) if fault is not None else None
     if not path.exists():
@@ -210,7 +210,7 @@ def check_is_file(path: Path, *, own: bool) -> None:
 
 
 def fault_of(path: Path) -> str | None:
-    """Say what is wrong with a database; None where it is whole and MLflow's."""
+    """Say what is wrong with a database; None if it is whole and MLflow's."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as database:
             database.execute(f"PRAGMA busy_timeout = {int(1000 * SECONDS_FOR_OTHERS)}")
@@ -219,9 +219,9 @@ def fault_of(path: Path) -> str | None:
             found = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             tables = {name for (name,) in found}
             if not tables >= {"alembic_version", "experiments", "runs"}:
-                return "it is not whole, or of another program"
+                return "it is incomplete, or belongs to another program"
             if database.execute("SELECT count(*) FROM alembic_version").fetchone() == (0,):
-                return "its making was broken off"
+                return "its creation was interrupted"
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as problem:

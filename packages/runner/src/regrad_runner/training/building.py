@@ -81,5 +81,5 @@ def build_loader(config: RunConfig, workload: Workload, *, seed: int) -> Trainin
 
 
 def as_inputs(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return inputs in the number format of the weights; whole numbers stay as they are."""
+    """Return inputs in the number format of the weights; whole numbers stay unchanged."""
     return inputs.to(dtype) if inputs.is_floating_point() else inputs

@@ -82,7 +82,7 @@ class Evaluator:
         return [*own, *[0] * (longest - len(own))]
 
     def _as_fitted(self, outputs: Tensor) -> Tensor:
-        """Return the logarithms of the fitted probabilities, where the measure reads these."""
+        """Return the logarithms of the fitted probabilities, if the measure reads them."""
         if not self._workload.reads_probabilities:
             return outputs
         probabilities = getattr(self._attachment.criterion, "probabilities", None)

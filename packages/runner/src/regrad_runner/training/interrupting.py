@@ -28,7 +28,7 @@ def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as end:
         if not quiet:
             console.print(
-                f"stopped; this goes on from here: {again}",
+                f"stopped; to continue from here: {again}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

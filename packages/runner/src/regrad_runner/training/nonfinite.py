@@ -68,7 +68,7 @@ class Watch:
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.skipped = state["skipped"]
         self._in_a_row = state["in_a_row"]
 
@@ -125,8 +125,8 @@ class Watch:
         self._in_a_row += 1
         if self.skipped == 1:
             warnings.warn(
-                f"loss or gradients of step {step} are not finite; it is skipped, "
-                f"and {SKIPS_IN_A_ROW} in a row end the run",
+                f"loss or gradients of step {step} are not finite; the step is skipped, and "
+                f"{SKIPS_IN_A_ROW} in a row end the run",
                 RegradWarning,
                 stacklevel=4,
             )

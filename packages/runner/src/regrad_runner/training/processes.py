@@ -1,4 +1,4 @@
-"""The processes of a run: as many as asked for, and sharded as asked for."""
+"""The processes of a run: as many as requested, and sharded as requested."""
 
 from __future__ import annotations
 
@@ -62,13 +62,14 @@ def check_task() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"srun must start one launcher per node, got {tasks} tasks that each would do it; "
-            "use srun --ntasks-per-node 1 torchrun --nnodes M --nproc-per-node N -m regrad_runner …"
+            f"srun must start one launcher per node, got {tasks} tasks, each of which would start "
+            "one; use srun --ntasks-per-node 1 torchrun --nnodes M --nproc-per-node N -m "
+            "regrad_runner …"
         )
 
 
 def _check_processes(config: RunConfig, started: int) -> None:
-    """Raise unless as many processes run as were asked for."""
+    """Raise unless as many processes run as were requested."""
     if config.processes not in (None, started):
         raise ValueError(
             f"processes must be {config.processes} as asked, got {started}; "
@@ -102,7 +103,7 @@ def _launch(processes: int | str | None) -> str:
         return "launch with: python -m regrad_runner …"
     return (
         f"launch with: torchrun --nproc-per-node {processes} -m regrad_runner …, or on each of M "
-        "nodes an M-th of them and --nnodes M --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        "nodes 1/M of them and --nnodes M --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
     )
 
 
@@ -113,7 +114,7 @@ def _check_sharding(accelerator: Accelerator) -> None:
     if accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError(
             f"use_fsdp must be asked for on accelerator devices, got {accelerator.device.type!r}, "
-            "where accelerate would train unsharded without a word; leave it out here"
+            "where accelerate would silently train unsharded; leave it out here"
         )
     if not accelerator.is_fsdp2:
         raise ValueError(

@@ -41,7 +41,7 @@ class EncodedImage:
 
     Attributes:
         where: Where it was found, for errors.
-        content: A file of one of `FORMATS`; None where there is none.
+        content: A file of one of `FORMATS`; None if there is none.
     """
 
     where: str
@@ -234,13 +234,13 @@ def _opened(stream: IO[bytes], where: str) -> Image.Image:
 @contextmanager
 def _named(where: str) -> Iterator[None]:
     """Say in which file it was, whatever Pillow and its codecs raise in the block."""
-    rule = f"image must be a JPEG, PNG or the like, got another in {where}"
+    rule = f"image must be a JPEG, PNG or the like, got something else in {where}"
     try:
         yield
     except UnreadableImage:
         raise
     except UnidentifiedImageError as problem:
-        raise UnreadableImage(f"{rule}; read are {', '.join(_formats())}") from problem
+        raise UnreadableImage(f"{rule}; supported are {', '.join(_formats())}") from problem
     except Exception as problem:
         raise UnreadableImage(f"{rule}: {in_one_line(problem)}") from problem
 

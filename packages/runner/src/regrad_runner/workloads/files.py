@@ -21,7 +21,7 @@ RESIZED = 256 / 224  # the shorter side before the middle is cut out, per side o
 
 
 class FileSet(LabelledImages):
-    """Labelled image files, decoded when a batch is asked for: ImageNet's usual pipeline.
+    """Labelled image files, decoded when a batch is requested: ImageNet's usual pipeline.
 
     Images become RGB. Training images: a random part of .08 to 1 of the area, with an aspect ratio
     from 3/4 to 4/3, resized to the square; half of them mirrored. Others: the shorter side is

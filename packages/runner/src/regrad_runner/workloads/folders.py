@@ -61,7 +61,7 @@ class DataFolder:
             is_data: Says of a name whether a file of that name is data.
 
         Raises:
-            ValueError: If a folder cannot be read, or what is named as data is no regular file,
+            ValueError: If a folder cannot be read, or what is named as data is not a regular file,
                 stands twice, or is a link that leads out or nowhere.
         """
         found: dict[str, list[Path]] = {}
@@ -123,8 +123,8 @@ class DataFolder:
         target = Path(os.path.realpath(link))
         if not self._follows_links and not target.is_relative_to(self._real_root):
             raise ValueError(
-                f"data_dir must hold no link that leads out of it, got '{link}' to '{target}'; "
-                "copy what it leads to, or hard-link the files"
+                f"data_dir must hold no link that points outside it, got '{link}' to '{target}'; "
+                "copy its target, or hard-link the files"
             )
 
 

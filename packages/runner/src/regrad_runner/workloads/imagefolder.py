@@ -65,7 +65,7 @@ def load(
     shifted by up to an eighth and mirrored for training, standardised with the training pixels'
     moments. Larger ones are read from the disk batch by batch and treated as is usual for ImageNet:
     see `regrad_runner.workloads.files.FileSet`. Of these the head is read beforehand of 10,000 in
-    each split, so that what is no image is found before anything is trained.
+    each split, so that what is not an image is found before anything is trained.
 
     Args:
         seed_of_split: Fixes which images validate and which are kept, at least 0.
@@ -140,8 +140,8 @@ def defaults_for(count: int) -> Defaults:
         batch_size=batch_size,
         lr=RATE_OF_FEW,
         reason=(
-            f"a small network and batches of {batch_size}, for {count:,} training images are few; "
-            "--model, --batch-size, --lr and --epochs choose others"
+            f"a small network and batches of {batch_size}, because {count:,} training images are "
+            "few; --model, --batch-size, --lr and --epochs change this"
         ),
     )
 
@@ -258,7 +258,7 @@ def _in_memory(splits: tuple[_Split, _Split, _Split], form: Format) -> tuple[Lab
 
 
 def _on_disk(splits: tuple[_Split, _Split, _Split], side: int) -> tuple[LabelledImages, ...]:
-    """Return the images of each split, decoded when a batch is asked for."""
+    """Return the images of each split, decoded when a batch is requested."""
     for split in splits:
         for file in _spread(split.files(), OPENED):
             file.check()

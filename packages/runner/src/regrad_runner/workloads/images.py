@@ -34,7 +34,7 @@ class Augmentation:
 
 
 class LabelledImages(Samples):
-    """Labelled images of one size, normalised and augmented when a batch is asked for.
+    """Labelled images of one size, normalised and augmented when a batch is requested.
 
     A subclass says how, in `pixels`.
 

@@ -80,7 +80,7 @@ def make_model(
     Args:
         workload: Whose `build_model` is called.
         spec: Name with options or without.
-        width: The setting; None where the model has none.
+        width: The setting; None if the model has none.
         norm: As `width`.
         seed: Fixes the initial weights.
 
@@ -134,7 +134,7 @@ def _make(load: Callable[..., Any], arguments: Mapping[str, Any], whose: str) ->
 
 
 def _misfit(made: Any) -> str:
-    """Say why something cannot be trained; nothing where it can."""
+    """Say why something cannot be trained; nothing if it can."""
     if not isinstance(made, Workload):
         return f"must return a Workload, got {type(made).__name__}"
     for method in ("build_model", "score"):

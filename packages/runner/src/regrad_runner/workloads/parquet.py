@@ -210,7 +210,7 @@ class _Split:
 
 
 def _data_folder(data_dir: Path | None) -> DataFolder:
-    """Return the folder, or raise a `ValueError` where there is none."""
+    """Return the folder, or raise a `ValueError` if there is none."""
     if data_dir is None:
         raise ValueError(f"data_dir must be {PARQUET_LAYOUT}, got None; name the folder")
     if not data_dir.is_dir():

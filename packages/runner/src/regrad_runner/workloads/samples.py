@@ -17,7 +17,7 @@ Sample = TypeVar("Sample")
 
 
 class Samples(Dataset[Batch]):
-    """The samples of one split, made when a batch is asked for.
+    """The samples of one split, made when a batch is requested.
 
     A subclass implements `__len__` and `__getitems__`. What is random in a sample must be a
     function of (`seed`, `epoch`, index of the sample) alone: not of the batch it is in, the

@@ -44,7 +44,7 @@ class Measure:
 
     @property
     def fixed_target(self) -> float | None:
-        """The target if it is a number; None where the runs of a comparison have to say it."""
+        """The target if it is a number; None if the runs of a comparison have to say it."""
         return None if isinstance(self.target, str) else self.target
 
     @property
@@ -147,7 +147,7 @@ class Workload:
         raise TypeError(f"{type(self).__name__} must implement build_model")
 
     def model_settings(self, name: str) -> Mapping[str, Any]:
-        """Return `width` and `norm` that suit a model, where it takes them."""
+        """Return `width` and `norm` that suit a model, if it takes them."""
         return {}
 
     def criterion(self) -> nn.Module:

@@ -16,7 +16,7 @@ from regrad_runner.statistics.bands import bands
 from regrad_runner.workloads.workload import name_on_validation
 
 ZOOM_NOTE = "Axes are scaled to the second half of training; earlier values may be cut off."
-TIME_NOTE = "Each point stands at the median time of its evaluation."
+TIME_NOTE = "Each point is at the median time of its evaluation."
 STEPS = "optimizer steps"
 TIME = "time in training steps, s"
 EFFECT_FIGURES = {
@@ -127,7 +127,7 @@ def quality_curve(data: ReportData) -> list[Drawing]:
         kind="curves",
         title="Cosine over training",
         caption=(
-            "The gradient that the optimizer read against the large batch's. " + over_seeds(data)
+            "The gradient that the optimizer used, against the large batch's. " + over_seeds(data)
         ),
         x_label=STEPS,
         y_label="cosine",

@@ -143,8 +143,9 @@ def overhead_rows(data: ReportData) -> list[Drawing]:
         kind="bars",
         title="Time per step",
         caption=(
-            "Steps of the arm and of the baseline in turns, up to 30 pairs in one process. Bar: "
-            "median ratio of a pair; line: interval that covers the median with at least 95 %."
+            "Steps of the arm alternate with steps of the baseline, up to 30 pairs in one "
+            "process. Bar: median ratio of a pair; line: interval that covers the median with at "
+            "least 95 %."
         ),
         x_label="time per step ÷ the baseline's",
         marks=marks,

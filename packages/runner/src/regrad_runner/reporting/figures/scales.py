@@ -147,7 +147,7 @@ def _decimals(step: float) -> int:
 
 
 def _written(value: float, decimals: int) -> str:
-    """Return a tick's number with a minus sign, and with none where it rounds to zero."""
+    """Return a tick's number with a minus sign, and with none if it rounds to zero."""
     text = f"{value + 0.0:,.{decimals}f}"
     if float(text.replace(",", "")) == 0:
         text = text.removeprefix("-")

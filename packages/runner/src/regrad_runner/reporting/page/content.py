@@ -185,7 +185,7 @@ def corrections_table(data: ReportData) -> PageTable | None:
         "Distribution",
         "Options",
         "Stages",
-        "Notes of the arm",
+        "Notes on the arm",
     ]
     caption = "Corrections as they were attached, from the receipts"
     words = frozenset({0, 2, 3, 4, 5, 6})
@@ -269,7 +269,7 @@ def resolution(data: ReportData) -> str:
 
 
 def digest_of_script(data: ReportData) -> str:
-    """Return the SHA-256 of the script that was compared on; empty where there is none."""
+    """Return the SHA-256 of the script that was compared on; empty if there is none."""
     return str(data.about.get("script_sha256") or "")
 
 
@@ -444,7 +444,7 @@ def _trials_cell(data: ReportData, arm: str, rate: float, chosen: float | None) 
 
 
 def _on_validation(measure: Measure) -> str:
-    """Return on what trials are looked at, where that is another split."""
+    """Return on what trials are looked at, if that is another split."""
     return "" if name_on_validation(measure) == measure.name else " on the validation split"
 
 
@@ -502,7 +502,7 @@ def _notes_on_runs(data: ReportData) -> list[str]:
         )
     if diverged:
         notes.append(
-            f"{diverged} of {len(results)} runs diverged: they have no number and are in no "
+            f"{diverged} of {len(results)} runs diverged: they have no number and appear in no "
             "figure. In the verdicts they count as worse than any number."
         )
     return notes
@@ -515,8 +515,8 @@ def _notes_on_age(data: ReportData) -> list[str]:
         return notes
     if times_are_estimated(data):
         notes.append(
-            "This folder was written before times of evaluations were kept: in the figures "
-            "against time they are the number of steps times the run's median time per step."
+            "This folder was written before the times of evaluations were kept: figures over time "
+            "use the number of steps times the run's median time per step."
         )
     corrected = any(receipt.get("effects") for receipt in data.receipts.values())
     if corrected and not data.effects:
@@ -526,8 +526,8 @@ def _notes_on_age(data: ReportData) -> list[str]:
         )
     if not data.about.get("machines"):
         notes.append(
-            "This folder was written before the machine was kept: only what the receipts say of "
-            "it is shown."
+            "This folder was written before the machine was kept: only what the receipts say "
+            "about it is shown."
         )
     return notes
 
@@ -535,10 +535,10 @@ def _notes_on_age(data: ReportData) -> list[str]:
 def _why_no_target(data: ReportData) -> str:
     """Say why no steps are counted."""
     if data.measure.target is None:
-        return "There is no target, and so no figure of the steps to it."
+        return "There is no target, so there is no figure of the steps to it."
     return (
-        "There is no figure of the steps to the baseline's end: it takes runs of the baseline with "
-        "at least three evaluations each."
+        "There is no figure of the steps to the baseline's end: it needs baseline runs with at "
+        "least three evaluations each."
     )
 
 

@@ -379,5 +379,5 @@ def _ends(ticks: Sequence[Tick]) -> list[Tick]:
 
 
 def _thinned(ticks: Sequence[Tick]) -> list[Tick]:
-    """Return every other one of some ticks, as far as they are many."""
+    """Return every other one of some ticks, if there are many."""
     return list(ticks) if len(ticks) <= FEWEST_TICKS + 1 else list(ticks[::2])

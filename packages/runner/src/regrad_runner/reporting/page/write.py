@@ -41,11 +41,11 @@ class Section:
         title: Its heading.
         text: What stands above its figures.
         drawings: Its figures.
-        folded_drawings: Those of them that are shown only when asked for.
+        folded_drawings: Those of them that are shown only on request.
         families: Arms whose curves of the first figure are shown once more, a family at a time.
         baseline: The arm that stands in each of these.
         tables: Below the figures.
-        is_folded: Whether all of it is shown only when asked for.
+        is_folded: Whether all of it is shown only on request.
     """
 
     name: str
