@@ -1,4 +1,4 @@
-"""One correction's own work on ResNet-50's tensors, beside the peers that ship the same."""
+"""One correction's own work on ResNet-50's tensors, beside peers that implement the same method."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def _xgrad_against(setting: Setting, correction: str, **kind: bool) -> Pair:
     plain = AdamW(others.parameters, lr=1e-6, betas=BETAS, **kind)
 
     def prepare() -> None:
-        """Take a step of the optimizer, along which the next prediction goes on."""
+        """Take an optimizer step, which the next prediction extrapolates."""
         attached_to.step()
         attached.pass_the_meter()
 

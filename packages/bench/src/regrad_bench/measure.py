@@ -1,4 +1,4 @@
-"""Run a case and say what came out of it."""
+"""Run a case and return the result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Result:
         pairs: How many pairs were timed.
         ours_ms: Median milliseconds of our side.
         peer_ms: Median milliseconds of the peer.
-        ratio: Median of the ratios, over what the sizes lead one to expect; of peak memories
+        ratio: Median of the ratios, over what the sizes suggest; of peak memories
             where nothing is timed.
         low: Their first quartile.
         high: Their third quartile.
@@ -83,7 +83,7 @@ class Result:
 
 
 def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
-    """Build a case, time it, and let it go.
+    """Build a case, time it, and release it.
 
     Args:
         case: The case.

@@ -20,8 +20,8 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | N
         group: One of its parameter groups.
 
     Returns:
-        0 where the decay is added to the gradient, or there is none; None if it is not known
-        which of both a foreign class does.
+        0 if the decay is added to the gradient, or there is none; None if it is unknown which of
+        the two a foreign class does.
 
     Example:
         >>> import torch

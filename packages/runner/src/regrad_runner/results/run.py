@@ -325,7 +325,7 @@ def run_values(
 
 
 class RunLog:
-    """What a run tells of itself; this one keeps nothing, for the processes that do not write."""
+    """What a run reports; this one keeps nothing, for the processes that do not write."""
 
     def log(
         self,
@@ -363,7 +363,7 @@ class RunLog:
         """
 
     def let_go(self) -> None:
-        """Leave the folder as it is."""
+        """Release the folder."""
 
     def __enter__(self) -> Self:
         return self
@@ -394,7 +394,7 @@ class RunWriter(RunLog):
     Args:
         path: The run's folder.
         record: Of the run.
-        held: Lets go of the folder when it is closed.
+        held: Releases the folder when it is closed.
         size: Bytes of the points that are there.
     """
 
@@ -469,7 +469,7 @@ class RunWriter(RunLog):
             _write_record(self.path, self.record)
 
     def let_go(self) -> None:
-        """Leave the folder as it is; see `RunLog.let_go`."""
+        """Release the folder; see `RunLog.let_go`."""
         self._held.close()
 
     def _write_waiting(self) -> None:
@@ -515,7 +515,7 @@ def end_abandoned(
     result: Mapping[str, Any] | None = None,
     error: str,
 ) -> None:
-    """Say how a run ended whose process is gone.
+    """Record how a run ended whose process is gone.
 
     Args:
         folder: The output folder.

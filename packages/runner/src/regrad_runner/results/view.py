@@ -63,7 +63,7 @@ Verdicts = Callable[[Path], Mapping[str, float]]
 
 
 class FolderView:
-    """What MLflow is to show of an output folder.
+    """What MLflow should show of an output folder.
 
     Args:
         folder: The output folder.
@@ -244,7 +244,7 @@ def tracking(
         kind: "mlflow", or "none" to show nothing and import nothing.
         folder: The output folder; there.
         address: Of a server or database; None for the database in the folder.
-        say: Told what goes wrong, from the thread too; nothing that does stops the block.
+        say: Called with what goes wrong, also from the thread; no failure stops the block.
         only: Folder of the one run to show.
         verdicts: Returns the numbers of a comparison's verdicts: see `FolderView`.
     """

@@ -52,7 +52,7 @@ Threads = Annotated[
 
 
 class Settings(BaseModel):
-    """What every command has that writes a folder."""
+    """The settings of every command that writes a folder."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
@@ -96,7 +96,7 @@ class Settings(BaseModel):
 class RunConfig(Settings):
     """What `compare` on a workload and `train` share.
 
-    None stands for what suits the workload, until `resolved` fills it in.
+    None stands for the workload's default, until `resolved` fills it in.
     """
 
     workload: Annotated[

@@ -23,7 +23,7 @@ LAST_LINE = "..."
 def load_config(
     kind: type[Config], *, file: Path | None = None, flags: Mapping[str, Any]
 ) -> Config:
-    """Return the settings in `file`, with the flags that were given instead of theirs.
+    """Return the settings in `file`, overridden by the given flags.
 
     Args:
         kind: Which settings, such as `CompareConfig`.

@@ -1,4 +1,4 @@
-"""Paired tests, and what several of them at once may claim."""
+"""Paired tests, and how to adjust several of them at once."""
 
 from __future__ import annotations
 

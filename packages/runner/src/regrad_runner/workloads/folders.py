@@ -1,4 +1,4 @@
-"""What of a folder is data: regular files, each once, none hidden, and no link that leads out."""
+"""Which files of a folder are data: regular files, each once, none hidden, no link that leads out."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def is_hidden(name: str) -> bool:
 class DataFolder:
     """A folder of data whose files are looked for; it knows what it found before.
 
-    A link is followed where it leads to a file or folder inside of the folder that is read nowhere
-    else. One that leads out of it, or back into what is read already, is refused: the same images
-    would be trained on twice, or validate what they trained.
+    A link is followed if it leads to a file or folder inside the folder that is not read otherwise.
+    One that leads out of it, or back into what is read already, is refused: the same images would
+    be trained on twice, or validate what they trained.
 
     Args:
         root: The folder. It may be a link itself.
@@ -82,7 +82,7 @@ class DataFolder:
         return found
 
     def _keep(self, entry: os.DirEntry[str]) -> None:
-        """Note a file, or raise where it must not be read."""
+        """Note a file, or raise if it must not be read."""
         mode = _mode(entry)
         if not mode:
             raise ValueError(
@@ -106,7 +106,7 @@ class DataFolder:
             )
 
     def _enter(self, folder: str) -> None:
-        """Note a folder, or raise where it was read before."""
+        """Note a folder, or raise if it was read before."""
         try:
             status = Path(folder).stat()
         except OSError as problem:
@@ -119,7 +119,7 @@ class DataFolder:
             )
 
     def _refuse_leading_out(self, link: str) -> None:
-        """Raise where a link leads out of the root and may not."""
+        """Raise if a link leads out of the root and may not."""
         target = Path(os.path.realpath(link))
         if not self._follows_links and not target.is_relative_to(self._real_root):
             raise ValueError(

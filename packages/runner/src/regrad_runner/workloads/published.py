@@ -1,4 +1,4 @@
-"""Published data sets of small images, read and, if asked, fetched by torchvision."""
+"""Published data sets of small images, read and, on request, downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Published:
         return pixels.contiguous(), labels.long()
 
     def _missing(self, root: Path) -> str:
-        """Say what is missing in a folder, and what helps."""
+        """Say what is missing in a folder, and what to do."""
         is_there = (root / self.files).is_dir()
         state = "with a damaged or incomplete one" if is_there else "without it"
         got = f"'{root}' {state}"
