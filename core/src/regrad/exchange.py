@@ -21,9 +21,9 @@ from regrad.hookspecs import LastStep
 # Elements of a piece on a CPU, and of the tensors that share a launch elsewhere.
 PIECE = 2**18
 GROUP = 2**23
-# Elements from which on calling a compiled function costs less than it saves.
+# From this many elements, calling a compiled function costs less than it saves.
 COMPILED_FROM = 2**15
-# What torch raises where it finds no compiler, or one that fails.
+# What torch raises if it finds no compiler, or one that fails.
 NOT_COMPILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
 
 Tensors = Sequence[Tensor]

@@ -156,8 +156,8 @@ def _adanorm(setting: Setting) -> Pair:
         added = torch._foreach_mul(moments, BETAS[0] / (1 - BETAS[0]))
         return largest_difference(torch._foreach_add(gradients.gradients, added), peer())
 
-    # A first gradient of such a size keeps the averages above all that follow: the rule acts
-    # on every tensor.
+    # A first gradient of this size keeps the averages above all later ones: the rule acts on every
+    # tensor.
     gradients.refill(1e4)
     attached.correct()
     peer()

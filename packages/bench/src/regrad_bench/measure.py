@@ -134,7 +134,7 @@ def _measured(case: Case, setting: Setting, result: Result, pairs: int) -> Resul
         if setting.device.type == "cuda":
             ours, peer = _of_both(pair, launches)
             result = replace(result, ours_launches=ours, peer_launches=peer)
-        # The last: what it frees changes how memory is got.
+        # Last, because what it frees changes how memory is allocated.
         if pair.difference:
             result = replace(result, difference=pair.difference())
     return replace(result, pairs=pairs, memory_goal=case.memory_goal)

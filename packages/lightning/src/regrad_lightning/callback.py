@@ -147,7 +147,7 @@ class RegradCallback(Callback):
                 f"{self.module!r} lacks {outside} parameters"
             )
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
-        # The wrapper is what says how the weights lie; the target alone would look unwrapped.
+        # Only the wrapper shows the layout of the weights; the target alone would look unwrapped.
         layers = optimizer_layers(optimizer)
         refusals.check([trainer.strategy.model], layers, made, borrowed.original)
         optimizer_state.take_out(layers[-1].param_groups)  # the same as in self._loaded

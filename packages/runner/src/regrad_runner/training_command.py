@@ -108,7 +108,7 @@ def train(plan: TrainingPlan, display: Display) -> Result:
     run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
     with ExitStack() as stack:
         stack.enter_context(closing(run))
-        with checking_input():  # a checkpoint that is refused leaves the folder as it is
+        with checking_input():  # a refused checkpoint leaves the folder unchanged
             latest, notes = load_latest(run, plan.path / "checkpoints")
         for note in notes:
             display.say(note)

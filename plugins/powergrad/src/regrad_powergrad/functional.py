@@ -396,7 +396,7 @@ def _gradient(
     if keep is None:
         scale = scale.expand(_rows_shape(logits))
     else:
-        # Not multiplied: with every row ignored the mean divides by zero, torch's gradient is 0.
+        # Not multiplied: if all rows are ignored the mean divides by zero, torch's gradient is 0.
         scale = torch.where(keep, scale, 0)
         target = torch.where(keep, target, 0)
     tiles = _tiles(logits)

@@ -174,7 +174,7 @@ class FolderView:
         try:
             records = [self._record(path) for path in ended]
             trials = [trial_in(record) for record in records if record.trial]
-        except (TypeError, ValueError):  # a damaged run is said when its turn comes
+        except (TypeError, ValueError):  # a damaged run is reported when its turn comes
             return True
         return bool(missing_cells(cells, choices_of(cells, search, trials), has_ended))
 
@@ -184,7 +184,7 @@ class FolderView:
         settings = _settings_of(self._folder)
         ends = [about.started]
         for path in runs:
-            with suppress(ValueError):  # a damaged run is said when its turn comes
+            with suppress(ValueError):  # a damaged run is reported when its turn comes
                 record = self._record(path)
                 ends.append(record.ended or record.started)
         return TrackedRun(
@@ -212,7 +212,7 @@ class FolderView:
             return []
         try:
             numbers = self._verdicts(self._folder)
-        except ValueError:  # a damaged run is said when its turn comes
+        except ValueError:  # a damaged run is reported when its turn comes
             return []
         return [MetricPoint(name, number, time, step) for name, number in numbers.items()]
 

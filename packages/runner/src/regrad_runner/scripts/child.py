@@ -141,7 +141,7 @@ class Child:
                 reader.join(SECONDS_FOR_THE_REST)
                 raise
             reader.join(SECONDS_FOR_THE_REST)
-            if reader.is_alive():  # something that it started still holds its output
+            if reader.is_alive():  # a process that it started still holds its output
                 self.end()
                 reader.join(SECONDS_FOR_THE_REST)
             self._is_read = True

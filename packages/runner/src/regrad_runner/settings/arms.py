@@ -15,7 +15,7 @@ from regrad.registry import several_in
 from torch.optim import Optimizer
 
 BASELINE = "baseline"
-# What folders and commands of earlier versions called it: no arm may be called so.
+# Its names in earlier versions: no arm may have them.
 FORMER_BASELINE = "none"
 ALL = "all"
 

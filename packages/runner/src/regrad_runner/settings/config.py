@@ -26,7 +26,7 @@ FIRST_TUNING_SEED = 1_000_000
 MOST_EXTENSIONS = 10  # of the rates given, by an arm
 AUTO = "auto"
 LAST_SEED = 2**32 - 1  # the largest that NumPy takes
-MOST_THREADS = 1024  # with more, the process ends without a word
+MOST_THREADS = 1024  # with more, the process dies silently
 # Python refuses to print a number of more than 4,300 digits, but reads one in hexadecimal.
 LARGEST_INTEGER = 2**53
 

@@ -19,7 +19,7 @@ FLAGS = (FSDP, ONLY_CPUS, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 ON = ("true", "1", "yes", "y", "t", "on")  # as accelerate reads them
 OFF = ("false", "0", "no", "n", "f", "off")
 # What a launcher says about processes and shards, and what changes no number. Other variables of
-# accelerate are hidden from it, or they would win over the settings.
+# accelerate are hidden from it, or they would override the settings.
 LET_THROUGH = frozenset(
     {
         *FLAGS,

@@ -24,7 +24,7 @@ FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-# What a plain word is: the first pattern that fits all of it, and the characters it can begin with.
+# What a plain word is: the first pattern that matches all of it, and its possible first characters.
 PLAIN_WORDS = (
     ("null", NULL, ["~", "n", "N", ""]),
     ("bool", BOOLEAN, list("tTfF")),

@@ -170,7 +170,7 @@ class _Projection:
         """Return the run in the store: found, restored or made; what is there twice is removed."""
         found = _runs_of(self._client, experiment, self._run.id)
         active = [one for one in found if one.info.lifecycle_stage == "active"]
-        # A slow server may have made it a second time, after an attempt that was given up.
+        # A slow server may have created it twice, after an attempt that timed out.
         for twin in active[1:]:
             self._client.delete_run(twin.info.run_id)
             self._sent.others += 1

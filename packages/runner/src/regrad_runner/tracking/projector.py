@@ -20,7 +20,7 @@ LONGEST_PAUSE = 60.0
 # How long the end of a process waits for the store, and how long if the store fails to answer.
 SECONDS_AT_THE_END = 60.0
 SECONDS_IN_VAIN = 10.0
-# Rounds in which a store may say yes and hold something else afterwards.
+# Rounds in which a store may confirm and yet hold something else afterwards.
 ROUNDS_IN_VAIN = 3
 
 

@@ -26,10 +26,10 @@ ARTIFACTS = "artifacts"
 BESIDE = ("", "-journal", "-wal", "-shm", ".lock")
 SECONDS_FOR_OTHERS = 30.0
 SECONDS_FOR_THE_SCHEMA = 300.0
-# What MLflow's migrations say of a schema whose making was broken off.
+# What MLflow's migrations say about a schema whose creation was interrupted.
 HALF_MADE = ("duplicate column name", "already exists")
 
-# Set before MLflow is imported, and only where the user has not set them: no telemetry, no links
+# Set before MLflow is imported, and only if the user has not set them: no telemetry, no links
 # printed, and one short attempt per request. The next projection is the next attempt.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -61,7 +61,7 @@ class Store:
             os.environ.setdefault(name, value)
         import mlflow.tracking  # noqa: F401, PLC0415  (seconds, and not while two threads import)
 
-        # A failure reaches the user as one line of ours; lines of others would tear a live display.
+        # We report a failure in one line; other output would break a live display.
         for name in ("mlflow", "alembic", "urllib3"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         folder = folder.resolve()

@@ -34,7 +34,7 @@ def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
                 soft_wrap=True,
             )
         if stopped_together():
-            # Only here, because it imports torch.
+            # Imported here, because it imports torch.
             from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
             clear_frames(end.__traceback__)  # they hold the model

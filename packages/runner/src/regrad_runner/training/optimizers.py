@@ -17,7 +17,7 @@ from regrad_runner.settings.specs import read_spec
 from regrad_runner.workloads.workload import Defaults
 
 OPTIMIZERS_GROUP = "regrad.optimizers"
-# They need a closure, sparse gradients or only matrices: not what the loop here offers.
+# They need a closure, sparse gradients or only matrices, which this loop does not offer.
 UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
 
 
@@ -60,7 +60,7 @@ def check_rate(spec: str, lr: float) -> None:
 
 def _try_step(spec: str, *, lr: float) -> None:
     """Raise a `ValueError` unless an optimizer can step: some options torch checks only there."""
-    build_optimizer(spec, [nn.Parameter(torch.zeros(2, 2))], lr=lr)  # it says what is wrong itself
+    build_optimizer(spec, [nn.Parameter(torch.zeros(2, 2))], lr=lr)  # its own error is clear
     try:
         parameter = _stepped(spec, lr=lr)
     except Exception as problem:

@@ -1,4 +1,4 @@
-"""Which files of a folder are data: regular files, each once, none hidden, no link that leads out."""
+"""Which files of a folder are data: regular, each once, not hidden, no link that leads out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-# What systems put into folders of images without a dot in front.
+# What systems put into folders of images without a leading dot.
 OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"})
 Identity = tuple[int, int]  # device and inode
 
@@ -97,7 +97,7 @@ class DataFolder:
             self._links.add(entry.path)
         status = entry.stat()
         other = self._files.setdefault((status.st_dev, status.st_ino), entry.path)
-        # Some network file systems use a number again: it is one file only if it has two names.
+        # Some network file systems reuse inode numbers: it is one file only if it has two names.
         may_have_two_names = status.st_nlink > 1 or bool(self._links & {entry.path, other})
         if other != entry.path and may_have_two_names:
             raise ValueError(

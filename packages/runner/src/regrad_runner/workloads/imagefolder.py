@@ -25,17 +25,17 @@ from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
-# Of the files that stay on the disk: a second here, where more would take minutes on a network's.
+# Of the files that stay on disk: takes a second; more could take minutes on a network disk.
 OPENED = 10_000
 MOST_BYTES = 8 * 2**30
 IMAGE_LAYOUT = (
     "a folder with train and val, or train and test, each with a folder of images per class"
 )
-# Up to so many training images a small network suits, in batches small enough for some steps.
+# Up to so many training images, use a small network, in batches small enough for some steps.
 FEW_IMAGES = 2_000
 FEWEST_STEPS_PER_EPOCH = 8
 BATCHES_OF_FEW = (64, 32, 16, 8)
-RATE_OF_FEW = 0.05  # as for the digits, of which 100 train well with it in batches of 8
+RATE_OF_FEW = 0.05  # as for the digits: 100 of them train well with it in batches of 8
 SMALL_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )

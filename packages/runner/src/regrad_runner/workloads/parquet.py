@@ -194,7 +194,7 @@ class _Split:
                     raise ValueError(f"columns must be image and label, got {', '.join(features)}")
                 opened = self._open(folder, columns=[column]).with_format("arrow")
                 tables = opened.iter(batch_size=ROWS_AT_ONCE)
-                # A reader that is left open can keep the interpreter from ending.
+                # A reader left open can keep the interpreter from exiting.
                 with contextlib.closing(tables):
                     yield features[column], tables
         except Exception as problem:
