@@ -223,7 +223,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             self._hook(root, before_saving, self.engine.before_state_dict)
             self._hook(root, root.register_load_state_dict_pre_hook, self.engine.close_window)
         optimizer = self.optimizer
-        # One by one: what is registered when a later one raises can be removed.
+        # One by one: if a later one raises, the earlier ones can be removed.
         for handle in self._in_optimizer.register(optimizer):
             self._handles.append(handle)
         self._handles.append(optimizer.register_step_pre_hook(self.engine.on_step_begin))

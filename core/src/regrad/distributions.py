@@ -178,7 +178,7 @@ def hide_broken() -> None:
         for variable, value in WITHOUT_POINTS.items():
             os.environ.setdefault(variable, value)
     _hide(metadata.Distribution, hidden)
-    # A second copy of the same, for libraries that use it.
+    # The backport of the same module, for libraries that use it.
     with contextlib.suppress(ImportError):
         backport = importlib.import_module("importlib_metadata")
         _hide(backport.Distribution, hidden)

@@ -121,7 +121,7 @@ class Engine:
         # Of the step under way: its closure calls, and what was written before it.
         self._calls = 0
         self._versions: list[int] = []
-        # When to stay out of the way, and what to count for it.
+        # When to warn or stay inactive, and the counts for that.
         self._is_paused = False
         self._other_steps = 0
         self._forwards_without_step = 0

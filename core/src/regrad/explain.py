@@ -110,7 +110,7 @@ def explain(
 def _rows_of_one_step(trial: BatchTrial, batch: Any, *, has_criterion: bool) -> list[Row]:
     """Compute the gradients of one batch, correct them, and return what each correction changed."""
     trial.engine.meter.detail = []
-    # A model may compute its loss itself here, where it does not in the loop.
+    # A model may compute its loss itself here, although it does not in the loop.
     trial.engine.criterion_called = True
     criterion = trial.criterion if has_criterion else None
     loss = _loss_of(trial.model.train(), criterion, batch)

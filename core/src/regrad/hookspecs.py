@@ -371,5 +371,5 @@ class CorrectionSpec:
 
 HOOKS = tuple(name for name in vars(CorrectionSpec) if not name.startswith("_"))
 for _hook in HOOKS:
-    # A caller reaches one correction only, so its result is the result.
+    # A caller reaches only one correction, so its result is the result.
     hookspec(vars(CorrectionSpec)[_hook], firstresult=True)

@@ -196,7 +196,7 @@ def _cross_entropy(  # noqa: PLR0917 - the arguments of torch's function
     reduction = _reduction_named(reduction, size_average, reduce)
     caller = _caller()
     if caller is None:
-        # Not PLAIN_CROSS_ENTROPY: by its name it would be this one when a compiled graph runs.
+        # Not PLAIN_CROSS_ENTROPY: a compiled graph would look it up by name and find this function.
         kind: Any = _reduction.get_enum(reduction)
         return torch._C._nn.cross_entropy_loss(
             input, target, weight, kind, ignore_index, label_smoothing
@@ -236,7 +236,7 @@ def _nll_loss(  # noqa: PLR0917 - the arguments of torch's function
     )
 
 
-# They stand under torch's names, and are shown by them.
+# They replace torch's functions, and are shown under their names.
 _cross_entropy.__name__ = PLAIN_CROSS_ENTROPY.__name__
 _nll_loss.__name__ = PLAIN_NLL_LOSS.__name__
 

@@ -70,7 +70,7 @@ def change_and_cosine(rows: Tensor) -> tuple[Tensor, Tensor]:
     squares = before.square() + after.square() - difference.square()
     product = before * after
     angle = torch.where(product > 0, squares / (2 * product), 0.0).clamp(-1, 1)
-    # Of nothing, any change is a large one.
+    # Relative to zero, any change is large.
     change = difference / torch.where(before > 0, before, 1e-19)
     return change, angle
 

@@ -46,7 +46,7 @@ ELSEWHERE = (
 # What a process says to the others in place of the step that its state is of.
 NOTHING = -1
 REFUSED = -2
-# What `torch.load` raises on bytes that it did not write.
+# What `torch.load` raises on bytes that `torch.save` did not write.
 UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,

@@ -167,7 +167,7 @@ def _import(entry: Entry, group: str) -> Any:
         raise PluginLoadError(f"{_in_words(entry)} {rule}; reinstall it")
     try:
         return metadata.EntryPoint(entry.name, entry.value, group).load()
-    # A plugin may fail in any way: it is named, and the cause chained.
+    # A plugin may fail in any way: name it, and chain the cause.
     except (Exception, SystemExit) as cause:
         said = printable(cause, keep="\n")
         raise PluginLoadError(f"{_in_words(entry)} could not be imported: {said}") from cause
@@ -241,7 +241,7 @@ def several_in(text: str) -> list[str]:
         >>> several_in("no-such-correction, neither")
         []
     """
-    # The longest first: one name may begin another.
+    # The longest first: one name may be the beginning of another.
     known = sorted(available(), key=len, reverse=True)
     if not known:
         return []

@@ -118,7 +118,7 @@ class _Group:
         view = sample(local(tensor))
         if view.numel() != self._lengths[index]:
             return torch.full_like(self._views[index], torch.nan)
-        # What was converted or moved elsewhere, as by model.to(), still has the values.
+        # A tensor that was converted or moved, as by model.to(), still has the values.
         kept = torch.split(self._kept, self._lengths)[index]
         is_same = (kept.to(view.device, view.dtype) == view).to(kept.device)
         return torch.where(is_same, kept, view.to(kept.device, kept.dtype))

@@ -123,7 +123,7 @@ class Window:
         self._take_loaded()
         written = set(self._samples.rewritten())
         places: list[Tensor | None] = []
-        # The window refuses a wrong number of moves, and says so better.
+        # The window refuses a wrong number of moves, with a better message.
         for parameter, move in zip(parameters, moves, strict=False):
             if isinstance(move, LastStep) and parameter in written:
                 places.append(None)

@@ -1,1 +1,1 @@
-"""What gradient corrections cost, beside the peers that ship the same."""
+"""Measure what gradient corrections cost, beside peers that implement the same methods."""

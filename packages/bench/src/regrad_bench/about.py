@@ -1,4 +1,4 @@
-"""What a table of timings must say of its machine, versions and command."""
+"""What a table of timings must say about its machine, versions and command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def about(command: str, *, pairs: int, quick: bool) -> dict[str, str]:
     Args:
         command: The command as it was typed.
         pairs: Pairs that were asked for.
-        quick: Whether the sizes were small, so that no number means anything.
+        quick: Whether the sizes were small, so that the numbers mean nothing.
     """
     threads = torch.get_num_threads()
     clock = "CPU time of the process" if threads == 1 else "time that passed"

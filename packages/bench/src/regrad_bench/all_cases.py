@@ -27,7 +27,7 @@ SECONDS = {
 
 
 def chosen_cases(only: str = "*") -> list[Case]:
-    """Return the cases whose names fit a pattern with the wildcards of a shell.
+    """Return the cases whose names match a pattern with shell wildcards.
 
     Raises:
         ValueError: If none does.
@@ -52,7 +52,7 @@ def chosen_cases(only: str = "*") -> list[Case]:
 
 
 def estimated_minutes(cases: Sequence[Case], *, quick: bool) -> float:
-    """Return about how long these cases take; small sizes take little more than their start.
+    """Return about how long these cases take; small sizes take little longer than starting up.
 
     Example:
         >>> estimated_minutes(chosen_cases("start/*"), quick=False) < 1

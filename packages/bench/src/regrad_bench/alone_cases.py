@@ -1,4 +1,4 @@
-"""One correction's own work on ResNet-50's tensors, beside the peers that ship the same."""
+"""One correction's own work on ResNet-50's tensors, beside peers that implement the same method."""
 
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def _adanorm(setting: Setting) -> Pair:
         added = torch._foreach_mul(moments, BETAS[0] / (1 - BETAS[0]))
         return largest_difference(torch._foreach_add(gradients.gradients, added), peer())
 
-    # A first gradient of such a size keeps the averages above all that follow: the rule acts
-    # on every tensor.
+    # A first gradient of this size keeps the averages above all later ones: the rule acts on every
+    # tensor.
     gradients.refill(1e4)
     attached.correct()
     peer()
@@ -195,7 +195,7 @@ def _xgrad_against(setting: Setting, correction: str, **kind: bool) -> Pair:
     plain = AdamW(others.parameters, lr=1e-6, betas=BETAS, **kind)
 
     def prepare() -> None:
-        """Take a step of the optimizer, along which the next prediction goes on."""
+        """Take an optimizer step, which the next prediction extrapolates."""
         attached_to.step()
         attached.pass_the_meter()
 

@@ -1,4 +1,4 @@
-"""Every case in a process of its own: what one allocates must not change the next one's time."""
+"""Measure every case in its own process: what one allocates must not change the next one's time."""
 
 from __future__ import annotations
 

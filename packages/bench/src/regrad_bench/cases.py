@@ -17,11 +17,11 @@ BEYOND_THE_METER = 101
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where and how large.
+    """Device and size.
 
     Attributes:
         device: Where everything lies.
-        quick: Small sizes, to see that everything runs; no number of such a run means anything.
+        quick: Small sizes, to see that everything runs; the numbers of such a run mean nothing.
     """
 
     device: torch.device
@@ -61,9 +61,9 @@ class Case:
         goal: The largest ratio that is good enough; None if there is no goal.
         goal_ms: The most milliseconds of our side that are good enough.
         memory_goal: The same for the ratio of peak memories; it is measured where this is given.
-        scale: The ratio is divided by it: what the sizes of both sides lead one to expect.
+        scale: The ratio is divided by it: what the sizes of both sides suggest.
         most_pairs: Pairs at most, for what takes seconds.
-        repeats: Calls per time that is taken, for what takes microseconds.
+        repeats: Calls per measurement, for what takes microseconds.
         host_only: Whether it is about the host only, whatever the device.
         wall: Whether it waits for another process.
         only_memory: Whether the ratio is that of the peak memories, and nothing is timed.
@@ -107,7 +107,7 @@ class Attached:
         self.pass_the_meter()
 
     def pass_the_meter(self) -> None:
-        """Go on as if so many steps had been taken that none of the next is measured."""
+        """Pretend that so many steps were taken that none of the next ones is measured."""
         self.engine.applied = BEYOND_THE_METER
 
     def correct(self) -> None:

@@ -41,7 +41,7 @@ def bench(
         Path | None, flag("Also write them to a page, between its marks.", metavar="FILE")
     ] = None,
 ) -> int:
-    """Time every correction beside the plain step and beside the peers that ship the same."""
+    """Time every correction against the plain step and against peers with the same method."""
     with checking_input():
         _check(pairs=pairs, threads=threads, device=device, markdown=markdown)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the profiler is first imported
@@ -77,7 +77,7 @@ def bench(
 
 
 def _check(*, pairs: int, threads: int, device: str, markdown: Path | None) -> None:
-    """Raise `ValueError` for what cannot be done, before anything is timed."""
+    """Raise `ValueError` for impossible requests, before anything is timed."""
     for name, value in (("pairs", pairs), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}")

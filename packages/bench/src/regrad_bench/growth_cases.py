@@ -86,7 +86,7 @@ def _attached(name: str, layers: Gradients, setting: Setting) -> Attached:
 
 
 class Reader(Correction):
-    """Reads the number of gradients and changes nothing: what it costs is to be called."""
+    """Reads the number of gradients and changes nothing: its cost is that of the call."""
 
     name = "reader"
     needs = Needs(stages=("gradient",))

@@ -1,4 +1,4 @@
-"""Run a case and say what came out of it."""
+"""Run a case and return the result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Result:
         pairs: How many pairs were timed.
         ours_ms: Median milliseconds of our side.
         peer_ms: Median milliseconds of the peer.
-        ratio: Median of the ratios, over what the sizes lead one to expect; of peak memories
+        ratio: Median of the ratios, over what the sizes suggest; of peak memories
             where nothing is timed.
         low: Their first quartile.
         high: Their third quartile.
@@ -83,7 +83,7 @@ class Result:
 
 
 def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
-    """Build a case, time it, and let it go.
+    """Build a case, time it, and release it.
 
     Args:
         case: The case.
@@ -134,7 +134,7 @@ def _measured(case: Case, setting: Setting, result: Result, pairs: int) -> Resul
         if setting.device.type == "cuda":
             ours, peer = _of_both(pair, launches)
             result = replace(result, ours_launches=ours, peer_launches=peer)
-        # The last: what it frees changes how memory is got.
+        # Last, because what it frees changes how memory is allocated.
         if pair.difference:
             result = replace(result, difference=pair.difference())
     return replace(result, pairs=pairs, memory_goal=case.memory_goal)

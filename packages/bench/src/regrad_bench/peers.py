@@ -1,4 +1,4 @@
-"""Where a peer computes something else than its source says, without a word: seen by running it."""
+"""Find where a peer silently computes something other than its source says, by running it."""
 
 from __future__ import annotations
 

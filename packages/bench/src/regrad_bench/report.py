@@ -154,7 +154,7 @@ def why_nothing(results: Sequence[Result]) -> str | None:
 
 
 def write_between_marks(path: Path, text: str) -> None:
-    """Replace what stands between the marks of a page.
+    """Replace the text between the marks of a page.
 
     Raises:
         ValueError: If the page does not have both marks, in order.

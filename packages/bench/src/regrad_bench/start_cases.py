@@ -1,4 +1,4 @@
-"""What starting costs: importing the core, listing plugins, beside a Python that does nothing."""
+"""The cost of starting: importing the core and listing plugins, beside an idle Python."""
 
 from __future__ import annotations
 

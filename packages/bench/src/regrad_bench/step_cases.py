@@ -116,12 +116,12 @@ def attach_to(trainer: Trainer, corrections: Sequence[str]) -> Attached:
 
 
 def that_go_together(setting: Setting, number: int, *, layout: str = "plain") -> list[str]:
-    """Return the first installed corrections, in order, that attach takes beside those before.
+    """Return the first installed corrections, in order, that can be attached together.
 
     Args:
         setting: Where, and how large.
         number: How many.
-        layout: One that each of them must be fit for.
+        layout: One that each of them must support.
 
     Raises:
         ValueError: If there are fewer.

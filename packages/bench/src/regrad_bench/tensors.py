@@ -43,7 +43,7 @@ class Gradients:
         self.refill()
 
     def refill(self, factor: float = 1.0) -> None:
-        """Put the gradients back, times `factor`."""
+        """Restore the gradients, times `factor`."""
         torch._foreach_copy_(self.gradients, self._originals)
         if factor != 1:
             torch._foreach_mul_(self.gradients, factor)

@@ -1,4 +1,4 @@
-"""Two sides of a comparison, timed in turns, so that a machine that slows down slows both."""
+"""Time two sides of a comparison alternately, so that a machine that slows down slows both."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Paired:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and third quartile of `ratios`; where there is one ratio, that, twice."""
+        """The first and third quartile of `ratios`; with one ratio, that one twice."""
         if len(self.ratios) == 1:
             return self.ratio, self.ratio
         first, _, third = statistics.quantiles(self.ratios, n=4, method="inclusive")
@@ -114,7 +114,7 @@ def interleave(
     repeats: int = 1,
     warm_up: int = 2,
 ) -> Paired:
-    """Time both sides in turns; every second pair begins with the peer.
+    """Time both sides alternately; every second pair begins with the peer.
 
     Args:
         ours: One side.
@@ -123,7 +123,7 @@ def interleave(
         clock: Says how long a call took.
         prepare: Called before each timed call and not timed, such as filling
             gradients anew.
-        repeats: Calls per time that is taken, for calls of some microseconds; the
+        repeats: Calls per measurement, for calls of some microseconds; the
             seconds are those of one call.
         warm_up: Untimed calls of each side first.
 

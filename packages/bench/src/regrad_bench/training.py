@@ -40,7 +40,7 @@ def resnet20(setting: Setting) -> Task:
 
 def vit_tiny(setting: Setting) -> Task:
     """Return a ViT-tiny (12 blocks, 192 wide) and 16 images of 32 × 32 pixels, 64 patches each."""
-    # Heavy to import, and the other models do without it.
+    # Heavy to import, and other models do not need it.
     from timm.models.vision_transformer import VisionTransformer  # noqa: PLC0415
 
     size, batch = (8, 2) if setting.quick else (32, 16)

@@ -56,7 +56,7 @@ class BorrowedCriterion:
         def forward(*arguments: Any, **options: Any) -> Any:
             return corrected(*arguments, **options)
 
-        # A module as attribute would become a submodule, and stand in every checkpoint.
+        # A module as attribute would become a submodule, and be in every checkpoint.
         self._held.forward = forward
 
     def give_back(self) -> None:

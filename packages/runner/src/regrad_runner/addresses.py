@@ -63,7 +63,7 @@ def check_address(address: str, name: str = "tracking_uri") -> str:
         raise ValueError(
             f"{name} must hold no user or password, got {shown_address(address)!r}; {hint}"
         )
-    # MLflow's default and relative files depend on the working directory; plain folders it refuses.
+    # MLflow's default and relative files depend on the working directory; it refuses plain folders.
     if not ABSOLUTE.match(address):
         raise ValueError(
             f"{name} must be an absolute address, got {shown_address(address)!r}; "

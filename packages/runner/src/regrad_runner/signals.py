@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: they end what is under way as killed, and leave no run open.
+"""Ctrl-C and SIGTERM: they end current runs as killed, and leave no run open.
 
 Where a checkpoint can be saved, the first signal acts after the step under way, and the second one
 at once. Several processes hear a signal at different steps, or only one of them hears it: so after
@@ -21,7 +21,7 @@ STOPPING = b"\nstopping after this step; once more leaves at once\n"
 
 @dataclass
 class _Signals:
-    """What is to be done with signals, and what came.
+    """How to treat signals, and which one came.
 
     Attributes:
         wait: Whether they act later.
@@ -80,7 +80,7 @@ def signals_wait() -> Iterator[None]:
 
 @contextmanager
 def begun(begin: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
-    """Begin what ends with the block; no signal comes between its beginning and the block.
+    """Begin something that ends with the block; no signal comes between beginning and block.
 
     Args:
         begin: Returns a context manager, such as a run that ends with its block. A signal waits
@@ -155,4 +155,4 @@ class Terminated(SystemExit):
 
 
 class LeftAtOnce(KeyboardInterrupt):
-    """Ctrl-C was pressed again: nothing is waited for any more."""
+    """Ctrl-C was pressed again: stop without waiting."""

@@ -1,4 +1,4 @@
-"""Where the commands print, and the tables that they print."""
+"""Where the commands print, and their tables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from regrad_runner.errors import KEPT_CHARACTERS
 
 
 class Terminal(Console):
-    r"""A console that shows text as text, whoever wrote it.
+    r"""A console that shows any text literally, whoever wrote it.
 
     Names, summaries, notes and errors come from plugins, from metadata and from files. What is in
-    them must not move the cursor, colour the screen or turn the direction of text: it stands as its
-    escape. Colours and movements of our own are no text to rich, and pass.
+    them must not move the cursor, colour the screen or turn the direction of text: it is shown
+    escaped. Our own colours and movements are not text to rich, and pass.
 
     Example:
         >>> Terminal(color_system=None).print("plain \x1b[31mred")

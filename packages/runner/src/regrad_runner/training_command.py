@@ -100,7 +100,7 @@ def train(plan: TrainingPlan, display: Display) -> Result:
         What came out; the folder holds it too, with curve, receipt and checkpoints.
 
     Raises:
-        BadInput: If there are checkpoints and none can be gone on from; nothing is written.
+        BadInput: If there are checkpoints and none can be continued from; nothing is written.
     """
     config = plan.config
     for line in environment_in_words(config):
@@ -108,7 +108,7 @@ def train(plan: TrainingPlan, display: Display) -> Result:
     run = TrainingRun(config, plan.workload, plan.arm, seed=config.seed, lr=config.lr or 0.0)
     with ExitStack() as stack:
         stack.enter_context(closing(run))
-        with checking_input():  # a checkpoint that is refused leaves the folder as it is
+        with checking_input():  # a refused checkpoint leaves the folder unchanged
             latest, notes = load_latest(run, plan.path / "checkpoints")
         for note in notes:
             display.say(note)
@@ -133,7 +133,7 @@ def _start_folder(plan: TrainingPlan) -> None:
 
 
 def _begin(run: TrainingRun, plan: TrainingPlan) -> RunLog:
-    """Begin the record of the run, with the curve up to its checkpoint; the rest comes again."""
+    """Begin the record of the run, with the curve up to its checkpoint; the rest follows again."""
     if not plan.reports:
         return RunLog()
     times: dict[int, int] = {}

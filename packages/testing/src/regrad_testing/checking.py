@@ -34,16 +34,14 @@ ENDED = (
 
 
 def check(spec: str, suite: Path | None = None) -> dict[str, Any]:
-    """Prove what can be proved of an installed correction or optimizer.
+    """Check everything that can be checked about an installed correction or optimizer.
 
-    Its own suite is taken where one is found: in `suite`, or in
-    tests/test_conformance.py of the source tree that an editable install names.
-    Otherwise, and where options are given, the kit's generic suite runs, which has no
-    reference.
+    Its own suite is used if one is found: in `suite`, or in tests/test_conformance.py of the source
+    tree of an editable install. Otherwise, and if options are given, the kit's generic suite runs,
+    which has no reference.
 
     Args:
-        spec: Its name, with options as for `regrad.create` if they are not to be
-            those of the suite.
+        spec: Its name, with options as for `regrad.create` if they differ from those of the suite.
         suite: A file with suites.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A clause: one thing that must be true of every correction, and how its failure is said."""
+"""A clause: one thing that must be true of every correction, and how its failure is reported."""
 
 from __future__ import annotations
 

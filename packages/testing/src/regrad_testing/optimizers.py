@@ -10,7 +10,7 @@ from regrad_testing.optimizer_rules import OptimizerRules
 class OptimizerSuite(LayoutClauses, OptimizerLoops, OptimizerRules):
     """One test per clause that an optimizer must satisfy: subclass it and set `optimizer`.
 
-    What is asked follows from the arguments that the optimizer takes (`foreach`,
+    The requirements follow from the arguments that the optimizer takes (`foreach`,
     `maximize`, `weight_decay`). A clause that does not apply is skipped with the
     reason.
 

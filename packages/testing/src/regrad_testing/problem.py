@@ -1,4 +1,4 @@
-"""The small problems on which suites train: a model, a criterion, and the same batches always."""
+"""The small problems on which suites train: a model, a criterion, and always the same batches."""
 
 from __future__ import annotations
 

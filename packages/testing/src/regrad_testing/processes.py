@@ -49,7 +49,7 @@ def run_on_processes(
             can hold.
         arguments: More arguments, which pickle can hold.
         processes: How many. At least 1.
-        patience: Seconds until processes that still run are ended. Positive.
+        patience: Seconds after which processes that still run are ended. Positive.
 
     Returns:
         What each process returned, by rank.
@@ -83,7 +83,7 @@ def launch(
     Args:
         suite: The class. Its `cases()` returns functions by name; each is called with
             the rank, in a process group of its own.
-        patience: Seconds until processes that still run are ended.
+        patience: Seconds after which processes that still run are ended.
         processes: How many.
 
     Raises:

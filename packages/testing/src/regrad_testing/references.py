@@ -1,4 +1,4 @@
-"""Training as the author's reference says it is: float64, no regrad, optimizers written out."""
+"""Training by the author's reference: float64, no regrad, optimizers written out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ReferenceStep:
         names: Names of the parameters.
         modules: The module that holds each.
         weights: The true weights.
-        lrs: The learning rate of the coming update, of each.
+        lrs: The learning rate of the next update, of each.
         states: The optimizer's state of each, keys as in torch ("momentum_buffer";
             "exp_avg", "exp_avg_sq", "step"); empty before the first step.
         gradients: In the stages "gradient" and "moment".
@@ -98,7 +98,7 @@ class ReferenceTraining:
 
     Args:
         problem: Model, batches, criterion.
-        optimizer: Whose class and options are followed; it is not stepped.
+        optimizer: The optimizer whose class and options are used; it is not stepped.
         reference: Called in every one of `stages`, once per step.
         stages: The correction's.
         options: The correction's.

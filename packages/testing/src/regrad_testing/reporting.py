@@ -21,7 +21,7 @@ class Row:
         proves: What its success means.
         outcome: "proved", "skipped" or "failed".
         reason: Why it was skipped or failed, or what it measured; one line.
-        details: Everything that pytest printed of a failure.
+        details: Everything that pytest printed about a failure.
     """
 
     suite: str

@@ -1,4 +1,4 @@
-"""What the author of a suite supplies, and what the clauses make of it."""
+"""What the author of a suite supplies, and what the clauses derive from it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SuiteBase(ABC):
     def require_as_corrected(
         self, name: str, other: Training, what: str, tolerance: float = 0.0
     ) -> None:
-        """Fail the clause unless `other` went, step by step, as the plain loop did."""
+        """Fail the clause unless `other` trained, step by step, like the plain loop."""
         __tracebackhide__ = True
         wanted = self.corrected(name).weights_after
         for index, (got, want) in enumerate(zip(other.weights_after, wanted, strict=True)):
@@ -101,7 +101,7 @@ class Settings(SuiteBase):
 
     @classmethod
     def everyone(cls, has: Callable[[Correction], object]) -> bool:
-        """Say whether every correction of the suite has something."""
+        """Say whether every correction of the suite has a property."""
         return all(has(correction) for correction in cls.make())
 
     @classmethod

@@ -190,7 +190,7 @@ def _hooks_and_attributes(training: Training) -> list[str]:
 
 
 def through_a_file(state: Any) -> Any:
-    """Return what `torch.load` gives back of what `torch.save` wrote."""
+    """Return what `torch.load` reads of what `torch.save` wrote."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -44,7 +44,7 @@ class Task:
         arguments: Of a function, after the rank.
         folder: For rendezvous, results and what is printed.
         processes: How many.
-        patience: Seconds until processes that still run are ended.
+        patience: Seconds after which processes that still run are ended.
         environment: Variables of the process that asks: the one that starts others may
             be older.
     """

@@ -219,7 +219,7 @@ def _clip_whole_(
         max_ratio=max_ratio,
         weight_floor=weight_floor,
     )
-    # One by one: of bfloat16 `_foreach_mul_` rounds the numbers first.
+    # One by one: for bfloat16 `_foreach_mul_` rounds the factors first.
     for grad, factor in zip(grads, factors.tolist(), strict=True):
         if not factor >= 1:  # so that NaN spreads
             grad.mul_(factor)

@@ -2,5 +2,5 @@
 
 from regrad import Composition
 
-# Named, not imported: the registry finds the parts, and says what is missing where one is.
+# Named, not imported: the registry finds the parts, and says if one is missing.
 GCGD = Composition(parts=("gcw", "gcode"))

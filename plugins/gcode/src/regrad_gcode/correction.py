@@ -221,7 +221,7 @@ class GCODE(Correction):
         end = get_gradient_edge(after)
         sample = None
         if self._fits(self.attachment.engine.applied):
-            # Copies, since what follows may write in place.
+            # Copies, since later code may write in place.
             sample = (before.detach().clone(), after.detach().clone())
         passage = Passage(before.detach(), end.output_nr, after._is_view(), sample)
         self._passages.add(passage)

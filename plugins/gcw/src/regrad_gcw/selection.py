@@ -43,7 +43,7 @@ def stage_ends(calls: Sequence[Call], convolutions: Collection[str]) -> list[str
             block = name.rpartition(".")[0]
             if spans.get(block) == (now, after):
                 moved = [member for member in stages[-1] if member.startswith(f"{block}.")]
-            if len(moved) == len(stages[-1]):  # nothing would be left of the old stage
+            if len(moved) == len(stages[-1]):  # the old stage would become empty
                 moved = []
             stages[-1] = [member for member in stages[-1] if member not in moved]
             stages.append(moved)

@@ -143,7 +143,7 @@ def _check_options(reduction: str, label_smoothing: float) -> None:
 
 
 def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """Raise where `F.cross_entropy` would, or where a gradient would silently be missing."""
+    """Raise if `F.cross_entropy` would, or if a gradient would silently be missing."""
     if logits.dim() == 0:
         raise ValueError("logits must have shape [C], [N, C] or [N, C, d1, ...], got a scalar")
     _check_has_no_gradient("target", target)
@@ -171,7 +171,7 @@ def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None) -> Non
 
 
 def _check_has_no_gradient(name: str, tensor: Tensor) -> None:
-    """Raise where PowerGrad would silently leave a gradient out."""
+    """Raise if PowerGrad would silently leave out a gradient."""
     if tensor.requires_grad:
         raise ValueError(
             f"{name} must not require a gradient: PowerGrad has none for it; pass {name}.detach()"
@@ -285,9 +285,9 @@ def _is_direct(logits: Tensor, target: Tensor, rule: _Rule) -> bool:
 
 
 class _Direct(torch.autograd.Function):
-    """Loss and gradient by as few operations as possible: on few logits each costs as much as exp.
+    """Loss and gradient in as few operations as possible: on few logits each costs as much as exp.
 
-    The log-probabilities are kept, as torch's own loss keeps them, instead of being made again.
+    The log-probabilities are kept, as torch's own loss keeps them, instead of being recomputed.
     """
 
     @staticmethod
@@ -396,7 +396,7 @@ def _gradient(
     if keep is None:
         scale = scale.expand(_rows_shape(logits))
     else:
-        # Not multiplied: with every row ignored the mean divides by zero, torch's gradient is 0.
+        # Not multiplied: if all rows are ignored the mean divides by zero, torch's gradient is 0.
         scale = torch.where(keep, scale, 0)
         target = torch.where(keep, target, 0)
     tiles = _tiles(logits)

@@ -23,7 +23,7 @@ class PowerGradCrossEntropyLoss(nn.CrossEntropyLoss):
     Args:
         weight: Weight of each class, shape [C]. A buffer: it moves with the module.
         alpha: :math:`\alpha` in (0, 1]; 1 is `nn.CrossEntropyLoss`.
-        ignore_index: Class index whose rows count nothing.
+        ignore_index: Class index whose rows do not count.
         reduction: "none", "mean" or "sum".
         label_smoothing: Share of the target spread over all classes, in [0, 1].
 

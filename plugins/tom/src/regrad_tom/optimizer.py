@@ -117,7 +117,7 @@ class Tom(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse; nothing was changed then.
+            RuntimeError: If a gradient is sparse; nothing is changed in that case.
         """
         loss = None
         if closure is not None:

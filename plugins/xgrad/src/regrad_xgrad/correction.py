@@ -1,4 +1,4 @@
-"""XGrad: gradients at the weights that the coming update is predicted to reach."""
+"""XGrad: gradients at the weights that the next update is predicted to reach."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ from regrad_xgrad.functional import Scalar
 class XGrad(Correction):
     r"""Take each step's gradient at predicted weights.
 
-    Per optimizer step: keep θ, go on along the last step, run forward and backward
-    there, restore θ, step as usual. With rate :math:`\eta`, decoupled decay
-    :math:`\lambda` and horizon s,
+    Per optimizer step: save θ, move on along the last step, run forward and backward there, restore
+    θ, step as usual. With rate :math:`\eta`, decoupled decay :math:`\lambda` and horizon s,
 
     .. math:: \hat\theta_t = \theta_t
         + s\,\frac{\eta_t}{\eta_{t-1}}(\theta_t - (1-\eta_{t-1}\lambda)\,\theta_{t-1}).
 
-    Nothing is read of the optimizer's state: what it will subtract per unit of rate is
-    taken to be what it subtracted last. Parameters that the last step left alone, and
-    all of them in the first step, stay where they are.
+    The optimizer's state is not read: what it will subtract per unit of rate is assumed to be what
+    it subtracted last. Parameters that the last step did not change, and all parameters in the
+    first step, are not moved.
 
     Args:
         horizon: s, how many updates ahead. Real, at least 0.
         decoupled_decay: Decay rate λ of a foreign optimizer whose step contains
             :math:`-\eta\lambda\theta`; at least 0. None reads it from torch's own
-            classes, AdaM3 and pytorch_optimizer's groups, and warns where another has a
+            classes, AdaM3 and pytorch_optimizer's groups, and warns if another optimizer has a
             weight decay.
         compiled: Compile the pass over large tensors on a CPU by `torch.compile`, once in a
-            process; without a compiler it goes on uncompiled, after a warning. The weights
-            differ by rounding.
+            process; without a compiler it continues uncompiled, after a warning. The weights differ
+            by rounding.
         allow_double_lookahead: Permit an optimizer that takes a Nesterov step itself
             (`nesterov=True`, NAdam), or a second correction that looks ahead.
 
@@ -62,10 +61,9 @@ class XGrad(Correction):
     References:
         Guan, Li, Shi and Meng, 2023, "XGrad: Boosting Gradient-Based Optimizers With
         Weight Prediction", algorithm 1, which reads the direction from the state of
-        five optimizers; from the weights it comes out the same but for rounding, for
-        every optimizer. Unlike the authors' code this works after
-        `zero_grad(set_to_none=True)`, restores the weights bit for bit, and covers
-        AMSGrad.
+        five optimizers; computed from the weights it is the same up to rounding, for every
+        optimizer. Unlike the authors' code this works after `zero_grad(set_to_none=True)`, restores
+        the weights bit for bit, and covers AMSGrad.
     """
 
     name = "xgrad"
@@ -77,7 +75,7 @@ class XGrad(Correction):
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """How far to look ahead, and what to take out of foreign steps."""
+        """How far to look ahead, and what to remove from foreign steps."""
 
         horizon: float = 1.0
         decoupled_decay: float | None = None
@@ -99,7 +97,7 @@ class XGrad(Correction):
         self._last: dict[str, dict[str, Scalar]] = {}
 
     def setup(self, attachment: Attachment) -> None:
-        """Refuse an optimizer without a rate, or that looks ahead; warn where decay is unknown."""
+        """Refuse an optimizer without a rate, or that looks ahead; warn if decay is unknown."""
         optimizer = attachment.optimizer
         for group in optimizer.param_groups:
             learning_rate(optimizer, group)
@@ -118,7 +116,7 @@ class XGrad(Correction):
             _warn_of_unknown_decay(optimizer)
 
     def predict_weights(self, step: Step) -> list[LastStep]:
-        """Return how far each parameter goes on along its last step."""
+        """Return how far each parameter moves on along its last step."""
         factors = _Factors(self.options.horizon)
         return [self._go_on(name, step.lr_of(p), factors) for name, p in step.named_parameters()]
 
@@ -155,7 +153,7 @@ class XGrad(Correction):
         return {"rate": rate, "decay": rate * decay if decay else 0.0}
 
     def control(self, optimizer: Optimizer) -> Control | None:
-        """Return Nesterov's momentum, which this is up to the horizon on SGD; NAdam on Adam."""
+        """Return Nesterov's momentum, which this equals on SGD up to the horizon; NAdam on Adam."""
         return nesterov_control(optimizer)
 
     def idle_reason(self) -> str:
@@ -180,7 +178,7 @@ class XGrad(Correction):
 
 
 class _Factors:
-    """How many last steps to go on, computed once for each pair of rates.
+    """How many last steps to move on, computed once for each pair of rates.
 
     Args:
         horizon: s.
@@ -191,7 +189,7 @@ class _Factors:
         self._found: dict[tuple[int, int], Scalar] = {}
 
     def of(self, rate: Scalar, last_rate: Scalar) -> Scalar:
-        """Return s·rate/last_rate; 0 if the last rate was 0, whose step tells nothing."""
+        """Return s·rate/last_rate; 0 if the last rate was 0, whose step is uninformative."""
         key = (id(rate), id(last_rate))
         if key not in self._found:
             self._found[key] = self._horizon * _ratio(rate, last_rate)
@@ -211,7 +209,7 @@ def _ratio(rate: Scalar, last_rate: Scalar) -> Scalar:
 
 
 def _warn_of_unknown_decay(optimizer: Optimizer) -> None:
-    """Warn where a weight decay may be decoupled."""
+    """Warn if a weight decay may be decoupled."""
     for group in optimizer.param_groups:
         if decoupled_decay(optimizer, group) is not None:
             continue

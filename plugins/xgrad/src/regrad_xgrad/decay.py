@@ -21,8 +21,8 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | N
         group: One of its parameter groups.
 
     Returns:
-        0 where the decay is added to the gradient, or there is none; None if it is not known
-        which of both a foreign class does.
+        0 if the decay is added to the gradient, or there is none; None if it is unknown which of
+        the two a foreign class does.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ def decoupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | N
     if library == "torch":
         is_decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, DECOUPLED))
         return decay if is_decoupled else 0.0
-    # What is called a fixed decay there is not multiplied by the rate.
+    # Their "fixed decay" is not multiplied by the rate.
     if library == "pytorch_optimizer" and "weight_decouple" in group:
         if not group["weight_decouple"]:
             return 0.0

@@ -1,4 +1,4 @@
-"""AdaM3: an optimizer whose second moment is that of the momentum."""
+"""AdaM3: an optimizer whose second moment is taken of the momentum."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class AdaM3(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse; nothing was changed then.
+            RuntimeError: If a gradient is sparse; nothing is changed in that case.
         """
         loss = None
         if closure is not None:

@@ -37,7 +37,7 @@ from regrad_runner.training.run import TrainingRun
 CHECKPOINTS_KEPT = 2
 LONGEST_REASON = 200
 LARGEST_WHOLE_NUMBER = 2**53  # up to which every whole number is a float
-# What is raised by a checkpoint whose content is of another kind than was written.
+# Raised by a checkpoint whose content has another type than was written.
 UNFIT_CONTENT = (
     LookupError,
     TypeError,

@@ -57,8 +57,8 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         {**group, "params": [names[parameter] for parameter in group["params"]]}
         for group in optimizer.param_groups
     ]
-    # Of an optimizer without state torch first makes one by a step, which corrections would take
-    # for one of the run.
+    # For an optimizer without state torch first creates one by a step, which corrections would take
+    # for a step of the run.
     if not optimizer.state:
         return {"groups": groups, "state": {}}
     found = get_optimizer_state_dict(model, optimizer, options=_whole())
@@ -126,7 +126,7 @@ def corrections_state(attachment: Attachment) -> dict[str, Any]:
     _changed(by_name, shards, look)
     of_all: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(of_all, own_flags)
-    # Only what every process takes for a part is gathered, or they would wait for each other.
+    # Gather only what every process considers a part, or they would wait for each other.
     is_part = iter([all(flags) for flags in zip(*of_all, strict=True)])
 
     def gather(value: Tensor, owner: DTensor) -> Tensor:
@@ -228,7 +228,7 @@ def _cut(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     if not is_sharded(parameter) or value.shape != parameter.shape:
-        return value.clone()  # the optimizer would step in what was passed
+        return value.clone()  # the optimizer would change what was passed
     owner = cast(DTensor, parameter)
     whole = value.to(local(owner).device)
     # No process needs to send it, since all have the whole.

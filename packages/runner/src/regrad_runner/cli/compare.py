@@ -82,7 +82,7 @@ def compare_command(
     """
     from regrad_runner.terminal import Terminal  # noqa: PLC0415
 
-    console = Terminal(stderr=True)  # results go elsewhere, perhaps into another program
+    console = Terminal(stderr=True)  # results go to stdout, perhaps into another program
     with checking_input(), console.status(CHECKING):
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
         continues = resume or cell is not None

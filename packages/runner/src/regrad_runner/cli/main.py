@@ -16,7 +16,7 @@ from regrad.text import printable
 FAILED = 1
 BAD_INPUT = 2
 STOPPED = 130
-# What a full, read-only or broken disk answers: no traceback tells more.
+# Errors of a full, read-only or broken disk: a traceback would not help.
 OF_THE_DISK = {
     errno.EACCES,
     errno.EDQUOT,
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if _is_plugins_list(words):
-        # The parser imports pydantic, the list does not.
+        # The parser imports pydantic; the list does not.
         from regrad_runner.plugins.listing import show_plugins  # noqa: PLC0415
 
         show_plugins(as_json="--json" in words)
@@ -117,7 +117,7 @@ def _values_of(flag: str, words: Sequence[str]) -> list[str]:
 
 def _complain(problem: str, code: int = BAD_INPUT) -> int:
     """Print one line, from the first process alone, and return the exit code."""
-    # A RANK that a launcher left behind silences nobody where there is one process.
+    # A RANK left over from a launcher must not silence a single process.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     speaks = alone or os.environ.get("RANK", "0") == "0"
     if problem and speaks:

@@ -31,7 +31,7 @@ def train_command(
     """
     from regrad_runner.terminal import Terminal  # noqa: PLC0415
 
-    console = Terminal(stderr=True)  # results go elsewhere, perhaps into another program
+    console = Terminal(stderr=True)  # results go to stdout, perhaps into another program
     with checking_input(), console.status(CHECKING):
         from regrad_runner.training_command import make_training_plan, train  # noqa: PLC0415
 

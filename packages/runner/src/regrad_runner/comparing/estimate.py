@@ -40,7 +40,7 @@ def estimate_in_words(plan: Plan, folder: ResultsFolder) -> str | None:
         return None
     try:
         seconds = _seconds_per_run(plan)
-    except (RuntimeError, ValueError):  # the runs meet it too, and say so
+    except (RuntimeError, ValueError):  # the runs will raise it too
         return None
     at_once = min(plan.jobs, left)
     return (

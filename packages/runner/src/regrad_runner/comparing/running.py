@@ -129,7 +129,7 @@ class Comparison:
         except DiskError:  # not the run's own failure, and those that follow would meet it too
             raise
         except Exception as problem:
-            all_met_it = isinstance(problem, NonFiniteError)  # at the same step: they go on alike
+            all_met_it = isinstance(problem, NonFiniteError)  # at the same step: all continue alike
             if self.plan.processes > 1 and not all_met_it:
                 raise
             reason = in_one_line(problem)

@@ -45,7 +45,7 @@ from regrad_runner.tracking.of_scripts import ScriptRuns
 
 OUT = "out"
 SAYS_FIRST = "regrad: not attached: "
-# For the signal that ended a run to come here too, where it was sent to all processes.
+# Time for the signal that ended a run to arrive here too, if it was sent to all processes.
 SECONDS_FOR_A_SIGNAL = 1.0
 
 

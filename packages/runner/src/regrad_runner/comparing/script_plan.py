@@ -128,7 +128,7 @@ def make_script_plan(
         config = config.model_copy(update={"threads": 1})
     path = out or default_folder("", config.script_name)
     asks_for_all = ALL in config.corrections
-    if not asks_for_all:  # what can be said at once is said before the script starts
+    if not asks_for_all:  # fail early, before the script starts
         config = check_folder(path, config, resume=resume)
     arms, optional = _arms_to_try(config.corrections)
     seen = _look(config, arms)
@@ -195,7 +195,7 @@ def script_words(config: ScriptConfig, values: Mapping[str, str]) -> list[str]:
 def environment_of(config: ScriptConfig) -> dict[str, str]:
     """Return the variables of a run's process."""
     variables = dict(os.environ)
-    variables["PYTHONUNBUFFERED"] = "1"  # what it printed is there when a signal ends it
+    variables["PYTHONUNBUFFERED"] = "1"  # so that its output is there if a signal ends it
     if config.threads is not None:
         variables["OMP_NUM_THREADS"] = str(config.threads)
     return variables

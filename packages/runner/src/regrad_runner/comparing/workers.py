@@ -31,13 +31,13 @@ from regrad_runner.settings.loading import load_config
 from regrad_runner.signals import stoppable
 
 SECONDS_TO_END = 15.0
-# By itself glibc gives the memory of an evaluation back to the system, and gets it anew at the next
-# one: a third of the time of evaluations on small images.
+# By default glibc returns the memory of an evaluation to the system and requests it again for the
+# next one, which takes a third of the time of evaluations on small images.
 KEEPING_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
 }
-# What a worker tells: a line for the user, that its cell ended, or that it could not start.
+# What a worker sends: a line for the user, that its cell ended, or that it could not start.
 SAYS = "says"
 DONE = "done"
 BROKEN = "broken"

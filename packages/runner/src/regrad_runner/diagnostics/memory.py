@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from regrad import Attachment
 
-# They lead from an object to the whole program, and are not followed.
+# These lead from an object to the whole program, so they are not followed.
 ELSEWHERE = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType)
 
 

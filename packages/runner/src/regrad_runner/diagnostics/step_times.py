@@ -27,7 +27,7 @@ from regrad_runner.workloads.workload import Workload
 STEP_TIMES_FILE = "step_times.json"
 TIMED_PAIRS = 30
 UNTIMED_PAIRS = 3  # before these: the first steps are slower
-FEWEST_PAIRS = 6  # even where steps are slow; fewer have no interval
+FEWEST_PAIRS = 6  # even if steps are slow; fewer have no interval
 LONGEST_SECONDS = 3.0  # of an arm, once there are so many
 SEED_OF_TIMING = 0
 

@@ -97,7 +97,7 @@ def build_model(
     }
     if is_own(name):
         return residual_network(name, width=16 if width is None else width, norm=norm, **shape)
-    # Only here, because torchvision takes a second to load.
+    # Imported here, because torchvision takes a second to load.
     from regrad_runner.models import torchvision as classifiers  # noqa: PLC0415
 
     known = classifiers.classifier_names()

@@ -40,7 +40,7 @@ class Finding:
 
     Attributes:
         check: What was checked.
-        ok: Whether it is as it should be.
+        ok: Whether it is right.
         said: What was found.
         mend: How to fix it; empty if nothing is wrong.
     """

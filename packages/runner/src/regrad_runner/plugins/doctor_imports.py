@@ -46,7 +46,7 @@ def run_job(name: str, job: Callable[[], Any]) -> None:
 
 
 def is_busy() -> bool:
-    """Say whether the machine has more to do than cores: then the wall clock proves nothing."""
+    """Say whether the machine is overloaded: then wall-clock times prove nothing."""
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1)
 
 

@@ -59,7 +59,7 @@ def _row(kind: str, entry: Entry) -> tuple[str, str, str, str]:
 
 
 def table_lines(rows: Sequence[Sequence[str]], *, width: int | None) -> Iterator[str]:
-    """Yield the lines of a table, in which columns stand below each other.
+    """Yield the lines of a table with aligned columns.
 
     Args:
         rows: Cells of each row, its headings first.

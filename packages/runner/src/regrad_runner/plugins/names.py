@@ -101,7 +101,7 @@ def check_name(name: str, sources: Iterable[str]) -> None:
 
 
 def _owner(name: str) -> str:
-    """Say who has this name already; nothing if it is free."""
+    """Say who already has this name; empty if it is free."""
     for kind, group in GROUPS.items():
         entry = regrad.available(group).get(name)
         if entry is not None:
@@ -122,7 +122,7 @@ def _owner(name: str) -> str:
 
 
 def _misread_by(name: str, sources: Iterable[str]) -> str:
-    """Say what would read the name as something else; nothing if it is a plain name."""
+    """Say what would read the name as something else; empty if it is a plain name."""
     class_name = class_of(name)
     if name in WORDS | LAYOUTS:
         return "which settings read as a special value"

@@ -1,4 +1,4 @@
-"""What the source files of installed packages say, without importing these."""
+"""What the source files of installed packages say, without importing them."""
 
 from __future__ import annotations
 

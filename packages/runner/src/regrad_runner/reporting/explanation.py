@@ -1,4 +1,4 @@
-"""An explanation for people, and for programs."""
+"""Print an explanation for people or for programs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _most_telling(rows: Sequence[TensorRow]) -> list[TensorRow]:
 def _cost(explained: Explained, cost: Cost) -> str:
     """Say what a correction takes.
 
-    What it does in the forward and backward pass is only in the time of whole steps.
+    Its work in the forward and backward pass shows only in the time of whole steps.
     """
     share = f"{100 * cost.share_of_step:.1f} % of a plain step"
     time = f"{_milliseconds(cost.seconds)} in its hooks, {share}"

@@ -1,4 +1,4 @@
-"""What a person sees while runs are under way: bars on a terminal, lines elsewhere."""
+"""Progress of runs: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of the choice of learning rates."""
+"""What is said about the choice of learning rates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rates_at_edges(choices: Mapping[str, RateChoice]) -> list[str]:
 
 
 def rates_as_json(choices: Mapping[str, RateChoice]) -> dict[str, Any]:
-    """Return what programs are told of the choice, by arm.
+    """Return the choice for programs, by arm.
 
     Args:
         choices: What the trials say, by arm.

@@ -1,4 +1,4 @@
-"""What a folder shows: the table and figures of a comparison, the numbers of a run."""
+"""Show a folder: the table and figures of a comparison, the numbers of a run."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def show_comparison(path: Path, *, as_json: bool = False) -> None:
 
 
 def show_run(path: Path, *, as_json: bool = False) -> None:
-    """Print what a run came to.
+    """Print the result of a run.
 
     Raises:
         ValueError: If the folder holds no run, or it has not ended.
@@ -259,7 +259,7 @@ def _ended_run(folder: ResultsFolder) -> Result:
 
 
 def _run_in_words(result: Result, measure: Measure) -> dict[str, str]:
-    """Return what a run came to, by name."""
+    """Return the result of a run, by name."""
     values = {measure.name: result.value, name_on_validation(measure): result.validation}
     lines = {name: measure.written(value) for name, value in values.items() if value is not None}
     lines["optimizer steps"] = f"{result.steps:,}"

@@ -1,4 +1,4 @@
-"""How fine a measure can tell arms apart: by how many samples it was taken."""
+"""How finely a measure can tell arms apart, given its number of samples."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from regrad_runner.workloads.workload import Measure
 
 
 def sentence(summary: ArmSummary, measure: Measure) -> str:
-    """Say in one line what became of an arm, and why its verdict is what it is.
+    """Say in one line what an arm achieved, and the reason for its verdict.
 
     Args:
         summary: The arm.
@@ -77,7 +77,7 @@ def _tested_verdict(summary: ArmSummary, measure: Measure) -> str:
 
 
 def _evidence(summary: ArmSummary, measure: Measure) -> str:
-    """Return what the comparison with the baseline came to."""
+    """Return the result of the comparison with the baseline."""
     difference = difference_in_brackets(summary, measure) or "no seed with both numbers"
     p_value = f"{probability(summary.p_adjusted)} after Holm"
     seeds = count(summary.pairs, "seed")
@@ -93,7 +93,7 @@ def _better_than_control(summary: ArmSummary, measure: Measure) -> str:
 
 
 def _why_not_better(summary: ArmSummary, measure: Measure) -> str:
-    """Say what keeps an arm that beats the baseline from the verdict "better"."""
+    """Say why an arm that beats the baseline is not "better"."""
     if summary.against_control is not None:
         control = _control_evidence(summary, measure)
         return f"not shown to be better than its control {control}"
@@ -103,7 +103,7 @@ def _why_not_better(summary: ArmSummary, measure: Measure) -> str:
 
 
 def _control_evidence(summary: ArmSummary, measure: Measure) -> str:
-    """Return the control's name and what the comparison with it came to."""
+    """Return the control's name and the result of the comparison with it."""
     test = summary.against_control
     if test is None:
         return str(summary.control)

@@ -1,4 +1,4 @@
-"""The arms of a comparison, each summed up."""
+"""The arms of a comparison, each summarised."""
 
 from __future__ import annotations
 

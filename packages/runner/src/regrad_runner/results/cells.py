@@ -91,7 +91,7 @@ def cells_of(arms: Iterable[str], config: ComparisonSettings) -> list[Cell | Ext
     """
     names = list(arms)
     runs = [Cell(arm, seed) for seed, arm in product(range(config.seeds), names)]
-    if len(config.rates) < 2:  # one is no choice
+    if len(config.rates) < 2:  # one rate leaves no choice
         return [*runs]
     seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + config.tuning_seeds)
     rounds = range(1, config.tuning_extensions + 1)

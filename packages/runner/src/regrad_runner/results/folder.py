@@ -292,7 +292,7 @@ def cells_in(
         )
     try:
         config = validated(comparison_settings_of(settings), settings)
-    except ValueError:  # of another version: what ran can be shown all the same
+    except ValueError:  # of another version: what ran can still be shown
         return [], RateSearch(())
     lower_is_better = isinstance(measure, dict) and measure.get("higher_is_better") is False
     return cells_of(arms, config), search_of(config, higher_is_better=not lower_is_better)

@@ -95,7 +95,7 @@ def running_cell(folder: Path, *names: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # Nobody can come to hold the file in between: that takes the folder.
+            # Nobody can take the lock in between: that needs the folder's lock.
             with suppress(ValueError, DiskError), _folder_held(folder):
                 stack.close()
                 with suppress(OSError):

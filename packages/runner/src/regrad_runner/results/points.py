@@ -23,7 +23,7 @@ class Point:
         epoch: Passes over the training samples done; None if unknown, as in a script.
         loss: Mean training loss since the last evaluation; None likewise.
         value: The measure on the validation samples.
-        lr: Learning rate of the coming step; None likewise.
+        lr: Learning rate of the next step; None likewise.
         seconds: Time spent so far in training steps and in fetching their batches, without
             evaluations and probes; None if it was not kept. Two evaluations are equal whatever
             their times.

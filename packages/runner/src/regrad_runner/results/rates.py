@@ -148,7 +148,7 @@ def rate_beyond(tried: Sequence[float], best: float) -> float | None:
     else:
         return None
     exact = best * (best / neighbour)
-    # Rates that nearly touch are no longer apart when they are rounded.
+    # Rates that are almost equal may become equal by rounding.
     for rate in (rounded_rate(exact), exact):
         if _lies_beyond(rate, best, neighbour):
             return rate

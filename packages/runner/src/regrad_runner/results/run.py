@@ -51,11 +51,11 @@ NOT_FINITE = "nonfinite.csv"
 OUTPUT = "output.txt"
 # Every file that a run may keep beside its record and points: no file's name is read from data.
 KEPT_FILES = (RECEIPT, TRACEBACK, NOT_FINITE, OUTPUT)
-# In bytes; nothing that a run writes comes near.
+# In bytes; no file of a run comes near.
 LARGEST_RECORD = 2**24
 LARGEST_POINTS = 2**29
 LONGEST_FOLDER_NAME = 100
-# What loaders of a process that is gone need to notice it; they hold what it held.
+# Time for the loaders of a dead process to notice; they hold its locks.
 SECONDS_FOR_ORPHANS = 60.0
 PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._=+-]*(?<![.])")
 LIKE_A_NAME_WITH_DIGITS = re.compile(r".*-[0-9a-f]{8}")
@@ -325,7 +325,7 @@ def run_values(
 
 
 class RunLog:
-    """What a run tells of itself; this one keeps nothing, for the processes that do not write."""
+    """What a run reports; this one keeps nothing, for the processes that do not write."""
 
     def log(
         self,
@@ -363,7 +363,7 @@ class RunLog:
         """
 
     def let_go(self) -> None:
-        """Leave the folder as it is."""
+        """Release the folder."""
 
     def __enter__(self) -> Self:
         return self
@@ -394,7 +394,7 @@ class RunWriter(RunLog):
     Args:
         path: The run's folder.
         record: Of the run.
-        held: Lets go of the folder when it is closed.
+        held: Releases the folder when it is closed.
         size: Bytes of the points that are there.
     """
 
@@ -435,7 +435,7 @@ class RunWriter(RunLog):
         try:
             self._write_waiting()
         except DiskError:
-            return  # there may be room by the next time; the end insists
+            return  # there may be room next time; the end of the run raises
 
     def keep(self, name: str, content: str) -> None:
         """Keep a file; see `RunLog.keep`."""
@@ -469,7 +469,7 @@ class RunWriter(RunLog):
             _write_record(self.path, self.record)
 
     def let_go(self) -> None:
-        """Leave the folder as it is; see `RunLog.let_go`."""
+        """Release the folder; see `RunLog.let_go`."""
         self._held.close()
 
     def _write_waiting(self) -> None:
@@ -515,7 +515,7 @@ def end_abandoned(
     result: Mapping[str, Any] | None = None,
     error: str,
 ) -> None:
-    """Say how a run ended whose process is gone.
+    """Record how a run ended whose process is gone.
 
     Args:
         folder: The output folder.

@@ -1,4 +1,4 @@
-"""Showing a whole folder in MLflow: what is there already is left as it is."""
+"""Show a whole folder in MLflow: what is already there is left unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Synced:
         runs: How many runs lacked something.
         killed: Runs that never ended, which are shown as killed.
         problems: Why something is still missing, in one line each.
-        notes: What else is to be told.
+        notes: What else to tell the user.
     """
 
     shown: str
@@ -60,7 +60,7 @@ class Synced:
 
 
 def sync(folder: Path, address: str | None = None, *, verdicts: Verdicts | None = None) -> Synced:
-    """Let a store hold everything that a folder holds.
+    """Send a store everything in a folder that it lacks.
 
     Args:
         folder: What `compare` or `train` wrote.

@@ -1,4 +1,4 @@
-"""Rows of dataclasses in CSV that no spreadsheet computes, read back whole or refused."""
+"""Rows of dataclasses in CSV, safe from spreadsheet formulas, read back completely or refused."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def _row(kind: type[Row], header: Sequence[str], cells: Sequence[str], hints: An
 
 
 def _cell(value: Any) -> Any:
-    """Return what stands in a cell.
+    """Return the text of a cell.
 
-    A text that a spreadsheet would compute, or that begins with a quote, gets a quote before it.
+    Text that a spreadsheet would compute, or that begins with a quote, is prefixed with a quote.
     """
     if isinstance(value, str) and value[:1] in COMPUTED:
         return f"'{value}"

@@ -63,7 +63,7 @@ Verdicts = Callable[[Path], Mapping[str, float]]
 
 
 class FolderView:
-    """What MLflow is to show of an output folder.
+    """What MLflow should show of an output folder.
 
     Args:
         folder: The output folder.
@@ -174,7 +174,7 @@ class FolderView:
         try:
             records = [self._record(path) for path in ended]
             trials = [trial_in(record) for record in records if record.trial]
-        except (TypeError, ValueError):  # a damaged run is said when its turn comes
+        except (TypeError, ValueError):  # a damaged run is reported when its turn comes
             return True
         return bool(missing_cells(cells, choices_of(cells, search, trials), has_ended))
 
@@ -184,7 +184,7 @@ class FolderView:
         settings = _settings_of(self._folder)
         ends = [about.started]
         for path in runs:
-            with suppress(ValueError):  # a damaged run is said when its turn comes
+            with suppress(ValueError):  # a damaged run is reported when its turn comes
                 record = self._record(path)
                 ends.append(record.ended or record.started)
         return TrackedRun(
@@ -212,7 +212,7 @@ class FolderView:
             return []
         try:
             numbers = self._verdicts(self._folder)
-        except ValueError:  # a damaged run is said when its turn comes
+        except ValueError:  # a damaged run is reported when its turn comes
             return []
         return [MetricPoint(name, number, time, step) for name, number in numbers.items()]
 
@@ -244,7 +244,7 @@ def tracking(
         kind: "mlflow", or "none" to show nothing and import nothing.
         folder: The output folder; there.
         address: Of a server or database; None for the database in the folder.
-        say: Told what goes wrong, from the thread too; nothing that does stops the block.
+        say: Called with what goes wrong, also from the thread; no failure stops the block.
         only: Folder of the one run to show.
         verdicts: Returns the numbers of a comparison's verdicts: see `FolderView`.
     """

@@ -1,4 +1,4 @@
-"""Corrections attached by themselves to the optimizers of a script, before their first step."""
+"""Attach corrections automatically to the optimizers of a script, before their first step."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ class AutomaticAttachment:
     """Attaches corrections to every optimizer of this process, as a context manager.
 
     An optimizer is attached together with the outermost module whose training forward comes first
-    and holds its parameters, before that forward runs: so its very first step is corrected. Where
-    the parameters are spread over several modules that are called by themselves, it is attached
-    to all of them, once the last of them is called. What the script attaches itself, and what is
-    no optimizer of the requested names, is left alone.
+    and holds its parameters, before that forward runs: so its very first step is corrected. If the
+    parameters are spread over several modules that are called separately, it is attached to all of
+    them, once the last of them is called. What the script attaches itself is left alone, and so are
+    optimizers other than those requested.
 
     Args:
         corrections: Strings for `regrad.create`, in acting order. Created again for each optimizer.
         control: Name of a control whose change is made too.
         control_of: Corrections whose control's change is made too.
         classes: Names of optimizer classes; none stands for all.
-        trace: Told when an optimizer is met and attached, and why.
+        trace: Called with a line when an optimizer is found and attached, with the reason.
 
     Attributes:
         attached: In the order of attachment.
@@ -178,7 +178,7 @@ class AutomaticAttachment:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Correct the first step also where its closure makes the first forward pass."""
+        """Correct the first step even if its closure makes the first forward pass."""
         if not self._waits(optimizer):
             return None
         engines: list[Engine] = []

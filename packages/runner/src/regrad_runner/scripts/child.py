@@ -84,8 +84,8 @@ class Child:
     Args:
         command: Its words.
         environment: Its variables.
-        output: File for what it prints, which must not exist. Of megabytes the first and the last
-            are kept.
+        output: File for what it prints, which must not exist. If it is several megabytes, the first
+            and the last parts are kept.
         hear: Called with each line, as it comes; a carriage return ends one too, and colours are
             taken out.
     """
@@ -141,7 +141,7 @@ class Child:
                 reader.join(SECONDS_FOR_THE_REST)
                 raise
             reader.join(SECONDS_FOR_THE_REST)
-            if reader.is_alive():  # something that it started still holds its output
+            if reader.is_alive():  # a process that it started still holds its output
                 self.end()
                 reader.join(SECONDS_FOR_THE_REST)
             self._is_read = True
@@ -252,7 +252,7 @@ class _Keeper:
 
 
 def end_tree(pid: int) -> None:
-    """End a process and all processes below it: first politely, then at once."""
+    """End a process and all its descendants: first gracefully, then by force."""
     try:
         top = psutil.Process(pid)
         processes = [top, *top.children(recursive=True)]
@@ -269,7 +269,7 @@ def end_tree(pid: int) -> None:
 
 
 def end_group(pid: int) -> None:
-    """End at once what a process started and left behind when it ended itself."""
+    """Kill what a process started and left behind when it ended."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)

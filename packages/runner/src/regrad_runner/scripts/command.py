@@ -63,7 +63,7 @@ def run(script: ScriptRun) -> int:
     """Run a script with corrections and say on stderr what happened.
 
     Returns:
-        The script's exit code where it is not 0, 3 where nothing was attached, else 0.
+        The script's exit code if it is not 0, 3 if nothing was attached, else 0.
 
     Raises:
         ValueError: If the script or a correction is not there; before anything runs.

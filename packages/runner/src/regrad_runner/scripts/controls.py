@@ -1,4 +1,4 @@
-"""The trivial change that a correction must beat, made on an optimizer that lives already."""
+"""The trivial change that a correction must beat, applied to an existing optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def control_named(name: str, optimizer: Optimizer) -> Control:
     """Return the control of a name that an installed correction declares for an optimizer.
 
     Raises:
-        RegradError: If none does; says which there are.
+        RegradError: If none does; the message lists the known ones.
     """
     known: dict[str, Control] = {}
     for correction_name in regrad.available():
@@ -61,8 +61,8 @@ def apply_control(control: Control, model: nn.Module, optimizer: Optimizer) -> E
         control: What to change. Its corrections are left to the caller.
         model: Its output layer is the head.
         optimizer: Its groups get the control's options. Rates of head and body act after each
-            step, as a factor on how far it moved the weights: schedulers know the groups as they
-            are. NAdam in the place of Adam acts after each step too: see `NAdamSteps`.
+            step, as a factor on how far it moved the weights: schedulers see unchanged groups.
+            NAdam in place of Adam acts after each step too: see `NAdamSteps`.
 
     Returns:
         What undoes it all when it is closed.
@@ -156,7 +156,7 @@ class _ScaledSteps:
         self._before: dict[nn.Parameter, Tensor] = {}
 
     def register(self, optimizer: Optimizer) -> list[RemovableHandle]:
-        """Act on every step of an optimizer from here on, the one under way included."""
+        """Act on every step of an optimizer from now on, including the current one."""
         self._note()
         return [
             optimizer.register_step_pre_hook(self._note),

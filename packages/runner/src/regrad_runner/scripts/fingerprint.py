@@ -20,8 +20,8 @@ def fingerprint(module: nn.Module, inputs: Any) -> str:
 
     Args:
         module: The model, before its first training forward.
-        inputs: Of that forward, by position. Where all of them are given by name, weights alone
-            are compared.
+        inputs: Of that forward, by position. If all of them are given by name, only weights are
+            compared.
     """
     found = hashlib.sha256()
     for tensor in _tensors(module, inputs):

@@ -18,7 +18,7 @@ from regrad_runner.settings.measure_source import STEP, MeasureSource, value_gro
 from regrad_runner.settings.script_config import filled_in
 
 NOT_FINITE_WORD = re.compile(r"(?<![\w.])[-+]?(?:nan|inf|infinity)(?![\w.])", re.IGNORECASE)
-# What a pattern for numbers may ask for where there is "nan" or "inf" instead.
+# What a number pattern may match in a place where there is "nan" or "inf" instead.
 AS_NUMBERS = ("0.0", "0", *(f"0.{'0' * digits}" for digits in range(2, 9)), "0.0e+00", "0.0000e+00")
 LARGEST_MEASURE_FILE = 2**28  # bytes
 LARGEST_STEP = 2**53
@@ -157,10 +157,10 @@ def curve_in_file(source: MeasureSource, values: Mapping[str, str], folder: Path
 
 def _newest(file: str, values: Mapping[str, str], folder: Path) -> Path | None:
     """Return the file of a name that may hold stars; None if there is none."""
-    path = folder / filled_in(file, values)  # an absolute name stays as it is
+    path = folder / filled_in(file, values)  # an absolute path stays unchanged
     if path.is_file():
         return path
-    # What is filled in has no stars of its own.
+    # Values that are filled in contain no wildcards.
     pattern = filled_in(file, {name: glob.escape(value) for name, value in values.items()})
     names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 - absolute too
     files = [folder / name for name in names if (folder / name).is_file()]

@@ -1,4 +1,4 @@
-"""NAdam's step, taken by an Adam or AdamW that lives already."""
+"""NAdam's step, taken by an existing Adam or AdamW."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NAdamSteps:
         self._before: dict[nn.Parameter, Tensor] = {}
 
     def register(self, optimizer: Optimizer) -> list[RemovableHandle]:
-        """Act on every step of an optimizer from here on, the one under way included."""
+        """Act on every step of an optimizer from now on, including the current one."""
         self._note(optimizer)
         return [
             optimizer.register_step_pre_hook(self._note),
@@ -86,7 +86,7 @@ def check_can_be_nadam(optimizer: Optimizer) -> None:
 def nadam_step_(
     weight: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any]
 ) -> None:
-    """Take NAdam's step where Adam's was taken already: see `NAdamSteps`.
+    """Take NAdam's step after Adam's was taken: see `NAdamSteps`.
 
     Args:
         weight: As it was before the step, any shape. Overwritten.

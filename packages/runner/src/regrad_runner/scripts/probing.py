@@ -29,7 +29,7 @@ from regrad_runner.settings.arms import control_as_values, control_of_stack
 
 
 class SeenEnough(BaseException):
-    """The script was seen as far as is needed; no `except Exception` of its own stops this."""
+    """Enough of the script was seen; no `except Exception` of its own stops this."""
 
 
 class ScriptProbe(AutomaticAttachment):
@@ -82,7 +82,7 @@ class ScriptProbe(AutomaticAttachment):
     def _try_control(
         self, control: Control, model: Any, optimizer: Optimizer, modules: Sequence[nn.Module]
     ) -> None:
-        """Make a control's change and undo it, or raise what stands against it."""
+        """Make a control's change and undo it, or raise the reason why it cannot be made."""
         corrections = registry.create_all(control.corrections)
         check_fits(control, corrections)
         whole = modules[0] if len(modules) == 1 else nn.ModuleList(modules)

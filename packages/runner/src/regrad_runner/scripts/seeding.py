@@ -1,4 +1,4 @@
-"""Seeds of a script: set before it starts, and moved where it sets its own."""
+"""Seeds of a script: set before it starts, and shifted if it sets its own."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def seed_everything(seed: int) -> None:
 
 
 def shift_seeds(seed: int) -> None:
-    """Add 1000 · `seed` to every seed that is set from here on, for the rest of the process.
+    """Add 1000 · `seed` to every seed that is set from now on, for the rest of the process.
 
-    A script that always sets the same seed trains the same run whatever it is started with. Moved
+    A script that always sets the same seed trains the same run whatever it is started with. Shifted
     are the numbers given to `torch.manual_seed`, `torch.cuda.manual_seed` and `manual_seed_all`,
-    `torch.Generator.manual_seed`, `numpy.random.seed` and `default_rng`, and `random.seed`.
-    What is not a whole number stays unchanged.
+    `torch.Generator.manual_seed`, `numpy.random.seed` and `default_rng`, and `random.seed`. What is
+    not a whole number stays unchanged.
 
     Args:
         seed: Of the run, at least 0. 0 moves nothing.

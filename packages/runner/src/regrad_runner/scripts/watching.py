@@ -41,7 +41,7 @@ class OptimizerWatch:
         self._handles: list[Handle] = []
 
     def start(self) -> None:
-        """Watch from here on."""
+        """Watch from now on."""
         plain = self._plain
 
         @functools.wraps(plain)
@@ -80,8 +80,8 @@ class OptimizerWatch:
 class ForwardWatch:
     """Reports the training forwards of outermost modules, before they run, while it is on.
 
-    A module is outermost where no other module's forward called it. A wrapper such as DDP or a
-    compiled module is one: what it wraps is called inside. Off, nothing is paid per call.
+    A module is outermost if no other module's forward called it. A wrapper such as DDP or a
+    compiled module is one: what it wraps is called inside. When off, it costs nothing per call.
 
     Args:
         report: Called with a module that is in training mode, while gradients are computed, and
@@ -99,7 +99,7 @@ class ForwardWatch:
         return bool(self._handles)
 
     def start(self) -> None:
-        """Watch from here on."""
+        """Watch from now on."""
         if self.is_on:
             return
         self._depth = 0

@@ -15,7 +15,7 @@ from regrad.registry import several_in
 from torch.optim import Optimizer
 
 BASELINE = "baseline"
-# What folders and commands of earlier versions called it: no arm may be called so.
+# Its names in earlier versions: no arm may have them.
 FORMER_BASELINE = "none"
 ALL = "all"
 
@@ -52,7 +52,7 @@ class Arm:
 
 
 def control_as_values(control: Control) -> dict[str, Any]:
-    """Return a control as plain values: a class by its full name, and only where there is one.
+    """Return a control as plain values: a class by its full name, and only if there is one.
 
     Example:
         >>> import torch
@@ -72,7 +72,7 @@ def control_from_values(values: Mapping[str, Any]) -> Control:
     """Return the control that `control_as_values` wrote out.
 
     Raises:
-        ValueError: If its class is none of torch's optimizers: a file must not choose what is
+        ValueError: If its class is not one of torch's optimizers: a file must not choose what is
             imported.
 
     Example:
@@ -101,7 +101,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
 def expand(corrections: Sequence[str], optimizer: Optimizer, *, controls: bool = True) -> list[Arm]:
     """Return the arms: the baseline, one per string, then their controls, equal controls once.
 
-    A control that is an arm already, such as clipping by the norm, is not added again.
+    A control that is already an arm, such as clipping by the norm, is not added again.
 
     Args:
         corrections: One string per arm, as for `regrad.create`; "+" stacks corrections.
@@ -149,12 +149,12 @@ def correction_arms(corrections: Sequence[str]) -> list[Arm]:
 
 
 def with_controls(arms: Sequence[Arm], changes: Mapping[str, Control], *, added: bool) -> list[Arm]:
-    """Return arms with what each of them must beat, and behind them the controls.
+    """Return arms with what each of them must beat, followed by the controls.
 
     Args:
         arms: The baseline and the corrections.
         changes: The control that an arm's corrections declare together, by the name of the arm.
-        added: Whether to add controls that are no arms yet.
+        added: Whether to add controls that are not arms yet.
     """
     known = {arm.name: arm for arm in arms}
     new: dict[str, Arm] = {}
@@ -359,7 +359,7 @@ def _one_class(
 def _repeats(change: Control, corrections: Sequence[str]) -> bool:
     """Say whether a change is the arm's own corrections in another order, and nothing else.
 
-    So it is where two corrections are each other's control.
+    This happens if two corrections are each other's control.
     """
     is_all = replace(change, name="", corrections=()) == Control(name="")
     return is_all and sorted(change.corrections) == sorted(corrections)

@@ -48,7 +48,7 @@ def check_text(name: str, text: str) -> None:
 
 
 def _line(kind: type[BaseModel], problems: ValidationError) -> str:
-    """Say the first problem in one line."""
+    """Describe the first problem in one line."""
     problem = problems.errors()[0]
     location = problem["loc"]
     name = str(location[0]) if location else ""

@@ -26,7 +26,7 @@ FIRST_TUNING_SEED = 1_000_000
 MOST_EXTENSIONS = 10  # of the rates given, by an arm
 AUTO = "auto"
 LAST_SEED = 2**32 - 1  # the largest that NumPy takes
-MOST_THREADS = 1024  # with more, the process ends without a word
+MOST_THREADS = 1024  # with more, the process dies silently
 # Python refuses to print a number of more than 4,300 digits, but reads one in hexadecimal.
 LARGEST_INTEGER = 2**53
 
@@ -52,7 +52,7 @@ Threads = Annotated[
 
 
 class Settings(BaseModel):
-    """What every command has that writes a folder."""
+    """The settings of every command that writes a folder."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
@@ -96,7 +96,7 @@ class Settings(BaseModel):
 class RunConfig(Settings):
     """What `compare` on a workload and `train` share.
 
-    None stands for what suits the workload, until `resolved` fills it in.
+    None stands for the workload's default, until `resolved` fills it in.
     """
 
     workload: Annotated[

@@ -1,4 +1,4 @@
-"""What the environment may decide and what not: settings win over what a launcher left behind."""
+"""What the environment may decide: settings take precedence over what a launcher left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLAGS = (FSDP, ONLY_CPUS, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 ON = ("true", "1", "yes", "y", "t", "on")  # as accelerate reads them
 OFF = ("false", "0", "no", "n", "f", "off")
 # What a launcher says about processes and shards, and what changes no number. Other variables of
-# accelerate are hidden from it, or they would win over the settings.
+# accelerate are hidden from it, or they would override the settings.
 LET_THROUGH = frozenset(
     {
         *FLAGS,
@@ -65,7 +65,7 @@ THREADS = ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @contextmanager
 def settings_win() -> Iterator[None]:
-    """Hide from accelerate, in the block, the variables that would win over what it is given."""
+    """Hide from accelerate, in the block, the variables that would override its arguments."""
     hidden = {
         name: value
         for name, value in os.environ.items()

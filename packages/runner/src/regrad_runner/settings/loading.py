@@ -13,7 +13,7 @@ from regrad_runner.settings.checking import shown, validated
 from regrad_runner.settings.config import Config, Settings
 from regrad_runner.settings.yaml_text import read_yaml, write_yaml
 
-# What PyYAML's own readers of numbers, dates and deep nesting raise beside its YAMLError.
+# What PyYAML's parsing of numbers, dates and deep nesting raises besides its YAMLError.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # The first and the last line of settings that regrad wrote: without its last line a file was cut.
 FIRST_LINE = "# Written by regrad. The last line is three dots."
@@ -23,7 +23,7 @@ LAST_LINE = "..."
 def load_config(
     kind: type[Config], *, file: Path | None = None, flags: Mapping[str, Any]
 ) -> Config:
-    """Return the settings in `file`, with the flags that were given instead of theirs.
+    """Return the settings in `file`, overridden by the given flags.
 
     Args:
         kind: Which settings, such as `CompareConfig`.

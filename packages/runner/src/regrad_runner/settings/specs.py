@@ -65,7 +65,7 @@ def _check_type(function: Callable[..., Any], key: str, value: Any) -> None:
     """Raise a `ValueError` unless a value is of the type that the function's argument has."""
     try:
         kind = typing.get_type_hints(function).get(key, Any)
-    except NameError:  # a hint that its author's type checker alone can look up
+    except NameError:  # a hint that only its author's type checker can resolve
         return
     # Brackets are read into a tuple, whatever the function calls what it takes.
     fits = _fits(kind, value) or (isinstance(value, tuple) and _fits(kind, list(value)))

@@ -1,7 +1,8 @@
-"""YAML 1.2 by its core schema: `no` is a text, `010` is ten, and no key stands twice.
+"""YAML 1.2 by its core schema: `no` is text, `010` is ten, and no key occurs twice.
 
-PyYAML speaks YAML 1.1, in which `no` is False, `010` is eight, `1:30` is ninety, and the last of
-two equal keys wins. Its scanner and parser serve both versions; this says what a plain word means.
+PyYAML reads YAML 1.1, in which `no` is False, `010` is eight, `1:30` is ninety, and the last of two
+equal keys wins. Its scanner and parser suit both versions; this file defines what a plain word
+means.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-# What a plain word is: the first pattern that fits all of it, and the characters it can begin with.
+# What a plain word is: the first pattern that matches all of it, and its possible first characters.
 PLAIN_WORDS = (
     ("null", NULL, ["~", "n", "N", ""]),
     ("bool", BOOLEAN, list("tTfF")),
@@ -109,7 +110,7 @@ class _Loader(yaml.SafeLoader):
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
     def unknown(self, node: yaml.Node) -> None:
-        """Refuse a tag of which nothing is said above."""
+        """Refuse any other tag."""
         raise ConstructorError(None, None, f"the tag {node.tag!r} is unknown", node.start_mark)
 
     def _matched(self, node: ScalarNode, pattern: re.Pattern[str]) -> str:

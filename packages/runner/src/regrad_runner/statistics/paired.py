@@ -1,4 +1,4 @@
-"""Paired tests, and what several of them at once may claim."""
+"""Paired tests, and how to adjust several of them at once."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     References:
         Holm, 1979, "A Simple Sequentially Rejective Multiple Test Procedure", section 3.
     """
-    # By hand: scipy has no Holm, and six lines are no reason for statsmodels.
+    # By hand: scipy has no Holm, and six lines do not justify statsmodels.
     count = len(p_values)
     rising = sorted(range(count), key=p_values.__getitem__)
     adjusted = [0.0] * count
@@ -144,7 +144,7 @@ def _student(values: Sequence[tuple[float, float]], *, level: float) -> PairedDi
         return test
     error = float(differences.std(ddof=1)) / math.sqrt(count)
     rounding = 1e-12 * float(np.abs(table).max())
-    if error <= rounding:  # without a spread t has no denominator; the signs still say something
+    if error <= rounding:  # without a spread t has no denominator; the signs still count
         p_value = 1.0 if abs(mean) <= rounding else 2.0 ** (1 - count)
         return replace(test, interval=(mean, mean), p_value=p_value)
     student = stats.ttest_rel(table[:, 0], table[:, 1])

@@ -1,4 +1,4 @@
-"""What one run tells the statistics."""
+"""What the statistics need to know about one run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """What one run tells the statistics.
+    """What the statistics need to know about one run.
 
     Attributes:
         arm: Name of the arm.
@@ -21,7 +21,7 @@ class RunRow:
         step_seconds: Time of one training step, in seconds, positive.
         touched: Whether the arm's corrections changed any tensor.
         status: "finished"; "diverged", which is an outcome, the worst of all; or "failed" for any
-            other reason, which says nothing of the arm.
+            other reason, which says nothing about the arm.
     """
 
     arm: str

@@ -35,8 +35,8 @@ class ArmSummary:
     Attributes:
         arm: Its name.
         seeds: Runs that finished with a number.
-        failed: Runs that did not, for a reason that says nothing of the arm.
-        diverged: Runs whose numbers were not finite any more.
+        failed: Runs that did not, for a reason that says nothing about the arm.
+        diverged: Runs whose numbers were no longer finite.
         mean: Mean of the measure over those runs; None without any.
         sd: Their sample standard deviation; None for fewer than two.
         pairs: Seeds that say something in comparison with the baseline, as in `PairedDifference`.
@@ -108,7 +108,7 @@ def summarize(
     level: float = 0.05,
     target: float | None = None,
 ) -> list[ArmSummary]:
-    r"""Compare every arm with the baseline over paired seeds, and say what follows.
+    r"""Compare every arm with the baseline over paired seeds, and draw the verdicts.
 
     Let :math:`p_b` be the p-value of the paired test against the baseline, and :math:`p_c` that of
     the test against the arm's control. Each is adjusted by Holm over the correction arms, which are
@@ -134,9 +134,9 @@ def summarize(
     and at d = 1.5 with at least .85 among up to seven (noncentral t, Bonferroni). An arm that must
     beat its control too needs both to succeed.
 
-    A run that diverged ranks behind every number. Left out it would flatter the arm that diverges:
-    its other seeds are a selection. Where in a pair one run alone diverged, the exact test of the
-    signed ranks replaces the t-test.
+    A run that diverged ranks behind every number. Leaving it out would flatter the arm that
+    diverges: its other seeds are a selection. If only one run of a pair diverged, the exact test of
+    the signed ranks replaces the t-test.
 
     Args:
         rows: One per run. Rows that failed or ended without a finite value count as failed and are
@@ -168,8 +168,8 @@ def summarize(
 
     References:
         Holm, 1979, "A Simple Sequentially Rejective Multiple Test Procedure". Student, 1908, "The
-        Probable Error of a Mean". Where all paired differences are equal a t-test has no spread to
-        judge by: there the exact sign-flip probability 2^(1 - n) is used.
+        Probable Error of a Mean". If all paired differences are equal, a t-test has no spread to
+        judge by: then the exact sign-flip probability 2^(1 - n) is used.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level!r}")

@@ -1,8 +1,8 @@
-"""Runs in MLflow: a view of what their folders hold, made again and again until it holds the same.
+"""Runs in MLflow: a view of what their folders hold, updated until both hold the same.
 
-A projection looks at what is there and sends what is missing. So it does not matter what became of
-the one before: whether it was broken off, its answer was lost, or the server said yes and kept
-nothing. A run is found by an id of ours in the tag `regrad.run`.
+A projection looks at what is there and sends what is missing. So the fate of the previous one does
+not matter: it may have been interrupted, its answer lost, or the server may have said yes and kept
+nothing. A run is found by our own id in the tag `regrad.run`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MetricPoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """A run as MLflow is to show it.
+    """A run as MLflow should show it.
 
     Attributes:
         id: Ours: 32 hexadecimal digits.
@@ -117,14 +117,14 @@ class Sent:
 
 
 def project(store: Store, run: TrackedRun) -> Sent:
-    """Let a store hold a run as it is, and return what had to be sent for that.
+    """Bring a store up to date with a run, and return what had to be sent.
 
     Args:
         store: Where to.
         run: What to show.
 
     Raises:
-        Exception: What MLflow or its connection raises; the next projection goes on from there.
+        Exception: What MLflow or its connection raises; the next projection continues from there.
     """
     return _Projection(store, run).send()
 
@@ -170,7 +170,7 @@ class _Projection:
         """Return the run in the store: found, restored or made; what is there twice is removed."""
         found = _runs_of(self._client, experiment, self._run.id)
         active = [one for one in found if one.info.lifecycle_stage == "active"]
-        # A slow server may have made it a second time, after an attempt that was given up.
+        # A slow server may have created it twice, after an attempt that timed out.
         for twin in active[1:]:
             self._client.delete_run(twin.info.run_id)
             self._sent.others += 1

@@ -20,7 +20,7 @@ LONGEST_PAUSE = 60.0
 # How long the end of a process waits for the store, and how long if the store fails to answer.
 SECONDS_AT_THE_END = 60.0
 SECONDS_IN_VAIN = 10.0
-# Rounds in which a store may say yes and hold something else afterwards.
+# Rounds in which a store may confirm and yet hold something else afterwards.
 ROUNDS_IN_VAIN = 3
 
 
@@ -98,7 +98,8 @@ class Projection:
         """Look until nothing is missing any more, or something fails; say what was sent in all.
 
         Args:
-            rounds: After which a store that still lacks something keeps nothing, whatever it says.
+            rounds: After which a store that still lacks something is taken to keep nothing,
+                whatever it says.
         """
         total = Round(Sent(), 0, [])
         for number in range(rounds):
@@ -128,7 +129,7 @@ def _is_of_the_store(problem: Exception) -> bool:
 class Projector:
     """Shows runs in a store every few seconds, from a thread of its own, until it is closed.
 
-    Nobody waits for it but `close`. A failure is said once, and the next round tries again.
+    Only `close` waits for it. A failure is reported once, and the next round tries again.
 
     Args:
         store: Where to.
@@ -155,7 +156,7 @@ class Projector:
         self._thread.start()
 
     def close(self, seconds: float | None = None) -> bool:
-        """Show everything once more, for so long at most, and say whether all of it is there.
+        """Show everything once more, within a time limit, and say whether all of it is there.
 
         Args:
             seconds: To wait; None for `SECONDS_AT_THE_END`.

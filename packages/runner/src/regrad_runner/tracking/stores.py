@@ -1,6 +1,6 @@
 """Stores of MLflow: a server, a database that the user named, or an output folder's SQLite file.
 
-The folder's own file is made whole or not at all, is never opened through a link, and is put aside
+The folder's own file is made whole or not at all, is never opened through a link, and is set aside
 when it is damaged: it holds nothing that the runs' folders do not hold.
 """
 
@@ -26,10 +26,10 @@ ARTIFACTS = "artifacts"
 BESIDE = ("", "-journal", "-wal", "-shm", ".lock")
 SECONDS_FOR_OTHERS = 30.0
 SECONDS_FOR_THE_SCHEMA = 300.0
-# What MLflow's migrations say of a schema whose making was broken off.
+# What MLflow's migrations say about a schema whose creation was interrupted.
 HALF_MADE = ("duplicate column name", "already exists")
 
-# Set before MLflow is imported, and only where the user has not set them: no telemetry, no links
+# Set before MLflow is imported, and only if the user has not set them: no telemetry, no links
 # printed, and one short attempt per request. The next projection is the next attempt.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -53,7 +53,7 @@ class Store:
         uri: The address.
         shown: The address as it may be shown.
         artifacts: Where the folder's own database keeps files; None for another store.
-        notes: What is to be told, such as that a damaged database was put aside.
+        notes: What to tell the user, such as that a damaged database was set aside.
     """
 
     def __init__(self, folder: Path, address: str | None = None) -> None:
@@ -61,7 +61,7 @@ class Store:
             os.environ.setdefault(name, value)
         import mlflow.tracking  # noqa: F401, PLC0415  (seconds, and not while two threads import)
 
-        # A failure reaches the user as one line of ours; lines of others would tear a live display.
+        # We report a failure in one line; other output would break a live display.
         for name in ("mlflow", "alembic", "urllib3"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         folder = folder.resolve()
@@ -96,7 +96,7 @@ class Store:
         return self._client
 
     def note(self, text: str) -> None:
-        """Have something told, once."""
+        """Note something to tell the user, once."""
         if text not in self._noted:
             self._noted.add(text)
             self.notes.append(text)
@@ -170,8 +170,8 @@ def _identity_of(file: Path) -> tuple[int, int] | None:
 def prepare(path: Path, *, own: bool) -> str | None:
     """Make sure that a database can be opened.
 
-    One that is missing is made, and a damaged one of ours is put aside. Only one process may call
-    this at a time. Making a schema takes seconds.
+    A missing one is created, and a damaged one of ours is set aside. Only one process may call this
+    at a time. Creating a schema takes seconds.
 
     Args:
         path: The file.
@@ -179,7 +179,7 @@ def prepare(path: Path, *, own: bool) -> str | None:
             that the user named.
 
     Returns:
-        A line for the user if a damaged one was put aside, else None.
+        A line for the user if a damaged one was set aside, else None.
 
     Raises:
         DiskError: If it is a link, a folder, or damaged and not ours, or if it cannot be written.
@@ -230,7 +230,7 @@ def fault_of(path: Path) -> str | None:
 
 
 def put_aside(path: Path, fault: str) -> str:
-    """Rename a damaged database and what belongs to it, and return what is to be told."""
+    """Rename a damaged database and what belongs to it, and return what to tell the user."""
     kept = keep_damaged(path, endings=("-journal", "-wal", "-shm"))
     return (
         f"the database '{path}' cannot be used: {fault}; it is now '{kept}', and the runs' "
@@ -239,12 +239,12 @@ def put_aside(path: Path, fault: str) -> str:
 
 
 def is_half_made(problem: Exception) -> bool:
-    """Say whether MLflow fails on a schema whose making was broken off."""
+    """Say whether MLflow fails on a schema whose creation was interrupted."""
     return any(words in str(problem) for words in HALF_MADE)
 
 
 def _make(path: Path) -> None:
-    """Make MLflow's schema in another file, and give it the name when it is whole."""
+    """Create MLflow's schema in another file, and rename that when it is complete."""
     from mlflow.tracking import MlflowClient  # noqa: PLC0415 - it takes seconds
 
     aside = unforeseeable(path, PART)

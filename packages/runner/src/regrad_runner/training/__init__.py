@@ -1,1 +1,1 @@
-"""One training run: settings resolved, model and optimizer made, the loop, its evaluations."""
+"""One training run: settings resolved, model and optimizer built, the loop, its evaluations."""

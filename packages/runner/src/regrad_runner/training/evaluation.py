@@ -1,4 +1,4 @@
-"""The workload's measure on a set of samples, each process looking at its part."""
+"""The workload's measure on a set of samples, each process evaluating its part."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from regrad_runner.workloads.workload import Workload
 
 
 class Evaluator:
-    """Says what a model is worth on samples.
+    """Evaluates a model on samples.
 
     Args:
         accelerator: Of the run.
         model: As the accelerator prepared it.
         workload: Whose measure it is.
-        attachment: Of the corrections. Where its criterion fits other probabilities than softmax,
-            it says which by a method `probabilities`.
+        attachment: Of the corrections. If its criterion fits probabilities other than softmax, its
+            method `probabilities` returns them.
         dtype: Number format of the weights.
         workers: Processes that make the batches; 0 for this one alone.
     """

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM end, and how to go on from there."""
+"""What Ctrl-C and SIGTERM end, and how to continue from there."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what is under way as killed, and say how to go on.
+    """Let Ctrl-C and SIGTERM end current runs as killed, and say how to continue.
 
     Args:
         console: To print on.
-        again: Command that goes on from here.
+        again: Command that continues from here.
         quiet: Whether nothing is said.
     """
     try:
@@ -34,7 +34,7 @@ def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
                 soft_wrap=True,
             )
         if stopped_together():
-            # Only here, because it imports torch.
+            # Imported here, because it imports torch.
             from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415
 
             clear_frames(end.__traceback__)  # they hold the model

@@ -64,7 +64,7 @@ class Watch:
         self._next = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return the counts that a resumed run goes on with, without the norms."""
+        """Return the counts that a resumed run continues with, without the norms."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

@@ -17,7 +17,7 @@ from regrad_runner.settings.specs import read_spec
 from regrad_runner.workloads.workload import Defaults
 
 OPTIMIZERS_GROUP = "regrad.optimizers"
-# They need a closure, sparse gradients or only matrices: not what the loop here offers.
+# They need a closure, sparse gradients or only matrices, which this loop does not offer.
 UNFIT = {"LBFGS", "SparseAdam", "Muon", "Optimizer"}
 
 
@@ -60,7 +60,7 @@ def check_rate(spec: str, lr: float) -> None:
 
 def _try_step(spec: str, *, lr: float) -> None:
     """Raise a `ValueError` unless an optimizer can step: some options torch checks only there."""
-    build_optimizer(spec, [nn.Parameter(torch.zeros(2, 2))], lr=lr)  # it says what is wrong itself
+    build_optimizer(spec, [nn.Parameter(torch.zeros(2, 2))], lr=lr)  # its own error is clear
     try:
         parameter = _stepped(spec, lr=lr)
     except Exception as problem:
@@ -123,7 +123,7 @@ def build_optimizer(
         spec: Name with options, such as "sgd:momentum=0.9".
         parameters: Parameters or parameter groups.
         lr: Learning rate of the groups that set none.
-        changes: Options that win over those in `spec`: what a control changes.
+        changes: Options that override those in `spec`: what a control changes.
 
     Raises:
         ValueError: If the name or an option is unknown, or a value is out of its range.
@@ -156,7 +156,7 @@ def of_another_class(
     Args:
         optimizer: Whose groups keep the options that both classes have, learning rates included.
         kind: The other class.
-        changes: Its options that win over those; the rest are its own defaults.
+        changes: Its options that override those; the rest are its own defaults.
 
     Raises:
         ValueError: If the class does not take an option in `changes`, or not its value.

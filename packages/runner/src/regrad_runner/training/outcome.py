@@ -1,4 +1,4 @@
-"""What a run comes to at its end."""
+"""The result of a run."""
 
 from __future__ import annotations
 

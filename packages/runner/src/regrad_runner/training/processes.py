@@ -35,13 +35,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     threads = torch.get_num_threads()
     with settings_win():
         accelerator = Accelerator(
-            # Unless told so, accelerate's CUDA build makes one process of those of torchrun.
+            # Unless told otherwise, accelerate's CUDA build treats torchrun's processes as one.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
         )
-    # accelerate chooses another number where several processes are on one CPU.
+    # accelerate chooses another number if several processes share a CPU.
     torch.set_num_threads(threads)
     _check_processes(config, accelerator.num_processes)
     _check_sharding(accelerator)

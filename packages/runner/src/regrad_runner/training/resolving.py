@@ -1,4 +1,4 @@
-"""Settings completed by what suits the workload."""
+"""Settings completed with the workload's defaults."""
 
 from __future__ import annotations
 

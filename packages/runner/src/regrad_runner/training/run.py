@@ -187,7 +187,7 @@ class TrainingRun:
         return as_inputs(inputs, self._dtype)
 
     def evaluate(self) -> Point:
-        """Look at the validation samples and append what was seen to the points."""
+        """Evaluate on the validation samples and append the result to the points."""
         position = self.position
         position.seconds += self.timer.end_lap(
             after_step=position.step, device=self.accelerator.device
@@ -221,7 +221,7 @@ class TrainingRun:
         return self.position.seconds + self.timer.lap_seconds
 
     def continue_from(self, position: Position) -> None:
-        """Go on from another position, such as that of a checkpoint."""
+        """Continue from another position, such as that of a checkpoint."""
         self.position = position
         self.timer.begin_lap(after_step=position.step)
 

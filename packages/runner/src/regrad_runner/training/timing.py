@@ -13,7 +13,7 @@ METERED_STEPS = 20
 
 
 class StepTimer:
-    """A stopwatch over training steps, fetching their batches included, evaluations not.
+    """A stopwatch for training steps, including the fetching of batches but not evaluations.
 
     Times are kept lap by lap. A lap is what lies between two evaluations: several steps, because a
     device computes on while the host goes ahead, and only an evaluation waits for it.

@@ -1,6 +1,6 @@
 """What is trained: data, model, loss, measure and settings, found by name.
 
-A workload of one's own needs these three names, and `regrad_runner.workloads.samples`.
+Your own workload needs these three names, and `regrad_runner.workloads.samples`.
 """
 
 from regrad_runner.workloads.workload import Defaults, Measure, Workload

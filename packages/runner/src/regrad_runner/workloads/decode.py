@@ -176,7 +176,7 @@ def common_format(encoded: Sequence[Encoded]) -> Format:
 def decode_images(encoded: Sequence[Encoded], form: Format) -> Tensor:
     """Return images in one format.
 
-    Of one that differs the shorter side is resized, and the middle is cut out.
+    If an image differs, its shorter side is resized and the middle is cut out.
 
     Args:
         encoded: N images.

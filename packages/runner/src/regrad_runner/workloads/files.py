@@ -61,7 +61,7 @@ class FileSet(LabelledImages):
             ValueError: If a file is missing or cannot be decoded.
         """
         images = torch.empty(len(indices), 3, self.image_size, self.image_size)
-        # The transforms know the global generator only: it is lent to them, and its state put back.
+        # The transforms use only the global generator: it is seeded for them and restored.
         with torch.random.fork_rng(devices=[]):
             for position, index in enumerate(indices):
                 image = eight_bit_image(ImageFile(self.paths[index]), grey=False)

@@ -1,4 +1,4 @@
-"""What of a folder is data: regular files, each once, none hidden, and no link that leads out."""
+"""Which files of a folder are data: regular, each once, not hidden, no link that leads out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-# What systems put into folders of images without a dot in front.
+# What systems put into folders of images without a leading dot.
 OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"})
 Identity = tuple[int, int]  # device and inode
 
@@ -21,9 +21,9 @@ def is_hidden(name: str) -> bool:
 class DataFolder:
     """A folder of data whose files are looked for; it knows what it found before.
 
-    A link is followed where it leads to a file or folder inside of the folder that is read nowhere
-    else. One that leads out of it, or back into what is read already, is refused: the same images
-    would be trained on twice, or validate what they trained.
+    A link is followed if it leads to a file or folder inside the folder that is not read otherwise.
+    One that leads out of it, or back into what is read already, is refused: the same images would
+    be trained on twice, or validate what they trained.
 
     Args:
         root: The folder. It may be a link itself.
@@ -82,7 +82,7 @@ class DataFolder:
         return found
 
     def _keep(self, entry: os.DirEntry[str]) -> None:
-        """Note a file, or raise where it must not be read."""
+        """Note a file, or raise if it must not be read."""
         mode = _mode(entry)
         if not mode:
             raise ValueError(
@@ -97,7 +97,7 @@ class DataFolder:
             self._links.add(entry.path)
         status = entry.stat()
         other = self._files.setdefault((status.st_dev, status.st_ino), entry.path)
-        # Some network file systems use a number again: it is one file only if it has two names.
+        # Some network file systems reuse inode numbers: it is one file only if it has two names.
         may_have_two_names = status.st_nlink > 1 or bool(self._links & {entry.path, other})
         if other != entry.path and may_have_two_names:
             raise ValueError(
@@ -106,7 +106,7 @@ class DataFolder:
             )
 
     def _enter(self, folder: str) -> None:
-        """Note a folder, or raise where it was read before."""
+        """Note a folder, or raise if it was read before."""
         try:
             status = Path(folder).stat()
         except OSError as problem:
@@ -119,7 +119,7 @@ class DataFolder:
             )
 
     def _refuse_leading_out(self, link: str) -> None:
-        """Raise where a link leads out of the root and may not."""
+        """Raise if a link leads out of the root and may not."""
         target = Path(os.path.realpath(link))
         if not self._follows_links and not target.is_relative_to(self._real_root):
             raise ValueError(

@@ -25,17 +25,17 @@ from regrad_runner.workloads.samples import Batch
 from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
-# Of the files that stay on the disk: a second here, where more would take minutes on a network's.
+# Of the files that stay on disk: takes a second; more could take minutes on a network disk.
 OPENED = 10_000
 MOST_BYTES = 8 * 2**30
 IMAGE_LAYOUT = (
     "a folder with train and val, or train and test, each with a folder of images per class"
 )
-# Up to so many training images a small network suits, in batches small enough for some steps.
+# Up to so many training images, use a small network, in batches small enough for some steps.
 FEW_IMAGES = 2_000
 FEWEST_STEPS_PER_EPOCH = 8
 BATCHES_OF_FEW = (64, 32, 16, 8)
-RATE_OF_FEW = 0.05  # as for the digits, of which 100 train well with it in batches of 8
+RATE_OF_FEW = 0.05  # as for the digits: 100 of them train well with it in batches of 8
 SMALL_DEFAULTS = Defaults(
     epochs=30, batch_size=128, lr=0.1, momentum=0.9, weight_decay=5e-4, model="resnet20"
 )
@@ -54,11 +54,11 @@ def load(
     """Return the images under `train` and `val` or `test`, with a folder per class, like ImageNet.
 
     Classes are the folders of `train`, numbered in sorted order. Images are the files below them
-    whose names end as images do. What is hidden, such as `.ipynb_checkpoints`, is none of them. A
+    whose names end as images do. Hidden files, such as `.ipynb_checkpoints`, are not. A
     link that leads out of `data_dir` is refused, and so is a file or folder that is read twice,
-    through a link, a hard link or otherwise. Of `val` and `test` the one that is there is the test
-    split, and a tenth of the training images, but at most `train_size`, validates, with the same
-    share of each class. With both of them `val` validates.
+    through a link, a hard link or otherwise. If only one of `val` and `test` exists, it is the test
+    split, and a tenth of the training images, but at most `train_size`, is the validation split,
+    with the same share of each class. If both exist, `val` is the validation split.
 
     Up to 64 pixels images are decoded once, into memory, and treated as those of workload
     `parquet`: the shorter side resized, the middle cut out, grey if the first 100 looked at are,
@@ -74,7 +74,7 @@ def load(
         image_size: Height and width in pixels, at least 4; None for the median shorter side of 100
             training images, but at most 64.
 
-    A few images get other settings than many: see `defaults_for`.
+    Small data sets get other settings than large ones: see `defaults_for`.
 
     Raises:
         ValueError: If a folder, class or image is missing or cannot be read, if there are fewer
@@ -116,7 +116,7 @@ def load(
 def defaults_for(count: int) -> Defaults:
     """Return the settings that suit so many training images of up to 64 pixels.
 
-    Of more than 2,000 they are those of CIFAR: a ResNet-20 in batches of 128. Fewer get a ResNet-8,
+    More than 2,000 images get those of CIFAR: a ResNet-20 in batches of 128. Fewer get a ResNet-8,
     a learning rate of .05, and the largest batch of 64, 32, 16 or 8 with which an epoch has eight
     steps.
 
@@ -232,7 +232,7 @@ def _format(train: _Split, image_size: int | None) -> Format:
 
 
 def _spread(files: Sequence[ImageFile], count: int) -> list[ImageFile]:
-    """Return so many of the files, from all over; all of them where they are no more."""
+    """Return so many of the files, spread evenly; all of them if there are no more."""
     places = np.unique(np.linspace(0, len(files) - 1, count).astype(int))
     return [files[place] for place in places.tolist()]
 

@@ -61,7 +61,7 @@ def load_workload(
         "train_size": train_size,
         **options,
     }
-    # A workload's function may do without these two.
+    # A workload's function may omit these two.
     for setting, value in (("download", download), ("image_size", image_size)):
         if not value:
             continue

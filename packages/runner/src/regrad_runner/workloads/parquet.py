@@ -50,13 +50,13 @@ def load(
     `train_size`, is the validation split, with the same share of each class.
 
     Images become square: the shorter side is resized to the median shorter side of the first 100
-    training images, but at most to 64 pixels, and the middle is cut out; images that fit already
+    training images, but at most to 64 pixels, and the middle is cut out; images that already fit
     are left alone. They are grey if those 100 are, else RGB. Training images are shifted by up to
     an eighth of their size, what moves in is black, and half of them are mirrored. All are
     standardised with the mean and the standard deviation of the training pixels per channel.
 
     Only the images in use are decoded, once, into memory. The files are read where they lie:
-    nothing is copied to a cache, and nothing is asked of the network. Links are followed wherever
+    nothing is copied to a cache, and the network is not used. Links are followed wherever
     they lead, because Hugging Face's own cache is made of them, but no file is read twice.
 
     Args:
@@ -194,7 +194,7 @@ class _Split:
                     raise ValueError(f"columns must be image and label, got {', '.join(features)}")
                 opened = self._open(folder, columns=[column]).with_format("arrow")
                 tables = opened.iter(batch_size=ROWS_AT_ONCE)
-                # A reader that is left open can keep the interpreter from ending.
+                # A reader left open can keep the interpreter from exiting.
                 with contextlib.closing(tables):
                     yield features[column], tables
         except Exception as problem:

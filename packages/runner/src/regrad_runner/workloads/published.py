@@ -1,4 +1,4 @@
-"""Published data sets of small images, read and, if asked, fetched by torchvision."""
+"""Published data sets of small images, read and, on request, downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Published:
         """Fetch what is missing; processes that were started together do it one after the other."""
         try:
             root.mkdir(parents=True, exist_ok=True)
-            # What torchvision says of its progress must not stand between our results.
+            # torchvision's progress output must not mix with our results.
             with FileLock(root / f".{self.name}.lock"), contextlib.redirect_stdout(sys.stderr):
                 self.kind(root, download=True)
         except (OSError, RuntimeError) as problem:
@@ -116,12 +116,12 @@ class Published:
             raise ValueError(self._missing(root)) from problem
         pixels = torch.as_tensor(found.data)
         labels = torch.as_tensor(found.targets)
-        # Grey images come without a dimension of channels, others with it as the last one.
+        # Grey images come without a channel dimension, others with it last.
         pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
         return pixels.contiguous(), labels.long()
 
     def _missing(self, root: Path) -> str:
-        """Say what is missing in a folder, and what helps."""
+        """Say what is missing in a folder, and what to do."""
         is_there = (root / self.files).is_dir()
         state = "with a damaged or incomplete one" if is_there else "without it"
         got = f"'{root}' {state}"

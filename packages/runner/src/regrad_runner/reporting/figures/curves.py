@@ -56,7 +56,7 @@ def times_of_evaluations(data: ReportData) -> dict[str, dict[int, float]]:
         seconds = point.seconds
         if seconds is None:
             seconds = point.step * seconds_per_step[point.arm, point.seed]
-            if not seconds:  # of a script whose times nobody knows
+            if not seconds:  # for a script the times are unknown
                 continue
         times.setdefault(point.arm, {}).setdefault(point.step, []).append(seconds)
     return {

@@ -1,4 +1,4 @@
-"""Corrections with their controls, and arms so far off that they would hide what the others do."""
+"""Corrections with their controls, and outlying arms that would hide what the others do."""
 
 from __future__ import annotations
 

@@ -373,7 +373,7 @@ def _milliseconds_per_step(data: ReportData, arm: str) -> float | None:
         for result in data.folder.results
         if result.arm == arm and result.status == "finished"
     ]
-    return median(seconds) * 1e3 if any(seconds) else None  # a script's are not known
+    return median(seconds) * 1e3 if any(seconds) else None  # unknown for a script
 
 
 def _count(number: int) -> TableCell:
@@ -511,7 +511,7 @@ def _notes_on_runs(data: ReportData) -> list[str]:
 def _notes_on_age(data: ReportData) -> list[str]:
     """Say what folders of older versions do not hold."""
     notes: list[str] = []
-    if "script" in data.settings:  # what is missing there nobody could keep
+    if "script" in data.settings:  # a script cannot provide what is missing there
         return notes
     if times_are_estimated(data):
         notes.append(

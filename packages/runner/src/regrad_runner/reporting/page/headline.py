@@ -1,4 +1,4 @@
-"""What was found, in one sentence, and what else is to be said in a second one."""
+"""The result in one sentence, and further remarks in a second one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def headline(summaries: Sequence[ArmSummary]) -> str:
 
 
 def rest(summaries: Sequence[ArmSummary]) -> str:
-    """Return what the headline leaves open: what became of the other corrections.
+    """Return what the headline leaves open: the results of the other corrections.
 
     Args:
         summaries: One per arm.

@@ -11,7 +11,7 @@ from regrad_runner.settings.script_config import comparison_settings_of
 
 # Where numbers are sent changes no result, and an address may hold a password.
 PRIVATE_SETTINGS = {"tracking_uri", "processes", "controls"}
-# What is no flag of its own name: the words behind "--", and the direction of the measure.
+# Settings without a flag of their name: the words after "--", and the direction of the measure.
 WRITTEN_OTHERWISE = {"script", "better"}
 ONE_FLAG_EACH = {"optimizer_class"}
 ALWAYS_NAMED = {"workload", "corrections", "seeds"}
@@ -48,7 +48,7 @@ def command_to_repeat(settings: Mapping[str, Any], *, processes: int = 1) -> str
           -- train.py '--seed={seed}'
     """
     if not settings.get("corrections"):
-        # A list without a value cannot be written as a flag.
+        # An empty list cannot be written as a flag.
         return "regrad compare --config config.yaml"
     lines = [_program(processes)]
     for name, field in comparison_settings_of(settings).model_fields.items():
