@@ -34,7 +34,15 @@ PROMISED = {
 
 
 READ_ELEMENTS = {"clip-value", "powergrad", "xgrad"}
-READ_NO_MOMENTS = {"agc", "centralization", "clip-norm", "clip-value", "gcode", "powergrad"}
+READ_NO_MOMENTS = {
+    "agc",
+    "centralization",
+    "clip-norm",
+    "clip-value",
+    "gcode",
+    "powergrad",
+    "xgrad",
+}
 
 
 @pytest.fixture(scope="module")
