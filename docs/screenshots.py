@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--theme", choices=("light", "dark"), default="light")
     parser.add_argument("--whole", action="store_true", help="the whole page, however long")
     wanted = parser.parse_args()
-    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    browser = find_browser()
     page = wanted.folder.absolute() / "report.html"
     if browser is None or not page.is_file():
         sys.exit(
@@ -50,6 +50,11 @@ def main() -> None:
             tab.close()
         shrink(answer(chromium, page, wanted.theme), wanted.out / "comparison.png")
         chromium.close()
+
+
+def find_browser() -> str | None:
+    """Return the path of an installed browser, or None."""
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 def answer(chromium: Browser, page: Path, theme: Literal["light", "dark"]) -> bytes:
