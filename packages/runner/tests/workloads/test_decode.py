@@ -80,7 +80,9 @@ def test_more_pixels_than_memory_is_refused_by_the_head_alone_without_a_warning(
 
 
 def test_no_pixels_and_a_strip_are_refused():
-    with pytest.raises(UnreadableImage, match=r"pixels, got 0 × 7 in 'it'|got something else in 'it'"):
+    with pytest.raises(
+        UnreadableImage, match=r"pixels, got 0 × 7 in 'it'|got something else in 'it'"
+    ):
         EncodedImage("'it'", png_head(0, 7)).decoded()
     with pytest.raises(UnreadableImage, match="1000 times as long as wide, got 1 × 1001 in 'it'"):
         encoded(Image.new("L", (1, 1001))).decoded()
