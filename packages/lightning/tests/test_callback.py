@@ -337,7 +337,7 @@ def test_each_of_several_optimizers_stepped_by_hand_has_a_callback_of_its_own(to
 
 
 def test_several_optimizers_without_an_index_are_refused(toys, tmp_path):
-    rule = "optimizer must be an index below 2, got None; give each optimizer that is to be corrected a RegradCallback"
+    rule = "optimizer must be an index below 2, got None; use one RegradCallback for each optimizer"
     with pytest.raises(RegradError, match=rule):
         toys.trainer(tmp_path, RegradCallback(["xgrad"])).fit(Pair(toys), toys.loader())
 

@@ -60,7 +60,7 @@ def test_what_is_written_aside_is_never_opened_through_a_link(tmp_path, victim, 
     monkeypatch.setattr(files.secrets, "token_hex", lambda size: "foreseen")
     (tmp_path / ".a.txt.foreseen.part").symlink_to(victim)
     with pytest.raises(
-        DiskError, match=r"'.*a\.txt' must be written, got 'File exists'; make room"
+        DiskError, match=r"'.*a\.txt' must be written, got 'File exists'; free some space"
     ):
         write_whole(tmp_path / "a.txt", "text")
 
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskError, match="got 'No space left on device'; make room"):
+    with pytest.raises(DiskError, match="got 'No space left on device'; free some space"):
         write_whole(tmp_path / "a.txt", "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
 

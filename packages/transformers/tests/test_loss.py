@@ -257,6 +257,6 @@ def test_what_is_no_cross_entropy_of_every_position_is_refused():
             {"logits": logits, "aux_loss": torch.ones(())}, torch.zeros(4, dtype=torch.long)
         )
     with pytest.raises(
-        RegradError, match="of one GPU per process, got several; start with torchrun"
+        RegradError, match="from one GPU per process, got several; start with torchrun"
     ):
         compute_loss({"logits": logits}, torch.zeros(4, dtype=torch.long), torch.ones(2, 1))

@@ -78,6 +78,6 @@ def test_two_processes_train_like_one_resume_to_the_same_bits_and_refuse_checkpo
         # float32: gradients are added in another order, and Adam divides by small second moments
         assert seen["from one process"] < 1e-5
         assert seen["after resuming"] == 0
-        assert "checkpoints must not be of shards" in seen["shards"]
+        assert "checkpoints must not be sharded" in seen["shards"]
         assert "save_strategy='no'" in seen["shards"]
     assert (tmp_path / "regrad.json").is_file()

@@ -291,8 +291,8 @@ def read_regular_file(path: Path, *, largest: int) -> bytes:
         largest: Bytes that it may have.
 
     Raises:
-        OSError: If there is none, or it is a link, a pipe or something else that is not a file, or if it
-            is larger.
+        OSError: If there is none, or it is a link, a pipe or something else that is not a file, or
+            if it is larger.
     """
     with open_regular_file(path, follow_link=False) as file:
         if os.fstat(file.fileno()).st_size > largest:

@@ -296,7 +296,7 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
             "the same"
         )
         assert results[name]["lines"][0].startswith(
-            "the checkpoint is of 1 processes and goes on with 2"
+            "the checkpoint was written by 1 processes and continues on 2"
         )
         for seen in (from_two, results[name]["from_one"]):
             pairs = whole[name].items()

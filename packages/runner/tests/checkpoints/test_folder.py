@@ -89,7 +89,7 @@ def test_a_file_that_is_cut_short_empty_or_missing_is_found(tmp_path, name):
     assert damage_of(path) == f"{name} is missing"
     with pytest.raises(
         RegradError,
-        match=f"must be as it was written, got '.*step-00000001' where {name} is missing",
+        match=f"must be undamaged, got '.*step-00000001': {name} is missing",
     ):
         read_checkpoint(path)
 
@@ -137,7 +137,7 @@ def test_where_only_damaged_ones_are_left_nothing_starts_anew_in_silence(tmp_pat
     (write(tmp_path, 1) / "state.json").write_text("{}")
     with pytest.raises(
         RegradError,
-        match=r"must be whole to resume, got only damaged ones in .*step-00000001: state",
+        match=r"must be undamaged to resume, got only damaged ones in .*step-00000001: state",
     ):
         read_latest(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -354,7 +354,7 @@ def test_a_second_ctrl_c_leaves_at_once_without_saving_or_waiting(here, monkeypa
     assert main(["train", *words, "--tracking-uri", DEAD_SERVER, "--out", "out"]) == 130
     said = capfd.readouterr().err
     assert "once more leaves at once" in said
-    assert f"tracking at {DEAD_SERVER} is not whole" in said
+    assert f"tracking at {DEAD_SERVER} is incomplete" in said
     assert "regrad sync out completes it" in said
     assert not (here / "out" / "checkpoints").exists()
     (record,) = (here / "out" / "runs").glob("*/0/run.json")

@@ -152,7 +152,7 @@ def test_a_cell_that_ended_is_not_run_again_and_one_that_failed_is(here, capsys,
     assert [r.status for r in ResultsFolder(here / "out").results] == ["finished"]
     monkeypatch.setattr(TrainingRun, "_micro_batch", lambda *_: 1 / 0)
     assert run_cell(0) == 0
-    assert "cell 0: baseline, seed 0: it ended before" in capsys.readouterr().err
+    assert "cell 0: baseline, seed 0: it has already ended" in capsys.readouterr().err
 
 
 def test_a_comparison_goes_on_from_what_cells_left(here, capsys):

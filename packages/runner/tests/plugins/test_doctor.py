@@ -240,7 +240,7 @@ def test_metadata_that_can_be_read_and_say_nonsense_are_named(install, tmp_path,
         "its METADATA gives the version '\\x1b[1mone; rm -r x'",
         "is installed twice, as 1.0 and 1.0",
     }
-    (odd,) = (finding for finding in findings if "call it so" in finding.said)
+    (odd,) = (finding for finding in findings if "gives this name" in finding.said)
     assert odd.mend == f"remove {tmp_path}/site/odd-1.0.dist-info, then install what it belongs to"
 
 

@@ -231,7 +231,9 @@ def test_the_points_of_a_run_that_ended_are_whole_or_refused(ended):
     record = read_record(ended)
     for length in range(len(content)):
         (ended / "points.jsonl").write_bytes(content[:length])
-        with pytest.raises(ValueError, match="must be as it was written, got another or a part"):
+        with pytest.raises(
+            ValueError, match="must be unchanged since it was written, got a changed or incomplete"
+        ):
             read_points(ended, record)
     (ended / "points.jsonl").write_bytes(content + b"torn")
     assert len(read_points(ended, record)) == 3

@@ -57,7 +57,7 @@ def test_a_damaged_database_is_put_aside_said_and_made_anew_from_the_folders(out
     assert (out / "mlflow.db.damaged-1").read_bytes() == damaged
     assert fault_of(out / "mlflow.db") is None
     assert main(["sync", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("everything of")
+    assert capsys.readouterr().out.startswith("everything in")
 
 
 def test_a_database_that_is_damaged_under_way_is_put_aside_and_filled_again(

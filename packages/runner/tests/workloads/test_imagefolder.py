@@ -437,7 +437,11 @@ def test_images_below_a_class_are_found_in_the_order_of_their_folders(tmp_path):
             "hold no link that points outside it, got '{0}/train/cat'",
         ),
         ("test", "../elsewhere", "hold no link that points outside it, got '{0}/test' to"),
-        ("train/ant/x.png", "../../../elsewhere/extra-0.png", "no link that leads out of it, got"),
+        (
+            "train/ant/x.png",
+            "../../../elsewhere/extra-0.png",
+            "no link that points outside it, got",
+        ),
         ("train/ant/x.png", "000.png", "each file once, got one file as '{0}/train/ant/000.png'"),
         ("train/ant/x.png", "../bee/000.png", "each file once, got one file as '{0}/train/ant/x"),
         ("train/ant/x.png", "../../val/ant/000.png", "each file once, got one file as"),

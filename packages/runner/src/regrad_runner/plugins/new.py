@@ -39,7 +39,7 @@ YOUR_NAME = "(fill in your name)"
 CARRIED = "distribution"  # where a plugin's wheel carries what is outside its package
 COPIED = ("pyproject.toml", "LICENSE", "README.md", "tests")
 NEEDS = ["regrad>=0.1,<0.2", "torch>=2.12"]
-EXAMPLE = "| `bound` | what no element of a gradient exceeds | 1.0 | positive |"
+EXAMPLE = "| `bound` | largest size of a gradient element | 1.0 | positive |"
 
 
 class CopiedPlugin(NamedTuple):
