@@ -15,6 +15,7 @@ from regrad.errors import RegradWarning
 from regrad_runner.checkpoints.folder import checkpoints
 from regrad_runner.cli.corrections_flag import repeat_flag
 from regrad_runner.cli.main import main
+from regrad_runner.comparing import compare
 from regrad_runner.errors import format_warning
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.settings.config import CompareConfig, TrainConfig
@@ -271,7 +272,10 @@ def baseline(here):
 
 
 def in_the_step(monkeypatch, number, action):
-    """Let something happen in a training step, counted over all runs from 1."""
+    """Let something happen in a training step, counted over all runs from 1.
+
+    A comparison estimates no time then, which would take steps of its own.
+    """
     count = itertools.count(1)
     original = TrainingRun._micro_batch
 
@@ -280,6 +284,7 @@ def in_the_step(monkeypatch, number, action):
             action()
         original(self, images, labels)
 
+    monkeypatch.setattr(compare, "estimate_in_words", lambda *_: None)
     monkeypatch.setattr(TrainingRun, "_micro_batch", step)
 
 

@@ -59,9 +59,10 @@ def test_several_processes_estimate_nothing(plan):
     assert estimate_in_words(replace(plan, processes=2), Runs()) is None
 
 
-def test_what_cannot_be_measured_is_not_estimated(plan, monkeypatch):
+@pytest.mark.parametrize("problem", [RuntimeError("out of memory"), ZeroDivisionError()])
+def test_what_cannot_be_measured_is_not_estimated(plan, monkeypatch, problem):
     def fail(*arguments, **options):
-        raise RuntimeError("out of memory")
+        raise problem
 
     monkeypatch.setattr(estimate, "TrainingRun", fail)
     assert estimate_in_words(plan, Runs()) is None

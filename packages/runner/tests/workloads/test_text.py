@@ -254,7 +254,7 @@ def test_a_comparison_runs_through_and_says_that_lower_is_better(
     }  # every 6 of 25
     assert (tmp_path / "out" / "gradient_quality.csv").is_file()
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "by test bits per byte, lower is better" in page
+    assert "test bits per byte, lower is better" in page
     assert "Left of zero is better." in page
     assert "accuracy" not in page
 
