@@ -29,7 +29,7 @@ def right_calls() -> None:
     GCW(target="gradient", norm="keep", gate=False, warmup_steps=0, fit_every=5)
     GCW(allow_double_lookahead=True)
     PowerGrad(alpha=0.3)
-    XGrad(horizon=2.0, decoupled_decay=0.01, allow_double_lookahead=True)
+    XGrad(horizon=2.0, decoupled_decay=0.01, allow_double_lookahead=True, compiled=True)
 
 
 def wrong_names() -> None:

@@ -292,8 +292,7 @@ def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_proces
     for name in names:
         from_two, lines = resuming.continued(name, tmp_path / (name or "baseline") / "two")[1:]
         assert lines[0].startswith(
-            "the checkpoint was written by 2 processes and continues on 1: images keep images in "
-            "the same"
+            "the checkpoint was written by 2 processes and continues on 1: images keep their order"
         )
         assert results[name]["lines"][0].startswith(
             "the checkpoint was written by 1 processes and continues on 2"

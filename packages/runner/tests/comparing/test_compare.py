@@ -12,6 +12,7 @@ import regrad
 import torch
 import yaml
 from regrad.correction import Control, Correction, Needs
+from regrad_runner.comparing import compare as compare_module
 from regrad_runner.comparing import running as module
 from regrad_runner.comparing.compare import Plan, compare, make_plan
 from regrad_runner.reporting.progress import Display
@@ -137,6 +138,7 @@ def test_a_stopped_comparison_goes_on_and_repeats_no_finished_run(plan, monkeypa
         original(self, config, workload, arm, seed=seed, lr=lr)
 
     monkeypatch.setattr(TrainingRun, "__init__", counting)
+    monkeypatch.setattr(compare_module, "estimate_in_words", lambda *_: None)  # it makes runs
     resumed, text = run(plan(resume=True))
     assert started == [("nesterov", 1)]
     assert [line[:5] for line in text.splitlines()] == ["[4/4]"]
@@ -154,6 +156,7 @@ def test_more_seeds_and_corrections_are_added_and_nothing_is_repeated(plan, monk
     first, _ = run(plan(arms=(BASELINE,), seeds=2))
     before = outcomes(first)
     monkeypatch.setattr(TrainingRun, "__init__", counting)
+    monkeypatch.setattr(compare_module, "estimate_in_words", lambda *_: None)  # it makes runs
     resumed, text = run(plan(arms=(BASELINE, NESTEROV), seeds=3, resume=True))
     assert started == [("nesterov", 0), ("nesterov", 1), ("baseline", 2), ("nesterov", 2)]
     assert [line[:5] for line in text.splitlines()] == ["[3/6]", "[4/6]", "[5/6]", "[6/6]"]

@@ -178,7 +178,7 @@ def check(words):
     if (
         words[0] == "sync" and code == 1
     ):  # the runs that are whole are shown, and the other is named
-        assert out.splitlines()[-1].startswith("not all of out is at ")
+        assert out.splitlines()[-1].startswith("not everything in out is at ")
         return code, out
     assert code in (None, 0, 2), (words, out, err)
     if code == 2:

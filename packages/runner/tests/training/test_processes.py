@@ -70,7 +70,7 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(monkeypatch):
     check_task()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(
-        ValueError, match=r"srun must start one launcher per node, got 8 tasks .*; use srun"
+        ValueError, match=r"srun must start one launcher per node, got 8 tasks, .*; use srun"
     ):
         check_task()
     monkeypatch.setenv("WORLD_SIZE", "8")

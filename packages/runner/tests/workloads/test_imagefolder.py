@@ -235,7 +235,7 @@ def test_a_file_that_is_no_image_is_found_before_anything_is_trained(tmp_path, s
     (tmp_path / "val" / "bee" / "003.png").write_bytes(b"no image")
     with pytest.raises(
         ValueError,
-        match=r"image must be a JPEG, PNG or the like, got something else in '.*003.png'; read",
+        match=r"image must be a JPEG, PNG or the like, got something else in '.*003.png'; supported are",
     ):
         load_workload("imagefolder", data_dir=tmp_path, image_size=size)
 
