@@ -52,6 +52,25 @@ def user(tmp_path, monkeypatch) -> dict:
     }
 
 
+@pytest.fixture
+def detached(monkeypatch):
+    """Detach at the end what the code of a page attaches: it may stand in torch's functions."""
+    import regrad
+
+    attach = regrad.attach
+    made = []
+
+    def kept(*arguments, **options):
+        made.append(attach(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(regrad, "attach", kept)
+    yield
+    for attachment in made:
+        attachment.detach()
+
+
+@pytest.mark.usefixtures("detached")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: str(p.relative_to(ROOT))
 )

@@ -6,7 +6,6 @@ import pytest
 import regrad
 import torch
 from regrad import RegradError, RegradWarning
-from regrad import inside as inside_models
 from regrad.inside import CrossEntropyInside
 from torch import nn
 from torch.nn import functional as F
@@ -51,13 +50,6 @@ class Reader(nn.Module):
 
     def forward(self, inputs, labels):
         return self.loss(self.head(inputs), labels)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def plain_functions():
-    """Put torch's functions back where a test of another file left its attachment."""
-    while inside_models._installed:
-        inside_models.uninstall()
 
 
 @pytest.fixture

@@ -49,11 +49,10 @@ def step_cases() -> list[Case]:
 
 def transformer_cases() -> list[Case]:
     """Return one case for each installed correction on each transformer."""
-    return [
-        _case(section, model, name, None)
-        for section, model in TRANSFORMERS.items()
-        for name in regrad.available()
-    ]
+    cases: list[Case] = []
+    for section, model in TRANSFORMERS.items():
+        cases += [_case(section, model, name, None) for name in regrad.available()]
+    return cases
 
 
 def together_cases() -> list[Case]:

@@ -40,7 +40,7 @@ def estimate_in_words(plan: Plan, folder: ResultsFolder) -> str | None:
         return None
     try:
         seconds = _seconds_per_run(plan)
-    except Exception:  # noqa: BLE001 - any plugin's own; the runs raise it too, and it is told there
+    except Exception:  # noqa: BLE001 - a plugin's own; the runs raise and tell it too
         return None
     at_once = min(plan.jobs, left)
     return (
