@@ -1,6 +1,8 @@
 """The record of the first training forward."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import regrad
@@ -128,9 +130,6 @@ def test_a_model_compiled_in_place_before_attach_has_no_record_either(toys, read
 
 
 def test_the_record_keeps_no_tensor_alive(toys, reading):
-    import gc
-    import weakref
-
     model = toys.Net()
     optimizer = toys.sgd(model)
     regrad.attach(model, optimizer, [reading()])
@@ -141,6 +140,56 @@ def test_the_record_keeps_no_tensor_alive(toys, reading):
     toys.train_step(model, optimizer)
     gc.collect()
     assert [reference() for reference in alive] == [None]
+
+
+def test_an_output_that_nothing_else_holds_is_gone_before_the_recorded_forward_ends(reading):
+    alive = []
+
+    class Drops(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(3, 4)
+            self.last = torch.nn.Linear(4, 2)
+
+        def forward(self, inputs):
+            output = self.first(inputs)
+            gone = weakref.ref(output)
+            doubled = output * 2  # keeps no operand for its backward pass
+            del output
+            alive.append(gone() is not None)
+            return self.last(doubled)
+
+    model = Drops()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = regrad.attach(model, optimizer, [reading()])
+    model(torch.ones(5, 3)).sum().backward()
+    assert alive == [False]
+    assert [call.makes_output for call in attachment.record.calls] == [False, True]
+
+
+def test_nothing_beside_the_logits_makes_two_modules_the_head(toys, reading):
+    class WithNone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Pair(3)
+            self.head = Pair(3)
+
+        def forward(self, inputs):
+            hidden, _ = self.body(inputs)
+            return self.head(hidden)
+
+    class Pair(torch.nn.Linear):
+        def __init__(self, width):
+            super().__init__(width, width)
+
+        def forward(self, inputs):
+            return super().forward(inputs), None
+
+    model = WithNone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attachment = regrad.attach(model, optimizer, [reading()])
+    model(torch.ones(5, 3))[0].sum().backward()
+    assert [call.makes_output for call in attachment.record.calls] == [False, True]
 
 
 def test_nested_tensors_have_no_shape_in_the_record(toys, reading):

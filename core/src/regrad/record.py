@@ -1,6 +1,7 @@
 """The record of the first training forward: which submodule was called when, with which shapes."""
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +32,8 @@ class ForwardRecord:
     """Records the first training forward after its creation, then removes its hooks.
 
     For several modules that are attached together, each one's forward is recorded, in the order of
-    the calls; the output of the last one called is the model's.
+    the calls; the output of the last one called is the model's. No tensor is kept alive: the
+    forward needs no more memory than without.
 
     Args:
         model: The innermost module. Gets a forward hook per submodule until then.
@@ -44,7 +46,7 @@ class ForwardRecord:
     def __init__(self, model: nn.Module, roots: Sequence[nn.Module] = ()) -> None:
         self.calls: tuple[Call, ...] = ()
         self._names = {module: name for name, module in model.named_modules()}
-        self._seen: list[tuple[str, Any, list[Any]]] = []
+        self._seen: list[tuple[str, Any, Any, list[Callable[[], Any]]]] = []
         self._handles_of: dict[nn.Module, list[Handle]] = {}
         hooked: set[nn.Module] = set()
         for root in roots or (model,):
@@ -73,26 +75,38 @@ class ForwardRecord:
         is_root = module in self._handles_of
         name = self._names[module]
         if name:
-            self._seen.append((name, _shapes(tree_leaves(inputs)), tree_leaves(output)))
+            leaves = tree_leaves(output)
+            self._seen.append(
+                (name, _shapes(tree_leaves(inputs)), _shapes(leaves), [*map(_reference, leaves)])
+            )
         if not is_root:
             return
         if module.training:
             self._finish(module, output)
-        self._seen.clear()  # keep no tensor alive
+        self._seen.clear()
 
     def _finish(self, root: nn.Module, output: Any) -> None:
         """Turn what was seen into calls; the record of this root is complete."""
         is_mapping = isinstance(output, Mapping)
         logits = output.get("logits") if is_mapping else getattr(output, "logits", None)
-        final = {id(leaf) for leaf in tree_leaves(output if logits is None else logits)}
+        leaves_of_output = tree_leaves(output if logits is None else logits)
+        final = {id(leaf) for leaf in leaves_of_output if leaf is not None}
         earlier = [replace(call, makes_output=False) for call in self.calls]
         calls = [
-            Call(name, inputs, _shapes(outputs), any(id(leaf) in final for leaf in outputs))
-            for name, inputs, outputs in self._seen
+            Call(name, inputs, outputs, any(id(leaf()) in final for leaf in leaves))
+            for name, inputs, outputs, leaves in self._seen
         ]
         self.calls = (*earlier, *calls)
         for handle in self._handles_of.pop(root):
             handle.remove()
+
+
+def _reference(leaf: Any) -> Callable[[], Any]:
+    """Return a call that returns a leaf: None once it is gone, if it can be referred to weakly."""
+    try:
+        return weakref.ref(leaf)
+    except TypeError:  # a number, or an object with slots
+        return lambda: leaf
 
 
 def _shapes(leaves: Any) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call: Called once. What it returns is released first.
         device: The device to look at.
     """
+    gc.collect()  # garbage that an earlier call left would be released, and counted, in this one
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats(device)
