@@ -71,6 +71,21 @@ def test_workers_keep_memory_unless_the_environment_says_otherwise(monkeypatch):
     assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "4096"
 
 
+@pytest.mark.parametrize(("cells", "expected"), [(0, 0), (2, 2), (9, 3)])
+def test_workers_start_before_there_is_a_cell_to_run_but_no_more_than_cells(
+    here, monkeypatch, cells, expected
+):
+    started = []
+
+    def start(self):
+        started.append(self)
+
+    monkeypatch.setattr(workers.Workers, "_start", start)
+    plan = make_plan(CompareConfig(**LARGE), out=here / "out", jobs=3)
+    with workers.Workers(plan, None, cells=cells):
+        assert len(started) == expected
+
+
 def test_rates_that_arms_add_are_the_same_for_any_jobs(here, capsys, tables):
     words = ["compare", *SMALL, "--config", "few.yaml", "--epochs", "1", "--tracker", "none"]
     words += ["--lr", "0.01,0.02", "--tuning-extensions", "2"]

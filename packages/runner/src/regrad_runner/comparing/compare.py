@@ -37,24 +37,26 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
     """
     if not plan.reports:
         folder = ResultsFolder(plan.path)
-        _run_pending(plan, folder, display)
+        with runner_of(plan, display, cells=plan.runs) as runner:
+            _run_pending(plan, folder, display, runner)
         return folder
     folder = open_folder(plan)
     export_tables(folder)
-    config = plan.config
-    with tracking(
-        config.tracker,
-        plan.path,
-        config.tracking_uri,
-        say=display.say,
-        verdicts=verdict_numbers,
+    ended = len(folder.trials) + sum(result.status != "failed" for result in folder.results)
+    display.skip(ended)
+    with (
+        runner_of(plan, display, cells=plan.runs - ended) as runner,
+        tracking(
+            plan.config.tracker,
+            plan.path,
+            plan.config.tracking_uri,
+            say=display.say,
+            verdicts=verdict_numbers,
+        ),
     ):
-        display.skip(
-            len(folder.trials) + sum(result.status != "failed" for result in folder.results)
-        )
         if isinstance(plan, Plan):
             _say_estimate(plan, folder, display)
-        _run_pending(plan, folder, display)
+        _run_pending(plan, folder, display, runner)
         if isinstance(plan, Plan):
             time_steps(plan, folder, display)
         draw(folder, plan.measure)
@@ -68,20 +70,21 @@ def _say_estimate(plan: Plan, folder: ResultsFolder, display: Display) -> None:
         display.say(estimate)
 
 
-def _run_pending(plan: Planned[Any], folder: ResultsFolder, display: Display) -> None:
+def _run_pending(
+    plan: Planned[Any], folder: ResultsFolder, display: Display, runner: Runner
+) -> None:
     """Run what the folder lacks: trials of learning rates, then runs with the chosen rates."""
-    with runner_of(plan, display) as runner:
+    trials = agreed(_next_trials(plan, folder, display))
+    while trials:
+        _follow(plan, folder, display, runner.run_cells(trials))
         trials = agreed(_next_trials(plan, folder, display))
-        while trials:
-            _follow(plan, folder, display, runner.run_cells(trials))
-            trials = agreed(_next_trials(plan, folder, display))
-        rates = agreed(folder.rates)
-        runs = [
-            (cell, rates[cell.arm])
-            for cell in plan.cells
-            if is_compared(cell) and not folder.is_finished(cell.arm, cell.seed)
-        ]
-        _follow(plan, folder, display, runner.run_cells(agreed(runs)))
+    rates = agreed(folder.rates)
+    runs = [
+        (cell, rates[cell.arm])
+        for cell in plan.cells
+        if is_compared(cell) and not folder.is_finished(cell.arm, cell.seed)
+    ]
+    _follow(plan, folder, display, runner.run_cells(agreed(runs)))
 
 
 def _next_trials(

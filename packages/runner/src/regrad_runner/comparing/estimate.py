@@ -12,6 +12,7 @@ from regrad_runner.diagnostics.step_times import (
     SEED_OF_TIMING,
     TIMED_PAIRS,
     UNTIMED_PAIRS,
+    clock_of,
     silence_meter,
 )
 from regrad_runner.results.folder import ResultsFolder
@@ -79,9 +80,10 @@ def _seconds_of_arm(plan: Plan, arm: Arm, rate: float) -> float:
     times: list[float] = []
     with closing(TrainingRun(plan.config, plan.workload, arm, seed=SEED_OF_TIMING, lr=rate)) as run:
         silence_meter(run)  # it looks at the first steps, and later at few
-        before = time.perf_counter()
+        clock = clock_of(run)
+        before = clock()
         for _ in islice(run.steps(), STEPS_TRIED):
-            now = time.perf_counter()
+            now = clock()
             times.append(now - before)
             before = now
             if sum(times) > LONGEST_TRIAL_SECONDS:

@@ -157,7 +157,7 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
     with ExitStack() as stack:
         if plan.reports and is_server(plan.config.tracking_uri):
             stack.enter_context(_tracked(plan, display.say, cell))
-        cells = stack.enter_context(runner_of(plan, display))
+        cells = stack.enter_context(runner_of(plan, display, cells=1))
         for _ in cells.run_cells([(cell, cell_plan.lr)]):
             pass
     return ResultsFolder(plan.path).take(cell) if plan.reports else None

@@ -13,12 +13,20 @@ from regrad_runner.comparing.workers import Workers
 from regrad_runner.reporting.progress import Display
 
 
-def runner_of(plan: Planned[Any], display: Display) -> AbstractContextManager[Runner]:
-    """Return what runs the cells, as many at once as planned."""
+def runner_of(
+    plan: Planned[Any], display: Display, *, cells: int
+) -> AbstractContextManager[Runner]:
+    """Return what runs the cells, as many at once as planned.
+
+    Args:
+        plan: Of the comparison; its folder is there.
+        display: Shows what is under way.
+        cells: How many there are to run, as far as is known.
+    """
     if isinstance(plan, ScriptPlan):
         return ScriptCells(plan, display)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be of a workload or a script, got {type(plan).__name__}")
     if plan.jobs == 1:
         return nullcontext(Comparison(plan, display))
-    return Workers(plan, display)
+    return Workers(plan, display, cells=cells)

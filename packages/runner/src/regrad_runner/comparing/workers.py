@@ -61,14 +61,18 @@ class Worker:
 class Workers:
     """Worker processes, as a context manager: they end with it, after an error at once.
 
+    They start with it too, and load libraries and data while the first process does the same.
+
     Args:
         plan: Of the comparison; its folder is there.
         display: Shows what is under way.
+        cells: How many there are to run: no more processes than that start at once.
     """
 
-    def __init__(self, plan: Plan, display: Display) -> None:
+    def __init__(self, plan: Plan, display: Display, *, cells: int) -> None:
         self._plan = plan
         self._display = display
+        self._cells = cells
         self._workers: list[Worker] = []
         self._started = 0
 
@@ -82,6 +86,12 @@ class Workers:
                 yield from self._hear(lines[line])  # type: ignore[index]
 
     def __enter__(self) -> Self:
+        try:
+            for _ in range(min(self._plan.jobs, self._cells)):
+                self._start()
+        except BaseException as problem:
+            self.__exit__(type(problem), problem, problem.__traceback__)
+            raise
         return self
 
     def __exit__(

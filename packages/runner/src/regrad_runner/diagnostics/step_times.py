@@ -142,6 +142,19 @@ def silence_meter(run: TrainingRun) -> None:
     engine.meter = _Silent()
 
 
+def clock_of(run: TrainingRun) -> Callable[[], float]:
+    """Return the clock that suits a run.
+
+    On a device it waits until all is computed. On one thread of a CPU it is the time of this
+    thread, from which nothing else takes anything: other processes, or one that reports meanwhile.
+    """
+    if run.accelerator.device.type != "cpu":
+        return _device_time
+    if torch.get_num_threads() == 1 and run.config.workers == 0:
+        return time.thread_time
+    return time.perf_counter
+
+
 class _Silent(Meter):
     """A meter that never looks."""
 
@@ -170,7 +183,7 @@ def _times_in_turns(run: TrainingRun, other: TrainingRun) -> list[tuple[float, f
     """Return the seconds of the steps of two runs, in pairs."""
     steps = run.steps()
     other_steps = other.steps()
-    clock = _clock(run)
+    clock = clock_of(run)
     for _ in range(UNTIMED_PAIRS):
         next(steps)
         next(other_steps)
@@ -195,19 +208,6 @@ def _time_of_step(steps: Iterator[int], clock: Callable[[], float]) -> float:
     began = clock()
     next(steps)
     return clock() - began
-
-
-def _clock(run: TrainingRun) -> Callable[[], float]:
-    """Return the clock that suits a run.
-
-    On a device it waits until all is computed. On one thread of a CPU it is the time of this
-    process, from which others can take nothing.
-    """
-    if run.accelerator.device.type != "cpu":
-        return _device_time
-    if torch.get_num_threads() == 1 and run.config.workers == 0:
-        return time.process_time
-    return time.perf_counter
 
 
 def _device_time() -> float:
