@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 import tomllib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -250,7 +251,22 @@ def front_table() -> str:
             verdict_in_front(arm),
         ]
         lines.append(f"| {' | '.join(cells)} |\n")
-    return "".join(lines)
+    return f"{''.join(lines)}\n{tally()}\n"
+
+
+def tally() -> str:
+    """Return a sentence on the verdicts of all arms that were ever compared, not of a few."""
+    folders = [path.parent for path in sorted(FOLDER.glob("**/results.csv"))]
+    counts: Counter[str] = Counter()
+    for folder in folders:
+        for summary in summaries_of(folder):
+            if summary.verdict not in ("baseline", "control"):
+                counts[verdict_in_front(summary).strip("*")] += 1
+    verdicts = "; ".join(f"{verdict}: {count}" for verdict, count in counts.most_common())
+    return (
+        f"The verdicts on all {counts.total()} arms with corrections, in {len(folders)} "
+        f"comparisons: {verdicts}."
+    )
 
 
 def against_control_in_front(arm: ArmSummary, measure: Measure) -> str:
