@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,21 @@ def median_interval(values: Sequence[float], *, level: float = 0.05) -> tuple[fl
         Thompson, 1936, "On Confidence Ranges for the Median and Other Expectation Distributions for
         Populations of Unknown Distribution Form".
     """
-    if not len(values):
+    ranks = _ranks(len(values), level)
+    if ranks is None:
         return None
-    test = stats.quantile_test(np.asarray(values, dtype=float), p=0.5)
+    smallest, largest = ranks
+    ordered = np.sort(np.asarray(values, dtype=float))
+    return float(ordered[smallest]), float(ordered[largest])
+
+
+@cache
+def _ranks(count: int, level: float) -> tuple[int, int] | None:
+    """Return where the interval's ends stand among so many values in order, from 0."""
+    if count == 0:
+        return None
+    test = stats.quantile_test(np.arange(count, dtype=float), p=0.5)
     interval: Any = test.confidence_interval(1 - level)  # scipy-stubs takes it for a float
     if math.isnan(interval.low) or math.isnan(interval.high):
         return None
-    return float(interval.low), float(interval.high)
+    return int(interval.low), int(interval.high)
