@@ -14,15 +14,15 @@ from regrad_bench.step_cases import memory_cases, step_cases, together_cases, tr
 
 # Rough seconds of one case with 20 pairs on one thread of a server's processor.
 SECONDS = {
-    "step": 20,
-    "alone": 12,
-    "growth": 30,
+    "step": 25,
+    "alone": 8,
+    "growth": 15,
     "start": 10,
-    "vit": 30,
-    "gpt": 12,
-    "memory": 12,
-    "together": 25,
-    "processes": 40,
+    "vit": 15,
+    "gpt": 4,
+    "memory": 7,
+    "together": 20,
+    "processes": 20,
 }
 
 
