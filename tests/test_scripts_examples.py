@@ -1,7 +1,8 @@
-"""The examples without the lines that attach, under `regrad run`: as with them, bit for bit."""
+"""The examples, by the command of their docstrings, and without the lines that attach, by `regrad run`."""
 
 import ast
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -124,30 +125,51 @@ EXAMPLES = {
 }
 
 
-def train(script, example, file, tmp_path, runner=()):
-    """Run a script; return what it trained, and what it said on stderr."""
+MODULES = {"python": (), "torchrun": ("-m", "torch.distributed.run", "--standalone")}
+
+
+def command_of(path: Path) -> list[str]:
+    """Return the words of the one indented line in an example's docstring, for this interpreter."""
+    lines = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
+    (command,) = [line.strip() for line in lines if line.startswith("    ")]
+    program, *words = shlex.split(command)
+    assert str(path.relative_to(ROOT)) in words
+    return [*MODULES[program], *words]
+
+
+def train(command, file, place, folder):
+    """Run a script; return what it trained, and what it said on stdout and on stderr.
+
+    Args:
+        command: Words behind `python`.
+        file: Where the script saves.
+        place: The working directory.
+        folder: For what is written to a home or a temporary folder; nothing is fetched.
+    """
     ours = ("ACCELERATE_", "MASTER_", "SLURM_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [sys.executable, *example.launcher, *runner, str(script), *example.words],
-        cwd=tmp_path,
-        env={**clean, **settings, "TMPDIR": str(tmp_path), "TRAINED": str(file)},
+        [sys.executable, *map(str, command)],
+        cwd=place,
+        env={**clean, **settings, "TMPDIR": str(folder), "TRAINED": str(file)},
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(file), done.stderr
+    return torch.load(file), done.stdout, done.stderr
 
 
-def saving(text, example):
-    """Return an example's text that saves what it trained, in place of reporting on regrad."""
+def saving(text, example, *, reports):
+    """Return an example's text that saves what it trained, before it reports or in place of that."""
     assert text.count(example.end) == 1
-    before, _ = text.split(example.end)
+    before, after = text.split(example.end)
     lead = example.end[: len(example.end) - len(example.end.lstrip())]
     saved = f"torch.save({example.trained}, __import__('os').environ['TRAINED'])\n"
+    if reports:
+        return f"{before}{lead}{saved}{example.end}{after}"
     start = 'if __name__ == "__main__":\n    main()\n'
     return f"{before}{lead}{saved}" + (start if start in text else "")
 
@@ -187,23 +209,38 @@ def test_every_example_that_trains_is_here():
     assert set(EXAMPLES) == by_hand
 
 
+def check_report(said):
+    """Check what an example says of what regrad did."""
+    assert "regrad attachment: " in said
+    assert int(re.search(r"^steps(?:_applied)?: (\d+)", said, flags=re.MULTILINE)[1]) > 0
+    changes = re.findall(r"relative_change: (\S+)$", said, flags=re.MULTILINE)
+    assert all(float(change) > 0 for change in changes), said  # of every correction, where shown
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_without_its_attach_trains_under_run_as_with_it(name, tmp_path):
+def test_an_example_runs_by_its_own_command_and_without_its_attach_under_run(name, tmp_path):
     example = EXAMPLES[name]
     for library in example.needs:
         pytest.importorskip(library)
-    text = saving((FOLDER / f"{name}.py").read_text(encoding="utf-8"), example)
+    path = FOLDER / f"{name}.py"
+    text = path.read_text(encoding="utf-8")
     by_hand, script = tmp_path / "by_hand.py", tmp_path / "script.py"
-    by_hand.write_text(text)
-    script.write_text(unattached(text, example))
+    by_hand.write_text(saving(text, example, reports=True))
+    script.write_text(unattached(saving(text, example, reports=False), example))
     assert not names_regrad(script.read_text())
 
-    wanted, _ = train(by_hand, example, tmp_path / "wanted", tmp_path)
-    plain, _ = train(script, example, tmp_path / "plain", tmp_path)
+    before = {one for one in ROOT.iterdir() if one.name != "__pycache__"}
+    command = [by_hand if word.endswith(path.name) else word for word in command_of(path)]
+    wanted, report, _ = train(command, tmp_path / "wanted", ROOT, tmp_path)
+    check_report(report)
+    assert {one for one in ROOT.iterdir() if one.name != "__pycache__"} == before
+
+    command = [*example.launcher, script, *example.words]
+    plain, _, _ = train(command, tmp_path / "plain", tmp_path, tmp_path)
     runner = shlex.split("-m regrad_runner run --corrections")
-    runner += [*example.corrections, "--"]
     # The launcher takes a module as it takes a script.
-    found, said = train(script, example, tmp_path / "found", tmp_path, runner)
+    command = [*example.launcher, *runner, *example.corrections, "--", script, *example.words]
+    found, _, said = train(command, tmp_path / "found", tmp_path, tmp_path)
     assert same(found, wanted)
     assert not same(plain, wanted)
     assert all(words in said for words in example.says), said
