@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 from hypothesis import settings
 
 # A timed assertion fails on a busy machine: tests judge numbers, benchmarks judge time.
@@ -15,6 +16,19 @@ os.environ["LOKY_MAX_CPU_COUNT"] = "1"
 
 # Nothing that is imported to collect tests is garbage; looking for some takes seconds.
 gc.disable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files whose tests may take longest, so that no process ends with one of them.
+
+    The limit of a test, `pytest.mark.timeout`, tells how long it may take.
+    """
+    longest: dict[object, float] = {}
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        limit = float(mark.args[0]) if mark is not None and mark.args else 0.0
+        longest[item.path] = max(limit, longest.get(item.path, 0.0))
+    items.sort(key=lambda item: -longest[item.path])
 
 
 def pytest_collection_finish() -> None:

@@ -24,7 +24,11 @@ TEST_ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "",
 }
 # Whole files go to one process each: many of them make something that all of their tests use.
-ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+# They keep their order, which is that of conftest.py: what takes long begins first.
+ON_ALL_CORES = (
+    *("-n", "auto", "--maxprocesses", "4"),
+    *("--dist", "loadfile", "--no-loadscope-reorder"),
+)
 # What builds the members; uv refuses a file whose hash is another.
 BUILD_REQUIREMENTS = ("--build-constraints", "release/build-requirements.txt")
 KIT = "packages/testing"
