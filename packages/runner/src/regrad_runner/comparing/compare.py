@@ -49,9 +49,10 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
         say=display.say,
         verdicts=verdict_numbers,
     ):
-        display.skip(
-            len(folder.trials) + sum(result.status != "failed" for result in folder.results)
-        )
+        failed = sum(result.status == "failed" for result in folder.results)
+        display.skip(len(folder.trials) + len(folder.results) - failed)
+        if not folder.missing and not failed:
+            display.say("every run has ended; nothing is left to run")
         if isinstance(plan, Plan):
             _say_estimate(plan, folder, display)
         _run_pending(plan, folder, display)

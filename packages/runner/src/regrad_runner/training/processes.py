@@ -6,13 +6,18 @@ import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list
+from regrad.errors import RegradError
 
 from regrad_runner.settings.config import RunConfig
 from regrad_runner.settings.environment import asked_to_shard, check_launcher, settings_win
+
+Value = TypeVar("Value")
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -121,6 +126,28 @@ def _check_sharding(accelerator: Accelerator) -> None:
             "fsdp_version must be 2, got 1, whose flat shards corrections cannot read; "
             "--fsdp_version 2"
         )
+
+
+def on_first_process(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
+    """Do something on the first process; every process returns its result, or raises its error.
+
+    Args:
+        accelerator: Of the processes. Call it on each of them.
+        action: Raises `ValueError` or `RegradError` if something is wrong; another error ends the
+            first process alone.
+    """
+    shared: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            shared[0] = action()
+        except (ValueError, RegradError) as problem:
+            shared[1] = problem
+    broadcast_object_list(shared)
+    result: Value = shared[0]
+    error: ValueError | RegradError | None = shared[1]
+    if error is not None:
+        raise error
+    return result
 
 
 def destroy_process_group() -> None:
