@@ -19,6 +19,8 @@ shift
 warned=
 trap 'warned=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90
+# The processes that a launcher restarts meet anew, where nothing is left of those before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000))
 

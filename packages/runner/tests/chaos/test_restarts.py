@@ -27,11 +27,10 @@ SETTINGS = [
     *["--epochs", "2", "--threads", "1", "--checkpoint-every", str(EVERY), "--tracker", "none"],
     *(["--corrections", *CORRECTIONS] if CORRECTIONS else []),
 ]
-SECONDS = 500  # of which a quiet machine needs 15
+SECONDS = 240  # of which a quiet machine needs 15
 RESTARTED = re.compile(r"continuing from step (\d+) ")
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="kills processes that it finds by RANK"),
     pytest.mark.timeout(600),
 ]
@@ -45,9 +44,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**clean, **cpus, "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(folder: Path, *, restarts: int = 0) -> subprocess.Popen[str]:
-    """Start a training on two processes as a user does."""
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.fixture
+def ended():
+    """End what a failed test left running."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for launcher in started:
+        with launcher:
+            launcher.terminate()
+
+
+def launch(folder: Path, *, processes: int = 2, restarts: int = 0) -> subprocess.Popen[str]:
+    """Start a training as a user does."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     train = ["-m", "regrad_runner", "train", *SETTINGS, "--resume", "auto", "--out", "out"]
     return subprocess.Popen(
         [sys.executable, "-m", *torchrun, "--max-restarts", str(restarts), *train],
@@ -70,7 +79,7 @@ def wait_for_step(launcher: subprocess.Popen[str], out: Path, step: int) -> None
     until = time.monotonic() + SECONDS
     while not any(int(path.name[-8:]) >= step for path in checkpoints(out / "checkpoints")):
         assert launcher.poll() is None, launcher.communicate()
-        assert time.monotonic() < until
+        assert time.monotonic() < until, f"no step {step} in {checkpoints(out / 'checkpoints')}"
         time.sleep(0.002)
 
 
@@ -110,8 +119,26 @@ def whole(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_a_launch_goes_on_by_itself_when_a_process_is_killed_twice(tmp_path, whole):
+def test_one_process_that_is_killed_in_mid_epoch_is_started_again_and_goes_on(
+    tmp_path, monkeypatch, ended
+):
+    launcher = launch(tmp_path, processes=1, restarts=1)
+    ended.append(launcher)
+    monkeypatch.chdir(tmp_path)
+    wait_for_step(launcher, tmp_path / "out", 2 * EVERY)
+    process_of(launcher, 0).send_signal(signal.SIGKILL)
+    assert main(["train", *SETTINGS, "--out", "whole"]) == 0  # meanwhile
+    code, _, said = end_of(launcher)
+    assert code == 0, said
+    (step,) = map(int, RESTARTED.findall(said))
+    assert step % STEPS_PER_EPOCH != 0
+    check_same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_launch_goes_on_by_itself_when_a_process_is_killed_twice(tmp_path, whole, ended):
     launcher = launch(tmp_path, restarts=3)
+    ended.append(launcher)
     for step, rank in ((2 * EVERY, 1), (STEPS_PER_EPOCH + 2 * EVERY, 0)):
         wait_for_step(launcher, tmp_path / "out", step)
         process_of(launcher, rank).send_signal(signal.SIGKILL)
@@ -165,6 +192,7 @@ def preempted(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_that_is_warned_saves_its_step_asks_to_be_requeued_and_goes_on(
     tmp_path, preempted, whole
 ):
@@ -184,6 +212,7 @@ def test_a_job_that_is_warned_saves_its_step_asks_to_be_requeued_and_goes_on(
     assert (folder / "requeued").read_text() == "requeue 71\n"  # nothing is left to do
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_from_where_two_were_warned(
     tmp_path, preempted, whole, monkeypatch, capsys
 ):

@@ -77,6 +77,17 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(monkeypatch):
     check_task()
 
 
+def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch):
+    shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in {**shared, "GROUP_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError,
+        match=r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE must be 1 .* got --max-restarts 3 without it",
+    ):
+        make_accelerator(TrainConfig())
+
+
 def test_sharding_where_accelerate_would_train_unsharded_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
