@@ -346,7 +346,7 @@ def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
 
 
 def _check_kind(path: Path, config: Settings) -> None:
-    """Raise a `ValueError` if a folder holds a run and a comparison is to continue, or vice versa."""
+    """Raise a `ValueError` if a folder holds a run and not a comparison, or the other way round."""
     names = {"run": "a run", "comparison": "a comparison"}
     wanted = "comparison" if isinstance(config, ComparisonSettings) else "run"
     found = read_about(path).get("kind", wanted)

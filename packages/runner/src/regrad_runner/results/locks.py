@@ -24,8 +24,8 @@ RUNS = "runs"
 # How long to wait for a cell that begins, or for a look at which runs are under way: both hold a
 # lock only briefly.
 SECONDS_FOR_A_MOMENT = 2.0
-# How long to wait for a process that is ending, and for what a dead one left behind: its loaders may
-# hold its locks until they notice.
+# How long to wait for a process that is ending, and for what a dead one left behind: its loaders
+# may hold its locks until they notice.
 SECONDS_FOR_ORPHANS = 60.0
 
 

@@ -76,14 +76,14 @@ def _leave_store_of_dead() -> None:
     """Let processes that torchrun has restarted meet in a new store.
 
     By default torchrun keeps one store for all lives of its processes. The addresses that the dead
-    ones left there let the next ones wait for ever: https://github.com/pytorch/pytorch/issues/135712
+    ones left there let the next ones wait for ever (issue 135712 of pytorch).
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0" or not _uses_store_of_launcher():
         return
-    store = torch.distributed.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-    )
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
     key = f"regrad/port/{restarts}"
     if os.environ["RANK"] == "0":
         store.set(key, str(_free_port()))
