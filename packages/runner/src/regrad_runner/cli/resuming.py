@@ -11,13 +11,13 @@ from regrad_runner.cli.flags import flag
 from regrad_runner.settings.flag import WHERE_IT_GOES
 
 FLAG = "--resume"
-AUTO = "auto"
+AUTOMATIC = "auto"
 ALONE = ""  # what the parser is given where nothing follows the flag
 
 
 def offered_values(incomplete: str) -> list[str]:
     """Return what may follow the flag."""
-    return [AUTO] if AUTO.startswith(incomplete) else []
+    return [AUTOMATIC] if AUTOMATIC.startswith(incomplete) else []
 
 
 Resume = Annotated[
@@ -26,7 +26,7 @@ Resume = Annotated[
         "Continue what is in --out; auto: begin it if there is nothing.",
         WHERE_IT_GOES,
         FLAG,
-        metavar=f"[{AUTO}]",
+        metavar=f"[{AUTOMATIC}]",
         completion=offered_values,
     ),
 ]
@@ -69,14 +69,14 @@ def read_resume(resume: str | None, *, out: Path | None) -> Resuming:
         return Resuming(continues=False, is_automatic=False)
     if resume == ALONE:
         return Resuming(continues=True, is_automatic=False)
-    if resume != AUTO:
+    if resume != AUTOMATIC:
         raise ValueError(
-            f"resume must be {AUTO!r} or have no value, got {resume!r}; leave it out to continue "
+            f"resume must be {AUTOMATIC!r} or have no value, got {resume!r}; leave it out to continue "
             "what is in --out"
         )
     if out is None:
         raise ValueError(
-            f"out must be given with {FLAG} {AUTO}: the folder to begin or to continue"
+            f"out must be given with {FLAG} {AUTOMATIC}: the folder to begin or to continue"
         )
     return Resuming(continues=_has_begun(out), is_automatic=True)
 
@@ -95,11 +95,12 @@ def with_resume_value(words: Sequence[str]) -> list[str]:
     if "--" in words:
         end = list(words).index("--")
         return [*with_resume_value(words[:end]), *words[end:]]
-    following = [*words[1:], ""]
-    return [
-        f"{FLAG}={ALONE}" if word == FLAG and after != AUTO else word
-        for word, after in zip(words, following, strict=True)
-    ]
+    with_value = list(words)
+    for place, word in enumerate(words):
+        following = list(words[place + 1 : place + 2])
+        if word == FLAG and following != [AUTOMATIC]:
+            with_value[place] = f"{FLAG}={ALONE}"
+    return with_value
 
 
 def _has_begun(out: Path) -> bool:
