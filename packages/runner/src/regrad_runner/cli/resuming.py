@@ -71,7 +71,7 @@ def read_resume(resume: str | None, *, out: Path | None) -> Resuming:
         return Resuming(continues=True, is_automatic=False)
     if resume != AUTOMATIC:
         raise ValueError(
-            f"resume must be {AUTOMATIC!r} or have no value, got {resume!r}; leave it out to continue "
+            f"resume must be {AUTOMATIC!r} or have no value, got {resume!r}; {FLAG} alone continues "
             "what is in --out"
         )
     if out is None:
