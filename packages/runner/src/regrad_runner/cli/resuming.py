@@ -71,8 +71,8 @@ def read_resume(resume: str | None, *, out: Path | None) -> Resuming:
         return Resuming(continues=True, is_automatic=False)
     if resume != AUTOMATIC:
         raise ValueError(
-            f"resume must be {AUTOMATIC!r} or have no value, got {resume!r}; {FLAG} alone continues "
-            "what is in --out"
+            f"resume must be {AUTOMATIC!r} or have no value, got {resume!r}; "
+            f"{FLAG} alone continues what is in --out"
         )
     if out is None:
         raise ValueError(
