@@ -7,13 +7,29 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=08:00:00
-#SBATCH --signal=TERM@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
 set -euo pipefail
 out=${1:?give the folder to write}
 shift
-if [[ -f $out/config.yaml ]]; then
-    set -- --resume "$@"
-fi
 
-srun torchrun --standalone --nproc-per-node "$SLURM_GPUS_ON_NODE" \
-    -m regrad_runner train --processes "$SLURM_GPUS_ON_NODE" --out "$out" "$@"
+# Two minutes before the job must end, SLURM tells this shell (USR1), which asks the launchers to end (TERM). Their
+# processes save a checkpoint after the step under way. A minute and a half is how long the launchers wait for that.
+warned=
+trap 'warned=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90
+
+srun torchrun --standalone --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \
+    -m regrad_runner train --resume auto --processes "$SLURM_GPUS_ON_NODE" --out "$out" "$@" &
+launcher=$!
+status=0
+wait "$launcher" || status=$?
+while kill -0 "$launcher" 2>/dev/null; do # the signal has ended the wait, and not the launchers
+    status=0
+    wait "$launcher" || status=$?
+done
+if [[ -n $warned && $status != 0 ]]; then # the job begins again, with the command that continues
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,4 +1,5 @@
 import os
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -96,3 +97,26 @@ def test_all_act_on_the_signal_that_any_of_them_got():
 def test_a_signal_that_another_process_got_in_the_last_step_ends_this_one_too():
     with pytest.raises(KeyboardInterrupt), stopping.stops_after_steps(lambda own: max(own, 2)):
         pass
+
+
+def test_only_ctrl_c_acts_at_once_when_it_comes_again():
+    with stopping.stoppable(), pytest.raises(SystemExit) as end, stopping.stops_after_steps():
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)  # as a scheduler and a launcher may
+    assert end.value.code == 128 + signal.SIGUSR1
+    with (
+        stopping.stoppable(),
+        pytest.raises(stopping.LeftAtOnce),
+        stopping.stops_after_steps(),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_exit_code_says_which_signal_came(number):
+    with pytest.raises(Terminated) as end, stopping.stoppable():
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+    assert end.value.code == 128 + number

@@ -1,7 +1,9 @@
-"""Ctrl-C and SIGTERM: they end current runs as killed, and leave no run open.
+"""Ctrl-C, SIGTERM and SIGUSR1: they end current runs as killed, and leave no run open.
 
-Where a checkpoint can be saved, the first signal acts after the step under way, and the second one
-at once. Several processes hear a signal at different steps, or only one of them hears it: so after
+Schedulers send SIGTERM, or on request SIGUSR1, some time before they take a machine away. Where a
+checkpoint can be saved, the first signal acts after the step under way. A second Ctrl-C acts at
+once. The others may come again without effect, because a scheduler and a launcher may both send
+them. Several processes hear a signal at different steps, or only one of them hears it: so after
 each step they agree, and stop together.
 """
 
@@ -16,7 +18,13 @@ from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
-STOPPING = b"\nstopping after this step; once more leaves at once\n"
+STOPPING = b"\nstopping after this step"
+ONCE_MORE = b"; once more leaves at once"
+OF_A_SHELL = 128  # what a shell adds to the number of the signal that ended a process
+# Windows has no SIGUSR1.
+STOPPING_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 @dataclass
@@ -51,14 +59,12 @@ _signals = _Signals()
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM, unless they are to wait.
+    """Raise `KeyboardInterrupt` on Ctrl-C and `Terminated` on SIGTERM and SIGUSR1.
 
-    It works in the main thread only.
+    They wait where they are asked to. It works in the main thread only.
     """
     _signals.together = False
-    before = {
-        number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, _on_signal) for number in STOPPING_SIGNALS}
     try:
         yield
     finally:
@@ -94,7 +100,7 @@ def begun(begin: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
 
 @contextmanager
 def stops_after_steps(agree: Callable[[int], int] = int) -> Iterator[None]:
-    """Let the first signal in the block act when `stop` is called, and the second one at once.
+    """Let the first signal in the block act when `stop` is called, and a second Ctrl-C at once.
 
     Args:
         agree: Called on every process with the number of the signal that came to it, 0 for none;
@@ -134,24 +140,28 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     del frame
     if _signals.wait:
         _signals.came = number
-    elif _signals.after_step and _signals.came is None:
-        _signals.came = number
-        os.write(2, STOPPING)  # the streams of Python may be in the middle of a line of ours
-    elif _signals.after_step and number == signal.SIGINT:
-        raise LeftAtOnce
-    else:
+    elif not _signals.after_step:
         _raise(number)
+    elif _signals.came is None:
+        _signals.came = number
+        hint = ONCE_MORE if number == signal.SIGINT else b""
+        # The streams of Python may be in the middle of a line of ours.
+        os.write(2, STOPPING + hint + b"\n")
+    elif number == signal.SIGINT:
+        raise LeftAtOnce
 
 
 def _raise(number: int) -> None:
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated(OF_A_SHELL + number)
 
 
 class Terminated(SystemExit):
-    """The process was asked to end (SIGTERM), and tracked runs that are open end as killed."""
+    """The process was asked to end, and tracked runs that are open end as killed.
 
-    def __init__(self, code: int = 143) -> None:
-        super().__init__(code)
+    Its code tells a scheduler the signal: 143 for SIGTERM, 138 for SIGUSR1.
+    """
 
 
 class LeftAtOnce(KeyboardInterrupt):

@@ -39,7 +39,7 @@ from regrad_runner.signals import asked_to_stop, begun, signals_wait, stop, stop
 from regrad_runner.training.nonfinite import keeping_norms
 from regrad_runner.training.outcome import finished_result
 from regrad_runner.training.preparation import default_folder, load_data, try_on
-from regrad_runner.training.processes import check_task, make_accelerator
+from regrad_runner.training.processes import check_task, make_accelerator, on_first_process
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.workload import Workload, name_on_validation
 
@@ -54,6 +54,7 @@ class TrainingPlan:
         arm: The corrections.
         path: Folder to write.
         reports: Whether this is the process that writes and prints.
+        is_finished: Whether the folder holds this run with its result.
     """
 
     config: TrainConfig
@@ -61,6 +62,7 @@ class TrainingPlan:
     arm: Arm
     path: Path
     reports: bool
+    is_finished: bool = False
 
 
 def make_training_plan(
@@ -81,12 +83,21 @@ def make_training_plan(
     check_task()
     accelerator = make_accelerator(config)
     path = out or default_folder("train-", workload.name)
-    if accelerator.is_main_process:
+
+    def look_into_folder() -> bool:
         check_folder(path, config, resume=resume)
+        return resume and _holds_result(path)
+
+    is_finished = on_first_process(accelerator, look_into_folder)
     parts = tuple(chain.from_iterable(parts_of(text) for text in config.corrections))
     arm = Arm("+".join(parts) or BASELINE, corrections=parts)
     try_on(arm, config, workload, lr=config.lr or 0.0)
-    return TrainingPlan(config, workload, arm, path, accelerator.is_main_process)
+    return TrainingPlan(config, workload, arm, path, accelerator.is_main_process, is_finished)
+
+
+def _holds_result(path: Path) -> bool:
+    """Say whether the run in a folder finished."""
+    return any(result.status == "finished" for result in ResultsFolder(path).results)
 
 
 def train(plan: TrainingPlan, display: Display) -> Result:

@@ -22,6 +22,7 @@ CASES = {
     "regrad compare --workload cifar": ["cifar10", "cifar100"],
     "regrad train --model resnet5": ["resnet56", "resnet50"],
     "regrad train --optimizer adamw": ["adamw"],
+    "regrad train --resume a": ["auto"],
     "regrad compare --corrections clip": ["clip-norm", "clip-value"],
     "regrad compare --corrections agc clip-n": ["clip-norm"],
     "regrad compare --corrections agc+clip-n": ["agc+clip-norm"],

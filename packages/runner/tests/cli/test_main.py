@@ -326,9 +326,16 @@ def exit_code(words) -> int:
         return int(stop.code)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "hint"),
+    [
+        (signal.SIGINT, 130, "; once more leaves at once"),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGUSR1, 138, ""),
+    ],
+)
 def test_a_stopped_training_saves_after_its_step_and_goes_on_from_there(
-    here, monkeypatch, capfd, number, code
+    here, monkeypatch, capfd, number, code, hint
 ):
     corrections = ["--corrections", "xgrad"] if "xgrad" in regrad.available() else []
     words = ["train", *SMALL, *corrections]
@@ -336,7 +343,7 @@ def test_a_stopped_training_saves_after_its_step_and_goes_on_from_there(
     with monkeypatch.context() as patch:
         in_the_step(patch, 3, lambda: os.kill(os.getpid(), number))
         assert exit_code([*words, "--out", "out"]) == code
-    assert "stopping after this step; once more leaves at once" in capfd.readouterr().err
+    assert f"stopping after this step{hint}\n" in capfd.readouterr().err
     assert checkpoints(here / "out" / "checkpoints")[-1].name == "step-00000003"
     assert main(["train", "--resume", "--out", "out"]) == 0
     assert "continuing from step 3" in capfd.readouterr().err

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 
 import pytest
 from regrad_runner.cli.main import main
@@ -130,6 +131,33 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert is_lock(tmp_path / "out" / LOCK)
     with writing(tmp_path / "out"), writing(tmp_path / "cells"):
         pass
+
+
+def test_who_waits_gets_the_folder_when_the_process_that_held_it_is_killed(tmp_path):
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from regrad_runner.results.locks import writing, writing_run
+out = Path({str(tmp_path / "out")!r})
+run = out / "runs" / "baseline" / "0"
+with writing(out):
+    run.mkdir(parents=True)
+    with writing_run(run):
+        print("held", flush=True)
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=BUSY), writing(tmp_path / "out"):
+            pass
+        ends = threading.Timer(0.5, process.stdin.close)
+        ends.start()
+        with writing(tmp_path / "out", seconds=60):
+            assert not is_held(tmp_path.joinpath("out", *A))
+        ends.join()
+    assert process.returncode == -9
 
 
 @pytest.mark.parametrize("what", ["link", "dangling", "folder"])

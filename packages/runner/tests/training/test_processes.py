@@ -77,6 +77,17 @@ def test_tasks_of_srun_that_know_nothing_of_each_other_are_refused(monkeypatch):
     check_task()
 
 
+def test_restarts_on_several_nodes_need_a_store_of_their_own(monkeypatch):
+    shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in {**shared, "GROUP_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError,
+        match=r"TORCH_DISABLE_SHARE_RDZV_TCP_STORE must be 1 .* got --max-restarts 3 without it",
+    ):
+        make_accelerator(TrainConfig())
+
+
 def test_sharding_where_accelerate_would_train_unsharded_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -270,9 +281,10 @@ def test_the_script_for_shards_asks_for_them_and_is_refused_without_devices(tmp_
     path = commands(tmp_path, srun='exec "$@"')
     done = sent("fsdp2.sh", tmp_path, *WORDS[1:], SLURM_GPUS_ON_NODE="2", PATH=path)
     assert done.returncode != 0
+    # Once in each of the launcher's lives: it starts processes that failed three times again.
     assert (
         done.stderr.count("regrad: use_fsdp must be asked for on accelerator devices, got 'cpu'")
-        == 1
+        == 4
     )
     assert not (tmp_path / "out").exists()
 

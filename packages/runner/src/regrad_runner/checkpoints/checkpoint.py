@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from regrad.errors import RegradError
 
 from regrad_runner.checkpoints.folder import Content, read_checkpoint, read_latest, write_checkpoint
@@ -32,6 +31,7 @@ from regrad_runner.checkpoints.states import (
 )
 from regrad_runner.results.points import Point
 from regrad_runner.training.position import Position
+from regrad_runner.training.processes import on_first_process
 from regrad_runner.training.run import TrainingRun
 
 CHECKPOINTS_KEPT = 2
@@ -46,7 +46,6 @@ UNFIT_CONTENT = (
     ArithmeticError,
     RuntimeError,
 )
-Value = TypeVar("Value")
 
 
 def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_KEPT) -> Path:
@@ -75,7 +74,7 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_K
             f"got micro-batch {done} of {run.config.accumulate}"
         )
     content = _content(run)
-    return _on_first(
+    return on_first_process(
         run.accelerator, lambda: write_checkpoint(folder, run.position.step, content, keep=keep)
     )
 
@@ -98,7 +97,7 @@ def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
             parameters, the optimizer's options or corrections differ, or if weights are not finite;
             says what, there and here.
     """
-    return _take(run, _on_first(run.accelerator, lambda: read_checkpoint(path)))
+    return _take(run, on_first_process(run.accelerator, lambda: read_checkpoint(path)))
 
 
 def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]:
@@ -116,7 +115,7 @@ def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]
         RegradError: If there are checkpoints and none of them is whole, or as for
             `load_checkpoint`.
     """
-    found = _on_first(run.accelerator, lambda: read_latest(folder))
+    found = on_first_process(run.accelerator, lambda: read_latest(folder))
     if found is None:
         return None, []
     path, content, lines = found
@@ -268,19 +267,3 @@ def _take_own(run: TrainingRun, then: Sequence[Any]) -> list[str]:
         "normalisation sees other parts of a batch, and a model or correction that draws random "
         "numbers draws others"
     ]
-
-
-def _on_first(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
-    """Do something on the first process; every process returns its result, or raises its error."""
-    shared: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            shared[0] = action()
-        except RegradError as problem:
-            shared[1] = problem
-    broadcast_object_list(shared)
-    result: Value = shared[0]
-    error: RegradError | None = shared[1]
-    if error is not None:
-        raise error
-    return result

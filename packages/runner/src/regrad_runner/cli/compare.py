@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regrad_runner.cli.corrections_flag import more_corrections
-from regrad_runner.cli.flags import ConfigFile, Json, Out, Resume, flag, switch
+from regrad_runner.cli.flags import ConfigFile, Json, Out, flag, switch
 from regrad_runner.cli.holding import holding, holding_folder
+from regrad_runner.cli.resuming import Resume, read_resume
 from regrad_runner.cli.settings_flags import CHECKING, load_settings, takes_settings
 from regrad_runner.errors import checking_input
 from regrad_runner.settings.config import CompareConfig, ComparisonSettings
@@ -30,6 +31,7 @@ COMPARE_EXAMPLES = (
     "-- train.py --seed '{seed}'",
     "regrad compare --workload imagefolder --data-dir DIR --seeds 6",
     "regrad compare --resume --out DIR --seeds 12",
+    "regrad compare --resume auto --corrections xgrad agc --out DIR",
 )
 
 
@@ -65,7 +67,7 @@ def compare_command(
     ] = None,
     config: ConfigFile = None,
     out: Out = None,
-    resume: Resume = False,
+    resume: Resume = None,
     cells: Annotated[
         bool, switch("Prepare --out for a job array and list its cells.", WHERE_IT_GOES, "--cells")
     ] = False,
@@ -85,19 +87,20 @@ def compare_command(
     console = Terminal(stderr=True)  # results go to stdout, perhaps into another program
     with checking_input(), console.status(CHECKING):
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
-        continues = resume or cell is not None
+        resuming = read_resume(resume, out=out)
+        has_settings = resuming.takes_settings or cell is not None
         _check_are_corrections(given.get("corrections", ()))
         if script:
             _check_is_script(script)
             given["script"] = script
         given |= _direction(higher=higher_is_better, lower=lower_is_better)
-        kind = _kind(given, config=config, out=out if continues else None)
-        settings = load_settings(kind, given, config=config, out=out, resume=continues)
+        kind = _kind(given, config=config, out=out if has_settings else None)
+        settings = load_settings(kind, given, config=config, out=out, resume=has_settings)
         if cell is None:
-            plan = _make_plan(settings, out=out, resume=resume, jobs=jobs)
+            plan = _make_plan(settings, out=out, resume=resuming.continues, jobs=jobs)
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())
-    with holding_folder(plan, resume=resume):
+    with holding_folder(plan, resuming):
         if cells:
             return _prepare_cells(console, plan, as_json=json)
         return _compare(console, plan, jobs=jobs, as_json=json)

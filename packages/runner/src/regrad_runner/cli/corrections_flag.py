@@ -9,6 +9,7 @@ import typer
 
 from regrad_runner.cli import completion
 from regrad_runner.cli.help import Plain
+from regrad_runner.cli.resuming import with_resume_value
 from regrad_runner.settings.flag import WHERE_IT_GOES
 
 # What is typed, and the flag that it means.
@@ -17,13 +18,16 @@ IS_OFFERED = "offers corrections"
 
 
 class ManyValues(Plain):
-    """A command whose `--corrections` takes every word up to the next flag."""
+    """A command whose `--corrections` takes every word up to the next flag, and `--resume` or none.
+
+    The parser knows only flags that take one value, or never any.
+    """
 
     help_panel = WHERE_IT_GOES
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the flag in front of each of its values, which is what the parser understands."""
-        words = repeat_flag(args)
+        """Repeat `--corrections` in front of each of its values, and give `--resume` a value."""
+        words = with_resume_value(repeat_flag(args))
         ctx.meta[IS_OFFERED] = "--corrections" in words[-2:]
         rest: list[str] = super().parse_args(ctx, words)
         return rest

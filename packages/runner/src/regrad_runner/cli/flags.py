@@ -53,7 +53,6 @@ Out = Annotated[
     Path | None,
     flag("Folder to write to; a new one here by default.", WHERE_IT_GOES, metavar="DIR"),
 ]
-Resume = Annotated[bool, switch("Continue what is in --out.", WHERE_IT_GOES, "--resume")]
 Json = Annotated[bool, switch(JSON_MEANING, WHERE_IT_GOES, "--json")]
 UngroupedJson = Annotated[bool, switch(JSON_MEANING, None, "--json")]
 FolderArgument = Annotated[

@@ -9,26 +9,32 @@ from typing import TYPE_CHECKING, Any
 from regrad_runner.errors import checking_input
 
 if TYPE_CHECKING:
+    from regrad_runner.cli.resuming import Resuming
     from regrad_runner.comparing.plan import Planned
     from regrad_runner.training_command import TrainingPlan
 
 
 @contextmanager
-def holding_folder(plan: Planned[Any] | TrainingPlan, *, resume: bool) -> Iterator[None]:
-    """Hold the folder of a plan, which may have changed since it was checked."""
+def holding_folder(plan: Planned[Any] | TrainingPlan, resuming: Resuming) -> Iterator[None]:
+    """Hold the folder of a plan, which may have changed since it was checked.
+
+    A command that was restarted by itself may find that what it continues is only just ending:
+    then it waits.
+    """
     from regrad_runner.reporting.report import check_whole  # noqa: PLC0415
     from regrad_runner.results.folder import check_unchanged  # noqa: PLC0415
-    from regrad_runner.results.locks import writing  # noqa: PLC0415
+    from regrad_runner.results.locks import SECONDS_FOR_ORPHANS, writing  # noqa: PLC0415
 
     def check() -> None:
-        check_unchanged(plan.path, plan.config, resume=resume)
-        if resume:
+        check_unchanged(plan.path, plan.config, resume=resuming.continues)
+        if resuming.continues:
             check_whole(plan.path)
 
     if not plan.reports:
         yield
         return
-    with holding(writing(plan.path), check):
+    seconds = SECONDS_FOR_ORPHANS if resuming.is_automatic else 0.0
+    with holding(writing(plan.path, seconds=seconds), check):
         yield
 
 

@@ -42,8 +42,11 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
         return folder
     folder = open_folder(plan)
     export_tables(folder)
-    ended = len(folder.trials) + sum(result.status != "failed" for result in folder.results)
+    failed = sum(result.status == "failed" for result in folder.results)
+    ended = len(folder.trials) + len(folder.results) - failed
     display.skip(ended)
+    if not folder.missing and not failed:
+        display.say("every run has ended; nothing is left to run")
     with (
         runner_of(plan, display, cells=plan.runs - ended) as runner,
         tracking(

@@ -26,7 +26,7 @@ from regrad_runner.training.preparation import (
     load_data,
     try_on,
 )
-from regrad_runner.training.processes import check_task, make_accelerator
+from regrad_runner.training.processes import check_task, make_accelerator, on_first_process
 from regrad_runner.workloads.workload import Measure, Workload
 
 Agreed = TypeVar("Agreed")
@@ -205,9 +205,8 @@ def make_plan(
     path = out or default_folder("", workload.name)
     lr = _first_rate(config)
     config, left_out = every_correction(config, workload, lr=lr)
-    if is_first:
-        config = check_folder(path, config, resume=resume)
-    config = agreed(config)
+    asked = config
+    config = on_first_process(accelerator, lambda: check_folder(path, asked, resume=resume))
     arms = expand(config.corrections, example_optimizer(config, lr=lr), controls=config.controls)
     if is_first and resume:
         check_arms(path, arms)

@@ -45,7 +45,7 @@ from regrad_runner.results.run import (
 from regrad_runner.results.tables import checked
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.checking import validated
-from regrad_runner.settings.config import Config, Settings
+from regrad_runner.settings.config import ComparisonSettings, Config, Settings
 from regrad_runner.settings.continuing import continued
 from regrad_runner.settings.loading import load_config, read_settings, write_config
 from regrad_runner.settings.script_config import comparison_settings_of
@@ -341,7 +341,20 @@ def _checked_folder(path: Path, config: Config, *, resume: bool) -> Config:
             f"out must be the folder of an earlier run to resume it, got '{path}' "
             "without config.yaml"
         )
+    _check_kind(path, config)
     return continued(load_config(type(config), file=saved, flags={}), config)
+
+
+def _check_kind(path: Path, config: Settings) -> None:
+    """Raise a `ValueError` if a folder holds a run and not a comparison, or the other way round."""
+    names = {"run": "a run", "comparison": "a comparison"}
+    wanted = "comparison" if isinstance(config, ComparisonSettings) else "run"
+    found = read_about(path).get("kind", wanted)
+    if found in names and found != wanted:
+        raise ValueError(
+            f"out must be the folder of {names[wanted]} to continue it, got that of "
+            f"{names[found]} in '{path}'; choose another folder"
+        )
 
 
 def _check_place(path: Path) -> None:

@@ -24,16 +24,20 @@ RUNS = "runs"
 # How long to wait for a cell that begins, or for a look at which runs are under way: both hold a
 # lock only briefly.
 SECONDS_FOR_A_MOMENT = 2.0
+# How long to wait for a process that is ending, and for what a dead one left behind: its loaders
+# may hold its locks until they notice.
+SECONDS_FOR_ORPHANS = 60.0
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, *, seconds: float = 0.0) -> Iterator[None]:
     """Hold a folder while it is written.
 
     It is made if it does not exist, and removed again if nothing was written.
 
     Args:
         folder: An output folder.
+        seconds: To wait for a command that still writes it, and for each run that is still written.
 
     Raises:
         ValueError: If another command writes it.
@@ -42,8 +46,8 @@ def writing(folder: Path) -> Iterator[None]:
     was_there = folder.is_dir()
     make_folder(folder)
     try:
-        with _folder_held(folder):
-            _check_no_run_is_written(folder)
+        with _folder_held(folder, seconds=seconds):
+            _check_no_run_is_written(folder, seconds=seconds)
             yield
     finally:
         if not was_there:
@@ -155,7 +159,7 @@ def is_lock(path: Path) -> bool:
 def _folder_held(folder: Path, *, seconds: float = 0.0) -> Iterator[None]:
     """Hold a folder; if cells run in it, wait a moment, because one may just be beginning."""
     if next((folder / RUNS).glob(f"*/*/{CELL_LOCK}"), None) is not None:
-        seconds = SECONDS_FOR_A_MOMENT
+        seconds = max(seconds, SECONDS_FOR_A_MOMENT)
     with _held(folder / LOCK, f"'{folder}'", seconds=seconds):
         yield
 
@@ -180,12 +184,12 @@ def _held(path: Path, what: str, *, seconds: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
-def _check_no_run_is_written(folder: Path) -> None:
+def _check_no_run_is_written(folder: Path, *, seconds: float) -> None:
     """Raise a `ValueError` if a process writes a run of the folder, which is held."""
     check_own_folder(folder / RUNS)
     for name in (RUN_LOCK, CELL_LOCK):
         for path in sorted((folder / RUNS).glob(f"*/*/{name}")):
-            with _held(path, f"'{folder}'"):
+            with _held(path, f"'{folder}'", seconds=seconds):
                 pass
             # Nobody holds it, and nobody can begin while the folder is held.
             with suppress(OSError):

@@ -38,7 +38,7 @@ from regrad.errors import RegradError, RegradWarning
 from regrad_runner.addresses import without_secrets
 from regrad_runner.errors import DiskError
 from regrad_runner.files import append, make_folder, read_regular_file, write_whole
-from regrad_runner.results.locks import RUNS, is_held, writing_run
+from regrad_runner.results.locks import RUNS, SECONDS_FOR_ORPHANS, is_held, writing_run
 from regrad_runner.results.machine import machine
 from regrad_runner.settings.arms import Arm, control_as_values
 from regrad_runner.settings.config import Settings
@@ -55,8 +55,6 @@ KEPT_FILES = (RECEIPT, TRACEBACK, NOT_FINITE, OUTPUT)
 LARGEST_RECORD = 2**24
 LARGEST_POINTS = 2**29
 LONGEST_FOLDER_NAME = 100
-# Time for the loaders of a dead process to notice; they hold its locks.
-SECONDS_FOR_ORPHANS = 60.0
 PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._=+-]*(?<![.])")
 LIKE_A_NAME_WITH_DIGITS = re.compile(r".*-[0-9a-f]{8}")
 DEVICES_OF_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")

@@ -18,6 +18,7 @@ from typing import IO
 import psutil
 
 from regrad_runner.files import new_file
+from regrad_runner.signals import OF_A_SHELL
 
 SECONDS_TO_TERMINATE = 10.0
 SECONDS_FOR_THE_REST = 5.0  # of the output, after the process itself has ended
@@ -29,7 +30,6 @@ LAST_LINES = 100
 LONGEST_SHOWN_LINE = 300  # characters
 OUR_LINES = "regrad: "
 ERROR = re.compile(r".*\b\w*(?:Error|Exception): \S.*")
-OF_A_SHELL = 128  # what a shell adds to the number of the signal that ended a process
 # Colours and movements of the cursor, as a terminal takes them: ECMA-48, section 5.4.
 FOR_A_TERMINAL = re.compile(rb"\x1b\[[0-?]*[ -/]*[@-~]")
 

@@ -1,4 +1,4 @@
-"""What Ctrl-C and SIGTERM end, and how to continue from there."""
+"""What Ctrl-C, SIGTERM and SIGUSR1 end, and how to continue from there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def going_on(console: Console, again: str, *, quiet: bool) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end current runs as killed, and say how to continue.
+    """Let signals that stop end current runs as killed, and say how to continue.
 
     Args:
         console: To print on.

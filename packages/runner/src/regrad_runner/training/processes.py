@@ -5,14 +5,22 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import socket
 import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list
+from regrad.errors import RegradError
 
 from regrad_runner.settings.config import RunConfig
 from regrad_runner.settings.environment import asked_to_shard, check_launcher, settings_win
+
+STORE_OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+Value = TypeVar("Value")
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -24,13 +32,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         ValueError: If a launcher asked for an engine that is not trained with, if the precision or
             the sharding needs hardware that is missing, or if there are more or fewer processes
-            than asked.
+            than asked, or if a launcher would restart processes that then wait for ever.
     """
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError(
             "mixed_precision must be 'no' or 'bf16' without an accelerator device, got 'fp16'"
         )
     check_launcher()
+    _check_restarts()
+    _leave_store_of_dead()
     _note_missing("lomo_optim")
     threads = torch.get_num_threads()
     with settings_win():
@@ -46,6 +56,51 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     _check_processes(config, accelerator.num_processes)
     _check_sharding(accelerator)
     return accelerator
+
+
+def _check_restarts() -> None:
+    """Raise a `ValueError` if processes on several nodes could not find each other after a restart.
+
+    Each node's launcher counts its own restarts, so `_leave_store_of_dead` cannot help there.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if _uses_store_of_launcher() and int(restarts) > 0 and int(nodes) > 1:
+        raise ValueError(
+            f"{OWN_STORE} must be 1 for torchrun to restart processes on several nodes, got "
+            f"--max-restarts {restarts} without it; export it on every node"
+        )
+
+
+def _leave_store_of_dead() -> None:
+    """Let processes that torchrun has restarted meet in a new store.
+
+    By default torchrun keeps one store for all lives of its processes. The addresses that the dead
+    ones left there let the next ones wait for ever (issue 135712 of pytorch).
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or not _uses_store_of_launcher():
+        return
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False)  # type: ignore[attr-defined]
+    key = f"regrad/port/{restarts}"
+    if os.environ["RANK"] == "0":
+        store.set(key, str(_free_port()))
+    os.environ["MASTER_PORT"] = store.get(key).decode()  # waits until it is set
+    os.environ[STORE_OF_LAUNCHER] = "False"
+
+
+def _uses_store_of_launcher() -> bool:
+    """Say whether the processes meet in a store that outlives them."""
+    return os.environ.get(STORE_OF_LAUNCHER) == "True"
+
+
+def _free_port() -> int:
+    """Return a port of this machine that nobody listens to."""
+    with socket.create_server(("", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
 
 
 def _note_missing(module: str) -> None:
@@ -121,6 +176,28 @@ def _check_sharding(accelerator: Accelerator) -> None:
             "fsdp_version must be 2, got 1, whose flat shards corrections cannot read; "
             "--fsdp_version 2"
         )
+
+
+def on_first_process(accelerator: Accelerator, action: Callable[[], Value]) -> Value:
+    """Do something on the first process; every process returns its result, or raises its error.
+
+    Args:
+        accelerator: Of the processes. Call it on each of them.
+        action: Raises `ValueError` or `RegradError` if something is wrong; another error ends the
+            first process alone.
+    """
+    shared: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            shared[0] = action()
+        except (ValueError, RegradError) as problem:
+            shared[1] = problem
+    broadcast_object_list(shared)
+    result: Value = shared[0]
+    error: ValueError | RegradError | None = shared[1]
+    if error is not None:
+        raise error
+    return result
 
 
 def destroy_process_group() -> None:

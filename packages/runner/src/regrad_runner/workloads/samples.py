@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self, TypeVar
 
@@ -85,6 +86,7 @@ class Samples(Dataset[Batch]):
             batch_sampler=parts,
             collate_fn=_identity,
             num_workers=workers,
+            worker_init_fn=_ignore_termination,
             generator=generator,
         )
 
@@ -196,6 +198,7 @@ def training_loader(
         drop_last=drop_last,
         collate_fn=_identity,
         num_workers=workers,
+        worker_init_fn=_ignore_termination,
         generator=torch.Generator(),  # each iteration draws one number; without this, a global one
     )
 
@@ -203,6 +206,19 @@ def training_loader(
 def _identity(batch: Sample) -> Sample:
     """Return what `__getitems__` made: it is a batch already."""
     return batch
+
+
+def _ignore_termination(worker: int) -> None:
+    """Let a process that makes batches ignore SIGTERM, which a launcher sends to all processes.
+
+    The process that trains ends after its step, and this one with it. If this one ended at once,
+    that step would fail, and no checkpoint would be saved.
+
+    Args:
+        worker: Its number.
+    """
+    del worker
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def hashed_integers(
