@@ -84,6 +84,8 @@ def compare_command(
 
     console = Terminal(stderr=True)  # results go to stdout, perhaps into another program
     with checking_input(), console.status(CHECKING):
+        from regrad_runner.tracking.choosing import check_tracker  # noqa: PLC0415
+
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
         continues = resume or cell is not None
         _check_are_corrections(given.get("corrections", ()))
@@ -94,6 +96,7 @@ def compare_command(
         kind = _kind(given, config=config, out=out if continues else None)
         settings = load_settings(kind, given, config=config, out=out, resume=continues)
         if cell is None:
+            check_tracker(settings, given, resume=continues)
             plan = _make_plan(settings, out=out, resume=resume, jobs=jobs)
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())

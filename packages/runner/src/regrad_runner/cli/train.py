@@ -33,9 +33,11 @@ def train_command(
 
     console = Terminal(stderr=True)  # results go to stdout, perhaps into another program
     with checking_input(), console.status(CHECKING):
+        from regrad_runner.tracking.choosing import check_tracker  # noqa: PLC0415
         from regrad_runner.training_command import make_training_plan, train  # noqa: PLC0415
 
         settings = load_settings(TrainConfig, given, config=config, out=out, resume=resume)
+        check_tracker(settings, given, resume=resume)
         plan = make_training_plan(settings, out=out, resume=resume)
     from regrad_runner.reporting.progress import Display  # noqa: PLC0415
     from regrad_runner.reporting.report import show_run  # noqa: PLC0415

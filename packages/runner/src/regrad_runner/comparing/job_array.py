@@ -25,6 +25,7 @@ from regrad_runner.settings.continuing import first_difference
 from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.settings.loading import load_config
 from regrad_runner.settings.script_config import ScriptConfig
+from regrad_runner.tracking.choosing import MLFLOW
 from regrad_runner.training.preparation import try_on
 
 
@@ -42,7 +43,7 @@ def prepare_cells(plan: Planned[Any], *, say: Callable[[str], None]) -> dict[str
     """
     if plan.reports:
         open_folder(plan, job_array=True)
-        if is_server(plan.config.tracking_uri):  # its cells find the comparison there
+        if _cells_track(plan):  # they find the comparison there
             with _tracked(plan, say):
                 pass
     kinds: dict[str, list[int]] = {}
@@ -155,12 +156,18 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
         for line in environment_in_words(plan.config):
             display.say(line)
     with ExitStack() as stack:
-        if plan.reports and is_server(plan.config.tracking_uri):
+        if plan.reports and _cells_track(plan):
             stack.enter_context(_tracked(plan, display.say, cell))
         cells = stack.enter_context(runner_of(plan, display))
         for _ in cells.run_cells([(cell, cell_plan.lr)]):
             pass
     return ResultsFolder(plan.path).take(cell) if plan.reports else None
+
+
+def _cells_track(plan: Planned[Any]) -> bool:
+    """Say whether each cell shows its run itself; `regrad sync` shows all of them anyway."""
+    config = plan.config
+    return config.tracker == MLFLOW and is_server(config.tracking_uri)
 
 
 def is_server(address: str | None) -> bool:
