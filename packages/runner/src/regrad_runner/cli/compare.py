@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regrad_runner.cli.corrections_flag import more_corrections
-from regrad_runner.cli.flags import ConfigFile, Json, Out, Resume, flag, switch
+from regrad_runner.cli.flags import ConfigFile, Json, On, Out, Resume, Slurm, flag, switch
 from regrad_runner.cli.holding import holding, holding_folder
 from regrad_runner.cli.settings_flags import CHECKING, load_settings, takes_settings
 from regrad_runner.errors import checking_input
+from regrad_runner.settings.cluster import SLURM, Cluster, cluster_of
 from regrad_runner.settings.config import CompareConfig, ComparisonSettings
 from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, THE_SCRIPT, WHERE_IT_GOES
 from regrad_runner.settings.script_config import ScriptConfig, comparison_settings_of
@@ -30,6 +31,7 @@ COMPARE_EXAMPLES = (
     "-- train.py --seed '{seed}'",
     "regrad compare --workload imagefolder --data-dir DIR --seeds 6",
     "regrad compare --resume --out DIR --seeds 12",
+    "regrad compare --on slurm --slurm partition=gpu,time=04:00:00",
 )
 
 
@@ -63,6 +65,8 @@ def compare_command(
             metavar="N",
         ),
     ] = None,
+    on: On = None,
+    slurm: Slurm = None,
     config: ConfigFile = None,
     out: Out = None,
     resume: Resume = False,
@@ -87,6 +91,7 @@ def compare_command(
         from regrad_runner.tracking.choosing import check_tracker  # noqa: PLC0415
 
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
+        cluster = _cluster(on, slurm, jobs=jobs, is_job_array=cells or cell is not None)
         continues = resume or cell is not None
         _check_are_corrections(given.get("corrections", ()))
         if script:
@@ -97,7 +102,7 @@ def compare_command(
         settings = load_settings(kind, given, config=config, out=out, resume=continues)
         if cell is None:
             check_tracker(settings, given, resume=continues)
-            plan = _make_plan(settings, out=out, resume=resume, jobs=jobs)
+            plan = _make_plan(settings, out=out, resume=resume, jobs=jobs, cluster=cluster)
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())
     with holding_folder(plan, resume=resume):
@@ -191,18 +196,46 @@ def _check_is_complete(known: dict[str, Any]) -> None:
 
 
 def _make_plan(
-    settings: ComparisonSettings, *, out: Path | None, resume: bool, jobs: int | None
+    settings: ComparisonSettings,
+    *,
+    out: Path | None,
+    resume: bool,
+    jobs: int | None,
+    cluster: Cluster | None,
 ) -> Planned[Any]:
     """Check a comparison of whatever kind, and return its plan."""
+    from regrad_runner.comparing.cluster_cells import on_cluster  # noqa: PLC0415
+
     if isinstance(settings, ScriptConfig):
         from regrad_runner.comparing.script_plan import make_script_plan  # noqa: PLC0415
 
-        return make_script_plan(settings, out=out, resume=resume, jobs=jobs)
+        plan = make_script_plan(settings, out=out, resume=resume, jobs=jobs)
+        return on_cluster(plan, cluster)
     if not isinstance(settings, CompareConfig):
         raise TypeError(f"settings must be those of a comparison, got {type(settings).__name__}")
     from regrad_runner.comparing.plan import make_plan  # noqa: PLC0415
 
-    return make_plan(settings, out=out, resume=resume, jobs=jobs)
+    return on_cluster(make_plan(settings, out=out, resume=resume, jobs=jobs), cluster)
+
+
+def _cluster(
+    place: str | None, slurm: str | None, *, jobs: int | None, is_job_array: bool
+) -> Cluster | None:
+    """Return the queue in which runs are jobs, checked; None if this command runs them."""
+    cluster = cluster_of(place, slurm)
+    if cluster is None:
+        return None
+    if is_job_array:
+        raise ValueError("--on must be given without --cells and --cell, whose jobs are your own")
+    if cluster.place == SLURM and jobs is not None:
+        raise ValueError(
+            f"--jobs must be given without --on slurm, got {jobs}; "
+            f"limit the jobs with --slurm array_parallelism={jobs}"
+        )
+    from regrad_runner.comparing.queues import check_queue  # noqa: PLC0415
+
+    check_queue(cluster)
+    return cluster
 
 
 def _check_at_most_one(*, jobs: int | None, cell: int | None, cells: bool) -> None:
@@ -231,6 +264,8 @@ def _compare(console: Console, plan: Planned[Any], *, jobs: int | None, as_json:
     again = shlex.join(["regrad", "compare", "--resume", "--out", str(plan.path)])
     if jobs:
         again = f"{again} --jobs {jobs}"
+    if plan.cluster is not None:
+        again = f"{again} {plan.cluster.words}"
     with going_on(console, again, quiet=not plan.reports), display:
         folder = compare(plan, display)
     destroy_process_group()

@@ -1,10 +1,11 @@
-"""What runs the cells of a plan: this process, workers, or processes of scripts."""
+"""What runs the cells of a plan: this process, workers, processes of scripts, or jobs."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from regrad_runner.comparing.cluster_cells import ClusterCells
 from regrad_runner.comparing.plan import Plan, Planned
 from regrad_runner.comparing.running import Comparison, Runner
 from regrad_runner.comparing.script_cells import ScriptCells
@@ -15,6 +16,8 @@ from regrad_runner.reporting.progress import Display
 
 def runner_of(plan: Planned[Any], display: Display) -> AbstractContextManager[Runner]:
     """Return what runs the cells, as many at once as planned."""
+    if plan.cluster is not None:
+        return ClusterCells(plan, plan.cluster, display)
     if isinstance(plan, ScriptPlan):
         return ScriptCells(plan, display)
     if not isinstance(plan, Plan):
