@@ -4,7 +4,10 @@ import csv
 import importlib.util
 import json
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 from regrad_runner.cli.main import main
 from regrad_runner.comparing import cluster_cells, queues
 from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import read_record
 
 SMALL = ["--train-size", "100", "--batch-size", "25", "--width", "4", "--epochs", "1"]
 HERE = Path(__file__).parent
@@ -141,6 +145,51 @@ def _by_value(body: str):
     space: dict = {"__name__": "__main__"}
     exec(source, space)
     return space["Job"]
+
+
+LIGHT = shlex.join([sys.executable, str(HERE / "light_launcher.py")])
+
+
+@needs_submitit
+def test_a_script_of_ones_own_runs_in_jobs_to_the_results_of_a_serial_comparison(here, capsys):
+    (here / "train.py").write_text(
+        "import os, sys\nprint('loss', int(sys.argv[1]) + bool(os.environ['CORRECTIONS']))\n"
+    )
+    measure = ["--measure", "loss=loss ([0-9.]+)", "--lower-is-better", "--seeds", "1"]
+    words = ["compare", "--corrections", "xgrad", "--no-controls", *measure, "--tracker", "none"]
+    words += ["--launcher", LIGHT]
+    script = ["--", "train.py", "{seed}"]
+    assert main([*words, "--jobs", "1", "--out", "serial", *script]) == 0
+    assert main([*words, "--on", "local", "--jobs", "2", "--out", "out", *script]) == 0
+    assert curves_and_results(here / "out") == curves_and_results(here / "serial")
+    assert (here / "out/runs/xgrad/0/output.txt").read_text() == "loss 1\n"
+
+
+@needs_submitit
+@pytest.mark.slow
+def test_ctrl_c_ends_the_jobs_and_says_how_to_continue(here):
+    (here / "none.yaml").write_text("corrections: []\nlr: [0.05]\nseeds: 1\n")
+    words = ["--config", "none.yaml", "--epochs", "5000", "--on", "local", "--out", "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "regrad_runner", "compare", *SMALL, "--tracker", "none", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        while not (here / "out/runs/baseline/0/run.json").is_file():
+            time.sleep(0.05)
+        jobs = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "stopped; to continue from here: regrad compare --resume --out out --on local" in said
+    assert "Traceback" not in said
+    _, alive = psutil.wait_procs(jobs, timeout=60)
+    assert alive == []
+    assert read_record(here / "out/runs/baseline/0").status == "killed"
 
 
 def test_without_submitit_one_line_says_what_to_install_and_nothing_is_written(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class CellJob:
             task: Which cell.
         """
         warnings.formatwarning = format_warning
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # by which it is cancelled
         cell = task.cell
         display = Display(Terminal(stderr=True), runs=1)
         if has_result(self.folder.joinpath(*cell.folder_names)):

@@ -7,15 +7,19 @@ import io
 import logging
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from regrad.errors import RegradError
 
+from regrad_runner.comparing.workers import ignoring_interrupts
 from regrad_runner.files import read_regular_file
 from regrad_runner.settings.cluster import SLURM, TIME_LIMIT, Cluster
 
@@ -27,6 +31,7 @@ LONGEST_LOG = 2**26
 LONGEST_SAID = 300  # characters of what a program said
 MINUTES_PER_LOCAL_JOB = 60 * 24 * 365  # submitit's own is two minutes
 SECONDS_FOR_A_PROGRAM = 60.0
+SECONDS_TO_END_JOBS = 15.0
 SECONDS_BETWEEN_LOOKS = 2.0
 SECONDS_BETWEEN_LOOKS_HERE = 0.2
 SECONDS_BETWEEN_QUEUES = 30.0
@@ -70,6 +75,11 @@ def check_queue(cluster: Cluster) -> None:
     """Raise a `ValueError` unless jobs can be submitted from here."""
     if importlib.util.find_spec("submitit") is None:
         raise ValueError(f"--on {cluster.place} must find submitit, got none; {EXTRA}")
+    if not hasattr(signal, "SIGUSR2"):
+        raise ValueError(
+            f"--on {cluster.place} must run where there is the signal SIGUSR2, got "
+            f"{sys.platform}; leave it out, or use Linux or macOS"
+        )
     if cluster.place != SLURM:
         return
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -115,7 +125,8 @@ class LocalJobs:
 
     def submit(self, work: Work, tasks: Sequence[Any]) -> list[Any]:
         """Start a process for each task; see `JobQueue`."""
-        return list(self._executor.map_array(work, tasks))
+        with ignoring_interrupts():  # what watches a job would answer Ctrl-C with a traceback
+            return list(self._executor.map_array(work, tasks))
 
     def over(self, jobs: Sequence[Any]) -> list[Any]:
         """Return the jobs whose process has ended."""
@@ -127,9 +138,18 @@ class LocalJobs:
         return ""
 
     def cancel(self, jobs: Sequence[Any]) -> None:
-        """End the processes."""
+        """End the processes; what watches each of them then ends too."""
+        working: list[psutil.Process] = []
         for job in jobs:
-            job.cancel(check=False)
+            with suppress(psutil.Error):
+                working += psutil.Process(int(job.job_id)).children()
+        for process in working:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGINT)
+        _, alive = psutil.wait_procs(working, timeout=SECONDS_TO_END_JOBS)
+        for process in alive:
+            with suppress(psutil.Error):
+                process.kill()
 
 
 class SlurmJobs:
