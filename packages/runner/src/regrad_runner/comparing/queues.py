@@ -201,7 +201,7 @@ class SlurmJobs:
 
     def over(self, jobs: Sequence[Any]) -> list[Any]:
         """Return the jobs that left a result, and those that squeue does not list any more."""
-        names = {found.name for found in os.scandir(self._folder)}  # one look for all of them
+        names = self._names()
         ended = [job for job in jobs if job.paths.result_pickle.name in names]
         left = [job for job in jobs if job.paths.result_pickle.name not in names]
         now = time.monotonic()
@@ -209,6 +209,13 @@ class SlurmJobs:
             self._looked_at_queue = now
             self._gone |= not_in_queue(job.job_id for job in left)
         return [*ended, *(job for job in left if job.job_id in self._gone)]
+
+    def _names(self) -> set[str]:
+        """Return what is in the folder: one look for all jobs, which may fail on a network."""
+        try:
+            return set(os.listdir(self._folder))  # noqa: PTH208 - names alone
+        except OSError:
+            return set()
 
     def ending(self, job: Any) -> str:
         """Return the state in which SLURM's records hold a job, such as NODE_FAIL."""

@@ -22,7 +22,6 @@ DEFAULT_MINUTES = 240
 NUMBERS = ("array_parallelism", "cpus_per_gpu", "cpus_per_task", "nice", "signal_delay_s")
 TEXTS = (
     "account",
-    "clusters",
     "comment",
     "constraint",
     "exclude",
