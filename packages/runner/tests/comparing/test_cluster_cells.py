@@ -74,8 +74,8 @@ def test_local_jobs_end_with_the_tables_and_the_report_of_a_serial_comparison(he
     assert len(tables(here / "out")["tuning.csv"]) == 3  # with a rate that was added
     assert comparable(json.loads(said.out)) == comparable(serial)
     listed = [line.split("\t") for line in (here / "out/jobs/cells.tsv").read_text().splitlines()]
-    assert sorted(name for _, name, _ in listed)[-2:] == ["baseline, seed 0", "baseline, seed 1"]
-    assert all("validation" in (here / "out/jobs" / log).read_text() or log for *_, log in listed)
+    assert sorted(name for _, _, name, _ in listed)[-2:] == ["baseline, seed 0", "baseline, seed 1"]
+    assert all("learning rate" in (here / "out/jobs" / log).read_text() for *_, log in listed)
     assert not list((here / "out/runs").glob("*/*/checkpoints"))
 
 
@@ -268,6 +268,26 @@ def test_what_sbatch_refuses_is_said_in_its_words(slurm, here, capsys):
         "correct --slurm, and continue with --resume\n" in said
     )
     assert "Traceback" not in said
+
+
+@needs_submitit
+def test_jobs_that_an_earlier_command_left_in_the_queue_are_named(slurm, here, capsys):
+    (here / "none.yaml").write_text("corrections: []\nlr: [0.05]\nseeds: 1\n")
+    assert compare("--config", "none.yaml", "--cells", "--out", "out") == 0
+    (here / "out" / "jobs").mkdir()
+    (here / "out" / "jobs" / "cells.tsv").write_text(
+        "slurm\t100_0\tbaseline, seed 0\tlog\nslurm\t100_1\tx\tlog\nlocal\t7\tx\tlog\n-x\n"
+    )
+    (slurm / "100.options").touch()
+    (slurm / "100_1.queued").touch()
+    capsys.readouterr()
+    assert main(["compare", "--resume", "--out", "out", "--on", "slurm"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "regrad: jobs of an earlier command must have ended, got 1 in the queue, such as 100_1; "
+        "wait for them, or end them: scancel 100\n" in said
+    )
+    assert not (here / "out" / "runs").exists()
 
 
 class Preempting(threading.Thread):

@@ -82,6 +82,9 @@ class Queue:
         self.sizes = []
         self.cancelled = []
 
+    def still_there(self, numbers):
+        return set()
+
     def submit(self, work, tasks):
         self.sizes.append(len(tasks))
         return [self.job(task) for task in tasks]

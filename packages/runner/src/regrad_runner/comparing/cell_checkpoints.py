@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
+from regrad_runner.errors import DiskError
 from regrad_runner.files import remove_folder
 from regrad_runner.results.points import METRICS
 from regrad_runner.results.run import Line, read_points
@@ -73,6 +75,21 @@ class CellCheckpoints:
         save_checkpoint(run, self._folder, keep=1)
         self._last = time.monotonic()
 
+    @contextmanager
+    def removed_at_the_end(self) -> Iterator[None]:
+        """Remove them when the run has ended, or failed for a reason of its own.
+
+        What ends the process leaves them for the next attempt, and so does a full disk.
+        """
+        try:
+            yield
+        except DiskError:
+            raise
+        except Exception:
+            self.remove()
+            raise
+        self.remove()
+
     def remove(self) -> None:
         """Remove them all."""
         if self._is_there:
@@ -100,6 +117,10 @@ class NoCheckpoints:
 
     def keep(self, run: TrainingRun) -> None:
         """Save nothing."""
+
+    def removed_at_the_end(self) -> AbstractContextManager[None]:
+        """Remove nothing when the run has ended."""
+        return nullcontext()
 
     def remove(self) -> None:
         """Remove nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from regrad.errors import RegradError
 
 from regrad_runner.comparing.cluster_job import VISIBLE_DEVICES, CellJob, CellTask
 from regrad_runner.comparing.plan import Plan, Planned
@@ -23,7 +26,7 @@ from regrad_runner.comparing.queues import (
 from regrad_runner.comparing.running import values_of
 from regrad_runner.comparing.script_cells import script_values
 from regrad_runner.comparing.script_plan import ScriptPlan
-from regrad_runner.files import append, make_folder
+from regrad_runner.files import append, make_folder, read_regular_file
 from regrad_runner.reporting.progress import Display
 from regrad_runner.results.cells import Cell
 from regrad_runner.results.run import ENDED, RECORD, end_abandoned, read_record
@@ -31,6 +34,8 @@ from regrad_runner.settings.cluster import LOCAL, SLURM, Cluster
 
 JOBS_FOLDER = "jobs"
 CELLS_OF_JOBS = "cells.tsv"
+LARGEST_LIST = 2**26
+JOB_NUMBER = re.compile(r"\d+(_\d+)?")
 MOST_ATTEMPTS = 3
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 # Why a lost job is not submitted again: it would be lost again, or somebody ended it.
@@ -107,6 +112,8 @@ class ClusterCells:
         self._queue: JobQueue = queue_of(
             cluster, self._folder, jobs=plan.jobs, repeats_timeouts=isinstance(plan, Plan)
         )
+        self._place = cluster.place
+        self._check_earlier_jobs()
         self._work = CellJob(
             folder=plan.path.absolute(),
             checkpoint_seconds=SECONDS_BETWEEN_CHECKPOINTS,
@@ -148,6 +155,19 @@ class ClusterCells:
         if error is not None and self._under_way:
             self._queue.cancel([submitted.job for submitted in self._under_way])
 
+    def _check_earlier_jobs(self) -> None:
+        """Raise a `RegradError` if jobs of an earlier command are in the queue: they would run too.
+
+        It was killed, or could not cancel them.
+        """
+        there = self._queue.still_there(_jobs_in(self._folder / CELLS_OF_JOBS, self._place))
+        if there:
+            arrays = sorted({number.partition("_")[0] for number in there})
+            raise RegradError(
+                f"jobs of an earlier command must have ended, got {len(there)} in the queue, such "
+                f"as {min(there)}; wait for them, or end them: scancel {' '.join(arrays)}"
+            )
+
     def _submit(self, waiting: deque[tuple[Cell, float, int]]) -> None:
         """Submit as many cells as the queue takes now."""
         room = self._room()
@@ -160,7 +180,8 @@ class ClusterCells:
         lines = []
         for task, job, before, (_, _, attempt) in zip(tasks, jobs, earlier, taken, strict=True):
             self._under_way.append(Submitted(task, job, before, attempt))
-            lines.append(f"{job.job_id}\t{task.cell.name}\t{job.paths.stderr.name}\n")
+            words = (self._place, str(job.job_id), task.cell.name, job.paths.stderr.name)
+            lines.append("\t".join(words) + "\n")
         append(self._folder / CELLS_OF_JOBS, "".join(lines))
         self._show()
 
@@ -235,6 +256,20 @@ class ClusterCells:
 
     def _show(self) -> None:
         self._display.begin(f"{len(self._under_way)} {self._queue.name}", steps=None)
+
+
+def _jobs_in(file: Path, place: str) -> list[str]:
+    """Return the numbers of the jobs that were submitted for a folder, if they are known."""
+    try:
+        text = read_regular_file(file, largest=LARGEST_LIST).decode(errors="replace")
+    except OSError:
+        return []
+    numbers = []
+    for line in text.splitlines():
+        words = line.split("\t")
+        if len(words) > 1 and words[0] == place and JOB_NUMBER.fullmatch(words[1]):
+            numbers.append(words[1])
+    return numbers
 
 
 def _attempt_in(run_folder: Path) -> str:

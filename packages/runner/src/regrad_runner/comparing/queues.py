@@ -58,6 +58,9 @@ class JobQueue(Protocol):
     seconds: float
     patience: float
 
+    def still_there(self, numbers: Iterable[str]) -> set[str]:
+        """Return those of some jobs, by number, that an earlier command left in the queue."""
+
     def submit(self, work: Work, tasks: Sequence[Any]) -> list[Any]:
         """Submit a job for each task, and return them."""
 
@@ -123,6 +126,11 @@ class LocalJobs:
         self._executor = submitit.LocalExecutor(folder)
         self._executor.update_parameters(timeout_min=MINUTES_PER_LOCAL_JOB)
 
+    def still_there(self, numbers: Iterable[str]) -> set[str]:
+        """Return nothing: a run that a process still writes is found by its lock."""
+        del numbers
+        return set()
+
     def submit(self, work: Work, tasks: Sequence[Any]) -> list[Any]:
         """Start a process for each task; see `JobQueue`."""
         with ignoring_interrupts():  # what watches a job would answer Ctrl-C with a traceback
@@ -179,6 +187,10 @@ class SlurmJobs:
         self._folder = folder
         self._looked_at_queue = float("-inf")
         self._gone: set[str] = set()
+
+    def still_there(self, numbers: Iterable[str]) -> set[str]:
+        """Return the jobs that squeue lists."""
+        return still_in_queue(numbers)
 
     def submit(self, work: Work, tasks: Sequence[Any]) -> list[Any]:
         """Submit the tasks as a job array; see `JobQueue`.
@@ -264,16 +276,27 @@ def not_in_queue(numbers: Iterable[str]) -> set[str]:
         numbers: Of jobs, such as "12" or "12_3" in an array.
     """
     asked = set(numbers)
-    arrays = sorted({number.partition("_")[0] for number in asked})
+    listed = _in_queue(asked)
+    return set() if listed is None else asked - listed
+
+
+def still_in_queue(numbers: Iterable[str]) -> set[str]:
+    """Return those of some jobs that SLURM is known to hold; see `not_in_queue`."""
+    asked = set(numbers)
+    return asked & (_in_queue(asked) or set())
+
+
+def _in_queue(numbers: Iterable[str]) -> set[str] | None:
+    """Return what squeue lists of these jobs and of their arrays; None if it does not say."""
     listed: set[str] = set()
-    for array in arrays:
+    for array in sorted({number.partition("_")[0] for number in numbers}):
         done = _said_by(["squeue", "--noheader", "--array", "--format=%i", f"--jobs={array}"])
         if done is None:
-            return set()
+            return None
         if done.returncode != 0 and NOT_KNOWN not in done.stderr:
-            return set()
+            return None
         listed |= set(done.stdout.split())
-    return asked - listed
+    return listed
 
 
 def last_line_of(log: Path) -> str:

@@ -88,6 +88,7 @@ class Comparison:
         with (
             self._alone(cell.name),
             begun(lambda: self._begin(values, checkpoints.lines)) as record,
+            checkpoints.removed_at_the_end(),
             closing(self._ready_run(arm, cell, lr, checkpoints)) as run,
         ):
             self.display.begin(cell.name, steps=run.total_steps)
@@ -101,7 +102,6 @@ class Comparison:
                 with signals_wait():
                     validation = run.position.points[-1].value
                     record.end("finished", result={"validation": validation})
-        checkpoints.remove()  # the run has ended, or failed for a reason of its own
 
     def _checkpoints_of(self, cell: Cell) -> CellCheckpoints | NoCheckpoints:
         if self._checkpoint_seconds is None:
