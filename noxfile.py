@@ -102,7 +102,7 @@ def with_paths(words: list[str]) -> list[str]:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run all tests and doctests, or those of the members that are named, as in `-- core`."""
-    sync(session, "test", "browser", "docs")
+    sync(session, "test", "extras", "browser", "docs")
     session.run("pytest", *ON_ALL_CORES, *with_paths(session.posargs), env=TEST_ENVIRONMENT)
 
 

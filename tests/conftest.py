@@ -46,10 +46,18 @@ class Member:
     @property
     def dependencies(self) -> set[str]:
         """Names of the distributions that it declares."""
-        return {
-            normal(re.split(r"[^\w.-]", line, maxsplit=1)[0])
-            for line in self.project["dependencies"]
-        }
+        return {distribution_in(line) for line in self.project["dependencies"]}
+
+    @property
+    def extras(self) -> set[str]:
+        """Names of the distributions that its extras declare."""
+        lists = self.project.get("optional-dependencies", {}).values()
+        return {distribution_in(line) for lines in lists for line in lines}
+
+
+def distribution_in(line: str) -> str:
+    """Return the name of the distribution that a line of requirements asks for."""
+    return normal(re.split(r"[^\w.-]", line, maxsplit=1)[0])
 
 
 def normal(name: str) -> str:

@@ -240,6 +240,7 @@ def check_settings(command: str, /, **values: Any) -> int:
     from regrad_runner.cli import completion
     from regrad_runner.cli.settings_flags import given_settings
     from regrad_runner.settings import config, script_config
+    from regrad_runner.settings.cluster import cluster_of
     from regrad_runner.settings.loading import load_config
     from regrad_runner.training import optimizers
 
@@ -255,6 +256,7 @@ def check_settings(command: str, /, **values: Any) -> int:
         compares = script_config.ScriptConfig
         values["better"] = "higher" if values.get("higher_is_better") else "lower"
     kind = compares if command == "compare" else config.TrainConfig
+    cluster_of(values.get("on"), values.get("slurm"))
     file = values.get("config")
     flags = given_settings(kind.model_fields, values)
     settings = load_config(
@@ -360,6 +362,7 @@ WRONG = {
     "regrad compare --corrections nope": "no correction named 'nope'",
     "regrad compare --corrections xgrad:speed=1": "has no option 'speed'",
     "regrad compare --epochs 0": "epochs must be greater than 0",
+    "regrad compare --on slurm --slurm partion=gpu": "did you mean 'partition'?",
     "regrad plugins show nope": "",
     "regrad-bench --fast": "No such option",
     "uv run --all regrad compare": "'--all'",

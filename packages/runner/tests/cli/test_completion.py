@@ -74,7 +74,7 @@ def ask(shell: str, line: str) -> str:
 def test_zsh_and_fish_are_answered_in_their_own_way(shell):
     answer = ask(shell, "regrad sy")
     assert "sync" in answer
-    assert "Show a folder in MLflow" in answer
+    assert "Send a folder" in answer
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

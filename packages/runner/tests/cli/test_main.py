@@ -74,7 +74,10 @@ BAD = [
     ("compare --model vit_b_16", "image_size must fit model 'vit_b_16', such as 224, got 8"),
     ("compare --norm layer", "norm must be 'batch', 'group' or 'none', got 'layer'"),
     ("compare --lr fast", "lr must be a valid number, got 'fast'"),
-    ("compare --tracker wandb", "tracker must be 'mlflow' or 'none', got 'wandb'"),
+    (
+        "compare --tracker comet",
+        "tracker must be 'mlflow', 'tensorboard', 'wandb' or 'none', got 'comet'",
+    ),
     ("compare --tracking-uri mlruns", "tracking_uri must be an absolute address, got 'mlruns'"),
     ("compare --processes 2", "processes must be 2 as asked, got 1"),
     ("compare --config settings.yaml", "no setting named 'epoch'; did you mean 'epochs'?"),

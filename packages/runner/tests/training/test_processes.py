@@ -301,28 +301,38 @@ if [[ -z ${numbers:-} ]]; then
     bash -c "$job" >report
     exit
 fi
-for number in $(seq "${numbers%-*}" "${numbers#*-}"); do SLURM_ARRAY_TASK_ID=$number bash -c "$job" >&2; done
-wc -l <jobs
+for part in $(tr , ' ' <<<"${numbers%\\%*}"); do
+    for number in $(seq "${part%-*}" "${part#*-}"); do
+        if [[ $number != "${LOST:-}" ]]; then
+            SLURM_ARRAY_TASK_ID=$number bash -c "$job" >&2 || echo "cell $number failed" >&2
+        fi
+    done
+done
+echo "$(wc -l <jobs);cluster"
 """
 
 
+def arrays_in(folder: Path) -> list[str]:
+    """The numbers in the array of each job that was sent."""
+    jobs = (folder / "jobs").read_text().splitlines()
+    return [job.partition("--array=")[2].partition(" ")[0] for job in jobs]
+
+
 @pytest.mark.slow
-def test_the_script_of_a_job_array_runs_every_cell_and_reports(tmp_path):
+def test_the_script_of_a_job_array_runs_every_cell_and_sends_only_what_is_missing(tmp_path):
     (tmp_path / "few.yaml").write_text(
         "corrections: []\nlr: [0.02, 0.1]\ntuning_seeds: 1\ntuning_extensions: 1\nseeds: 2\n"
     )
     path = commands(tmp_path, sbatch=SBATCH)
-    done = sent(
-        "job_array.sh", tmp_path, *SHAPE, "--epochs", "1", "--config", "few.yaml", PATH=path
-    )
+    words = ["job_array.sh", tmp_path, *SHAPE, "--epochs", "1", "--config", "few.yaml"]
+    done = sent(*words, PATH=path, LOST="3")  # the node of one run fails
     assert done.returncode == 0, done.stderr
-    jobs = (tmp_path / "jobs").read_text().splitlines()
-    arrays = [job.partition("--array=")[2].partition(" ")[0] for job in jobs]
-    assert arrays == ["0-1", "2", "3-4", ""]
-    assert "--dependency=after" not in jobs[0]
-    assert "--dependency=afterok:1 " in jobs[1]
-    assert "--dependency=afterok:2 " in jobs[2]
-    assert "--dependency=afterany:3 " in jobs[3]
+    assert arrays_in(tmp_path) == ["0-1%8", "2%8", "3-4%8", ""]
+    assert "1 of 5 cells are missing: 3" in (tmp_path / "report").read_text()
+    (tmp_path / "jobs").unlink()
+    done = sent(*words, PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert arrays_in(tmp_path) == ["3%8", ""]
     assert "missing" not in (tmp_path / "report").read_text()
     assert len(ResultsFolder(tmp_path / "out").results) == 2
     with closing(sqlite3.connect(tmp_path / "out" / "mlflow.db")) as database:
@@ -330,6 +340,36 @@ def test_the_script_of_a_job_array_runs_every_cell_and_reports(tmp_path):
         assert database.execute(
             "select count(*) from tags where key = 'mlflow.parentRunId'"
         ).fetchone() == (5,)
+    (tmp_path / "jobs").unlink()
+    assert sent(*words, PATH=path).returncode == 0
+    assert arrays_in(tmp_path) == [""]  # the report alone
+
+
+CELLS = """
+if [[ $* == *--cells* ]]; then
+    printf 'trials 0-2,5\\nextensions-1 6\\nruns 9-12\\nout out\\n'
+fi
+"""
+
+
+def test_the_script_of_a_job_array_limits_the_jobs_and_lets_no_failure_hold_up_the_others(tmp_path):
+    path = commands(tmp_path, sbatch=SBATCH, regrad=CELLS)
+    done = sent("job_array.sh", tmp_path, PATH=path)
+    assert done.returncode == 0, done.stderr
+    jobs = (tmp_path / "jobs").read_text().splitlines()
+    assert arrays_in(tmp_path) == ["0-2,5%8", "6%8", "9-12%8", ""]
+    assert "--dependency" not in jobs[0]
+    for number, job in enumerate(jobs[1:], 1):
+        assert f"--dependency=afterany:{number} " in job
+    assert all("--requeue --open-mode=append" in job for job in jobs[:-1])
+    assert all("--output=out/jobs/" in job for job in jobs)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.parametrize("script", sorted(CLUSTER.glob("*.sh")), ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say_of_the_scripts(script):
+    done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
+    assert done.stdout + done.stderr == ""
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regrad_runner.cli.corrections_flag import more_corrections
-from regrad_runner.cli.flags import ConfigFile, Json, Out, flag, switch
+from regrad_runner.cli.flags import ConfigFile, Json, On, Out, Slurm, flag, switch
 from regrad_runner.cli.holding import holding, holding_folder
 from regrad_runner.cli.resuming import Resume, read_resume
 from regrad_runner.cli.settings_flags import CHECKING, load_settings, takes_settings
 from regrad_runner.errors import checking_input
+from regrad_runner.settings.cluster import SLURM, Cluster, cluster_of
 from regrad_runner.settings.config import CompareConfig, ComparisonSettings
 from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, THE_SCRIPT, WHERE_IT_GOES
 from regrad_runner.settings.script_config import ScriptConfig, comparison_settings_of
@@ -32,6 +33,7 @@ COMPARE_EXAMPLES = (
     "regrad compare --workload imagefolder --data-dir DIR --seeds 6",
     "regrad compare --resume --out DIR --seeds 12",
     "regrad compare --resume auto --corrections xgrad agc --out DIR",
+    "regrad compare --on slurm --slurm partition=gpu,time=04:00:00",
 )
 
 
@@ -65,6 +67,8 @@ def compare_command(
             metavar="N",
         ),
     ] = None,
+    on: On = None,
+    slurm: Slurm = None,
     config: ConfigFile = None,
     out: Out = None,
     resume: Resume = None,
@@ -86,9 +90,12 @@ def compare_command(
 
     console = Terminal(stderr=True)  # results go to stdout, perhaps into another program
     with checking_input(), console.status(CHECKING):
+        from regrad_runner.tracking.choosing import check_tracker  # noqa: PLC0415
+
         _check_at_most_one(jobs=jobs, cell=cell, cells=cells)
         resuming = read_resume(resume, out=out)
         has_settings = resuming.takes_settings or cell is not None
+        cluster = _cluster(on, slurm, jobs=jobs, is_job_array=cells or cell is not None)
         _check_are_corrections(given.get("corrections", ()))
         if script:
             _check_is_script(script)
@@ -97,7 +104,10 @@ def compare_command(
         kind = _kind(given, config=config, out=out if has_settings else None)
         settings = load_settings(kind, given, config=config, out=out, resume=has_settings)
         if cell is None:
-            plan = _make_plan(settings, out=out, resume=resuming.continues, jobs=jobs)
+            check_tracker(settings, given, resume=has_settings)
+            plan = _make_plan(
+                settings, out=out, resume=resuming.continues, jobs=jobs, cluster=cluster
+            )
     if cell is not None:
         return _run_cell(console, settings, cell, out or Path())
     with holding_folder(plan, resuming):
@@ -191,18 +201,46 @@ def _check_is_complete(known: dict[str, Any]) -> None:
 
 
 def _make_plan(
-    settings: ComparisonSettings, *, out: Path | None, resume: bool, jobs: int | None
+    settings: ComparisonSettings,
+    *,
+    out: Path | None,
+    resume: bool,
+    jobs: int | None,
+    cluster: Cluster | None,
 ) -> Planned[Any]:
     """Check a comparison of whatever kind, and return its plan."""
+    from regrad_runner.comparing.cluster_cells import on_cluster  # noqa: PLC0415
+
     if isinstance(settings, ScriptConfig):
         from regrad_runner.comparing.script_plan import make_script_plan  # noqa: PLC0415
 
-        return make_script_plan(settings, out=out, resume=resume, jobs=jobs)
+        plan = make_script_plan(settings, out=out, resume=resume, jobs=jobs)
+        return on_cluster(plan, cluster)
     if not isinstance(settings, CompareConfig):
         raise TypeError(f"settings must be those of a comparison, got {type(settings).__name__}")
     from regrad_runner.comparing.plan import make_plan  # noqa: PLC0415
 
-    return make_plan(settings, out=out, resume=resume, jobs=jobs)
+    return on_cluster(make_plan(settings, out=out, resume=resume, jobs=jobs), cluster)
+
+
+def _cluster(
+    place: str | None, slurm: str | None, *, jobs: int | None, is_job_array: bool
+) -> Cluster | None:
+    """Return the queue in which runs are jobs, checked; None if this command runs them."""
+    cluster = cluster_of(place, slurm)
+    if cluster is None:
+        return None
+    if is_job_array:
+        raise ValueError("--on must be given without --cells and --cell, whose jobs are your own")
+    if cluster.place == SLURM and jobs is not None:
+        raise ValueError(
+            f"--jobs must be given without --on slurm, got {jobs}; "
+            f"limit the jobs with --slurm array_parallelism={jobs}"
+        )
+    from regrad_runner.comparing.queues import check_queue  # noqa: PLC0415
+
+    check_queue(cluster)
+    return cluster
 
 
 def _check_at_most_one(*, jobs: int | None, cell: int | None, cells: bool) -> None:
@@ -231,6 +269,8 @@ def _compare(console: Console, plan: Planned[Any], *, jobs: int | None, as_json:
     again = shlex.join(["regrad", "compare", "--resume", "--out", str(plan.path)])
     if jobs:
         again = f"{again} --jobs {jobs}"
+    if plan.cluster is not None:
+        again = f"{again} {plan.cluster.words}"
     with going_on(console, again, quiet=not plan.reports), display:
         folder = compare(plan, display)
     destroy_process_group()

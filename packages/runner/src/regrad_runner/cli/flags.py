@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from regrad_runner.settings.flag import WHERE_IT_GOES
+from regrad_runner.settings.flag import HOW_IT_IS_TRAINED, WHERE_IT_GOES
 
 JSON_MEANING = "Print JSON for programs instead of a table."
 NO_VALUE = " "  # what the help shows in place of the type of a flag that takes none
@@ -52,6 +52,22 @@ ConfigFile = Annotated[
 Out = Annotated[
     Path | None,
     flag("Folder to write to; a new one here by default.", WHERE_IT_GOES, metavar="DIR"),
+]
+On = Annotated[
+    str | None,
+    flag(
+        "Where runs take place: here (the default), local (each a job) or slurm.",
+        HOW_IT_IS_TRAINED,
+        metavar="PLACE",
+    ),
+]
+Slurm = Annotated[
+    str | None,
+    flag(
+        "What to ask SLURM for, such as partition=gpu,time=04:00:00.",
+        HOW_IT_IS_TRAINED,
+        metavar="NAME=X,...",
+    ),
 ]
 Json = Annotated[bool, switch(JSON_MEANING, WHERE_IT_GOES, "--json")]
 UngroupedJson = Annotated[bool, switch(JSON_MEANING, None, "--json")]

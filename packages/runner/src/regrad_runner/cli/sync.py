@@ -18,7 +18,7 @@ def sync_command(
         str | None, flag("Another MLflow server or database to show runs in.", None, metavar="URI")
     ] = None,
 ) -> int:
-    """Show a folder in MLflow: send what is missing there, as after the server was down."""
+    """Send a folder's tracker what is missing there, as after the MLflow server was down."""
     with checking_input():
         from regrad_runner.reporting.verdict_numbers import verdict_numbers  # noqa: PLC0415
         from regrad_runner.results.sync import sync  # noqa: PLC0415

@@ -41,12 +41,14 @@ def train_command(
 
     console = Terminal(stderr=True)  # results go to stdout, perhaps into another program
     with checking_input(), console.status(CHECKING):
+        from regrad_runner.tracking.choosing import check_tracker  # noqa: PLC0415
         from regrad_runner.training_command import make_training_plan  # noqa: PLC0415
 
         resuming = read_resume(resume, out=out)
         settings = load_settings(
             TrainConfig, given, config=config, out=out, resume=resuming.takes_settings
         )
+        check_tracker(settings, given, resume=resuming.takes_settings)
         plan = make_training_plan(settings, out=out, resume=resuming.continues)
     from regrad_runner.reporting.report import show_run  # noqa: PLC0415
     from regrad_runner.training.processes import destroy_process_group  # noqa: PLC0415

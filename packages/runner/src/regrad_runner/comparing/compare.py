@@ -17,6 +17,7 @@ from regrad_runner.results.cells import Cell, is_compared
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, Trial
 from regrad_runner.results.view import tracking
+from regrad_runner.settings.cluster import SLURM
 from regrad_runner.workloads.workload import Measure, name_on_validation
 
 __all__ = ["Comparison", "Plan", "Runner", "compare", "make_plan"]
@@ -57,13 +58,18 @@ def compare(plan: Planned[Any], display: Display) -> ResultsFolder:
             verdicts=verdict_numbers,
         ),
     ):
-        if isinstance(plan, Plan):
+        if isinstance(plan, Plan) and plan.cluster is None:
             _say_estimate(plan, folder, display)
         _run_pending(plan, folder, display, runner)
-        if isinstance(plan, Plan):
+        if isinstance(plan, Plan) and _runs_here(plan):
             time_steps(plan, folder, display)
         draw(folder, plan.measure)
     return folder
+
+
+def _runs_here(plan: Plan) -> bool:
+    """Say whether the runs take place on this machine, so that times measured here are theirs."""
+    return plan.cluster is None or plan.cluster.place != SLURM
 
 
 def _say_estimate(plan: Plan, folder: ResultsFolder, display: Display) -> None:

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrad_runner.comparing.plan import Plan, Planned, agreed, open_folder, plan_of
+from regrad_runner.comparing.plan import Plan, Planned, agreed, open_folder
+from regrad_runner.comparing.prepared import prepared_plan
 from regrad_runner.comparing.runners import runner_of
-from regrad_runner.comparing.script_plan import script_plan_of
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.verdict_numbers import verdict_numbers
 from regrad_runner.results.cells import Cell, Extension, in_ranges, is_compared
 from regrad_runner.results.folder import ResultsFolder
 from regrad_runner.results.outcomes import Result, Trial
-from regrad_runner.results.rates import run_of
+from regrad_runner.results.rates import missing_cells, run_of
 from regrad_runner.results.run import run_path
 from regrad_runner.results.view import tracking
-from regrad_runner.settings.config import CompareConfig, ComparisonSettings
+from regrad_runner.settings.config import ComparisonSettings
 from regrad_runner.settings.continuing import first_difference
 from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.settings.loading import load_config
-from regrad_runner.settings.script_config import ScriptConfig
+from regrad_runner.tracking.choosing import MLFLOW
 from regrad_runner.training.preparation import try_on
 
 
@@ -36,19 +36,27 @@ def prepare_cells(plan: Planned[Any], *, say: Callable[[str], None]) -> dict[str
         say: Told what goes wrong with tracking.
 
     Returns:
-        The numbers of its cells, as a job array takes them, in the order in which they must run:
-        "trials" of learning rates if there is a choice, "extensions-1" and so on for the rates that
-        arms may add, and "runs". Each needs what is before it of its arm.
+        The numbers of its cells that have not ended, as a job array takes them, in the order in
+        which they must run: "trials" of learning rates if there is a choice, "extensions-1" and so
+        on for the rates that arms may add, and "runs". Each needs what is before it of its arm.
     """
     if plan.reports:
         open_folder(plan, job_array=True)
-        if is_server(plan.config.tracking_uri):  # its cells find the comparison there
+        if _cells_track(plan):  # they find the comparison there
             with _tracked(plan, say):
                 pass
     kinds: dict[str, list[int]] = {}
-    for number, cell in enumerate(plan.cells):
-        kinds.setdefault(_kind_of(cell), []).append(number)
+    for number in agreed(_cells_left(plan)):
+        kinds.setdefault(_kind_of(plan.cells[number]), []).append(number)
     return {kind: in_ranges(numbers) for kind, numbers in kinds.items()}
+
+
+def _cells_left(plan: Planned[Any]) -> list[int]:
+    """Return the numbers of the cells to run: those that have not ended, and runs that failed."""
+    if not plan.reports:
+        return []
+    folder = ResultsFolder(plan.path)
+    return missing_cells(plan.cells, folder.choices, lambda cell: _has_ended(cell, folder))
 
 
 def _kind_of(cell: Cell | Extension) -> str:
@@ -105,7 +113,7 @@ def make_cell_plan(config: ComparisonSettings, number: int, path: Path) -> CellP
         RegradError: If its corrections cannot work.
     """
     saved = load_config(type(config), file=path / "config.yaml", flags={})
-    plan = _plan_of(path, config)
+    plan = prepared_plan(path, config)
     difference = first_difference(saved, plan.config)
     if difference:
         raise ValueError(
@@ -131,15 +139,6 @@ def make_cell_plan(config: ComparisonSettings, number: int, path: Path) -> CellP
     return CellPlan(plan, run.name, run, lr, done)
 
 
-def _plan_of(path: Path, config: ComparisonSettings) -> Planned[Any]:
-    """Return the plan of a prepared folder, of whatever its cells are."""
-    if isinstance(config, ScriptConfig):
-        return script_plan_of(path, config)
-    if not isinstance(config, CompareConfig):
-        raise TypeError(f"config must be of a comparison, got {type(config).__name__}")
-    return plan_of(path, config)
-
-
 def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
     """Run a cell in its own folder and return its result; None on a process that does not write.
 
@@ -155,12 +154,18 @@ def run_cell(cell_plan: CellPlan, display: Display) -> Result | Trial | None:
         for line in environment_in_words(plan.config):
             display.say(line)
     with ExitStack() as stack:
-        if plan.reports and is_server(plan.config.tracking_uri):
+        if plan.reports and _cells_track(plan):
             stack.enter_context(_tracked(plan, display.say, cell))
         cells = stack.enter_context(runner_of(plan, display, cells=1))
         for _ in cells.run_cells([(cell, cell_plan.lr)]):
             pass
     return ResultsFolder(plan.path).take(cell) if plan.reports else None
+
+
+def _cells_track(plan: Planned[Any]) -> bool:
+    """Say whether each cell shows its run itself; `regrad sync` shows all of them anyway."""
+    config = plan.config
+    return config.tracker == MLFLOW and is_server(config.tracking_uri)
 
 
 def is_server(address: str | None) -> bool:

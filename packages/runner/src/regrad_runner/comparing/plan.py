@@ -17,6 +17,7 @@ from regrad_runner.results.cells import Cell, Extension, cells_of, is_compared
 from regrad_runner.results.folder import ResultsFolder, check_arms, check_folder, start_folder
 from regrad_runner.results.machine import surroundings, usable_cores
 from regrad_runner.settings.arms import Arm, expand
+from regrad_runner.settings.cluster import SLURM, Cluster
 from regrad_runner.settings.config import MOST_THREADS, CompareConfig, ComparisonSettings
 from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.training.preparation import (
@@ -45,6 +46,7 @@ class Planned(ABC, Generic[SettingsOfComparison]):
         left_out: Installed corrections that cannot work here, with the reason, where all were
             requested.
         jobs: How many runs take place at once, each in a process of its own.
+        cluster: The queue in which runs are jobs; None if this command runs them.
     """
 
     config: SettingsOfComparison
@@ -54,6 +56,7 @@ class Planned(ABC, Generic[SettingsOfComparison]):
     processes: int
     left_out: Mapping[str, str]
     jobs: int
+    cluster: Cluster | None
 
     @property
     @abstractmethod
@@ -110,9 +113,14 @@ class Planned(ABC, Generic[SettingsOfComparison]):
         if trials:
             or_more = " or more" if self.config.tuning_extensions else ""
             said = f"{said} after {trials} runs{or_more} to choose learning rates"
-        if self.jobs > 1:
-            said = f"{said}, {self.jobs} at once"
-        return said
+        return f"{said}{self._at_once_in_words()}"
+
+    def _at_once_in_words(self) -> str:
+        """Say how many runs there are at once, and where."""
+        if self.cluster is not None and self.cluster.place == SLURM:
+            most = self.cluster.array_parallelism
+            return ", as jobs of SLURM" if most is None else f", as jobs of SLURM, {most} at once"
+        return f", {self.jobs} at once" if self.jobs > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ class Plan(Planned[CompareConfig]):
     processes: int
     left_out: Mapping[str, str] = field(default_factory=dict)
     jobs: int = 1
+    cluster: Cluster | None = None
 
     @property
     def measure(self) -> Measure:

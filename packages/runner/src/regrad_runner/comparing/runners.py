@@ -1,10 +1,11 @@
-"""What runs the cells of a plan: this process, workers, or processes of scripts."""
+"""What runs the cells of a plan: this process, workers, processes of scripts, or jobs."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from regrad_runner.comparing.cluster_cells import ClusterCells
 from regrad_runner.comparing.plan import Plan, Planned
 from regrad_runner.comparing.running import Comparison, Runner
 from regrad_runner.comparing.script_cells import ScriptCells
@@ -23,6 +24,8 @@ def runner_of(
         display: Shows what is under way.
         cells: How many there are to run, as far as is known.
     """
+    if plan.cluster is not None:
+        return ClusterCells(plan, plan.cluster, display)
     if isinstance(plan, ScriptPlan):
         return ScriptCells(plan, display)
     if not isinstance(plan, Plan):

@@ -11,7 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
+from regrad.errors import RegradError
+
 from regrad_runner.addresses import without_secrets
+from regrad_runner.comparing.cell_checkpoints import CellCheckpoints, NoCheckpoints
 from regrad_runner.comparing.plan import Plan, Planned
 from regrad_runner.diagnostics.effects import EffectTrace, keep_effects
 from regrad_runner.diagnostics.gradient_quality import PROBE_CURVES, PROBE_LINE, Probe, keep_quality
@@ -21,7 +24,17 @@ from regrad_runner.reporting.progress import Display
 from regrad_runner.results.cells import Cell
 from regrad_runner.results.outcomes import Result, numbers_of
 from regrad_runner.results.points import EVALUATION, METRICS, Point, curves_of, keep_point
-from regrad_runner.results.run import RECEIPT, RunLog, as_json_text, begin_run, run_values
+from regrad_runner.results.run import (
+    RECEIPT,
+    Line,
+    RunLog,
+    RunWriter,
+    as_json_text,
+    begin_run,
+    run_path,
+    run_values,
+)
+from regrad_runner.settings.arms import Arm
 from regrad_runner.signals import begun, signals_wait
 from regrad_runner.training.nonfinite import NonFiniteError, keeping_norms
 from regrad_runner.training.outcome import finished_result
@@ -44,11 +57,16 @@ class Comparison:
     Args:
         plan: What to do.
         display: Shows what is under way.
+        checkpoint_seconds: Least time between the checkpoints of a run, which goes on from those
+            that it finds; None for runs that keep none and start again.
     """
 
-    def __init__(self, plan: Plan, display: Display) -> None:
+    def __init__(
+        self, plan: Plan, display: Display, *, checkpoint_seconds: float | None = None
+    ) -> None:
         self.plan = plan
         self.display = display
+        self._checkpoint_seconds = checkpoint_seconds
 
     def run_cells(self, todo: Sequence[tuple[Cell, float]]) -> Iterator[Cell]:
         """Run cells one after the other; see `Runner`."""
@@ -66,16 +84,18 @@ class Comparison:
         arm = self.plan.arm(cell.arm)
         values = values_of(self.plan, cell, lr=lr)
         started = time.perf_counter()
+        checkpoints = self._checkpoints_of(cell)
         with (
             self._alone(cell.name),
-            begun(lambda: self._begin(values)) as record,
-            closing(
-                TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)
-            ) as run,
+            begun(lambda: self._begin(values, checkpoints.lines)) as record,
+            checkpoints.removed_at_the_end(),
+            closing(self._ready_run(arm, cell, lr, checkpoints)) as run,
         ):
             self.display.begin(cell.name, steps=run.total_steps)
+            if checkpoints.lines and isinstance(record, RunWriter):
+                record.start(checkpoints.lines_until(run.position.step))
             with keeping_norms(record):
-                self._train(run, record, with_diagnostics=cell.lr is None)
+                self._train(run, record, checkpoints, with_diagnostics=cell.lr is None)
             if cell.lr is None:
                 self._end_run(run, record, started)
             else:
@@ -83,13 +103,49 @@ class Comparison:
                     validation = run.position.points[-1].value
                     record.end("finished", result={"validation": validation})
 
-    def _begin(self, values: dict[str, Any]) -> RunLog:
-        return begin_run(self.plan.path, values) if self.plan.reports else RunLog()
+    def _checkpoints_of(self, cell: Cell) -> CellCheckpoints | NoCheckpoints:
+        if self._checkpoint_seconds is None:
+            return NoCheckpoints()
+        run_folder = run_path(self.plan.path, cell.arm, cell.seed, cell.lr)
+        return CellCheckpoints(run_folder, seconds=self._checkpoint_seconds)
 
-    def _train(self, run: TrainingRun, record: RunLog, *, with_diagnostics: bool) -> None:
+    def _begin(self, values: dict[str, Any], lines: Sequence[Line]) -> RunLog:
+        if not self.plan.reports:
+            return RunLog()
+        return begin_run(self.plan.path, values, lines=lines)
+
+    def _ready_run(
+        self, arm: Arm, cell: Cell, lr: float, checkpoints: CellCheckpoints | NoCheckpoints
+    ) -> TrainingRun:
+        """Return a run at its start, or where an earlier attempt left a checkpoint."""
+
+        def fresh() -> TrainingRun:
+            return TrainingRun(self.plan.config, self.plan.workload, arm, seed=cell.seed, lr=lr)
+
+        run = fresh()
+        try:
+            notes = checkpoints.load_into(run)
+        except RegradError as problem:
+            self.display.say(f"{cell.name} starts again: {in_one_line(problem)}")
+            run.close()
+            checkpoints.remove()
+            return fresh()
+        for note in notes:
+            self.display.say(f"{cell.name}: {note}")
+        return run
+
+    def _train(
+        self,
+        run: TrainingRun,
+        record: RunLog,
+        checkpoints: CellCheckpoints | NoCheckpoints,
+        *,
+        with_diagnostics: bool,
+    ) -> None:
         """Train to the end; keep evaluations, and of a run that is compared effects and probes."""
         config = self.plan.config
         trace = EffectTrace(run)
+        trace.look()  # what an earlier attempt saw was kept by it
         probe: Probe | None = None
         if with_diagnostics and config.probe_every is not None:
             probe = Probe(run, every=config.probe_every, size=config.probe_size)
@@ -104,6 +160,7 @@ class Comparison:
             quality = probe.finish_step() if probe is not None else None
             if quality is not None:
                 keep_quality(record, quality)
+            checkpoints.keep(run)
 
         run.train(on_point=keep, on_step=end_step)
 

@@ -97,9 +97,7 @@ class ScriptCells:
             cell: To run.
             lr: Its learning rate; 0 where the script takes none.
         """
-        values = record_values(
-            self._plan, cell, lr=lr, curves={EVALUATION: {"value": self._plan.measure.name}}
-        )
+        values = script_values(self._plan, cell, lr=lr)
         self._show(cell.name, begins=True)
         try:
             with begin_run(self._plan.path, values) as record:
@@ -268,6 +266,11 @@ class ScriptCells:
             children = [*self._children]
         for child in children:
             child.end()
+
+
+def script_values(plan: ScriptPlan, cell: Cell, *, lr: float) -> dict[str, Any]:
+    """Return what the record of a run of a script says before it begins; see `record_values`."""
+    return record_values(plan, cell, lr=lr, curves={EVALUATION: {"value": plan.measure.name}})
 
 
 def _flags(plan: ScriptPlan, arm: Arm, seed: int) -> list[str]:

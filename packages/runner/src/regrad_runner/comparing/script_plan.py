@@ -28,6 +28,7 @@ from regrad_runner.settings.arms import (
     correction_arms,
     with_controls,
 )
+from regrad_runner.settings.cluster import Cluster
 from regrad_runner.settings.config import MOST_THREADS
 from regrad_runner.settings.script_config import ScriptConfig, filled_in
 from regrad_runner.signals import stoppable
@@ -56,6 +57,7 @@ class ScriptPlan(Planned[ScriptConfig]):
     reports: bool = True
     processes: int = 1
     left_out: Mapping[str, str] = field(default_factory=dict)
+    cluster: Cluster | None = None
 
     @property
     def measure(self) -> Measure:

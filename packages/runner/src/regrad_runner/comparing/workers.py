@@ -165,7 +165,7 @@ class Workers:
         ours, theirs = context.Pipe()
         place = (self._plan.path, self._started, theirs)
         process = context.Process(target=work, args=place, name=f"regrad-worker-{self._started}")
-        with _ignoring_interrupts(), _keeping_memory():
+        with ignoring_interrupts(), _keeping_memory():
             process.start()
         theirs.close()  # so that its end is heard
         self._started += 1
@@ -174,7 +174,7 @@ class Workers:
 
 
 @contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
+def ignoring_interrupts() -> Iterator[None]:
     """Let processes that start in the block ignore Ctrl-C.
 
     A terminal sends it to all of them, but the first process decides.

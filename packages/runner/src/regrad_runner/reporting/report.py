@@ -196,6 +196,8 @@ def open_ui(path: Path) -> str | None:
         settings = read_settings(path / "config.yaml")
     except ValueError:
         return None
+    if settings.get("tracker") == "tensorboard":
+        return f"tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}"
     if settings.get("tracker") != "mlflow":
         return None
     uri = shown_address(str(settings.get("tracking_uri") or ""))

@@ -1,4 +1,4 @@
-"""Show a whole folder in MLflow: what is already there is left unchanged."""
+"""Show a whole folder in its tracker: what is already there is left unchanged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from regrad_runner.results.about import read_about
 from regrad_runner.results.locks import syncing
 from regrad_runner.results.view import FolderView, Verdicts
 from regrad_runner.settings.loading import read_settings
+from regrad_runner.tracking.choosing import MLFLOW, store_of
 from regrad_runner.tracking.mlflow import Sent
 from regrad_runner.tracking.projector import Projection
-from regrad_runner.tracking.stores import Store
 
 
 @dataclass
@@ -64,8 +64,8 @@ def sync(folder: Path, address: str | None = None, *, verdicts: Verdicts | None 
 
     Args:
         folder: What `compare` or `train` wrote.
-        address: Of the store; None for the one in the folder's settings, or else the folder's own
-            database.
+        address: Of an MLflow store; None for the tracker in the folder's settings: with MLflow
+            at the address there, or else in the folder's own database.
         verdicts: Returns the numbers of a comparison's verdicts: see `FolderView`.
 
     Raises:
@@ -75,12 +75,14 @@ def sync(folder: Path, address: str | None = None, *, verdicts: Verdicts | None 
     """
     if not (folder / "config.yaml").exists() or not read_about(folder):
         raise ValueError(f"folder must be one that compare or train wrote, got '{folder}'")
+    kind = MLFLOW
     if address is None:
+        kind = str(read_settings(folder / "config.yaml").get("tracker"))
         address = _address_of(folder)
     else:
         check_address(address)
     with syncing(folder):
-        store = Store(folder, address)
+        store = store_of(kind, folder, address)
         view = FolderView(folder, under_way=False, verdicts=verdicts)
         done = Projection(store, view.sources).until_complete()
     return Synced(store.shown, done.sent, done.runs, view.killed, done.problems, store.notes)

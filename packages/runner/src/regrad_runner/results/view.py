@@ -1,4 +1,4 @@
-"""How a folder looks in MLflow: a run for each of its runs, and a parent run for a comparison."""
+"""How a folder looks in a tracker: a run for each of its runs, and a parent run for a comparison."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from regrad_runner.results.run import (
 from regrad_runner.settings.continuing import WITHOUT_EFFECT_ON_RESULTS
 from regrad_runner.settings.loading import read_settings
 from regrad_runner.signals import LeftAtOnce
+from regrad_runner.tracking.choosing import store_of
 from regrad_runner.tracking.mlflow import ERROR_TAG, HOST_TAG, MetricPoint, ShownStatus, TrackedRun
 from regrad_runner.tracking.projector import Projector, Source
-from regrad_runner.tracking.stores import Store
 
 # What a comparison shows at its end, beside the pictures in its folder of figures.
 EXPORTS = (
@@ -63,7 +63,7 @@ Verdicts = Callable[[Path], Mapping[str, float]]
 
 
 class FolderView:
-    """What MLflow should show of an output folder.
+    """What a tracker should show of an output folder.
 
     Args:
         folder: The output folder.
@@ -236,14 +236,14 @@ def tracking(
     only: Path | None = None,
     verdicts: Verdicts | None = None,
 ) -> Iterator[None]:
-    """Show in MLflow what the block writes into a folder.
+    """Show in a tracker what the block writes into a folder.
 
     A thread does so meanwhile, and at the end all of it is shown.
 
     Args:
-        kind: "mlflow", or "none" to show nothing and import nothing.
+        kind: "mlflow", "tensorboard", "wandb", or "none" to show nothing and import nothing.
         folder: The output folder; there.
-        address: Of a server or database; None for the database in the folder.
+        address: Of an MLflow server or database; None for the database in the folder.
         say: Called with what goes wrong, also from the thread; no failure stops the block.
         only: Folder of the one run to show.
         verdicts: Returns the numbers of a comparison's verdicts: see `FolderView`.
@@ -251,7 +251,7 @@ def tracking(
     if kind == "none":
         yield
         return
-    store = Store(folder, address)
+    store = store_of(kind, folder, address)
     view = FolderView(folder, under_way=True, only=only, verdicts=verdicts)
     projector = Projector(store, view.sources, say=say)
     seconds: float | None = None

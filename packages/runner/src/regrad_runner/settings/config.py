@@ -59,8 +59,8 @@ class Settings(BaseModel):
     )
 
     tracker: Annotated[
-        Literal["mlflow", "none"],
-        Flag("mlflow (the default) or none.", WHERE_IT_GOES, "KIND"),
+        Literal["mlflow", "tensorboard", "wandb", "none"],
+        Flag("mlflow (the default), tensorboard, wandb or none.", WHERE_IT_GOES, "KIND"),
     ] = "mlflow"
     tracking_uri: Annotated[
         str | None,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from regrad_runner.addresses import without_secrets
 from regrad_runner.errors import in_one_line
+from regrad_runner.tracking.accelerate_trackers import AccelerateStore
 from regrad_runner.tracking.mlflow import Sent, TrackedRun, project
 from regrad_runner.tracking.stores import Store
 
@@ -62,7 +63,9 @@ class Projection:
         sources: Returns what there is to show, a parent run before those under it.
     """
 
-    def __init__(self, store: Store, sources: Callable[[], Iterable[Source]]) -> None:
+    def __init__(
+        self, store: Store | AccelerateStore, sources: Callable[[], Iterable[Source]]
+    ) -> None:
         self._store = store
         self._sources = sources
         self._complete: dict[Path, Hashable] = {}
@@ -81,7 +84,7 @@ class Projection:
             except Exception as problem:  # noqa: BLE001 - every client raises its own kinds
                 self._store.forget()
                 done.problems.append(without_secrets(in_one_line(problem)))
-                if _is_of_the_store(problem):
+                if self._is_of_the_store(problem):
                     return done
                 continue
             if sent:
@@ -92,7 +95,14 @@ class Projection:
         return done
 
     def _project(self, source: Source) -> Sent:
-        return project(self._store, source.read())
+        run = source.read()
+        if isinstance(self._store, AccelerateStore):
+            return self._store.project(run)
+        return project(self._store, run)
+
+    def _is_of_the_store(self, problem: Exception) -> bool:
+        """Say whether a failure would meet the other runs too: no answer, no room."""
+        return isinstance(self._store, AccelerateStore) or _is_of_mlflow(problem)
 
     def until_complete(self, *, rounds: int = ROUNDS_IN_VAIN) -> Round:
         """Look until nothing is missing any more, or something fails; say what was sent in all.
@@ -118,8 +128,8 @@ class Projection:
         return total
 
 
-def _is_of_the_store(problem: Exception) -> bool:
-    """Say whether a failure would meet the other runs too: no answer, no database."""
+def _is_of_mlflow(problem: Exception) -> bool:
+    """Say whether a failure of MLflow would meet the other runs too: no answer, no database."""
     from mlflow.exceptions import MlflowException  # noqa: PLC0415 - it takes seconds
 
     answers = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
@@ -139,7 +149,7 @@ class Projector:
 
     def __init__(
         self,
-        store: Store,
+        store: Store | AccelerateStore,
         sources: Callable[[], Iterable[Source]],
         *,
         say: Callable[[str], None],
