@@ -124,6 +124,22 @@ def test_a_comparison_goes_on_with_more_seeds_and_corrections(here, capsys, monk
     assert "script must take {lr} in its arguments when --lr is given" in capsys.readouterr().err
 
 
+def test_one_command_starts_a_comparison_of_a_script_and_continues_it(here, capsys):
+    automatic = ["--resume", "auto"]
+    assert compare(flags=automatic) == 0
+    assert "nothing is left to run" not in capsys.readouterr().err
+    assert compare(flags=automatic) == 0
+    assert "every run has ended; nothing is left to run" in capsys.readouterr().err
+    assert (here / "counted").read_text().count("\n") == 4
+    assert compare(flags=automatic, seeds=3) == 0
+    assert (here / "counted").read_text().count("\n") == 6
+    capsys.readouterr()
+    assert compare(flags=automatic, seeds=3, script=("train.py", "{seed}", "0.1")) == 2
+    assert "out must hold the same configuration, got script" in capsys.readouterr().err
+    assert compare(flags=automatic) == 2
+    assert "got seeds 3 there and 2 here; choose another folder" in capsys.readouterr().err
+
+
 def test_several_rates_are_chosen_by_trials_and_extensions(here, capsys):
     flags = ["--lr", "0.1,0.2", "--tuning-seeds", "1"]
     assert compare(script=("train.py", "{seed}", "{lr}"), flags=flags) == 0
