@@ -3,6 +3,7 @@
 import itertools
 from datetime import timedelta
 
+import pytest
 import regrad
 import torch
 import toys
@@ -10,6 +11,7 @@ from regrad import RegradError, ranks
 from regrad.correction import Needs
 from shared_cases import WORLD, close, raises
 from torch import distributed, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -26,6 +28,13 @@ class Whole(toys.Scale):
         reads=("model",),
         conflicts={"parts": "use scale instead"},
     )
+
+
+class OfMicroBatches(toys.Scale):
+    """Reads the micro-batches of a step, which the processes must take together."""
+
+    name = "micro"
+    needs = Needs(stages=("gradient",), reads=("micro",))
 
 
 class Recorded(toys.Scale):
@@ -199,3 +208,52 @@ def case_the_optimizer_inside_torchs_local_sgd_is_attached_to(rank):
         assert attachment.metrics()["steps_applied"] == 4
         trained.append(toys.weights_of(model))
     close(*trained, 0)
+
+
+def average_of(model, **options):
+    """Return torch's local SGD around an optimizer of the model."""
+    averager = PeriodicModelAverager(period=2, warmup_steps=0)
+    return PostLocalSGDOptimizer(toys.sgd(model, **options), averager)
+
+
+def case_what_reads_micro_batches_is_refused_under_torchs_local_sgd(rank):
+    for wrap in (lambda model: model, DistributedDataParallel):
+        model = wrap(toys.Net())
+        raises(
+            RegradError,
+            ["'micro'", "PostLocalSGDOptimizer", "use DDP alone"],
+            lambda m=model: regrad.attach(m, average_of(m), [OfMicroBatches()]),
+        )
+        regrad.attach(model, average_of(model), [toys.Scale()])
+
+
+def case_what_reads_micro_batches_is_refused_where_processes_stop_at_different_steps(rank):
+    model = DistributedDataParallel(toys.Net())
+    optimizer, _ = attach(model, OfMicroBatches())
+    before = toys.weights_of(model)
+    for _ in range(2):  # whatever was refused before
+        with pytest.raises(RegradError, match="the same number of batches"), Join([model]):
+            toys.train_step(model, optimizer)
+    close(toys.weights_of(model), before, 0)
+    model = DistributedDataParallel(toys.Net())
+    optimizer, attachment = attach(model, toys.Scale())
+    with Join([model]):
+        for seed in range(3 - rank):
+            toys.train_step(model, optimizer, seed=seed)
+    assert attachment.metrics()["steps_applied"] == 3 - rank
+
+
+def case_what_reads_micro_batches_is_refused_where_ddp_leaves_gradients_apart_at_a_step(rank):
+    model = DistributedDataParallel(toys.Net())
+    optimizer, attachment = attach(model, OfMicroBatches())
+    with model.no_sync():
+        toys.loss_of(model).backward()
+        raises(RegradError, ["'micro'", "local SGD", "outside of no_sync()"], optimizer.step)
+    toys.loss_of(model).backward()
+    optimizer.step()
+    assert attachment.metrics()["steps_applied"] == 1
+    other = DistributedDataParallel(toys.Net())
+    optimizer, attachment = attach(other, toys.Scale())
+    with other.no_sync():
+        toys.train_step(other, optimizer)
+    assert attachment.metrics()["steps_applied"] == 1

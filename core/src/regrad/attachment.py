@@ -117,6 +117,13 @@ def attach(
         proved=proved,
         in_parts=in_parts,
     )
+    if any("micro" in correction.needs.reads for correction in made):
+        wrappers = [
+            m for m in whole.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
+        ]
+        attachment.engine.before_every_step = functools.partial(
+            refusals.check_together, made, wrappers
+        )
     return attachment
 
 
