@@ -64,7 +64,7 @@ def highest(changes: Iterable[int]) -> int:
 
 def sees_launches() -> bool:
     """Say whether the profiler sees more than the CPU."""
-    return len(supported_activities()) > 1
+    return len(_activities()) > 1
 
 
 def launches(call: Call) -> int:
@@ -74,9 +74,15 @@ def launches(call: Call) -> int:
     )
 
 
+def _activities() -> list[ProfilerActivity]:
+    """Return what the profiler can see here."""
+    find: Any = supported_activities
+    return list(find())
+
+
 def _trace(call: Call, *, memory: bool) -> list[dict[str, Any]]:
     """Return the profiler's events of one call in the order of time."""
-    activities = [ProfilerActivity.CPU] if memory else supported_activities()
+    activities = [ProfilerActivity.CPU] if memory else _activities()
     with profile(activities=activities, profile_memory=memory, acc_events=True) as seen:
         call()
     with tempfile.TemporaryDirectory() as folder:
