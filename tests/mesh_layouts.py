@@ -13,6 +13,7 @@ from regrad.sharding import total_norm
 from regrad_centralization.functional import Unit as Means
 from regrad_centralization.functional import subtract_, unit_means
 from regrad_clipping.functional import Unit, clip_units_
+from regrad_testing.clauses import difference
 from regrad_testing.layout_clauses import fsdp2, fsdp2_by_columns
 from regrad_testing.loops import whole
 from regrad_tom import Tom
@@ -250,7 +251,7 @@ def farthest(name: str, kind: type[nn.Module], layout: Layout, **how: Any) -> fl
     """Return how far the weight that differs most ends from one process."""
     alone = alone_after(name, kind, **how)
     seen = weights_after(TRIALS[name], kind, layout, **how)
-    return max((seen[key] - alone[key]).abs().max().item() for key in alone)
+    return difference(alone, seen)[0]
 
 
 def all_trials(layout: Layout, _: int) -> dict[str, float]:
@@ -419,7 +420,7 @@ def farthest_in_parts(
     weights = train_in_parts(trial, make_parts, rank, group, **how)
     layers = (rank, rank + 2) if make_parts is interleaved else (2 * rank, 2 * rank + 1)
     mine = [w for key, w in train_whole(trial).items() if int(key[0]) in layers]
-    return max((a - b).abs().max().item() for a, b in zip(weights, mine, strict=True))
+    return difference(dict(enumerate(mine)), dict(enumerate(weights)))[0]
 
 
 def in_pipelines(rank: int) -> dict[str, float]:
@@ -556,8 +557,7 @@ def train_experts(trial: Trial, held: tuple[int, ...], group: Any = None) -> dic
 def farthest_expert(trial: Trial, rank: int) -> float:
     """Return how far the weight that differs most ends from one process."""
     seen = train_experts(trial, (rank,))
-    wanted = train_experts(trial, (0, 1))
-    return max((weight - wanted[name]).abs().max().item() for name, weight in seen.items())
+    return difference(seen, train_experts(trial, (0, 1)))[0]
 
 
 def with_experts(rank: int) -> dict[str, float]:
