@@ -113,10 +113,10 @@ def of_all_ranks(told: Sequence[Seen]) -> Seen:
     together: Seen = {**first, "broken": broken[0] if broken else ""}
     if "far" in first:
         together["far"] = max(one.get("far", 0.0) for one in told)
-    if any(one.get("refused") != first.get("refused") for one in told):
-        together["broken"] = "not all ranks refuse, or for one reason"
     if any(one.get("ranks") != first.get("ranks") for one in told):
         together["broken"] = "the ranks end apart"
+    if any(one.get("refused") != first.get("refused") for one in told):
+        together["broken"] = "not all ranks refuse, or for one reason"
     errors = [one["error"] for one in told if "error" in one]
     if errors:
         together["broken"] = f"\n{errors[0]}"
