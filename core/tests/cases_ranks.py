@@ -81,12 +81,16 @@ def case_parameters_of_other_names_are_refused_where_the_whole_model_is_read(ran
     model = nn.ModuleDict({f"expert{rank}": nn.Linear(3, 3)})
     raises(RegradError, ["expert0.weight", "expert1.weight"], lambda: attach(model, Whole()))
     attach(model, toys.Scale())
+    model = nn.ModuleDict({"shared": linear(3, 3, 3, 3), f"expert{rank}": nn.Linear(3, 3)})
+    words = ["expert0.weight [3, 3], expert0.bias [3] on 0, expert1.weight [3, 3]"]
+    raises(RegradError, words, lambda: attach(model, Whole()))
 
 
 def case_optimizers_that_hold_other_parts_of_one_model_are_refused(rank):
     model = linear(3, 3, 3)
     optimizer = toys.sgd(model[rank])
-    raises(RegradError, ["whole model"], lambda: regrad.attach(model, optimizer, [Whole()]))
+    words = ["whole model", "0.bias [3], 1.weight [3, 3] outside the optimizer, … (4 in all) on 0"]
+    raises(RegradError, words, lambda: regrad.attach(model, optimizer, [Whole()]))
     regrad.attach(model, optimizer, [toys.Scale()])
 
 

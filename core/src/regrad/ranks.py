@@ -75,7 +75,7 @@ def agree_across_ranks(
     attached = str([f"{c!r} of {registry.origin(c)}" for c in corrections])
     mine = {
         "corrections": f"{attached} with model_group" if in_parts else attached,
-        "parameters": _described(model, optimizer),
+        "parameters": _digest_of(_described(model, optimizer)),
         "stage": stage,
         "weights": _samples(model) if wide else {},
         "stages": _stages_of(model) if summing else [],
@@ -84,7 +84,8 @@ def agree_across_ranks(
     _refuse_other_corrections([theirs["corrections"] for theirs in everyone])
     _refuse_stages(wide, [theirs["stage"] for theirs in everyone])
     _refuse_missing_stages(summing, [theirs["stages"] for theirs in everyone])
-    _refuse_parts(wide, [theirs["parameters"] for theirs in everyone])
+    if wide and any(theirs["parameters"] != mine["parameters"] for theirs in everyone):
+        _refuse_parts(wide, _gather(_described(model, optimizer), _device(optimizer)))
     return _are_copies([theirs["weights"] for theirs in everyone])
 
 
@@ -191,20 +192,20 @@ def _gather(value: Any, device: torch.device) -> list[Any]:
     return [json.loads(bytes(row[:length].tolist())) for row, length in rows]
 
 
-def _described(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return a digest of the names and shapes of all parameters, and the first ones in words."""
+def _described(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Return names and shapes: of the optimizer's parameters in its order, then of all others."""
     named = _named(model)
-    names = {parameter: name for name, parameter in named.items()}
-    held = [
-        names.get(parameter, f"outside the model, {_shape(parameter)}")
-        for parameter in parameters_of(optimizer)
-    ]
-    lines = [f"{name} {_shape(parameter)}" for name, parameter in named.items()]
-    digest = hashlib.sha256("\n".join([*lines, "", *held]).encode()).hexdigest()
-    shown = lines[:PARAMETERS_SHOWN]
-    if len(lines) > PARAMETERS_SHOWN:
-        shown.append(f"… ({len(lines)} in all)")
-    return {"digest": digest, "shown": ", ".join(shown)}
+    names = {parameter: f"{name} {_shape(parameter)}" for name, parameter in named.items()}
+    held = parameters_of(optimizer)
+    lines = [names.get(p, f"{_shape(p)} outside the model") for p in held]
+    trained = set(held)
+    lines += [f"{line} outside the optimizer" for p, line in names.items() if p not in trained]
+    return lines
+
+
+def _digest_of(lines: Sequence[str]) -> str:
+    """Return a hash of lines that is the same only for the same ones."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _shape(parameter: Tensor) -> str:
@@ -276,7 +277,7 @@ def _stage_of(model: nn.Module) -> str | None:
     stages = _stages_of(model)
     if not stages:
         return None
-    index, many = stages[0]
+    index, many = min(stages)
     return f"stage {index} of {many}"
 
 
@@ -353,15 +354,28 @@ def _refuse_missing_stages(
         )
 
 
-def _refuse_parts(wide: Sequence[Correction], described: Sequence[Mapping[str, str]]) -> None:
+def _refuse_parts(wide: Sequence[Correction], described: Sequence[Sequence[str]]) -> None:
     """Refuse corrections that read the whole model if ranks hold different parameters."""
+    first = described[0]
     for rank, theirs in enumerate(described):
-        if wide and theirs["digest"] != described[0]["digest"]:
+        if theirs != first:
             raise RegradError(
                 f"{_refused(wide)}, but ranks hold different parameters, as pipeline stages and "
-                f"experts do: {described[0]['shown']} on 0, {theirs['shown']} on {rank}; "
+                f"experts do: {_only(first, theirs)} on 0, {_only(theirs, first)} on {rank}; "
                 f"{_way_out(wide)}"
             )
+
+
+def _only(lines: Sequence[str], others: Sequence[str]) -> str:
+    """Return the first lines that the others lack."""
+    known = set(others)
+    lacking = [line for line in lines if line not in known]
+    if not lacking:
+        return "nothing else" if known != set(lines) else "the same in another order"
+    shown = lacking[:PARAMETERS_SHOWN]
+    if len(lacking) > PARAMETERS_SHOWN:
+        shown.append(f"… ({len(lacking)} in all)")
+    return ", ".join(shown)
 
 
 def _refused(wide: Sequence[Correction]) -> str:
