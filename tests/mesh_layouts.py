@@ -563,14 +563,17 @@ def farthest_expert(trial: Trial, rank: int) -> float:
 def with_experts(rank: int) -> dict[str, float]:
     """Return how far each trial ends from one process, and infinity for one that is not refused."""
     seen = {name: farthest_expert(TRIALS[name], rank) for name in IN_PARTS}
-    for spec in REFUSED_IN_PARTS:
+    different = "expert0.weight [8, 6], expert0.bias [8] on 0, expert1.weight [8, 6]"
+    refused = [(spec, None, different) for spec in REFUSED_IN_PARTS]
+    shared = "must see each weight once in model_group, but before.weight [6, 6] is the same"
+    refused.append(("clip-norm", distributed.group.WORLD, shared))
+    for spec, group, wanted in refused:
         reason = ""
         try:
-            train_experts(Trial(spec, momentum), (rank,))
+            train_experts(Trial(spec, momentum), (rank,), group)
         except regrad.RegradError as refusal:
             reason = str(refusal)
-        told = "ranks hold different parameters, as pipeline stages and experts do" in reason
-        seen[f"{spec} refused"] = 0.0 if told else float("inf")
+        seen[f"{spec} refused, {group is not None}"] = 0.0 if wanted in reason else float("inf")
     return seen
 
 

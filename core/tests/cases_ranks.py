@@ -155,6 +155,27 @@ def case_a_pipeline_trains_with_what_reads_single_elements(rank):
         torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-12)
 
 
+def case_weights_that_several_processes_of_the_model_group_hold_are_refused_on_every_rank(rank):
+    world = distributed.group.WORLD
+    parts = nn.ModuleDict({"shared": linear(3, 3), f"expert{rank}": linear(3, 3, seed=rank)})
+    copies = linear(3, 3)
+    for model, name in ((parts, "shared.0.weight"), (DistributedDataParallel(copies), "0.weight")):
+        words = ["'whole' must see each weight once", f"{name} [3, 3] is the same on 0 and 1"]
+        raises(RegradError, words, lambda m=model: attach_over(m, world, Whole()))
+        attach_over(model, world, toys.Scale())
+    apart = linear(3, 3, seed=rank)
+    with torch.no_grad():
+        apart[0].bias.zero_()  # on both, and yet not the same
+    attach_over(apart, world, Whole())
+    alone = distributed.new_subgroups(1)[0]
+    attach_over(copies, alone, Whole())
+
+
+def attach_over(model, group, correction):
+    """Attach, with sums over the processes of a group."""
+    return regrad.attach(model, toys.sgd(model), [correction], model_group=group)
+
+
 def case_ranks_that_differ_in_the_length_of_what_they_attach_all_stop(rank):
     model = toys.Net()
     many = [toys.Scale(), toys.Add(), toys.Boost()]

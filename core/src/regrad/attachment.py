@@ -100,7 +100,7 @@ def attach(
     refusals.check_layout(made, layout)
     inner = holder_of_all(layers)
     in_parts = model_group is not None
-    proved = ranks.agree_across_ranks(whole, inner, made, in_parts=in_parts)
+    proved = ranks.agree_across_ranks(whole, inner, made, model_group=model_group)
     acts_inside = isinstance(criterion, str)
     loss = F.cross_entropy if acts_inside else criterion
     attachment = Attachment(

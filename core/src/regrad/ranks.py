@@ -44,7 +44,7 @@ def agree_across_ranks(
     optimizer: Optimizer,
     corrections: Sequence[Correction],
     *,
-    in_parts: bool = False,
+    model_group: Any = None,
 ) -> bool:
     """Raise on every rank unless all ranks can attach these corrections.
 
@@ -54,7 +54,7 @@ def agree_across_ranks(
         model: As given to attach.
         optimizer: The innermost optimizer.
         corrections: In acting order.
-        in_parts: As for `reads_model`.
+        model_group: As given to attach: the processes that hold the parts of the model.
 
     Returns:
         Whether this settles the question. It does not if ranks hold different weights under the
@@ -64,8 +64,10 @@ def agree_across_ranks(
     Raises:
         RegradError: If the ranks attach different corrections, versions or options;
             if they hold different parameters and a correction reads the whole model;
-            if the process group cannot reach the parameters, or not every rank answers.
+            if several processes of the group hold the same weights; if the process group
+            cannot reach the parameters, or not every rank answers.
     """
+    in_parts = model_group is not None
     wide = [c for c in corrections if reads_model(c, in_parts=in_parts)]
     summing = [c for c in corrections if in_parts and "model" in c.needs.reads]
     stage = _stage_of(model) if wide else None
@@ -79,11 +81,14 @@ def agree_across_ranks(
         "stage": stage,
         "weights": _samples(model) if wide else {},
         "stages": _stages_of(model) if summing else [],
+        "group": distributed.get_process_group_ranks(model_group) if summing else [],
+        "held": _fingerprints(model) if summing else [],
     }
     everyone = _gather(mine, _device(optimizer))
     _refuse_other_corrections([theirs["corrections"] for theirs in everyone])
     _refuse_stages(wide, [theirs["stage"] for theirs in everyone])
     _refuse_missing_stages(summing, [theirs["stages"] for theirs in everyone])
+    _refuse_shared_weights(summing, everyone)
     if wide and any(theirs["parameters"] != mine["parameters"] for theirs in everyone):
         _refuse_parts(wide, _gather(_described(model, optimizer), _device(optimizer)))
     return _are_copies([theirs["weights"] for theirs in everyone])
@@ -243,6 +248,21 @@ def _place(parameter: Tensor) -> str:
     return f"{mesh.get_coordinate()} of {[*mesh.shape]}"
 
 
+def _fingerprints(model: nn.Module) -> list[str]:
+    """Return name, shape and a digest of some numbers of every parameter that is not constant.
+
+    Constant ones, as new biases, are alike without being the same.
+    """
+    found = []
+    for name, parameter in _named(model).items():
+        if type(parameter) is not nn.Parameter and not sharding.is_sharded(parameter):
+            continue
+        numbers = _some_numbers(parameter)
+        if numbers.unique().numel() > 1:
+            found.append(f"{name} {_shape(parameter)} {_digest([numbers])}")
+    return found
+
+
 @torch.no_grad()
 def _some_numbers(parameter: Tensor) -> Tensor:
     """Return up to `SAMPLED` numbers of the local part, evenly spaced, in float64."""
@@ -354,6 +374,30 @@ def _refuse_missing_stages(
         )
 
 
+def _refuse_shared_weights(
+    summing: Sequence[Correction], everyone: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse sums over a group if several of its processes hold the same weights.
+
+    Weights that experts share, or copies under data parallelism, would be counted several
+    times. Stages of torch's pipelines are known to be different parts.
+    """
+    if not summing or any(theirs["stages"] for theirs in everyone):
+        return
+    for group in {tuple(theirs["group"]) for theirs in everyone}:
+        seen: dict[str, int] = {}
+        for rank in group:
+            for held in everyone[rank]["held"]:
+                other = seen.setdefault(held, rank)
+                if other != rank:
+                    name = held.rpartition(" ")[0]
+                    raise RegradError(
+                        f"{_names(summing)} must see each weight once in model_group, but {name} "
+                        f"is the same on {other} and {rank}, as weights that experts share and "
+                        "copies are; clip in the loop there, or give different parts other names"
+                    )
+
+
 def _refuse_parts(wide: Sequence[Correction], described: Sequence[Sequence[str]]) -> None:
     """Refuse corrections that read the whole model if ranks hold different parameters."""
     first = described[0]
@@ -379,8 +423,11 @@ def _only(lines: Sequence[str], others: Sequence[str]) -> str:
 
 
 def _refused(wide: Sequence[Correction]) -> str:
-    names = ", ".join(repr(correction.name) for correction in wide)
-    return f"{names} must see the whole model"
+    return f"{_names(wide)} must see the whole model"
+
+
+def _names(corrections: Sequence[Correction]) -> str:
+    return ", ".join(repr(correction.name) for correction in corrections)
 
 
 def _way_out(wide: Sequence[Correction]) -> str:
