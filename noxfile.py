@@ -196,7 +196,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def sharding(session: nox.Session) -> None:
-    """Measure every correction on every layout, on two processes, and write the page and the cards.
+    """Measure every correction on every layout, on up to four processes; write page and cards.
 
     With `-- --prove` nothing is written, and another verdict than the page's is an error.
     """

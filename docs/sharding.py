@@ -1,7 +1,7 @@
-"""Write the page on layouts, and what the cards say of them, from what sharding_cells.py measures.
+"""Write the page on layouts, and what the cards say of them, from what the processes measure.
 
 Usage: python docs/sharding.py [--prove | --render | --check] [--column=TITLE ...] [NAME ...]
-Without a flag everything, or what is named, is measured on two processes and on one, and
+Without a flag everything, or what is named, is measured on one, two and four processes, and
 sharding.json, the page and the cards are written. With --column only the columns of these
 headings are measured.
 With --prove the verdicts are measured and compared with sharding.json; with --render
@@ -22,13 +22,12 @@ from corrections_table import ROOT, cards
 from interactions import shipped
 from regrad import available
 from regrad_testing.processes import launch
-from sharding_cells import (
+from sharding_cells import Column, Seen
+from sharding_columns import (
     COLUMNS,
     NAMES,
     TITLES,
-    Column,
-    OnTwoProcesses,
-    Seen,
+    OnSeveralProcesses,
     chosen_columns,
     measures,
 )
@@ -82,43 +81,57 @@ def verdict_of(where: str, column: Column, seen: Mapping[str, Seen]) -> Verdict:
     return {"verdict": "refused", "reasons": reasons}
 
 
-def measured(names: Sequence[str]) -> dict[str, Seen]:
-    """Return what one process and two see, by "name | column | way | suite and optimizer"."""
+def measured(names: Sequence[str], columns: Sequence[Column]) -> dict[str, Seen]:
+    """Return what all processes see, by "name | column | way | suite and optimizer"."""
     os.environ[NAMES] = " ".join(names)  # read by the other processes
-    ranks = launch(OnTwoProcesses, PATIENCE)
     seen: dict[str, Seen] = {}
-    for key, both in ((key, [rank[key] for rank in ranks]) for key in ranks[0]):
-        broken = next((f"\n{one['error']}" for one in both if "error" in one), "")
-        apart = any(one.get("ranks") != both[0].get("ranks") for one in both)
-        seen[key] = (
-            {**both[0], "far": max((o["far"] for o in both), default=0.0)}
-            if "far" in both[0]
-            else both[0]
-        )
-        seen[key]["broken"] = broken or ("the ranks end apart" if apart else "")
-    for name in names:
-        for key, measure in measures(name, 1).items():
-            seen[f"{name} | {key}"] = measure()
+    for column in columns:
+        if column.processes > 1:
+            seen |= measured_apart(column)
+            continue
+        for name in names:
+            for key, measure in measures(name, column).items():
+                seen[key] = measure()
     return seen
 
 
-def verdicts(names: Sequence[str]) -> Verdicts:
+def measured_apart(column: Column) -> dict[str, Seen]:
+    """Return what the processes of a column see.
+
+    Each column has processes of its own: torch keeps what it worked out for a mesh of processes,
+    and takes it for that of an equal mesh in another process group.
+    """
+    os.environ[TITLES] = column.title
+    ranks = launch(OnSeveralProcesses, PATIENCE, processes=column.processes)
+    return {key: of_all_ranks([rank[key] for rank in ranks]) for key in ranks[0]}
+
+
+def of_all_ranks(told: Sequence[Seen]) -> Seen:
+    """Return what the ranks saw together: the largest distance, and whether they end apart."""
+    first = told[0]
+    broken = [one["broken"] for one in told if one.get("broken")]
+    together: Seen = {**first, "broken": broken[0] if broken else ""}
+    if "far" in first:
+        together["far"] = max(one.get("far", 0.0) for one in told)
+    if any(one.get("ranks") != first.get("ranks") for one in told):
+        together["broken"] = "the ranks end apart"
+    if any(one.get("refused") != first.get("refused") for one in told):
+        together["broken"] = "not all ranks refuse, or for one reason"
+    errors = [one["error"] for one in told if "error" in one]
+    if errors:
+        together["broken"] = f"\n{errors[0]}"
+    return together
+
+
+def verdicts(names: Sequence[str], columns: Sequence[Column]) -> Verdicts:
     """Measure, and return a verdict per correction and column."""
-    seen, found = measured(names), dict[str, dict[str, Verdict]]()
+    seen, found = measured(names, columns), dict[str, dict[str, Verdict]]()
     for name in names:
-        cells = {column.title: f"{name} | {column.title}" for column in chosen_columns()}
-        found[name] = {
-            column.title: verdict_of(
-                cells[column.title],
-                column,
-                {
-                    key: one
-                    for key, one in seen.items()
-                    if key.startswith(f"{cells[column.title]} | ")
-                },
-            )
-            for column in chosen_columns()
-        }
+        found[name] = {}
+        for column in columns:
+            where = f"{name} | {column.title}"
+            of_cell = {key: one for key, one in seen.items() if key.startswith(f"{where} | ")}
+            found[name][column.title] = verdict_of(where, column, of_cell)
     return found
 
 
@@ -159,29 +172,40 @@ def table(found: Verdicts) -> str:
 
 
 def reasons(found: Verdicts) -> str:
-    """Return every refusal with its reason, and every bound with what it is compared with."""
+    """Return every refusal with its reason, and every bound with what it is compared with.
+
+    Columns that are refused for one reason have one line.
+    """
     lines = []
     for name, cells in found.items():
+        refused: dict[str, list[str]] = {}
         for title, cell in cells.items():
             if cell["verdict"] == "bounded":
                 bound = percent(cell["bound"])
                 usual = percent(cell["usual"])
                 lines.append(f"- `{name}`, {title}: {bound}; without a correction {usual}.\n")
-            lines += [f"- `{name}`, {title}: refused: {reason}.\n" for reason in cell["reasons"]]
+            for reason in cell["reasons"]:
+                refused.setdefault(reason, []).append(title)
+        for reason, titles in refused.items():
+            lines.append(f"- `{name}`, {'; '.join(titles)}: refused: {reason}.\n")
     return "".join(lines)
 
 
 def row_of_card(names: Sequence[str], found: Verdicts) -> str:
-    """Return what a card says: one line per correction."""
+    """Return what a card says: one line per correction, in which the commonest verdict is last."""
     lines = []
     for name in names:
         groups: dict[str, list[str]] = {}
         for title, cell in found[name].items():
             groups.setdefault(short(cell), []).append(title.replace(",", ""))
-        said = "; ".join(
-            f"**{verdict}**: {', '.join(titles)}" for verdict, titles in groups.items()
+        *fewer, commonest = sorted(groups, key=lambda verdict: len(groups[verdict]))
+        said = [f"**{verdict}**: {', '.join(groups[verdict])}" for verdict in fewer]
+        others = "the other " if fewer else "all "
+        said.append(f"**{commonest}**: {others}{len(groups[commonest])}")
+        lines.append(
+            f"Measured on {len(found[name])} layouts (`docs/sharding.md`), `{name}`: "
+            f"{'; '.join(said)}.\n"
         )
-        lines.append(f"Measured on every layout (`docs/sharding.md`), `{name}`: {said}.\n")
     return "\n".join(lines)
 
 
@@ -226,7 +250,8 @@ def main(arguments: list[str]) -> int:
     """Measure and write, or compare."""
     names = [argument for argument in arguments if not argument.startswith("-")] or shipped()
     titles = [a.partition("=")[2] for a in arguments if a.startswith("--column=")]
-    os.environ[TITLES] = "\n".join(titles)  # read by the other processes too
+    os.environ[TITLES] = "\n".join(titles)
+    columns = chosen_columns()
     if "--check" in arguments:
         stale = [
             path for path, text in pages(kept()).items() if text != path.read_text(encoding="utf-8")
@@ -238,12 +263,12 @@ def main(arguments: list[str]) -> int:
     elif "--prove" in arguments:
         said = [
             f"{line}; docs/sharding.json says otherwise"
-            for line in differences(verdicts(names), kept())
+            for line in differences(verdicts(names, columns), kept())
         ]
     else:
         said = []
         if "--render" not in arguments:
-            rows = with_fresh(verdicts(names))
+            rows = with_fresh(verdicts(names, columns))
             found = {"torch": torch.__version__.partition("+")[0], "verdicts": rows}
             TABLE.write_text(
                 json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

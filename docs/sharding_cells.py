@@ -1,9 +1,8 @@
-"""What the page on layouts measures: every correction's suites, in every loop and layout.
+"""What the page on layouts measures of every correction's suites, in every loop and layout.
 
 A cell compares two trainings that must be one: two processes and one, a frozen
 parameter and a constant, four parts of a batch and the batch. Mixed precision is
 compared with the suite's reference, which is given the same gradients.
-Two processes import this file by its path, so it imports nothing that lies beside it.
 """
 
 import functools
@@ -14,12 +13,11 @@ from typing import Any
 
 import regrad
 import torch
-from regrad import RegradError
 from regrad_testing import CorrectionSuite
 from regrad_testing.checking import is_suite_of, own_suite
 from regrad_testing.clauses import difference, same_bits
 from regrad_testing.files import load_file
-from regrad_testing.layout_clauses import ddp, digest, fsdp2, fsdp2_by_columns
+from regrad_testing.layout_clauses import ddp, digest
 from regrad_testing.loop_clauses import LOST, OVERFLOW, SeveralCalls, distance
 from regrad_testing.loops import Training
 from regrad_testing.references import ReferenceTraining, can_follow
@@ -36,8 +34,6 @@ from torch.func import functional_call
 
 FLOAT64, FLOAT32 = 1e-12, 1e-6
 SCALE = 2.0**12
-NAMES = "REGRAD_SHARDING_NAMES"
-TITLES = "REGRAD_SHARDING_COLUMNS"  # those to measure, a line each; all where there is no line
 Seen = dict[str, Any]
 
 
@@ -66,23 +62,6 @@ class Case:
 Measure = Callable[[Case], Seen]
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of the table.
-
-    Attributes:
-        title: Its heading.
-        tolerance: Largest difference of a weight that is called exact.
-        ways: What is measured; all must agree.
-        processes: On how many.
-    """
-
-    title: str
-    tolerance: float
-    ways: Mapping[str, Measure]
-    processes: int = 1
-
-
 def suites_of(name: str) -> list[Any]:
     """Return the suites for corrections in the plugin's own conformance tests."""
     file = own_suite(regrad.available()[name])
@@ -106,6 +85,25 @@ def cases_of(name: str) -> dict[str, Case]:
         for optimizer in suite.trains_on():
             found[f"{suite.__name__} on {optimizer}"] = Case(suite, optimizer)
     return found
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the table.
+
+    Attributes:
+        title: Its heading.
+        tolerance: Largest difference of a weight that is called exact.
+        ways: What is measured; all must agree.
+        processes: On how many.
+        cases: Returns what is given to each of the ways, by name, of a correction.
+    """
+
+    title: str
+    tolerance: float
+    ways: Mapping[str, Measure]
+    processes: int = 1
+    cases: Callable[[str], Mapping[str, Any]] = cases_of
 
 
 def compared(got: Training, wanted: Training) -> Seen:
@@ -426,11 +424,10 @@ def ddp_with_unused(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
-def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
-    """Return the layout of accelerate's FSDP2, which swaps a model's parameters."""
-    from accelerate import Accelerator, DistributedType  # noqa: PLC0415 - only workers need it
+def accelerator_here() -> Any:
+    """Return an Accelerator for this process of a group that is there already."""
+    from accelerate import Accelerator  # noqa: PLC0415 - only workers need it
     from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: PLC0415
-    from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: PLC0415
 
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -438,14 +435,22 @@ def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
     os.environ |= {
         "RANK": rank,
         "LOCAL_RANK": rank,
-        "WORLD_SIZE": str(WORLD),
+        "WORLD_SIZE": str(distributed.get_world_size()),
         "ACCELERATE_USE_CPU": "true",
     }
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }  # asked for, though the group is there already
-    accelerator, models = Accelerator(cpu=True), list[nn.Module]()
+    return Accelerator(cpu=True)
+
+
+def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
+    """Return the layout of accelerate's FSDP2, which swaps a model's parameters."""
+    from accelerate import DistributedType  # noqa: PLC0415 - only workers need it
+    from accelerate.utils import FullyShardedDataParallelPlugin  # noqa: PLC0415
+
+    accelerator, models = accelerator_here(), list[nn.Module]()
     # An FSDP plugin given to it on a CPU would be taken for DDP, in silence.
     accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -462,6 +467,60 @@ def by_accelerate(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
     return prepared, keep
 
 
+def replicated_by_ddp(model: nn.Module) -> nn.Module:
+    """Have the model itself replicated: there is no wrapper."""
+    from torch.distributed._composable.replicate import replicate  # noqa: PLC0415 - for workers
+
+    return replicate(model)
+
+
+def replicated_by_fsdp2(model: nn.Module) -> Any:
+    """Have the model replicated by what shards others."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate  # noqa: PLC0415
+
+    return replicate(model)
+
+
+def cut(model: nn.Module, *, sizes: tuple[int, ...] = (WORLD,), **options: Any) -> Any:
+    """Shard a model by FSDP2, child by child, on a mesh of these sizes."""
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - for workers
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "data")[-len(sizes) :])
+    for child in model.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def cut_in_one(model: nn.Module) -> Any:
+    """Shard a model whose children share weights, as one group."""
+    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - only workers need it
+
+    return fully_shard(model)
+
+
+def kept_on_the_host(model: nn.Module) -> Any:
+    """Shard a model whose shards, gradients and optimizer are kept on the CPU."""
+    from torch.distributed.fsdp import CPUOffloadPolicy  # noqa: PLC0415 - only workers need it
+
+    return cut(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+def from_the_meta_device(model: nn.Module) -> Any:
+    """Shard a model that has no values yet, and fill its shards afterwards."""
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - for workers
+
+    values = as_bits(dict(model.named_parameters()))
+    cut(model.to("meta")).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            where: Any = parameter
+            whole = distribute_tensor(values[name], where.device_mesh, where.placements)
+            parameter.copy_(whole)
+    return model
+
+
 def fsdp1(model: nn.Module, **options: Any) -> nn.Module:
     """Lay a model out in flat tensors."""
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
@@ -476,27 +535,42 @@ def by_zero(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
     return partitioned, ddp
 
 
-def on_two(case: Case, layout: Layout) -> Seen:
-    """Each process its own rows, with evaluations in between, against one with all rows."""
+def trained_apart(case: Case, layout: Layout, **how: Any) -> Training:
+    """Train each process on its own rows, with evaluations in between."""
     make, parallel = layout(case.suite.optimizers[case.optimizer])
+    rows = rows_of(case.suite.problem, distributed.get_rank())
     training = Training(
-        case.suite.problem, make, case.suite.make(), parallel=parallel, rows=own_rows(case)
+        case.suite.problem, make, case.suite.make(), parallel=parallel, rows=rows, **how
     )
     for index in range(training.problem.steps):
         training.run([index])
         training.evaluate(index)
+    return training
+
+
+def apart(case: Case, layout: Layout) -> Seen:
+    """Each process its own rows, against one with all rows."""
+    training = trained_apart(case, layout)
     return {**compared(training, case.whole()), **told(training)}
 
 
-def later_on_two(case: Case, layout: Layout, *, as_group: bool) -> Seen:
+def later_apart(case: Case, layout: Layout, *, as_group: bool) -> Seen:
     """A parameter that is unfrozen, against one process."""
-    training = trained_later(case, layout, as_group=as_group, rows=own_rows(case))
+    rows = rows_of(case.suite.problem, distributed.get_rank())
+    training = trained_later(case, layout, as_group=as_group, rows=rows)
     return {**compared(training, trained_later(case, alone, as_group=as_group)), **told(training)}
 
 
-def own_rows(case: Case) -> slice:
-    """Return this process's rows of every batch."""
-    rank, size = distributed.get_rank(), case.suite.problem.batch_size // WORLD
+def tied_apart(case: Case, layout: Layout) -> Seen:
+    """Two modules that hold one weight, against one process."""
+    wrap = functools.partial(Fronted, tied=True)
+    training = trained_apart(case, layout, wrap=wrap)
+    return {**compared(training, case.train(wrap=wrap).run()), **told(training)}
+
+
+def rows_of(problem: Any, rank: int) -> slice:
+    """Return the rows of every batch that a process sees."""
+    size = problem.batch_size // distributed.get_world_size()
     return slice(rank * size, (rank + 1) * size)
 
 
@@ -514,122 +588,3 @@ def without_tensors(state: Any) -> Any:
     return {
         key: without_tensors(value) for key, value in state.items() if not isinstance(value, Tensor)
     }
-
-
-LAYOUTS: dict[str, dict[str, Layout]] = {
-    "DDP": {"": wrapped_by(ddp)},
-    "FSDP2": {"by rows": wrapped_by(fsdp2), "by columns": wrapped_by(fsdp2_by_columns)},
-    "FSDP2 by accelerate": {"": by_accelerate},
-    "FSDP1": {
-        "flat": wrapped_by(fsdp1),
-        "original parameters": wrapped_by(functools.partial(fsdp1, use_orig_params=True)),
-    },
-    "ZeroRedundancyOptimizer": {"": by_zero},
-}
-LATER: dict[str, Layout] = {
-    "DDP": wrapped_by(ddp_with_unused),
-    "FSDP2": wrapped_by(fsdp2),
-    "accelerate": by_accelerate,
-}
-COMES = {"unfrozen": False, "in a new group": True}
-
-
-def later_ways() -> dict[str, Measure]:
-    """Return each way in which a parameter comes later, on each layout."""
-    ways: dict[str, Measure] = {}
-    for way, group in COMES.items():
-        for name, layout in LATER.items():
-            measure = functools.partial(later_on_two, layout=layout, as_group=group)
-            ways[f"{way}, {name}"] = measure
-    return ways
-
-
-COLUMNS = [
-    Column("1 process", FLOAT64, {"": of_reference}),
-    *(
-        Column(
-            title,
-            FLOAT64,
-            {way: functools.partial(on_two, layout=layout) for way, layout in ways.items()},
-            WORLD,
-        )
-        for title, ways in LAYOUTS.items()
-    ),
-    Column("accumulation", FLOAT64, {"": in_parts}),
-    Column("bf16", FLOAT32, {"": functools.partial(mixed, dtype=torch.bfloat16)}),
-    Column("fp16", FLOAT32, {"": functools.partial(mixed, dtype=torch.float16, scale=SCALE)}),
-    Column("fp16, fused", FLOAT32, {"": mixed_and_fused}),
-    Column("compiled after attach", FLOAT64, {"": compiled_after}),
-    Column("compiled before attach", FLOAT64, {"": compiled_before}),
-    Column(
-        "checkpointing",
-        FLOAT64,
-        {"": functools.partial(checkpointed, kind=CheckpointImpl.NO_REENTRANT)},
-    ),
-    Column(
-        "checkpointing, re-entrant",
-        FLOAT64,
-        {"": functools.partial(checkpointed, kind=CheckpointImpl.REENTRANT)},
-    ),
-    Column("`step(closure)`", FLOAT64, {"": in_a_closure}),
-    Column("several closure calls", FLOAT64, {"": in_several_calls}),
-    Column("frozen", FLOAT64, {"": first_frozen}),
-    Column("tied", FLOAT64, {"": tied}),
-    Column(
-        "later",
-        FLOAT64,
-        {way: functools.partial(later, as_group=group) for way, group in COMES.items()},
-    ),
-    Column(
-        "later, 2 processes",
-        FLOAT64,
-        later_ways(),
-        WORLD,
-    ),
-]
-
-
-def chosen_columns() -> list[Column]:
-    """Return the columns to measure."""
-    titles = os.environ.get(TITLES, "").splitlines()
-    return [column for column in COLUMNS if not titles or column.title in titles]
-
-
-def seen_in(case: Case, measure: Measure) -> Seen:
-    """Return what was measured, or the reason of a refusal."""
-    try:
-        return measure(case)
-    except RegradError as refusal:
-        return {"refused": str(refusal)}
-
-
-def measures(name: str, processes: int) -> dict[str, Callable[[], Seen]]:
-    """Return what is to be measured of a correction, by column, way, suite and optimizer."""
-    cases = cases_of(name)
-    found = {}
-    for column in chosen_columns():
-        if column.processes != processes:
-            continue
-        for way, measure in column.ways.items():
-            for which, case in cases.items():
-                key = f"{column.title} | {way} | {which}"
-                found[key] = functools.partial(seen_in, case, measure)
-    return found
-
-
-class OnTwoProcesses:
-    """What each of two processes runs, for the corrections in the variable `NAMES`."""
-
-    @classmethod
-    def cases(cls) -> dict[str, Callable[[int], Seen]]:
-        """Return every measure of every correction."""
-        names = os.environ[NAMES].split()
-        found = {}
-        for name in names:
-            for key, measure in measures(name, WORLD).items():
-                found[f"{name} | {key}"] = functools.partial(_without_rank, measure)
-        return found
-
-
-def _without_rank(measure: Callable[[], Seen], _: int) -> Seen:
-    return measure()

@@ -13,6 +13,7 @@ from regrad.sharding import total_norm
 from regrad_centralization.functional import Unit as Means
 from regrad_centralization.functional import subtract_, unit_means
 from regrad_clipping.functional import Unit, clip_units_
+from regrad_testing.clauses import difference
 from regrad_testing.layout_clauses import fsdp2, fsdp2_by_columns
 from regrad_testing.loops import whole
 from regrad_tom import Tom
@@ -127,6 +128,28 @@ def two_dimensional(model: nn.Module) -> tuple[int, int]:
     return mesh.get_local_rank("data"), 2
 
 
+def three_dimensional(model: nn.Module, replicas: int) -> tuple[int, int]:
+    """Copies of shards (HSDP) along two dimensions of the mesh, tensor parallelism along one."""
+    sizes = (replicas, 2 // replicas, 2)
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("copies", "data", "tensor"))
+    parallelize_module(model, mesh["tensor"], PLAN)
+    for part in (model.up, model.down, model.norm, model.gate, model.head):
+        fully_shard(part, mesh=mesh["copies", "data"])
+    fully_shard(model, mesh=mesh["copies", "data"])
+    row = mesh.get_local_rank("copies") * (2 // replicas) + mesh.get_local_rank("data")
+    return row, 2
+
+
+def two_copies(model: nn.Module) -> tuple[int, int]:
+    """HSDP and tensor parallelism with two copies, each in one shard."""
+    return three_dimensional(model, 2)
+
+
+def two_shards(model: nn.Module) -> tuple[int, int]:
+    """HSDP and tensor parallelism with one copy, in two shards."""
+    return three_dimensional(model, 1)
+
+
 def sequence_parallel(model: nn.Module) -> tuple[int, int]:
     """Tensor parallelism whose norm sees parts of the sequence: its gradients are pending sums."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
@@ -228,7 +251,7 @@ def farthest(name: str, kind: type[nn.Module], layout: Layout, **how: Any) -> fl
     """Return how far the weight that differs most ends from one process."""
     alone = alone_after(name, kind, **how)
     seen = weights_after(TRIALS[name], kind, layout, **how)
-    return max((seen[key] - alone[key]).abs().max().item() for key in alone)
+    return difference(alone, seen)[0]
 
 
 def all_trials(layout: Layout, _: int) -> dict[str, float]:
@@ -241,15 +264,16 @@ def after_plain_steps(layout: Layout, _: int) -> dict[str, float]:
     return {name: farthest(name, Net, layout, plain_steps=1) for name in READ_STATE}
 
 
+def head_in_parts(model: Any) -> tuple[int, int]:
+    """A head whose outputs, the logits, are cut by classes."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    plan = {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
+    parallelize_module(model, mesh, plan)
+    return 0, 1
+
+
 def vocabulary_parallel(_: int) -> dict[str, float]:
     """Train powergrad on logits whose classes are in parts, in torch's own context for them."""
-    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-
-    def head_in_parts(model: Any) -> tuple[int, int]:
-        plan = {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)}
-        parallelize_module(model, mesh, plan)
-        return 0, 1
-
     with loss_parallel():
         return {"powergrad": farthest("powergrad", Net, head_in_parts)}
 
@@ -333,15 +357,29 @@ def stage_of(part: nn.Module, index: int, many: int) -> PipelineStage:
 
 
 def train_in_parts(
-    trial: Trial, make_parts: Callable[..., Any], rank: int, group: Any = None
+    trial: Trial,
+    make_parts: Callable[..., Any],
+    rank: int,
+    group: Any = None,
+    *,
+    together: bool = False,
 ) -> list[Tensor]:
-    """Train as `weights_after` does, in a pipeline; return the weights of this rank's stages."""
+    """Train as `weights_after` does, in a pipeline; return the weights of this rank's stages.
+
+    Args:
+        trial: What to attach, and the optimizer.
+        make_parts: Returns a rank's stages and the schedule.
+        rank: Of this process.
+        group: Given to attach as `model_group`.
+        together: Attach a rank's stages as a list, with one optimizer.
+    """
     now: list[Any] = [None, 1.0]  # the criterion, known once it is attached to, and the factor
     parts, schedule = make_parts(rank, lambda logits, classes: now[0](logits, classes) * now[1])
-    optimizers = [trial.make(part.parameters()) for part in parts]
+    attached = [[*parts]] if together else [[part] for part in parts]
+    optimizers = [trial.make([p for m in models for p in m.parameters()]) for models in attached]
     attachments = [
-        regrad.attach(part, optimizer, [trial.spec], F.cross_entropy, model_group=group)
-        for part, optimizer in zip(parts, optimizers, strict=True)
+        regrad.attach(models, optimizer, [trial.spec], F.cross_entropy, model_group=group)
+        for models, optimizer in zip(attached, optimizers, strict=True)
     ]
     now[0] = attachments[-1].criterion
     for index in range(STEPS):
@@ -375,34 +413,39 @@ def train_whole(trial: Trial) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def farthest_in_parts(
+    trial: Trial, make_parts: Callable[..., Any], rank: int, group: Any = None, **how: Any
+) -> float:
+    """Return how far the weight of this rank's stages that differs most ends from one process."""
+    weights = train_in_parts(trial, make_parts, rank, group, **how)
+    layers = (rank, rank + 2) if make_parts is interleaved else (2 * rank, 2 * rank + 1)
+    mine = [w for key, w in train_whole(trial).items() if int(key[0]) in layers]
+    return difference(dict(enumerate(mine)), dict(enumerate(weights)))[0]
+
+
 def in_pipelines(rank: int) -> dict[str, float]:
     """Return how far each trial ends from one process, in every schedule."""
-    held = {gpipe: (2 * rank, 2 * rank + 1), interleaved: (rank, rank + 2)}
     seen = {}
     for name in IN_PARTS:
-        wanted = train_whole(TRIALS[name])
+        schedules = [gpipe, interleaved]
         if name == "xgrad":  # the order of forwards and backwards can matter to nothing else
-            held[one_forward_one_backward] = held[gpipe]
-        for make_parts, layers in held.items():
-            weights = train_in_parts(TRIALS[name], make_parts, rank)
-            mine = [w for key, w in wanted.items() if int(key[0]) in layers]
-            pairs = zip(weights, mine, strict=True)
-            seen[f"{name}, {make_parts.__name__}"] = max(
-                (a - b).abs().max().item() for a, b in pairs
-            )
+            schedules.append(one_forward_one_backward)
+        for make_parts in schedules:
+            far = farthest_in_parts(TRIALS[name], make_parts, rank)
+            seen[f"{name}, {make_parts.__name__}"] = far
+        far = farthest_in_parts(TRIALS[name], interleaved, rank, together=True)
+        seen[f"{name}, together"] = far
     return seen
 
 
 def summed_in_pipelines(rank: int) -> dict[str, float]:
     """Return how far the norm over all stages ends from one process; infinity where one is missed."""
     trial, world = TRIALS["clip-norm"], distributed.group.WORLD
-    wanted = train_whole(trial)
-    mine = [w for key, w in wanted.items() if int(key[0]) in (2 * rank, 2 * rank + 1)]
-    seen = {}
-    for make_parts in (gpipe, one_forward_one_backward):
-        weights = train_in_parts(trial, make_parts, rank, world)
-        pairs = zip(weights, mine, strict=True)
-        seen[make_parts.__name__] = max((a - b).abs().max().item() for a, b in pairs)
+    seen = {
+        make_parts.__name__: farthest_in_parts(trial, make_parts, rank, world)
+        for make_parts in (gpipe, one_forward_one_backward)
+    }
+    seen["together"] = farthest_in_parts(trial, interleaved, rank, world, together=True)
     reason = ""
     try:
         train_in_parts(trial, interleaved, rank, world)
@@ -429,6 +472,111 @@ def refused_in_pipelines(rank: int) -> dict[str, float]:
     return seen
 
 
+# Experts: a rank holds one of them, and a copy of everything else.
+
+
+class SumOfGradients(torch.autograd.Function):
+    """What every rank reads: the gradients of all ranks add up."""
+
+    @staticmethod
+    def forward(_: Any, inputs: Tensor) -> Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(_: Any, slope: Tensor) -> Tensor:
+        together = slope.clone()
+        distributed.all_reduce(together)
+        return together
+
+
+class SumOfOutputs(torch.autograd.Function):
+    """What every rank adds to: the gradient is that of the sum."""
+
+    @staticmethod
+    def forward(_: Any, output: Tensor) -> Tensor:
+        together = output.clone()
+        distributed.all_reduce(together)
+        return together
+
+    @staticmethod
+    def backward(_: Any, slope: Tensor) -> Tensor:
+        return slope
+
+
+class Experts(nn.Module):
+    """Two experts, weighted by a gate, between a layer before and a head behind them.
+
+    Args:
+        held: Which experts are here. The outputs of the others come from other ranks.
+    """
+
+    def __init__(self, held: tuple[int, ...] = (0, 1)) -> None:
+        super().__init__()
+        self.before = nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Linear(WIDTH, 2)
+        for number in (0, 1):
+            self.add_module(f"expert{number}", nn.Linear(WIDTH, 8))
+        self.head = nn.Linear(8, CLASSES)
+        self.held = held
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits [N, C] of inputs [N, W]."""
+        hidden = torch.tanh(self.before(inputs))
+        shares = torch.softmax(self.gate(hidden), dim=-1)
+        if len(self.held) < 2:
+            hidden, shares = SumOfGradients.apply(hidden), SumOfGradients.apply(shares)
+        experts = [getattr(self, f"expert{number}") for number in self.held]
+        outputs = [
+            torch.tanh(expert(hidden)) * shares[:, [number]]
+            for expert, number in zip(experts, self.held, strict=True)
+        ]
+        mixed = torch.stack(outputs).sum(dim=0)
+        if len(self.held) < 2:
+            mixed = SumOfOutputs.apply(mixed)
+        logits: Tensor = self.head(mixed)
+        return logits
+
+
+def train_experts(trial: Trial, held: tuple[int, ...], group: Any = None) -> dict[str, Tensor]:
+    """Return the weights of the experts that are here, and of everything else, after training."""
+    model = filled(Experts)
+    model.held = held
+    for number in {0, 1}.difference(held):
+        delattr(model, f"expert{number}")
+    optimizer = trial.make(model.parameters())
+    attachment = regrad.attach(model, optimizer, [trial.spec], F.cross_entropy, model_group=group)
+    for index in range(STEPS):
+        inputs, classes = flat_batch(index)
+        optimizer.zero_grad()
+        loss = attachment.criterion(model(inputs), classes)
+        (loss * FACTORS[index % len(FACTORS)]).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def farthest_expert(trial: Trial, rank: int) -> float:
+    """Return how far the weight that differs most ends from one process."""
+    seen = train_experts(trial, (rank,))
+    return difference(seen, train_experts(trial, (0, 1)))[0]
+
+
+def with_experts(rank: int) -> dict[str, float]:
+    """Return how far each trial ends from one process, and infinity for one that is not refused."""
+    seen = {name: farthest_expert(TRIALS[name], rank) for name in IN_PARTS}
+    different = "expert0.weight [8, 6], expert0.bias [8] on 0, expert1.weight [8, 6]"
+    refused = [(spec, None, different) for spec in REFUSED_IN_PARTS]
+    shared = "must see each weight once in model_group, but before.weight [6, 6] is the same"
+    refused.append(("clip-norm", distributed.group.WORLD, shared))
+    for spec, group, wanted in refused:
+        reason = ""
+        try:
+            train_experts(Trial(spec, momentum), (rank,), group)
+        except regrad.RegradError as refusal:
+            reason = str(refusal)
+        seen[f"{spec} refused, {group is not None}"] = 0.0 if wanted in reason else float("inf")
+    return seen
+
+
 class Pipelines:
     """Stages of a model on two processes."""
 
@@ -440,6 +588,15 @@ class Pipelines:
             "refused": refused_in_pipelines,
             "summed": summed_in_pipelines,
         }
+
+
+class ExpertParallel:
+    """An expert on each of two processes, and copies of everything else."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {"": with_experts}
 
 
 class ByRows:
@@ -488,3 +645,12 @@ class TwoDimensional:
     def cases(cls) -> dict[str, Callable[[int], Any]]:
         """Return what each process runs."""
         return {"": functools.partial(all_trials, two_dimensional), "units": strided_units}
+
+
+class ThreeDimensional:
+    """HSDP with tensor parallelism inside, on four processes: two copies of one shard."""
+
+    @classmethod
+    def cases(cls) -> dict[str, Callable[[int], Any]]:
+        """Return what each process runs."""
+        return {"": functools.partial(all_trials, two_copies)}

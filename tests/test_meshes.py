@@ -13,6 +13,7 @@ PROCESSES = {
     "TensorParallel": 2,
     "SequenceParallelism": 2,
     "TwoDimensional": 4,
+    "ThreeDimensional": 4,
 }
 pytestmark = pytest.mark.timeout(300)
 
@@ -54,6 +55,10 @@ def test_stages_of_a_pipeline_are_exact_where_a_correction_reads_no_more_and_ref
     results = launch(layouts.Pipelines)
     for case in results[0]:
         require_exact(layouts, results, case)
+
+
+def test_experts_are_exact_where_a_correction_reads_no_more_than_its_own_and_refused_else(layouts):
+    require_exact(layouts, launch(layouts.ExpertParallel), "")
 
 
 def test_every_installed_correction_is_tried_or_refused_on_shards(layouts, members):

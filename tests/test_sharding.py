@@ -20,8 +20,13 @@ EVERYWHERE = {
         "fp16",
         "fp16, fused",
     ),
-    *("checkpointing", "checkpointing, re-entrant", "frozen", "tied"),
+    *("checkpointing", "checkpointing, re-entrant", "frozen", "tied", "tied, 2 processes"),
+    *("DDP, static graph", "DDP, compressed", "DDP, `Join`", "`replicate`", "HSDP", "local SGD"),
+    *("FSDP2, CPU offload", "FSDP2, meta device", "FSDP2, bf16 policy"),
+    *("tensor parallel", "sequence parallel"),
+    *("FSDP2 + tensor parallel", "HSDP + tensor parallel"),
 }
+IN_PARTS = ("pipeline", "pipeline, `model_group=`", "experts")
 LATER = {"later", "later, 2 processes"}
 PROMISED = {
     **dict.fromkeys(
@@ -29,7 +34,7 @@ PROMISED = {
         EVERYWHERE,
     ),
     "gcw": {"DDP", "FSDP2", "FSDP2 by accelerate", "accumulation", "bf16", "fp16", "fp16, fused"},
-    "gcode": {"DDP", "accumulation"},
+    "gcode": {"DDP", "DDP, static graph", "DDP, compressed", "accumulation"},
 }
 
 
@@ -86,6 +91,22 @@ def test_what_was_promised_to_be_exact_is_exact(verdicts):
     assert broken == []
 
 
+def test_parts_of_a_model_are_exact_where_no_more_is_read_than_they_show(verdicts):
+    for title in IN_PARTS:
+        said = {name: cells[title]["verdict"] for name, cells in verdicts.items()}
+        for name in ("clip-value", "centralization", "adanorm", "xgrad", "powergrad"):
+            assert said[name] == "exact", (name, title)
+        assert said["agc"] == said["gcw"] == "exact or refused"
+        assert said["gcode"] == said["gcgd"] == "refused"
+        assert said["clip-norm"] == ("exact" if "model_group" in title else "refused")
+
+
+def test_what_exchanges_numbers_in_a_step_is_refused_where_processes_step_by_themselves(verdicts):
+    for title in ("DDP, `Join`", "local SGD"):
+        refused = {name for name, cells in verdicts.items() if cells[title]["verdict"] != "exact"}
+        assert refused == {"gcode", "gcgd"}
+
+
 def test_flat_and_partitioned_layouts_are_exact_where_no_more_is_read_than_they_offer(verdicts):
     for title, names in (
         ("FSDP1", READ_ELEMENTS),
@@ -118,22 +139,16 @@ def test_numbers_are_within_their_columns_bound_and_refusals_have_a_reason(layou
 
 
 def test_what_the_table_calls_refused_on_one_process_is_refused_with_that_reason(layouts, verdicts):
-    titles = {column.title for column in layouts.COLUMNS if column.processes == 1}
-    refused = {
-        (name, title): cell["reasons"]
-        for name, cells in verdicts.items()
-        for title, cell in cells.items()
-        if title in titles and cell["verdict"] == "refused"
-    }
+    refused = 0
+    for column in layouts.COLUMNS:
+        for name, cells in verdicts.items():
+            if column.processes > 1 or cells[column.title]["verdict"] != "refused":
+                continue
+            measured = layouts.measures(name, column).values()
+            said = {measure().get("refused") for measure in measured}
+            assert said == set(cells[column.title]["reasons"]), (name, column.title)
+            refused += 1
     assert refused
-    for name in {name for name, _ in refused}:
-        said = {}
-        for key, measure in layouts.measures(name, 1).items():
-            title = key.partition(" | ")[0]
-            if (name, title) in refused:
-                said.setdefault(title, set()).add(measure().get("refused"))
-        for title, reasons in said.items():
-            assert reasons == set(refused[name, title]), (name, title)
 
 
 def test_a_difference_a_lost_rank_and_a_bound_that_is_passed_are_no_verdict(layouts):
@@ -152,6 +167,22 @@ def test_a_difference_a_lost_rank_and_a_bound_that_is_passed_are_no_verdict(layo
     for message, seen in wrong.items():
         with pytest.raises(layouts.NotExactError, match=message):
             layouts.verdict_of("a", column, {"way": seen})
+
+
+def test_what_one_rank_alone_sees_is_no_verdict(layouts):
+    fine = {"far": 1e-16, "ranks": ["a"]}
+    assert layouts.of_all_ranks([fine, {**fine, "far": 3e-16}]) == {
+        **fine,
+        "far": 3e-16,
+        "broken": "",
+    }
+    for other, message in (
+        ({**fine, "ranks": ["b"]}, "the ranks end apart"),
+        ({"refused": "why"}, "not all ranks refuse"),
+        ({"error": "Traceback"}, "Traceback"),
+        ({**fine, "broken": "nothing was tried"}, "nothing was tried"),
+    ):
+        assert message in layouts.of_all_ranks([fine, other])["broken"]
 
 
 def test_another_verdict_or_reason_is_told_as_a_difference(layouts, verdicts):

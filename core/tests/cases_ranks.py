@@ -3,6 +3,7 @@
 import itertools
 from datetime import timedelta
 
+import pytest
 import regrad
 import torch
 import toys
@@ -10,6 +11,7 @@ from regrad import RegradError, ranks
 from regrad.correction import Needs
 from shared_cases import WORLD, close, raises
 from torch import distributed, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
@@ -26,6 +28,13 @@ class Whole(toys.Scale):
         reads=("model",),
         conflicts={"parts": "use scale instead"},
     )
+
+
+class OfMicroBatches(toys.Scale):
+    """Reads the micro-batches of a step, which the processes must take together."""
+
+    name = "micro"
+    needs = Needs(stages=("gradient",), reads=("micro",))
 
 
 class Recorded(toys.Scale):
@@ -72,12 +81,16 @@ def case_parameters_of_other_names_are_refused_where_the_whole_model_is_read(ran
     model = nn.ModuleDict({f"expert{rank}": nn.Linear(3, 3)})
     raises(RegradError, ["expert0.weight", "expert1.weight"], lambda: attach(model, Whole()))
     attach(model, toys.Scale())
+    model = nn.ModuleDict({"shared": linear(3, 3, 3, 3), f"expert{rank}": nn.Linear(3, 3)})
+    words = ["expert0.weight [3, 3], expert0.bias [3] on 0, expert1.weight [3, 3]"]
+    raises(RegradError, words, lambda: attach(model, Whole()))
 
 
 def case_optimizers_that_hold_other_parts_of_one_model_are_refused(rank):
     model = linear(3, 3, 3)
     optimizer = toys.sgd(model[rank])
-    raises(RegradError, ["whole model"], lambda: regrad.attach(model, optimizer, [Whole()]))
+    words = ["whole model", "0.bias [3], 1.weight [3, 3] outside the optimizer, … (4 in all) on 0"]
+    raises(RegradError, words, lambda: regrad.attach(model, optimizer, [Whole()]))
     regrad.attach(model, optimizer, [toys.Scale()])
 
 
@@ -142,6 +155,27 @@ def case_a_pipeline_trains_with_what_reads_single_elements(rank):
         torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-12)
 
 
+def case_weights_that_several_processes_of_the_model_group_hold_are_refused_on_every_rank(rank):
+    world = distributed.group.WORLD
+    parts = nn.ModuleDict({"shared": linear(3, 3), f"expert{rank}": linear(3, 3, seed=rank)})
+    copies = linear(3, 3)
+    for model, name in ((parts, "shared.0.weight"), (DistributedDataParallel(copies), "0.weight")):
+        words = ["'whole' must see each weight once", f"{name} [3, 3] is the same on 0 and 1"]
+        raises(RegradError, words, lambda m=model: attach_over(m, world, Whole()))
+        attach_over(model, world, toys.Scale())
+    apart = linear(3, 3, seed=rank)
+    with torch.no_grad():
+        apart[0].bias.zero_()  # on both, and yet not the same
+    attach_over(apart, world, Whole())
+    alone = distributed.new_subgroups(1)[0]
+    attach_over(copies, alone, Whole())
+
+
+def attach_over(model, group, correction):
+    """Attach, with sums over the processes of a group."""
+    return regrad.attach(model, toys.sgd(model), [correction], model_group=group)
+
+
 def case_ranks_that_differ_in_the_length_of_what_they_attach_all_stop(rank):
     model = toys.Net()
     many = [toys.Scale(), toys.Add(), toys.Boost()]
@@ -199,3 +233,52 @@ def case_the_optimizer_inside_torchs_local_sgd_is_attached_to(rank):
         assert attachment.metrics()["steps_applied"] == 4
         trained.append(toys.weights_of(model))
     close(*trained, 0)
+
+
+def average_of(model, **options):
+    """Return torch's local SGD around an optimizer of the model."""
+    averager = PeriodicModelAverager(period=2, warmup_steps=0)
+    return PostLocalSGDOptimizer(toys.sgd(model, **options), averager)
+
+
+def case_what_reads_micro_batches_is_refused_under_torchs_local_sgd(rank):
+    for wrap in (lambda model: model, DistributedDataParallel):
+        model = wrap(toys.Net())
+        raises(
+            RegradError,
+            ["'micro'", "PostLocalSGDOptimizer", "use DDP alone"],
+            lambda m=model: regrad.attach(m, average_of(m), [OfMicroBatches()]),
+        )
+        regrad.attach(model, average_of(model), [toys.Scale()])
+
+
+def case_what_reads_micro_batches_is_refused_where_processes_stop_at_different_steps(rank):
+    model = DistributedDataParallel(toys.Net())
+    optimizer, _ = attach(model, OfMicroBatches())
+    before = toys.weights_of(model)
+    for _ in range(2):  # whatever was refused before
+        with pytest.raises(RegradError, match="the same number of batches"), Join([model]):
+            toys.train_step(model, optimizer)
+    close(toys.weights_of(model), before, 0)
+    model = DistributedDataParallel(toys.Net())
+    optimizer, attachment = attach(model, toys.Scale())
+    with Join([model]):
+        for seed in range(3 - rank):
+            toys.train_step(model, optimizer, seed=seed)
+    assert attachment.metrics()["steps_applied"] == 3 - rank
+
+
+def case_what_reads_micro_batches_is_refused_where_ddp_leaves_gradients_apart_at_a_step(rank):
+    model = DistributedDataParallel(toys.Net())
+    optimizer, attachment = attach(model, OfMicroBatches())
+    with model.no_sync():
+        toys.loss_of(model).backward()
+        raises(RegradError, ["'micro'", "local SGD", "outside of no_sync()"], optimizer.step)
+    toys.loss_of(model).backward()
+    optimizer.step()
+    assert attachment.metrics()["steps_applied"] == 1
+    other = DistributedDataParallel(toys.Net())
+    optimizer, attachment = attach(other, toys.Scale())
+    with other.no_sync():
+        toys.train_step(other, optimizer)
+    assert attachment.metrics()["steps_applied"] == 1

@@ -81,6 +81,12 @@ def test_a_capture_is_noticed_on_any_device(fake, monkeypatch):
     assert not devices.is_capturing()
     module.captures = True
     assert devices.is_capturing()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    devices._module_with_graphs.cache_clear()
+    assert not devices.is_capturing()
+    fake("xpu").captures = True
+    devices._module_with_graphs.cache_clear()
+    assert devices.is_capturing()
     monkeypatch.setattr(Module, "is_initialized", lambda self: False)
     assert not devices.is_capturing()
     assert not devices.is_in_use("xpu")

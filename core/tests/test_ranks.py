@@ -108,7 +108,18 @@ def test_without_a_process_group_nobody_looks_through_all_objects(toys, reader, 
 def test_a_lazy_modules_parameters_are_described_in_words():
     model = nn.LazyLinear(2)
     described = ranks._described(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert described["shown"] == "weight of a lazy module, bias of a lazy module"
+    assert described == ["weight of a lazy module", "bias of a lazy module"]
+
+
+def test_of_parameters_that_ranks_do_not_share_the_first_are_shown():
+    whole, part = [f"{number} [2]" for number in range(6)], ["0 [2]"]
+    assert ranks._only(whole, part) == "1 [2], 2 [2], 3 [2], … (5 in all)"
+    assert ranks._only(part, whole) == "nothing else"
+    model = nn.Linear(2, 1)
+    other = nn.Parameter(torch.zeros(3))
+    described = ranks._described(model, torch.optim.SGD([model.weight, other], lr=0.1))
+    assert described == ["weight [1, 2]", "[3] outside the model", "bias [1] outside the optimizer"]
+    assert ranks._only(part, part) == "the same in another order"
 
 
 def test_a_few_numbers_tell_weights_apart_whatever_their_type():

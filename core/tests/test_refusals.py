@@ -1,9 +1,11 @@
 """What attach refuses, by fakes of the libraries in question; more are in `cases_ddp.py`."""
 
+import types
+
 import pytest
 import regrad
 import torch
-from regrad import RegradError, layouts
+from regrad import RegradError, devices, layouts
 from regrad.correction import Needs
 
 
@@ -160,8 +162,10 @@ def test_capturing_a_whole_step_in_a_cuda_graph_is_refused(toys, monkeypatch):
     regrad.attach(model, optimizer, [toys.Scale()])
     toys.loss_of(model).backward()
     # What torch says inside `torch.cuda.graph`, for machines without a device.
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    module = types.SimpleNamespace(
+        is_initialized=lambda: True, is_current_stream_capturing=lambda: True
+    )
+    monkeypatch.setattr(devices, "_module_with_graphs", lambda: module)
     with pytest.raises(RegradError, match="captur"):
         optimizer.step()
 

@@ -100,7 +100,7 @@ def attach(
     refusals.check_layout(made, layout)
     inner = holder_of_all(layers)
     in_parts = model_group is not None
-    proved = ranks.agree_across_ranks(whole, inner, made, in_parts=in_parts)
+    proved = ranks.agree_across_ranks(whole, inner, made, model_group=model_group)
     acts_inside = isinstance(criterion, str)
     loss = F.cross_entropy if acts_inside else criterion
     attachment = Attachment(
@@ -117,6 +117,13 @@ def attach(
         proved=proved,
         in_parts=in_parts,
     )
+    if any("micro" in correction.needs.reads for correction in made):
+        wrappers = [
+            m for m in whole.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
+        ]
+        attachment.engine.before_every_step = functools.partial(
+            refusals.check_together, made, wrappers
+        )
     return attachment
 
 

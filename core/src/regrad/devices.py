@@ -43,9 +43,11 @@ def is_capturing() -> bool:
 
 @functools.cache
 def _module_with_graphs() -> Any:
-    """Return the module of the accelerator that torch was built for, or None without graphs."""
+    """Return the module of the accelerator that torch was built for, None without one or graphs."""
     current = torch.accelerator.current_accelerator()
-    module = torch.get_device_module("cuda" if current is None else current.type)
+    if current is None:
+        return None
+    module = torch.get_device_module(current.type)
     return module if hasattr(module, "is_current_stream_capturing") else None
 
 

@@ -76,6 +76,7 @@ class Engine:
         seconds: Host time spent in each correction's hooks so far, by name.
         before_first_use: Called once, before the first training forward or step; None afterwards.
         before_first_step: Called once, before anything of the first step; None afterwards.
+        before_every_step: What to call before anything of a step, or None.
         before_use: What to call at the next training forward or step, or None.
     """
 
@@ -109,6 +110,7 @@ class Engine:
         self.callers = self.registry.callers(corrections)
         self.before_first_use: Callable[[], None] | None = None
         self.before_first_step: Callable[[], None] | None = None
+        self.before_every_step: Callable[[], None] | None = None
         self.before_use: Callable[[], None] | None = None
 
         self._names: dict[Tensor, str] = {}
@@ -392,6 +394,8 @@ class Engine:
         if self.before_first_step is not None:
             self.before_first_step()
             self.before_first_step = None
+        if self.before_every_step is not None:
+            self.before_every_step()
         self._calls = 0
         wrapped = wrap_closure(args, kwargs, self.correct)
         self._is_ignored = wrapped is None and only_makes_state(self.optimizer)

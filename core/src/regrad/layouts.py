@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pluggy
@@ -25,6 +25,7 @@ PARTITIONED = (
     "without it, or FSDP2"
 )
 HIDES_MICRO = "the gradients of micro-batches are seen by nobody before they are reduced; use DDP"
+LOCAL = "with {wrapper} each process trains by itself between two averages of the weights; use DDP alone"
 
 
 class PlainLayout:
@@ -32,6 +33,8 @@ class PlainLayout:
 
     Args:
         model_group: As given to attach.
+        why_no_micro: Why the processes do not take their steps together, so that the
+            micro-batches of a step cannot be read; None if they do.
     """
 
     name: str = "plain"
@@ -39,11 +42,16 @@ class PlainLayout:
     is_cut: bool = False
     is_restored_to_save: bool = False
 
-    def __init__(self, model_group: Any = None) -> None:
+    def __init__(self, model_group: Any = None, *, why_no_micro: str | None = None) -> None:
         self.model_group = model_group
+        self._why_no_micro = why_no_micro
+        if why_no_micro is not None:
+            self.offers = self.offers - {"micro"}
 
     def why_not(self, need: Reading) -> str:
         """Return why something cannot be read here."""
+        if need == "micro" and self._why_no_micro is not None:
+            return self._why_no_micro
         return f"layout {self.name!r} does not offer {need!r}"
 
     def gradients(self, step: Step) -> None:
@@ -210,9 +218,18 @@ class OwnLayouts:
             return FlatLayout(model, model_group)
         if any(sharding.is_sharded(parameter) for parameter in parameters_of(layers[-1])):
             return ShardedLayout(model, model_group)
+        why_no_micro = _why_no_micro(layers)
         if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in modules):
-            return DataParallelLayout(model_group)
-        return PlainLayout(model_group)
+            return DataParallelLayout(model_group, why_no_micro=why_no_micro)
+        return PlainLayout(model_group, why_no_micro=why_no_micro)
+
+
+def _why_no_micro(layers: Sequence[Any]) -> str | None:
+    """Return why whole models on several processes do not take their steps together, or None."""
+    for layer in layers:
+        if is_kind(layer, "postlocalsgdoptimizer"):
+            return LOCAL.format(wrapper=type(layer).__name__)
+    return None
 
 
 def choose(model: nn.Module, optimizer: Any, model_group: Any = None) -> Layout:

@@ -44,7 +44,7 @@ def agree_across_ranks(
     optimizer: Optimizer,
     corrections: Sequence[Correction],
     *,
-    in_parts: bool = False,
+    model_group: Any = None,
 ) -> bool:
     """Raise on every rank unless all ranks can attach these corrections.
 
@@ -54,7 +54,7 @@ def agree_across_ranks(
         model: As given to attach.
         optimizer: The innermost optimizer.
         corrections: In acting order.
-        in_parts: As for `reads_model`.
+        model_group: As given to attach: the processes that hold the parts of the model.
 
     Returns:
         Whether this settles the question. It does not if ranks hold different weights under the
@@ -64,8 +64,10 @@ def agree_across_ranks(
     Raises:
         RegradError: If the ranks attach different corrections, versions or options;
             if they hold different parameters and a correction reads the whole model;
-            if the process group cannot reach the parameters, or not every rank answers.
+            if several processes of the group hold the same weights; if the process group
+            cannot reach the parameters, or not every rank answers.
     """
+    in_parts = model_group is not None
     wide = [c for c in corrections if reads_model(c, in_parts=in_parts)]
     summing = [c for c in corrections if in_parts and "model" in c.needs.reads]
     stage = _stage_of(model) if wide else None
@@ -75,16 +77,20 @@ def agree_across_ranks(
     attached = str([f"{c!r} of {registry.origin(c)}" for c in corrections])
     mine = {
         "corrections": f"{attached} with model_group" if in_parts else attached,
-        "parameters": _described(model, optimizer),
+        "parameters": _digest_of(_described(model, optimizer)),
         "stage": stage,
         "weights": _samples(model) if wide else {},
         "stages": _stages_of(model) if summing else [],
+        "group": distributed.get_process_group_ranks(model_group) if summing else [],
+        "held": _fingerprints(model) if summing else [],
     }
     everyone = _gather(mine, _device(optimizer))
     _refuse_other_corrections([theirs["corrections"] for theirs in everyone])
     _refuse_stages(wide, [theirs["stage"] for theirs in everyone])
     _refuse_missing_stages(summing, [theirs["stages"] for theirs in everyone])
-    _refuse_parts(wide, [theirs["parameters"] for theirs in everyone])
+    _refuse_shared_weights(summing, everyone)
+    if wide and any(theirs["parameters"] != mine["parameters"] for theirs in everyone):
+        _refuse_parts(wide, _gather(_described(model, optimizer), _device(optimizer)))
     return _are_copies([theirs["weights"] for theirs in everyone])
 
 
@@ -191,20 +197,20 @@ def _gather(value: Any, device: torch.device) -> list[Any]:
     return [json.loads(bytes(row[:length].tolist())) for row, length in rows]
 
 
-def _described(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Return a digest of the names and shapes of all parameters, and the first ones in words."""
+def _described(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Return names and shapes: of the optimizer's parameters in its order, then of all others."""
     named = _named(model)
-    names = {parameter: name for name, parameter in named.items()}
-    held = [
-        names.get(parameter, f"outside the model, {_shape(parameter)}")
-        for parameter in parameters_of(optimizer)
-    ]
-    lines = [f"{name} {_shape(parameter)}" for name, parameter in named.items()]
-    digest = hashlib.sha256("\n".join([*lines, "", *held]).encode()).hexdigest()
-    shown = lines[:PARAMETERS_SHOWN]
-    if len(lines) > PARAMETERS_SHOWN:
-        shown.append(f"… ({len(lines)} in all)")
-    return {"digest": digest, "shown": ", ".join(shown)}
+    names = {parameter: f"{name} {_shape(parameter)}" for name, parameter in named.items()}
+    held = parameters_of(optimizer)
+    lines = [names.get(p, f"{_shape(p)} outside the model") for p in held]
+    trained = set(held)
+    lines += [f"{line} outside the optimizer" for p, line in names.items() if p not in trained]
+    return lines
+
+
+def _digest_of(lines: Sequence[str]) -> str:
+    """Return a hash of lines that is the same only for the same ones."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _shape(parameter: Tensor) -> str:
@@ -242,6 +248,21 @@ def _place(parameter: Tensor) -> str:
     return f"{mesh.get_coordinate()} of {[*mesh.shape]}"
 
 
+def _fingerprints(model: nn.Module) -> list[str]:
+    """Return name, shape and a digest of some numbers of every parameter that is not constant.
+
+    Constant ones, as new biases, are alike without being the same.
+    """
+    found = []
+    for name, parameter in _named(model).items():
+        if type(parameter) is not nn.Parameter and not sharding.is_sharded(parameter):
+            continue
+        numbers = _some_numbers(parameter)
+        if bool((numbers != numbers[:1]).any()):
+            found.append(f"{name} {_shape(parameter)} {_digest([numbers])}")
+    return found
+
+
 @torch.no_grad()
 def _some_numbers(parameter: Tensor) -> Tensor:
     """Return up to `SAMPLED` numbers of the local part, evenly spaced, in float64."""
@@ -276,7 +297,7 @@ def _stage_of(model: nn.Module) -> str | None:
     stages = _stages_of(model)
     if not stages:
         return None
-    index, many = stages[0]
+    index, many = min(stages)
     return f"stage {index} of {many}"
 
 
@@ -353,20 +374,60 @@ def _refuse_missing_stages(
         )
 
 
-def _refuse_parts(wide: Sequence[Correction], described: Sequence[Mapping[str, str]]) -> None:
+def _refuse_shared_weights(
+    summing: Sequence[Correction], everyone: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse sums over a group if several of its processes hold the same weights.
+
+    Weights that experts share, or copies under data parallelism, would be counted several
+    times. Stages of torch's pipelines are known to be different parts.
+    """
+    if not summing or any(theirs["stages"] for theirs in everyone):
+        return
+    for group in {tuple(theirs["group"]) for theirs in everyone}:
+        seen: dict[str, int] = {}
+        for rank in group:
+            for held in everyone[rank]["held"]:
+                other = seen.setdefault(held, rank)
+                if other != rank:
+                    name = held.rpartition(" ")[0]
+                    raise RegradError(
+                        f"{_names(summing)} must see each weight once in model_group, but {name} "
+                        f"is the same on {other} and {rank}, as weights that experts share and "
+                        "copies are; clip in the loop there, or give different parts other names"
+                    )
+
+
+def _refuse_parts(wide: Sequence[Correction], described: Sequence[Sequence[str]]) -> None:
     """Refuse corrections that read the whole model if ranks hold different parameters."""
+    first = described[0]
     for rank, theirs in enumerate(described):
-        if wide and theirs["digest"] != described[0]["digest"]:
+        if theirs != first:
             raise RegradError(
                 f"{_refused(wide)}, but ranks hold different parameters, as pipeline stages and "
-                f"experts do: {described[0]['shown']} on 0, {theirs['shown']} on {rank}; "
+                f"experts do: {_only(first, theirs)} on 0, {_only(theirs, first)} on {rank}; "
                 f"{_way_out(wide)}"
             )
 
 
+def _only(lines: Sequence[str], others: Sequence[str]) -> str:
+    """Return the first lines that the others lack."""
+    known = set(others)
+    lacking = [line for line in lines if line not in known]
+    if not lacking:
+        return "nothing else" if known != set(lines) else "the same in another order"
+    shown = lacking[:PARAMETERS_SHOWN]
+    if len(lacking) > PARAMETERS_SHOWN:
+        shown.append(f"… ({len(lacking)} in all)")
+    return ", ".join(shown)
+
+
 def _refused(wide: Sequence[Correction]) -> str:
-    names = ", ".join(repr(correction.name) for correction in wide)
-    return f"{names} must see the whole model"
+    return f"{_names(wide)} must see the whole model"
+
+
+def _names(corrections: Sequence[Correction]) -> str:
+    return ", ".join(repr(correction.name) for correction in corrections)
 
 
 def _way_out(wide: Sequence[Correction]) -> str:

@@ -93,6 +93,45 @@ def check_layout(corrections: Sequence[Correction], layout: Layout) -> None:
         _refuse_layout(correction, layout)
 
 
+def check_together(
+    corrections: Sequence[Correction], wrappers: Sequence[nn.parallel.DistributedDataParallel]
+) -> None:
+    """Raise if some processes may step without the others and a correction reads micro-batches.
+
+    Such a correction exchanges numbers in a step. Attach cannot know it: both are
+    contexts of the loop.
+
+    Args:
+        corrections: In acting order.
+        wrappers: Those in the model given to attach.
+
+    Raises:
+        RegradError: For the first such correction.
+    """
+    why = _why_apart(wrappers)
+    for correction in corrections:
+        if why is not None and "micro" in correction.needs.reads:
+            raise RegradError(
+                f"{correction.name!r} must see steps that all processes take together, but {why}"
+            )
+
+
+def _why_apart(wrappers: Sequence[nn.parallel.DistributedDataParallel]) -> str | None:
+    """Return why a step is not one of all processes, and what to do; None if it is."""
+    for wrapper in wrappers:
+        if wrapper._join_config.enable:
+            return (
+                "under torch's Join they stop at different ones; give every process the same "
+                "number of batches"
+            )
+        if not wrapper.require_backward_grad_sync:
+            return (
+                "DistributedDataParallel has not reduced these gradients, as in local SGD; step "
+                "outside of no_sync()"
+            )
+    return None
+
+
 # ---- of models, optimizer and criterion
 
 

@@ -1,9 +1,12 @@
 """Every case at a small size: it runs, both sides agree where they should, and nothing is left attached."""
 
+import types
+
 import pytest
 import regrad
 import torch
 from regrad.window import Window
+from regrad_bench import about, cases
 from regrad_bench.all_cases import chosen_cases
 from regrad_bench.alone_cases import alone_cases
 from regrad_bench.cases import BEYOND_THE_METER, Attached, Setting
@@ -194,8 +197,24 @@ def test_a_pattern_that_fits_no_case_names_them_all():
         chosen_cases("nothing")
 
 
+def test_an_accelerator_of_any_type_is_measured_and_named(monkeypatch):
+    monkeypatch.setattr(cases, "accelerator", lambda: "xpu")
+    assert [device.type for device in cases.devices_of("all")] == ["cpu", "xpu"]
+    assert [device.type for device in cases.devices_of("xpu")] == ["xpu"]
+    with pytest.raises(ValueError, match="device must be one of all, cpu, xpu, got 'cuda'"):
+        cases.devices_of("cuda")
+    monkeypatch.setattr(about, "accelerator", lambda: "xpu")
+    named = types.SimpleNamespace(get_device_name=lambda number: f"device {number}")
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: named)
+    assert about.graphics() == "device 0"
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: types.SimpleNamespace())
+    assert about.graphics() == "xpu"
+    monkeypatch.setattr(about, "accelerator", lambda: None)
+    assert about.graphics() == "no accelerator device"
+
+
 def test_without_a_device_or_a_correction_a_case_says_not_measured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     there = Setting(device=torch.device("cuda"), quick=True)
     result = measure(ALONE["alone/agc"], there, pairs=1)
     assert (result.verdict, result.reason, result.goal) == (

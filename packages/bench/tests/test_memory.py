@@ -27,6 +27,26 @@ def test_what_was_there_before_does_not_count():
     )  # with the number 1 as a tensor
 
 
+def test_the_peak_of_a_device_of_any_type_is_that_of_its_own_allocator(monkeypatch):
+    device, told = torch.device("xpu", 0), []
+    numbers = {"memory_allocated": 100, "max_memory_allocated": 350}
+
+    def note(name):
+        def call(on):
+            told.append((name, on))
+            return numbers.get(name)
+
+        return call
+
+    names = ("synchronize", "reset_peak_memory_stats", *numbers)
+    for name in names:
+        monkeypatch.setattr(torch.accelerator, name, note(name))
+    assert peak_bytes(lambda: told.append("call"), device) == 250
+    before = [(name, device) for name in names[:3]]
+    after = [(name, device) for name in (names[0], names[3])]
+    assert told == [*before, "call", *after]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_peak_and_launches():

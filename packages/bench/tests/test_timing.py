@@ -124,6 +124,28 @@ def test_one_thread_is_timed_by_what_the_process_used_and_waiting_by_what_passed
         torch.set_num_threads(before)
 
 
+def test_a_device_of_any_type_is_timed_by_its_own_events(monkeypatch):
+    device, told = torch.device("xpu", 0), []
+
+    class Event:
+        """Notes what is asked of it."""
+
+        def __init__(self, on, *, enable_timing):
+            told.append(("event", on, enable_timing))
+
+        def record(self):
+            told.append("record")
+
+        def elapsed_time(self, end):
+            return 2500.0
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda on: told.append(("wait", on)))
+    assert clock_for(device).seconds(lambda: told.append("call")) == 2.5
+    made, waits = ("event", device, True), ("wait", device)
+    assert told == [made, made, waits, "record", "call", "record", waits]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_clock_counts_the_work_and_not_only_its_launch():

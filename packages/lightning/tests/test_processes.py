@@ -7,23 +7,25 @@ import pytest
 import regrad
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from regrad.sharding import is_sharded
 from regrad_lightning import RegradCallback
 from regrad_testing import run_on_processes
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 GLOBAL_BATCH = 8
 ACCUMULATE = 2
 SPECS = ["powergrad", "xgrad", "centralization", "adanorm", "agc:max_ratio=0.05"]
+BY_ELEMENTS = ["powergrad", "xgrad", "clip-value:max_value=0.01"]
 TWICE = "allow_double_lookahead=true"
 RESUMED = [f"xgrad:{TWICE}", f"gcw:warmup_steps=2,fit_every=2,layers=all,{TWICE}"]
 
 
 def samples():
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(48, 6, generator=generator, dtype=torch.float64)
+    inputs = torch.randn(48, 6, generator=generator).double()  # Lightning's FSDP1 rounds to float32
     return inputs, torch.randint(4, (48,), generator=generator)
 
 
@@ -60,6 +62,22 @@ class Sharded(Classifier):
         if not is_sharded(self.net[0].weight):
             for layer in (self.net[0], self.net[2], self.net):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class OnCpu(FSDPStrategy):
+    """FSDP1, for which Lightning itself asks for a GPU, and float32: the weights fit into that."""
+
+    def _setup_model(self, model):
+        options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+        return FullyShardedDataParallel(model.double(), **options)
+
+
+class Flat(Classifier):
+    """Its weights are laid out by `OnCpu`, and its inputs arrive rounded."""
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        return super().training_step((inputs.double(), targets), batch_idx)
 
 
 def fit(module, callback, strategy, folder, epochs=2, **options):
@@ -113,9 +131,9 @@ def difference(one, other):
     return max((a.detach() - b.detach()).abs().max().item() for a, b in pairs)
 
 
-def refusal(module, callback, folder, **options):
+def refusal(module, callback, folder, strategy=None, **options):
     try:
-        fit(module, callback, sharding(), folder, **options)
+        fit(module, callback, strategy or sharding(), folder, **options)
     except regrad.RegradError as error:
         return str(error).replace("\n", " ")
     return "nothing was refused"
@@ -173,11 +191,36 @@ def sharded(folder):
     }
 
 
+def flat(folder):
+    callback = RegradCallback(BY_ELEMENTS, criterion="criterion")
+    trained = whole_weights(Flat(), callback, folder)
+    half = fit(Flat(), RegradCallback(BY_ELEMENTS[1:]), OnCpu(), folder, epochs=1)
+    half.save_checkpoint(folder / "flat.ckpt")
+    resuming = RegradCallback(BY_ELEMENTS[1:])
+    again = whole_weights(Flat(), resuming, folder, ckpt_path=folder / "flat.ckpt")
+    rates = callback.attachment.metrics()
+    acting = {key for key, rate in rates.items() if key.endswith("trigger_rate") and rate > 0}
+    return {
+        "flat": difference(trained, one_process(BY_ELEMENTS, corrects_criterion=True)),
+        "flat-acting": sorted(key.partition("/")[0] for key in acting),
+        "flat-resume": difference(again, one_process(BY_ELEMENTS[1:])),
+        "flat-steps": resuming.attachment.metrics()["steps_applied"],
+        "flat-refused": refusal(Flat(), RegradCallback(["agc"]), folder, OnCpu()),
+    }
+
+
+def whole_weights(module, callback, folder, **options):
+    """Return the weights after a fit under FSDP1."""
+    trainer = fit(module, callback, OnCpu(), folder, **options)
+    with FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False):
+        return weights(module)
+
+
 def all_fits(rank, folder):
     """Return what came of every fit."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    return data_parallel(folder) | resumed(folder) | sharded(folder)
+    return data_parallel(folder) | resumed(folder) | sharded(folder) | flat(folder)
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +247,14 @@ def test_shards_are_one_process_and_resume_with_each_process_its_own_part(seen):
     assert seen["fsdp2"] <= 1e-12
     assert seen["fsdp2-resume"] <= 1e-12
     assert seen["fsdp2-steps"] == 12
+
+
+def test_flat_shards_are_one_process_for_what_reads_single_elements_and_refused_for_the_rest(seen):
+    assert seen["flat"] <= 1e-12
+    assert seen["flat-resume"] <= 1e-12
+    assert seen["flat-steps"] == 12
+    assert seen["flat-acting"] == ["clip-value", "powergrad", "xgrad"]
+    assert seen["flat-refused"].startswith("'agc' is not exact on layout 'flat': it reads units")
 
 
 def test_what_is_not_exact_on_shards_and_a_state_of_whole_weights_are_refused(seen):

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from regrad.devices import accelerator
 
 PEERS = ("torch", "torchvision", "timm", "pytorch-optimizer", "regrad")
 
@@ -47,5 +48,9 @@ def processor() -> str:
 
 
 def graphics() -> str:
-    """Return the name of the first CUDA device."""
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device"
+    """Return the name of the first accelerator device."""
+    kind = accelerator()
+    if kind is None:
+        return "no accelerator device"
+    name_of = getattr(torch.get_device_module(kind), "get_device_name", None)
+    return kind if name_of is None else str(name_of(0))

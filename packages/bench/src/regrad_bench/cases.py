@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import regrad
 import torch
 from regrad import Attachment, Correction
+from regrad.devices import accelerator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,6 +27,24 @@ class Setting:
 
     device: torch.device
     quick: bool = False
+
+
+def devices_of(name: str) -> list[torch.device]:
+    """Return the devices of a name.
+
+    Args:
+        name: "cpu", the type of the accelerator, or "all" for both. Without an accelerator
+            "cuda" is taken for one, of which nothing is measured then.
+
+    Raises:
+        ValueError: If it is another name.
+    """
+    there = accelerator() or "cuda"
+    if name == "all":
+        return [torch.device("cpu"), torch.device(there)]
+    if name not in ("cpu", there):
+        raise ValueError(f"device must be one of all, cpu, {there}, got {name!r}")
+    return [torch.device(name)]
 
 
 @dataclass(kw_only=True)

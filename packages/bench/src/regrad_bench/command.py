@@ -13,7 +13,7 @@ import typer
 from regrad_runner.cli.help import Plain, examples
 from regrad_runner.errors import BadInput, checking_input
 
-DEVICES = {"all": ("cpu", "cuda"), "cpu": ("cpu",), "cuda": ("cuda",)}
+EVERY_DEVICE = "all"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,7 +33,9 @@ def bench(
     ] = "*",
     pairs: Annotated[int, flag("Pairs to time; some cases take fewer.", metavar="N")] = 20,
     threads: Annotated[int, flag("CPU threads.", metavar="N")] = 1,
-    device: Annotated[str, flag("all, cpu or cuda.", metavar="NAME")] = "all",
+    device: Annotated[
+        str, flag("all, cpu, or an accelerator's type, such as cuda.", metavar="NAME")
+    ] = EVERY_DEVICE,
     quick: Annotated[bool, flag("Use small sizes to see that all runs.", "--quick")] = False,
     json: Annotated[bool, flag("Print JSON instead of a table.", "--json")] = False,
     csv: Annotated[Path | None, flag("Also write the results as CSV.", metavar="FILE")] = None,
@@ -43,7 +45,7 @@ def bench(
 ) -> int:
     """Time every correction against the plain step and against peers with the same method."""
     with checking_input():
-        _check(pairs=pairs, threads=threads, device=device, markdown=markdown)
+        _check(pairs=pairs, threads=threads, markdown=markdown)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the profiler is first imported
     import torch  # noqa: PLC0415 - the help needs none of it
     from rich.console import Console  # noqa: PLC0415
@@ -51,14 +53,15 @@ def bench(
     from regrad_bench import about, report  # noqa: PLC0415
     from regrad_bench.all_cases import chosen_cases, estimated_minutes  # noqa: PLC0415
     from regrad_bench.apart import measure_apart  # noqa: PLC0415
-    from regrad_bench.cases import Setting  # noqa: PLC0415
+    from regrad_bench.cases import Setting, devices_of  # noqa: PLC0415
     from regrad_bench.peers import findings  # noqa: PLC0415
 
     with checking_input():
+        devices = devices_of(device)
         cases = chosen_cases(only)
     torch.set_num_threads(threads)
     conditions = about.about(_typed(), pairs=pairs, quick=quick)
-    settings = [Setting(device=torch.device(name), quick=quick) for name in DEVICES[device]]
+    settings = [Setting(device=each, quick=quick) for each in devices]
     names = [case.name for case in cases]
     tell = Console(stderr=True).print
     minutes = estimated_minutes(cases, quick=quick)
@@ -76,13 +79,11 @@ def bench(
     return 0
 
 
-def _check(*, pairs: int, threads: int, device: str, markdown: Path | None) -> None:
+def _check(*, pairs: int, threads: int, markdown: Path | None) -> None:
     """Raise `ValueError` for impossible requests, before anything is timed."""
     for name, value in (("pairs", pairs), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}")
-    if device not in DEVICES:
-        raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if markdown is not None and not markdown.is_file():
         raise ValueError(f"markdown must be a page that exists, got {str(markdown)!r}")
 

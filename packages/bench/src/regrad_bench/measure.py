@@ -11,13 +11,14 @@ from typing import Literal
 
 import torch
 from regrad import RegradError, RegradWarning
+from regrad.devices import accelerator
 
 from regrad_bench.cases import Case, Pair, Setting
-from regrad_bench.memory import launches, peak_bytes
+from regrad_bench.memory import launches, peak_bytes, sees_launches
 from regrad_bench.timing import Clock, HostClock, Paired, WallClock, clock_for, interleave
 
 Verdict = Literal["met", "missed", "no goal", "not measured"]
-NO_DEVICE = "no CUDA device here"
+NO_DEVICE = "no {kind} device here"
 HOST_ALONE = "it is about the host only"
 
 
@@ -43,7 +44,7 @@ class Result:
         memory_goal: The largest that is good enough, or None.
         difference: Largest relative difference between both sides' results, where they
             should be equal.
-        ours_launches: Kernels that our side launched, on CUDA.
+        ours_launches: Kernels that our side launched, on an accelerator.
         peer_launches: Kernels that the peer launched.
         reason: Why nothing was measured, or None.
     """
@@ -101,10 +102,11 @@ def measure(case: Case, setting: Setting, *, pairs: int) -> Result:
         goal=case.goal,
         goal_ms=case.goal_ms,
     )
-    if case.host_only and setting.device.type == "cuda":
-        return replace(result, reason=HOST_ALONE)
-    if setting.device.type == "cuda" and not torch.cuda.is_available():
-        return replace(result, reason=NO_DEVICE)
+    if setting.device.type != "cpu":
+        if case.host_only:
+            return replace(result, reason=HOST_ALONE)
+        if setting.device.type != accelerator():
+            return replace(result, reason=NO_DEVICE.format(kind=setting.device.type.upper()))
     try:
         with _own_random_numbers(setting.device):
             return _measured(case, setting, result, min(pairs, case.most_pairs))
@@ -131,7 +133,7 @@ def _measured(case: Case, setting: Setting, result: Result, pairs: int) -> Resul
         if case.memory_goal:
             ours, peer = _of_both(pair, lambda call: peak_bytes(call, setting.device))
             result = replace(result, memory_ratio=ours / peer)
-        if setting.device.type == "cuda":
+        if setting.device.type != "cpu" and sees_launches():
             ours, peer = _of_both(pair, launches)
             result = replace(result, ours_launches=ours, peer_launches=peer)
         # Last, because what it frees changes how memory is allocated.
@@ -187,6 +189,7 @@ def _built(case: Case, setting: Setting) -> Iterator[Pair]:
 
 @contextlib.contextmanager
 def _own_random_numbers(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type):
         torch.manual_seed(0)
         yield

@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from regrad_bench.timing import Call
 
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
+# What the profiler calls a launch on CUDA, on ROCm, and on Intel's devices.
+LAUNCHES = (
+    "cudaLaunchKernel",
+    "cuLaunchKernel",
+    "hipLaunchKernel",
+    "hipExtLaunchKernel",
+    "urEnqueueKernelLaunch",
+)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
     """Return the most bytes that torch's allocator held for `call`, beyond what was there.
 
-    On a CPU every allocation and release is read from the profiler's trace; on CUDA
-    it is the allocator's own count. Memory that libraries take for themselves is
+    On a CPU every allocation and release is read from the profiler's trace; on an
+    accelerator it is the allocator's own count. Memory that libraries take for themselves is
     not in it.
 
     Args:
@@ -29,13 +36,13 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         device: The device to look at.
     """
     gc.collect()  # garbage that an earlier call left would be released, and counted, in this one
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        before = torch.accelerator.memory_allocated(device)
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
+        torch.accelerator.synchronize(device)
+        return torch.accelerator.max_memory_allocated(device) - before
     return highest(
         event["args"]["Bytes"]
         for event in _trace(call, memory=True)
@@ -57,16 +64,27 @@ def highest(changes: Iterable[int]) -> int:
     return most
 
 
+def sees_launches() -> bool:
+    """Say whether the profiler sees more than the CPU."""
+    return len(_activities()) > 1
+
+
 def launches(call: Call) -> int:
-    """Return how many kernels `call` launches on CUDA."""
+    """Return how many kernels `call` launches on an accelerator."""
     return sum(
         str(event.get("name", "")).startswith(LAUNCHES) for event in _trace(call, memory=False)
     )
 
 
+def _activities() -> list[ProfilerActivity]:
+    """Return what the profiler can see here."""
+    find: Any = supported_activities
+    return list(find())
+
+
 def _trace(call: Call, *, memory: bool) -> list[dict[str, Any]]:
     """Return the profiler's events of one call in the order of time."""
-    activities = [ProfilerActivity.CPU] if memory else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    activities = [ProfilerActivity.CPU] if memory else _activities()
     with profile(activities=activities, profile_memory=memory, acc_events=True) as seen:
         call()
     with tempfile.TemporaryDirectory() as folder:

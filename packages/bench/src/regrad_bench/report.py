@@ -135,7 +135,7 @@ def to_markdown(
     lines = [f"- {name}: {text}" for name, text in about.items()]
     for device in dict.fromkeys(result.device for result in results):
         of_device = [result for result in results if result.device == device]
-        name = "the CPU" if device == "cpu" else "a GPU (CUDA)"
+        name = "the CPU" if device == "cpu" else f"a GPU ({device.upper()})"
         lines += ["", f"## On {name}", "", *_summary(of_device)]
         if any(result.ratio is not None for result in of_device):
             for section in SECTIONS:

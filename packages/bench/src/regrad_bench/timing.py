@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -81,18 +80,24 @@ class WallClock(HostClock):
 
 
 class DeviceClock:
-    """Seconds between two events on a CUDA stream, around everything that a call queues there."""
+    """Seconds between two events on a device's stream, around everything that a call queues there.
+
+    Args:
+        device: An accelerator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def seconds(self, call: Call) -> float:
         """Run `call` once, wait for the device, and return the seconds between its events."""
-        event: Any = torch.cuda.Event
-        start = event(enable_timing=True)
-        end = event(enable_timing=True)
-        torch.cuda.synchronize()
+        start = torch.Event(self._device, enable_timing=True)
+        end = torch.Event(self._device, enable_timing=True)
+        torch.accelerator.synchronize(self._device)
         start.record()
         call()
         end.record()
-        torch.cuda.synchronize()
+        torch.accelerator.synchronize(self._device)
         return float(start.elapsed_time(end)) / 1000
 
 
@@ -101,7 +106,7 @@ Clock = HostClock | DeviceClock
 
 def clock_for(device: torch.device) -> Clock:
     """Return the clock of a device."""
-    return DeviceClock() if device.type == "cuda" else HostClock()
+    return HostClock() if device.type == "cpu" else DeviceClock(device)
 
 
 def interleave(

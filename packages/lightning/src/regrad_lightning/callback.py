@@ -139,7 +139,13 @@ class RegradCallback(Callback):
         """
         optimizer = self._chosen(trainer.optimizers)
         made = create_all(self.corrections)
+        # The wrapper is what says how the weights lie; the target alone would look unwrapped.
+        wrapped: Any = trainer.strategy.model
+        layout = layouts.choose(wrapped, optimizer)
         target = self._target(pl_module)
+        if isinstance(layout, layouts.FlatLayout):
+            # FSDP1 keeps the weights, and its hooks, in the outermost module.
+            target = wrapped
         outside = _outside(optimizer, target)
         if outside:
             raise RegradError(
@@ -147,11 +153,9 @@ class RegradCallback(Callback):
                 f"{self.module!r} lacks {outside} parameters"
             )
         borrowed = BorrowedCriterion(pl_module, self.criterion, made)
-        # The wrapper is what says how the weights lie; the target alone would look unwrapped.
-        wrapped: Any = trainer.strategy.model
         layers = optimizer_layers(optimizer)
         refusals.check([wrapped], layers, made, borrowed.original)
-        refusals.check_layout(made, layouts.choose(wrapped, optimizer))
+        refusals.check_layout(made, layout)
         optimizer_state.take_out(holder_of_all(layers).param_groups)  # the same as in self._loaded
         self.attachment = attach(target, optimizer, made, borrowed.original)
         borrowed.replace(self.attachment)

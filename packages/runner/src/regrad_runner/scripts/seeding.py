@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ STRIDE = 1000
 """How far the seeds of one run lie from those of the next, where a script sets its own."""
 LARGEST_OF_NUMPY = 2**32
 PLAIN_GENERATOR = torch.Generator
+_under_way = threading.local()
 
 
 def seed_everything(seed: int) -> None:
@@ -30,9 +33,9 @@ def shift_seeds(seed: int) -> None:
     """Add 1000 · `seed` to every seed that is set from now on, for the rest of the process.
 
     A script that always sets the same seed trains the same run whatever it is started with. Shifted
-    are the numbers given to `torch.manual_seed`, `torch.cuda.manual_seed` and `manual_seed_all`,
-    `torch.Generator.manual_seed`, `numpy.random.seed` and `default_rng`, and `random.seed`. What is
-    not a whole number stays unchanged.
+    are the numbers given to `torch.manual_seed`, to `manual_seed` and `manual_seed_all` of every
+    device's module, as `torch.cuda`, to `torch.Generator.manual_seed`, `numpy.random.seed` and
+    `default_rng`, and to `random.seed`. What is not a whole number stays unchanged.
 
     Args:
         seed: Of the run, at least 0. 0 moves nothing.
@@ -43,22 +46,43 @@ def shift_seeds(seed: int) -> None:
     torch_seed = _shifted(torch.manual_seed, shift)
     torch.manual_seed = torch_seed
     torch.random.manual_seed = torch_seed
+    for module in _device_modules():
+        for name in ("manual_seed", "manual_seed_all"):
+            if hasattr(module, name):
+                setattr(module, name, _shifted(getattr(module, name), shift))
     np.random.seed = _shifted(np.random.seed, shift, modulo=LARGEST_OF_NUMPY)
     np.random.default_rng = _shifted(np.random.default_rng, shift)
     random.seed = _shifted(random.seed, shift)
     torch.Generator = _shifted_generator(shift)  # type: ignore[misc]
 
 
+def _device_modules() -> list[ModuleType]:
+    """Return what torch has for each type of device whose random numbers can be seeded."""
+    modules = [module for module in vars(torch).values() if isinstance(module, ModuleType)]
+    return [m for m in modules if hasattr(m, "manual_seed") and m is not torch.random]
+
+
 def _shifted(
     function: Callable[..., Any], shift: int, *, modulo: int | None = None
 ) -> Callable[..., Any]:
-    """Return a function that moves the whole number that it is given first."""
+    """Return a function that moves the whole number that it is given first.
+
+    A seed that one such function hands on to another, as `torch.manual_seed` does to every
+    device, is moved once.
+    """
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
+        if getattr(_under_way, "is_moved", False):
+            return function(*args, **kwargs)
         if args:
-            return function(_moved(args[0], shift, modulo), *args[1:], **kwargs)
-        moved = {name: _moved(value, shift, modulo) for name, value in kwargs.items()}
-        return function(**moved)
+            args = (_moved(args[0], shift, modulo), *args[1:])
+        else:
+            kwargs = {name: _moved(value, shift, modulo) for name, value in kwargs.items()}
+        _under_way.is_moved = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _under_way.is_moved = False
 
     shifted.__name__ = getattr(function, "__name__", "seed")
     shifted.__doc__ = function.__doc__
