@@ -119,14 +119,17 @@ def _refuse_what_is_no_criterion(criterion: Any) -> None:
 
 def _refuse_deepspeed(parts: Sequence[Any]) -> None:
     if any(is_kind(part, "deepspeed") for part in parts):
-        raise RegradError("DeepSpeed hides gradients; use DDP, FSDP2")
+        raise RegradError(
+            "DeepSpeed hides gradients; use DDP, FSDP2, or ZeRO with regrad-deepspeed installed"
+        )
 
 
 def _refuse_weights_cut_by_deepspeed(models: Sequence[nn.Module]) -> None:
     for model in models:
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise RegradError(
-                "DeepSpeed's ZeRO stage 3 hides parameters and gradients; use DDP, FSDP2"
+                "DeepSpeed's ZeRO stage 3 hides parameters and gradients; use DDP, FSDP2, or "
+                "install regrad-deepspeed"
             )
 
 
