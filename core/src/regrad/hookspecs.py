@@ -72,7 +72,8 @@ class Step:
     Attributes:
         optimizer: The innermost torch optimizer.
         index: Optimizer steps completed before this one.
-        parameters: The optimizer's trainable parameters, in the order of its groups.
+        parameters: The optimizer's trainable parameters, in the order of its groups. Where an
+            engine steps tensors of its own they are none of the model's: ask for their names.
         names: Their names in the model, in the same order.
         correction: The correction that is running.
         where_to: Takes what `predict_weights` returned, and returns where each of
