@@ -46,10 +46,17 @@ class Member:
     @property
     def dependencies(self) -> set[str]:
         """Names of the distributions that it declares."""
-        return {
-            normal(re.split(r"[^\w.-]", line, maxsplit=1)[0])
-            for line in self.project["dependencies"]
-        }
+        return self._names_in(self.project["dependencies"])
+
+    @property
+    def optional_dependencies(self) -> set[str]:
+        """Names of the distributions that its extras declare."""
+        extras = self.project.get("optional-dependencies", {})
+        return self._names_in([line for lines in extras.values() for line in lines])
+
+    @staticmethod
+    def _names_in(lines: list[str]) -> set[str]:
+        return {normal(re.split(r"[^\w.-]", line, maxsplit=1)[0]) for line in lines}
 
 
 def normal(name: str) -> str:

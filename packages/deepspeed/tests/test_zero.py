@@ -3,9 +3,10 @@
 import functools
 import importlib.util
 
-import cases_zero
 import pytest
-from regrad_testing import run_on_processes
+from regrad_testing import load_beside, run_on_processes
+
+cases_zero = load_beside(__file__, "cases_zero")
 
 TOLERANCE = 1e-6  # sums over processes are taken in another order
 PATIENCE = 280.0  # seconds: importing DeepSpeed takes some on a busy machine
