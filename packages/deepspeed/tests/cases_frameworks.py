@@ -86,7 +86,8 @@ def make_trainer(folder, stage):
         num_train_epochs=2,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        learning_rate=0.01,
+        learning_rate=0.1,
+        optim="sgd",  # Adam would magnify the rounding of gradients near zero
         max_grad_norm=0.0,
         logging_steps=2,
         save_steps=2,

@@ -30,7 +30,7 @@ CORRECTIONS = {
     "xgrad": ["xgrad"],
     "powergrad": ["powergrad"],
     "adanorm": ["adanorm:target=gradient"],
-    "gcw": ["gcw:target=gradient,warmup_steps=2,fit_every=2"],
+    "gcw": ["gcw:layers=[first,head],target=gradient,warmup_steps=2,fit_every=2"],
     "several": ["xgrad", "powergrad", "centralization", "clip-norm:max_norm=0.5"],
 }
 OPTIMIZERS = {
@@ -418,6 +418,10 @@ def refused(rank, stage):
     found["micro"] = refusal(regrad.attach, engine, zero, ["gcode"])
     found["moments"] = refusal(regrad.attach, engine, zero, ["adanorm"])
     found["module and optimizer"] = refusal(regrad.attach, engine.module, zero, ["clip-norm"])
+    if stage == 1:
+        # In bfloat16 with gradients in the same, stage 0 has an optimizer of DeepSpeed's too.
+        half = make_engine(0, "sgd", bf16={"enabled": True})
+        found["stage 0"] = refusal(regrad.attach, half, half.optimizer, ["clip-norm"])
     if stage > 1:
         offload = {**settings(stage)["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
         away = make_engine(stage, "sgd", zero_optimization=offload)

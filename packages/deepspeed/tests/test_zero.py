@@ -9,7 +9,7 @@ from regrad_testing import load_beside, run_on_processes
 cases_zero = load_beside(__file__, "cases_zero")
 
 TOLERANCE = 1e-6  # sums over processes are taken in another order
-PATIENCE = 280.0  # seconds: importing DeepSpeed takes some on a busy machine
+PATIENCE = 500.0  # seconds: importing DeepSpeed takes some on a busy machine
 STAGES = (1, 2, 3)
 
 pytestmark = [
@@ -17,7 +17,7 @@ pytestmark = [
         importlib.util.find_spec("deepspeed") is None,
         reason="deepspeed is not installed; `nox -s deepspeed` installs it",
     ),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 
 
@@ -45,7 +45,7 @@ def test_two_processes_end_as_one_with_whole_batches(stage, optimizer, parts):
             assert one["applied"] == cases_zero.STEPS, name
             assert one["layout"] == f"zero-{stage}", name
             # Another training, and so a test that would fail if nothing was corrected.
-            assert name == "none" or one["effect"] > 1e3 * TOLERANCE, name
+            assert name == "none" or one["effect"] > 100 * TOLERANCE, name
 
 
 def test_a_training_that_is_resumed_ends_with_the_bits_of_one_that_is_not(life):
@@ -124,5 +124,7 @@ def test_what_cannot_be_exact_is_refused_with_what_to_do(life):
         assert f"'gcode' is not exact on layout 'zero-{stage}': it reads" in said["micro"]
         assert "ZeRO keeps the optimizer's moments flat" in said["moments"]
         assert said["module and optimizer"] == ""
+        if stage == 1:
+            assert "must be that of ZeRO, stage 1, 2 or 3, got DeepSpeed's" in said["stage 0"]
         if stage > 1:
             assert "offload_optimizer and offload_param must be off" in said["offload"]

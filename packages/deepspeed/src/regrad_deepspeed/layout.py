@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from regrad_deepspeed.stages import Stage
 from regrad_deepspeed.stand_ins import StandIns
-from regrad_deepspeed.support import refuse_unproved, stage_of
+from regrad_deepspeed.support import refuse_other_optimizers, refuse_unproved, stage_of
 
 KEPT_AS = "_regrad_layout"
 LATER = (
@@ -182,6 +182,7 @@ def regrad_layout(model: nn.Module, optimizer: Any, model_group: Any) -> ZeroLay
     zero = _zero_optimizer(optimizer)
     stage = None if zero is None else stage_of(zero)
     if stage is None:
+        refuse_other_optimizers(optimizer)
         if _is_of_an_engine(model):
             raise RegradError(LATER)
         return None

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from regrad import RegradError
 from regrad.optimizer_state import take_out
 from regrad.sharding import local
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from regrad_deepspeed.stages import Stage
+if TYPE_CHECKING:
+    from regrad_deepspeed.stages import Stage
 
 
 class StandIns(Optimizer):
@@ -36,6 +35,9 @@ class StandIns(Optimizer):
     """
 
     def __init__(self, stage: Stage, names: Mapping[Tensor, str]) -> None:
+        # Every attach loads this file where it is installed; DTensor is heavy.
+        from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
+
         self.stage = stage
         self.optim: Optimizer = stage.optimizer.optimizer
         self.engine_step: Callable[..., Any] | None = None
@@ -64,11 +66,17 @@ class StandIns(Optimizer):
         self.stands_for[stand_in] = parameter
         return stand_in
 
-    def _rows_of(self, whole: Tensor) -> DTensor:
+    def _rows_of(self, whole: Tensor) -> Tensor:
         """Return a copy of this process's rows of a whole tensor, in float32.
 
         DeepSpeed takes no tensor without dimensions.
         """
+        from torch.distributed.tensor import (  # noqa: PLC0415 - see above
+            DTensor,
+            Shard,
+            distribute_tensor,
+        )
+
         wide = whole.detach().to(torch.float32)
         rows = distribute_tensor(wide, self._mesh, [Shard(0)], src_data_rank=None)
         own = rows.to_local().clone(memory_format=torch.contiguous_format)

@@ -25,6 +25,26 @@ def stage_of(optimizer: Any) -> Stage | None:
     return None
 
 
+def refuse_other_optimizers(optimizer: Any) -> None:
+    """Raise if an optimizer is one of DeepSpeed's that is not served.
+
+    Args:
+        optimizer: As given to attach.
+
+    Raises:
+        RegradError: With its class, and what to do instead.
+    """
+    layer = optimizer
+    while layer is not None:
+        kind = type(layer)
+        if kind.__module__.startswith("deepspeed.runtime"):
+            raise RegradError(
+                "the optimizer must be that of ZeRO, stage 1, 2 or 3, got DeepSpeed's "
+                f"{kind.__name__}: {UNPROVED}; set zero_optimization.stage, in float32 or bf16"
+            )
+        layer = getattr(layer, "optimizer", None)
+
+
 def refuse_unproved(optimizer: Any) -> None:
     """Raise where ZeRO is set up in a way in which corrections are not proved exact.
 
