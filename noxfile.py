@@ -150,6 +150,21 @@ def author(session: nox.Session) -> None:
 
 
 @nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Install DeepSpeed for CPUs, which nothing else here needs, and prove its layout.
+
+    It builds the little that it needs at its first start, and wants a C++ compiler for that.
+    """
+    sync(session, "test")
+    for_cpus = {"DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
+    member = "packages/deepspeed"
+    needed = metadata(member)["optional-dependencies"]["deepspeed"]
+    session.install("setuptools", "wheel", "ninja")
+    session.install("--no-build-isolation", *needed, env=for_cpus)
+    session.run("pytest", member, *session.posargs, env=TEST_ENVIRONMENT | for_cpus)
+
+
+@nox.session
 def minimums(session: nox.Session) -> None:
     """Run every test with the lowest versions that the members allow."""
     members = []

@@ -22,6 +22,7 @@ PUBLIC = {
     },
     "regrad_adanorm": {"AdaNorm"},
     "regrad_centralization": {"Centralization"},
+    "regrad_deepspeed": {"ZeroLayout"},
     "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_gcgd": {"GCGD"},
@@ -69,6 +70,7 @@ ENTRY_POINTS = {
             "xgrad",
         )
     },
+    "regrad.layouts": {"zero"},
     "regrad.optimizers": {"adam3", "tom"},
     "regrad.workloads": {
         "cifar10",

@@ -22,6 +22,12 @@ def test_deepspeed_is_refused_with_the_reason(toys):
         regrad.attach(engine, toys.sgd(model), [toys.Scale()])
 
 
+def test_a_model_of_a_module_that_is_named_after_deepspeed_is_nobodys_engine(toys):
+    model_class = fake_class("train_with_deepspeed", "Net", toys.Net)
+    model = model_class()
+    regrad.attach(model, toys.sgd(model), [toys.Scale()])
+
+
 def test_an_optimizer_of_deepspeed_is_refused_with_the_reason(toys):
     optimizer_class = fake_class("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer")
     model = toys.Net()

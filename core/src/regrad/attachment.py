@@ -96,6 +96,12 @@ def attach(
     refusals.check_arguments(given, criterion)
     whole: nn.Module = nn.ModuleList(given) if len(given) > 1 else given[0]
     layout = layouts.choose(whole, optimizer, model_group)
+    settle_layout = functools.partial(_settle_layout, whole, optimizer, model_group)
+    holder = holder_of_all(layers)
+    own_step = layout.own_step
+    if own_step is not None:
+        model = whole = own_step.model
+        layers = [*layers, own_step.optimizer]
     refusals.check(given, layers, made, criterion, is_served=not layouts.is_own(layout))
     refusals.check_layout(made, layout)
     inner = holder_of_all(layers)
@@ -104,11 +110,16 @@ def attach(
     acts_inside = isinstance(criterion, str)
     loss = F.cross_entropy if acts_inside else criterion
     attachment = Attachment(
-        model, inner, made, loss, layers=layers, acts_inside=acts_inside, layout=layout
+        model,
+        inner,
+        made,
+        loss,
+        layers=layers,
+        acts_inside=acts_inside,
+        layout=layout,
+        state_holder=holder,
     )
-    attachment.engine.before_first_use = functools.partial(
-        _settle_layout, attachment, whole, optimizer, model_group
-    )
+    attachment.engine.before_first_use = functools.partial(settle_layout, attachment)
     attachment.engine.before_first_step = functools.partial(
         ranks.check_first_step,
         whole,
@@ -116,6 +127,7 @@ def attach(
         attachment.corrections,
         proved=proved,
         in_parts=in_parts,
+        stands_in=own_step is not None,
     )
     if any("micro" in correction.needs.reads for correction in made):
         wrappers = [
@@ -128,7 +140,7 @@ def attach(
 
 
 def _settle_layout(
-    attachment: "Attachment", model: nn.Module, optimizer: Any, model_group: Any
+    model: nn.Module, optimizer: Any, model_group: Any, attachment: "Attachment"
 ) -> None:
     """Choose the layout again, now that what replaces or wraps parameters has done so.
 
@@ -170,6 +182,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         layers: Sequence[Any] = (),
         acts_inside: bool = False,
         layout: Layout | None = None,
+        state_holder: Optimizer | None = None,
     ) -> None:
         self._called: list[nn.Module] = [model] if isinstance(model, nn.Module) else [*model]
         roots = [innermost_module(module) for module in self._called]
@@ -182,6 +195,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         self._switch: Switch | None = None
         self._handles: list[module_hooks.Handle] = []
         self._in_optimizer = StateInOptimizer(self)
+        # An engine saves and loads the optimizer that it steps, not what stands for it.
+        self._state_holder = optimizer if state_holder is None else state_holder
         self.engine = Engine(
             self.model, optimizer, self.corrections, roots=roots, layers=layers, layout=layout
         )
@@ -204,10 +219,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         if reads_record and not any(is_compiled(module) for module in modules):
             self.record = ForwardRecord(self.model, roots)
             self._handles += self.record.handles
-        parameters = parameters_of(self.optimizer)
-        for correction, call in self.engine.callers["setup"]:
-            with random_numbers_kept(parameters), self.engine.named(correction, "setup"):
-                call(attachment=self)
+        with self._shapes():
+            self._set_up_corrections()
         for owner, call in self.engine.callers["wrap_criterion"]:
             with self.engine.named(owner, "wrap_criterion"):
                 corrected = call(criterion=self._original)
@@ -215,6 +228,18 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             self._criterion = switching_criterion(self._switch)
         if self._acts_inside and self._switch is not None:
             CrossEntropyInside(self)
+
+    def _shapes(self) -> contextlib.AbstractContextManager[None]:
+        """Return a block in which the model's parameters show their shapes."""
+        own_step = self.engine.layout.own_step
+        return contextlib.nullcontext() if own_step is None else own_step.shapes()
+
+    def _set_up_corrections(self) -> None:
+        """Call the hook `setup` of every correction that has it."""
+        parameters = parameters_of(self.optimizer)
+        for correction, call in self.engine.callers["setup"]:
+            with random_numbers_kept(parameters), self.engine.named(correction, "setup"):
+                call(attachment=self)
 
     def _register(self) -> None:
         """Put the hooks on models and optimizer."""
@@ -231,7 +256,7 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             self._hook(root, root.register_load_state_dict_pre_hook, self.engine.close_window)
         optimizer = self.optimizer
         # One by one: if a later one raises, the earlier ones can be removed.
-        for handle in self._in_optimizer.register(optimizer):
+        for handle in self._in_optimizer.register(self._state_holder):
             self._handles.append(handle)
         self._handles.append(optimizer.register_step_pre_hook(self.engine.on_step_begin))
         self._handles.append(optimizer.register_step_post_hook(self.engine.on_step_end))
@@ -240,7 +265,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             other_optimizers.add(self.engine)
         if not any(type(root).forward is not nn.Module.forward for root in roots):
             self.engine.parts.watch(roots, self.engine.step().parameters)
-        self._in_optimizer.take_carried(optimizer)
+        self._in_optimizer.take_carried(self._state_holder)
+        if self.engine.layout.own_step is not None:
+            self._handles.append(self.engine.layout.own_step.bind())
         refusals.ATTACHED.add(optimizer)
 
     def _hook(

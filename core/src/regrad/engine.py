@@ -149,6 +149,8 @@ class Engine:
         """Rename the optimizer's parameters; the state of a renamed one moves with it."""
         before = self._names
         self._names = names.parameter_names(self.model, self.optimizer)
+        if self.layout.own_step is not None:
+            self._names |= names.names_in_groups(self.optimizer)
         renamed = {
             before[parameter]: name
             for parameter, name in self._names.items()
@@ -543,7 +545,9 @@ class Engine:
         if not (self.layout.is_restored_to_save and self.window.moved):
             return
         if self._graph_waits:
-            raise RegradError("no state_dict() between forward and backward under FSDP1")
+            raise RegradError(
+                f"no state_dict() between forward and backward on layout {self.layout.name!r}"
+            )
         self.close_window()
 
     def on_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn, optim
 
     from regrad.correction import Correction
+    from regrad.module_hooks import Handle
     from regrad.reading import Reading
     from regrad.record import ForwardRecord
 
@@ -70,7 +72,8 @@ class Step:
     Attributes:
         optimizer: The innermost torch optimizer.
         index: Optimizer steps completed before this one.
-        parameters: The optimizer's trainable parameters, in the order of its groups.
+        parameters: The optimizer's trainable parameters, in the order of its groups. Where an
+            engine steps tensors of its own they are none of the model's: ask for their names.
         names: Their names in the model, in the same order.
         correction: The correction that is running.
         where_to: Takes what `predict_weights` returned, and returns where each of
@@ -198,6 +201,45 @@ class AttachmentInSetup(Protocol):
         """Call `function(module, inputs, output)` after each forward of a module, until detach."""
 
 
+class OwnStep(Protocol):
+    """What an engine that steps its own tensors shows in their place.
+
+    Such an engine keeps what the optimizer steps in a form of its own, flat or cut, and calls an
+    optimizer that is no torch optimizer. Its layout has tensors that stand for the model's
+    parameters, and an optimizer that holds them.
+    """
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's module inside the engine."""
+
+    @property
+    def optimizer(self) -> optim.Optimizer:
+        """What corrections see as the optimizer.
+
+        Its groups hold what stands for the parameters, under the names that these have in the
+        model (`param_names`, as torch itself keeps them). The engine's step runs inside its `step`,
+        so that hooks on it are called around it. Where it has `found_inf` set, the engine skips
+        this step.
+        """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the receipt, such as how the engine clips."""
+
+    def bind(self) -> Handle:
+        """Lead the engine's step through `optimizer.step`.
+
+        Called at attach, when nothing can be refused any more. The handle is removed at detach.
+        """
+
+    def shapes(self) -> AbstractContextManager[None]:
+        """Let the parameters of `model` show their shapes in the block, where they are empty.
+
+        Corrections read them in `setup`. The values need not be there.
+        """
+
+
 class Layout(Protocol):
     """Where parameters, gradients and optimizer state lie, and who answers for that.
 
@@ -214,6 +256,8 @@ class Layout(Protocol):
             `true_weights` cannot mend, so that moved weights are restored before it.
         model_group: The process group over which `sum_over_model` adds, or None where this
             process has the whole model.
+        own_step: What stands for the parameters and the optimizer of an engine that steps tensors
+            of its own; None where the optimizer steps the model's parameters.
     """
 
     name: str
@@ -221,6 +265,7 @@ class Layout(Protocol):
     is_cut: bool
     is_restored_to_save: bool
     model_group: Any
+    own_step: OwnStep | None
 
     def why_not(self, need: Reading) -> str:
         """Return why something that is not in `offers` cannot be read, and what to do instead."""

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn, optim
 
 from regrad import registry, sharding
 from regrad.errors import PluginLoadError
-from regrad.hookspecs import Layout, LayoutSpec, Step, hookimpl
+from regrad.hookspecs import Layout, LayoutSpec, OwnStep, Step, hookimpl
 from regrad.optimizers import parameters_of
 from regrad.reading import EVERYTHING, OFFERS, Reading
 from regrad.wrappers import is_kind, optimizer_layers
@@ -41,6 +41,7 @@ class PlainLayout:
     offers: frozenset[Reading] = EVERYTHING
     is_cut: bool = False
     is_restored_to_save: bool = False
+    own_step: OwnStep | None = None
 
     def __init__(self, model_group: Any = None, *, why_no_micro: str | None = None) -> None:
         self.model_group = model_group

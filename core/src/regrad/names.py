@@ -24,6 +24,14 @@ def parameter_names(model: nn.Module, optimizer: optim.Optimizer) -> dict[Tensor
     return names
 
 
+def names_in_groups(optimizer: optim.Optimizer) -> dict[Tensor, str]:
+    """Return the names that an optimizer's groups give their parameters, as `param_names`."""
+    names: dict[Tensor, str] = {}
+    for group in optimizer.param_groups:
+        names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+    return names
+
+
 def with_new_names(state: Any, new: Mapping[str, str]) -> Any:
     """Return a copy of nested mappings, with the keys in `new` replaced."""
     if not isinstance(state, Mapping):

@@ -98,11 +98,18 @@ class StateInOptimizer:
 
     def register(self, optimizer: Optimizer) -> Iterator[Any]:
         """Put the hooks on the optimizer; yield the handle of each as soon as it is there."""
+        yield optimizer.register_state_dict_pre_hook(self._before_saving)
         yield optimizer.register_state_dict_post_hook(self._add)
         yield optimizer.register_load_state_dict_pre_hook(self._take)
         yield optimizer.register_load_state_dict_post_hook(self._give)
 
     # ---- saving
+
+    def _before_saving(self, _: Optimizer) -> None:
+        """Restore the weights where an engine saves them with the optimizer, as they are then."""
+        engine = self._attachment.engine
+        if engine.layout.own_step is not None:
+            engine.before_state_dict()
 
     def _add(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Add the corrections' state to the optimizer's."""
@@ -111,14 +118,14 @@ class StateInOptimizer:
         own = self._attachment.state_dict()
         state[KEY] = own
         if state["param_groups"] and not _is_for_whole_state():
-            mark = mark_of(optimizer.state) or self._mark_of_weights(optimizer)
+            mark = mark_of(optimizer.state) or self._mark_of_weights()
             state["param_groups"][0][self._group_key()] = _packed({"own": own, "mark": mark})
 
-    def _mark_of_weights(self, optimizer: Optimizer) -> Mark:
+    def _mark_of_weights(self) -> Mark:
         """Return the mark of the weights, of the true ones where they are moved now."""
         engine = self._attachment.engine
         true = engine.layout.true_weights(engine.window.true_weights)
-        parameters = parameters_of(optimizer)
+        parameters = parameters_of(self._attachment.optimizer)
         return mark_of_weights([true.get(parameter, parameter) for parameter in parameters])
 
     def _group_key(self) -> str:
@@ -260,6 +267,7 @@ class StateInOptimizer:
         if then is None:
             return
         own = None
+        self._attachment.engine.layout.moments(self._attachment.optimizer)
         if mark_of_weights(parameters_of(self._attachment.optimizer)) == then:
             own = self._attachment.state_dict()
         if self._agreed(own, None) is None:

@@ -101,6 +101,7 @@ def check_first_step(
     *,
     proved: bool,
     in_parts: bool = False,
+    stands_in: bool = False,
 ) -> None:
     """Raise unless the optimizer still trains the model, and weights that must be copies are.
 
@@ -113,12 +114,14 @@ def check_first_step(
         corrections: In acting order.
         proved: What `agree_across_ranks` returned.
         in_parts: As for `reads_model`.
+        stands_in: Whether the optimizer holds tensors that stand for the model's parameters.
 
     Raises:
         RegradError: If none of the optimizer's parameters belongs to the model any more, or a
             correction that reads the whole model sees a part of it.
     """
-    _refuse_replaced_parameters(model, optimizer)
+    if not stands_in:
+        _refuse_replaced_parameters(model, optimizer)
     wide = [c for c in corrections if reads_model(c, in_parts=in_parts)]
     if not wide:
         return
@@ -140,7 +143,7 @@ def _refuse_replaced_parameters(model: nn.Module, optimizer: Optimizer) -> None:
         raise RegradError(
             "optimizer must hold parameters of model, but they were replaced after attach(), as "
             "deepspeed.initialize and fully_shard do; build the optimizer and attach after them "
-            "(DeepSpeed hides gradients; use DDP or FSDP2)"
+            "(DeepSpeed hides gradients; use DDP, FSDP2 or the layout of regrad-deepspeed)"
         )
 
 

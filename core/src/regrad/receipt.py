@@ -30,7 +30,10 @@ def receipt(engine: Engine, reasons: tuple[str, ...]) -> dict[str, Any]:
     """
     step = engine.step()
     notes = list(reasons)
-    if engine.callers["correct_gradients"] or engine.callers["correct_moments"]:
+    own_step = engine.layout.own_step
+    if own_step is not None:
+        notes += own_step.notes
+    elif engine.callers["correct_gradients"] or engine.callers["correct_moments"]:
         notes.append(CLIPPED)
     return {
         "corrections": [_row(correction, step) for correction in engine.corrections],

@@ -157,15 +157,31 @@ def _refuse_what_is_no_criterion(criterion: Any) -> None:
 
 
 def _refuse_deepspeed(parts: Sequence[Any]) -> None:
-    if any(is_kind(part, "deepspeed") for part in parts):
-        raise RegradError("DeepSpeed hides gradients; use DDP, FSDP2")
+    if any(_is_of_deepspeed(part) for part in parts):
+        raise RegradError(
+            "DeepSpeed hides gradients; use DDP, FSDP2, or ZeRO with regrad-deepspeed installed"
+        )
+
+
+def _is_of_deepspeed(part: object) -> bool:
+    """Say whether a class in the lineage is DeepSpeed's or wraps one, by class or module.
+
+    A module of the user's own may have the word in its name.
+    """
+    for ancestor in type(part).__mro__:
+        if "deepspeed" in ancestor.__name__.lower() or "deepspeed" in ancestor.__module__.split(
+            "."
+        ):
+            return True
+    return False
 
 
 def _refuse_weights_cut_by_deepspeed(models: Sequence[nn.Module]) -> None:
     for model in models:
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise RegradError(
-                "DeepSpeed's ZeRO stage 3 hides parameters and gradients; use DDP, FSDP2"
+                "DeepSpeed's ZeRO stage 3 hides parameters and gradients; use DDP, FSDP2, or "
+                "install regrad-deepspeed"
             )
 
 

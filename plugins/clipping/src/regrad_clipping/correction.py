@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
+from regrad.hooks import WRAPPER
 from regrad.hookspecs import Layout, Step
 from regrad.signatures import takes
 from torch import Tensor
@@ -73,11 +75,13 @@ class ClipNorm(Correction):
 
     def setup(self, attachment: Attachment) -> None:
         """Note if the optimizer holds only a part of the model: only that part's norm is read."""
-        held: set[Tensor] = set()
-        for group in attachment.optimizer.param_groups:
-            held.update(group["params"])
-        trained = [p for p in attachment.model.parameters() if p.requires_grad]
-        seen = [p for p in trained if p in held]
+        held = set(attachment.engine.step().names)
+        trained = [
+            re.sub(WRAPPER, "", name)
+            for name, parameter in attachment.model.named_parameters()
+            if parameter.requires_grad
+        ]
+        seen = [name for name in trained if name in held]
         if len(seen) < len(trained):
             note = (
                 f"'clip-norm' reads the norm of {len(seen)} of {len(trained)} trainable "

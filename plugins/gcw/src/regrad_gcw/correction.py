@@ -1,5 +1,6 @@
 """GC-W: an offset on gradients, learned from how earlier offsets agreed with later gradients."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -7,6 +8,7 @@ from typing import Any, Literal
 import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
+from regrad.hooks import WRAPPER
 from regrad.hookspecs import Step
 from regrad.optimizers import first_moment_key, looks_ahead, nesterov_control
 from regrad.sharding import local
@@ -121,7 +123,7 @@ class GCW(Correction):
             without = tuple(reading for reading in self.needs.reads if reading != "moments")
             self.needs = replace(self.needs, reads=without)
         self._memories: dict[str, Memory] = {}
-        self._stage_ends: set[Any] | None = None
+        self._stage_ends: set[str] | None = None
 
     def setup(self, attachment: Attachment) -> None:
         """Refuse an optimizer that already looks ahead, and layers that are not there."""
@@ -172,7 +174,7 @@ class GCW(Correction):
             return matches(name, layers)
         if self._stage_ends is None:
             self._find_stage_ends()
-        return self._stage_ends is not None and parameter in self._stage_ends
+        return self._stage_ends is not None and name in self._stage_ends
 
     def _find_stage_ends(self) -> None:
         """Read the stages from the record, once there is one."""
@@ -180,8 +182,12 @@ class GCW(Correction):
             return
         convolutions = convolutions_of(self.attachment.model)
         ends = stage_ends(self.attachment.record.calls, convolutions)
-        weights = [getattr(convolutions[end], "weight", None) for end in ends]
-        self._stage_ends = {weight for weight in weights if isinstance(weight, nn.Parameter)}
+        weights = {getattr(convolutions[end], "weight", None) for end in ends}
+        self._stage_ends = {
+            re.sub(WRAPPER, "", name)
+            for name, parameter in self.attachment.model.named_parameters()
+            if parameter in weights
+        }
         if not self._stage_ends:
             raise self._layers_error("must be named in a model without stages")
 
