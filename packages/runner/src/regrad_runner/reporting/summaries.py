@@ -45,7 +45,7 @@ def summarize_results(
     """
     if not results:
         raise ValueError(
-            "folder must hold runs, got none; regrad compare --resume --out starts them"
+            "folder must hold runs, got none; regrad compare --resume --out DIR starts them"
         )
     controls_only = _arms_that_are_only_controls(results)
     must_beat = {
