@@ -17,6 +17,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in BROWSERS if (path := shutil.which(name))), None)
 WAIT = 240_000  # milliseconds: a browser that starts on a busy machine takes a minute
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} not installed: uv sync --group docs"),
     pytest.mark.timeout(600),  # the build takes 25 s on an idle machine
 ]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 OWN_SCRIPT = ROOT / "docs" / "examples" / "own_script.py"
 SECONDS = 600  # of which a quiet machine needs 10
 
-pytestmark = pytest.mark.timeout(700)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(700)]
 
 
 def test_the_script_without_regrad_is_compared_by_its_own_command(tmp_path):

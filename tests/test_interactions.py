@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-pytestmark = pytest.mark.timeout(
-    900
-)  # half a minute of computing for the pairs, minutes on a busy machine
+# Half a minute of computing for the pairs, minutes on a busy machine.
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,12 @@ def weights(command, file):
     return torch.load(file), done.stderr
 
 
-@pytest.mark.parametrize("library", SCRIPTS)
+LONG = [
+    pytest.param(name, marks=pytest.mark.long) if name != "accelerate" else name for name in SCRIPTS
+]
+
+
+@pytest.mark.parametrize("library", LONG)
 def test_an_unmodified_script_trains_as_if_attached_by_hand(library, tmp_path):
     pytest.importorskip(library)
     script = tmp_path / "train.py"

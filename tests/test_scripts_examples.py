@@ -217,7 +217,12 @@ def check_report(said):
     assert all(float(change) > 0 for change in changes), said  # of every correction, where shown
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+LONG = [
+    pytest.param(name, marks=pytest.mark.long) if name != "plain" else name for name in EXAMPLES
+]
+
+
+@pytest.mark.parametrize("name", LONG)
 def test_an_example_runs_by_its_own_command_and_without_its_attach_under_run(name, tmp_path):
     example = EXAMPLES[name]
     for library in example.needs:

@@ -24,6 +24,7 @@ ENVIRONMENT = {
 }
 STACK = [name for name in ("adanorm", "xgrad", "powergrad", "agc") if name in regrad.available()]
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(sys.platform != "linux", reason="kills.py forks and reads /proc"),
     pytest.mark.timeout(900),
 ]

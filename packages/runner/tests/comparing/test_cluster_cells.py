@@ -97,6 +97,7 @@ class Killer(threading.Thread):
                 return
 
 
+@pytest.mark.long
 @needs_submitit
 def test_a_job_that_is_killed_goes_on_from_its_checkpoint_to_the_same_numbers(
     here, capsys, monkeypatch
@@ -117,6 +118,7 @@ def test_a_job_that_is_killed_goes_on_from_its_checkpoint_to_the_same_numbers(
     assert "baseline, seed 0: continuing from step" in logs
 
 
+@pytest.mark.long
 @needs_submitit
 def test_a_job_that_is_lost_again_and_again_and_one_that_raises_are_failed_runs(
     here, capsys, monkeypatch
@@ -150,6 +152,7 @@ def _by_value(body: str):
 LIGHT = shlex.join([sys.executable, str(HERE / "light_launcher.py")])
 
 
+@pytest.mark.long
 @needs_submitit
 def test_a_script_of_ones_own_runs_in_jobs_to_the_results_of_a_serial_comparison(here, capsys):
     (here / "train.py").write_text(
@@ -270,6 +273,7 @@ def test_what_sbatch_refuses_is_said_in_its_words(slurm, here, capsys):
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 @needs_submitit
 def test_jobs_that_an_earlier_command_left_in_the_queue_are_named(slurm, here, capsys):
     (here / "none.yaml").write_text("corrections: []\nlr: [0.05]\nseeds: 1\n")
@@ -308,6 +312,7 @@ class Preempting(threading.Thread):
             self.done.append(index)
 
 
+@pytest.mark.long
 @needs_submitit
 def test_jobs_of_slurm_that_are_preempted_or_lost_end_with_the_tables_of_a_serial_comparison(
     slurm, here, capsys, monkeypatch, fake_slurm

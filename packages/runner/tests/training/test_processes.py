@@ -181,6 +181,7 @@ def sent(script: str, folder: Path, *words: str, **more: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.long
 def test_the_script_of_one_node_ends_in_the_weights_of_one_process_and_in_one_tracked_run(
     tmp_path, one
 ):
@@ -266,6 +267,7 @@ def two_nodes():
             shutil.rmtree(place, ignore_errors=True)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("two_nodes")
 def test_two_nodes_end_in_the_weights_of_one_process_and_in_one_tracked_run(tmp_path, one):
     path = commands(tmp_path, srun=NODES, scontrol="printf 'regrad-a\\nregrad-b\\n'")
