@@ -15,7 +15,7 @@ PROCESSES = {
     "TwoDimensional": 4,
     "ThreeDimensional": 4,
 }
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

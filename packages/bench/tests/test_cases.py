@@ -60,6 +60,7 @@ def test_a_case_runs_at_a_small_size_or_says_why_not(name):
     assert (result.memory_ratio is not None) == (case.memory_goal is not None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EQUAL)
 def test_both_sides_of_a_pair_compute_the_same(name):
     pair = ALONE[name].build(QUICK)
@@ -81,6 +82,7 @@ def test_what_both_sides_agree_on_is_not_the_untouched_gradient(name):
     pair.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["alone/xgrad", "alone/xgrad-looped"])
 def test_the_weights_move_in_every_call_that_is_timed(name, monkeypatch):
     moved = []

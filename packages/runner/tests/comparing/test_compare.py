@@ -421,6 +421,7 @@ def test_an_arm_that_still_ends_at_an_edge_says_so_and_the_folder_knows(plan, ca
     assert again.missing == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runs", [3, 9, 13, 17, 19])
 def test_a_stopped_choice_of_rates_goes_on_and_repeats_nothing(
     plan, known_best_rates, monkeypatch, runs

@@ -371,6 +371,7 @@ def test_pairs_that_begin_differently_are_one_warning_and_the_report_says_it_aga
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_and_resume_runs_the_rest_in_clean_folders(here, capsys, number):
     body = (
@@ -412,6 +413,7 @@ def test_a_signal_ends_all_and_resume_runs_the_rest_in_clean_folders(here, capsy
     assert (here / "counted").read_text().count("\n") == 4
 
 
+@pytest.mark.long
 def test_runs_of_the_script_itself_are_found_in_mlflow(here, capsys):
     (here / "train.py").write_text(
         "import sys\nfrom mlflow.tracking import MlflowClient\n"

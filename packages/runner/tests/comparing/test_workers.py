@@ -86,6 +86,7 @@ def test_workers_start_before_there_is_a_cell_to_run_but_no_more_than_cells(
         assert len(started) == expected
 
 
+@pytest.mark.long
 def test_rates_that_arms_add_are_the_same_for_any_jobs(here, capsys, tables):
     words = ["compare", *SMALL, "--config", "few.yaml", "--epochs", "1", "--tracker", "none"]
     words += ["--lr", "0.01,0.02", "--tuning-extensions", "2"]

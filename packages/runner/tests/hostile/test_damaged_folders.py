@@ -211,6 +211,7 @@ def copy_of(folder, tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", COMPARED)
 @pytest.mark.parametrize("damage", CONTENTS)
 def test_a_damaged_file_of_a_comparison_is_one_line_or_a_right_result(
@@ -237,6 +238,7 @@ def test_a_damaged_file_of_a_run_is_one_line_or_a_right_result(
         assert words[0] != "report" or code == 2 or said == whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", sorted({*COMPARED, *TRAINED}))
 def test_another_thing_in_the_place_of_a_file_is_one_line_or_a_right_result(

@@ -62,6 +62,7 @@ def test_every_family_of_torchvision_is_tried_and_no_name_of_ours_is_hidden():
     assert not set(MODELS) & set(classifier_names())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_classifier_gives_logits_and_its_head_is_found(name):
     model = build_model(name, classes=7, image_size=224)
