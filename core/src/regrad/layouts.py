@@ -25,7 +25,10 @@ PARTITIONED = (
     "without it, or FSDP2"
 )
 HIDES_MICRO = "the gradients of micro-batches are seen by nobody before they are reduced; use DDP"
-LOCAL = "with {wrapper} each process trains by itself between two averages of the weights; use DDP alone"
+LOCAL = (
+    "with {wrapper} each process trains by itself between two averages of the weights; "
+    "use DDP alone"
+)
 
 
 class PlainLayout:

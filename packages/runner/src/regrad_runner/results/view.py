@@ -1,4 +1,4 @@
-"""How a folder looks in a tracker: a run for each of its runs, and a parent run for a comparison."""
+"""How a folder looks in a tracker: a run for each of its runs, and a parent for a comparison."""
 
 from __future__ import annotations
 
