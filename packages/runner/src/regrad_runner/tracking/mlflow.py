@@ -129,6 +129,34 @@ def project(store: Store, run: TrackedRun) -> Sent:
     return _Projection(store, run).send()
 
 
+def experiment_of(store: Store, name: str) -> tuple[str, bool]:
+    """Find an experiment; one that is missing is made, one that was deleted is restored.
+
+    MLflow itself fails where two processes make the same one at once.
+
+    Args:
+        store: Where it is.
+        name: Its name.
+
+    Returns:
+        Its number, and whether something had to be made or restored.
+
+    Raises:
+        Exception: What MLflow or its connection raises.
+    """
+    client = store.client()
+    known = client.get_experiment_by_name(name)
+    if known is None:
+        with store.alone():
+            known = client.get_experiment_by_name(name)
+            if known is None:
+                return str(client.create_experiment(name, store.artifact_location)), True
+    if known.lifecycle_stage == "active":
+        return str(known.experiment_id), False
+    client.restore_experiment(known.experiment_id)
+    return str(known.experiment_id), True
+
+
 class _Projection:
     """One projection under way."""
 
@@ -152,19 +180,9 @@ class _Projection:
 
     def _experiment(self) -> str:
         """Return the number of the experiment, which is made or restored if need be."""
-        name = self._run.experiment
-        known = self._client.get_experiment_by_name(name)
-        if known is None:
-            with self._store.alone():
-                known = self._client.get_experiment_by_name(name)
-                if known is None:
-                    self._sent.others += 1
-                    made = self._client.create_experiment(name, self._store.artifact_location)
-                    return str(made)
-        if known.lifecycle_stage != "active":
-            self._client.restore_experiment(known.experiment_id)
-            self._sent.others += 1
-        return str(known.experiment_id)
+        number, is_changed = experiment_of(self._store, self._run.experiment)
+        self._sent.others += is_changed
+        return number
 
     def _find_or_make(self, experiment: str) -> Any:
         """Return the run in the store: found, restored or made; what is there twice is removed."""

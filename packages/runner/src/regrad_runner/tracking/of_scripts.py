@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from regrad_runner.tracking.mlflow import MetricPoint
+from regrad_runner.tracking.mlflow import MetricPoint, experiment_of
 from regrad_runner.tracking.script_context import TAG, VARIABLE
 from regrad_runner.tracking.stores import Store
 
@@ -29,12 +29,16 @@ class ScriptRuns:
     run: str
 
     def environment(self) -> dict[str, str]:
-        """Return the variables by which the script's runs come to the store; it is there then."""
+        """Return the variables by which the script's runs come to the store.
+
+        Store and experiment are there then, since scripts that start at once would each make them.
+        """
         store = Store(self.folder, self.address)
-        store.client()
+        experiment = f"{self.experiment}, its own runs"
+        experiment_of(store, experiment)
         return {
             "MLFLOW_TRACKING_URI": store.uri,
-            "MLFLOW_EXPERIMENT_NAME": f"{self.experiment}, its own runs",
+            "MLFLOW_EXPERIMENT_NAME": experiment,
             VARIABLE: self.run,
         }
 
