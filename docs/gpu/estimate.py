@@ -38,7 +38,7 @@ def main() -> None:
     workload, config = load_data(load_config(CompareConfig, file=asked.config, flags=flags))
     rates = config.lr or (0.1,)
     arms = expand(
-        config.corrections, example_optimizer(config, lr=rates[0]), controls=config.controls
+        config.corrections, example_optimizer(config, lr=float(rates[0])), controls=config.controls
     )
     trials = len(arms) * len(rates) * config.tuning_seeds if len(rates) > 1 else 0
     loading, step = measured(config, workload, steps=asked.steps)

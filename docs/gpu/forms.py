@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from regrad import RegradError, RegradWarning
 from regrad_bench.cases import Attached, Setting
-from regrad_bench.step_cases import Trainer
 from regrad_bench.timing import clock_for, interleave
+from regrad_bench.training import Trainer, resnet20
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -152,7 +152,7 @@ def corrected(form: Form, setting: Setting) -> tuple[Trainer, Attached]:
 
 def trainer_of(form: Form, setting: Setting) -> Trainer:
     """Return a trainer with the form's optimizer, its model compiled if the form is."""
-    trainer = Trainer(setting)
+    trainer = Trainer(resnet20(setting), setting.device)
     trainer.optimizer = _optimizer(form, trainer)
     if form.compiled:
         # Small sizes try the way; a compiler takes minutes on a CPU.
@@ -164,10 +164,10 @@ def trainer_of(form: Form, setting: Setting) -> Trainer:
 def _optimizer(form: Form, trainer: Trainer) -> Optimizer:
     """Return the form's optimizer of a trainer's model."""
     parameters = trainer.model.parameters()
-    how = {"fused": True} if form.fused else {"foreach": True}
+    fused, foreach = form.fused, not form.fused
     if form.optimizer == "adamw":
-        return AdamW(parameters, lr=SMALL_RATE, **how)
-    return SGD(parameters, lr=SMALL_RATE, momentum=0.9, **how)
+        return AdamW(parameters, lr=SMALL_RATE, fused=fused, foreach=foreach)
+    return SGD(parameters, lr=SMALL_RATE, momentum=0.9, fused=fused, foreach=foreach)
 
 
 def in_words(row: Timed) -> str:

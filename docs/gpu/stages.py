@@ -552,7 +552,7 @@ def _comparison(session: Session, name: str, jobs: int) -> Command:
         return Command(name, (*compare, "--jobs", str(jobs), "--resume"))
     settings = ("--config", str(HERE / f"{name}.yaml"))
     data = ("--data-dir", str(session.packed / "data"))
-    changes = ()
+    changes: tuple[str, ...] = ()
     if not session.shared:
         changes = ("--epochs", EPOCHS_BY_TURNS)
     if session.tiny:

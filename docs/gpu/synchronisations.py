@@ -22,7 +22,7 @@ import regrad
 import torch
 from regrad import RegradError, RegradWarning
 from regrad_bench.cases import Attached, Setting
-from regrad_bench.step_cases import Trainer
+from regrad_bench.training import Trainer, resnet20
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -60,7 +60,7 @@ def main() -> int:
     asked = parser.parse_args()
     warnings.simplefilter("ignore", RegradWarning)
     setting = Setting(device=torch.device(asked.device), quick=asked.quick)
-    plain = count("plain", Trainer(setting).step, setting.device)
+    plain = count("plain", Trainer(resnet20(setting), setting.device).step, setting.device)
     rows = [plain, *(count_corrected(name, setting) for name in regrad.available())]
     write(asked.file, rows)
     waiting = [row.correction for row in rows if waits_more(row, plain)]
@@ -78,7 +78,7 @@ def main() -> int:
 
 def count_corrected(name: str, setting: Setting) -> Waits:
     """Count for one correction, past the steps in which the effect meter looks."""
-    trainer = Trainer(setting)
+    trainer = Trainer(resnet20(setting), setting.device)
     try:
         attached = Attached(trainer.model, trainer.optimizer, [name], F.cross_entropy)
     except (RegradError, ValueError) as problem:
