@@ -2,8 +2,14 @@ import pytest
 import regrad
 import torch
 from regrad_gcode.branch import Branch, Field
+from regrad_gcode.single_step import SOLVERS
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchdiffeq import odeint
 
+CLOSE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float64: {"rtol": 1e-13, "atol": 1e-13},
+}
 SHAPES = [((4, 4, 4), (4, 4, 4), 1, 1), ((2, 4, 4), (4, 2, 2), 2, 1), ((3, 3, 3), (16, 2, 2), 2, 8)]
 
 
@@ -135,3 +141,47 @@ def test_a_branch_of_channels_last_images_with_frozen_weights_gives_the_numbers_
         results.append([value.detach(), *torch.autograd.grad(value.square().sum(), hidden)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_step_is_that_of_torchdiffeq_bit_by_bit_with_its_gradients(solver, dtype):
+    branch = make_branch((2, 4, 4), (4, 2, 2), solver).to(dtype)
+    given = images(2, 2, 4, 4).to(dtype)
+    found = []
+    for solve in (
+        branch,
+        lambda hidden: odeint(branch.field, branch.project(hidden), branch.times, method=solver)[
+            -1
+        ],
+    ):
+        hidden = given.clone().requires_grad_()
+        solution = solve(hidden)
+        wanted = [hidden, *branch.parameters()]
+        found.append([solution, *torch.autograd.grad(solution.square().sum(), wanted)])
+    for ours, theirs in zip(*found, strict=True):
+        if solver in ("euler", "midpoint"):
+            assert torch.equal(ours, theirs)
+        else:  # the order in which the gradients of several reads are summed
+            torch.testing.assert_close(ours, theirs, **CLOSE[dtype])
+
+
+class Reads(TorchDispatchMode):
+    """Counts tensors that are read as a number: on a GPU each read waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solver_of_fixed_steps_reads_no_number(solver):
+    branch = make_branch((4, 3, 3), (4, 3, 3), solver)
+    with Reads() as reads:
+        branch(images(2, 4, 3, 3))
+    assert reads.count == 0
+    with Reads() as reads:
+        odeint(branch.field, images(2, 4, 3, 3), branch.times, method=solver)
+    assert reads.count > 0  # torchdiffeq's own way, so that this test would see one

@@ -9,6 +9,8 @@ from regrad import RegradError
 from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint
 
+from regrad_gcode.single_step import SOLVERS
+
 Solver = Literal[
     "euler", "midpoint", "heun3", "rk4", "bosh3", "adaptive_heun", "fehlberg2", "dopri5", "dopri8"
 ]
@@ -33,8 +35,8 @@ class Field(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.pointwise = nn.Conv2d(channels + 1, channels, 1)
 
-    def forward(self, time: Tensor, state: Tensor) -> Tensor:
-        """Return dx/dt [B, C, H, W] at a time (scalar) and state [B, C, H, W]."""
+    def forward(self, time: Tensor | float, state: Tensor) -> Tensor:
+        """Return dx/dt [B, C, H, W] at a time (a number) and state [B, C, H, W]."""
         features = torch.relu(self.depthwise(self.norm(state)))
         weight, bias = self.pointwise.parameters()
         # A constant channel acts as a bias here, so nothing has to be concatenated.
@@ -83,14 +85,17 @@ class Branch(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return b [B, C', H', W'] of h [B, C, H, W], both in the branch's precision."""
-        solve = odeint
+        start = self.project(hidden)
         is_fitted = self.field.pointwise.weight.requires_grad
+        solve = odeint
         if self.adjoint and not is_fitted:  # a fit needs the gradients of the solver's own steps
             # Without adjoint_params=() it would write gradients into the field's parameters.
             solve = partial(odeint_adjoint, adjoint_params=())
+        elif self.solver in SOLVERS:
+            return SOLVERS[self.solver](self.field, start)
         states = solve(
             self.field,
-            self.project(hidden),
+            start,
             self.times,
             method=self.solver,
             rtol=1e-4,  # both tolerances are for adaptive solvers
