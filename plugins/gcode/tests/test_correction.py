@@ -106,6 +106,20 @@ def test_fits_are_adam_on_the_mean_square_between_branch_and_stage(make_network,
     assert fits == 3
 
 
+def test_the_memory_format_does_not_matter(make_network, make_batches):
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        batches = [
+            (inputs.contiguous(memory_format=memory_format), target)
+            for inputs, target in make_batches(4)
+        ]
+        model = make_network().to(memory_format=memory_format)
+        weights, _ = train(model, batches, GCODE(weight=0.5, warmup_steps=1, fit_every=1))
+        found.append(weights)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 def test_fits_make_the_branch_follow_its_stage(make_network, make_batches):
     model, batches = make_network(), make_batches(1) * 150
     losses = []

@@ -81,7 +81,10 @@ class Pair:
         """Add one micro-batch: the gradients of the sum of (b − h)² and its number of elements."""
         self.branch.requires_grad_(True)
         with torch.enable_grad(), torch.autocast(before.device.type, enabled=False):
-            errors = self.branch(before.to(self.dtype)) - after.to(self.dtype)
+            # Up to torch 2.12 at least, GroupNorm's backward crashes on a CPU in channels-last
+            # format where its input needs no gradient.
+            start = before.to(self.dtype).contiguous()
+            errors = self.branch(start) - after.to(self.dtype)
             gradients = torch.autograd.grad(errors.square().sum(), [*self.branch.parameters()])
         self.branch.requires_grad_(False)
         self.seen["fit_loss"] = errors.detach().square().mean()
