@@ -39,6 +39,7 @@ def one_thread():
 
 
 # At a small size four processes are two.
+@pytest.mark.long
 @pytest.mark.parametrize("name", [c.name for c in chosen_cases() if c.name != "processes/4"])
 def test_a_case_runs_at_a_small_size_or_says_why_not(name):
     (case,) = chosen_cases(name)
@@ -238,4 +239,4 @@ def test_a_case_runs_on_a_gpu_and_counts_its_launches(name):
     result = measure(case, Setting(device=torch.device("cuda"), quick=True), pairs=2)
     if result.reason is None and not case.only_memory:
         assert result.ours_launches > 0
-        assert result.peer_launches > 0
+        assert result.peer_launches > 0 or case.memory_goal is not None  # a copy is no kernel

@@ -38,6 +38,7 @@ def rows():
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mistake_is_caught_by_the_clause_meant_for_it(name, rows):
     meant = SUITES[name].caught_by

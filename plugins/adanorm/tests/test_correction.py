@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from regrad_adanorm import AdaNorm
+from regrad_testing import no_waiting
 
 STEPS, SHAPE = 40, (2, 3)
 
@@ -512,11 +513,8 @@ class Watched(AdaNorm):
     """Fails where the correction would wait for the device."""
 
     def correct_moments(self, step):
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             super().correct_moments(step)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

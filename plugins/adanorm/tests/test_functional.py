@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from regrad_adanorm.functional import add_scaled_, average_and_excess, norms_of
+from regrad_testing import no_waiting
 
 
 def vector(*values):
@@ -108,13 +109,9 @@ def test_a_gpu_gives_the_numbers_of_the_cpu_without_a_synchronisation():
     results = []
     for tensors in (here, there):
         averages = torch.full((3,), 9.0, dtype=torch.float64, device=tensors[0].device)
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             average, excess = average_and_excess(norms_of(tensors), averages)
             add_scaled_(tensors, tensors, excess)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
         results.append([average.cpu(), *(t.cpu() for t in tensors)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=0)

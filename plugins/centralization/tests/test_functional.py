@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from regrad_centralization.functional import Unit, centralize_, subtract_, unit_means
+from regrad_testing import no_waiting
 from torch import nn
 
 SHAPES = [(3, 4), (4, 3, 5), (4, 1, 3, 3), (2, 3, 2, 2, 2), (3, 1)]
@@ -104,10 +105,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu_without_waiting():
     here = [random(shape, i) for i, shape in enumerate(SHAPES)]
     there = [t.cuda() for t in here]
     subtract_(here, [unit_means(t, Unit()) for t in here])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         subtract_(there, [unit_means(t, Unit()) for t in there])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-14)

@@ -405,6 +405,7 @@ def test_the_decay_of_an_optimizer_is_known_by_its_class_and_groups(cls, group, 
     assert decoupled_decay(cls([weight], lr=0.1), group) == decay
 
 
+@pytest.mark.long
 def test_attaching_imports_no_optional_library():
     body = "import sys, regrad_xgrad; print([m for m in sys.modules if m.startswith('pytorch_optimizer')])"
     assert subprocess.check_output([sys.executable, "-c", body], text=True) == "[]\n"

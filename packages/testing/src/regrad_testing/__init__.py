@@ -8,6 +8,7 @@ from regrad_testing.optimizers import OptimizerSuite
 from regrad_testing.problem import Problem, StagedImages
 from regrad_testing.processes import run_on_processes
 from regrad_testing.references import ReferenceStep
+from regrad_testing.waiting import no_waiting
 
 __all__ = [
     "CorrectionSuite",
@@ -18,5 +19,6 @@ __all__ = [
     "ReferenceStep",
     "StagedImages",
     "load_beside",
+    "no_waiting",
     "run_on_processes",
 ]
