@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-Field = Callable[[float, Tensor], Tensor]
+Derivative = Callable[[float, Tensor], Tensor]
 
 
-def euler(field: Field, start: Tensor) -> Tensor:
+def euler(field: Derivative, start: Tensor) -> Tensor:
     r"""Return :math:`x + \varphi(0, x)`.
 
     Example:
@@ -23,7 +23,7 @@ def euler(field: Field, start: Tensor) -> Tensor:
     return start + field(0.0, start)
 
 
-def midpoint(field: Field, start: Tensor) -> Tensor:
+def midpoint(field: Derivative, start: Tensor) -> Tensor:
     r"""Return :math:`x + \varphi(1/2, x + \varphi(0, x) / 2)`.
 
     Example:
@@ -35,7 +35,7 @@ def midpoint(field: Field, start: Tensor) -> Tensor:
     return start + field(0.5, half)
 
 
-def heun3(field: Field, start: Tensor) -> Tensor:
+def heun3(field: Derivative, start: Tensor) -> Tensor:
     r"""Return a step of Heun's method of third order.
 
     Example:
@@ -49,7 +49,7 @@ def heun3(field: Field, start: Tensor) -> Tensor:
     return start + (first * 0.25 + third * 0.75)
 
 
-def rk4(field: Field, start: Tensor) -> Tensor:
+def rk4(field: Derivative, start: Tensor) -> Tensor:
     r"""Return a step of the 3/8 rule, a Runge-Kutta method of fourth order.
 
     Example:
@@ -64,7 +64,7 @@ def rk4(field: Field, start: Tensor) -> Tensor:
     return start + (first + 3 * (second + third) + fourth) * 0.125
 
 
-SOLVERS: Mapping[str, Callable[[Field, Tensor], Tensor]] = {
+SOLVERS: Mapping[str, Callable[[Derivative, Tensor], Tensor]] = {
     "euler": euler,
     "midpoint": midpoint,
     "heun3": heun3,
