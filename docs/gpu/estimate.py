@@ -1,13 +1,15 @@
 """What a comparison will take: its runs and steps, and the time of a step, measured.
 
-Usage: python docs/gpu/estimate.py CONFIG.yaml --data-dir FOLDER --seconds S --jobs N
-    [--steps N] [--model NAME] [--epochs N]
+Usage: python docs/gpu/estimate.py CONFIG.yaml --data-dir FOLDER --write FILE.json
+    [--steps N] [--model NAME]
+
+Several of these at once measure the time of a step where runs share the device.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 import time
 from pathlib import Path
 
@@ -23,17 +25,15 @@ WARM_UP = 10
 
 
 def main() -> None:
-    """Print one paragraph."""
+    """Write what was counted and measured."""
     parser = argparse.ArgumentParser(description="Estimate a comparison.")
     parser.add_argument("config", type=Path)
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--jobs", type=int, required=True)
+    parser.add_argument("--write", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", help="Instead of the settings' own.")
-    parser.add_argument("--epochs", type=int, help="Likewise.")
     asked = parser.parse_args()
-    given = {"data_dir": asked.data_dir, "model": asked.model, "epochs": asked.epochs}
+    given = {"data_dir": asked.data_dir, "model": asked.model}
     flags = {name: value for name, value in given.items() if value is not None}
     workload, config = load_data(load_config(CompareConfig, file=asked.config, flags=flags))
     rates = config.lr or (0.1,)
@@ -42,18 +42,15 @@ def main() -> None:
     )
     trials = len(arms) * len(rates) * config.tuning_seeds if len(rates) > 1 else 0
     loading, step = measured(config, workload, steps=asked.steps)
-    steps = len(workload.train) // int(config.batch_size or 1) * int(config.epochs or 1)
-    run_seconds = steps * step
-    runs = int(asked.seconds / run_seconds * asked.jobs)
-    seeds = max(0, runs - trials) // len(arms)
-    sys.stdout.write(
-        f"{asked.config.stem}: {len(arms)} arms; {trials} runs choose rates, then {len(arms)} runs "
-        f"for each seed, {steps} steps each.\n"
-        f"One run alone takes {step * 1000:.2f} ms per step, {loading * 1000:.2f} of them to make "
-        f"the batch: {run_seconds:.0f} s. If {asked.jobs} at once did not slow each other down, "
-        f"{runs} runs would fit into {asked.seconds:.0f} s, and so {seeds} seeds; of gcgd a run "
-        "takes more than twice as long.\n"
-    )
+    found = {
+        "arms": len(arms),
+        "trials": trials,
+        "epochs": int(config.epochs or 1),
+        "steps_per_epoch": len(workload.train) // int(config.batch_size or 1),
+        "seconds_per_step": step,
+        "seconds_per_batch": loading,
+    }
+    asked.write.write_text(json.dumps(found), encoding="utf-8")
 
 
 def measured(config: CompareConfig, workload: Workload, *, steps: int) -> tuple[float, float]:

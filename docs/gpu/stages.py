@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -41,8 +43,11 @@ DONE = "exit code 0"
 # What a process of a comparison takes of the other machine's processor beside its own core.
 CORES_LEFT = 2
 MOST_JOBS = 14
-# Where processes take turns on the GPU, fewer steps fit in, and seeds matter more.
-EPOCHS_BY_TURNS = "4"
+# Below this number of seeds there is no verdict worth the name.
+FEWEST_SEEDS = 8
+# Where the best rate is the largest or smallest, more are tried.
+SHARE_OF_EXTENSIONS = 0.25
+SLOWER_THAN_THE_BASELINE = 1.25  # on average over the arms
 WORTH_ANOTHER_TRY = 120  # seconds
 TRY_CUDA = "import torch; print(torch.ones(8, device='cuda').sum().item())"
 SECONDS_TO_TRY = 40
@@ -72,6 +77,7 @@ class Session:
         deadline: When everything must be over, on the clock of `time.monotonic`.
         lines: Of the summary.
         shared: What processes need in their environment to find MPS.
+        epochs: Of the runs of comparisons; None for as many as their settings say.
     """
 
     out: Path
@@ -84,6 +90,7 @@ class Session:
     deadline: float
     lines: list[str] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
+    epochs: int | None = None
 
     @property
     def remaining(self) -> float:
@@ -327,17 +334,41 @@ def plan(session: Session) -> None:
 
 
 def estimate(session: Session) -> None:
-    """Say what the first comparison will take, from the time of some steps."""
+    """Measure the time of a step with as many runs at once as there will be, and fit epochs to it.
+
+    A comparison that is cut before its seeds says nothing, so it is rather trained for less long.
+    """
     config = HERE / f"{COMPARISONS[0]}.yaml"
     tiny = ("--steps", "3", "--model", "resnet8") if session.tiny else ()
-    epochs = () if session.mps else ("--epochs", EPOCHS_BY_TURNS)
-    words = (
-        *(str(HERE / "estimate.py"), str(config), "--data-dir", str(session.packed / "data")),
-        *("--seconds", f"{session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP:.0f}"),
-        *("--jobs", str(_jobs(session)[0]), *epochs, *tiny),
+    folder = session.out / "estimate"
+    folder.mkdir(exist_ok=True)
+    words = (str(HERE / "estimate.py"), str(config), "--data-dir", str(session.packed / "data"))
+    commands = [
+        Command(f"estimate-{number}", (*words, *tiny, "--write", str(folder / f"{number}.json")))
+        for number in range(session.jobs)
+    ]
+    with sharing(session):
+        run_together(session, commands, seconds=session.remaining / 4)
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    if not found:
+        raise ValueError(f"no estimate ended in time; see {folder.parent / 'logs'}")
+    step = statistics.median(one["seconds_per_step"] for one in found)
+    batch = statistics.median(one["seconds_per_batch"] for one in found)
+    seconds = session.remaining - SECONDS_TO_REPORT - SECONDS_TO_STOP
+    runs = _runs_with_seeds(found[0]["arms"], found[0]["trials"], seeds=FEWEST_SEEDS)
+    steps = seconds * _jobs(session)[0] / (runs * step)
+    session.epochs = max(1, min(found[0]["epochs"], int(steps / found[0]["steps_per_epoch"])))
+    session.say(
+        f"{config.stem}: {found[0]['arms']} arms, {found[0]['trials']} runs choose rates. With "
+        f"{len(found)} runs at once a step takes {step * 1000:.2f} ms, {batch * 1000:.2f} of them "
+        f"to make the batch. So that {FEWEST_SEEDS} seeds of each arm fit into {seconds:.0f} s, "
+        f"runs have {session.epochs} of {found[0]['epochs']} epochs."
     )
-    (ended,) = run_together(session, [Command("estimate", words)], seconds=session.remaining / 4)
-    session.say(f"{_log(session, 'estimate', lines=6)}\n({ended})")
+
+
+def _runs_with_seeds(arms: int, trials: int, *, seeds: int) -> float:
+    """Return how many runs of the baseline's length a comparison takes."""
+    return (trials * (1 + SHARE_OF_EXTENSIONS) + arms * seeds) * SLOWER_THAN_THE_BASELINE
 
 
 def gpu_tests(session: Session) -> None:
@@ -553,8 +584,8 @@ def _comparison(session: Session, name: str, jobs: int) -> Command:
     settings = ("--config", str(HERE / f"{name}.yaml"))
     data = ("--data-dir", str(session.packed / "data"))
     changes: tuple[str, ...] = ()
-    if not session.shared:
-        changes = ("--epochs", EPOCHS_BY_TURNS)
+    if session.epochs is not None:
+        changes = ("--epochs", str(session.epochs))
     if session.tiny:
         changes = TINY
     return Command(name, (*compare, *settings, *data, "--jobs", str(jobs), *changes))
