@@ -163,7 +163,8 @@ def test_everything_runs_without_a_network_and_leaves_its_results_in_one_file(
     assert "it failed" not in ended.stdout, told
     assert "exit code 1" not in ended.stdout, told
     summary = (out / "summary.md").read_text(encoding="utf-8")
-    assert "10 arms; 30 runs choose rates" in summary, told
+    assert "10 arms, 30 runs choose rates" in summary, told
+    assert re.search(r"runs have \d of 8 epochs", summary), told
     assert "cifar10 (exit code 0)" in summary, told
     assert "cifar10-no-norm (exit code 0)" in summary, told
     with tarfile.open(archive) as content:

@@ -121,6 +121,7 @@ LONG = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("library", LONG)
 def test_an_unmodified_script_trains_as_if_attached_by_hand(library, tmp_path):
     pytest.importorskip(library)

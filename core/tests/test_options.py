@@ -175,6 +175,7 @@ def test_writing_options_and_reading_them_again_is_a_round_trip(
     assert vars(regrad.create("sample", **values).options) == values
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(text=st.text(max_size=40) | st.text("sample:=,[]().0123456789ab e-_", max_size=40))
 def test_no_text_raises_anything_but_a_value_type_or_load_error(text):
@@ -186,6 +187,7 @@ def test_no_text_raises_anything_but_a_value_type_or_load_error(text):
         assert isinstance(made, Correction)
 
 
+@pytest.mark.long
 @settings(deadline=None)
 @given(text=st.text(max_size=20))
 def test_no_name_raises_anything_but_a_value_type_or_load_error(text):

@@ -10,6 +10,7 @@ from regrad_bench.cases import Setting
 QUICK = ["--quick", "--pairs", "1", "--device", "cpu", "--only", "alone/clip-norm"]
 
 
+@pytest.mark.long
 def test_the_command_measures_in_other_processes_and_writes_what_was_asked_for(tmp_path):
     page, table = tmp_path / "page.md", tmp_path / "table.csv"
     page.write_text(f"{report.BEGIN}\n{report.END}\n", encoding="utf-8")

@@ -232,6 +232,7 @@ def seen(tmp_path_factory):
     return first
 
 
+@pytest.mark.long
 def test_two_processes_are_one_process_with_automatic_and_manual_optimization(seen):
     assert seen["ddp"] <= 1e-12
     assert seen["manual"] <= 1e-12

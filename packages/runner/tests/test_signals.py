@@ -68,6 +68,7 @@ def on_two_processes(code, words, folder):
     return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_ctrl_c_at_one_of_two_processes_saves_once_and_ends_both_as_killed_with_code_130(tmp_path):
     (first, said), (second, heard) = on_two_processes(

@@ -273,6 +273,7 @@ def test_points_survive_json(tmp_path, digits, config):
         assert run.position.points == points
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_two_processes_resume_exactly_with_every_correction_and_go_to_one_process_and_back(
     tmp_path, monkeypatch

@@ -405,6 +405,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_is_marked_when_it_goes_on_and_its_curve_is_whole(here):
     words = [
         "train",
@@ -513,6 +514,7 @@ def test_a_folder_that_holds_a_hidden_file_or_a_link_is_not_empty_and_one_with_a
     )
 
 
+@pytest.mark.long
 def test_a_process_that_gets_a_sigterm_leaves_no_run_open_and_a_folder_to_go_on_from(
     here, baseline
 ):

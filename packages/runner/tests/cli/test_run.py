@@ -46,6 +46,7 @@ def test_a_script_is_run_as_python_would_and_its_words_are_its_own(script, tmp_p
     assert kept["attached"][0]["receipt"]["steps_applied"] == 4
 
 
+@pytest.mark.long
 def test_processes_of_a_launcher_each_attach_and_one_of_them_speaks(tmp_path):
     file = tmp_path / "train.py"
     file.write_text(

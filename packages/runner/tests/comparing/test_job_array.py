@@ -32,6 +32,7 @@ def run_cell(number, *words) -> int:
     return main(["compare", "--out", "out", "--cell", str(number), *words])
 
 
+@pytest.mark.long
 def test_cells_run_in_any_order_give_the_tables_of_one_comparison(here, capsys, tables):
     assert main(["compare", *TWO, "--tracker", "none", "--out", "serial"]) == 0
     capsys.readouterr()

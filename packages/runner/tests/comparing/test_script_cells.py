@@ -451,6 +451,7 @@ for step in (1, 2, 3):
 """
 
 
+@pytest.mark.long
 def test_a_comparison_of_a_script_that_trains_is_in_the_store(here, capsys):
     from mlflow import MlflowClient
 

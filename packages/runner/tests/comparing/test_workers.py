@@ -35,6 +35,7 @@ def tracked(folder: Path, what: str) -> list[tuple]:
         return database.execute(what).fetchall()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:loss or gradients of step:regrad.errors.RegradWarning")
 def test_two_jobs_give_the_tables_of_one_and_name_the_cell_that_fails(here, capsys, tables):
     arms = ["--corrections", "xgrad", "--no-controls"] if "xgrad" in regrad.available() else []

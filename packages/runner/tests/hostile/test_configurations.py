@@ -92,6 +92,7 @@ def digits():
     return load_workload("digits")
 
 
+@pytest.mark.long
 @cases.hostile(250, kinds, documents)
 def test_any_file_is_settings_that_can_be_written_and_read_again_or_a_clear_error(
     tmp_path, digits, kind, document

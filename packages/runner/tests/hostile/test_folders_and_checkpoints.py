@@ -283,6 +283,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @cases.hostile(
     30,
     st.sampled_from(

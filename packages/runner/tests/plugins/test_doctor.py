@@ -88,6 +88,7 @@ def test_nothing_is_wrong_with_what_is_right(tmp_path, unimported, capsys):
     assert " checks, no problems" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_plugin_that_breaks_on_import_or_ends_the_process_is_named_and_hides_no_other(install):
     install("a-good", {"gain": "Gain"})
     install("b-broken", {"broken": "Gain"}, source="print('{'); import no_such_module")
@@ -355,6 +356,7 @@ def test_the_command_prints_for_people_and_for_programs_and_exits_with_1(
     assert "folder must be a folder, got 'nowhere'" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_this_installation_imports_whole():
     names = [
         f"{group}/{name}"

@@ -48,6 +48,7 @@ def test_damaged_neighbours_leave_the_list_whole(capsys):
     assert not {"half", "bytes", "rubbish"} & listed.keys()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("damaged")
 def test_every_other_command_survives_them_too(tmp_path):
     """In a process of its own: what is hidden from other libraries stays hidden."""

@@ -297,6 +297,7 @@ def test_seeds_are_set_and_moved(script, capsys):
     assert once.splitlines()[1] == "1 5"
 
 
+@pytest.mark.long
 def test_processes_that_the_script_starts_itself_are_refused_instead_of_waited_for(tmp_path):
     file = tmp_path / "train.py"
     file.write_text(

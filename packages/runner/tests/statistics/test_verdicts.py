@@ -53,6 +53,7 @@ def simulated_share_of_findings(tables, controls, *, seed):
     return found / tables
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "controls",
     [{"a": None}, {"a": "nesterov", "b": "scaled head", "a+b": "both"}],
@@ -62,6 +63,7 @@ def test_identical_arms_get_a_verdict_in_about_five_of_a_hundred_tables(controls
     assert 0.03 <= simulated_share_of_findings(2000, controls, seed=0) <= 0.07
 
 
+@pytest.mark.long
 def test_a_shift_of_one_and_a_half_deviations_is_found_with_ten_seeds():
     generator = np.random.default_rng(1)
     found = 0
@@ -73,6 +75,7 @@ def test_a_shift_of_one_and_a_half_deviations_is_found_with_ten_seeds():
     assert found / 1000 >= 0.85
 
 
+@pytest.mark.long
 def test_a_shifted_arm_among_three_is_still_found():
     generator = np.random.default_rng(2)
     found = 0
@@ -272,6 +275,7 @@ def test_a_control_that_survives_as_well_forbids_better():
     assert summary_of("a", rows, controls={"a": "nesterov"}).verdict == "better"
 
 
+@pytest.mark.long
 def test_identical_arms_that_diverge_by_chance_get_a_verdict_in_about_five_of_a_hundred_tables():
     generator, found = np.random.default_rng(5), 0
     for table, diverges in zip(

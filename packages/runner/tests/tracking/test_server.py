@@ -158,6 +158,7 @@ def train(out, uri, meanwhile=lambda step: None):
     return said
 
 
+@pytest.mark.long
 def test_a_server_that_comes_late_gets_everything_and_the_training_never_touches_the_network(
     server, out, quickly_again, no_network
 ):
@@ -201,6 +202,7 @@ def test_a_server_that_is_killed_and_restarted_during_a_run_gets_everything_once
     server.check()
 
 
+@pytest.mark.long
 def test_a_run_killed_without_a_server_is_shown_by_sync_and_marked_killed(server, out, capsys):
     code = f"""
 import os, signal

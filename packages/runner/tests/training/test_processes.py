@@ -393,6 +393,7 @@ def test_a_rate_that_diverges_on_two_processes_is_a_trial_that_lost_and_ends_not
     assert [(result.lr, result.status) for result in folder.results] == [(0.05, "finished")]
 
 
+@pytest.mark.long
 def test_accelerate_launch_that_starts_one_process_of_two_fails(tmp_path):
     launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]

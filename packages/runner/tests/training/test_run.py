@@ -332,6 +332,7 @@ def norms_in(table):
     return [float(cell) for cell in table.splitlines()[-1].split(",")[2:]]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("in_float64")
 def test_two_processes_train_like_one_and_resume_exactly(tmp_path, digits, config):

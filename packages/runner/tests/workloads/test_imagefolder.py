@@ -284,6 +284,7 @@ def test_an_image_that_is_damaged_behind_its_head_is_one_line_that_names_it(
     )
 
 
+@pytest.mark.long
 def test_in_a_comparison_a_damaged_image_is_named_by_the_run_that_failed(
     tmp_path, monkeypatch, capsys
 ):

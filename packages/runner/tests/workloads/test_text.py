@@ -206,6 +206,7 @@ def test_bits_are_those_of_the_probabilities_that_the_criterion_fits(workload, c
 # whole runs
 
 
+@pytest.mark.long
 @needs_plugins
 def test_a_comparison_runs_through_and_says_that_lower_is_better(
     tmp_path, file, monkeypatch, capsys

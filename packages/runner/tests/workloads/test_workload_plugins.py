@@ -81,6 +81,7 @@ def example(install, monkeypatch):
     install(project["name"], "regrad_decay", project["entry-points"][WORKLOADS_GROUP])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("example")
 def test_the_example_is_compared_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

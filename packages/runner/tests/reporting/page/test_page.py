@@ -436,6 +436,7 @@ def test_a_comparison_of_the_baseline_alone_is_repeated_from_its_settings():
     )
 
 
+@pytest.mark.long
 @needs_xgrad
 def test_compare_writes_the_page_and_the_command_on_it_gives_the_same_numbers(
     tmp_path, monkeypatch, capsys
