@@ -1,9 +1,12 @@
 import csv
 import json
 import math
+import os
 import shutil
+import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -260,3 +263,20 @@ def fresh_precision():
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def path_with():
+    """Return a function that makes up commands that this machine has not, such as SLURM's."""
+
+    def make(folder, **scripts):
+        """Write them, and return a PATH with them and this environment's."""
+        for name, body in scripts.items():
+            path = folder / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
+            path.chmod(0o755)
+        own = [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        return os.pathsep.join(own)
+
+    return make

@@ -162,26 +162,15 @@ def test_a_launch_goes_on_by_itself_when_a_process_is_killed_twice(tmp_path, who
     check_same(tmp_path / "out", whole)
 
 
-SRUN = 'printf %s $$ >launcher; exec "$@"'
-SCANCEL = 'echo "$*" >>signals; kill -TERM "$(cat launcher)"'
-SCONTROL = 'echo "$*" >>requeued'
+MADE_UP = {
+    "srun": 'printf %s $$ >launcher; exec "$@"',
+    "scancel": 'echo "$*" >>signals; kill -TERM "$(cat launcher)"',
+    "scontrol": 'echo "$*" >>requeued',
+}
 
 
-def commands(folder: Path, **scripts: str) -> str:
-    """Write commands of a cluster's that this machine has not, and return a PATH with them."""
-    for name, body in scripts.items():
-        path = folder / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
-        path.chmod(0o755)
-    return os.pathsep.join(
-        [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
-    )
-
-
-def job(folder: Path) -> subprocess.Popen[str]:
+def job(folder: Path, path: str) -> subprocess.Popen[str]:
     """Start a batch script as SLURM starts it, again and again, with a log that is appended to."""
-    path = commands(folder, srun=SRUN, scancel=SCANCEL, scontrol=SCONTROL)
     with (folder / "log").open("a") as log:
         return subprocess.Popen(
             ["bash", str(CLUSTER / "single_node.sh"), "out", *SETTINGS, "--workers", "1"],
@@ -193,10 +182,10 @@ def job(folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module")
-def preempted(tmp_path_factory) -> Path:
+def preempted(tmp_path_factory, path_with) -> Path:
     """The folder of a job that SLURM warned in its first epoch, and that has ended."""
     folder = tmp_path_factory.mktemp("preempted")
-    batch = job(folder)
+    batch = job(folder, path_with(folder, **MADE_UP))
     wait_for_step(batch, folder / "out", 2 * EVERY)
     batch.send_signal(signal.SIGUSR1)
     assert batch.wait(SECONDS) != 0, (folder / "log").read_text()
@@ -205,7 +194,7 @@ def preempted(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_job_that_is_warned_saves_its_step_asks_to_be_requeued_and_goes_on(
-    tmp_path, preempted, whole
+    tmp_path, preempted, whole, path_with
 ):
     shutil.copytree(preempted, tmp_path / "job")
     folder = tmp_path / "job"
@@ -216,7 +205,8 @@ def test_a_job_that_is_warned_saves_its_step_asks_to_be_requeued_and_goes_on(
     assert "stopped; to continue from here: regrad train --resume --out out" in log
     last = checkpoints(folder / "out" / "checkpoints")[-1]
     assert read_checkpoint(last).state["processes"] == 2
-    assert job(folder).wait(SECONDS) == 0, (folder / "log").read_text()
+    batch = job(folder, path_with(folder, **MADE_UP))
+    assert batch.wait(SECONDS) == 0, (folder / "log").read_text()
     log = (folder / "log").read_text()
     assert RESTARTED.findall(log) == [str(int(last.name[-8:]))]
     check_same(folder / "out", whole)

@@ -156,18 +156,6 @@ def check_same(several: Path, one: Path) -> None:
 CLUSTER = Path(__file__).parents[4] / "docs" / "cluster"
 
 
-def commands(folder: Path, **scripts: str) -> str:
-    """Write commands of a cluster's that this machine has not, and return a PATH with them and this environment's."""
-    for name, body in scripts.items():
-        path = folder / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{body}\n")
-        path.chmod(0o755)
-    return os.pathsep.join(
-        [str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
-    )
-
-
 def sent(script: str, folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Run a script as SLURM would in the batch step of a job."""
     return subprocess.run(
@@ -183,9 +171,9 @@ def sent(script: str, folder: Path, *words: str, **more: str) -> subprocess.Comp
 
 @pytest.mark.long
 def test_the_script_of_one_node_ends_in_the_weights_of_one_process_and_in_one_tracked_run(
-    tmp_path, one
+    tmp_path, one, path_with
 ):
-    path = commands(tmp_path, srun='exec "$@"')
+    path = path_with(tmp_path, srun='exec "$@"')
     done = sent("single_node.sh", tmp_path, *WORDS[1:], SLURM_GPUS_ON_NODE="2", PATH=path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation accuracy") == 1
@@ -269,8 +257,10 @@ def two_nodes():
 
 @pytest.mark.long
 @pytest.mark.usefixtures("two_nodes")
-def test_two_nodes_end_in_the_weights_of_one_process_and_in_one_tracked_run(tmp_path, one):
-    path = commands(tmp_path, srun=NODES, scontrol="printf 'regrad-a\\nregrad-b\\n'")
+def test_two_nodes_end_in_the_weights_of_one_process_and_in_one_tracked_run(
+    tmp_path, one, path_with
+):
+    path = path_with(tmp_path, srun=NODES, scontrol="printf 'regrad-a\\nregrad-b\\n'")
     size = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "regrad-[a-b]"}
     done = sent("multi_node.sh", tmp_path, *WORDS[1:], **size, GLOO_SOCKET_IFNAME="eth0", PATH=path)
     assert done.returncode == 0, done.stderr
@@ -279,8 +269,8 @@ def test_two_nodes_end_in_the_weights_of_one_process_and_in_one_tracked_run(tmp_
 
 
 @pytest.mark.slow
-def test_the_script_for_shards_asks_for_them_and_is_refused_without_devices(tmp_path):
-    path = commands(tmp_path, srun='exec "$@"')
+def test_the_script_for_shards_asks_for_them_and_is_refused_without_devices(tmp_path, path_with):
+    path = path_with(tmp_path, srun='exec "$@"')
     done = sent("fsdp2.sh", tmp_path, *WORDS[1:], SLURM_GPUS_ON_NODE="2", PATH=path)
     assert done.returncode != 0
     # Once in each of the launcher's lives: it starts processes that failed three times again.
@@ -321,11 +311,13 @@ def arrays_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_script_of_a_job_array_runs_every_cell_and_sends_only_what_is_missing(tmp_path):
+def test_the_script_of_a_job_array_runs_every_cell_and_sends_only_what_is_missing(
+    tmp_path, path_with
+):
     (tmp_path / "few.yaml").write_text(
         "corrections: []\nlr: [0.02, 0.1]\ntuning_seeds: 1\ntuning_extensions: 1\nseeds: 2\n"
     )
-    path = commands(tmp_path, sbatch=SBATCH)
+    path = path_with(tmp_path, sbatch=SBATCH)
     words = ["job_array.sh", tmp_path, *SHAPE, "--epochs", "1", "--config", "few.yaml"]
     done = sent(*words, PATH=path, LOST="3")  # the node of one run fails
     assert done.returncode == 0, done.stderr
@@ -354,8 +346,10 @@ fi
 """
 
 
-def test_the_script_of_a_job_array_limits_the_jobs_and_lets_no_failure_hold_up_the_others(tmp_path):
-    path = commands(tmp_path, sbatch=SBATCH, regrad=CELLS)
+def test_the_script_of_a_job_array_limits_the_jobs_and_lets_no_failure_hold_up_the_others(
+    tmp_path, path_with
+):
+    path = path_with(tmp_path, sbatch=SBATCH, regrad=CELLS)
     done = sent("job_array.sh", tmp_path, PATH=path)
     assert done.returncode == 0, done.stderr
     jobs = (tmp_path / "jobs").read_text().splitlines()
