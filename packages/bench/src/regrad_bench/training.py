@@ -86,7 +86,9 @@ class Trainer:
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self.model = task.model.to(device)
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.01, momentum=0.9
+        )
         self.inputs = task.inputs.to(device)
         self.targets = task.targets.to(device)
         self.criterion: Callable[..., Tensor] = F.cross_entropy
