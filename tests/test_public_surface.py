@@ -21,6 +21,7 @@ PUBLIC = {
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
     "regrad_adanorm": {"AdaNorm"},
+    "regrad_bop": {"Bop", "Bop2", "binarise_"},
     "regrad_centralization": {"Centralization"},
     "regrad_deepspeed": {"ZeroLayout"},
     "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
@@ -71,7 +72,7 @@ ENTRY_POINTS = {
         )
     },
     "regrad.layouts": {"zero"},
-    "regrad.optimizers": {"adam3", "tom"},
+    "regrad.optimizers": {"adam3", "bop", "bop2", "tom"},
     "regrad.workloads": {
         "cifar10",
         "cifar100",
@@ -92,6 +93,16 @@ SIGNATURES = {
     "regrad_lightning:RegradCallback": [
         *("corrections", "*module=None", "*criterion=None", "*optimizer=None", "*strict=True")
     ],
+    "regrad_bop:Bop": [
+        *("params", "lr=0.0001", "*threshold=1e-08", "*real_lr=0.01", "*betas=(0.9, 0.999)"),
+        *("*eps=1e-08", "*weight_decay=0.0", "*maximize=False"),
+    ],
+    "regrad_bop:Bop2": [
+        *("params", "lr=1e-07", "*threshold=1e-06", "*second_rate=0.001", "*unbiased=False"),
+        *("*warmup_steps=0", "*real_lr=0.01", "*betas=(0.9, 0.999)", "*eps=1e-08"),
+        *("*weight_decay=0.0", "*maximize=False"),
+    ],
+    "regrad_bop:binarise_": ["weights"],
     "regrad_centralization.functional:centralize_": ["grad"],
     "regrad_clipping.functional:clip_adaptive_": [
         *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")

@@ -121,6 +121,16 @@ def test_a_schedule_free_optimizer_is_refused_with_a_window_and_allowed_without(
     regrad.attach(model, optimizer_class(model.parameters(), lr=0.1), [toys.Scale()])
 
 
+def test_an_optimizer_of_discrete_weights_is_refused_with_a_window_and_allowed_without(toys):
+    class Flips(torch.optim.SGD):
+        discrete_weights = True
+
+    model = toys.Net()
+    with pytest.raises(RegradError, match=r"'shift' moves .*; weights of Flips hold single"):
+        regrad.attach(model, Flips(model.parameters(), lr=0.1), [toys.Shift()])
+    regrad.attach(model, Flips(model.parameters(), lr=0.1), [toys.Scale()])
+
+
 def test_fsdp1_flat_parameters_are_refused(toys):
     name = "FullyShardedDataParallel"
     wrapper_class = fake_class(

@@ -312,6 +312,7 @@ def _refuse_optimizers_that_move_weights(correction: Correction, layers: Sequenc
         if "weights" in stages or "hidden" in stages:
             _refuse_a_second_evaluation(correction, layer)
         if "weights" in stages:
+            _refuse_discrete_weights(correction, layer)
             _refuse_schedule_free(correction, layer)
             _refuse_moves_after_the_step(correction, layer)
 
@@ -322,6 +323,15 @@ def _refuse_a_second_evaluation(correction: Correction, layer: Any) -> None:
             f"{correction.name!r} must see one forward and backward per step, at the weights "
             f"that it knows; {type(layer).__name__} evaluates the model a second time at weights "
             "of its own"
+        )
+
+
+def _refuse_discrete_weights(correction: Correction, layer: Any) -> None:
+    """Refuse an optimizer that says, by `discrete_weights`, that weights hold single values."""
+    if getattr(layer, "discrete_weights", False) is True:
+        raise RegradError(
+            f"{correction.name!r} moves weights on along their last step; weights of "
+            f"{type(layer).__name__} hold single values with nothing between or beyond them"
         )
 
 

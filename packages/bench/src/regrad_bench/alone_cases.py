@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import regrad
@@ -227,7 +227,10 @@ def _optimizer_case(name: str) -> Case:
 
     def build(setting: Setting) -> Pair:
         gradients = resnet50_gradients(setting.device, quick=setting.quick)
-        ours = regrad.load(name, "regrad.optimizers")(gradients.parameters, lr=1e-6)
+        kind = regrad.load(name, "regrad.optimizers")
+        ours = kind(gradients.parameters, lr=1e-6)
+        if "binary" in ours.defaults:
+            ours = kind([{"params": _as_signs(gradients.parameters), "binary": True}], lr=1e-6)
         return Pair(ours=ours.step, peer=Adam(gradients.parameters, lr=1e-6).step)
 
     return Case(
@@ -236,6 +239,16 @@ def _optimizer_case(name: str) -> Case:
         peer="Adam step, as torch takes it",
         build=build,
     )
+
+
+def _as_signs(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return parameters of -1 and +1 with the gradients of others, for optimizers of such."""
+    signs = []
+    for parameter in parameters:
+        sign = nn.Parameter(torch.where(parameter.detach() >= 0, 1.0, -1.0))
+        sign.grad = parameter.grad
+        signs.append(sign)
+    return signs
 
 
 def _loss_case(rows: int, classes: int, goal: float | None) -> Case:

@@ -37,6 +37,7 @@ OUR_DISTRIBUTIONS = {
     "deepspeed",
     "accelerate",
     "adanorm",
+    "bop",
     "centralization",
     "clipping",
     "gcgd",
@@ -49,6 +50,7 @@ OUR_DISTRIBUTIONS = {
 OUR_PLUGINS = {
     "adam3",
     "agc",
+    "bop2",
     "cifar10",
     "cifar100",
     "clip-norm",
