@@ -22,6 +22,7 @@ PUBLIC = {
     },
     "regrad_adanorm": {"AdaNorm"},
     "regrad_bop": {"Bop", "Bop2", "binarise_"},
+    "regrad_boosted": {"Boosted"},
     "regrad_centralization": {"Centralization"},
     "regrad_deepspeed": {"ZeroLayout"},
     "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
@@ -38,6 +39,7 @@ PUBLIC = {
             "OptimizerStep",
             "Problem",
             "ReferenceStep",
+            "SeveralExits",
             "StagedImages",
         ),
         "load_beside",
@@ -61,6 +63,7 @@ ENTRY_POINTS = {
         *(
             "adanorm",
             "agc",
+            "boosted",
             "centralization",
             "clip-norm",
             "clip-value",
@@ -103,6 +106,11 @@ SIGNATURES = {
         *("*weight_decay=0.0", "*maximize=False"),
     ],
     "regrad_bop:binarise_": ["weights"],
+    "regrad_boosted.functional:boosted_cross_entropy": [
+        *("outputs", "target", "*decay=0.5", "*exit_weights=None", "*alpha=1.0", "*weight=None"),
+        *("*ignore_index=-100", "*reduction='mean'", "*label_smoothing=0.0"),
+    ],
+    "regrad_boosted.functional:running_sum": ["outputs", "*decay=0.5"],
     "regrad_centralization.functional:centralize_": ["grad"],
     "regrad_clipping.functional:clip_adaptive_": [
         *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")
@@ -131,6 +139,9 @@ SIGNATURES = {
 OPTIONS = {
     "adanorm": {"decay": 0.95, "target": "moment"},
     "agc": {"max_ratio": 0.01, "weight_floor": 1e-3, "head": "auto", "axis": "auto"},
+    "boosted": {
+        **{"decay": 0.5, "exit_weights": (), "alpha": 1.0, "rescale": False, "exits": ()},
+    },
     "centralization": {"placement": "gradient", "conv_only": False},
     "clip-norm": {"max_norm": 1.0},
     "clip-value": {"max_value": 1.0},

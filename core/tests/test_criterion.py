@@ -5,7 +5,8 @@ import copy
 import pytest
 import regrad
 import torch
-from regrad import RegradError, RegradWarning
+from regrad import Correction, RegradError, RegradWarning
+from regrad.correction import Needs
 from torch import nn
 
 
@@ -203,3 +204,52 @@ def test_under_accumulation_every_micro_batch_is_corrected(toys):
     (3 * nn.functional.cross_entropy(twin(inputs), labels)).backward()
     for name, parameter in twin.named_parameters():
         torch.testing.assert_close(spy.gradients[0][name], parameter.grad, rtol=0, atol=1e-14)
+
+
+class OfExits(nn.Module):
+    """Doubles the second exit's loss; says what evaluation and the meter see instead."""
+
+    def __init__(self, criterion):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, outputs, target):
+        return self.criterion(outputs[0], target) + 2 * self.criterion(outputs[1], target)
+
+    def uncorrected(self, outputs, target):
+        return self.criterion(outputs[0], target) + self.criterion(outputs[1], target)
+
+    def in_evaluation(self, outputs, target):
+        return self.criterion(outputs[1], target)
+
+
+class LouderSecond(Correction):
+    """Corrects a criterion of one tensor on a model that returns several."""
+
+    name = "louder-second"
+    needs = Needs(stages=("criterion",), reads=("criterion",))
+
+    def wrap_criterion(self, criterion):
+        return OfExits(criterion)
+
+
+class TwoExits(nn.Linear):
+    def forward(self, inputs):
+        logits = super().forward(inputs)
+        return logits, 3 * logits
+
+
+def test_several_outputs_are_measured_and_evaluated_as_the_correction_says():
+    model = TwoExits(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = nn.CrossEntropyLoss()
+    inputs, target = torch.ones(4, 2), torch.tensor([0, 1, 2, 0])
+    with regrad.attach(model, optimizer, [LouderSecond()], criterion) as attachment:
+        outputs = model(inputs)
+        wanted = criterion(outputs[0], target) + 2 * criterion(outputs[1], target)
+        assert torch.equal(attachment.criterion(outputs, target), wanted)
+        metrics = attachment.metrics()
+        assert metrics["louder-second/criterion/share_touched"] == 0.5
+        model.eval()
+        evaluated = attachment.criterion(model(inputs), target)
+        assert torch.equal(evaluated, criterion(outputs[1], target))

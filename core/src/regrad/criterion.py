@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from regrad.devices import random_numbers_kept
 from regrad.sharding import local
@@ -34,8 +35,11 @@ class Switch:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Return the loss of the criterion that applies now."""
-        if self.corrected is None or not self._engine.is_training():
+        if self.corrected is None:
             return self.original(*arguments, **options)
+        if not self._engine.is_training():
+            evaluated = getattr(self.corrected, "in_evaluation", self.original)
+            return evaluated(*arguments, **options)
         self._engine.criterion_called = True
         is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if arguments and is_eager and self._engine.meter.due(self._owner, self._engine.applied):
@@ -43,25 +47,47 @@ class Switch:
         with self._engine.named(self._owner, "wrap_criterion"):
             return self.corrected(*arguments, **options)
 
-    def _measure(self, logits: Tensor, *rest: Any, **options: Any) -> None:
-        """Compare the logit gradients of both criteria."""
-        for_original = logits.detach().requires_grad_()
-        for_corrected = logits.detach().requires_grad_()
-        with random_numbers_kept([logits]):
-            values = (
-                self.original(for_original, *rest, **options).sum(),
-                self.corrected(for_corrected, *rest, **options).sum(),
-            )
-        before, after = torch.autograd.grad(values, (for_original, for_corrected))
-        self._engine.meter.observe(
-            self._owner.name, "criterion", {"logits": local(before)}, {"logits": local(after)}
-        )
+    def _measure(self, outputs: Any, *rest: Any, **options: Any) -> None:
+        """Compare the gradients that both criteria send into the logits."""
+        uncorrected = getattr(self.corrected, "uncorrected", self.original)
+        with random_numbers_kept(_tensors_in(outputs)):
+            before = _gradients(uncorrected, outputs, *rest, **options)
+            after = _gradients(self.corrected, outputs, *rest, **options)
+        self._engine.meter.observe(self._owner.name, "criterion", before, after)
 
     def describe(self) -> str:
         """Return the original in words, and what corrects it."""
         if self.corrected is None:
             return repr(self.original)
         return f"{self.original!r}, corrected by {self._owner.name!r} while the model trains"
+
+
+def _gradients(criterion: Any, outputs: Any, *rest: Any, **options: Any) -> dict[str, Tensor]:
+    """Return by name the gradients that a criterion sends into what the model returned.
+
+    That is a tensor of logits, or several in a tuple, list or mapping.
+    """
+    copies = tree_map(_as_leaf, outputs)
+    leaves = [tensor for tensor in _tensors_in(copies) if tensor.requires_grad]
+    if not leaves:
+        return {}
+    value = criterion(copies, *rest, **options).sum()
+    found = torch.autograd.grad(value, leaves, allow_unused=True)
+    numbers = ("",) if len(leaves) == 1 else range(1, len(leaves) + 1)
+    named = zip(numbers, found, strict=True)
+    return {f"logits{number}": local(slope) for number, slope in named if slope is not None}
+
+
+def _as_leaf(value: Any) -> Any:
+    """Return a floating-point tensor as the leaf of a graph of its own, and all else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().requires_grad_()
+    return value
+
+
+def _tensors_in(outputs: Any) -> list[Tensor]:
+    """Return the tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 class SwitchingCriterion:

@@ -381,6 +381,11 @@ class CorrectionSpec:
 
         Called at attach on the one correction that owns `criterion`. The
         attachment goes back to the original in evaluation mode and after detach.
+
+        Where the original does not take what the model returns, as one of a single tensor where
+        there are several exits, what is returned here may have two methods that are called with
+        the same arguments: `in_evaluation`, in evaluation mode instead of the original, and
+        `uncorrected`, whose gradients the effect meter compares with.
         """
 
     def predict_weights(self, step: Step) -> Sequence[Tensor | LastStep | None] | None:

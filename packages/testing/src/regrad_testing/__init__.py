@@ -5,7 +5,7 @@ from regrad_testing.files import load_beside
 from regrad_testing.layout_suite import LayoutSuite
 from regrad_testing.optimizer_rules import OptimizerStep
 from regrad_testing.optimizers import OptimizerSuite
-from regrad_testing.problem import Problem, StagedImages
+from regrad_testing.problem import Problem, SeveralExits, StagedImages
 from regrad_testing.processes import run_on_processes
 from regrad_testing.references import ReferenceStep
 from regrad_testing.waiting import no_waiting
@@ -17,6 +17,7 @@ __all__ = [
     "OptimizerSuite",
     "Problem",
     "ReferenceStep",
+    "SeveralExits",
     "StagedImages",
     "load_beside",
     "no_waiting",

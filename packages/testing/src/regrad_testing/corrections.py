@@ -26,12 +26,13 @@ class CorrectionSuite(LayoutClauses, StateClauses, LoopClauses, RuleClauses):
             change: for "weights" the points at which gradients are taken, for
             "gradient" the corrected gradients, for "moment" what the first moment
             sees in their place (lists, in the order of `step.names`), for "criterion"
-            the gradient of the mean loss with respect to `step.logits`.
+            the gradient of the mean loss with respect to `step.logits`, a tuple where that is
+            one.
         optimizers: Functions by name that make optimizers from parameters and
             torch's own keyword arguments. Those that the correction refuses are left
             out. SGD with momentum and AdamW by default.
         problem: What is trained, a `Problem`; `StagedImages()` for corrections that
-            need convolutional stages.
+            need convolutional stages, `SeveralExits()` for those of several outputs.
         tolerance: Largest absolute difference of a weight from the reference.
         processes: 2, or 1 to leave out the clauses that start two processes.
 

@@ -11,30 +11,42 @@ from torch.optim import Optimizer
 
 from regrad_testing.clauses import clause, skip
 from regrad_testing.corrections import CorrectionSuite
+from regrad_testing.loops import Training
 from regrad_testing.optimizers import OptimizerSuite
-from regrad_testing.problem import Problem, StagedImages
+from regrad_testing.problem import Problem, SeveralExits, StagedImages
 
 SPEC = os.environ.get("REGRAD_TESTING_SPEC", "")
 LONGEST_WARMUP = 40
 
 
 def fitting_problem(spec: str) -> Problem:
-    """Return the first problem on which attaching is not refused, and a short warm-up ends."""
+    """Return the first problem on which attaching is not refused, and a short warm-up ends.
+
+    If a correction changes something in the first step on another, that is taken: with one exit
+    one of several has nothing to do.
+    """
     is_correction = ":" in spec or spec in regrad.available()
     if not is_correction:
         return Problem()
-    for problem in (Problem(), StagedImages()):
+    accepted: list[Problem] = []
+    for problem in (Problem(), StagedImages(), SeveralExits()):
         suite: Any = type("Trial", (CorrectionSuite,), {"correction": spec, "problem": problem})
         try:
-            suite.trains_on()
-            for name in suite.trains_on():
-                suite.train(name).run([0])
+            trainings = [suite.train(name).run([0]) for name in suite.trains_on()]
         except (AssertionError, RegradError):
             continue
         warmup = max(correction.needs.warmup_steps for correction in suite.make())
         problem.steps = Problem.steps + min(warmup, LONGEST_WARMUP)
-        return problem
-    return Problem()
+        accepted.append(problem)
+        if any(_acted(training) for training in trainings):
+            return problem
+    return accepted[0] if accepted else Problem()
+
+
+def _acted(training: Training) -> bool:
+    """Say whether the effect meter saw a change."""
+    metrics = training.attachment.metrics()
+    return any(metrics[key] > 0 for key in metrics if key.endswith("/trigger_rate"))
 
 
 class TestInstalledCorrection(CorrectionSuite):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Problem:
     rates: tuple[float, ...] = (1.0, 0.7, 1.3, 0.4)
 
     def model(self) -> nn.Module:
-        """Return the model, inputs [N, *] to logits [N, C]; its weights are filled afterwards."""
+        """Return the model, inputs [N, *] to logits [N, C]; its weights are filled afterwards.
+
+        It may return a tuple of logits, if the criterion takes one.
+        """
         # sizes that two processes cannot share evenly
         return nn.Sequential(
             nn.Linear(6, 9), nn.GroupNorm(3, 9), nn.Tanh(), nn.Linear(9, self.classes)
@@ -94,6 +99,56 @@ class StagedImages(Problem):
     def inputs(self, size: int, generator: torch.Generator) -> Tensor:
         """Return images, shape [size, 2, 8, 8]."""
         return torch.randn(size, 2, 8, 8, generator=generator, dtype=torch.float64)
+
+
+class SumOverExits(nn.Module):
+    """The sum of the losses of a model's outputs, which a plain loop calls on a tuple of them.
+
+    Args:
+        exit_criterion: The loss of one output. Corrections of models with several exits find it
+            by this name.
+    """
+
+    def __init__(self, exit_criterion: nn.Module) -> None:
+        super().__init__()
+        self.exit_criterion = exit_criterion
+
+    def forward(self, outputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+        """Return the sum of the outputs' losses."""
+        total: Tensor = self.exit_criterion(outputs[0], targets)
+        for output in outputs[1:]:
+            total = total + self.exit_criterion(output, targets)
+        return total
+
+
+class SeveralExits(Problem):
+    """Tell vectors into three classes three times: after each of three layers, by a head each."""
+
+    criterion: Callable[..., Tensor] = SumOverExits(nn.CrossEntropyLoss())
+
+    def model(self) -> nn.Module:
+        """Return the model, inputs [N, 6] to a tuple of three logits [N, C]."""
+        return WithExits(self.classes)
+
+
+class WithExits(nn.Module):
+    """Three layers in a chain, and a head on each."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Linear(6, 9)
+        self.layer2 = nn.Linear(9, 9)
+        self.layer3 = nn.Linear(9, 9)
+        self.head1 = nn.Linear(9, classes)
+        self.head2 = nn.Linear(9, classes)
+        self.head3 = nn.Linear(9, classes)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the logits of the three exits, in the order of their depth."""
+        first = torch.tanh(self.layer1(inputs))
+        second = torch.tanh(self.layer2(first))
+        third = torch.tanh(self.layer3(second))
+        return self.head1(first), self.head2(second), self.head3(third)
 
 
 class Block(nn.Module):
@@ -148,11 +203,12 @@ class WithRareParameters(nn.Module):
         self.never = nn.Parameter(torch.full((2, 3), 0.5, dtype=like.dtype))
         self.late = nn.Parameter(torch.full((2, 1), 0.25, dtype=like.dtype))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the logits."""
-        logits: Tensor = self.net(inputs)
+    def forward(self, inputs: Tensor) -> Any:
+        """Return the logits, of every exit if there are several."""
+        logits = self.net(inputs)
         if self.late_is_used:
-            return logits * self.late.square().sum().exp()
+            factor = self.late.square().sum().exp()
+            return tree_map(lambda each: each * factor, logits)
         return logits
 
 
@@ -167,9 +223,8 @@ class WithSparseTable(nn.Module):
         with torch.no_grad():
             self.table.weight.fill_(0.25)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Any:
         """Return the logits."""
         rows = torch.arange(len(inputs)) % 3
         shift: Tensor = self.table(rows).sum(1)
-        logits: Tensor = self.net(inputs + shift.reshape(-1, *[1] * (inputs.dim() - 1)))
-        return logits
+        return self.net(inputs + shift.reshape(-1, *[1] * (inputs.dim() - 1)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD, AdamW, Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 from regrad_testing.problem import Batch, Problem
 
@@ -31,7 +32,7 @@ class ReferenceStep:
         states: The optimizer's state of each, keys as in torch ("momentum_buffer";
             "exp_avg", "exp_avg_sq", "step"); empty before the first step.
         gradients: In the stages "gradient" and "moment".
-        logits: In the stage "criterion", shape [N, C].
+        logits: In the stage "criterion", shape [N, C]; a tuple of them where the model returns one.
         targets: In the stage "criterion", shape [N].
         memory: Empty at the beginning of a training, and kept from call to call.
     """
@@ -47,7 +48,7 @@ class ReferenceStep:
     states: list[dict[str, Any]]
     memory: dict[Any, Any]
     gradients: list[Tensor] = field(default_factory=list)
-    logits: Tensor | None = None
+    logits: Any = None
     targets: Tensor | None = None
 
 
@@ -151,9 +152,11 @@ class ReferenceTraining:
         leaves = [point.detach().clone().requires_grad_() for point in points]
         named = dict(zip(self.names, leaves, strict=True))
         logits = functional_call(self.model, named, (batch.inputs,))
-        slope = self._ask("criterion", index, logits=logits.detach().clone(), targets=batch.targets)
+        told = tree_map(lambda each: each.detach().clone(), logits)
+        slope = self._ask("criterion", index, logits=told, targets=batch.targets)
         if slope is not None:
-            return list(torch.autograd.grad(logits, leaves, slope * batch.weight))
+            slopes = [each * batch.weight for each in tree_leaves(slope)]
+            return list(torch.autograd.grad(tree_leaves(logits), leaves, slopes))
         loss = type(self.problem).criterion(logits, batch.targets) * batch.weight
         return list(torch.autograd.grad(loss, leaves))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 from regrad_testing.clauses import clause, require, require_same, same_bits
 from regrad_testing.loops import Training
@@ -163,12 +164,17 @@ def _require_true_evaluation(training: Training, true: dict[str, Tensor], what: 
     require_same(seen, wanted, f"{what} an evaluation")
 
 
-def _judged(logits: Tensor, criterion: Any, targets: Tensor) -> dict[str, Tensor]:
-    """Return logits, their loss, and its gradient with respect to them."""
-    leaf = logits.detach().requires_grad_()
-    loss = criterion(leaf, targets)
-    slope = torch.autograd.grad(loss, leaf)[0]
-    return {"logits": logits.detach(), "loss": loss, "slope": slope}
+def _judged(logits: Any, criterion: Any, targets: Tensor) -> dict[str, Tensor]:
+    """Return logits, their loss, and its gradient with respect to them; several if there are."""
+    copies = tree_map(lambda each: each.detach().requires_grad_(), logits)
+    loss = criterion(copies, targets)
+    leaves = tree_leaves(copies)
+    slopes = torch.autograd.grad(loss, leaves)
+    found = {"loss": loss.detach()}
+    for number, (leaf, slope) in enumerate(zip(leaves, slopes, strict=True)):
+        found[f"logits {number}"] = leaf.detach()
+        found[f"slope {number}"] = slope
+    return found
 
 
 def _hooks_and_attributes(training: Training) -> list[str]:
