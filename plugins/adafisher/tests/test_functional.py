@@ -126,6 +126,9 @@ def test_the_published_average_is_not_convex_and_reaches_its_bounds():
     known = [(0.0074, 0.008744), (0.00104096, 0.0012262), (0.00100026, 0.0010847)]
     for found, wanted in zip(bounds, known, strict=False):
         assert found == pytest.approx(wanted, rel=5e-5)
+    ratios = [largest / smallest for smallest, largest in bounds]
+    assert ratios[2] == pytest.approx(1.0844, abs=5e-4)
+    assert max(ratios[3:]) == pytest.approx(1.0763, abs=5e-4)
     assert bounds[-1] == pytest.approx((0.001, 0.0010756), rel=5e-5)
 
 

@@ -55,7 +55,7 @@ def train(model, steps=3, call=None, backward=loss_of, **options):
     with regrad.attach(model, optimizer, [AdaFisher(refresh=2, **options)]) as attachment:
         for index in range(steps):
             optimizer.zero_grad()
-            backward(call or model, index).backward()
+            backward(model if call is None else call, index).backward()
             optimizer.step()
         return flat(attachment), torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -128,11 +128,13 @@ def test_a_step_that_a_scaler_skips_leaves_nothing_behind(average, set_to_none):
                     kept = copy.deepcopy(model.state_dict())
                     scaler.scale(loss_of(model, 90) * torch.inf).backward()
                     scaler.step(optimizer)
+                    scaler.update()
                     optimizer.zero_grad(set_to_none=set_to_none)
                     model.load_state_dict(kept)
                 for index_of_part in (index, index + 10):
                     scaler.scale(loss_of(model, index_of_part) / 2).backward()
                 scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=set_to_none)
             return flat(attachment), torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -152,6 +154,7 @@ def test_published_averages_do_not_see_the_scale_of_a_scaler_and_its_clipping():
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), 0.01)
                 scaler.step(optimizer)
+                scaler.update()
             return (flat(attachment),)
 
     require_same(steps(make(), 2.0**16), steps(make(), 1))
@@ -172,9 +175,11 @@ def test_under_autocast_averages_are_near_those_of_full_precision(average):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_model_compiled_after_attach_has_the_same_numbers():
+    torch.compiler.reset()  # code compiled for another model would run without this one's hooks
     model = make()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     require_same(train(model, call=compiled), train(make()))
 
 
