@@ -65,7 +65,7 @@ BAD = [
     ("compare --optimizer sgd:speed=1", "optimizer 'sgd' has no option 'speed'"),
     (
         "compare --model resnet9",
-        "no model named 'resnet9'; there are resnet8, resnet20, resnet32, resnet56 and",
+        "no model named 'resnet9'; there are resnet8, resnet20, resnet32, resnet56, multiexit8,",
     ),
     (
         "compare --model resnet18 --width 8",

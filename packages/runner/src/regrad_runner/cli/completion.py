@@ -11,7 +11,11 @@ import regrad
 
 from regrad_runner.plugins.sources import names_in_source, torch_optimizers
 
-OWN_MODELS = ("resnet8", "resnet20", "resnet32", "resnet56", "gpt")
+OWN_MODELS = (
+    *("resnet8", "resnet20", "resnet32", "resnet56"),
+    *("multiexit8", "multiexit20", "multiexit32", "multiexit56"),
+    "gpt",
+)
 PLUGIN_GROUPS = ("regrad", "regrad.optimizers", "regrad.workloads", "regrad.layouts")
 
 

@@ -8,6 +8,7 @@ from regrad.correction import did_you_mean
 from torch import nn
 
 from regrad_runner.models.residual import (
+    BLOCKS_BETWEEN_EXITS,
     BLOCKS_PER_STAGE,
     Norm,
     group_norm,
@@ -15,7 +16,7 @@ from regrad_runner.models.residual import (
     residual_network,
 )
 
-MODELS = tuple(BLOCKS_PER_STAGE)
+MODELS = (*BLOCKS_PER_STAGE, *BLOCKS_BETWEEN_EXITS)
 
 
 def build_model(
@@ -40,7 +41,8 @@ def build_model(
     torchvision does; those that expect colour are given grey images with their channel repeated.
 
     Args:
-        name: "resnet8", "resnet20", "resnet32", "resnet56", or one of
+        name: "resnet8", "resnet20", "resnet32", "resnet56"; "multiexit8" and so on, the same with
+            an average and a linear layer after every stage, of which it returns all; or one of
             `torchvision.models.list_models`, of its classifiers.
         classes: Number of outputs, at least 2.
         channels: Channels of the images, at least 1.
@@ -56,7 +58,7 @@ def build_model(
 
     Returns:
         The model in training mode, on the CPU, in float32: images [B, channels, image_size,
-        image_size] to logits [B, classes].
+        image_size] to logits [B, classes], "multiexit8" and so on to a tuple of three.
 
     Raises:
         ValueError: If the name or norm is unknown, a number is out of its range, or what is asked

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 Norm = Literal["batch", "group", "none"]
 BLOCKS_PER_STAGE = {f"resnet{6 * blocks + 2}": blocks for blocks in (1, 3, 5, 9)}
+BLOCKS_BETWEEN_EXITS = {f"multiexit{6 * blocks + 2}": blocks for blocks in (1, 3, 5, 9)}
 STAGES = 3
 GROUPS = 8
 
 
 def is_own(name: str) -> bool:
     """Say whether a name is that of a CIFAR residual network, whose width can be chosen."""
-    return name in BLOCKS_PER_STAGE
+    return name in BLOCKS_PER_STAGE or name in BLOCKS_BETWEEN_EXITS
 
 
 def residual_network(
@@ -32,9 +33,9 @@ def residual_network(
             raise ValueError(f"{option} must be at least {least}, got {value!r}")
     # Modules draw their default weights when they are made; the fork puts the global state back.
     with torch.random.fork_rng(devices=[]):
-        model = ResidualNetwork(
-            BLOCKS_PER_STAGE[name], classes=classes, channels=channels, width=width, norm=norm
-        )
+        kind = MultiExitNetwork if name in BLOCKS_BETWEEN_EXITS else ResidualNetwork
+        blocks = {**BLOCKS_PER_STAGE, **BLOCKS_BETWEEN_EXITS}[name]
+        model = kind(blocks, classes=classes, channels=channels, width=width, norm=norm)
     _initialize(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -70,6 +71,37 @@ class ResidualNetwork(nn.Module):
         """Return the logits [B, classes] of images [B, C, H, W]."""
         features = self.stages(torch.relu(self.norm(self.conv(images))))
         return self.fc(features.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+class MultiExitNetwork(ResidualNetwork):
+    """A residual network that answers after every stage; `heads` are its output layers.
+
+    Attributes:
+        exits: How many answers it returns.
+    """
+
+    def __init__(self, blocks: int, *, classes: int, channels: int, width: int, norm: Norm) -> None:
+        super().__init__(blocks, classes=classes, channels=channels, width=width, norm=norm)
+        del self.fc
+        self.exits = STAGES
+        self.heads = nn.ModuleList(
+            nn.Linear(width * 2**index, classes) for index in range(self.exits)
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Return the logits [B, classes] of every exit, in the order of their depth."""
+        features = torch.relu(self.norm(self.conv(images)))
+        logits: list[Tensor] = []
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            features = stage(features)
+            logits.append(head(features.mean(dim=(2, 3))))
+        return tuple(logits)
+
+    @property
+    def parts(self) -> list[tuple[nn.Module, ...]]:
+        """What is computed for each exit beyond what the exit before it needs."""
+        parts: list[tuple[nn.Module, ...]] = [*zip(self.stages, self.heads, strict=True)]
+        return [(self.conv, *parts[0]), *parts[1:]]
 
 
 class ResidualBlock(nn.Module):

@@ -10,6 +10,7 @@ from regrad.correction import Control
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrad_runner.models.exits import SumOverExits, exits_of
 from regrad_runner.models.heads import own_head
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import RunConfig
@@ -62,6 +63,17 @@ def _groups(control: Control, model: nn.Module, head: Sequence[nn.Parameter], *,
         {"params": body, "lr": lr * control.body_lr},
         {"params": list(head), "lr": lr * control.head_lr},
     ]
+
+
+def build_criterion(workload: Workload, model: nn.Module) -> nn.Module:
+    """Return the workload's loss; its sum over the exits where the model has several.
+
+    Args:
+        workload: What is trained.
+        model: As `build_training` returned it.
+    """
+    criterion = workload.criterion()
+    return SumOverExits(criterion) if exits_of(model) > 1 else criterion
 
 
 def build_loader(config: RunConfig, workload: Workload, *, seed: int) -> TrainingLoader:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from regrad import Attachment
 from torch import Tensor, nn
 
+from regrad_runner.models.exits import predictions
 from regrad_runner.training.building import as_inputs
 from regrad_runner.workloads.samples import Samples
 from regrad_runner.workloads.workload import Workload
 
 
 class Evaluator:
-    """Evaluates a model on samples.
+    """Evaluates a model on samples: of several exits the last one's prediction.
 
     Args:
         accelerator: Of the run.
@@ -65,7 +68,8 @@ class Evaluator:
             indices=self._as_long_as_others(own, len(samples)),
             workers=self._workers,
         ):
-            outputs = self._as_fitted(model(as_inputs(inputs.to(device), self._dtype)))
+            returned = model(as_inputs(inputs.to(device), self._dtype))
+            outputs = self._as_fitted(self._last_prediction(returned))
             scores = self._workload.score(outputs, targets.to(device))
             still_own = max(0, len(own) - seen)
             sums += torch.stack([score[:still_own].sum().double() for score in scores])
@@ -80,6 +84,12 @@ class Evaluator:
         """
         longest = -(-count // self._accelerator.num_processes)
         return [*own, *[0] * (longest - len(own))]
+
+    def _last_prediction(self, outputs: Any) -> Tensor:
+        """Return the logits that the model, or the last of its exits, predicts with."""
+        if isinstance(outputs, Tensor):
+            return outputs
+        return predictions(self._attachment.criterion, outputs)[-1]
 
     def _as_fitted(self, outputs: Tensor) -> Tensor:
         """Return the logarithms of the fitted probabilities, if the measure reads them."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from regrad_runner.settings.arms import ALL, Arm, create_all
 from regrad_runner.settings.config import CompareConfig, RunConfig, Trained
 from regrad_runner.settings.environment import asked_to_shard
-from regrad_runner.training.building import as_inputs, build_training
+from regrad_runner.training.building import as_inputs, build_criterion, build_training
 from regrad_runner.training.optimizers import build_optimizer
 from regrad_runner.training.resolving import resolved
 from regrad_runner.training.run import TrainingRun
@@ -68,9 +68,10 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)
     dtype = next(model.parameters()).dtype
     corrections = create_all(arm)
+    criterion = build_criterion(workload, model)
     with (
         torch.random.fork_rng(devices=[]),
-        regrad.attach(model, optimizer, corrections, criterion=workload.criterion()) as attachment,
+        regrad.attach(model, optimizer, corrections, criterion=criterion) as attachment,
     ):
         first_two = list(range(min(2, len(workload.train))))
         inputs, targets = workload.train.with_seed(0).__getitems__(first_two)

@@ -14,7 +14,12 @@ from regrad_runner.results.points import Point
 from regrad_runner.settings.arms import Arm, control_as_values, create_all
 from regrad_runner.settings.config import RunConfig
 from regrad_runner.settings.environment import used
-from regrad_runner.training.building import as_inputs, build_loader, build_training
+from regrad_runner.training.building import (
+    as_inputs,
+    build_criterion,
+    build_loader,
+    build_training,
+)
 from regrad_runner.training.evaluation import Evaluator
 from regrad_runner.training.nonfinite import Watch
 from regrad_runner.training.position import Position
@@ -62,6 +67,7 @@ class TrainingRun:
         self.accelerator = make_accelerator(config)
         model, optimizer = build_training(config, workload, arm, seed=seed, lr=lr)
         self._dtype = next(model.parameters()).dtype
+        criterion = build_criterion(workload, model)
         loader = build_loader(config, workload, seed=seed)
         self.epochs = int(config.epochs or 1)
         self.steps_per_epoch = len(workload.train) // int(config.batch_size or 1)
@@ -73,7 +79,7 @@ class TrainingRun:
             model, optimizer, loader, scheduler
         )
         self.attachment = regrad.attach(
-            self.model, self.optimizer, create_all(arm), criterion=workload.criterion()
+            self.model, self.optimizer, create_all(arm), criterion=criterion
         )
         self.watch = Watch(
             self.accelerator.unwrap_model(self.model).named_parameters(), self.accelerator
