@@ -56,7 +56,7 @@ class _Extrapolation:
 
     @functools.cached_property
     def numbers(self) -> tuple[float, float]:
-        """a and c, read from their device."""
+        """The numbers a and c, read from their device."""
         return float(self._size), float(self._length)
 
     def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
