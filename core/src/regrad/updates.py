@@ -16,7 +16,7 @@ from regrad.optimizers import decoupled_decay
 from regrad.samples import sample
 from regrad.sharding import local
 
-OVERWRITTEN = (
+OVERWRITES = (
     "{optimizer} overwrites the gradients in its step, so that {name!r} cannot compare its step with "
     "them; make it with foreach=False, or leave {name!r} out"
 )
@@ -74,7 +74,7 @@ class GradientsOfStep:
         after = {p: sample(local(self._gradients[p])) for p in before}
         if not all(torch.equal(_comparable(before[p]), _comparable(after[p])) for p in before):
             kind = type(step.optimizer).__name__
-            raise RegradError(OVERWRITTEN.format(optimizer=kind, name=step.correction.name))
+            raise RegradError(OVERWRITES.format(optimizer=kind, name=step.correction.name))
         # Gradients of zero prove nothing: they may have been scaled.
         self._is_proved = any(bool(values.any()) for values in before.values())
 
