@@ -21,9 +21,10 @@ PUBLIC = {
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
     "regrad_adanorm": {"AdaNorm"},
+    "regrad_cautious": {"Cautious"},
     "regrad_centralization": {"Centralization"},
     "regrad_deepspeed": {"ZeroLayout"},
-    "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
+    "regrad_clipping": {"AGC", "ClipNorm", "ClipUpdate", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_gcgd": {"GCGD"},
     "regrad_gcode": {"GCODE"},
@@ -60,8 +61,10 @@ ENTRY_POINTS = {
         *(
             "adanorm",
             "agc",
+            "cautious",
             "centralization",
             "clip-norm",
+            "clip-update",
             "clip-value",
             "gcgd",
             "gcode",
@@ -92,10 +95,14 @@ SIGNATURES = {
     "regrad_lightning:RegradCallback": [
         *("corrections", "*module=None", "*criterion=None", "*optimizer=None", "*strict=True")
     ],
+    "regrad_cautious.functional:keep_agreeing_": [
+        *("displacement", "gradient", "*divisor='share'", "*keep='agreeing'", "*maximize=False")
+    ],
     "regrad_centralization.functional:centralize_": ["grad"],
     "regrad_clipping.functional:clip_adaptive_": [
         *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")
     ],
+    "regrad_clipping.functional:clip_update_": ["displacement", "rate", "*max_rms=1.0"],
     "regrad_powergrad.functional:power_grad_cross_entropy": [
         *(
             "logits",
@@ -120,8 +127,10 @@ SIGNATURES = {
 OPTIONS = {
     "adanorm": {"decay": 0.95, "target": "moment"},
     "agc": {"max_ratio": 0.01, "weight_floor": 1e-3, "head": "auto", "axis": "auto"},
+    "cautious": {"divisor": "share", "keep": "agreeing"},
     "centralization": {"placement": "gradient", "conv_only": False},
     "clip-norm": {"max_norm": 1.0},
+    "clip-update": {"max_rms": 1.0},
     "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
     "gcode": {
