@@ -24,9 +24,10 @@ PUBLIC = {
     "regrad_adanorm": {"AdaNorm"},
     "regrad_bop": {"Bop", "Bop2", "binarise_"},
     "regrad_boosted": {"Boosted"},
+    "regrad_cautious": {"Cautious"},
     "regrad_centralization": {"Centralization"},
     "regrad_deepspeed": {"ZeroLayout"},
-    "regrad_clipping": {"AGC", "ClipNorm", "ClipValue"},
+    "regrad_clipping": {"AGC", "ClipNorm", "ClipUpdate", "ClipValue"},
     "regrad_powergrad": {"PowerGrad", "PowerGradCrossEntropyLoss"},
     "regrad_gcgd": {"GCGD"},
     "regrad_gcode": {"GCODE"},
@@ -66,8 +67,10 @@ ENTRY_POINTS = {
             "adanorm",
             "agc",
             "boosted",
+            "cautious",
             "centralization",
             "clip-norm",
+            "clip-update",
             "clip-value",
             "gcgd",
             "gcode",
@@ -113,10 +116,14 @@ SIGNATURES = {
         *("*ignore_index=-100", "*reduction='mean'", "*label_smoothing=0.0"),
     ],
     "regrad_boosted.functional:running_sum": ["outputs", "*decay=0.5"],
+    "regrad_cautious.functional:keep_agreeing_": [
+        *("displacement", "gradient", "*divisor='share'", "*keep='agreeing'", "*maximize=False")
+    ],
     "regrad_centralization.functional:centralize_": ["grad"],
     "regrad_clipping.functional:clip_adaptive_": [
         *("grad", "weight", "*max_ratio=0.01", "*weight_floor=0.001", "*axis=0")
     ],
+    "regrad_clipping.functional:clip_update_": ["displacement", "rate", "*max_rms=1.0"],
     "regrad_powergrad.functional:power_grad_cross_entropy": [
         *(
             "logits",
@@ -148,8 +155,10 @@ OPTIONS = {
     "boosted": {
         **{"decay": 0.5, "exit_weights": (), "alpha": 1.0, "rescale": False, "exits": ()},
     },
+    "cautious": {"divisor": "share", "keep": "agreeing"},
     "centralization": {"placement": "gradient", "conv_only": False},
     "clip-norm": {"max_norm": 1.0},
+    "clip-update": {"max_rms": 1.0},
     "clip-value": {"max_value": 1.0},
     "powergrad": {"alpha": 0.25},
     "gcode": {

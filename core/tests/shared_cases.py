@@ -19,6 +19,7 @@ def every_stage():
         toys.Scale(),
         toys.UnitRows(),
         toys.Boost(amount=0.01),
+        toys.Stretch(),
     ]
 
 

@@ -41,6 +41,7 @@ def every_stage(toys):
         toys.Scale(),
         toys.UnitRows(),
         toys.Boost(amount=0.01),
+        toys.Stretch(),
     ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from regrad import RegradWarning, exchange
-from regrad.exchange import adopt_, extrapolate_, swap_
+from regrad.exchange import adopt_, extrapolate_, join_, part_, swap_
 from regrad.hookspecs import LastStep
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +18,7 @@ def place(request, monkeypatch):
         monkeypatch.setattr(exchange, "GROUP", 20)
     if request.param == "pieces":
         monkeypatch.setattr(exchange, "PIECE", 7)
+        monkeypatch.setattr(exchange, "ALONE_FROM", 1)
 
 
 def tensors(seed, dtype=torch.float64):
@@ -84,6 +85,35 @@ def test_swapping_twice_changes_no_bit():
     swap_(weights, kept)
     assert all(torch.equal(a, b) for a, b in zip(weights, tensors(0, torch.float32), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept, tensors(1, torch.float32), strict=True))
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("decay", [0.0, 0.02])
+def test_a_step_is_parted_from_its_weights_without_the_decay_in_it_and_joined_again(decay):
+    weights, before = tensors(0), clones(tensors(1))
+    wanted = [now - (1 - decay) * then for now, then in zip(weights, before, strict=True)]
+    start, end = clones(before), clones(weights)
+    decays = [decay, torch.tensor(decay, dtype=torch.float64)] * (len(weights) // 2)
+    part_(weights, before, decays)
+    assert all(torch.equal(a, b) for a, b in zip(weights, start, strict=True))
+    for got, want in zip(before, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+    join_(weights, before, decays)
+    assert all(torch.equal(a, b) for a, b in zip(before, start, strict=True))
+    for got, want in zip(weights, end, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-15)
+
+
+def test_a_step_is_parted_and_joined_as_worked_out_by_hand():
+    weights, before = [torch.tensor([2.0])], [torch.tensor([4.0])]
+    # the decay of .25 took 4 to 3, the step 3 to 2
+    part_(weights, before, [0.25])
+    assert weights[0].item() == 4.0
+    assert before[0].item() == -1.0
+    before[0].mul_(2)
+    join_(weights, before, [0.25])
+    assert weights[0].item() == 1.0
+    assert before[0].item() == 4.0
 
 
 @pytest.mark.usefixtures("place")
@@ -162,8 +192,10 @@ def test_the_operations_on_a_device_do_not_grow_with_the_number_of_tensors(monke
             extrapolate_(weights, kept, [LastStep(factor=0.5, decay=0.1)] * number)
             spares = seen.names.count("aten.empty_like.default")
             swap_(weights, kept)
+            part_(weights, kept, [0.1] * number)
+            join_(weights, kept, [0.1] * number)
             spares = seen.names.count("aten.empty_like.default") - spares
         assert not any("_local_scalar_dense" in name for name in seen.names)
         counts.append(len(seen.launches) - spares)
     assert counts[0] == counts[1]
-    assert counts[0] <= 16
+    assert counts[0] <= 26

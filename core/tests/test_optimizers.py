@@ -4,6 +4,7 @@ import pytest
 import torch
 from regrad.optimizers import (
     FIRST_MOMENTS,
+    decoupled_decay,
     first_moment_key,
     looks_ahead,
     nesterov_control,
@@ -20,6 +21,33 @@ def stepped(kind, **options):
     parameter.grad = torch.tensor([2.0])
     optimizer.step()
     return optimizer, parameter
+
+
+def decay_of(kind, **options):
+    """Return the decoupled decay of an optimizer's only group."""
+    optimizer = kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    return decoupled_decay(optimizer, optimizer.param_groups[0])
+
+
+@pytest.mark.parametrize("kind", [AdamW, torch.optim.Adafactor])
+def test_decay_of_torchs_decoupled_classes_is_known(kind):
+    assert decay_of(kind, lr=0.1, weight_decay=0.2) == 0.2
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, NAdam, RMSprop])
+def test_decay_that_torch_adds_to_the_gradient_is_none_of_the_weights(kind):
+    assert decay_of(kind, lr=0.1, weight_decay=0.2) == 0.0
+
+
+def test_a_group_says_whether_its_decay_is_decoupled():
+    assert decay_of(Adam, weight_decay=0.2, decoupled_weight_decay=True) == 0.2
+    foreign = type("Foreign", (SGD,), {"__module__": "elsewhere"})
+    assert decay_of(foreign, lr=0.1) == 0.0
+    assert decay_of(foreign, lr=0.1, weight_decay=0.2) is None
+    optimizer = foreign([torch.nn.Parameter(torch.zeros(1))], lr=0.1, weight_decay=0.2)
+    for said, wanted in ((True, 0.2), (False, 0.0)):
+        optimizer.param_groups[0]["decoupled_weight_decay"] = said
+        assert decoupled_decay(optimizer, optimizer.param_groups[0]) == wanted
 
 
 def test_the_parameters_of_all_groups_come_in_order_with_the_frozen_ones():

@@ -141,6 +141,29 @@ class Boost(Correction):
                     state[key].add_(self.options.amount)
 
 
+class Stretch(Correction):
+    """Multiply the optimizer's steps by `factor` where they go down the gradient, divide them elsewhere.
+
+    By rows, whose norms are exact on shards only through `row_norms`.
+    """
+
+    name = "stretch"
+    needs = Needs(stages=("update",), layouts=EVERYWHERE)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(Options):
+        factor: float = 2.0
+
+    def correct_update(self, step):
+        for displacement, gradient in zip(step.displacements, step.gradients, strict=True):
+            if displacement is None:
+                continue
+            part = local(displacement)
+            down = part * local(gradient) < 0
+            part.mul_(torch.where(down, self.options.factor, 1 / self.options.factor))
+            part.div_(1 + row_norms(displacement).to(part.dtype))
+
+
 class Louder(Correction):
     """Multiply the loss by `factor` in training."""
 

@@ -19,6 +19,7 @@ from regrad import (
     receipt,
     refusals,
     registry,
+    updates,
 )
 from regrad.correction import Correction
 from regrad.criterion import Switch, switching_criterion
@@ -240,6 +241,9 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
         for correction, call in self.engine.callers["setup"]:
             with random_numbers_kept(parameters), self.engine.named(correction, "setup"):
                 call(attachment=self)
+        if self.engine.callers["correct_update"]:
+            changing = self.engine.names_of("correct_update")
+            updates.warn_of_unknown_decay(self.optimizer, changing)
 
     def _register(self) -> None:
         """Put the hooks on models and optimizer."""

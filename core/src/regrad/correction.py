@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 API_VERSION = 1
 
-Stage = Literal["hidden", "criterion", "weights", "gradient", "moment"]
+Stage = Literal["hidden", "criterion", "weights", "gradient", "moment", "update"]
 HOOK_OF_STAGE: dict[Stage, str] = {
     "hidden": "setup",
     "criterion": "wrap_criterion",
     "weights": "predict_weights",
     "gradient": "correct_gradients",
     "moment": "correct_moments",
+    "update": "correct_update",
 }
 """The hook of each stage, in time order. The hook `after_step` has no stage."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils._pytree import tree_leaves
 
-from regrad import devices, names, other_optimizers, sharding
+from regrad import devices, names, other_optimizers, sharding, updates
 from regrad.correction import Correction
 from regrad.empty_steps import only_makes_state
 from regrad.errors import RegradError, RegradWarning
@@ -120,6 +120,7 @@ class Engine:
         self._graph_waits = False
         self._under_way = StepUnderWay()
         self._progress = Progress()
+        self._gradients = updates.GradientsOfStep()
         # Of the step under way: its closure calls, and what was written before it.
         self._calls = 0
         self._versions: list[int] = []
@@ -334,7 +335,8 @@ class Engine:
 
     def _close(self, *, before_step: bool) -> None:
         """Do so, and say what was written."""
-        close = functools.partial(self.window.close, before_step=before_step)
+        corrected = self._with_corrected_updates() if before_step else []
+        close = functools.partial(self.window.close, before_step=before_step, corrected=corrected)
         if not self.layout.restore(close):
             return
         overwritten = self.window.overwritten
@@ -419,7 +421,8 @@ class Engine:
     def correct(self) -> None:
         """Restore, check for a skip, unscale, then correct gradients and moments."""
         self._is_skipping = bool(getattr(self.optimizer, "found_inf", None))
-        self._close(before_step=not self._is_skipping)
+        # The step of an optimizer that calls its closure again has begun already.
+        self._close(before_step=not self._is_skipping and self._calls == 0)
         if self.callers["predict_weights"]:
             self._versions = self._count_writes()
         self._calls += 1
@@ -438,6 +441,8 @@ class Engine:
         finally:
             self.layout.commit(step)
             self._progress.end(gradient for _, gradient in step.named_gradients())
+        if self.callers["correct_update"]:
+            self._gradients.keep(step)
 
     def _refuse_several_closure_calls(self) -> None:
         """Raise if a correction must see one call of the closure."""
@@ -522,12 +527,36 @@ class Engine:
             self.skipped += 1
             self.window.note_writes()
             return
+        if self.callers["correct_update"]:
+            self._correct_update()
         if self.callers["after_step"]:
             self.run("after_step", self.step())
         self.window.end_step()
         self.applied += 1
         for correction in self.corrections:
             self.meter.warn_if_idle(correction, self.applied)
+
+    def _with_corrected_updates(self) -> list[Tensor]:
+        """Return the parameters whose update is corrected."""
+        acting = [correction for correction, _ in self.callers["correct_update"]]
+        if not acting:
+            return []
+        return [
+            parameter
+            for name, parameter in self.step().named_parameters()
+            if any(correction.selects(name, parameter) for correction in acting)
+        ]
+
+    def _correct_update(self) -> None:
+        """Let corrections change what the optimizer did."""
+        step = self.step()
+        step.kept_gradients = self._gradients.read
+        try:
+            with self.window.displacements(updates.decays_in(step)) as displacements:
+                step.displacements = [displacements.get(p) for p in step.parameters]
+                self.run("correct_update", step)
+        finally:
+            self._gradients.forget()
 
     # ---- the checkpoint
 

@@ -1,7 +1,8 @@
 """Moves weights along their last step and back, with few passes over the memory and few launches.
 
-On a CPU the operations run over pieces that stay in its cache; elsewhere each is one launch for
-many tensors.
+Each operation takes pairs of tensors (x, y): x takes over what y holds, and y becomes what a rule
+makes of both. On a CPU it runs over pieces that stay in its cache; elsewhere each operation of a
+rule is one launch for many tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +30,109 @@ ALONE_FROM = 2**15
 NOT_COMPILED = (RuntimeError, OSError, ImportError, subprocess.SubprocessError)
 
 Tensors = Sequence[Tensor]
+Scalar = float | Tensor
+
+
+class _Rule(Protocol):
+    """What y of a pair (x, y) becomes."""
+
+    def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """Write it for one pair on a CPU."""
+
+    def results(self, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        """Return it, in new memory, for pairs of one device and dtype."""
+
+
+class _Extrapolation:
+    """y goes on along its way from x: a(y + c(y − x)).
+
+    Args:
+        step: Says how far.
+    """
+
+    def __init__(self, step: LastStep) -> None:
+        self._size = 1 + step.factor * step.decay
+        self._length = step.factor * (1 - step.decay) / self._size
+
+    @functools.cached_property
+    def numbers(self) -> tuple[float, float]:
+        """The numbers a and c, read from their device."""
+        return float(self._size), float(self._length)
+
+    def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        size, length = self.numbers
+        torch.lerp(x, y, 1 + length, out=out)
+        if size != 1:
+            out.mul_(size)
+
+    def results(self, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        ahead = torch._foreach_sub(ys, xs)
+        torch._foreach_mul_(ahead, self._length)
+        torch._foreach_add_(ahead, ys)
+        if isinstance(self._size, Tensor) or self._size != 1:
+            torch._foreach_mul_(ahead, self._size)
+        return list(ahead)
+
+
+class _Exchange:
+    """y becomes what x held."""
+
+    def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        out.copy_(x)
+
+    def results(self, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        spares = [torch.empty_like(tensor) for tensor in xs]
+        torch._foreach_copy_(spares, xs)
+        return spares
+
+
+class _Parting:
+    """y becomes the way from it to x, without a decay: x − y + δy.
+
+    Args:
+        decay: δ.
+    """
+
+    def __init__(self, decay: Scalar) -> None:
+        self._decay = decay
+
+    def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        decay = float(self._decay)
+        torch.sub(x, y, out=out)
+        if decay != 0:
+            out.add_(y, alpha=decay)
+
+    def results(self, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        ways = torch._foreach_sub(xs, ys)
+        if isinstance(self._decay, Tensor) or self._decay != 0:
+            torch._foreach_add_(ways, torch._foreach_mul(ys, self._decay))
+        return list(ways)
+
+
+class _Joining:
+    """y goes the way x, and decays: y + (x − δy).
+
+    Args:
+        decay: δ.
+    """
+
+    def __init__(self, decay: Scalar) -> None:
+        self._decay = decay
+
+    def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        decay = float(self._decay)
+        if decay == 0:
+            torch.add(x, y, out=out)
+        else:
+            torch.sub(x, y, alpha=decay, out=out)
+            out.add_(y)
+
+    def results(self, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        if not isinstance(self._decay, Tensor) and self._decay == 0:
+            return list(torch._foreach_add(xs, ys))
+        ends = torch._foreach_sub(xs, torch._foreach_mul(ys, self._decay))
+        torch._foreach_add_(ends, ys)
+        return list(ends)
 
 
 @torch.no_grad()
@@ -53,49 +158,27 @@ def extrapolate_(weights: Tensors, kept: Tensors, steps: Sequence[LastStep]) -> 
         >>> weights, before
         ([tensor([3.5000])], [tensor([3.])])
     """
-    on_host, elsewhere = _by_place(weights)
     scratch = _Scratch()
-    small: list[int] = []
-    for index in on_host:
-        if weights[index].numel() < ALONE_FROM:
-            small.append(index)
-        else:
-            _extrapolate_on_host_(weights[index], kept[index], steps[index], scratch)
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index in (*small, *elsewhere):
-        groups[_kind(weights[index]), _identity(steps[index])].append(index)
-    for alike in groups.values():
-        size, length = _coefficients(steps[alike[0]])
-        most = PIECE if _is_on_host(weights[alike[0]]) else GROUP
-        for group in _launches(alike, weights, most):
-            live = [weights[index] for index in group]
-            before = [kept[index] for index in group]
-            _extrapolate_group_(live, before, size, length)
+    for alike in _alike([(_identity(s.factor), _identity(s.decay)) for s in steps]):
+        step = steps[alike[0]]
+        rule = _Extrapolation(step)
+        left = alike
+        if step.is_compiled:
+            left = [i for i in alike if not _extrapolate_compiled_(weights[i], kept[i], rule)]
+        _pass_on_(_chosen(kept, left), _chosen(weights, left), rule, scratch)
 
 
-def _extrapolate_on_host_(weights: Tensor, kept: Tensor, step: LastStep, scratch: _Scratch) -> None:
-    """Do the same to one tensor, in pieces that stay in the cache."""
-    size, length = (float(number) for number in _coefficients(step))
-    if step.is_compiled and _extrapolate_compiled_(weights, kept, size, length):
-        return
-    for live, before, spare in scratch.pieces(weights, kept):
-        torch.lerp(before, live, 1 + length, out=spare)
-        before.copy_(live)
-        if size == 1:
-            live.copy_(spare)
-        else:
-            torch.mul(spare, size, out=live)
-
-
-def _extrapolate_compiled_(weights: Tensor, kept: Tensor, size: float, length: float) -> bool:
-    """Do the same to a large tensor in one pass; say whether that was possible."""
+def _extrapolate_compiled_(weights: Tensor, kept: Tensor, rule: _Extrapolation) -> bool:
+    """Do the same to a large tensor on a CPU in one pass; say whether that was possible."""
+    if not _is_large_on_host(weights):
+        return False
     live, before = _rows(weights, kept)
-    is_fit = live.dim() == 1 and live.dtype is torch.float32
-    if not is_fit or live.numel() < ALONE_FROM:
+    if live.dim() != 1 or live.dtype is not torch.float32:
         return False
     in_one_pass = _compiled()
     if in_one_pass is None:
         return False
+    size, length = rule.numbers
     # Numbers would be compiled in, and change with every step.
     in_one_pass(live, before, torch.tensor(length), torch.tensor(size))
     return True
@@ -128,31 +211,6 @@ def _compiled() -> Callable[..., None] | None:
     return compiled
 
 
-def _extrapolate_group_(
-    live: list[Tensor], before: list[Tensor], size: float | Tensor, length: float | Tensor
-) -> None:
-    """Do the same for tensors of one device and dtype with equal steps."""
-    ahead = torch._foreach_sub(live, before)
-    torch._foreach_mul_(ahead, length)
-    torch._foreach_add_(ahead, live)
-    if isinstance(size, Tensor) or size != 1:
-        torch._foreach_mul_(ahead, size)
-    torch._foreach_copy_(before, live)
-    torch._foreach_copy_(live, list(ahead))
-
-
-def _coefficients(step: LastStep) -> tuple[float | Tensor, float | Tensor]:
-    """Return a and c of `extrapolate_`; tensors stay on their device."""
-    size = 1 + step.factor * step.decay
-    return size, step.factor * (1 - step.decay) / size
-
-
-def _identity(step: LastStep) -> Hashable:
-    """Return what equal steps share; of tensors, which are not read, the same ones."""
-    parts = (step.factor, step.decay)
-    return tuple(id(part) if isinstance(part, Tensor) else part for part in parts)
-
-
 @torch.no_grad()
 def swap_(weights: Tensors, kept: Tensors) -> None:
     """Exchange the values of n pairs of tensors of the same shape, layout, dtype and device.
@@ -163,24 +221,76 @@ def swap_(weights: Tensors, kept: Tensors) -> None:
         >>> weights, kept
         ([tensor([2.])], [tensor([3.])])
     """
-    on_host, elsewhere = _by_place(weights)
+    _pass_on_(kept, weights, _Exchange(), _Scratch())
+
+
+@torch.no_grad()
+def part_(weights: Tensors, kept: Tensors, decays: Sequence[Scalar]) -> None:
+    r"""Go back to the weights before the last step, and keep what the step did.
+
+    Args:
+        weights: n plain tensors θ. Overwritten with θ'.
+        kept: Their values θ' before the last step, with their shape, layout, dtype and device.
+            Overwritten with :math:`\theta - (1-\delta)\theta'`.
+        decays: :math:`\delta`, the share of the weights that the step took off besides, n of them.
+
+    Example:
+        >>> weights, before = [torch.tensor([3.0])], [torch.tensor([2.0])]
+        >>> part_(weights, before, [0.0])
+        >>> weights, before
+        ([tensor([2.])], [tensor([1.])])
+    """
     scratch = _Scratch()
-    for index in on_host:
-        for live, other, spare in scratch.pieces(weights[index], kept[index]):
-            spare.copy_(live)
-            live.copy_(other)
-            other.copy_(spare)
-    for alike in _alike(elsewhere, weights):
-        for group in _launches(alike, weights):
-            _swap_group_([weights[index] for index in group], [kept[index] for index in group])
+    for alike in _alike([_identity(decay) for decay in decays]):
+        rule = _Parting(decays[alike[0]])
+        _pass_on_(_chosen(weights, alike), _chosen(kept, alike), rule, scratch)
 
 
-def _swap_group_(weights: list[Tensor], kept: list[Tensor]) -> None:
-    """Do the same for tensors of one device and dtype."""
-    spares = [torch.empty_like(tensor) for tensor in weights]
-    torch._foreach_copy_(spares, weights)
-    torch._foreach_copy_(weights, kept)
-    torch._foreach_copy_(kept, spares)
+@torch.no_grad()
+def join_(weights: Tensors, kept: Tensors, decays: Sequence[Scalar]) -> None:
+    r"""Undo `part_`, up to rounding, with the steps that `kept` holds now.
+
+    Args:
+        weights: n plain tensors θ'. Overwritten with :math:`(1-\delta)\theta' + \Delta`.
+        kept: Steps :math:`\Delta`. Overwritten with θ'.
+        decays: :math:`\delta`, n of them.
+
+    Example:
+        >>> weights, steps = [torch.tensor([2.0])], [torch.tensor([1.0])]
+        >>> join_(weights, steps, [0.5])
+        >>> weights, steps
+        ([tensor([2.])], [tensor([2.])])
+    """
+    scratch = _Scratch()
+    for alike in _alike([_identity(decay) for decay in decays]):
+        rule = _Joining(decays[alike[0]])
+        _pass_on_(_chosen(kept, alike), _chosen(weights, alike), rule, scratch)
+
+
+def _pass_on_(xs: Tensors, ys: Tensors, rule: _Rule, scratch: _Scratch) -> None:
+    """Let each x take over what its y holds, and each y become what a rule makes of both.
+
+    Args:
+        xs: n plain tensors. Overwritten.
+        ys: Tensors like them. Overwritten.
+        rule: Called with the values of both.
+        scratch: Memory for the pieces.
+    """
+    together: list[int] = []
+    for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        if not _is_large_on_host(x):
+            together.append(index)
+            continue
+        for piece, its_other, spare in scratch.pieces(x, y):
+            rule.write(piece, its_other, spare)
+            piece.copy_(its_other)
+            its_other.copy_(spare)
+    for group in _launches(together, xs):
+        first = _chosen(xs, group)
+        second = _chosen(ys, group)
+        results = rule.results(first, second)
+        torch._foreach_copy_(first, second)
+        torch._foreach_copy_(second, results)
 
 
 @torch.no_grad()
@@ -198,13 +308,8 @@ def adopt_(kept: Tensors, weights: Tensors, flags: Tensors) -> None:
         >>> kept
         [tensor([1., 1.]), tensor([0.])]
     """
-    for alike in _alike(range(len(kept)), kept):
-        for group in _launches(alike, kept):
-            _adopt_group_(
-                [kept[index] for index in group],
-                [weights[index] for index in group],
-                [flags[index] for index in group],
-            )
+    for group in _launches(range(len(kept)), kept):
+        _adopt_group_(_chosen(kept, group), _chosen(weights, group), _chosen(flags, group))
 
 
 def _adopt_group_(kept: list[Tensor], weights: list[Tensor], flags: list[Tensor]) -> None:
@@ -274,42 +379,51 @@ def _rows(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return one, other
 
 
-def _by_place(tensors: Tensors) -> tuple[list[int], list[int]]:
-    """Return the numbers of the tensors on a CPU, and of the others."""
-    on_host = [index for index, tensor in enumerate(tensors) if _is_on_host(tensor)]
-    known = set(on_host)
-    return on_host, [index for index in range(len(tensors)) if index not in known]
-
-
 def _is_on_host(tensor: Tensor) -> bool:
     """Say whether a tensor lives on a CPU."""
     return tensor.device.type == "cpu"
 
 
-def _kind(tensor: Tensor) -> Hashable:
-    """Return what tensors in one launch share."""
-    return tensor.device, tensor.dtype
+def _is_large_on_host(tensor: Tensor) -> bool:
+    """Say whether a tensor lives on a CPU and is worth an operation of its own."""
+    return tensor.numel() >= ALONE_FROM and _is_on_host(tensor)
 
 
-def _alike(indexes: Sequence[int], tensors: Tensors) -> list[list[int]]:
-    """Return numbers of tensors, together where device and dtype are the same."""
+def _identity(number: Scalar) -> Hashable:
+    """Return what equal numbers share; a tensor, which is not read, equals itself alone."""
+    return id(number) if isinstance(number, Tensor) else number
+
+
+def _chosen(tensors: Tensors, indexes: Sequence[int]) -> list[Tensor]:
+    """Return some of the tensors, by their numbers."""
+    return [tensors[index] for index in indexes]
+
+
+def _alike(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Return the numbers of the keys, together where they are equal."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index in indexes:
-        groups[_kind(tensors[index])].append(index)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
     return list(groups.values())
 
 
-def _launches(indexes: Sequence[int], tensors: Tensors, most: int = GROUP) -> Iterator[list[int]]:
-    """Iterate over numbers of tensors whose elements together are at most `most`, or one alone."""
-    group: list[int] = []
-    elements = 0
-    for index in indexes:
-        count = tensors[index].numel()
-        if group and elements + count > most:
+def _launches(indexes: Sequence[int], tensors: Tensors) -> Iterator[list[int]]:
+    """Iterate over numbers of tensors of one device and dtype that share a launch.
+
+    Their elements together are not many more than fit in a cache, or one tensor is alone.
+    """
+    kinds = [(tensors[index].device, tensors[index].dtype) for index in indexes]
+    for alike in _alike(kinds):
+        most = PIECE if _is_on_host(tensors[indexes[alike[0]]]) else GROUP
+        group: list[int] = []
+        elements = 0
+        for index in (indexes[place] for place in alike):
+            count = tensors[index].numel()
+            if group and elements + count > most:
+                yield group
+                group = []
+                elements = 0
+            group.append(index)
+            elements += count
+        if group:
             yield group
-            group = []
-            elements = 0
-        group.append(index)
-        elements += count
-    if group:
-        yield group

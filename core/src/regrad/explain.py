@@ -108,14 +108,26 @@ def explain(
 
 
 def _rows_of_one_step(trial: BatchTrial, batch: Any, *, has_criterion: bool) -> list[Row]:
-    """Compute the gradients of one batch, correct them, and return what each correction changed."""
+    """Compute the gradients of one batch, correct them, and return what each correction changed.
+
+    The copy of the optimizer takes a step where a correction changes what that does.
+    """
     trial.engine.meter.detail = []
     # A model may compute its loss itself here, although it does not in the loop.
     trial.engine.criterion_called = True
     criterion = trial.criterion if has_criterion else None
-    loss = _loss_of(trial.model.train(), criterion, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    trial.engine.correct()
+
+    def compute() -> Tensor:
+        trial.optimizer.zero_grad()
+        loss = _loss_of(trial.model.train(), criterion, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    if trial.engine.callers["correct_update"]:
+        trial.optimizer.step(compute)  # type: ignore[arg-type]
+    else:
+        compute()
+        trial.engine.correct()
     rows: list[Row] = []
     for name, stage, tensors, measured in trial.engine.meter.detail:
         changes, cosines = change_and_cosine(measured)

@@ -10,6 +10,7 @@ In time order of one optimizer step::
         correct_gradients    gradients final, weights restored
         correct_moments      right after, just before the update
         optimizer update     the user's
+        correct_update       right after, what it did may be changed
         after_step           the update happened
 """
 
@@ -79,11 +80,18 @@ class Step:
         where_to: Takes what `predict_weights` returned, and returns where each of
             `parameters` would go, as a new tensor; None where it stays.
         layout: How the parameters lie; None for a step that no attachment made.
+        displacements: In `correct_update`, what the optimizer's step added to each of
+            `parameters`, without decoupled weight decay, in the parameter's shape and layout; None
+            where it was not stepped or no correction of the stage selects it. Empty elsewhere.
+        kept_gradients: Returns, given the step, what `gradients` shows after the update, when the
+            optimizer may have cleared them; None before.
     """
 
     correction: Correction
     where_to: Callable[[Sequence[Tensor | LastStep | None]], list[Tensor | None]]
     layout: Layout | None = None
+    displacements: Sequence[Tensor | None] = ()
+    kept_gradients: Callable[[Step], list[Tensor | None]] | None = None
 
     def __init__(self, optimizer: optim.Optimizer, index: int) -> None:
         self.optimizer = optimizer
@@ -98,7 +106,15 @@ class Step:
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """`.grad` of each of `parameters`; None if there is none."""
+        """`.grad` of each of `parameters`; None if there is none.
+
+        In `correct_update` they are those that the update used.
+
+        Raises:
+            RegradError: There, at the first step, if the optimizer has written into them.
+        """
+        if self.kept_gradients is not None:
+            return self.kept_gradients(self)
         return [parameter.grad for parameter in self.parameters]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -125,9 +141,24 @@ class Step:
             >>> list(step.named_gradients())
             [('bias', tensor([1.]))]
         """
-        for name, parameter in self.named_parameters():
-            if parameter.grad is not None:
-                yield name, parameter.grad
+        for name, gradient in zip(self.names, self.gradients, strict=True):
+            if gradient is not None:
+                yield name, gradient
+
+    def named_displacements(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the displacements that exist, with the names of their parameters.
+
+        Example:
+            >>> import torch
+            >>> step = Step(torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.1), 0)
+            >>> step.names = ["weight", "bias"]
+            >>> step.displacements = [None, torch.ones(1)]
+            >>> list(step.named_displacements())
+            [('bias', tensor([1.]))]
+        """
+        for name, displacement in zip(self.names, self.displacements, strict=True):
+            if displacement is not None:
+                yield name, displacement
 
     def group_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """Return the optimizer's parameter group of `parameter`."""
@@ -410,6 +441,16 @@ class CorrectionSpec:
         """Add to optimizer state that the next update will read.
 
         Called after every `correct_gradients`, just before the update.
+        """
+
+    def correct_update(self, step: Step) -> None:
+        r"""Change `step.displacements` in place.
+
+        Called right after the optimizer's update, not for a step that a scaler skips. With rate
+        :math:`\eta` and decoupled weight decay :math:`\lambda` a displacement is
+        :math:`\Delta = \theta' - (1-\eta\lambda)\theta`. While the hook runs, the parameters hold θ
+        again; afterwards the core gives them :math:`(1-\eta\lambda)\theta + \Delta`. θ lies in the
+        window's buffer. `step.gradients` are those that the update used.
         """
 
     def after_step(self, step: Step) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from regrad.samples import sample
-from regrad.sharding import local
+from regrad.sharding import local, with_part
 
 
 class Holds(enum.Enum):
@@ -39,6 +40,7 @@ class Kept:
         tensor: Like its local part.
         holds: What it holds.
         is_followed: Whether a `LastStep` was requested last.
+        is_corrected: Whether corrections change what the optimizer does to the parameter.
         has_gradient: Whether the parameter had a gradient in the step under way.
         writes: How often it was written before that step.
     """
@@ -47,6 +49,7 @@ class Kept:
     tensor: Tensor
     holds: Holds = Holds.NOTHING
     is_followed: bool = False
+    is_corrected: bool = False
     has_gradient: bool = False
     writes: int = -1
 
@@ -54,6 +57,21 @@ class Kept:
     def live(self) -> Tensor:
         """The local part of the parameter as it is now."""
         return local(self.parameter)
+
+    @functools.cached_property
+    def as_parameter(self) -> Tensor:
+        """The buffer as a tensor of the parameter's kind: a shard where that is one."""
+        return with_part(self.parameter, self.tensor)
+
+    def begin_step(self) -> None:
+        """Note that the optimizer steps the parameter from the weights in the buffer."""
+        self.holds = Holds.TRUE
+        self.writes = self.live._version
+        self.has_gradient = self.parameter.grad is not None
+
+    def was_stepped(self) -> bool:
+        """Say whether the optimizer stepped the parameter: it had a gradient, or was written."""
+        return self.has_gradient or self.live._version != self.writes
 
     def fits(self, part: Tensor) -> bool:
         """Say whether the buffer is like the local part of a parameter."""

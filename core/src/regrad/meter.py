@@ -143,6 +143,11 @@ class Meter:
         """Measure the optimizer's state before and after."""
         return (yield from self._around(step, "moment", _moments))
 
+    @hookimpl(wrapper=True)
+    def correct_update(self, step: Step) -> Generator[None, Any, Any]:
+        """Measure what the optimizer did before and after."""
+        return (yield from self._around(step, "update", _displacements))
+
     def _around(
         self, step: Step, stage: str, read: Callable[[Step, Any], Named]
     ) -> Generator[None, Any, Any]:
@@ -207,6 +212,11 @@ def _weights(step: Step, moves: Sequence[Tensor | LastStep | None] | None) -> Na
 def _gradients(step: Step, _: object) -> Named:
     """Return the dense gradients."""
     return {name: local(grad) for name, grad in step.named_gradients() if not grad.is_sparse}
+
+
+def _displacements(step: Step, _: object) -> Named:
+    """Return what the optimizer's step did."""
+    return {name: local(displacement) for name, displacement in step.named_displacements()}
 
 
 def _moments(step: Step, _: object) -> Named:

@@ -1,6 +1,9 @@
-"""Facts about torch's optimizers: their parameters, their first moment, whether they look ahead."""
+"""Facts about optimizers: parameters, first moment, decay, whether they look ahead."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn, optim
 
@@ -18,6 +21,9 @@ FIRST_MOMENTS: dict[type[optim.Optimizer], str] = {
 
 Ask for the exact class: other libraries, and subclasses, use the same keys for other things.
 """
+
+DECOUPLED = (optim.AdamW, optim.Adafactor, optim.Muon)
+"""Classes of torch whose weight decay is decoupled, although their groups do not say so."""
 
 
 def parameters_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:
@@ -69,6 +75,44 @@ def first_moment_key(optimizer: optim.Optimizer) -> str | None:
         True
     """
     return FIRST_MOMENTS.get(type(optimizer))
+
+
+def decoupled_decay(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> float | None:
+    """Return the decay rate λ of a step that contains −ηλθ, besides what the gradient moves.
+
+    A group says it itself by "decoupled_weight_decay", as those of torch's Adam do. Of torch's
+    other classes, and of pytorch_optimizer's groups, it is known.
+
+    Args:
+        optimizer: The innermost optimizer.
+        group: One of its parameter groups.
+
+    Returns:
+        0 if the decay is added to the gradient, or there is none; None if it is unknown which of
+        the two a foreign class does.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.1)
+        >>> decoupled_decay(optimizer, optimizer.param_groups[0])
+        0.1
+    """
+    decay = float(group.get("weight_decay") or 0.0)
+    if not decay:
+        return 0.0
+    optimizer = stepped_by(optimizer)
+    library = type(optimizer).__module__.partition(".")[0]
+    is_decoupled = group.get("decoupled_weight_decay")
+    if is_decoupled is None and library == "torch":
+        is_decoupled = isinstance(optimizer, DECOUPLED)
+    if is_decoupled is None and library == "pytorch_optimizer":
+        is_decoupled = group.get("weight_decouple")
+        # Their "fixed decay" is not multiplied by the rate.
+        if is_decoupled and group.get("fixed_decay"):
+            return None
+    if is_decoupled is None:
+        return None
+    return decay if is_decoupled else 0.0
 
 
 def looks_ahead(optimizer: optim.Optimizer) -> bool:

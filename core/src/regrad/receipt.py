@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from regrad.hookspecs import Step
 
 CLIPPED = "gradients are read as the loop leaves them at step(): clipping in the loop comes first"
-ON_WEIGHTS = {"gradient", "moment", "weights"}
+ON_WEIGHTS = {"gradient", "moment", "update", "weights"}
 
 
 def receipt(engine: Engine, reasons: tuple[str, ...]) -> dict[str, Any]:

@@ -282,6 +282,11 @@ def _refuse_a_second_use(correction: Correction) -> None:
 def _refuse_layout(correction: Correction, layout: Layout) -> None:
     """Refuse a layout that does not offer what is read, or that is not on a list of layouts."""
     needs = correction.needs
+    if "update" in needs.stages and layout.own_step is not None:
+        raise RegradError(
+            f"{correction.name!r} is not exact on layout {layout.name!r}: it changes what the "
+            "optimizer does, and this engine steps tensors of its own; use DDP or FSDP2"
+        )
     for need in needs.reads:
         if need not in layout.offers:
             why = needs.conflicts.get(layout.name) or layout.why_not(need)
@@ -315,6 +320,8 @@ def _refuse_optimizers_that_move_weights(correction: Correction, layers: Sequenc
             _refuse_discrete_weights(correction, layer)
             _refuse_schedule_free(correction, layer)
             _refuse_moves_after_the_step(correction, layer)
+        if "update" in stages:
+            _refuse_a_second_copy(correction, layer)
 
 
 def _refuse_a_second_evaluation(correction: Correction, layer: Any) -> None:
@@ -340,6 +347,14 @@ def _refuse_schedule_free(correction: Correction, layer: Any) -> None:
         raise RegradError(
             f"{correction.name!r} and a Schedule-Free optimizer both move the point at which the "
             "gradient is taken"
+        )
+
+
+def _refuse_a_second_copy(correction: Correction, layer: Any) -> None:
+    if is_kind(layer, "schedulefree"):
+        raise RegradError(
+            f"{correction.name!r} changes what the optimizer does to the weights; a Schedule-Free "
+            "optimizer keeps them twice, and the other ones would not change; use one of the two"
         )
 
 

@@ -24,6 +24,36 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(tensor) for tensor in tensors]
 
 
+def with_part(tensor: Any, part: Tensor) -> Tensor:
+    """Return a part of this process as a tensor that is cut as another is.
+
+    Args:
+        tensor: Plain or DTensor.
+        part: Like its local part.
+
+    Returns:
+        `part` itself if the tensor is plain, else a DTensor that shows it.
+
+    Example:
+        >>> import torch
+        >>> with_part(torch.zeros(2), torch.ones(2))
+        tensor([1., 1.])
+    """
+    if not is_sharded(tensor):
+        return part
+    # Heavy to import, and only shards need it.
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    return DTensor.from_local(
+        part,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 def sum_over_shards(values: Tensor, tensor: Any, kept: int | None = None) -> Tensor:
     """Add, in place, what each process computed from its own part of `tensor`.
 

@@ -1,15 +1,16 @@
-"""The window: the time between moving weights and restoring them."""
+"""The window: the time between moving weights and restoring them, and what a step did to them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrad.errors import RegradError
-from regrad.exchange import adopt_, extrapolate_, swap_
+from regrad.exchange import adopt_, extrapolate_, join_, part_, swap_
 from regrad.hookspecs import LastStep
 from regrad.kept_weights import Holds, Kept, Loaded, loaded_from
 from regrad.samples import Samples, sample
@@ -23,7 +24,7 @@ class Window:
 
     One buffer per parameter, kept from step to step: allocating it again costs several times the
     copy. While the weights are moved it holds the true ones. After the optimizer's step it still
-    holds those from before the step, so that a `LastStep` can be followed.
+    holds those from before the step, so that the step can be corrected, and a `LastStep` followed.
 
     Attributes:
         is_open: Whether the weights of this step were already requested; true also
@@ -74,7 +75,8 @@ class Window:
             self._forget_what_was_written()
         pairs = zip(parameters, moves, strict=True)
         wanted = [(self._kept_of(p), move) for p, move in pairs if move is not None]
-        self._kept = {kept.parameter: kept for kept, _ in wanted}
+        others = self._unmoved(parameters)
+        self._kept = others | {kept.parameter: kept for kept, _ in wanted}
         if not wanted:
             return False
         self._moved = self._move(wanted)
@@ -147,6 +149,16 @@ class Window:
             return ahead
         return None
 
+    def _unmoved(self, parameters: Sequence[Tensor]) -> dict[Tensor, Kept]:
+        """Return the buffers that are kept for other reasons than the moves of this step."""
+        present = set(parameters)
+        found: dict[Tensor, Kept] = {}
+        for parameter, kept in self._kept.items():
+            if kept.is_corrected and parameter in present:
+                kept.is_followed = False
+                found[parameter] = kept
+        return found
+
     def _follows(self) -> bool:
         """Say whether any parameter goes on along its last steps."""
         return any(kept.is_followed for kept in self._kept.values())
@@ -202,13 +214,14 @@ class Window:
 
     # ---- restoring
 
-    def close(self, *, before_step: bool = False) -> bool:
+    def close(self, *, before_step: bool = False, corrected: Sequence[Tensor] = ()) -> bool:
         """Restore the moved parameters that nobody else wrote.
 
         Args:
             before_step: Whether the optimizer steps now: the buffers then hold the weights from
                 which it does. Else where parameters were moved to along their last step is kept,
                 should the forward pass of this step come again.
+            corrected: The parameters of which `displacements` will be asked after the step.
 
         Returns:
             Whether any parameter was moved.
@@ -217,13 +230,18 @@ class Window:
         if before_step:
             self._take_loaded()
         follows = self._follows()
-        if not self._moved and not (before_step and follows):
-            return False
-        return self._restore_moved(before_step=before_step, follows=follows)
+        was_moved = bool(self._moved)
+        if was_moved or (before_step and follows):
+            self._restore_moved(before_step=before_step)
+        if before_step:
+            self._begin_step(corrected)
+        elif was_moved and follows:
+            self._watch()
+        return was_moved
 
     @torch.no_grad()
-    def _restore_moved(self, *, before_step: bool, follows: bool) -> bool:
-        """Do so; `follows` says whether any parameter goes on along its last steps."""
+    def _restore_moved(self, *, before_step: bool) -> None:
+        """Do so, and note what was written meanwhile, also into parameters that were not moved."""
         flags = self._forget_what_was_written()
         moved = self._moved
         self._moved = []
@@ -232,11 +250,6 @@ class Window:
         if flags:
             found = [flags.get(kept.parameter) for kept in moved]
             self._count_on_device([flag for flag in found if flag is not None])
-        if before_step:
-            self._begin_step()
-        elif follows:
-            self._watch()
-        return bool(moved)
 
     def _count_on_device(self, flags: list[Tensor]) -> None:
         """Add the flags that are set to the count of all so far."""
@@ -251,21 +264,54 @@ class Window:
 
     # ---- the step
 
-    def _begin_step(self) -> None:
-        """Let the buffers hold the weights that the optimizer steps from."""
-        followed = [kept for kept in self._kept.values() if kept.is_followed]
-        _copy([kept for kept in followed if kept.holds is not Holds.TRUE])
-        for kept in followed:
-            kept.holds = Holds.TRUE
-            kept.writes = kept.live._version
-            kept.has_gradient = kept.parameter.grad is not None
+    @torch.no_grad()
+    def _begin_step(self, corrected: Sequence[Tensor]) -> None:
+        """Let the buffers hold the weights that the optimizer steps from, where that is needed."""
+        for kept in self._kept.values():
+            kept.is_corrected = False
+        for parameter in corrected:
+            kept = self._kept_of(parameter)
+            kept.is_corrected = True
+            self._kept[parameter] = kept
+        needed = [kept for kept in self._kept.values() if kept.is_followed or kept.is_corrected]
+        # Only of followed ones it is known whether somebody wrote them meanwhile.
+        _copy([kept for kept in needed if kept.holds is not Holds.TRUE or not kept.is_followed])
+        for kept in needed:
+            kept.begin_step()
+
+    @contextlib.contextmanager
+    def displacements(
+        self, decays: Mapping[Tensor, float | Tensor]
+    ) -> Iterator[dict[Tensor, Tensor]]:
+        """Show what the optimizer's step did, for the time of a block, and let it be changed.
+
+        In the block the parameters hold the weights from before the step. Afterwards they hold
+        those, less their decay, plus what the displacements hold then.
+
+        Args:
+            decays: Of the parameters that `close` was told of: the share of the weights that the
+                step took off besides. The displacements are without it.
+
+        Yields:
+            The displacements of those that the optimizer stepped, by parameter; each of its kind
+            and shape.
+        """
+        stepped = [k for k in self._kept.values() if k.is_corrected and k.was_stepped()]
+        shares = [decays[kept.parameter] for kept in stepped]
+        part_(*_pairs(stepped), shares)
+        try:
+            yield {kept.parameter: kept.as_parameter for kept in stepped}
+        finally:
+            join_(*_pairs(stepped), shares)
 
     def end_step(self) -> None:
         """Note that the optimizer stepped the parameters with a gradient, and those it wrote."""
         for kept in self._kept.values():
-            if not (kept.is_followed and kept.holds is Holds.TRUE):
+            if kept.holds is not Holds.TRUE:
                 continue
-            if kept.has_gradient or kept.live._version != kept.writes:
+            if not kept.is_followed:
+                kept.holds = Holds.NOTHING
+            elif kept.was_stepped():
                 kept.holds = Holds.BEFORE
         self.note_writes()
 

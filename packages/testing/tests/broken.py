@@ -199,6 +199,80 @@ class TestReadsWeightsWhenLoaded(Halved):
     caught_by = "resume alone"
 
 
+class Shorten(Correction):
+    """Δ ← factor·Δ where it goes up the gradient: right, and the base of all that is wrong with updates."""
+
+    name = "shorten"
+    needs = Needs(stages=("update",), layouts=EVERYWHERE)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        factor: float = 0.5
+
+    def correct_update(self, step):
+        for displacement, gradient in zip(step.displacements, step.gradients, strict=True):
+            if displacement is not None:
+                self.correct(local(displacement), local(gradient))
+
+    def correct(self, displacement, gradient):
+        displacement.mul_(torch.where(displacement * gradient > 0, self.options.factor, 1.0))
+
+
+class Shortened(CorrectionSuite):
+    correction = Shorten
+    processes = 1
+
+    def reference(self, step):
+        return [
+            torch.where(
+                displacement * gradient > 0, step.options.factor * displacement, displacement
+            )
+            for displacement, gradient in zip(step.displacements, step.gradients, strict=True)
+        ]
+
+
+class ShortensTheOthers(Shorten):
+    """Takes what goes down the gradient: a sign too many."""
+
+    def correct(self, displacement, gradient):
+        super().correct(displacement, -gradient)
+
+
+class TestShortensTheOthers(Shortened):
+    correction = ShortensTheOthers
+    caught_by = "reference"
+
+
+class ReplacesDisplacements(Shorten):
+    """Puts new tensors in place of the displacements, which nobody reads."""
+
+    def correct_update(self, step):
+        step.displacements = [
+            None if displacement is None else displacement.clone()
+            for displacement in step.displacements
+        ]
+        super().correct_update(step)
+
+
+class TestReplacesDisplacements(Shortened):
+    correction = ReplacesDisplacements
+    caught_by = "reference"
+
+
+class WritesWeights(Shorten):
+    """Changes the weights beside the displacements."""
+
+    def correct_update(self, step):
+        super().correct_update(step)
+        for parameter in step.parameters:
+            parameter.mul_(0.999)
+
+
+class TestWritesWeights(Shortened):
+    correction = WritesWeights
+    caught_by = "in place"
+
+
 class OwnHooks(Halve):
     """Sets hooks of its own, and takes them away at detach."""
 

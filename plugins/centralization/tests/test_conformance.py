@@ -42,6 +42,24 @@ class TestDecayed(CorrectionSuite):
         return corrected
 
 
+class TestUpdate(CorrectionSuite):
+    correction = Centralization
+    effective_options = {"placement": "update"}
+    optimizers = {
+        "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+        "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+    }
+
+    def reference(self, step):
+        rows = zip(step.modules, step.weights, step.displacements, strict=True)
+        return [
+            reference.centralize(displacement, reference.outputs(module, weight.shape))
+            if weight.dim() > 1
+            else displacement
+            for module, weight, displacement in rows
+        ]
+
+
 class TestConvolutions(CorrectionSuite):
     correction = Centralization
     effective_options = {"conv_only": True}

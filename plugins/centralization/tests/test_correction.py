@@ -13,6 +13,7 @@ from regrad_centralization.units import unit_of, units_of
 from torch import nn
 
 SPECS = ["centralization", "centralization:placement=decayed"]
+UPDATE = "centralization:placement=update"
 
 
 def make_model(dtype=torch.float64, seed=0):
@@ -250,6 +251,107 @@ def test_a_step_of_adam_has_a_mean_again_though_its_gradients_have_none():
     assert (model[0].weight.detach().mean(1) - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    ],
+    ids=["adam", "rmsprop", "nesterov"],
+)
+def test_centred_updates_never_move_a_mean_whatever_the_optimizer(make):
+    model = make_model()
+    weight = model[0].weight
+    before = weight.detach().clone()
+    train(model, [UPDATE], make=lambda m: make(m.parameters()))
+    moved = weight.detach() - before
+    assert moved.mean(1).abs().max() < 1e-15
+    assert moved.abs().max() > 1e-3
+
+
+def test_centred_updates_leave_means_to_decoupled_decay():
+    model = make_model()
+    before = model[0].weight.detach().mean(1)
+
+    def make(model):
+        return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
+
+    train(model, [UPDATE], make=make)
+    after = model[0].weight.detach().mean(1)
+    torch.testing.assert_close(after, before * (1 - 0.01 * 0.5) ** 5, rtol=0, atol=1e-15)
+
+
+def test_a_centred_update_is_the_authors_step_of_adam(reference):
+    """Their `gc_loc=False`: decay goes into the gradient, and the update is centred."""
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02, weight_decay=0.1)
+    twin = make_model()
+    other = torch.optim.Adam(twin.parameters(), lr=0.02, weight_decay=0.1)
+    regrad.attach(model, optimizer, [UPDATE])
+    for inputs, target in batches():
+        for net, its_optimizer in ((model, optimizer), (twin, other)):
+            its_optimizer.zero_grad()
+            loss_of(net, inputs, target).backward()
+        before = [p.detach().clone() for p in twin.parameters()]
+        optimizer.step()
+        other.step()
+        with torch.no_grad():
+            for parameter, old in zip(twin.parameters(), before, strict=True):
+                step = parameter - old
+                if step.dim() > 1:
+                    units = reference.outputs(nn.Linear(1, 1), step.shape)
+                    parameter.copy_(old + reference.centralize(step, units))
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+
+
+def test_under_sgd_a_centred_update_is_that_of_the_centred_and_decayed_gradient():
+    ends = [train(make_model(), [spec])[0] for spec in (UPDATE, SPECS[1])]
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+def test_a_bias_is_the_optimizers_to_the_bit_beside_centred_updates():
+    models = []
+    for specs in ([UPDATE], []):
+        model = make_model()
+        inputs, target = batches()[0]
+        optimizer = sgd(model)
+        with regrad.attach(model, optimizer, specs):
+            loss_of(model, inputs, target).backward()
+            optimizer.step()
+        models.append(model)
+    assert torch.equal(models[0][0].bias, models[1][0].bias)
+    assert not torch.equal(models[0][0].weight, models[1][0].weight)
+
+
+def test_sparse_gradients_are_refused_beside_centred_updates():
+    model = nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrad.attach(model, optimizer, [UPDATE])
+    model(torch.tensor([1, 2])).square().sum().backward()
+    with pytest.raises(regrad.RegradError, match="must not see sparse gradients"):
+        optimizer.step()
+
+
+def test_updates_of_parameters_that_come_later_are_centred_too():
+    model = make_model()
+    optimizer = torch.optim.Adam(model[2].parameters(), lr=0.1)
+    with regrad.attach(model, optimizer, [UPDATE]):
+        for index, (inputs, target) in enumerate(batches()):
+            if index == 1:
+                model.append(nn.Linear(3, 3).double())
+                late = [*model[0].parameters(), *model[3].parameters()]
+                starts = {layer: layer.weight.detach().mean(1) for layer in (model[0], model[3])}
+                optimizer.add_param_group({"params": late})
+            optimizer.zero_grad()
+            loss_of(model, inputs, target).backward()
+            optimizer.step()
+    for layer, start in starts.items():
+        assert (layer.weight.detach().mean(1) - start).abs().max() < 1e-15
+
+
 def test_without_decay_the_placements_are_the_same_to_the_bit():
     ends = [
         train(make_model(), [spec], make=lambda m: sgd(m, weight_decay=0.0))[0] for spec in SPECS
@@ -444,7 +546,7 @@ def test_idle_reasons_name_the_probable_cause():
     [
         (
             {"placement": "decay"},
-            r"placement must be Literal\['gradient', 'decayed'\], got 'decay'",
+            r"placement must be Literal\['gradient', 'decayed', 'update'\], got 'decay'",
         ),
         ({"conv_only": 1}, "conv_only must be bool, got 1"),
         (

@@ -52,3 +52,11 @@ def clip_value(grad, max_value):
     """Every element on its own."""
     clipped = [min(max(x, -max_value), max_value) for x in grad.double().flatten().tolist()]
     return torch.tensor(clipped, dtype=torch.float64).reshape(grad.shape)
+
+
+def clip_update(displacement, rate, max_rms):
+    """Shazeer and Stern, 2018, section 6."""
+    steps = displacement.double().flatten().tolist()
+    rms = math.sqrt(sum((step / rate) ** 2 for step in steps) / len(steps))
+    clipped = [step / max(1.0, rms / max_rms) for step in steps]
+    return torch.tensor(clipped, dtype=torch.float64).reshape(displacement.shape)

@@ -1,6 +1,6 @@
 """Every clause of the conformance kit, with the references beside this file."""
 
-from regrad_clipping import AGC, ClipNorm, ClipValue
+from regrad_clipping import AGC, ClipNorm, ClipUpdate, ClipValue
 from regrad_testing import CorrectionSuite, load_beside
 
 reference = load_beside(__file__, "reference")
@@ -23,6 +23,18 @@ class TestClipValue(CorrectionSuite):
     def reference(self, step):
         return [
             reference.clip_value(gradient, step.options.max_value) for gradient in step.gradients
+        ]
+
+
+class TestClipUpdate(CorrectionSuite):
+    correction = ClipUpdate
+    effective_options = {"max_rms": 0.2}
+
+    def reference(self, step):
+        rows = zip(step.displacements, step.lrs, strict=True)
+        return [
+            reference.clip_update(displacement, rate, step.options.max_rms)
+            for displacement, rate in rows
         ]
 
 

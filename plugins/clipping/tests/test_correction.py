@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from regrad import Correction
 from regrad.correction import Needs
-from regrad_clipping import AGC, ClipNorm, ClipValue
+from regrad_clipping import AGC, ClipNorm, ClipUpdate, ClipValue
 from torch import nn
 
 SPECS = ["clip-norm:max_norm=0.05", "clip-value:max_value=0.01", "agc:max_ratio=0.02"]
@@ -408,3 +408,74 @@ def test_clipping_by_norm_takes_complex_parameters_and_is_measured():
     assert model.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
     effect = attachment.receipt()["effects"]["clip-norm"]["gradient"]
     assert effect["relative_change"] == pytest.approx(1 - 1 / before.norm().item(), rel=1e-5)
+
+
+def steps_of(corrections, make, data):
+    """Return the root mean square of each tensor's first step, in units of the rate .01."""
+    model = make_model(torch.float64)
+    before = [p.detach().clone() for p in model.parameters()]
+    ends, metrics = train(model, corrections, make=make, data=data)
+    pairs = zip(ends, before, strict=True)
+    return [((end - start) / 0.01).square().mean().sqrt().item() for end, start in pairs], metrics
+
+
+def test_no_tensor_moves_further_than_the_bound_and_only_those_beyond_it_are_changed():
+    def make(model):
+        return torch.optim.SGD(model.parameters(), lr=0.01)
+
+    data = batches(count=1, dtype=torch.float64)
+    plain, _ = steps_of([], make, data)
+    bound = sum(sorted(plain)[1:3]) / 2
+    clipped, metrics = steps_of([ClipUpdate(max_rms=bound)], make, data)
+    assert clipped == pytest.approx([min(rms, bound) for rms in plain])
+    assert metrics["clip-update/share_clipped"] == 0.5
+    assert metrics["clip-update/smallest_factor"] == pytest.approx(bound / max(plain))
+
+
+@pytest.mark.parametrize(
+    "rate", [0.01, torch.tensor(0.01, dtype=torch.float64)], ids=["number", "tensor"]
+)
+def test_decoupled_decay_is_no_part_of_what_is_clipped(rate):
+    def make(model):
+        return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=10.0)
+
+    model = make_model(torch.float64)
+    before = [p.detach().clone() for p in model.parameters()]
+    ends, _ = train(
+        model, [ClipUpdate(max_rms=1e-9)], make=make, data=batches(1, dtype=torch.float64)
+    )
+    for end, start in zip(ends, before, strict=True):
+        torch.testing.assert_close(end, (1 - 0.1) * start, rtol=0, atol=1e-10)
+
+
+def test_without_a_first_moment_it_is_stable_adamws_clipping():
+    """timm's bound is on the gradient over the root: with a first moment it is another rule."""
+    library = pytest.importorskip("timm.optim", reason="timm is not installed")
+
+    def theirs(model):
+        return library.AdamWLegacy(
+            model.parameters(), lr=0.01, betas=(0.0, 0.9), weight_decay=0.1, clipping_threshold=0.5
+        )
+
+    def ours(model):
+        return torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.0, 0.9), weight_decay=0.1)
+
+    data = batches(count=20, dtype=torch.float64)
+    wanted, _ = train(make_model(torch.float64), [], make=theirs, data=data)
+    got, metrics = train(make_model(torch.float64), [ClipUpdate(max_rms=0.5)], make=ours, data=data)
+    assert metrics["clip-update/share_clipped"] > 0
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_clipping_of_the_update_must_beat_clipping_of_the_gradient():
+    control = ClipUpdate().control(torch.optim.SGD(make_model().parameters()))
+    assert control.corrections == ("clip-norm",)
+
+
+def test_an_optimizer_without_a_rate_is_refused_beside_clipping_of_the_update():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(regrad.RegradError, match="lr must be a number"):
+        regrad.attach(model, optimizer, ["clip-update"])

@@ -9,6 +9,7 @@ from regrad_clipping.functional import (
     clip_adaptive_,
     clip_norm_,
     clip_units_,
+    clip_update_,
     clip_value_,
     gradient_norm,
     scale_units_,
@@ -326,3 +327,42 @@ def test_a_gpu_gives_the_numbers_of_the_cpu_without_waiting():
             clip_value_(grads, max_value=1e-3)
     for (a, _), (b, _) in zip(pairs, there, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("max_rms", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_update_is_clipped_as_the_reference_does(reference, shape, max_rms):
+    step, _ = pair(shape)
+    wanted = reference.clip_update(step, 0.5, max_rms)
+    clip_update_(step, 0.5, max_rms=max_rms)
+    torch.testing.assert_close(step, wanted, rtol=1e-14, atol=0)
+
+
+def test_an_update_of_twice_the_bound_is_halved():
+    # rms of (3, −4, 5) is √(50/3) = 4.0825; with a rate of .5 that is 8.165
+    step = torch.tensor([3.0, -4.0, 5.0], dtype=torch.float64)
+    factor = clip_update_(step, torch.tensor([0.5], dtype=torch.float64), max_rms=(50 / 3) ** 0.5)
+    torch.testing.assert_close(step.tolist(), [1.5, -2.0, 2.5], rtol=1e-14, atol=0)
+    assert factor.item() == pytest.approx(0.5)
+
+
+def test_an_update_below_the_bound_stays_to_the_bit_and_zero_stays_zero():
+    step, _ = pair((3, 4))
+    same = step.clone()
+    clip_update_(step, 1.0, max_rms=1e9)
+    assert torch.equal(step, same)
+    for rate in (0.0, 0.1):
+        nothing = torch.zeros(3)
+        clip_update_(nothing, rate)
+        assert nothing.tolist() == [0.0] * 3
+
+
+def test_a_non_finite_update_spreads_over_its_tensor():
+    step = torch.tensor([1.0, torch.nan])
+    clip_update_(step, 0.1)
+    assert step.isnan().all()
+
+
+def test_a_bound_of_an_update_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="max_rms must be positive, got 0"):
+        clip_update_(torch.ones(2), 0.1, max_rms=0)

@@ -25,9 +25,9 @@ class CorrectionSuite(LayoutClauses, StateClauses, LoopClauses, RuleClauses):
             makes of it in `step.stage`, in float64 and without regrad, or None for no
             change: for "weights" the points at which gradients are taken, for
             "gradient" the corrected gradients, for "moment" what the first moment
-            sees in their place (lists, in the order of `step.names`), for "criterion"
-            the gradient of the mean loss with respect to `step.logits`, a tuple where that is
-            one.
+            sees in their place, for "update" the displacements (lists, in the order of
+            `step.names`), for "criterion" the gradient of the mean loss with respect to
+            `step.logits`, a tuple where that is one.
         optimizers: Functions by name that make optimizers from parameters and
             torch's own keyword arguments. Those that the correction refuses are left
             out. SGD with momentum and AdamW by default.

@@ -107,6 +107,21 @@ class _ByWindow(Correction):
         return [0.1 * local(parameter.detach()) for parameter in step.parameters]
 
 
+class _ByUpdate(Correction):
+    """Shorten the optimizer's steps by their norm, and take those against the gradient out."""
+
+    name = "changes-update"
+    needs = Needs(stages=("update",), reads=("tensor",))
+
+    def correct_update(self, step: Step) -> None:
+        for displacement, gradient in zip(step.displacements, step.gradients, strict=True):
+            if displacement is None or gradient is None:
+                continue
+            norm = row_norms(displacement, axis=None).reshape(())
+            part = local(displacement)
+            part.mul_(part * local(gradient) < 0).div_(1 + norm)
+
+
 def _present(step: Step) -> list[Tensor]:
     """Return the gradients that are there."""
     return [gradient for gradient in step.gradients if gradient is not None]
@@ -120,6 +135,7 @@ PROBES: tuple[type[Correction], ...] = (
     _ByMoments,
     _ByCriterion,
     _ByWindow,
+    _ByUpdate,
 )
 
 
@@ -197,7 +213,8 @@ class LayoutSuite(ABC):
         model = cls.problem.make_model()
         outer = cls.wrap(model)
         layout = choose(outer, momentum(model.parameters()))
-        return layout.offers.issuperset(probe.needs.reads)
+        steps_its_own = layout.own_step is not None and "update" in probe.needs.stages
+        return layout.offers.issuperset(probe.needs.reads) and not steps_its_own
 
     @classmethod
     def _on_two_processes(cls) -> list[dict[str, Any]]:

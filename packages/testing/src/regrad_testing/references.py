@@ -21,7 +21,7 @@ class ReferenceStep:
     """What a `reference` is given: one stage of one step. Tensors are float64, and its own to keep.
 
     Attributes:
-        stage: "weights", "criterion", "gradient" or "moment".
+        stage: "weights", "criterion", "gradient", "moment" or "update".
         index: Optimizer steps before this one.
         optimizer: Name of its class, "SGD" or "AdamW".
         options: The correction's options.
@@ -31,7 +31,9 @@ class ReferenceStep:
         lrs: The learning rate of the next update, of each.
         states: The optimizer's state of each, keys as in torch ("momentum_buffer";
             "exp_avg", "exp_avg_sq", "step"); empty before the first step.
-        gradients: In the stages "gradient" and "moment".
+        gradients: In the stages "gradient", "moment" and "update".
+        displacements: In the stage "update": what the optimizer's step adds to the weights,
+            without decoupled weight decay. `weights` are those before it.
         logits: In the stage "criterion", shape [N, C]; a tuple of them where the model returns one.
         targets: In the stage "criterion", shape [N].
         memory: Empty at the beginning of a training, and kept from call to call.
@@ -48,6 +50,7 @@ class ReferenceStep:
     states: list[dict[str, Any]]
     memory: dict[Any, Any]
     gradients: list[Tensor] = field(default_factory=list)
+    displacements: list[Tensor] = field(default_factory=list)
     logits: Any = None
     targets: Tensor | None = None
 
@@ -144,7 +147,20 @@ class ReferenceTraining:
         gradients = self._ask("gradient", index, gradients=gradients) or gradients
         first = self._ask("moment", index, gradients=gradients) or gradients
         rows = zip(self.states, self.weights, gradients, first, strict=True)
-        self.weights = [UPDATES[self.kind](self.group, *row) for row in rows]
+        moved = [UPDATES[self.kind](self.group, *row) for row in rows]
+        self.weights = self._corrected_update(index, moved, gradients)
+
+    def _corrected_update(
+        self, index: int, moved: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """Return the weights after an update that the reference may change."""
+        decay = self.group["lr"] * self.group["weight_decay"] if self.kind is AdamW else 0.0
+        kept = [(1 - decay) * weight for weight in self.weights]
+        steps = [after - before for after, before in zip(moved, kept, strict=True)]
+        changed = self._ask("update", index, gradients=gradients, displacements=steps)
+        if changed is None:
+            return moved
+        return [before + step for before, step in zip(kept, changed, strict=True)]
 
     def _gradients(self, index: int, points: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the loss at `points`."""
@@ -164,7 +180,8 @@ class ReferenceTraining:
         """Return what the reference says in a stage; None if the correction does not act."""
         if stage not in self.stages:
             return None
-        own = {"gradients": [g.clone() for g in known.pop("gradients", [])], **known}
+        lists = ("gradients", "displacements")
+        own = {name: [tensor.clone() for tensor in known.pop(name, [])] for name in lists} | known
         step = ReferenceStep(
             stage=stage,
             index=index,

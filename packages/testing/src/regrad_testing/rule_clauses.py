@@ -19,7 +19,13 @@ from regrad_testing.clauses import clause, require, require_same, same_bits, ski
 from regrad_testing.references import ReferenceTraining, can_follow
 from regrad_testing.settings import MORE, Settings, without_regrad
 
-HOOKS_OF_A_STEP = ("predict_weights", "correct_gradients", "correct_moments", "after_step")
+HOOKS_OF_A_STEP = (
+    "predict_weights",
+    "correct_gradients",
+    "correct_moments",
+    "correct_update",
+    "after_step",
+)
 
 
 class Observer:
@@ -36,7 +42,7 @@ class Observer:
         places_before = _places_of_gradients(step)
         weights_before = _weights(step)
         result = yield
-        if hook in ("correct_gradients", "correct_moments"):
+        if hook in ("correct_gradients", "correct_moments", "correct_update"):
             for name, place in _places_of_gradients(step).items():
                 if places_before.get(name) != place:
                     self.rebound.append(name)
@@ -59,6 +65,11 @@ class Observer:
     def correct_moments(self, step: Any) -> Any:
         """Watch a correction of moments."""
         return (yield from self._watch(step, "correct_moments"))
+
+    @hookimpl(wrapper=True)
+    def correct_update(self, step: Any) -> Any:
+        """Watch a correction of the update."""
+        return (yield from self._watch(step, "correct_update"))
 
     @hookimpl(wrapper=True)
     def after_step(self, step: Any) -> Any:

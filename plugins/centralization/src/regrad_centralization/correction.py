@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from typing import Any, Literal
 
 from regrad import Attachment, Correction, RegradError
@@ -34,7 +35,7 @@ def coupled_decay(optimizer: Optimizer, group: Mapping[str, Any]) -> float | Non
 
 
 class Centralization(Correction):
-    r"""Subtract the mean from every output's gradient.
+    r"""Subtract the mean from every output's gradient, or from what the optimizer does to it.
 
     For output :math:`i` of a layer with M weights per output, gradient G and weight W,
 
@@ -43,13 +44,18 @@ class Centralization(Correction):
     where :math:`\lambda = 0` for the placement "gradient", and for "decayed" the
     coupled weight decay of the optimizer's group, so that the optimizer, which adds
     :math:`\lambda W` itself, works with a gradient whose means are zero: the mean
-    of every output's weights then never moves under SGD. Biases, norms, gains,
+    of every output's weights then never moves under SGD. For "update" the optimizer's step
+    Δ, without decoupled decay, is centred in place of G:
+
+    .. math:: \Delta_i \leftarrow \Delta_i - \frac{1}{M} \sum_j \Delta_{ij},
+
+    so that the mean moves on no optimizer, but for decoupled decay. Biases, norms, gains,
     tables, embeddings, depthwise convolutions and outputs with one weight are left
     alone.
 
     Args:
         placement: "gradient" centres the gradient of the loss, "decayed" its sum with
-            the coupled weight decay.
+            the coupled weight decay, "update" what the optimizer adds to the weights.
         conv_only: Centre only the weights of convolutions.
 
     Raises:
@@ -63,14 +69,15 @@ class Centralization(Correction):
 
     References:
         Yong, Huang, Hua and Zhang, 2020, "Gradient Centralization: A New Optimization
-        Technique for Deep Neural Networks", sections 3.2 and 4. Transposed
+        Technique for Deep Neural Networks", sections 3.2 and 4. "update" is
+        `gc_loc=False` of the authors' code, which they advise for Adam and its relatives. Transposed
         convolutions are centred per output, which is their dimension 1 within each
         group; the published code takes dimension 0, which counts their inputs.
     """
 
     name = "centralization"
     needs = Needs(
-        stages=("gradient",),
+        stages=("gradient", "update"),
         closures=True,
         sparse=True,
         before=("gcw",),
@@ -81,12 +88,17 @@ class Centralization(Correction):
     class Options:
         """What is centred, and in which tensors."""
 
-        placement: Literal["gradient", "decayed"] = "gradient"
+        placement: Literal["gradient", "decayed", "update"] = "gradient"
         conv_only: bool = False
 
     @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        if self.options.placement == "update":
+            # The step of a sparse gradient is dense: its means would move rows without a gradient.
+            self.needs = with_changes(self.needs, stages=("update",), sparse=False)
+        else:
+            self.needs = with_changes(self.needs, stages=("gradient",))
         self._units: dict[str, Unit | None] = {}
 
     def setup(self, attachment: Attachment) -> None:
@@ -97,7 +109,7 @@ class Centralization(Correction):
 
     def _decay(self, optimizer: Optimizer, group: Mapping[str, Any]) -> float:
         """Return the decay that is centred with the gradient; raise `RegradError` if unknown."""
-        if self.options.placement == "gradient":
+        if self.options.placement != "decayed":
             return 0.0
         decay = coupled_decay(optimizer, group)
         if decay is None:
@@ -111,8 +123,7 @@ class Centralization(Correction):
 
     def correct_gradients(self, step: Step) -> None:
         """Centre the gradients of the step."""
-        if not self._units.keys() >= {*step.names}:
-            self._units |= units_of(self.attachment.model, conv_only=self.options.conv_only)
+        self._read_new_units(step.names)
         waiting: list[Tensor] = []
         waiting_means: list[Tensor] = []
         for name, parameter in step.named_parameters():
@@ -128,6 +139,20 @@ class Centralization(Correction):
                 waiting_means.append(means)
         subtract_(waiting, waiting_means)  # in one launch
 
+    def correct_update(self, step: Step) -> None:
+        """Centre what the optimizer did."""
+        for name, displacement in step.named_displacements():
+            unit = self._units.get(name)
+            if unit is not None:
+                subtract_([displacement], [unit_means(displacement, unit)])
+
+    def _read_new_units(self, names: Sequence[str]) -> None:
+        """Read the units again if there are parameters of which none is known."""
+        if not self._units.keys() >= {*names}:
+            self._units |= units_of(self.attachment.model, conv_only=self.options.conv_only)
+            # What is outside of the model has no layer, and is not looked for again.
+            self._units = dict.fromkeys(names) | self._units
+
     def _means(self, step: Step, parameter: nn.Parameter, gradient: Tensor, unit: Unit) -> Tensor:
         """Return the means to subtract from one gradient."""
         means = unit_means(gradient, unit)
@@ -138,6 +163,8 @@ class Centralization(Correction):
 
     def selects(self, name: str, parameter: Tensor) -> bool:
         """Say whether a parameter is centred."""
+        if self.attachment is not None:
+            self._read_new_units([name])
         return self._units.get(name) is not None
 
     def idle_reason(self) -> str:
@@ -145,4 +172,5 @@ class Centralization(Correction):
         if not any(self._units.values()):
             kind = "convolution" if self.options.conv_only else "layer"
             return f"the model has no {kind} with several weights per output"
-        return "the gradients' means were already zero"
+        what = "steps'" if self.options.placement == "update" else "gradients'"
+        return f"the {what} means were already zero"

@@ -1,4 +1,4 @@
-"""Clipping by norm and by value as corrections."""
+"""Clipping by norm, by value and of the update as corrections."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
 from regrad.hooks import WRAPPER
-from regrad.hookspecs import Layout, Step
+from regrad.hookspecs import Layout, Step, learning_rate
 from regrad.signatures import takes
 from torch import Tensor
 from torch.optim import Optimizer
 
-from regrad_clipping.functional import check_positive, clip_norm_, clip_value_, gradient_norm
+from regrad_clipping.functional import (
+    check_positive,
+    clip_norm_,
+    clip_value_,
+    gradient_norm,
+    scale_units_,
+    update_factor,
+)
 
 CLIPPING = Needs(
     stages=("gradient",),
@@ -174,6 +181,94 @@ class ClipValue(Correction):
     def correct_gradients(self, step: Step) -> None:
         """Clamp the gradients of the step."""
         clip_value_([g for g in step.gradients if g is not None], max_value=self.options.max_value)
+
+    def idle_reason(self) -> None:
+        """Return None: a bound that is never reached is information, not a fault."""
+
+
+class ClipUpdate(Correction):
+    r"""Shrink what the optimizer adds to each tensor where it is large for its learning rate.
+
+    For a tensor with step Δ, without decoupled weight decay, and learning rate :math:`\eta`
+
+    .. math:: \Delta \leftarrow \Delta / \max(1, \operatorname{rms}(\Delta/\eta)/d).
+
+    The step of Adam and its relatives has an rms of about :math:`\eta` at most in calm training;
+    it is larger where the second moment lags behind gradients that suddenly grow. Other optimizers
+    have steps of other sizes: look at the metric `smallest_factor` before choosing d.
+
+    Args:
+        max_rms: d, the largest root mean square of a tensor's step, in units of the learning rate.
+            Positive.
+
+    Raises:
+        ValueError: If `max_rms` is not positive.
+        RegradError: At attach, if the optimizer's learning rate is not a number.
+
+    Example:
+        >>> ClipUpdate(max_rms=0.5)
+        ClipUpdate(max_rms=0.5)
+
+    References:
+        Shazeer and Stern, 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
+        section 6, there as a part of Adafactor, whose update is relative to the weights; here on
+        any optimizer.
+    """
+
+    name = "clip-update"
+    needs = Needs(
+        stages=("update",),
+        closures=True,
+        after=("cautious", "centralization"),
+        reads=("tensor",),
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """The bound."""
+
+        max_rms: float = 1.0
+
+        def __post_init__(self) -> None:
+            check_positive("max_rms", self.max_rms)
+
+    @takes(Options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._factors: list[Tensor] = []
+
+    def setup(self, attachment: Attachment) -> None:
+        """Refuse an optimizer without a rate."""
+        for group in attachment.optimizer.param_groups:
+            learning_rate(attachment.optimizer, group)
+
+    def correct_update(self, step: Step) -> None:
+        """Clip what the optimizer did."""
+        displacements: list[Tensor] = []
+        factors: list[Tensor] = []
+        pairs = zip(step.parameters, step.displacements, strict=True)
+        for parameter, displacement in pairs:
+            if displacement is None or not displacement.numel():
+                continue
+            rate = step.lr_of(parameter)
+            displacements.append(displacement)
+            factors.append(update_factor(displacement, rate, max_rms=self.options.max_rms))
+        scale_units_(displacements, factors)
+        self._factors = factors
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of tensors clipped in the last step, and the smallest factor."""
+        if not self._factors:
+            return {}
+        factors = torch.stack([factor.reshape(()).double().cpu() for factor in self._factors])
+        return {
+            "share_clipped": (factors < 1).double().mean().item(),
+            "smallest_factor": factors.min().item(),
+        }
+
+    def control(self, optimizer: Optimizer) -> Control:
+        """Return clipping of the gradient by its norm, which knows nothing of the update."""
+        return Control(name="clip-norm", corrections=("clip-norm",))
 
     def idle_reason(self) -> None:
         """Return None: a bound that is never reached is information, not a fault."""

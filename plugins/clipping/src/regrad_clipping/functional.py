@@ -385,6 +385,61 @@ def clip_norm_(grads: Sequence[Tensor], norm: Tensor, *, max_norm: float) -> Non
 
 
 @torch.no_grad()
+def clip_update_(displacement: Tensor, rate: float | Tensor, *, max_rms: float = 1.0) -> Tensor:
+    r"""Shrink, in place, what an optimizer's step adds to a tensor if it is large for its rate.
+
+    With the step Δ of N elements and the rate :math:`\eta`,
+
+    .. math:: \Delta \leftarrow \frac{\Delta}{\max(1, \operatorname{rms}(\Delta/\eta)/d)}, \qquad
+        \operatorname{rms}(x) = \sqrt{\tfrac1N \sum_i x_i^2}.
+
+    Args:
+        displacement: Δ, shape [*], plain or DTensor. Overwritten.
+        rate: :math:`\eta`, the learning rate of the step: a number, or a tensor of one element.
+        max_rms: d, positive, in units of the rate.
+
+    Returns:
+        What it was multiplied by, in (0, 1] or NaN; a tensor of one element and the dimensions of
+        the displacement.
+
+    Raises:
+        ValueError: If `max_rms` is not positive.
+
+    Example:
+        >>> step = torch.tensor([-0.3, 0.4])
+        >>> factor = clip_update_(step, 0.1, max_rms=1.0)
+        >>> step
+        tensor([-0.0849,  0.1131])
+
+    References:
+        Shazeer and Stern, 2018, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
+        section 6, where Δ/η is the update before the rate.
+    """
+    check_positive("max_rms", max_rms)
+    factor = update_factor(displacement, rate, max_rms=max_rms)
+    scale_units_([displacement], [factor])
+    return factor
+
+
+@torch.no_grad()
+def update_factor(displacement: Tensor, rate: float | Tensor, *, max_rms: float) -> Tensor:
+    """Return what `clip_update_` multiplies a step by.
+
+    Args:
+        displacement: Shape [*], plain or DTensor.
+        rate: Of the step.
+        max_rms: Positive.
+    """
+    norm = row_norms(displacement, axis=None)
+    if isinstance(rate, Tensor):
+        rate = rate.detach().reshape(())
+    largest = max_rms * math.sqrt(displacement.numel()) * rate
+    # A step of zero, as with a rate of zero, stays zero.
+    factor: Tensor = largest / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return factor.clamp(max=1)
+
+
+@torch.no_grad()
 def clip_value_(grads: Sequence[Tensor], *, max_value: float) -> None:
     r"""Clamp every element of the gradients to :math:`[-c, c]`, in place; NaN stays NaN.
 
