@@ -8,8 +8,10 @@ from typing import Any
 
 from regrad_adafisher import AdaFisher
 from regrad_adanorm import AdaNorm
+from regrad_boosted import Boosted
+from regrad_cautious import Cautious
 from regrad_centralization import Centralization
-from regrad_clipping import AGC, ClipNorm, ClipValue
+from regrad_clipping import AGC, ClipNorm, ClipUpdate, ClipValue
 from regrad_gcode import GCODE
 from regrad_gcw import GCW
 from regrad_powergrad import PowerGrad
@@ -23,8 +25,11 @@ def right_calls() -> None:
     AdaFisher(allow_adaptive=True)
     AdaNorm(decay=0.9, target="gradient")
     AGC(max_ratio=0.02, weight_floor=1e-2, head=None, axis=("decoder.*.weight=1",))
+    Boosted(decay=0.3, exit_weights=(1.0, 2.0), alpha=0.5, rescale=True, exits=("aux", "main"))
+    Cautious(divisor="count", keep="agreeing")
     Centralization(placement="decayed", conv_only=True)
     ClipNorm(max_norm=0.5)
+    ClipUpdate(max_rms=0.5)
     ClipValue(max_value=0.5)
     GCODE(weight=0.2, warmup_steps=100, fit_every=2, learning_rate=1e-2, solver="rk4", adjoint=True)
     GCODE(norm="keep", flow="branch", stages=("layer1", 2), seed=1)
@@ -40,8 +45,11 @@ def wrong_names() -> None:
     AdaFisher(averages="ema")  # type: ignore[call-arg]
     AdaNorm(decays=0.9)  # type: ignore[call-arg]
     AGC(maxratio=0.02)  # type: ignore[call-arg]
+    Boosted(decays=0.3)  # type: ignore[call-arg]
+    Cautious(division="share")  # type: ignore[call-arg]
     Centralization(convonly=True)  # type: ignore[call-arg]
     ClipNorm(norm=0.5)  # type: ignore[call-arg]
+    ClipUpdate(rms=0.5)  # type: ignore[call-arg]
     ClipValue(value=0.5)  # type: ignore[call-arg]
     GCODE(weights=0.2)  # type: ignore[call-arg]
     GCW(layer="all")  # type: ignore[call-arg]
@@ -54,8 +62,11 @@ def wrong_values() -> None:
     AdaFisher(refresh="often")  # type: ignore[arg-type]
     AdaNorm(decay="0.9")  # type: ignore[arg-type]
     AGC(axis="none")  # type: ignore[arg-type]
+    Boosted(exits="main")  # type: ignore[arg-type]
+    Cautious(divisor="mean")  # type: ignore[arg-type]
     Centralization(placement="decay")  # type: ignore[arg-type]
     ClipNorm(max_norm=None)  # type: ignore[arg-type]
+    ClipUpdate(max_rms="1")  # type: ignore[arg-type]
     ClipValue(max_value="1")  # type: ignore[arg-type]
     GCODE(solver="rk5")  # type: ignore[arg-type]
     GCW(predictor="slots")  # type: ignore[arg-type]

@@ -38,6 +38,7 @@ OUR_DISTRIBUTIONS = {
     "accelerate",
     "adafisher",
     "adanorm",
+    "boosted",
     "bop",
     "cautious",
     "centralization",
