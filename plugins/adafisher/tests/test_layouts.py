@@ -21,16 +21,25 @@ def make_model():
         return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
-def batches(length_of_rank=(3, 3)):
-    """Sequences, of one length on each rank."""
+def batches():
     generator = torch.Generator().manual_seed(1)
     for _ in range(5):
-        inputs = torch.randn(8, max(length_of_rank), 4, generator=generator, dtype=torch.float64)
+        inputs = torch.randn(8, 3, 4, generator=generator, dtype=torch.float64)
         yield inputs, torch.randint(3, (8,), generator=generator)
 
 
-def train(model, part, options, length=3, parts=1):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def zero(parameters):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+def train(model, part, options, length=3, parts=1, make_optimizer=sgd):
+    optimizer = make_optimizer(model.parameters())
     with regrad.attach(model, optimizer, [AdaFisher(refresh=2, **options)]) as attachment:
         for inputs, target in batches():
             optimizer.zero_grad()
@@ -60,7 +69,7 @@ def compared(rank, wrap, **how):
     seen = {}
     for name, options in OPTIONS.items():
         found = train(wrap(make_model()), half(rank), options, **how)
-        alone = train(make_model(), slice(None), options)
+        alone = train(make_model(), slice(None), options)  # in the same process group
         far = (found - alone).abs().max().item()
         seen[name] = {"far": far, "agree": is_the_same_on_both_ranks(found)}
     return seen
@@ -72,6 +81,10 @@ def under_ddp(rank):
 
 def under_ddp_in_parts(rank):
     return compared(rank, DistributedDataParallel, parts=2)
+
+
+def partitioned(rank):
+    return compared(rank, DistributedDataParallel, make_optimizer=zero)
 
 
 def replicated(rank):
@@ -125,6 +138,7 @@ class OnTwoProcesses:
             "ddp": under_ddp,
             "ddp in parts": under_ddp_in_parts,
             "replicate": replicated,
+            "zero": partitioned,
             "other lengths": of_other_lengths,
             "by hand": averaged_by_hand,
             "refused": refusal,
@@ -134,7 +148,7 @@ class OnTwoProcesses:
 @pytest.mark.long
 def test_two_processes_train_as_one_with_equal_state_and_fsdp2_is_refused_in_words():
     for seen in launch(OnTwoProcesses):
-        for layout in ("ddp", "ddp in parts", "replicate"):
+        for layout in ("ddp", "ddp in parts", "replicate", "zero"):
             for name, found in seen[layout].items():
                 # float64: the mean of two half batches and of the whole round differently
                 assert found["far"] < 1e-12, (layout, name)
