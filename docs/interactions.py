@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD with momentum": lambda parameters, lr: SGD(parameters, lr=lr, momentum=0.9),
     "AdamW": lambda parameters, lr: AdamW(parameters, lr=lr),
 }
-IN_TIME = ("weights", "criterion", "hidden", "gradient", "moment")
+IN_TIME = ("weights", "criterion", "hidden", "gradient", "moment", "update")
 STEPS, BEFORE_MEASURING = 32, 16  # GC-W waits for ten steps and fits after ten more
 ROUNDING = 1e-12
 BEGIN, END = "<!-- pairs: written by docs/interactions.py -->\n", "<!-- end of pairs -->"
@@ -131,7 +131,7 @@ def reference_gradients() -> list[list[Tensor]]:
 
 
 def stages_of(pair: tuple[str, str], optimizer: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Train with both, and return in which stages each really acted, hidden ones left out."""
+    """Train with both, and return in which stages each really acted."""
     model = network()
     rule = OPTIMIZERS[optimizer](model.parameters(), lr=1e-3)
     with regrad.attach(model, rule, pair, nn.CrossEntropyLoss(reduction="sum")) as attachment:
@@ -145,28 +145,30 @@ def stages_of(pair: tuple[str, str], optimizer: str) -> tuple[tuple[str, ...], t
         name: {s for s, effect in stages.items() if effect["share_touched"]}
         for name, stages in seen.items()
     }
-    parts = [{c.name: {"hidden"} & {*c.needs.stages} for c in made([name])} for name in pair]
-    found = [
-        set().union(*(acted.get(n, set()) | hidden for n, hidden in names.items()))
-        for names in parts
-    ]
+    parts = [[correction.name for correction in made([name])] for name in pair]
+    found = [set().union(*(acted.get(name, set()) for name in names)) for names in parts]
     one, other = (tuple(stage for stage in IN_TIME if stage in stages) for stages in found)
     return one, other
 
 
 def read_by_the_optimizer(
-    corrections: Sequence[regrad.Correction], optimizer: str, gradients: Sequence[Sequence[Tensor]]
+    corrections: Sequence[regrad.Correction],
+    optimizer: str,
+    gradients: Sequence[Sequence[Tensor]],
+    *,
+    rate: float,
 ) -> list[dict[str, list[Tensor]]]:
-    """Return, for every step of given gradients, the corrected ones and the moments after it."""
+    """Return, for every step of given gradients, the corrected ones, and what the step did."""
     model = network(
         scale=100.0
     )  # bounds that are relative to weights are then reached now and then
-    rule, seen = OPTIMIZERS[optimizer](model.parameters(), lr=0.0), []
+    rule, seen = OPTIMIZERS[optimizer](model.parameters(), lr=rate), []
     with regrad.attach(model, rule, corrections, nn.CrossEntropyLoss()):
         for step in gradients:
             model(samples()[0][0])
             for parameter, gradient in zip(model.parameters(), step, strict=True):
                 parameter.grad = gradient.clone()
+            before = [parameter.detach().clone() for parameter in model.parameters()]
             rule.step()
             moments = []
             for parameter in model.parameters():
@@ -176,22 +178,25 @@ def read_by_the_optimizer(
                 {
                     "gradient": [p.grad for p in model.parameters() if p.grad is not None],
                     "moment": moments,
+                    "update": [
+                        parameter.detach() - old
+                        for parameter, old in zip(model.parameters(), before, strict=True)
+                    ],
                 }
             )
     return seen
 
 
 def commutator_of(first: str, second: str, optimizer: str, stage: str) -> float:
-    """Return |AB - BA| / |AB| of what the optimizer reads, A being `first`."""
+    """Return |AB - BA| / |AB| of what the optimizer reads or does, A being `first`."""
     results = []
+    rate = 1.0 if stage == "update" else 0.0
     for names in ((first, second), (second, first)):
         corrections = made(names)
         for correction in corrections:
             correction.needs = replace(correction.needs, before=(), after=())
-        steps = read_by_the_optimizer(corrections, optimizer, reference_gradients())[
-            BEFORE_MEASURING:
-        ]
-        tensors = chain.from_iterable(step[stage] for step in steps)
+        steps = read_by_the_optimizer(corrections, optimizer, reference_gradients(), rate=rate)
+        tensors = chain.from_iterable(step[stage] for step in steps[BEFORE_MEASURING:])
         results.append(torch.cat([tensor.flatten() for tensor in tensors]))
     return ((results[0] - results[1]).norm() / results[0].norm()).item()
 

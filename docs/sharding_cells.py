@@ -31,6 +31,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 
 FLOAT64, FLOAT32 = 1e-12, 1e-6
 SCALE = 2.0**12
@@ -285,14 +286,16 @@ class Alongside(ReferenceTraining):
             logits = functional_call(
                 model, dict(zip(self.names, leaves, strict=True)), (batch.inputs,)
             )
-            slope = self._ask(
-                "criterion", index, logits=logits.detach().double(), targets=batch.targets
-            )
+            told = tree_map(lambda each: each.detach().double(), logits)
+            slope = self._ask("criterion", index, logits=told, targets=batch.targets)
             loss = type(self.problem).criterion(logits, batch.targets) * factor
         if slope is None:
             gradients = torch.autograd.grad(loss, leaves)
         else:
-            gradients = torch.autograd.grad(logits, leaves, (slope * factor).to(logits.dtype))
+            outputs = tree_leaves(logits)
+            parts = zip(tree_leaves(slope), outputs, strict=True)
+            slopes = [(part * factor).to(output.dtype) for part, output in parts]
+            gradients = torch.autograd.grad(outputs, leaves, slopes)
         return [gradient.double() / self.scale for gradient in gradients]
 
 
@@ -313,7 +316,8 @@ def mixed(case: Case, dtype: torch.dtype, *, scale: float | None = None, **optio
     make = case.suite.optimizers[case.optimizer]
     how = {"dtype": torch.float32, "scale": scale, **options}
     training = Training(problem, make, corrections, **how)
-    if not has_reference(case):
+    # A reference that reads hidden states computes them itself, without autocast's rounding.
+    if not has_reference(case) or "hidden" in corrections[0].needs.stages:
         plain = Training(problem, make, None, **how)
         ends = [run_mixed(each, dtype) for each in (training, plain)]
         far, usual = (
