@@ -1,6 +1,6 @@
-"""AdaFisher by its formulas: float64, loops over rows, positions and elements, no cleverness (arXiv 2405.16397).
+"""AdaFisher by its formulas: float64, loops over rows, positions and elements, no cleverness.
 
-Also the two networks on which three steps of it are known, number by number.
+From arXiv 2405.16397. Also the two networks on which three steps of it are known, number by number.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def moments_of(module, h, s):
 
 
 def min_max(values, floor=1e-6, relative=False):
-    kept = [1.0 if x == math.inf else 0.0 if x == -math.inf else x for x in values]
+    counts_as = {math.inf: 1.0, -math.inf: 0.0}
+    kept = [counts_as.get(x, x) for x in values]
     low, high = min(kept), max(kept)
     spread = high - low + (floor * high if relative else floor)
     return [(x - low) / spread if spread else 0.0 for x in kept]
@@ -100,7 +101,10 @@ class Fisher:
     """H and S of every layer by name, and F of a parameter."""
 
     def __init__(self, average="published", damping=1e-3):
-        self.average, self.damping, self.inputs, self.outputs = average, damping, {}, {}
+        self.average = average
+        self.damping = damping
+        self.inputs = {}
+        self.outputs = {}
 
     def refresh(self, name, module, h, s):
         inputs, gradients = moments_of(module, h, s)
@@ -117,7 +121,7 @@ class Fisher:
         )
 
     def divisor(self, name, attribute, module, like):
-        """Return F, of the parameter's shape: S times H plus the damping; the last element of H is the bias's."""
+        """Return F, of the parameter's shape; the last element of H is the bias's."""
         has_bias = not isinstance(module, nn.Linear | nn.Conv2d) or module.bias is not None
         inputs = self.inputs[name]
         if attribute == "bias":
@@ -132,7 +136,7 @@ class Fisher:
 
 
 def observe(model, loss_of):
-    """Return the loss, what each supported layer was given and what its output's gradient is, and all gradients."""
+    """Return the loss, the inputs and output gradients of each supported layer, and all gradients."""
     seen = []
     hooks = [
         module.register_forward_hook(lambda m, i, o, n=name: seen.append((n, m, i[0], o)))
@@ -154,8 +158,13 @@ class AdaFisher:
     """The published optimizer: the momentum is divided, not what goes into it."""
 
     def __init__(self, model, rate=0.1, refresh=1, momentum=0.9, damping=1e-3, decay=0.0):
-        self.model, self.rate, self.refresh, self.momentum = model, rate, refresh, momentum
-        self.decay, self.fisher, self.steps = decay, Fisher(damping=damping), 0
+        self.model = model
+        self.rate = rate
+        self.refresh = refresh
+        self.momentum = momentum
+        self.decay = decay
+        self.fisher = Fisher(damping=damping)
+        self.steps = 0
         self.moments = [torch.zeros_like(p) for p in model.parameters()]
 
     def step(self, loss_of):

@@ -70,7 +70,7 @@ def test_a_convolution_takes_one_image_without_a_batch():
 
 
 def test_rows_of_micro_batches_are_those_of_the_batch_if_the_loop_divides_the_loss():
-    """Sums of s², not of (n·s)²: a loss that is divided by the parts has the batch's 1/N in it already."""
+    """Sums of s², not of (n·s)²: a loss divided by the parts has the batch's 1/N in it already."""
     module = nn.Linear(3, 2).double()
     h, weight = random((32, 3), 0), random((32, 2), 1)
 

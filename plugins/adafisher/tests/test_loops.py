@@ -1,4 +1,4 @@
-"""Loops that people have: parts of batches, scalers, in-place operations, checkpoints, compiled models."""
+"""Loops that people have: scalers, in-place operations, checkpoints, compiled models."""
 
 import copy
 from functools import partial
