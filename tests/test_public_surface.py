@@ -77,6 +77,7 @@ ENTRY_POINTS = {
         "cifar10",
         "cifar100",
         "digits",
+        "digits-binary",
         "fashion-mnist",
         "imagefolder",
         "parquet",

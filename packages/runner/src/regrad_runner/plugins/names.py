@@ -56,6 +56,7 @@ OUR_PLUGINS = {
     "clip-norm",
     "clip-value",
     "digits",
+    "digits-binary",
     "fashion-mnist",
     "imagefolder",
     "parquet",
