@@ -85,6 +85,7 @@ ENTRY_POINTS = {
         "cifar10",
         "cifar100",
         "digits",
+        "digits-binary",
         "fashion-mnist",
         "imagefolder",
         "parquet",

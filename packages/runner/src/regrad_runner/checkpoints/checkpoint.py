@@ -146,6 +146,7 @@ def _content(run: TrainingRun) -> Content:
         "scheduler": run.scheduler.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "watch": run.watch.state_dict(),
+        "signs": run.signs.state_dict() if run.signs is not None else None,
         "processes": run.accelerator.num_processes,
     }
     return Content(tensors, state, run.receipt())
@@ -182,6 +183,8 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
     run.watch.load_state_dict(_checked(state["watch"], run.watch.state_dict(), "watch"))
+    if run.signs is not None:
+        run.signs.load_state_dict(_checked(state["signs"], run.signs.state_dict(), "signs"))
     run.continue_from(position)
     return [*lines, *_take_own(run, tensors["of_each_process"])]
 

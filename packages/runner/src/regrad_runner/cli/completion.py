@@ -14,7 +14,7 @@ from regrad_runner.plugins.sources import names_in_source, torch_optimizers
 OWN_MODELS = (
     *("resnet8", "resnet20", "resnet32", "resnet56"),
     *("multiexit8", "multiexit20", "multiexit32", "multiexit56"),
-    "gpt",
+    *("binary-cnn", "gpt"),
 )
 PLUGIN_GROUPS = ("regrad", "regrad.optimizers", "regrad.workloads", "regrad.layouts")
 
@@ -44,7 +44,7 @@ def workloads(incomplete: str) -> list[str]:
 
 
 def models(incomplete: str) -> list[str]:
-    """Return names of models: for small images, for text, and torchvision's classifiers."""
+    """Return names of models: for images, for text, and torchvision's classifiers."""
     builders = names_in_source(
         "torchvision", "models/*.py", r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\("
     )

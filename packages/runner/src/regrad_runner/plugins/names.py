@@ -60,6 +60,7 @@ OUR_PLUGINS = {
     "clip-update",
     "clip-value",
     "digits",
+    "digits-binary",
     "fashion-mnist",
     "imagefolder",
     "parquet",

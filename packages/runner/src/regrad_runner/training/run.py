@@ -24,7 +24,8 @@ from regrad_runner.training.evaluation import Evaluator
 from regrad_runner.training.nonfinite import Watch
 from regrad_runner.training.position import Position
 from regrad_runner.training.processes import make_accelerator
-from regrad_runner.training.schedule import build_scheduler, schedule
+from regrad_runner.training.schedule import build_scheduler, part_of, schedule
+from regrad_runner.training.signs import SignMeter
 from regrad_runner.training.timing import StepTimer
 from regrad_runner.workloads.samples import Samples
 from regrad_runner.workloads.workload import Workload
@@ -48,6 +49,7 @@ class TrainingRun:
         attachment: What `regrad.attach` returned.
         watch: Skips steps that are not finite.
         timer: Keeps the time of the steps.
+        signs: Looks at the signs of binary weights; None where the model has none.
         epochs: Passes over the training samples.
         steps_per_epoch: Optimizer steps in an epoch; samples that do not fill a batch wait for the
             next one.
@@ -73,7 +75,10 @@ class TrainingRun:
         self.steps_per_epoch = len(workload.train) // int(config.batch_size or 1)
         self.total_steps = self.steps_per_epoch * self.epochs
         scheduler = build_scheduler(
-            optimizer, warmup_steps=config.warmup_steps or 0, total_steps=self.total_steps
+            optimizer,
+            warmup_steps=config.warmup_steps or 0,
+            total_steps=self.total_steps,
+            parts=workload.parts,
         )
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             model, optimizer, loader, scheduler
@@ -84,6 +89,7 @@ class TrainingRun:
         self.watch = Watch(
             self.accelerator.unwrap_model(self.model).named_parameters(), self.accelerator
         )
+        self.signs = self._make_sign_meter()
         self.position = Position()
         self.timer = StepTimer()
         self.on_micro_batch: Callable[[Tensor, Tensor], None] | None = None
@@ -96,6 +102,7 @@ class TrainingRun:
             dtype=self._dtype,
             workers=config.workers,
         )
+        self._begin_step()
 
     @property
     def evaluate_every(self) -> int:
@@ -105,7 +112,10 @@ class TrainingRun:
     def factor(self, step: int) -> float:
         """Return the factor on the learning rate of step `step`, from 0: see `schedule`."""
         return schedule(
-            step, warmup_steps=self.config.warmup_steps or 0, total_steps=self.total_steps
+            step,
+            warmup_steps=self.config.warmup_steps or 0,
+            total_steps=self.total_steps,
+            parts=self.workload.parts,
         )
 
     def train(self, *, on_point: Callable[[Point], None], on_step: Callable[[int], None]) -> None:
@@ -132,6 +142,8 @@ class TrainingRun:
                 if self.accelerator.sync_gradients:
                     self.position.step += 1
                     self.timer.pause()
+                    if self.signs is not None:
+                        self.signs.look()
                     yield self.position.step
                     self.timer.resume()
             self.position.epoch += 1
@@ -139,6 +151,7 @@ class TrainingRun:
 
     def _micro_batch(self, inputs: Tensor, targets: Tensor) -> None:
         """Train on one micro-batch; with the last one of a step, make the step."""
+        self._begin_step()
         if self.on_micro_batch is not None:
             self.on_micro_batch(inputs, targets)
         with self.accelerator.accumulate(self.model):
@@ -150,6 +163,17 @@ class TrainingRun:
                 self.scheduler.step()
             self.optimizer.zero_grad()
         self.loss_sum += loss.detach()
+
+    def _begin_step(self) -> None:
+        """Let the workload prepare the model for the step that comes."""
+        part = part_of(self.position.step, total_steps=self.total_steps, parts=self.workload.parts)
+        self.workload.begin_step(self.accelerator.unwrap_model(self.model), part)
+
+    def _make_sign_meter(self) -> SignMeter | None:
+        """Return what looks at the signs of binary weights; None where the model has none."""
+        model = self.accelerator.unwrap_model(self.model)
+        binary = self.workload.binary_parameters(model)
+        return SignMeter(binary) if binary else None
 
     def _may_step(self, loss: Tensor) -> bool:
         """Say whether loss and gradients are finite, at the end of a step.
@@ -229,6 +253,7 @@ class TrainingRun:
     def continue_from(self, position: Position) -> None:
         """Continue from another position, such as that of a checkpoint."""
         self.position = position
+        self._begin_step()
         self.timer.begin_lap(after_step=position.step)
 
     def touched(self) -> bool:
@@ -237,8 +262,13 @@ class TrainingRun:
         return any(metrics[key] > 0 for key in metrics if key.endswith("/share_touched"))
 
     def metrics(self) -> dict[str, float]:
-        """Return the attachment's metrics, and how many steps were skipped as not finite."""
-        return {**self.attachment.metrics(), "steps_not_finite": float(self.watch.skipped)}
+        """Return the attachment's metrics, steps that were not finite, and those of signs."""
+        of_signs = self.signs.metrics() if self.signs is not None else {}
+        return {
+            **self.attachment.metrics(),
+            "steps_not_finite": float(self.watch.skipped),
+            **of_signs,
+        }
 
     def receipt(self) -> dict[str, Any]:
         """Return the attachment's receipt with what it cannot know.

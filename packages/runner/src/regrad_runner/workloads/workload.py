@@ -109,6 +109,8 @@ class Workload:
             corrected criterion says which probabilities it fits (its method `probabilities`), as
             PowerGrad's does, it is given their logarithms instead: what a user who reads them would
             read.
+        parts: Equal parts of a run, each with the whole schedule of the learning rate, warm-up
+            included; at least 1. `begin_step` may make them differ.
     """
 
     reads_probabilities: ClassVar[bool] = False
@@ -119,6 +121,7 @@ class Workload:
     validation: Samples
     test: Samples
     defaults: Defaults
+    parts: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -149,6 +152,27 @@ class Workload:
     def model_settings(self, name: str) -> Mapping[str, Any]:
         """Return `width` and `norm` that suit a model, if it takes them."""
         return {}
+
+    def binary_parameters(self, model: nn.Module) -> list[Tensor]:
+        """Return the weights that the model uses by their signs alone; none unless told otherwise.
+
+        They are parameter groups with `binary=True`, an optimizer that holds signs is given signs,
+        and how often they change is measured.
+
+        Args:
+            model: What `build_model` returned.
+        """
+        return []
+
+    def begin_step(self, model: nn.Module, part: int) -> None:
+        """Prepare a model for a training step; nothing unless told otherwise.
+
+        Called before every micro-batch, and where a run is continued.
+
+        Args:
+            model: What `build_model` returned.
+            part: Of the run, from 0, out of `parts`.
+        """
 
     def criterion(self) -> nn.Module:
         """Return the loss of what the model returned and the targets, a mean over samples."""
