@@ -31,6 +31,7 @@ def by_elements():
         reading(toys.Push(amount=0.02), "elements"),
         reading(toys.Louder(), "criterion"),
         reading(toys.Scale(), "elements"),
+        reading(toys.Lengthen(), "elements"),
     ]
 
 
@@ -185,7 +186,11 @@ def partitioned(corrections, seed=0):
 
 def by_model():
     """Return corrections of every kind, but for those that read the optimizer's moments."""
-    return [*by_elements(), reading(toys.UnitRows(), "units", "model")]
+    return [
+        *by_elements(),
+        reading(toys.UnitRows(), "units", "model"),
+        reading(toys.Stretch(), "units"),
+    ]
 
 
 def case_a_zero_redundancy_optimizer_is_one_process_for_all_but_its_moments(rank):

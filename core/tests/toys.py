@@ -161,7 +161,19 @@ class Stretch(Correction):
             part = local(displacement)
             down = part * local(gradient) < 0
             part.mul_(torch.where(down, self.options.factor, 1 / self.options.factor))
-            part.div_(1 + row_norms(displacement).to(part.dtype))
+            self.change(part, displacement)
+
+    def change(self, part, displacement):
+        part.div_(1 + row_norms(displacement).to(part.dtype))
+
+
+class Lengthen(Stretch):
+    """Do so element by element."""
+
+    name = "lengthen"
+
+    def change(self, part, displacement):
+        part.mul_(1.5)
 
 
 class Louder(Correction):

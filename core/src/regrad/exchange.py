@@ -36,6 +36,10 @@ Scalar = float | Tensor
 class _Rule(Protocol):
     """What y of a pair (x, y) becomes."""
 
+    @property
+    def size(self) -> float:
+        """What `write` leaves to be multiplied by, which costs nothing where it is copied."""
+
     def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
         """Write it for one pair on a CPU."""
 
@@ -55,15 +59,17 @@ class _Extrapolation:
         self._length = step.factor * (1 - step.decay) / self._size
 
     @functools.cached_property
-    def numbers(self) -> tuple[float, float]:
-        """The numbers a and c, read from their device."""
-        return float(self._size), float(self._length)
+    def size(self) -> float:
+        """The number a, read from its device."""
+        return float(self._size)
+
+    @functools.cached_property
+    def length(self) -> float:
+        """The number c, read from its device."""
+        return float(self._length)
 
     def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
-        size, length = self.numbers
-        torch.lerp(x, y, 1 + length, out=out)
-        if size != 1:
-            out.mul_(size)
+        torch.lerp(x, y, 1 + self.length, out=out)
 
     def results(self, xs: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
         ahead = torch._foreach_sub(ys, xs)
@@ -76,6 +82,8 @@ class _Extrapolation:
 
 class _Exchange:
     """y becomes what x held."""
+
+    size = 1.0
 
     def write(self, x: Tensor, y: Tensor, out: Tensor) -> None:
         out.copy_(x)
@@ -92,6 +100,8 @@ class _Parting:
     Args:
         decay: δ.
     """
+
+    size = 1.0
 
     def __init__(self, decay: Scalar) -> None:
         self._decay = decay
@@ -115,6 +125,8 @@ class _Joining:
     Args:
         decay: δ.
     """
+
+    size = 1.0
 
     def __init__(self, decay: Scalar) -> None:
         self._decay = decay
@@ -178,9 +190,8 @@ def _extrapolate_compiled_(weights: Tensor, kept: Tensor, rule: _Extrapolation) 
     in_one_pass = _compiled()
     if in_one_pass is None:
         return False
-    size, length = rule.numbers
     # Numbers would be compiled in, and change with every step.
-    in_one_pass(live, before, torch.tensor(length), torch.tensor(size))
+    in_one_pass(live, before, torch.tensor(rule.length), torch.tensor(rule.size))
     return True
 
 
@@ -284,7 +295,10 @@ def _pass_on_(xs: Tensors, ys: Tensors, rule: _Rule, scratch: _Scratch) -> None:
         for piece, its_other, spare in scratch.pieces(x, y):
             rule.write(piece, its_other, spare)
             piece.copy_(its_other)
-            its_other.copy_(spare)
+            if rule.size == 1:
+                its_other.copy_(spare)
+            else:
+                torch.mul(spare, rule.size, out=its_other)
     for group in _launches(together, xs):
         first = _chosen(xs, group)
         second = _chosen(ys, group)

@@ -17,8 +17,8 @@ from regrad.samples import sample
 from regrad.sharding import local
 
 OVERWRITES = (
-    "{optimizer} overwrites the gradients in its step, so that {name!r} cannot compare its step with "
-    "them; make it with foreach=False, or leave {name!r} out"
+    "{optimizer} overwrites the gradients in its step, so that {name!r} cannot compare its step "
+    "with them; make it with foreach=False, or leave {name!r} out"
 )
 UNKNOWN_DECAY = (
     "{optimizer} has a weight_decay that may be decoupled, and {names} take it for a part of the "

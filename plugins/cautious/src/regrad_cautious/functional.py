@@ -68,7 +68,7 @@ def keep_agreeing_(
     wide = torch.promote_types(part.dtype, torch.float32)
     products = part * local(gradient).to(wide)
     agrees = products > 0 if maximize else products < 0
-    count = sum_over_shards(agrees.sum(), displacement).to(wide)
+    count = sum_over_shards(agrees.count_nonzero(), displacement).to(wide)
     size = max(displacement.numel(), 1)
     share = count / size
     by = share.clamp(min=SMALLEST_SHARE) if divisor == "share" else (count + 1) / size

@@ -70,9 +70,10 @@ class Centralization(Correction):
     References:
         Yong, Huang, Hua and Zhang, 2020, "Gradient Centralization: A New Optimization
         Technique for Deep Neural Networks", sections 3.2 and 4. "update" is
-        `gc_loc=False` of the authors' code, which they advise for Adam and its relatives. Transposed
-        convolutions are centred per output, which is their dimension 1 within each
-        group; the published code takes dimension 0, which counts their inputs.
+        `gc_loc=False` of the authors' code, which they advise for Adam and its
+        relatives. Transposed convolutions are centred per output, which is their
+        dimension 1 within each group; the published code takes dimension 0, which
+        counts their inputs.
     """
 
     name = "centralization"
