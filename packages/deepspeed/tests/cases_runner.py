@@ -4,7 +4,6 @@
 """
 
 import os
-import pickle
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 from regrad.errors import RegradError
 from regrad_runner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from regrad_runner.checkpoints.engine import check_engine_files
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import TrainConfig
 from regrad_runner.training.resolving import resolved
@@ -155,18 +153,3 @@ def refusal(call, *arguments):
     except RegradError as error:
         return str(error)
     return ""
-
-
-class RunsCode:
-    """Runs code when it is read."""
-
-    def __reduce__(self):
-        return os.system, ("true",)
-
-
-def of_foreign_code(folder):
-    """Return what is said of a file like DeepSpeed's that would run code."""
-    engine = Path(folder, "engine")
-    engine.mkdir(parents=True)
-    torch.save({"module": RunsCode()}, engine / "mp_rank_00_model_states.pt", pickle_module=pickle)
-    return refusal(check_engine_files, Path(folder))

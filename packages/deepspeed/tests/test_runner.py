@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -106,12 +107,6 @@ def test_checkpoints_that_do_not_fit_are_refused_before_anything_has_changed(eng
         assert said[f"{name} unchanged"], name
 
 
-def test_a_file_of_an_engine_that_would_run_code_is_refused_unread(tmp_path):
-    said = cases.of_foreign_code(tmp_path)
-    assert "DeepSpeed's own objects only, got 'posix.system'" in said
-    assert "would run code" in said
-
-
 # ---- the command
 
 
@@ -159,7 +154,8 @@ def weights_in(folder):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     last = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    return get_fp32_state_dict_from_zero_checkpoint(str(last), tag="engine")
+    found = get_fp32_state_dict_from_zero_checkpoint(str(last), tag="engine")
+    return {name: weight.detach() for name, weight in found.items()}
 
 
 @functools.cache
@@ -181,18 +177,15 @@ def test_accelerate_launch_trains_is_stopped_and_goes_on(tmp_path):
     assert result_of(tmp_path / "two")["value"] == result["value"]
     last = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))[-1]
     kept = weights_in(tmp_path / "two")
-    for file in sorted(last.rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() else file.unlink()
-    last.rmdir()
+    shutil.rmtree(last)
     again = launched(tmp_path, "train", "--resume", "--out", "two")
     assert again.returncode == 0, again.stderr
     assert "continuing from step 3" in again.stderr
     resumed = weights_in(tmp_path / "two")
     assert all(torch.equal(resumed[name], weight) for name, weight in kept.items())
-    for unfit in ({"stage": 3}, {"processes": 1}):
-        refused = launched(tmp_path, "train", "--resume", "--out", "two", **unfit)
-        assert refused.returncode != 0
-        assert "checkpoint must be of the same engine" in refused.stderr
+    refused = launched(tmp_path, "train", "--resume", "--out", "two", stage=3)
+    assert refused.returncode != 0
+    assert "checkpoint must be of the same engine" in refused.stderr
     plain = [sys.executable, "-m", "regrad_runner", "train", "--resume", "--out", "two"]
     refused = finished(plain, tmp_path, PATIENCE, {})
     assert refused.returncode == 2
