@@ -72,6 +72,10 @@ class Stage(ABC):
         """Write a whole gradient where the step will read it. Not collective."""
 
     @abstractmethod
+    def forget_gradients(self) -> None:
+        """Drop the gradients of a step that is left out, as ZeRO itself does. Not collective."""
+
+    @abstractmethod
     def forward_weights(self, parameter: nn.Parameter) -> list[Tensor]:
         """Return the tensors, of this process, from which a forward pass takes a parameter."""
 
@@ -114,6 +118,19 @@ class WholeWeights(Stage):
 
         safe_set_full_grad(parameter, gradient)
 
+    def forget_gradients(self) -> None:
+        """Drop them, whole ones and those of the part that this process steps."""
+        # See above.
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID  # noqa: PLC0415
+
+        zero = self.optimizer
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        zero.zero_grad(set_to_none=True)
+        zero._release_preflattened_grad_buffers()
+        for group in zero.averaged_gradients:
+            zero.averaged_gradients[group] = None
+            zero.all_grad_tensors[group] = None
+
     def forward_weights(self, parameter: nn.Parameter) -> list[Tensor]:
         """Return the parameter's values."""
         return [parameter.data]
@@ -152,6 +169,11 @@ class CutWeights(Stage):
         from deepspeed.utils import safe_set_local_grad  # noqa: PLC0415 - see above
 
         safe_set_local_grad(parameter, self._own_part(parameter, gradient))
+
+    def forget_gradients(self) -> None:
+        """Drop those that this process keeps parts of."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.averaged_gradients = {}
 
     def _own_part(self, parameter: Any, whole: Tensor) -> Tensor:
         """Return the part of a whole tensor that this process has, padded as DeepSpeed does."""

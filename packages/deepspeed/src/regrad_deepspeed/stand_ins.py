@@ -144,6 +144,12 @@ class StandIns(Optimizer):
             gradient: Any = stand_in.grad
             self.stage.set_gradient(parameter, gradient.full_tensor())
 
+    def forget_gradients(self) -> None:
+        """Drop the gradients of a step that is left out, here and in ZeRO."""
+        self.stage.forget_gradients()
+        for stand_in in self.stands_for:
+            stand_in.grad = None
+
     def whole_weight(self, stand_in: Any) -> Tensor:
         """Return all of what a stand-in holds now."""
         whole: Tensor = stand_in.detach().full_tensor()

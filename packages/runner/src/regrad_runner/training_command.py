@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
+from regrad_runner.checkpoints.engine import check_engine_path
 from regrad_runner.diagnostics.exits import exit_measures
 from regrad_runner.errors import checking_input
 from regrad_runner.reporting.progress import Display
@@ -42,6 +43,7 @@ from regrad_runner.training.outcome import finished_result
 from regrad_runner.training.preparation import default_folder, load_data, try_on
 from regrad_runner.training.processes import check_task, make_accelerator, on_first_process
 from regrad_runner.training.run import TrainingRun
+from regrad_runner.training.stepping import is_engine
 from regrad_runner.workloads.workload import Workload, name_on_validation
 
 
@@ -84,6 +86,8 @@ def make_training_plan(
     check_task()
     accelerator = make_accelerator(config)
     path = out or default_folder("train-", workload.name)
+    if is_engine(accelerator):
+        check_engine_path(path)
 
     def look_into_folder() -> bool:
         check_folder(path, config, resume=resume)

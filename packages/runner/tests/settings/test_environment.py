@@ -57,6 +57,7 @@ def test_what_is_not_used_is_said_with_the_setting_that_wins(monkeypatch):
     assert environment.environment_in_words(TrainConfig()) == [
         f"{not_used}GRADIENT_ACCUMULATION_STEPS=4; the setting accumulate is 1",
         f"{not_used}MIXED_PRECISION=bf16; the setting mixed_precision is no",
+        f"{not_used}GRADIENT_CLIPPING=0.1; the setting clip_norm is None",
         f"{not_used}DYNAMO_BACKEND=inductor; models are not compiled",
         f"{not_used}TORCH_DEVICE=meta; CUDA_VISIBLE_DEVICES chooses devices",
     ]

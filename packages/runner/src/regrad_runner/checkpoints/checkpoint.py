@@ -10,9 +10,17 @@ from typing import Any
 from accelerate.utils import gather_object
 from regrad.errors import RegradError
 
-from regrad_runner.checkpoints.folder import Content, read_checkpoint, read_latest, write_checkpoint
+from regrad_runner.checkpoints.engine import check_engine, engine_identity, load_engine, save_engine
+from regrad_runner.checkpoints.folder import (
+    Content,
+    make_engine_folder,
+    read_checkpoint,
+    read_latest,
+    write_checkpoint,
+)
 from regrad_runner.checkpoints.matching import (
     MOVED,
+    check_inventory,
     check_optimizer,
     check_settings,
     check_tensors,
@@ -61,7 +69,8 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_K
 
     Returns:
         The checkpoint's folder: `tensors.pt`, which `torch.load(weights_only=True)` reads,
-        `state.json`, `receipt.json`, and `checksums.json` of these three.
+        `state.json`, `receipt.json`, and `checksums.json` of these three. With DeepSpeed weights,
+        the optimizer's state and that of the corrections are in `engine`, as it writes them.
 
     Raises:
         RegradError: In the middle of an accumulation, whose gradients a checkpoint does not hold,
@@ -74,8 +83,13 @@ def save_checkpoint(run: TrainingRun, folder: Path, *, keep: int = CHECKPOINTS_K
             f"got micro-batch {done} of {run.config.accumulate}"
         )
     content = _content(run)
+    step = run.position.step
+    engine: Path | None = None
+    if run.engine is not None:
+        engine = on_first_process(run.accelerator, lambda: make_engine_folder(folder, step))
+        save_engine(run.engine, engine)
     return on_first_process(
-        run.accelerator, lambda: write_checkpoint(folder, run.position.step, content, keep=keep)
+        run.accelerator, lambda: write_checkpoint(folder, step, content, keep=keep, engine=engine)
     )
 
 
@@ -97,7 +111,7 @@ def load_checkpoint(run: TrainingRun, path: Path) -> list[str]:
             parameters, the optimizer's options or corrections differ, or if weights are not finite;
             says what, there and here.
     """
-    return _take(run, on_first_process(run.accelerator, lambda: read_checkpoint(path)))
+    return _take(run, path, on_first_process(run.accelerator, lambda: read_checkpoint(path)))
 
 
 def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]:
@@ -119,23 +133,17 @@ def load_latest(run: TrainingRun, folder: Path) -> tuple[Path | None, list[str]]
     if found is None:
         return None, []
     path, content, lines = found
-    return path, [*lines, *_take(run, content)]
+    return path, [*lines, *_take(run, path, content)]
 
 
 def _content(run: TrainingRun) -> Content:
     """Collect everything; what is sharded is whole on the first process alone."""
-    model = run.accelerator.unwrap_model(run.model)
     scaler = run.accelerator.scaler
-    corrections = corrections_state(run.attachment)
     own = {"random": random_state(), "loss_sum": run.loss_sum.item()}
-    tensors = {
-        "model": model_state(model),
-        "optimizer": optimizer_state(model, run.optimizer.optimizer),
-        "corrections": {key: value for key, value in corrections.items() if key != "receipt"},
-        "of_each_process": gather_object([own]),
-    }
+    tensors = {**_trained(run), "of_each_process": gather_object([own])}
     state = {
         "identity": identity(run),
+        "engine": engine_identity(run),
         MOVED: run.config.data_dir,
         "inventory": inventory(tensors),
         "step": run.position.step,
@@ -152,10 +160,23 @@ def _content(run: TrainingRun) -> Content:
     return Content(tensors, state, run.receipt())
 
 
-def _take(run: TrainingRun, content: Content) -> list[str]:
+def _trained(run: TrainingRun) -> dict[str, Any]:
+    """Collect what training changes; nothing where an engine writes it itself."""
+    if run.engine is not None:
+        return {}
+    model = run.accelerator.unwrap_model(run.model)
+    corrections = corrections_state(run.attachment)
+    return {
+        "model": model_state(model),
+        "optimizer": optimizer_state(model, run.optimizer.optimizer),
+        "corrections": {key: value for key, value in corrections.items() if key != "receipt"},
+    }
+
+
+def _take(run: TrainingRun, path: Path, content: Content) -> list[str]:
     """Restore everything, or raise `RegradError`."""
     try:
-        return _take_all(run, content)
+        return _take_all(run, path, content)
     except RegradError:
         raise
     except UNFIT_CONTENT as problem:
@@ -165,20 +186,19 @@ def _take(run: TrainingRun, content: Content) -> list[str]:
         ) from problem
 
 
-def _take_all(run: TrainingRun, content: Content) -> list[str]:
+def _take_all(run: TrainingRun, path: Path, content: Content) -> list[str]:
     """Restore everything; what may be refused comes first."""
     tensors = content.tensors
     state = content.state
     lines = check_settings(run, state)
-    check_tensors(run, tensors, state)
+    check_engine(run, state)
+    check_inventory(tensors, state)
     position = _position(run, state)
     scheduler = _scheduler_state(run, state, position)
-    check_optimizer(run, tensors["optimizer"]["groups"], scheduler["last_epoch"])
-    model = run.accelerator.unwrap_model(run.model)
-    load_model(model, tensors["model"])
-    load_optimizer(model, run.optimizer.optimizer, tensors["optimizer"])
-    # After the optimizer, whose state comes without that of the corrections here.
-    load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
+    if run.engine is None:
+        _take_trained(run, content, last_epoch=scheduler["last_epoch"])
+    else:
+        load_engine(run, path, content.receipt)
     run.scheduler.load_state_dict(scheduler)
     if run.accelerator.scaler is not None:
         run.accelerator.scaler.load_state_dict(state["scaler"])
@@ -187,6 +207,18 @@ def _take_all(run: TrainingRun, content: Content) -> list[str]:
         run.signs.load_state_dict(_checked(state["signs"], run.signs.state_dict(), "signs"))
     run.continue_from(position)
     return [*lines, *_take_own(run, tensors["of_each_process"])]
+
+
+def _take_trained(run: TrainingRun, content: Content, *, last_epoch: int) -> None:
+    """Restore what training changed; what may be refused comes first."""
+    tensors = content.tensors
+    check_tensors(run, tensors, content.state)
+    check_optimizer(run, tensors["optimizer"]["groups"], last_epoch)
+    model = run.accelerator.unwrap_model(run.model)
+    load_model(model, tensors["model"])
+    load_optimizer(model, run.optimizer.optimizer, tensors["optimizer"])
+    # After the optimizer, whose state comes without that of the corrections here.
+    load_corrections(run.attachment, {**tensors["corrections"], "receipt": content.receipt})
 
 
 def _position(run: TrainingRun, state: Mapping[str, Any]) -> Position:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +20,17 @@ from regrad.errors import RegradError
 
 from regrad_runner.errors import DiskError
 from regrad_runner.files import (
+    PART,
     check_own_folder,
+    disk_errors,
     folder_aside,
+    force_names,
     move_aside,
     open_regular_file,
     read_bytes,
     remove_folder,
     remove_left_over,
+    unforeseeable,
     whole_file,
 )
 
@@ -36,6 +41,8 @@ TENSORS = "tensors.pt"
 STATE = "state.json"
 CHECKPOINT_RECEIPT = "receipt.json"
 CHECKSUMS = "checksums.json"
+# The files of an engine that writes its own; absent otherwise.
+ENGINE = "engine"
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,31 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{CHECKPOINT_PREFIX}*"))
 
 
-def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is, or would be."""
+    return folder / f"{CHECKPOINT_PREFIX}{step:08d}"
+
+
+def make_engine_folder(folder: Path, step: int) -> Path:
+    """Make a hidden folder in which an engine writes its files, before they are moved.
+
+    Args:
+        folder: Holds the run's checkpoints; made if it does not exist.
+        step: Of the checkpoint.
+
+    Raises:
+        DiskError: If it cannot be made.
+    """
+    check_own_folder(folder)
+    aside = unforeseeable(checkpoint_path(folder, step), PART)
+    with disk_errors(folder):
+        aside.mkdir(parents=True)
+    return aside
+
+
+def write_checkpoint(
+    folder: Path, step: int, content: Content, *, keep: int, engine: Path | None = None
+) -> Path:
     """Write a checkpoint, whole or not at all, and remove the oldest.
 
     Args:
@@ -66,6 +97,7 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
         step: Names the checkpoint; another one of this step is replaced.
         content: What to keep.
         keep: How many of the last checkpoints stay, at least 1.
+        engine: From `make_engine_folder`, with a folder `ENGINE` in it, which is moved; or None.
 
     Returns:
         The checkpoint's folder.
@@ -73,10 +105,12 @@ def write_checkpoint(folder: Path, step: int, content: Content, *, keep: int) ->
     Raises:
         RegradError: If it cannot be written to disk; what was there before is unchanged.
     """
-    path = folder / f"{CHECKPOINT_PREFIX}{step:08d}"
+    path = checkpoint_path(folder, step)
     check_own_folder(folder)
     try:
         with folder_aside(path) as aside:
+            if engine is not None:
+                _move_engine(engine / ENGINE, aside / ENGINE)
             _fill(aside, content)
     except OSError as problem:
         raise DiskError(
@@ -168,7 +202,7 @@ def damage_of(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None if every file is unchanged."""
     try:
         sums = _read_json(path / CHECKSUMS)
-        for name in (TENSORS, STATE, CHECKPOINT_RECEIPT):
+        for name in _names_of_files(path, sums):
             if checksum(path / name) != sums.get(name):
                 return f"{name} has changed since it was written"
     except FileNotFoundError as problem:
@@ -181,10 +215,31 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
+def _names_of_files(path: Path, sums: Mapping[str, Any]) -> list[str]:
+    """Return the files of a checkpoint, those of an engine that are there or should be last."""
+    of_engine = {name for name in sums if name.startswith(f"{ENGINE}/")}
+    of_engine.update(file.relative_to(path).as_posix() for file in engine_files(path))
+    return [TENSORS, STATE, CHECKPOINT_RECEIPT, *sorted(of_engine)]
+
+
+def engine_files(path: Path) -> list[Path]:
+    """Return the files that an engine wrote for a checkpoint; none where there is no engine."""
+    return sorted((path / ENGINE).glob("*"))
+
+
 def checksum(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits."""
     with open_regular_file(path, follow_link=True) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_engine(found: Path, here: Path) -> None:
+    """Move what an engine wrote into a folder that is written aside, forced to the disk."""
+    found.rename(here)
+    for file in here.iterdir():
+        with open_regular_file(file, follow_link=False) as written:
+            os.fsync(written.fileno())
+    force_names(here)
 
 
 def _fill(folder: Path, content: Content) -> None:
@@ -193,7 +248,8 @@ def _fill(folder: Path, content: Content) -> None:
         torch.save(dict(content.tensors), file)
     _write_json(folder / STATE, {"format": FORMAT, **content.state})
     _write_json(folder / CHECKPOINT_RECEIPT, content.receipt)
-    sums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+    written = [*sorted(path for path in folder.iterdir() if path.is_file()), *engine_files(folder)]
+    sums = {path.relative_to(folder).as_posix(): checksum(path) for path in written}
     _write_json(folder / CHECKSUMS, sums)
 
 

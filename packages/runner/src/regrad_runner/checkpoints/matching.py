@@ -97,8 +97,21 @@ def check_settings(run: TrainingRun, state: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_inventory(tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint holds with what was put into it.
+
+    Args:
+        tensors: Of the checkpoint.
+        state: Of the checkpoint, as JSON held it.
+
+    Raises:
+        RegradError: If a tensor is missing, added, or of another shape or number format; names it.
+    """
+    _check_same(state["inventory"], inventory(tensors), "as it was written")
+
+
 def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint holds with what was put into it and with what the run needs.
+    """Compare what a checkpoint holds with what the run needs.
 
     Args:
         run: The run that is to continue.
@@ -109,7 +122,6 @@ def check_tensors(run: TrainingRun, tensors: Mapping[str, Any], state: Mapping[s
         RegradError: If a tensor is missing, added, of another shape or number format, or not
             finite; names it.
     """
-    _check_same(state["inventory"], inventory(tensors), "as it was written")
     model = run.accelerator.unwrap_model(run.model)
     needed = inventory({"model": get_model_state_dict(model)})
     held = inventory({"model": tensors["model"]})

@@ -143,15 +143,20 @@ def load_corrections(attachment: Attachment, saved: Mapping[str, Any]) -> None:
     Raises:
         RegradError: If corrections, their options or their order differ; says how.
     """
-    then = saved["receipt"]["order"]
+    check_order(attachment, saved["receipt"])
+    by_name = {key: saved.get(key, {}) for key in BY_NAME}
+    attachment.load_state_dict({**saved, **_changed(by_name, _shards(attachment), _cut_local)})
+
+
+def check_order(attachment: Attachment, receipt: Mapping[str, Any]) -> None:
+    """Raise a `RegradError` if the same corrections act in another order than in a receipt."""
+    then = receipt["order"]
     now = [correction.name for correction in attachment.corrections]
     if then != now and sorted(then) == sorted(now):
         raise RegradError(
             f"corrections must act in the checkpoint's order ({', '.join(then)}), "
             f"got {', '.join(now)}"
         )
-    by_name = {key: saved.get(key, {}) for key in BY_NAME}
-    attachment.load_state_dict({**saved, **_changed(by_name, _shards(attachment), _cut_local)})
 
 
 def random_state() -> dict[str, Any]:

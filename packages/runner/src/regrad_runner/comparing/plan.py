@@ -19,6 +19,7 @@ from regrad_runner.results.machine import surroundings, usable_cores
 from regrad_runner.settings.arms import Arm, expand
 from regrad_runner.settings.cluster import SLURM, Cluster
 from regrad_runner.settings.config import MOST_THREADS, CompareConfig, ComparisonSettings
+from regrad_runner.settings.engine import refuse_deepspeed
 from regrad_runner.settings.environment import environment_in_words
 from regrad_runner.training.preparation import (
     default_folder,
@@ -205,6 +206,7 @@ def make_plan(
         share = max(1, (config.threads or 1) // given_jobs)
         config = config.model_copy(update={"threads": share})
     check_task()
+    refuse_deepspeed("regrad compare")
     accelerator = make_accelerator(config)
     processes = accelerator.num_processes
     is_first = accelerator.is_main_process
@@ -263,6 +265,7 @@ def plan_of(path: Path, config: CompareConfig) -> Plan:
         ValueError: If the data are not there, or the arms are not the same as before.
     """
     workload, config = load_data(config)
+    refuse_deepspeed("regrad compare")
     accelerator = make_accelerator(config)
     optimizer = example_optimizer(config, lr=_first_rate(config))
     arms = expand(config.corrections, optimizer, controls=config.controls)

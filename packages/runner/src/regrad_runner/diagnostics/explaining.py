@@ -22,6 +22,7 @@ from regrad_runner.diagnostics.memory import bytes_held
 from regrad_runner.diagnostics.step_times import silence_meter
 from regrad_runner.settings.arms import Arm, parts_of
 from regrad_runner.settings.config import TrainConfig
+from regrad_runner.settings.engine import refuse_deepspeed
 from regrad_runner.training.preparation import load_data
 from regrad_runner.training.run import TrainingRun
 
@@ -113,6 +114,7 @@ def explain(config: TrainConfig, *, after_steps: int = 1) -> Explanation:
         RegradError: If the corrections cannot work together, or not on this model and optimizer.
     """
     workload, config = load_data(config)
+    refuse_deepspeed("regrad explain")
     parts = tuple(chain.from_iterable(parts_of(text) for text in config.corrections))
     arm = Arm("+".join(parts), parts)
     lr = config.lr or 0.0

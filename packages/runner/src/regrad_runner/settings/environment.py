@@ -14,22 +14,23 @@ from regrad_runner.settings.config import RunConfig
 LONGEST_VALUE = 60  # characters of a value that are shown
 ACCELERATE_PREFIX = "ACCELERATE_"
 FSDP = "ACCELERATE_USE_FSDP"
+DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+OF_DEEPSPEED = "ACCELERATE_DEEPSPEED_"
 ONLY_CPUS = "ACCELERATE_USE_CPU"
-FLAGS = (FSDP, ONLY_CPUS, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
+FLAGS = (FSDP, DEEPSPEED, ONLY_CPUS, "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE")
 ON = ("true", "1", "yes", "y", "t", "on")  # as accelerate reads them
 OFF = ("false", "0", "no", "n", "f", "off")
 # What a launcher says about processes and shards, and what changes no number. Other variables of
 # accelerate are hidden from it, or they would override the settings.
 LET_THROUGH = frozenset(
     {
-        *FLAGS,
+        *set(FLAGS) - {DEEPSPEED},
         "ACCELERATE_LOG_LEVEL",
         "ACCELERATE_USE_SAGEMAKER",
         "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE",
     }
 )
 ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
 }
@@ -81,7 +82,12 @@ def settings_win() -> Iterator[None]:
 
 def asked_to_shard() -> bool:
     """Say whether accelerate's launcher was asked for FSDP."""
-    return _is_on(FSDP)
+    return is_on(FSDP)
+
+
+def asked_for_deepspeed() -> bool:
+    """Say whether accelerate's launcher was asked for DeepSpeed."""
+    return is_on(DEEPSPEED)
 
 
 def check_launcher() -> None:
@@ -95,10 +101,11 @@ def check_launcher() -> None:
                 f"{name} must be true or false, got {shown(os.environ[name])}; unset it"
             )
     for name, engine in ENGINES.items():
-        if _is_on(name):
+        if is_on(name):
             raise ValueError(
                 f"{name} must be left out, got {shown(os.environ[name])}: "
-                f"runs are data-parallel or sharded by FSDP2, not trained with {engine}; unset it"
+                "runs are data-parallel, or sharded by FSDP2 or DeepSpeed's ZeRO, not trained with "
+                f"{engine}; unset it"
             )
 
 
@@ -107,7 +114,9 @@ def used() -> dict[str, str]:
     names = {*CHANGE_NUMBERS, *THREADS}
     if asked_to_shard():
         names |= {FSDP, *(name for name in os.environ if name.startswith("FSDP_"))}
-    if _is_on(ONLY_CPUS) and torch.accelerator.is_available():
+    if asked_for_deepspeed():
+        names |= {DEEPSPEED, *(name for name in os.environ if name.startswith(OF_DEEPSPEED))}
+    if is_on(ONLY_CPUS) and torch.accelerator.is_available():
         names.add(ONLY_CPUS)
     return {name: os.environ[name] for name in sorted(names) if os.environ.get(name)}
 
@@ -126,6 +135,8 @@ def not_used(config: RunConfig) -> dict[str, str]:
     for name, (setting, value) in decided.items():
         if os.environ.get(name, value).lower() not in (value, "no"):
             reasons[name] = f"the setting {setting} is {value}"
+    if os.environ.get("ACCELERATE_GRADIENT_CLIPPING") not in (None, "", str(config.clip_norm)):
+        reasons["ACCELERATE_GRADIENT_CLIPPING"] = f"the setting clip_norm is {config.clip_norm}"
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         reasons["ACCELERATE_DYNAMO_BACKEND"] = "models are not compiled"
     if os.environ.get("ACCELERATE_TORCH_DEVICE"):
@@ -159,5 +170,6 @@ def _word(value: str) -> str:
     return shown(value)
 
 
-def _is_on(name: str) -> bool:
+def is_on(name: str) -> bool:
+    """Say whether a variable is set to what accelerate takes for true."""
     return os.environ.get(name, "false").lower() in ON

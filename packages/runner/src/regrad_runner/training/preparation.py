@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from regrad_runner.settings.arms import ALL, Arm, create_all
 from regrad_runner.settings.config import CompareConfig, RunConfig, Trained
-from regrad_runner.settings.environment import asked_to_shard
+from regrad_runner.settings.environment import asked_for_deepspeed, asked_to_shard
 from regrad_runner.training.building import as_inputs, build_criterion, build_training
 from regrad_runner.training.optimizers import build_optimizer
 from regrad_runner.training.resolving import resolved
@@ -62,7 +62,8 @@ def try_on(arm: Arm, config: RunConfig, workload: Workload, *, lr: float) -> Non
             do not fit.
         RegradError: If the corrections cannot work here.
     """
-    if asked_to_shard():  # corrections that need whole weights refuse shards
+    # Corrections that need whole weights refuse shards, and set-ups of DeepSpeed.
+    if asked_to_shard() or asked_for_deepspeed():
         TrainingRun(config, workload, arm, seed=0, lr=lr).close()
         return
     model, optimizer = build_training(config, workload, arm, seed=0, lr=lr)

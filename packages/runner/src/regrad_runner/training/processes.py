@@ -8,15 +8,29 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list
+from accelerate.state import is_initialized
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from regrad.errors import RegradError
 
 from regrad_runner.settings.config import RunConfig
-from regrad_runner.settings.environment import asked_to_shard, check_launcher, settings_win
+from regrad_runner.settings.engine import decided_in_engine, engine_config
+from regrad_runner.settings.environment import (
+    asked_for_deepspeed,
+    asked_to_shard,
+    check_launcher,
+    settings_win,
+)
 
 STORE_OF_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -30,9 +44,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     `regrad_runner.settings.environment`.
 
     Raises:
-        ValueError: If a launcher asked for an engine that is not trained with, if the precision or
-            the sharding needs hardware that is missing, or if there are more or fewer processes
-            than asked, or if a launcher would restart processes that then wait for ever.
+        ValueError: If a launcher asked for an engine that is not trained with, or for a set-up of
+            one in which nothing is proved, if the precision or the sharding needs hardware that is
+            missing, or if there are more or fewer processes than asked, or if a launcher would
+            restart processes that then wait for ever.
     """
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError(
@@ -43,19 +58,49 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     _leave_store_of_dead()
     _note_missing("lomo_optim")
     threads = torch.get_num_threads()
-    with settings_win():
+    engine = engine_config(config) if asked_for_deepspeed() else None
+    with settings_win(), _away_from_results(engine):
         accelerator = Accelerator(
-            # Unless told otherwise, accelerate's CUDA build treats torchrun's processes as one.
-            cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
+            **_device_options(engine),
         )
+    if engine is not None:
+        # Of a second run in this process, accelerate would keep what the first one's settings said.
+        accelerator.deepspeed_plugin.deepspeed_config.update(decided_in_engine(config))
     # accelerate chooses another number if several processes share a CPU.
     torch.set_num_threads(threads)
     _check_processes(config, accelerator.num_processes)
     _check_sharding(accelerator)
     return accelerator
+
+
+def _device_options(engine: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the options by which accelerate chooses devices, and trains with an engine.
+
+    Args:
+        engine: DeepSpeed's configuration; None to train without it.
+    """
+    has_device = torch.accelerator.is_available()
+    if engine is None:
+        # Unless told otherwise, accelerate's CUDA build treats torchrun's processes as one.
+        return {"cpu": not has_device}
+    if is_initialized():  # it keeps the engine's configuration, and refuses a second one
+        return {}
+    # The runner's models are small, and are made whole.
+    plugin = DeepSpeedPlugin(hf_ds_config=engine, zero3_init_flag=False)
+    # Without a backend that is named, accelerate takes each process on a CPU for the only one.
+    backend = [] if has_device else [InitProcessGroupKwargs(backend="gloo")]
+    return {"deepspeed_plugin": plugin, "kwargs_handlers": backend}
+
+
+def _away_from_results(engine: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    """Return a block in which DeepSpeed, where it is imported, finds stderr for all of its lines.
+
+    Results go to stdout, perhaps into another program.
+    """
+    return nullcontext() if engine is None else redirect_stdout(sys.stderr)
 
 
 def _check_restarts() -> None:

@@ -26,6 +26,7 @@ from regrad_runner.training.position import Position
 from regrad_runner.training.processes import make_accelerator
 from regrad_runner.training.schedule import build_scheduler, part_of, schedule
 from regrad_runner.training.signs import SignMeter
+from regrad_runner.training.stepping import AcceleratedSteps, EngineSteps, is_engine
 from regrad_runner.training.timing import StepTimer
 from regrad_runner.workloads.samples import Samples
 from regrad_runner.workloads.workload import Workload
@@ -47,6 +48,7 @@ class TrainingRun:
     Attributes:
         position: How far it is.
         attachment: What `regrad.attach` returned.
+        engine: DeepSpeed's engine, or None.
         watch: Skips steps that are not finite.
         timer: Keeps the time of the steps.
         signs: Looks at the signs of binary weights; None where the model has none.
@@ -86,9 +88,9 @@ class TrainingRun:
         self.attachment = regrad.attach(
             self.model, self.optimizer, create_all(arm), criterion=criterion
         )
-        self.watch = Watch(
-            self.accelerator.unwrap_model(self.model).named_parameters(), self.accelerator
-        )
+        self.engine = self.model if is_engine(self.accelerator) else None
+        self._steps = self._make_steps()
+        self.watch = Watch(self._steps.named_parameters(), self.accelerator)
         self.signs = self._make_sign_meter()
         self.position = Position()
         self.timer = StepTimer()
@@ -103,6 +105,12 @@ class TrainingRun:
             workers=config.workers,
         )
         self._begin_step()
+
+    def _make_steps(self) -> AcceleratedSteps | EngineSteps:
+        """Return what takes the steps: accelerate, or DeepSpeed's engine."""
+        if self.engine is None:
+            return AcceleratedSteps(self.accelerator, self.model, self.optimizer)
+        return EngineSteps(self.accelerator, self.engine, self.attachment)
 
     @property
     def evaluate_every(self) -> int:
@@ -156,12 +164,12 @@ class TrainingRun:
             self.on_micro_batch(inputs, targets)
         with self.accelerator.accumulate(self.model):
             loss = self.attachment.criterion(self.model(self.as_inputs(inputs)), targets)
-            self.accelerator.backward(loss)
+            self._steps.backward(loss)
             if self._may_step(loss):
                 self._clip()
-                self.optimizer.step()
+                self._steps.step()
                 self.scheduler.step()
-            self.optimizer.zero_grad()
+            self._steps.forget_gradients()
         self.loss_sum += loss.detach()
 
     def _begin_step(self) -> None:
@@ -187,7 +195,7 @@ class TrainingRun:
     def _clip(self) -> None:
         """Clip the gradients of a step to the norm of the settings, if they have one."""
         if self.config.clip_norm is not None and self.accelerator.sync_gradients:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+            self._steps.clip(self.config.clip_norm)
 
     def _epoch_is_done(self) -> bool:
         """Say whether every optimizer step of the epoch has been made."""
@@ -296,5 +304,7 @@ class TrainingRun:
         return int(numbers.max().item())
 
     def close(self) -> None:
-        """Detach the corrections."""
+        """Detach the corrections, and free what DeepSpeed's engine holds."""
         self.attachment.detach()
+        if self.engine is not None:
+            self.engine.destroy()
