@@ -45,6 +45,7 @@ PUBLIC = {
             "StagedImages",
         ),
         "load_beside",
+        "no_waiting",
         "run_on_processes",
     },
     "regrad_tom": {"Tom"},
