@@ -13,8 +13,6 @@ import pytest
 import torch
 from regrad_testing import load_beside, run_on_processes
 
-cases = load_beside(__file__, "cases_runner")
-
 TOLERANCE = 1e-6  # sums over processes are taken in another order
 PATIENCE = 900.0  # seconds: DeepSpeed builds its communication at its first start
 STAGES = (1, 2, 3)
@@ -34,13 +32,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def alone():
+def cases():
+    """Return what the processes run; the libraries are heavy, and only these tests need them."""
+    return load_beside(__file__, "cases_runner")
+
+
+@pytest.fixture(scope="module")
+def alone(cases):
     """Return what one process without DeepSpeed ends with."""
     return cases.alone()
 
 
 @pytest.fixture(scope="module", params=STAGES)
-def engine(request, tmp_path_factory):
+def engine(request, cases, tmp_path_factory):
     """Return what two processes of a stage end with, and the stage."""
     folder = tmp_path_factory.mktemp(f"zero-{request.param}")
     run_on_processes(cases.with_engine, request.param, str(folder), patience=PATIENCE)
@@ -67,7 +71,7 @@ def test_two_processes_end_as_one_without_deepspeed(alone, engine):
         assert farthest(alone[case]["weights"], alone["baseline"]["weights"]) > 100 * TOLERANCE
 
 
-def test_the_runner_clips_before_the_corrections_and_deepspeed_does_not(engine):
+def test_the_runner_clips_before_the_corrections_and_deepspeed_does_not(cases, engine):
     _, seen = engine
     for case in cases.CASES:
         assert "DeepSpeed does not clip (gradient_clipping is 0)" in seen[case]["notes"]
@@ -87,7 +91,7 @@ def test_norms_of_the_last_steps_are_those_of_whole_tensors(alone, engine):
         assert seen[case]["norms"] == pytest.approx(wanted["norms"], abs=1e-5), case
 
 
-def test_a_run_that_is_resumed_ends_with_the_bits_of_one_that_is_not(engine):
+def test_a_run_that_is_resumed_ends_with_the_bits_of_one_that_is_not(cases, engine):
     _, seen = engine
     for case in cases.CASES:
         assert seen[case]["same"], case
