@@ -195,6 +195,8 @@ TRIALS = {
     "xgrad adamw": Trial("xgrad", adamw),
     "xgrad displacement": Trial("xgrad", adagrad),
     "powergrad": Trial("powergrad", momentum),
+    # The networks here have one exit, whose gradient alpha changes all the same.
+    "boosted": Trial("boosted:alpha=0.25", momentum),
     "adam3": Trial(None, functools.partial(AdaM3, lr=0.01)),
     "tom": Trial(None, functools.partial(Tom, lr=0.01)),
 }

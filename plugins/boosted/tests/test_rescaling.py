@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from regrad import RegradError
+from regrad_boosted import Boosted
 from regrad_boosted.rescaling import average_over_exits
 from torch import nn
 
@@ -197,3 +198,10 @@ def test_hooks_go_with_the_graph(model, inputs):
     plain = gradients(model, loss_of(model(inputs)))
     again = gradients(model, loss_of(model(inputs)))
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_rescaling_needs_a_layout_that_shows_the_whole_model():
+    # FSDP1 does not: its one tensor holds the parameters of all exits.
+    assert "model" in Boosted(rescale=True).needs.reads
+    assert "one tensor" in Boosted(rescale=True).needs.conflicts["flat"]
+    assert "model" not in Boosted().needs.reads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ from regrad_boosted.rescaling import average_over_exits
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+IN_ONE_TENSOR = (
+    "rescale must see which exits use a parameter, and FSDP1 holds all of them in one tensor; "
+    "use FSDP2 or rescale=False"
+)
 OF_ONE_EXIT = "exit_criterion"
 """The attribute by which a criterion for several outputs names that of one."""
 
@@ -100,6 +105,10 @@ class Boosted(Correction):
     @takes(Options)
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        if self.options.rescale:
+            reads = (*self.needs.reads, "model")
+            conflicts = {"flat": IN_ONE_TENSOR}
+            self.needs = with_changes(self.needs, reads=reads, conflicts=conflicts)
         self._last_batch = LastBatch()
 
     def wrap_criterion(self, criterion: Callable[..., Tensor]) -> BoostedOf:
