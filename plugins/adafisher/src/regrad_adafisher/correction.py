@@ -119,6 +119,7 @@ class AdaFisher(Correction):
     def setup(self, attachment: Attachment) -> None:
         """Find the layers, say what is left alone, and watch the layers' calls."""
         self._refuse_a_second_divisor(attachment.optimizer)
+        _refuse_a_model_in_parts(attachment)
         layers = layers_of(attachment.model)
         self._layers = {layer.name: layer for layer in layers if self._may_act_on(layer)}
         if not self._layers:
@@ -402,6 +403,12 @@ def _places_of(model: nn.Module, layers: Collection[str]) -> dict[str, Place]:
         if len(holders) == 1 and where in layers:
             places[f"{where}.{attribute}".lstrip(".")] = Place(where, attribute == "bias")
     return places
+
+
+def _refuse_a_model_in_parts(attachment: Attachment) -> None:
+    """Refuse `model_group`, by which the core lets corrections act that add over the parts."""
+    if attachment.engine.layout.model_group is not None:
+        raise RegradError(f"'adafisher' must see the whole model, got model_group=…; {IN_PARTS}")
 
 
 def _kinds_of_holders(model: nn.Module) -> dict[str, str]:
