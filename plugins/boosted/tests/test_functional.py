@@ -162,11 +162,16 @@ def test_a_flattened_softmax_keeps_the_value(outputs, target):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_halves_give_the_dtype_that_cross_entropy_gives(dtype, outputs, target):
-    halves = [output.detach().to(dtype) for output in outputs]
+def test_halves_are_added_up_in_float32(dtype, outputs, target):
+    halves = [output.detach().to(dtype).requires_grad_() for output in outputs]
+    wide = [half.detach().float().requires_grad_() for half in halves]
     loss = boosted_cross_entropy(halves, target)
-    assert loss.dtype == F.cross_entropy(halves[0], target).dtype
-    assert loss.item() == pytest.approx(LOSSES[0.5][0], rel=2e-2)
+    expected = boosted_cross_entropy(wide, target)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    found = torch.autograd.grad(loss, halves)
+    for half, slope in zip(found, torch.autograd.grad(expected, wide), strict=True):
+        assert torch.equal(half, slope.to(dtype))
 
 
 def test_a_compiled_loss_is_one_graph_with_the_same_numbers(outputs, target):

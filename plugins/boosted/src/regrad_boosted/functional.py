@@ -46,7 +46,8 @@ def running_sum(outputs: Sequence[Tensor], *, decay: float = 0.5) -> list[Tensor
         decay: :math:`\tau` in [0, 1]; 0 returns the outputs themselves.
 
     Returns:
-        :math:`F_1, \dots, F_N`, of the same shape. Gradients flow through all of it.
+        :math:`F_1, \dots, F_N`, of the same shape, in float32 at least. Gradients flow through all
+        of it.
 
     Raises:
         TypeError: If `outputs` is not a sequence of tensors.
@@ -100,8 +101,10 @@ def _sums(outputs: Sequence[Tensor], decay: float, *, is_stopped: bool) -> list[
     _check_outputs(outputs)
     if decay == 0:
         return list(outputs)  # not + 0 * F, which infinite logits would make NaN
-    sums = [outputs[0]]
-    for output in outputs[1:]:
+    dtype = torch.promote_types(outputs[0].dtype, torch.float32)
+    wide = [output.to(dtype) for output in outputs]
+    sums = [wide[0]]
+    for output in wide[1:]:
         before = sums[-1].detach() if is_stopped else sums[-1]
         sums.append(torch.add(output, before, alpha=decay))
     return sums

@@ -36,7 +36,6 @@ OUR_DISTRIBUTIONS = {
     "bench",
     "deepspeed",
     "accelerate",
-    "adafisher",
     "adanorm",
     "boosted",
     "bop",
