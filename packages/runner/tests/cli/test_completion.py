@@ -23,7 +23,7 @@ CASES = {
     "regrad train --model resnet5": ["resnet56", "resnet50"],
     "regrad train --optimizer adamw": ["adamw"],
     "regrad train --resume a": ["auto"],
-    "regrad compare --corrections clip": ["clip-norm", "clip-value"],
+    "regrad compare --corrections clip": ["clip-norm", "clip-update", "clip-value"],
     "regrad compare --corrections agc clip-n": ["clip-norm"],
     "regrad compare --corrections agc+clip-n": ["agc+clip-norm"],
     "regrad explain --correction al": ["all"],
@@ -97,11 +97,11 @@ def test_bash_completes_with_the_script_that_it_is_given(tmp_path):
         timeout=240,
     )
     assert "_regrad_completion" in done.stdout
-    assert done.stdout.endswith("offered: digits\n"), done
+    assert done.stdout.endswith("offered: digits digits-binary\n"), done
 
 
 def test_the_names_are_those_that_the_commands_take():
-    assert set(completion.models("")) == {*MODELS, MODEL, *classifier_names()}
+    assert set(completion.models("")) == {*MODELS, MODEL, "binary-cnn", *classifier_names()}
     assert all(optimizer_class(name) for name in completion.optimizers(""))
     with pytest.raises(ValueError, match="there are: ") as problem:
         optimizer_class("none of them")

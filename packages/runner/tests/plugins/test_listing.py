@@ -113,9 +113,9 @@ def test_each_correction_of_one_distribution_has_its_own_line(capsys):
     assert main(["plugins", "list", "--json"]) == 0
     rows = [row for row in json.loads(capsys.readouterr().out) if row["kind"] == "correction"]
     about = {row["name"]: row["about"] for row in rows if row["distribution"] == "regrad-clipping"}
-    assert set(about) == {"agc", "clip-norm", "clip-value"}
+    assert set(about) == {"agc", "clip-norm", "clip-update", "clip-value"}
     assert about["clip-value"] == "Clamp every element of every gradient to a bound"
-    assert len(set(about.values())) == 3
+    assert len(set(about.values())) == 4
 
 
 def test_the_list_imports_neither_torch_nor_a_plugin():

@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from regrad_runner.training.run import TrainingRun
 from regrad_runner.training.signs import SignMeter
 
 # Weights of Bop after 0 to 3 steps, with γ = .1 and τ = .03; two, three and five signs flipped.
@@ -49,3 +52,17 @@ def test_a_loaded_state_goes_on():
         own.copy_(torch.tensor(STEPS[3]))
         one.look()
     assert resumed.metrics() == meter.metrics()
+
+
+def test_binary_weights_are_refused_where_an_engine_cuts_them():
+    weight = torch.nn.Parameter(torch.ones(3))
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        workload=SimpleNamespace(binary_parameters=lambda _: [weight]),
+        model=None,
+        engine=object(),
+    )
+    with pytest.raises(
+        ValueError, match=r"no binary weights with DeepSpeed.* got 1 binary tensors"
+    ):
+        TrainingRun._make_sign_meter(run)

@@ -181,7 +181,14 @@ class TrainingRun:
         """Return what looks at the signs of binary weights; None where the model has none."""
         model = self.accelerator.unwrap_model(self.model)
         binary = self.workload.binary_parameters(model)
-        return SignMeter(binary) if binary else None
+        if not binary:
+            return None
+        if self.engine is not None:
+            raise ValueError(
+                "model must have no binary weights with DeepSpeed, whose stages cut them into "
+                f"parts, got {len(binary)} binary tensors; use torchrun for this workload"
+            )
+        return SignMeter(binary)
 
     def _may_step(self, loss: Tensor) -> bool:
         """Say whether loss and gradients are finite, at the end of a step.
