@@ -26,6 +26,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": lambda parameters, lr: AdamW(parameters, lr=lr),
 }
 IN_TIME = ("weights", "criterion", "hidden", "gradient", "moment", "update")
+# By their defaults these do nothing here: the network has one exit, and AdamW's steps are short.
+TRIED = {"boosted": "boosted:alpha=0.25", "clip-update": "clip-update:max_rms=0.01"}
 STEPS, BEFORE_MEASURING = 32, 16  # GC-W waits for ten steps and fits after ten more
 ROUNDING = 1e-12
 BEGIN, END = "<!-- pairs: written by docs/interactions.py -->\n", "<!-- end of pairs -->"
@@ -91,7 +93,12 @@ def shipped() -> list[str]:
 
 def made(names: Sequence[str]) -> list[regrad.Correction]:
     """Return fresh corrections, the parts where a name is a composition's."""
-    return create_all(names)
+    return create_all(tried(names))
+
+
+def tried(names: Sequence[str]) -> list[str]:
+    """Return the names, with options where a correction does nothing here without."""
+    return [TRIED.get(name, name) for name in names]
 
 
 def network(*, scale: float = 1.0) -> nn.Module:
@@ -134,7 +141,8 @@ def stages_of(pair: tuple[str, str], optimizer: str) -> tuple[tuple[str, ...], t
     """Train with both, and return in which stages each really acted."""
     model = network()
     rule = OPTIMIZERS[optimizer](model.parameters(), lr=1e-3)
-    with regrad.attach(model, rule, pair, nn.CrossEntropyLoss(reduction="sum")) as attachment:
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    with regrad.attach(model, rule, tried(pair), loss) as attachment:
         for step in range(STEPS):
             images, labels = (batches[step % 8] for batches in samples())
             attachment.criterion(model(images), labels).backward()
@@ -156,7 +164,7 @@ def read_by_the_optimizer(
     optimizer: str,
     gradients: Sequence[Sequence[Tensor]],
     *,
-    rate: float,
+    rate: float = 0.0,
 ) -> list[dict[str, list[Tensor]]]:
     """Return, for every step of given gradients, the corrected ones, and what the step did."""
     model = network(
@@ -207,7 +215,7 @@ def interaction_of(pair: tuple[str, str], optimizer: str) -> Interaction:
         for given in (pair, pair[::-1]):
             model = network()
             rule = OPTIMIZERS[optimizer](model.parameters(), lr=0.1)
-            regrad.attach(model, rule, given, nn.CrossEntropyLoss()).detach()
+            regrad.attach(model, rule, tried(given), nn.CrossEntropyLoss()).detach()
     except regrad.RegradError as refusal:
         reason = str(refusal).partition("cannot work together: ")[2] or str(refusal)
         return Interaction(pair=pair, optimizer=optimizer, verdict="refused", reason=reason)
