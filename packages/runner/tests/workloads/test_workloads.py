@@ -403,7 +403,7 @@ def test_keeping_everything_keeps_the_order():
 
 def test_a_class_with_one_sample_cannot_be_divided():
     with pytest.raises(
-        ValueError, match="every class must have at least 2 training images, got 1 of class 1"
+        ValueError, match="every class must have at least 2 images to choose from, got 1 of class 1"
     ):
         take_stratified(np.array([0, 0, 0, 1]), 2, seed=0, what="size")
 
@@ -530,6 +530,64 @@ def test_large_images_are_reduced(tmp_path):
     assert load_workload("parquet", data_dir=tmp_path).train.images.shape[1:] == (3, 64, 64)
 
 
+def test_images_are_made_as_small_as_asked_for_by_averages(tmp_path):
+    chequered = (torch.arange(16)[:, None] + torch.arange(16)).remainder(2).mul(255).byte()
+    images = pixels(19, 1, 16, 16)
+    for split in ("train", "test"):
+        write(tmp_path, split, list(map(encoded, [*images, chequered[None]])), [0, 1] * 10)
+    workload = load_workload("parquet", data_dir=tmp_path, image_size=8)
+    assert workload.train.images.shape[1:] == workload.validation.images.shape[1:] == (1, 8, 8)
+    assert workload.train.augment == Augmentation(shift=1, flip=True)
+    # Every second pixel would be black or white; an average of four is grey.
+    grey = workload.test.images[19, 0, 2:-2, 2:-2].int()
+    assert (grey - 127).abs().max() <= 1
+    # Bicubic overshoots at an edge, but keeps the mean up to rounding and clipping.
+    difference = workload.test.images[:19].float().mean() - images.float().mean()
+    assert difference.abs() < 2
+
+
+def test_images_that_have_the_size_asked_for_are_left_alone(tmp_path):
+    images = write_set(tmp_path)
+    workload = load_workload("parquet", data_dir=tmp_path, image_size=16)
+    assert torch.equal(workload.test.images, images)
+
+
+@pytest.mark.parametrize("size", [3, 65])
+def test_an_image_size_out_of_its_range_is_refused(tmp_path, size):
+    write_set(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"image_size must be from 4 to 64 for workload 'parquet', got {size}"
+    ):
+        load_workload("parquet", data_dir=tmp_path, image_size=size)
+
+
+def test_a_part_of_the_test_images_has_each_class_in_proportion(tmp_path):
+    images = write_set(tmp_path)
+    whole = load_workload("parquet", data_dir=tmp_path)
+    part = load_workload("parquet:test_size=10", data_dir=tmp_path)
+    assert torch.bincount(part.test.labels).tolist() == [5, 5]
+    numbers = {tuple(image.flatten().tolist()): index for index, image in enumerate(images)}
+    kept = [numbers[tuple(image.flatten().tolist())] for image in part.test.images]
+    assert kept == sorted(kept)
+    assert part.test.labels.tolist() == [row % 2 for row in kept]
+    assert torch.equal(part.train.images, whole.train.images)
+    assert torch.equal(part.validation.images, whole.validation.images)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("test_size=1", r"test_size must be from 2 \(the classes\) to 38, got 1"),
+        ("test_size=39", r"test_size must be from 2 \(the classes\) to 38, got 39"),
+        ("test_size=many", r"test_size must be int \| None, got 'many'"),
+    ],
+)
+def test_a_test_size_out_of_its_range_is_refused(tmp_path, spec, reason):
+    write_set(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        load_workload(f"parquet:{spec}", data_dir=tmp_path)
+
+
 def test_sixteen_bits_become_eight(tmp_path):
     shallow = pixels(8, 8)
     deep = datasets.Image().encode_example(shallow.numpy().astype(np.uint16) * 257)["bytes"]
@@ -611,7 +669,7 @@ def spoilt(folder, split, *, images=None, labels=None, **columns):
         ),
         (
             lambda folder: spoilt(folder, "train", labels=[3] * 19 + [4]),
-            "every class must have at least 2 training images, got 1 of class 1",
+            "every class must have at least 2 images to choose from, got 1 of class 1",
         ),
         (
             lambda folder: spoilt(folder, "test", labels=[0, 7] * 10),

@@ -20,6 +20,7 @@ from torch import Tensor
 from regrad_runner.errors import in_one_line
 from regrad_runner.files import read_bytes
 
+SMALLEST_SIDE = 4  # what three stages of a CIFAR network leave of it is one pixel
 LARGEST_SIDE = 64
 LARGEST_ASPECT_RATIO = 1000
 # Pillow's own limit, a quarter of a GiB; a few kilobytes can claim billions.

@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from regrad_runner.workloads.decode import (
     IMAGES_LOOKED_AT,
     LARGEST_SIDE,
+    SMALLEST_SIDE,
     Format,
     ImageFile,
     common_format,
@@ -81,8 +82,8 @@ def load(
             than 2 classes or too few images of one, if what is to be decoded into memory takes more
             than 8 GiB, or if `train_size` or `image_size` is out of its range.
     """
-    if image_size is not None and image_size < 4:
-        raise ValueError(f"image_size must be at least 4, got {image_size!r}")
+    if image_size is not None and image_size < SMALLEST_SIDE:
+        raise ValueError(f"image_size must be at least {SMALLEST_SIDE}, got {image_size!r}")
     folders = _folders(data_dir)
     data = DataFolder(folders["train"].parent)
     all_train = _Split.read(data, folders.pop("train"))

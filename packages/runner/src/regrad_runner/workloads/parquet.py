@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ import torch
 from regrad_runner.errors import in_one_line
 from regrad_runner.workloads.decode import (
     IMAGES_LOOKED_AT,
+    LARGEST_SIDE,
+    SMALLEST_SIDE,
     EncodedImage,
     common_format,
     decode_images,
@@ -26,7 +28,7 @@ from regrad_runner.workloads.decode import (
 from regrad_runner.workloads.folders import DataFolder
 from regrad_runner.workloads.images import Augmentation, ImageWorkload, standardized
 from regrad_runner.workloads.samples import Batch
-from regrad_runner.workloads.split import Indices, validation_and_training
+from regrad_runner.workloads.split import Indices, keep_stratified, validation_and_training
 from regrad_runner.workloads.workload import Defaults, Measure
 
 ROWS_AT_ONCE = 1000
@@ -39,7 +41,12 @@ PARQUET_DEFAULTS = Defaults(
 
 
 def load(
-    *, seed_of_split: int = 0, data_dir: Path | None = None, train_size: int | None = None
+    *,
+    seed_of_split: int = 0,
+    data_dir: Path | None = None,
+    train_size: int | None = None,
+    image_size: int | None = None,
+    test_size: int | None = None,
 ) -> ImageWorkload:
     """Return the images of a training and a test split in parquet files.
 
@@ -49,11 +56,12 @@ def load(
     strings; classes are numbered in sorted order). A tenth of the training images, but at most
     `train_size`, is the validation split, with the same share of each class.
 
-    Images become square: the shorter side is resized to the median shorter side of the first 100
-    training images, but at most to 64 pixels, and the middle is cut out; images that already fit
-    are left alone. They are grey if those 100 are, else RGB. Training images are shifted by up to
-    an eighth of their size, what moves in is black, and half of them are mirrored. All are
-    standardised with the mean and the standard deviation of the training pixels per channel.
+    Images become square: the shorter side is resized to `image_size`, and the middle is cut out;
+    images that already fit are left alone. A pixel of a smaller image averages those of the larger
+    one that it stands for (Pillow's bicubic filter). Images are grey if the first 100 training
+    images are, else RGB. Training images are shifted by up to an eighth of their size, what moves
+    in is black, and half of them are mirrored. All are standardised with the mean and the standard
+    deviation of the training pixels per channel.
 
     Only the images in use are decoded, once, into memory. The files are read where they lie:
     nothing is copied to a cache, and the network is not used. Links are followed wherever
@@ -63,11 +71,14 @@ def load(
         seed_of_split: Fixes which images validate and which are kept, at least 0.
         data_dir: The folder.
         train_size: Number of training images to keep after the validation split; None for all.
+        image_size: Height and width in pixels, from 4 to 64; None for the median shorter side of
+            the first 100 training images, but at most 64.
+        test_size: Number of test images to keep, the same share of each class; None for all.
 
     Raises:
         ValueError: If the folder, a file, a column or an image is missing or cannot be read, if
-            there are fewer than 2 classes or too few images of one, or if `train_size` is out of
-            its range.
+            there are fewer than 2 classes or too few images of one, or if `train_size`,
+            `image_size` or `test_size` is out of its range.
 
     References:
         He, Zhang, Ren and Sun, 2015, "Deep Residual Learning for Image Recognition", section 4.2,
@@ -75,26 +86,34 @@ def load(
         augmentation: theirs pads after subtracting the mean, this before, so that what moves in is
             black.
     """
+    if image_size is not None and not SMALLEST_SIDE <= image_size <= LARGEST_SIDE:
+        raise ValueError(
+            f"image_size must be from {SMALLEST_SIDE} to {LARGEST_SIDE} for workload 'parquet', "
+            f"got {image_size!r}; larger images are read by --workload imagefolder"
+        )
     data = _data_folder(data_dir)
     train_split = _Split.find(data, "train")
     test_split = _Split.find(data, "test")
     classes, labels = _numbered(train_split.labels())
     validation, train = validation_and_training(labels, train_size, seed=seed_of_split)
     test_labels = _looked_up(test_split.labels(), classes)
+    test = keep_stratified(test_labels, test_size, seed=seed_of_split, what="test_size")
 
     looked_at = np.arange(min(IMAGES_LOOKED_AT, len(labels)))
     encoded = train_split.encoded(np.unique(np.concatenate([looked_at, train, validation])))
     form = common_format([encoded[row] for row in looked_at.tolist()])
+    if image_size is not None:
+        form = replace(form, side=image_size)
 
     def batch_of(rows: Indices) -> Batch:
         images = decode_images([encoded[row] for row in rows.tolist()], form)
         return images, torch.from_numpy(labels[rows])
 
-    test_images = decode_images(list(test_split.encoded().values()), form)
+    test_images = decode_images(list(test_split.encoded(test).values()), form)
     train_set, validation_set, test_set = standardized(
         batch_of(train),
         batch_of(validation),
-        (test_images, torch.from_numpy(test_labels)),
+        (test_images, torch.from_numpy(test_labels[test])),
         augment=Augmentation(shift=form.side // 8, flip=True),
     )
     return ImageWorkload(

@@ -30,7 +30,7 @@ def take_stratified(
     classes, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise ValueError(
-            "every class must have at least 2 training images, "
+            "every class must have at least 2 images to choose from, "
             f"got 1 of class {classes[counts.argmin()]}"
         )
     most = len(labels) - len(classes)
@@ -73,12 +73,20 @@ def validation_and_training(
     return validation, train[keep_stratified(labels[train], train_size, seed=seed)]
 
 
-def keep_stratified(labels: npt.NDArray[np.int64], train_size: int | None, *, seed: int) -> Indices:
-    """Return the sorted positions of `train_size` samples, chosen at random; of all if it is None.
+def keep_stratified(
+    labels: npt.NDArray[np.int64], size: int | None, *, seed: int, what: str = "train_size"
+) -> Indices:
+    """Return the sorted positions of `size` samples, chosen at random; of all if it is None.
+
+    Args:
+        labels: Class of each sample, shape [N].
+        size: Number of samples to keep, the same share of each class.
+        seed: Fixes the choice, at least 0.
+        what: What the size is called in an error.
 
     Raises:
         ValueError: As `take_stratified`.
     """
-    if train_size is None or train_size == len(labels):
+    if size is None or size == len(labels):
         return np.arange(len(labels))
-    return take_stratified(labels, train_size, seed=seed, what="train_size")[0]
+    return take_stratified(labels, size, seed=seed, what=what)[0]
