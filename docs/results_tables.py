@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import optimizer_results
 import yaml
 from regrad_runner.diagnostics.step_times import kept_step_times
 from regrad_runner.reporting.numbers import difference_in_brackets, short_number
@@ -43,6 +44,7 @@ FRONT = (
     ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD: accuracy", "xgrad"),
     ("cifar10-sgd", "cifar10-sgd", "ResNet-8, SGD: accuracy", "centralization"),
     ("cifar10-adamw", "cifar10-adamw", "ResNet-8, AdamW: accuracy", "powergrad"),
+    ("tinyshakespeare-updates", "tinyshakespeare-updates", "GPT, AdamW: bits", "cautious"),
     ("scripts/run_clm", "transformers-run_clmpy-unmodified", "run_clm.py, AdamW: loss", "agc"),
 )
 FORMATS = {"no": "in float32", "bf16": "in bfloat16 autocast", "fp16": "in float16 autocast"}
@@ -128,11 +130,18 @@ def ledger(summaries: dict[str, list[ArmSummary]]) -> str:
             for n, arms in claim["seen"].items()
             if {*arms} & {summary.arm for summary in summaries.get(n, [])}
         ]
-        commands = ", ".join(f"[{name}](#{name})" for name in ran) or "–"
+        as_optimizer = claim.get("optimizer_on", [])
+        anchors = [*ran, *(f"optimizers-{workload}" for workload in as_optimizer)]
+        commands = ", ".join(f"[{name}](#{name})" for name in anchors) or "–"
+        found = [seen(claim["seen"], summaries)] if claim["seen"] or not as_optimizer else []
+        found += [
+            f"*{workload}*: {optimizer_results.sentence_on(claim['method'], workload)}"
+            for workload in as_optimizer
+        ]
         cells = [
             claim["method"],
             claim["claimed"],
-            seen(claim["seen"], summaries),
+            " ".join(found),
             claim["differs"],
             commands,
         ]
@@ -197,7 +206,8 @@ def written() -> str:
     """Return the part of the page that comes from the comparisons."""
     found = comparisons()
     sections = "".join(section(name, summaries) for name, summaries in found.items())
-    return f"## The ledger\n\n{ledger(found)}\n## The comparisons\n\n{sections}"
+    optimizers = "".join(map(optimizer_results.section, optimizer_results.workloads()))
+    return f"## The ledger\n\n{ledger(found)}\n## The comparisons\n\n{sections}{optimizers}"
 
 
 def claims() -> list[dict[str, Any]]:
@@ -218,12 +228,16 @@ def methods_of(page: Path) -> set[str]:
 def seen_on(page: Path, summaries: dict[str, list[ArmSummary]]) -> str:
     """Say on a method's page what the comparisons came to."""
     told: dict[str, list[str]] = {}
+    lines = []
     for claim in claims():
         if claim["method"] not in methods_of(page):
             continue
         for name, arms in claim["seen"].items():
             told[name] = [*dict.fromkeys((*told.get(name, []), *arms))]
-    lines = []
+        for workload in claim.get("optimizer_on", []):
+            found = optimizer_results.sentence_on(claim["method"], workload)
+            anchor = f"optimizers-{workload}"
+            lines.append(f"- [{anchor}](../results.md#{anchor}): {found}\n")
     for name, found in sentences(told, summaries).items():
         lines += [f"- [{name}](../results.md#{name}): {line}\n" for line in found]
     return "".join(lines) or "No comparison is kept: not measured.\n"
@@ -256,7 +270,8 @@ def front_table() -> str:
 
 def tally() -> str:
     """Return a sentence on the verdicts of all arms that were ever compared, not of a few."""
-    folders = [path.parent for path in sorted(FOLDER.glob("**/results.csv"))]
+    files = sorted(FOLDER.glob("**/results.csv"))
+    folders = [path.parent for path in files if not path.is_relative_to(optimizer_results.FOLDER)]
     counts: Counter[str] = Counter()
     for folder in folders:
         for summary in summaries_of(folder):
