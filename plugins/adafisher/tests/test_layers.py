@@ -113,7 +113,7 @@ class Doubled(nn.Linear):
         nn.LayerNorm(3, elementwise_affine=False),
         nn.Embedding(3, 2),
         nn.Linear(2, 2, dtype=torch.complex64),
-        nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+        nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, bias=False)),
         Doubled(2, 2),
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """Two gloo processes train as one under DDP and `replicate`; FSDP2 is refused in words."""
 
+from functools import partial
+
 import pytest
 import regrad
 import torch
@@ -38,10 +40,16 @@ def zero(parameters):
     return ZeroRedundancyOptimizer(parameters, torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
-def train(model, part, options, length=3, parts=1, make_optimizer=sgd):
+def train(model, part, options, length=3, parts=1, make_optimizer=sgd, late=()):
+    """Train, and return weights and averages; what is called `late` is frozen for three steps."""
     optimizer = make_optimizer(model.parameters())
+    frozen = [p for name, p in model.named_parameters() if name.removeprefix("module.") in late]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     with regrad.attach(model, optimizer, [AdaFisher(refresh=2, **options)]) as attachment:
-        for inputs, target in batches():
+        for index, (inputs, target) in enumerate(batches()):
+            for parameter in frozen:
+                parameter.requires_grad_(index >= 3)
             optimizer.zero_grad()
             pairs = zip(inputs[part, :length].chunk(parts), target[part].chunk(parts), strict=True)
             for rows, wanted in pairs:
@@ -64,12 +72,12 @@ def is_the_same_on_both_ranks(found):
     return torch.equal(*theirs)
 
 
-def compared(rank, wrap, **how):
+def compared(rank, wrap, late=(), **how):
     """Return, for every option, how far two processes end from one, and whether ranks agree."""
     seen = {}
     for name, options in OPTIONS.items():
-        found = train(wrap(make_model()), half(rank), options, **how)
-        alone = train(make_model(), slice(None), options)  # in the same process group
+        found = train(wrap(make_model()), half(rank), options, late=late, **how)
+        alone = train(make_model(), slice(None), options, late=late)  # in the same process group
         far = (found - alone).abs().max().item()
         seen[name] = {"far": far, "agree": is_the_same_on_both_ranks(found)}
     return seen
@@ -81,6 +89,12 @@ def under_ddp(rank):
 
 def under_ddp_in_parts(rank):
     return compared(rank, DistributedDataParallel, parts=2)
+
+
+def unfrozen_later(rank):
+    """Return the same for layers that get gradients after three steps, between two refreshes."""
+    wrap = partial(DistributedDataParallel, find_unused_parameters=True)
+    return compared(rank, wrap, late=("0.weight", "0.bias", "1.weight", "1.bias"))
 
 
 def partitioned(rank):
@@ -137,6 +151,7 @@ class OnTwoProcesses:
         return {
             "ddp": under_ddp,
             "ddp in parts": under_ddp_in_parts,
+            "later": unfrozen_later,
             "replicate": replicated,
             "zero": partitioned,
             "other lengths": of_other_lengths,
@@ -148,7 +163,7 @@ class OnTwoProcesses:
 @pytest.mark.long
 def test_two_processes_train_as_one_with_equal_state_and_fsdp2_is_refused_in_words():
     for seen in launch(OnTwoProcesses):
-        for layout in ("ddp", "ddp in parts", "replicate", "zero"):
+        for layout in ("ddp", "ddp in parts", "later", "replicate", "zero"):
             for name, found in seen[layout].items():
                 # float64: the mean of two half batches and of the whole round differently
                 assert found["far"] < 1e-12, (layout, name)

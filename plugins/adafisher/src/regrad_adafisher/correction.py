@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Optimizer
 
 from regrad_adafisher.functional import Average, advance, relative_divisor
-from regrad_adafisher.layers import Layer, Moments, layers_of
+from regrad_adafisher.layers import Layer, Moments, layers_of, own_parameters
 from regrad_adafisher.loss_scale import loss_scale
 from regrad_adafisher.ranks import add_over_ranks, are_parts_of_a_batch, count_ranks
 
@@ -113,6 +113,7 @@ class AdaFisher(Correction):
         self._layers: dict[str, Layer] = {}
         self._places: dict[str, Place] = {}
         self._averages: dict[str, Moments] = {}
+        self._uncalled: set[str] = set()
         self._is_complete = False
         self._task = -1
 
@@ -125,6 +126,7 @@ class AdaFisher(Correction):
         if not self._layers:
             self._refuse_no_layer(attachment.model, [layer.name for layer in layers])
         self._places = _places_of(attachment.model, self._layers)
+        self._uncalled = set()
         self._is_complete = False
         self._note_what_is_left_alone()
         for layer in self._layers.values():
@@ -173,18 +175,22 @@ class AdaFisher(Correction):
     # ---- what is read in forward and backward
 
     def _is_due(self, index: int) -> bool:
-        """Say whether a step refreshes the averages."""
-        return index % self.options.refresh == 0 or not self._averages
+        """Say whether a step refreshes all averages."""
+        return index % self.options.refresh == 0
+
+    def _counts(self, layer: Layer) -> bool:
+        """Say whether the calls of a layer count now: it is refreshed, or has no averages yet."""
+        return self._is_due(self.attachment.engine.applied) or layer.name not in self._averages
 
     def _after_forward(self, layer: Layer, _: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Let the backward of this call add it to the sums, in a step that refreshes.
+        """Let the backward of this call add it to the sums, in a step that may refresh the layer.
 
         Only then it counts: a forward that nobody differentiates, and the one that a checkpoint
         repeats, add nothing.
         """
         if self.attachment is None or not self.attachment.engine.is_training():
             return
-        if not (output.requires_grad and self._is_due(self.attachment.engine.applied)):
+        if not (output.requires_grad and self._counts(layer)):
             return
         if not inputs or not layer.accepts(inputs[0]):
             return
@@ -214,7 +220,7 @@ class AdaFisher(Correction):
             return
         gradients: list[Tensor] = []
         for layer in self._layers.values():
-            gradients += [p.grad for p in layer.own_parameters() if p.grad is not None]
+            gradients += [p.grad for p in layer.parameters() if p.grad is not None]
         if total_norm(gradients) == 0:
             self._forget()
 
@@ -226,16 +232,29 @@ class AdaFisher(Correction):
 
     def correct_gradients(self, step: Step) -> None:
         """Refresh the averages if due, and divide the gradients."""
-        if self._is_due(step.index):
-            self._refresh(step.layout)
+        layers = self._to_refresh(step.index)
+        if layers:
+            self._refresh(layers, step.layout)
+        self._forget()
         if self.options.fisher == "mean":
             self._divide_by_the_mean(step)
         else:
             self._divide(step)
 
-    def _refresh(self, layout: Layout | None) -> None:
-        """Let the averages advance by what all ranks saw in the micro-batches of this step."""
+    def _to_refresh(self, index: int) -> list[Layer]:
+        """Return all layers in a step that refreshes, else those whose first gradients came now.
+
+        Their parameters were frozen until now, or not used. All ranks return the same ones: they
+        have the same gradients.
+        """
         layers = [*self._layers.values()]
+        if self._is_due(index):
+            return layers
+        known = self._averages.keys() | self._uncalled
+        return [layer for layer in layers if layer.name not in known and layer.has_gradient()]
+
+    def _refresh(self, layers: Sequence[Layer], layout: Layout | None) -> None:
+        """Let averages advance by what all ranks saw in the micro-batches of this step."""
         are_parts = are_parts_of_a_batch(self.attachment.model, layout)
         add_over_ranks(layers, are_parts=are_parts)
         scale = 1.0
@@ -246,12 +265,24 @@ class AdaFisher(Correction):
         for layer in layers:
             if layer.rows:
                 self._advance(layer, layer.moments(scale))
-        self._forget()
+            elif layer.has_gradient():
+                self._uncalled.add(layer.name)
         if not self._is_complete:
             self._is_complete = True
-            unseen = [name for name in self._layers if name not in self._averages]
-            if unseen:
-                self._note(f"'adafisher' saw no call of {', '.join(unseen)}, and leaves them alone")
+            self._note_what_was_not_called()
+
+    def _note_what_was_not_called(self) -> None:
+        """List in the receipt the trainable layers that no gradient came through."""
+        unseen = [
+            name
+            for name, layer in self._layers.items()
+            if name not in self._averages and layer.is_trainable()
+        ]
+        if unseen:
+            listed = ", ".join(unseen)
+            self._note(
+                f"'adafisher' saw no call of {listed}, and leaves them alone until there is one"
+            )
 
     def _advance(self, layer: Layer, moments: Moments) -> None:
         before = self._averages.get(layer.name)
@@ -287,18 +318,18 @@ class AdaFisher(Correction):
             gradient.div_(divisor.reshape(gradient.shape))
 
     def _divide_by_the_mean(self, step: Step) -> None:
-        mean = self._mean_divisor(step)
+        factors = [pair for pair in self._factors(step) if pair[0].grad is not None]
+        mean = self._mean_divisor(factors)
         if mean is None:
             return
-        for parameter, _ in self._factors(step):
-            if parameter.grad is not None:
-                parameter.grad.div_(mean.to(parameter.grad.device))
+        for parameter, _ in factors:
+            parameter.grad.div_(mean.to(parameter.grad.device))  # type: ignore[union-attr]
 
-    def _mean_divisor(self, step: Step) -> Tensor | None:
-        """Return the mean of F/λ over all elements that have a divisor; None if none has one."""
+    def _mean_divisor(self, factors: Iterable[tuple[nn.Parameter, Moments]]) -> Tensor | None:
+        """Return the mean of F/λ over all elements of some parameters; None without any."""
         sums: list[Tensor] = []
         elements = 0
-        for parameter, (inputs, outputs) in self._factors(step):
+        for parameter, (inputs, outputs) in factors:
             sums.append(inputs.sum() * outputs.sum())
             elements += parameter.numel()
         if not sums:
@@ -331,13 +362,13 @@ class AdaFisher(Correction):
         """Return the mean, smallest and largest F/λ of all elements that have a divisor."""
         if self.attachment is None or not self._averages:
             return {}
-        step = self.attachment.engine.step()
+        factors = [*self._factors(self.attachment.engine.step())]
         smallest: list[float] = []
         largest: list[float] = []
-        for _, (inputs, outputs) in self._factors(step):
+        for _, (inputs, outputs) in factors:
             smallest.append((inputs.min() * outputs.min()).item())
             largest.append((inputs.max() * outputs.max()).item())
-        mean = self._mean_divisor(step)
+        mean = self._mean_divisor(factors)
         if mean is None:
             return {}
         return {
@@ -362,7 +393,7 @@ class AdaFisher(Correction):
         self._averages = {}
         for name, kept in state.items():
             layer = self._layers.get(name)
-            device = kept["inputs"].device if layer is None else layer.module.weight.device
+            device = kept["inputs"].device if layer is None else layer.device
             self._averages[name] = Moments(
                 kept["inputs"].to(device, copy=True), kept["outputs"].to(device, copy=True)
             )
@@ -399,8 +430,8 @@ def _places_of(model: nn.Module, layers: Collection[str]) -> dict[str, Place]:
     """
     places: dict[str, Place] = {}
     for holders in _holders_of(model).values():
-        where, attribute, _ = holders[0]
-        if len(holders) == 1 and where in layers:
+        where, attribute, module = holders[0]
+        if len(holders) == 1 and where in layers and attribute in own_parameters(module):
             places[f"{where}.{attribute}".lstrip(".")] = Place(where, attribute == "bias")
     return places
 

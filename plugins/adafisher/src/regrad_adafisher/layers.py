@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +36,8 @@ class Layer(ABC):
 
     Args:
         name: Of the module in the model, without wrappers.
-        module: Whose weight is a parameter of its own.
+        module: Whose weight or bias is a parameter of its own. The other one may be a buffer, or
+            be computed from other parameters: the rule reads inputs and gradients of outputs.
 
     Attributes:
         has_bias_column: Whether `Moments.inputs` ends with an element for the bias.
@@ -57,13 +57,29 @@ class Layer(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """What is summed in."""
-        dtype: torch.dtype = torch.promote_types(self.module.weight.dtype, torch.float32)
-        return dtype
+        return torch.promote_types(self.parameters()[0].dtype, torch.float32)
 
     @property
     def outputs(self) -> int:
         """How many outputs, or channels, have a gradient of their own."""
-        return int(self.module.weight.shape[0])
+        return len(self.parameters()[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return self.parameters()[0].device
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return weight and bias, of those that are parameters of the module itself."""
+        return [*own_parameters(self.module).values()]
+
+    def has_gradient(self) -> bool:
+        """Say whether weight or bias has a gradient now."""
+        return any(parameter.grad is not None for parameter in self.parameters())
+
+    def is_trainable(self) -> bool:
+        """Say whether weight or bias may get a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     @abstractmethod
     def sum_inputs(self, inputs: Tensor, output: torch.Size) -> Tensor:
@@ -118,10 +134,6 @@ class Layer(ABC):
         self.inputs = None
         self.gradients = None
         self.rows = 0.0
-
-    def own_parameters(self) -> Iterable[nn.Parameter]:
-        """Return weight and bias."""
-        return self.module.parameters(recurse=False)  # type: ignore[no-any-return]
 
 
 class RowLayer(Layer):
@@ -250,14 +262,24 @@ def _padding_of(module: nn.Conv2d) -> tuple[int, int, int, int]:
     return width // 2, width - width // 2, height // 2, height - height // 2
 
 
-def layer_of(name: str, module: nn.Module) -> Layer | None:
-    """Return a module as a layer with a divisor, or None if the rule does not speak of it.
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return weight and bias by these names, of those that are parameters of the module itself.
 
-    A class that computes its forward in its own way, and a weight that is computed from other
-    parameters, are none.
+    A buffer, or what a parametrization computes, is none; and it is not read here, since some
+    change by being read. Other parameters that a module may hold are none either.
     """
-    weight = module._parameters.get("weight")
-    if weight is None or not weight.is_floating_point():
+    found = {name: module._parameters.get(name) for name in ("weight", "bias")}
+    return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+
+def layer_of(name: str, module: nn.Module) -> Layer | None:
+    """Return a module as a layer with a divisor, or None if it has no parameter that gets one.
+
+    A class that computes its forward in its own way is none. Where weight and bias come from is of
+    no matter: a frozen weight and the same numbers in a buffer give the bias the same divisor.
+    """
+    own = own_parameters(module)
+    if not own or not all(parameter.is_floating_point() for parameter in own.values()):
         return None
     forward: Any = type(module).forward
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
@@ -266,7 +288,8 @@ def layer_of(name: str, module: nn.Module) -> Layer | None:
         return ConvolutionLayer(name, module)
     if isinstance(module, nn.BatchNorm2d) and forward is nn.BatchNorm2d.forward:
         return NormalisationLayer(name, module, feature_axis=1)
-    if isinstance(module, nn.LayerNorm) and forward is nn.LayerNorm.forward and weight.dim() == 1:
+    is_layer_norm = isinstance(module, nn.LayerNorm) and forward is nn.LayerNorm.forward
+    if is_layer_norm and all(parameter.dim() == 1 for parameter in own.values()):
         return NormalisationLayer(name, module, feature_axis=-1)
     return None
 

@@ -59,7 +59,7 @@ def add_over_ranks(layers: Sequence[Layer], *, are_parts: bool) -> None:
     lengths = _largest_lengths(layers)
     together: dict[Any, list[Layer]] = defaultdict(list)
     for layer in layers:
-        together[layer.module.weight.device, layer.dtype].append(layer)
+        together[layer.device, layer.dtype].append(layer)
     for alike in together.values():
         _add_alike(alike, [lengths[layer.name] for layer in alike])
     if not are_parts:
@@ -70,7 +70,7 @@ def add_over_ranks(layers: Sequence[Layer], *, are_parts: bool) -> None:
 def _largest_lengths(layers: Sequence[Layer]) -> dict[str, int]:
     """Return how long the sums of inputs are on the rank where they are longest, by layer."""
     mine = [0 if layer.inputs is None else len(layer.inputs) for layer in layers]
-    lengths = torch.tensor(mine, device=layers[0].module.weight.device)
+    lengths = torch.tensor(mine, device=layers[0].device)
     distributed.all_reduce(lengths, op=distributed.ReduceOp.MAX)
     names = [layer.name for layer in layers]
     return dict(zip(names, lengths.tolist(), strict=True))
@@ -78,7 +78,7 @@ def _largest_lengths(layers: Sequence[Layer]) -> dict[str, int]:
 
 def _add_alike(layers: Sequence[Layer], lengths: Sequence[int]) -> None:
     """Add the sums of layers of one device and dtype, in one exchange."""
-    like = torch.zeros(0, device=layers[0].module.weight.device, dtype=layers[0].dtype)
+    like = torch.zeros(0, device=layers[0].device, dtype=layers[0].dtype)
     parts = [like.new_tensor([layer.rows for layer in layers])]
     for layer, length in zip(layers, lengths, strict=True):
         inputs = like if layer.inputs is None else layer.inputs
