@@ -281,3 +281,62 @@ def test_a_layer_needs_a_parameter_of_its_own():
     module = nn.LayerNorm((2, 3))
     put_in_a_buffer(module)
     assert layer_of("name", module) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"average": "ema"}, {"fisher": "mean"}], ids=str)
+@pytest.mark.parametrize("make_constant", [None, freeze, put_in_a_buffer], ids=str)
+def test_layers_that_share_weight_and_bias_are_one_layer_that_is_called_twice(
+    make_constant, options
+):
+    found = []
+    for is_shared in (True, False):
+        model = make_model()
+        if make_constant is not None:
+            make_constant(model[4])
+        twice = nn.Linear(4, 4).double()
+        with torch.no_grad():
+            for parameter in twice.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view(parameter.shape))
+        if make_constant is not None:
+            make_constant(twice)
+        other = twice
+        if is_shared:
+            other = nn.Linear(4, 4)
+            other.bias = twice.bias
+            if make_constant is put_in_a_buffer:
+                del other.weight
+                other.register_buffer("weight", twice.weight)
+            else:
+                other.weight = twice.weight
+        model.insert(4, other)
+        model.insert(4, twice)
+        found.append(train(model, **options))
+    shared, called_twice = found
+    assert {"4.bias", "4.inputs"} <= shared.keys()
+    assert shared.keys() == called_twice.keys()
+    for name, tensor in shared.items():
+        assert torch.equal(called_twice[name], tensor), name
+
+
+def test_layers_that_share_a_weight_alone_leave_it_alone():
+    model = make_model()
+    model.insert(4, nn.Linear(4, 4).double())
+    model.insert(5, nn.Linear(4, 4).double())
+    model[5].weight = model[4].weight
+    optimizer = sgd(model)
+    with regrad.attach(model, optimizer, [AdaFisher(select=("4", "5"))]) as attachment:
+        take_step(model, optimizer, 0)
+        receipt = attachment.receipt()
+    assert receipt["corrections"][0]["matched"] == ["4.bias", "5.bias"]
+    assert "shared by several modules: 4.weight" in "\n".join(receipt["notes"])
+
+
+def test_shared_layers_of_which_one_is_not_selected_are_left_alone():
+    model = make_model()
+    model.insert(4, nn.Linear(4, 4).double())
+    model.insert(5, nn.Linear(4, 4).double())
+    model[5].weight, model[5].bias = model[4].weight, model[4].bias
+    optimizer = sgd(model)
+    with regrad.attach(model, optimizer, [AdaFisher(select=("3", "5"))]) as attachment:
+        take_step(model, optimizer, 0)
+        assert attachment.receipt()["corrections"][0]["matched"] == ["3.weight", "3.bias"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Optimizer
 
 from regrad_adafisher.functional import Average, advance, relative_divisor
-from regrad_adafisher.layers import Layer, Moments, layers_of, own_parameters
+from regrad_adafisher.layers import Layer, Moments, layers_of, one_of_each, own_parameters
 from regrad_adafisher.loss_scale import loss_scale
 from regrad_adafisher.ranks import add_over_ranks, are_parts_of_a_batch, count_ranks
 
@@ -121,16 +121,20 @@ class AdaFisher(Correction):
         """Find the layers, say what is left alone, and watch the layers' calls."""
         self._refuse_a_second_divisor(attachment.optimizer)
         _refuse_a_model_in_parts(attachment)
-        layers = layers_of(attachment.model)
-        self._layers = {layer.name: layer for layer in layers if self._may_act_on(layer)}
-        if not self._layers:
-            self._refuse_no_layer(attachment.model, [layer.name for layer in layers])
-        self._places = _places_of(attachment.model, self._layers)
+        possible = layers_of(attachment.model)
+        layers = [layer for layer in possible if self._may_act_on(layer)]
+        if not layers:
+            self._refuse_no_layer(attachment.model, [layer.name for layer in possible])
+        together = one_of_each(layers)
+        self._layers = {layer.name: layer for layer in together.values()}
+        layer_names = {name: layer.name for name, layer in together.items()}
+        self._places = _places_of(attachment.model, layer_names)
         self._uncalled = set()
         self._is_complete = False
         self._note_what_is_left_alone()
-        for layer in self._layers.values():
-            attachment.hook_forward(layer.module, partial(self._after_forward, layer))
+        for layer in layers:
+            after_forward = partial(self._after_forward, layer, together[layer.name])
+            attachment.hook_forward(layer.module, after_forward)
         self.load_state_dict(self.state_dict())
 
     def _refuse_a_second_divisor(self, optimizer: Optimizer) -> None:
@@ -176,14 +180,17 @@ class AdaFisher(Correction):
 
     def _is_due(self, index: int) -> bool:
         """Say whether a step refreshes all averages."""
-        return index % self.options.refresh == 0
+        due: bool = index % self.options.refresh == 0
+        return due
 
     def _counts(self, layer: Layer) -> bool:
         """Say whether the calls of a layer count now: it is refreshed, or has no averages yet."""
         return self._is_due(self.attachment.engine.applied) or layer.name not in self._averages
 
-    def _after_forward(self, layer: Layer, _: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Let the backward of this call add it to the sums, in a step that may refresh the layer.
+    def _after_forward(
+        self, called: Layer, layer: Layer, _: nn.Module, inputs: Any, output: Tensor
+    ) -> None:
+        """Let the backward of this call add it to the sums of `layer`, if they count in this step.
 
         Only then it counts: a forward that nobody differentiates, and the one that a checkpoint
         repeats, add nothing.
@@ -192,10 +199,10 @@ class AdaFisher(Correction):
             return
         if not (output.requires_grad and self._counts(layer)):
             return
-        if not inputs or not layer.accepts(inputs[0]):
+        if not inputs or not called.accepts(inputs[0]):
             return
         with torch.no_grad():
-            seen = layer.sum_inputs(inputs[0].detach().to(layer.dtype), output.shape)
+            seen = called.sum_inputs(inputs[0].detach().to(layer.dtype), output.shape)
         collect = partial(self._collect, layer, seen, output.shape)
         _base_of(output).register_hook(collect)  # type: ignore[no-untyped-call]
 
@@ -423,16 +430,23 @@ def _holders_of(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, str, nn.
     return holders
 
 
-def _places_of(model: nn.Module, layers: Collection[str]) -> dict[str, Place]:
-    """Return the place of each parameter of the layers with these names, by its name in the model.
+def _places_of(model: nn.Module, layer_names: Mapping[str, str]) -> dict[str, Place]:
+    """Return the place of each parameter that has a divisor, by its name in the model.
 
-    A parameter that several modules share is left out: each of them sees a part of its gradient.
+    A parameter that modules share which are not one layer is left out: each of them sees a part of
+    its gradient.
+
+    Args:
+        model: The innermost module.
+        layer_names: The name of the layer to which each module of a layer belongs.
     """
     places: dict[str, Place] = {}
     for holders in _holders_of(model).values():
         where, attribute, module = holders[0]
-        if len(holders) == 1 and where in layers and attribute in own_parameters(module):
-            places[f"{where}.{attribute}".lstrip(".")] = Place(where, attribute == "bias")
+        names = {layer_names.get(name) for name, _, _ in holders}
+        layer = layer_names.get(where)
+        if layer is not None and names == {layer} and attribute in own_parameters(module):
+            places[f"{where}.{attribute}".lstrip(".")] = Place(layer, attribute == "bias")
     return places
 
 

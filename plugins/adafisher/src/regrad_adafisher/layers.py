@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -302,3 +303,23 @@ def layers_of(model: nn.Module) -> list[Layer]:
         if layer is not None:
             found.append(layer)
     return found
+
+
+def one_of_each(layers: Sequence[Layer]) -> dict[str, Layer]:
+    """Return, by the name of each layer, the first one that has the same weight and bias.
+
+    Modules that share both are one module that is called several times.
+    """
+    firsts: dict[tuple[Any, ...], Layer] = {}
+    return {
+        layer.name: firsts.setdefault((type(layer), *_tensors_of(layer.module)), layer)
+        for layer in layers
+    }
+
+
+def _tensors_of(module: nn.Module) -> tuple[int, ...]:
+    """Return which weight and bias a module has; of a computed weight only itself knows."""
+    weight, bias = (
+        id(module._parameters.get(name, module._buffers.get(name))) for name in ("weight", "bias")
+    )
+    return (weight, bias) if weight != id(None) else (id(module),)
