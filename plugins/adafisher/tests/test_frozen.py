@@ -38,8 +38,11 @@ def take_step(model, optimizer, index):
 
 
 def averages(attachment):
-    state = attachment.state_dict()["corrections"]["adafisher"]
-    return {f"{layer}.{kind}": kept[kind] for layer, kept in state.items() for kind in kept}
+    found = {}
+    for layer, kept in attachment.state_dict()["corrections"]["adafisher"].items():
+        found[f"{layer}.inputs"] = kept["inputs"]
+        found[f"{layer}.outputs"] = kept["outputs"]
+    return found
 
 
 def train(model, **options):
@@ -82,11 +85,15 @@ def compute_from_a_frozen_one(module):
 
 def assign_before_each_forward(module):
     """As torch's older weight normalisation does: the weight is a plain attribute."""
+
+    def assign(module, _):
+        module.weight = module.weight_raw.clone()
+
     module.register_parameter("weight_raw", nn.Parameter(module.weight.detach().clone()))
     module.weight_raw.requires_grad_(False)
     del module.weight
-    module.weight = module.weight_raw.detach().clone()
-    module.register_forward_pre_hook(lambda m, _: setattr(m, "weight", m.weight_raw.clone()))
+    assign(module, ())
+    module.register_forward_pre_hook(assign)
 
 
 CONSTANTS = (freeze, put_in_a_buffer, compute_from_a_frozen_one, assign_before_each_forward)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from regrad import Attachment, Correction, RegradError
 from regrad.correction import Control, Needs
-from regrad.hooks import WRAPPER
 from regrad.hookspecs import Layout, Step
 from regrad.optimizers import stepped_by
 from regrad.sharding import total_norm
@@ -22,25 +20,14 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Optimizer
 
 from regrad_adafisher.functional import Average, advance, relative_divisor
-from regrad_adafisher.layers import Layer, Moments, layers_of, one_of_each, own_parameters
+from regrad_adafisher.layers import Layer, Moments, layers_of, one_of_each
 from regrad_adafisher.loss_scale import loss_scale
+from regrad_adafisher.places import Place, kinds_of_holders, places_of
 from regrad_adafisher.ranks import add_over_ranks, are_parts_of_a_batch, count_ranks
 
 DIVIDE_NOTHING = (SGD, ASGD)
 UNCOUNTED = "FSDP2 hides the gradients that show which micro-batches belong to a step"
 IN_PARTS = "leave it out: the ranks add up what they saw of the same layers"
-
-
-class Place(NamedTuple):
-    """Where the divisor of a parameter comes from.
-
-    Attributes:
-        layer: Name of the module that holds it.
-        is_bias: Whether its divisor takes the last element of H, and not those before it.
-    """
-
-    layer: str
-    is_bias: bool
 
 
 class AdaFisher(Correction):
@@ -128,7 +115,7 @@ class AdaFisher(Correction):
         together = one_of_each(layers)
         self._layers = {layer.name: layer for layer in together.values()}
         layer_names = {name: layer.name for name, layer in together.items()}
-        self._places = _places_of(attachment.model, layer_names)
+        self._places = places_of(attachment.model, layer_names)
         self._uncalled = set()
         self._is_complete = False
         self._note_what_is_left_alone()
@@ -165,7 +152,7 @@ class AdaFisher(Correction):
     def _note_what_is_left_alone(self) -> None:
         """List in the receipt the parameters that no rule speaks of."""
         left: dict[str, list[str]] = defaultdict(list)
-        kinds = _kinds_of_holders(self.attachment.model)
+        kinds = kinds_of_holders(self.attachment.model)
         for name in self.attachment.engine.step().names:
             if name not in self._places:
                 left[kinds.get(name, "outside the model")].append(name)
@@ -420,47 +407,7 @@ def _written(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def _holders_of(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, str, nn.Module]]]:
-    """Return the modules that hold each parameter, with their names and its name there."""
-    holders: dict[nn.Parameter, list[tuple[str, str, nn.Module]]] = defaultdict(list)
-    for path, module in model.named_modules():
-        where = re.sub(WRAPPER, "", f"{path}.").rstrip(".")
-        for attribute, parameter in module.named_parameters(recurse=False):
-            holders[parameter].append((where, attribute, module))
-    return holders
-
-
-def _places_of(model: nn.Module, layer_names: Mapping[str, str]) -> dict[str, Place]:
-    """Return the place of each parameter that has a divisor, by its name in the model.
-
-    A parameter that modules share which are not one layer is left out: each of them sees a part of
-    its gradient.
-
-    Args:
-        model: The innermost module.
-        layer_names: The name of the layer to which each module of a layer belongs.
-    """
-    places: dict[str, Place] = {}
-    for holders in _holders_of(model).values():
-        where, attribute, module = holders[0]
-        names = {layer_names.get(name) for name, _, _ in holders}
-        layer = layer_names.get(where)
-        if layer is not None and names == {layer} and attribute in own_parameters(module):
-            places[f"{where}.{attribute}".lstrip(".")] = Place(layer, attribute == "bias")
-    return places
-
-
 def _refuse_a_model_in_parts(attachment: Attachment) -> None:
     """Refuse `model_group`, by which the core lets corrections act that add over the parts."""
     if attachment.engine.layout.model_group is not None:
         raise RegradError(f"'adafisher' must see the whole model, got model_group=…; {IN_PARTS}")
-
-
-def _kinds_of_holders(model: nn.Module) -> dict[str, str]:
-    """Return what holds each parameter, by its name: a class, or that several modules share it."""
-    kinds: dict[str, str] = {}
-    for holders in _holders_of(model).values():
-        where, attribute, module = holders[0]
-        kind = type(module).__name__ if len(holders) == 1 else "shared by several modules"
-        kinds[f"{where}.{attribute}".lstrip(".")] = kind
-    return kinds
