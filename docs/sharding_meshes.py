@@ -19,6 +19,7 @@ meshes = load_file(ROOT / "tests" / "mesh_layouts.py", "regrad_mesh_layouts")
 REFUSED = {
     "gcode": "gcode:warmup_steps=1,stages=[0,1]",
     "gcgd": "gcgd:gcw.warmup_steps=1,gcode.warmup_steps=1",
+    "adafisher": "adafisher",
 }
 """Corrections that no trial of the tests has, because all of these layouts refuse them."""
 OF_STAGES = {"gcw": "gcw:warmup_steps=1"}

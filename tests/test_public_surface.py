@@ -20,6 +20,7 @@ PUBLIC = {
         ),
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
+    "regrad_adafisher": {"AdaFisher"},
     "regrad_adanorm": {"AdaNorm"},
     "regrad_bop": {"Bop", "Bop2", "binarise_"},
     "regrad_boosted": {"Boosted"},
@@ -63,6 +64,7 @@ ATTACHMENT = {
 ENTRY_POINTS = {
     "regrad": {
         *(
+            "adafisher",
             "adanorm",
             "agc",
             "boosted",
@@ -146,6 +148,10 @@ SIGNATURES = {
     ],
 }
 OPTIONS = {
+    "adafisher": {
+        **{"average": "published", "refresh": 100, "damping": 1e-3, "fisher": "factored"},
+        **{"select": (), "allow_adaptive": False},
+    },
     "adanorm": {"decay": 0.95, "target": "moment"},
     "agc": {"max_ratio": 0.01, "weight_floor": 1e-3, "head": "auto", "axis": "auto"},
     "boosted": {

@@ -6,6 +6,7 @@ is an error (`warn_unused_ignores`).
 
 from typing import Any
 
+from regrad_adafisher import AdaFisher
 from regrad_adanorm import AdaNorm
 from regrad_boosted import Boosted
 from regrad_cautious import Cautious
@@ -20,6 +21,8 @@ from regrad_xgrad import AdaM3, XGrad
 
 def right_calls() -> None:
     """Give every option a value of its type."""
+    AdaFisher(average="ema", refresh=50, damping=1e-2, fisher="mean", select=("head.*", 2))
+    AdaFisher(allow_adaptive=True)
     AdaNorm(decay=0.9, target="gradient")
     AGC(max_ratio=0.02, weight_floor=1e-2, head=None, axis=("decoder.*.weight=1",))
     Boosted(decay=0.3, exit_weights=(1.0, 2.0), alpha=0.5, rescale=True, exits=("aux", "main"))
@@ -39,6 +42,7 @@ def right_calls() -> None:
 
 def wrong_names() -> None:
     """Give a name that is no option."""
+    AdaFisher(averages="ema")  # type: ignore[call-arg]
     AdaNorm(decays=0.9)  # type: ignore[call-arg]
     AGC(maxratio=0.02)  # type: ignore[call-arg]
     Boosted(decays=0.3)  # type: ignore[call-arg]
@@ -55,6 +59,7 @@ def wrong_names() -> None:
 
 def wrong_values() -> None:
     """Give a value of another type."""
+    AdaFisher(refresh="often")  # type: ignore[arg-type]
     AdaNorm(decay="0.9")  # type: ignore[arg-type]
     AGC(axis="none")  # type: ignore[arg-type]
     Boosted(exits="main")  # type: ignore[arg-type]

@@ -36,6 +36,7 @@ OUR_DISTRIBUTIONS = {
     "bench",
     "deepspeed",
     "accelerate",
+    "adafisher",
     "adanorm",
     "boosted",
     "bop",
