@@ -46,6 +46,12 @@ def random_theta(seed):
     }
 
 
+def in_float64(tree):
+    if isinstance(tree, dict):
+        return {name: in_float64(branch) for name, branch in tree.items()}
+    return tree.astype(float)
+
+
 def axes_of(shape):
     """The published rule, numpy's argsort, on the axes as the published layers have them."""
     backwards = np.argsort(shape[::-1], kind="stable")
@@ -92,7 +98,7 @@ class VeLO:
     """Of weights in a list, all with gradients."""
 
     def __init__(self, theta, num_steps, pass_lstm_state=True):
-        self.theta = theta
+        self.theta = in_float64(theta)
         self.num_steps = num_steps
         self.pass_lstm_state = pass_lstm_state
         self.losses = Losses(num_steps)
@@ -107,8 +113,8 @@ class VeLO:
                 {
                     "m": [np.zeros(w.shape) for _ in DECAYS],
                     "v": np.zeros(w.shape),
-                    "h": first["hidden"][0].astype(float),
-                    "c": first["cell"][0].astype(float),
+                    "h": first["hidden"][0],
+                    "c": first["cell"][0],
                 }
                 for w in weights
             ]
@@ -145,7 +151,7 @@ class VeLO:
         p = self.theta["rnn_params"]
 
         def linear(name, x):
-            return x @ p[name]["w"].astype(float) + p[name]["b"]
+            return x @ p[name]["w"] + p[name]["b"]
 
         top = np.maximum(linear("linear_1", inputs), 0).max(axis=0)
         controls = []
@@ -174,8 +180,7 @@ class VeLO:
         bank = self.theta["ff_mod_stack"]["~"]
 
         def mixed(name):
-            stack = bank[name].astype(float)
-            return 100 * np.mean([c * part for c, part in zip(mixing, stack, strict=True)], axis=0)
+            return 100 * np.tensordot(mixing, bank[name], axes=1) / 256
 
         hidden = mixed("b0")
         for index, kind in enumerate(kinds):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from regrad.errors import RegradError
 from regrad.sharding import is_sharded
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -45,9 +46,11 @@ class VeLO(Optimizer):
             published file; False for the older files that were made with it standing still.
 
     Raises:
-        ValueError: If an argument is out of range, or a parameter is complex or a DTensor.
-            At a step, if there is no closure, its loss is not finite, or a gradient is sparse;
-            nothing is changed then.
+        ValueError: If an argument is out of range, or a parameter is complex. At a step, if
+            there is no closure, its loss is not finite, or a gradient is sparse; nothing is
+            changed then.
+        TypeError: At a step, if the closure returns no number; nothing is changed then.
+        RegradError: If a parameter is a DTensor.
         FileNotFoundError: If `weights` is a path where nothing is.
 
     Example:
@@ -104,14 +107,15 @@ class VeLO(Optimizer):
         """Add a group of parameters, with a rate of its own or the default.
 
         Raises:
-            ValueError: If the rate is out of range, or a parameter is complex or a DTensor.
+            ValueError: If the rate is out of range, or a parameter is complex.
+            RegradError: If a parameter is a DTensor.
         """
         _check_rate(param_group.get("lr", self.defaults["lr"]))
         super().add_param_group(param_group)
         try:
             for parameter in self.param_groups[-1]["params"]:
                 _check_parameter(parameter)
-        except ValueError:
+        except (ValueError, RegradError):
             self.param_groups.pop()
             raise
 
@@ -122,9 +126,10 @@ class VeLO(Optimizer):
             ValueError: If it was saved with other networks, or for another number of steps.
         """
         own = self.param_groups[0]["training"]
-        saved = state_dict["param_groups"][0].get("training")
-        if not isinstance(saved, Mapping):
+        group = state_dict["param_groups"][0]
+        if "training" not in group:
             raise ValueError("state_dict must be of VeLO, got one without its losses")
+        saved = group["training"]
         for name in ("num_steps", "weights", "pass_lstm_state"):
             if saved[name] != own[name]:
                 raise ValueError(
@@ -155,6 +160,7 @@ class VeLO(Optimizer):
 
         Raises:
             ValueError: If there is no closure, its loss is not finite, or a gradient is sparse.
+            TypeError: If the closure returns no number.
         """
         if closure is None:
             raise ValueError(
@@ -267,11 +273,11 @@ class VeLO(Optimizer):
 
 
 def _number_of(loss: Any) -> float:
-    """Return a loss as a number, or raise `ValueError` if it is none or not finite."""
+    """Return a loss as a number, or raise an error if it is none or not finite."""
     if isinstance(loss, Tensor) and loss.numel() == 1:
         loss = loss.item()
     if not isinstance(loss, int | float):
-        raise ValueError(f"closure must return the loss, one number, got {loss!r}")
+        raise TypeError(f"closure must return the loss, one number, got {loss!r}")
     if not math.isfinite(loss):
         raise ValueError(
             f"loss must be finite, got {loss!r}; VeLO would remember it for ever: leave this step "
@@ -291,11 +297,11 @@ def _check_rate(rate: Any) -> None:
 
 
 def _check_parameter(parameter: Tensor) -> None:
-    """Raise `ValueError` if a parameter is not real, or if this process holds a shard of it."""
+    """Raise an error if a parameter is not real, or if this process holds a shard of it."""
     if not parameter.is_floating_point():
         raise ValueError(f"parameters must be real and floating point, got {parameter.dtype}")
     if is_sharded(parameter):
-        raise ValueError(
+        raise RegradError(
             "parameters must be whole, got a DTensor; VeLO reads means over whole tensors: train "
             "with DDP, or with another optimizer under FSDP2"
         )

@@ -168,6 +168,7 @@ def load_weights(path: str | os.PathLike[str]) -> VeLOWeights:
     Raises:
         FileNotFoundError: If the file, or one in the folder, is missing.
         ValueError: If it has another layout, or a name or a shape is not right.
+        TypeError: If there is something else than a tensor under a name.
     """
     path = Path(path)
     if not path.exists():
@@ -252,9 +253,11 @@ def _from_published(path: Path) -> dict[str, Tensor]:
 
 def _taken(tensors: Mapping[str, Any], name: str) -> Tensor:
     """Return a tensor, or raise `ValueError` if there is none of that name."""
-    tensor = tensors.get(name)
-    if not isinstance(tensor, Tensor):
+    if name not in tensors:
         raise ValueError(f"weights must have the tensor {name!r}, got none; {WHERE}")
+    tensor: Any = tensors[name]
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"weights must have a tensor at {name!r}, got {tensor!r:.40}; {WHERE}")
     return tensor
 
 
