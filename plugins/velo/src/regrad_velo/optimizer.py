@@ -147,7 +147,7 @@ class VeLO(Optimizer):
                     self.state[parameter][name] = value.detach().clone().to(parameter.device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:

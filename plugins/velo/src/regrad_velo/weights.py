@@ -109,7 +109,7 @@ class VeLOWeights:
         """Return 16 hexadecimal digits that tell these weights from others."""
         total = hashlib.sha256()
         for tensor in self.tensors.values():
-            total.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            total.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
         return total.hexdigest()[:16]
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
