@@ -47,6 +47,7 @@ OUR_DISTRIBUTIONS = {
     "gcw",
     "powergrad",
     "tom",
+    "velo",
     "xgrad",
 }
 OUR_PLUGINS = {
