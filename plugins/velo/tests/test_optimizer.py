@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import regrad
 import torch
-from regrad_velo import VeLO, load_weights, random_weights
+from regrad_velo import VeLO, load_weights, random_weights, save_weights
 from regrad_velo.features import factored_axes
 from regrad_velo.losses import loss_features, new_losses, with_loss
 
@@ -285,3 +285,12 @@ def test_adanorm_on_the_moment_refuses_it():
     model, optimizer = make()
     with pytest.raises(regrad.RegradError, match="VeLO"):
         regrad.attach(model, optimizer, ["adanorm:target=moment"])
+
+
+def test_the_runner_refuses_it_in_one_line(tmp_path):
+    optimizers = pytest.importorskip("regrad_runner.training.optimizers")
+    path = tmp_path / "own.safetensors"
+    save_weights(random_weights(0), path)
+    message = r"lr must be one that 'velo:.*' can step with, got 1\.0: closure must return the loss"
+    with pytest.raises(ValueError, match=message):
+        optimizers.check_rate(f"velo:weights={path},num_steps=10", 1.0)
