@@ -49,6 +49,7 @@ PUBLIC = {
         "run_on_processes",
     },
     "regrad_tom": {"Tom"},
+    "regrad_velo": {"VeLO", "VeLOWeights", "load_weights", "random_weights", "save_weights"},
     "regrad_transformers": {"RegradCallback"},
     "regrad_xgrad": {"AdaM3", "XGrad"},
 }
@@ -81,7 +82,7 @@ ENTRY_POINTS = {
         )
     },
     "regrad.layouts": {"zero"},
-    "regrad.optimizers": {"adam3", "bop", "bop2", "tom"},
+    "regrad.optimizers": {"adam3", "bop", "bop2", "tom", "velo"},
     "regrad.workloads": {
         "cifar10",
         "cifar100",
@@ -141,6 +142,12 @@ SIGNATURES = {
         *("params", "lr=0.001", "betas=(0.9, 0.99, 0.999)", "eps=1e-08", "weight_decay=0.0"),
         *("*correct_bias=False", "*maximize=False", "*foreach=None"),
     ],
+    "regrad_velo:VeLO": [
+        *("params", "lr=1.0", "*weights", "*num_steps", "*pass_lstm_state=True"),
+    ],
+    "regrad_velo:load_weights": ["path"],
+    "regrad_velo:random_weights": ["seed"],
+    "regrad_velo:save_weights": ["weights", "path"],
     "regrad_transformers:RegradCallback": [*("corrections", "*criterion=None", "*restore=True")],
     "regrad_xgrad:AdaM3": [
         *("params", "lr=0.001", "betas=(0.9, 0.999)", "eps=1e-16", "weight_decay=0.0"),

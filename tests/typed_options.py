@@ -16,6 +16,7 @@ from regrad_gcode import GCODE
 from regrad_gcw import GCW
 from regrad_powergrad import PowerGrad
 from regrad_tom import Tom
+from regrad_velo import VeLO
 from regrad_xgrad import AdaM3, XGrad
 
 
@@ -89,4 +90,6 @@ def optimizers(parameters: Any) -> None:
     AdaM3(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-16, weight_decay=0.1, maximize=True)
     Tom(parameters, lr=1e-3, betas=(0.9, 0.99, 0.999), correct_bias=True, foreach=False)
     AdaM3(parameters, learning_rate=1e-3)  # type: ignore[call-arg]
+    VeLO(parameters, lr=0.5, weights="params", num_steps=100)
+    VeLO(parameters, weights="params")  # type: ignore[call-arg]
     Tom(parameters, betas=(0.9, 0.99))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -78,7 +79,8 @@ def alone_cases() -> list[Case]:
         memory_goal=1.05,
     )
     losses = [_loss_case(*size, goal) for size, goal in LOSS_SIZES.items()]
-    optimizers = [_optimizer_case(name) for name in regrad.available("regrad.optimizers")]
+    names = [name for name in regrad.available("regrad.optimizers") if _takes_weights_alone(name)]
+    optimizers = [_optimizer_case(name) for name in names]
     return [*gradients, fused, looped, compiled, held, *losses, *optimizers]
 
 
@@ -220,6 +222,13 @@ def _xgrad_memory(setting: Setting) -> Pair:
         attached.attachment.detach()
 
     return Pair(ours=first_step, peer=lambda: [torch.empty_like(p) for p in gradients.parameters])
+
+
+def _takes_weights_alone(name: str) -> bool:
+    """Say whether an optimizer can be made of parameters and a learning rate, and nothing else."""
+    parameters = inspect.signature(regrad.load(name, "regrad.optimizers")).parameters
+    needed = [key for key, value in parameters.items() if value.default is value.empty]
+    return needed == ["params"]
 
 
 def _optimizer_case(name: str) -> Case:

@@ -48,6 +48,7 @@ OUR_DISTRIBUTIONS = {
     "gcw",
     "powergrad",
     "tom",
+    "velo",
     "xgrad",
 }
 OUR_PLUGINS = {
