@@ -188,10 +188,11 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
-    """Check the types of every member's source, and what a checker sees of options."""
-    sync(session, "typecheck")
+    """Check the types of every member's source, of the documentation's programs, and of options."""
+    sync(session, "typecheck", "docs", "test")
     sources = [f"{member}/src" for member in MEMBERS]
-    session.run("mypy", "--strict", *sources, "docs/gpu", "tests/typed_options.py")
+    programs = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.py"))]
+    session.run("mypy", "--strict", *sources, *programs, "docs/gpu", "tests/typed_options.py")
 
 
 @nox.session

@@ -145,7 +145,7 @@ def stages_of(pair: tuple[str, str], optimizer: str) -> tuple[tuple[str, ...], t
     with regrad.attach(model, rule, tried(pair), loss) as attachment:
         for step in range(STEPS):
             images, labels = (batches[step % 8] for batches in samples())
-            attachment.criterion(model(images), labels).backward()
+            attachment.criterion(model(images), labels).backward()  # type: ignore[no-untyped-call]
             rule.step()
             rule.zero_grad()
         seen = attachment.engine.meter.effects()
@@ -206,7 +206,8 @@ def commutator_of(first: str, second: str, optimizer: str, stage: str) -> float:
         steps = read_by_the_optimizer(corrections, optimizer, reference_gradients(), rate=rate)
         tensors = chain.from_iterable(step[stage] for step in steps[BEFORE_MEASURING:])
         results.append(torch.cat([tensor.flatten() for tensor in tensors]))
-    return ((results[0] - results[1]).norm() / results[0].norm()).item()
+    share: float = ((results[0] - results[1]).norm() / results[0].norm()).item()
+    return share
 
 
 def interaction_of(pair: tuple[str, str], optimizer: str) -> Interaction:

@@ -157,10 +157,10 @@ def names() -> str:
         for e in plugins
     )
     entries = regrad.available("regrad.workloads").values()
-    shipped = [entry.name for entry in entries if entry.distribution == "regrad-runner"]
+    names = [entry.name for entry in entries if entry.distribution == "regrad-runner"]
     workloads = (
         [f"[`{name}`](workloads.md)", options(regrad.load(name, "regrad.workloads"), *OF_DATA)]
-        for name in shipped
+        for name in names
     )
     models = [
         *([f"`{name}`", "none"] for name in MODELS),

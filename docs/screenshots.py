@@ -66,7 +66,7 @@ def answer(chromium: Browser, page: Path, theme: Literal["light", "dark"]) -> by
     tab.evaluate("() => { document.querySelector('nav').hidden = true; }")
     bottom = tab.locator("#differences figure").evaluate("it => it.getBoundingClientRect().bottom")
     clip = {"x": 0, "y": 0, "width": ANSWER_WIDTH, "height": bottom + 12}
-    picture = tab.screenshot(full_page=True, clip=FloatRect(**clip))
+    picture: bytes = tab.screenshot(full_page=True, clip=FloatRect(**clip))
     tab.close()
     return picture
 

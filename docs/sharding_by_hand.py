@@ -15,9 +15,9 @@ import torch
 from regrad_testing.clauses import difference
 from regrad_testing.layout_clauses import ddp, digest
 from regrad_testing.loops import Training
+from regrad_testing.worker import WORLD
 from sharding_cells import (
     FLOAT64,
-    WORLD,
     Case,
     Column,
     Seen,
@@ -67,7 +67,9 @@ class ByHand(Training):
         parameters = list(self.model.parameters())
         sums: list[list[Tensor]] = [[] for _ in parameters]
         handles = [
-            parameter.register_post_accumulate_grad_hook(functools.partial(note_sum, seen))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                functools.partial(note_sum, seen)
+            )
             for parameter, seen in zip(parameters, sums, strict=True)
         ]
         loss = super().backward(index, parts=WORLD, **how)
@@ -118,7 +120,7 @@ class Bucket:
     def __init__(self, gradients: Gradients) -> None:
         sizes = [gradient.numel() for gradient in gradients]
         self._buffer = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        parts = self._buffer.split(sizes)
+        parts = torch.split(self._buffer, sizes)
         self._parts = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
 
     def buffer(self) -> Tensor:
@@ -169,7 +171,7 @@ def with_hook(case: Case, make_hook: Callable[[], Hook]) -> Seen:
         numbers = {parameter: number for number, parameter in enumerate(model.parameters())}
         hook = make_hook()
 
-        def noting(_: Any, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        def noting(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
             if not bucket.is_last() or bucket.index() != 0:
                 raise NotImplementedError("the gradients must fit into one bucket")
             orders.append([numbers[parameter] for parameter in bucket.parameters()])
@@ -233,7 +235,8 @@ def joined(case: Case) -> Seen:
     problem = case.suite.problem
     end = problem.steps - EARLIER
     training = case.train(parallel=ddp, rows=rows_of(problem, rank))
-    with Join([training.outer]):
+    outer: Any = training.outer  # DDP, which can be joined
+    with Join([outer]):
         training.run(range(end if rank else problem.steps))
     alone = case.train().run(range(end))
     alone.rows = rows_of(problem, 0)

@@ -177,7 +177,7 @@ def compiled_after(case: Case) -> Seen:
     """`torch.compile(model)` of an attached model, before its first call."""
     torch.compiler.reset()
     training = case.train()
-    training.outer = torch.compile(training.model, backend="aot_eager")
+    training.outer = torch.compile(training.model, backend="aot_eager")  # type: ignore[assignment]
     return compared(training.run(), case.whole())
 
 
@@ -534,7 +534,8 @@ def by_zero(make: Any) -> tuple[Any, Callable[[nn.Module], nn.Module]]:
     """Return the layout of DDP with an optimizer that is cut by rank."""
 
     def partitioned(parameters: Any, **options: Any) -> Any:
-        return ZeroRedundancyOptimizer(list(parameters), functools.partial(make, **options))
+        kind: Any = functools.partial(make, **options)
+        return ZeroRedundancyOptimizer(list(parameters), kind)
 
     return partitioned, ddp
 

@@ -139,7 +139,7 @@ def seen_in(case: Any, measure: Callable[[Any], Seen]) -> Seen:
 
 def measures(name: str, column: Column) -> dict[str, Callable[[], Seen]]:
     """Return what is to be measured of a correction in a column, by way, suite and optimizer."""
-    found = {}
+    found: dict[str, Callable[[], Seen]] = {}
     cases = column.cases(name)
     for way, measure in column.ways.items():
         for which, case in cases.items():
@@ -155,7 +155,7 @@ class OnSeveralProcesses:
     def cases(cls) -> dict[str, Callable[[int], Seen]]:
         """Return every measure of every correction."""
         (column,) = chosen_columns()
-        found = {}
+        found: dict[str, Callable[[int], Seen]] = {}
         for name in os.environ[NAMES].split():
             for key, measure in measures(name, column).items():
                 found[key] = functools.partial(_without_rank, measure)

@@ -10,7 +10,8 @@ from typing import Any
 from corrections_table import ROOT
 from regrad_testing.clauses import difference
 from regrad_testing.files import load_file
-from sharding_cells import FLOAT64, WORLD, Column, Seen
+from regrad_testing.worker import WORLD
+from sharding_cells import FLOAT64, Column, Seen
 from torch import distributed
 from torch.distributed.tensor.parallel import loss_parallel
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from regrad_runner.checkpoints.checkpoint import load_latest, save_checkpoint
 from regrad_runner.checkpoints.engine import check_engine_path
-from regrad_runner.diagnostics.exits import exit_measures
+from regrad_runner.diagnostics.exits import exit_measures, exit_outcomes, keep_exits
 from regrad_runner.errors import checking_input
 from regrad_runner.reporting.progress import Display
 from regrad_runner.reporting.report import export_tables
@@ -196,7 +196,9 @@ def _follow(run: TrainingRun, plan: TrainingPlan, record: RunLog, display: Displ
         run, Result(arm=plan.arm.name, seed=plan.config.seed, lr=run.lr), started=started
     )
     record.keep(RECEIPT, as_json_text(run.receipt()))
-    numbers = {**run.metrics(), **exit_measures(run), measure.name: result.value}
+    exits = exit_outcomes(run)
+    keep_exits(record, exits)
+    numbers = {**run.metrics(), **exit_measures(exits), measure.name: result.value}
     record.log(METRICS, result.steps, numbers)
     with signals_wait():
         record.end("finished", result=numbers_of(result))

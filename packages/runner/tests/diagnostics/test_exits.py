@@ -3,14 +3,23 @@ from contextlib import closing
 import pytest
 import torch
 from regrad_runner.diagnostics.exits import (
+    AS_PREDICTED,
+    BY_SUMS,
     Answers,
+    ExitOutcome,
     budgeted,
     exit_measures,
+    exit_outcomes,
     exit_taken,
+    keep_exits,
+    kept_exits,
     running_sums,
     shares,
     thresholds,
 )
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.outcomes import Result, numbers_of
+from regrad_runner.results.run import begin_run
 from regrad_runner.settings.arms import Arm
 from regrad_runner.settings.config import CompareConfig
 from regrad_runner.training.resolving import resolved
@@ -88,7 +97,7 @@ def test_a_run_with_exits_says_what_each_is_worth():
     with made() as run:
         for _ in run.steps():
             pass
-        measures = exit_measures(run)
+        measures = exit_measures(exit_outcomes(run))
         value = run.value_on(run.workload.test)
         assert run.model.training
         outputs = run.model.eval()(run.workload.test.__getitems__(list(range(360)))[0])
@@ -107,7 +116,7 @@ def test_a_run_with_exits_says_what_each_is_worth():
 
 def test_a_run_without_exits_says_nothing_of_them():
     with made(model="resnet8") as run:
-        assert exit_measures(run) == {}
+        assert exit_outcomes(run) == []
 
 
 def test_the_measure_is_that_of_what_the_last_exit_predicts(monkeypatch):
@@ -122,3 +131,43 @@ def test_the_measure_is_that_of_what_the_last_exit_predicts(monkeypatch):
             raising=False,
         )
         assert run.value_on(run.workload.test) != plain
+
+
+def outcome(answer, judged, accuracy, multiply_adds):
+    return ExitOutcome(
+        arm="boosted",
+        seed=3,
+        step=20,
+        answer=answer,
+        judged=judged,
+        accuracy=accuracy,
+        multiply_adds=multiply_adds,
+    )
+
+
+OUTCOMES = [
+    outcome("exit 1", AS_PREDICTED, 0.5, 20.0),
+    outcome("budget 0.25", AS_PREDICTED, 0.625, 25.0),
+    outcome("exit 1", BY_SUMS, 0.25, 20.0),
+    outcome("budget 0.25", BY_SUMS, 0.375, 26.0),
+]
+
+
+def test_what_exits_are_worth_has_names_as_metrics():
+    assert exit_measures(OUTCOMES) == {
+        "exit 1 test accuracy": 0.5,
+        "exit 1 multiply-adds": 20.0,
+        "budget 0.25 test accuracy": 0.625,
+        "budget 0.25 multiply-adds": 25.0,
+        "exit 1 test accuracy of sums": 0.25,
+        "budget 0.25 test accuracy of sums": 0.375,
+        "budget 0.25 multiply-adds of sums": 26.0,
+    }
+
+
+def test_what_exits_are_worth_is_read_back_from_the_folder_of_the_run(tmp_path):
+    result = Result(arm="boosted", seed=3, lr=0.1, value=0.5, step_seconds=0.01, steps=20)
+    with begin_run(tmp_path, {"name": "a run", "arm": "boosted", "seed": 3, "lr": 0.1}) as record:
+        keep_exits(record, OUTCOMES)
+        record.end("finished", result=numbers_of(result))
+    assert kept_exits(ResultsFolder(tmp_path)) == OUTCOMES

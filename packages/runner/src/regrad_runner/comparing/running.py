@@ -17,7 +17,7 @@ from regrad_runner.addresses import without_secrets
 from regrad_runner.comparing.cell_checkpoints import CellCheckpoints, NoCheckpoints
 from regrad_runner.comparing.plan import Plan, Planned
 from regrad_runner.diagnostics.effects import EffectTrace, keep_effects
-from regrad_runner.diagnostics.exits import exit_measures
+from regrad_runner.diagnostics.exits import exit_measures, exit_outcomes, keep_exits
 from regrad_runner.diagnostics.gradient_quality import PROBE_CURVES, PROBE_LINE, Probe, keep_quality
 from regrad_runner.errors import DiskError, in_one_line
 from regrad_runner.files import append
@@ -172,7 +172,9 @@ class Comparison:
         )
         measure = self.plan.measure
         record.keep(RECEIPT, as_json_text(run.receipt()))
-        numbers = {**run.metrics(), **exit_measures(run), measure.name: result.value}
+        exits = exit_outcomes(run)
+        keep_exits(record, exits)
+        numbers = {**run.metrics(), **exit_measures(exits), measure.name: result.value}
         record.log(METRICS, result.steps, numbers)
         with signals_wait():
             record.end("finished", result=numbers_of(result))

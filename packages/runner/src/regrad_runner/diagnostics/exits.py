@@ -11,6 +11,8 @@ from torch import Tensor
 
 from regrad_runner.models.exits import multiply_adds, predictions
 from regrad_runner.models.residual import MultiExitNetwork
+from regrad_runner.results.folder import ResultsFolder
+from regrad_runner.results.run import RunLog
 from regrad_runner.training.run import TrainingRun
 from regrad_runner.workloads.loading import make_model
 from regrad_runner.workloads.samples import Samples
@@ -18,6 +20,41 @@ from regrad_runner.workloads.samples import Samples
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """How many samples leave at an exit for each that leaves at the one before, from early to late."""
 DECAY_OF_SUMS = 0.5  # as the authors of boosted exits take it, and the default of the correction
+EXITS_FILE = "exits.csv"
+EXIT_LINE = "exit"
+AS_PREDICTED = "as predicted"
+BY_SUMS = "running sums"
+# What is written behind the name of a metric.
+WORDS_OF_METRIC = {AS_PREDICTED: "", BY_SUMS: " of sums"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitOutcome:
+    """What answers taken at one exit, or for one budget, are worth, as `exits.csv` keeps it.
+
+    Attributes:
+        arm: Name of the arm.
+        seed: Its seed.
+        step: Optimizer steps done.
+        answer: Where the answers are taken: "exit 2" for all images at the second exit, or "budget
+            0.5" for exits that each have .5 times as many images as the one before.
+        judged: "as predicted", or by "running sums" with a decay of .5 however it was trained.
+        accuracy: Share of the test images that are labelled right.
+        multiply_adds: Of one image in the mean.
+    """
+
+    arm: str
+    seed: int
+    step: int
+    answer: str
+    judged: str
+    accuracy: float
+    multiply_adds: float
+
+    @property
+    def is_budget(self) -> bool:
+        """Whether images leave at different exits."""
+        return self.answer.startswith("budget")
 
 
 @dataclass(frozen=True)
@@ -129,7 +166,7 @@ def budgeted(
     return is_right.double().mean().item(), cost.item()
 
 
-def exit_measures(run: TrainingRun) -> dict[str, float]:
+def exit_outcomes(run: TrainingRun) -> list[ExitOutcome]:
     """Return what the exits of a run's model are worth on the test samples; none for one exit.
 
     Both as the run predicts and, so that plain training can be judged by the same rule, by the
@@ -140,10 +177,10 @@ def exit_measures(run: TrainingRun) -> dict[str, float]:
         run: At its end. Of other models than `MultiExitNetwork` nothing is known of the costs.
     """
     if not isinstance(run.accelerator.unwrap_model(run.model), MultiExitNetwork):
-        return {}
+        return []
     costs = _costs(run)
     criterion = run.attachment.criterion
-    ways = {"": lambda outputs: predictions(criterion, outputs), " of sums": running_sums}
+    ways = {AS_PREDICTED: lambda outputs: predictions(criterion, outputs), BY_SUMS: running_sums}
     outputs = {
         split: _outputs(run, samples)
         for split, samples in (
@@ -151,18 +188,57 @@ def exit_measures(run: TrainingRun) -> dict[str, float]:
             ("test", run.workload.test),
         )
     }
-    found = {f"exit {n} multiply-adds": float(cost) for n, cost in enumerate(costs, start=1)}
-    for words, predicted in ways.items():
+    found: list[ExitOutcome] = []
+    for judged, predicted in ways.items():
         validation, test = (
             Answers.of(predicted(logits), targets) for logits, targets in outputs.values()
         )
-        for number, accuracy in enumerate(test.accuracies, start=1):
-            found[f"exit {number} test accuracy{words}"] = accuracy
+        worth = {
+            f"exit {number}": (accuracy, float(cost))
+            for number, (accuracy, cost) in enumerate(
+                zip(test.accuracies, costs, strict=True), start=1
+            )
+        }
         for ratio in RATIOS:
-            accuracy, cost = budgeted(validation, test, costs, ratio)
-            found[f"budget {ratio:g} test accuracy{words}"] = accuracy
-            found[f"budget {ratio:g} multiply-adds{words}"] = cost
+            worth[f"budget {ratio:g}"] = budgeted(validation, test, costs, ratio)
+        found += [
+            ExitOutcome(
+                arm=run.arm.name,
+                seed=run.seed,
+                step=run.position.step,
+                answer=answer,
+                judged=judged,
+                accuracy=accuracy,
+                multiply_adds=cost,
+            )
+            for answer, (accuracy, cost) in worth.items()
+        ]
     return found
+
+
+def exit_measures(outcomes: Sequence[ExitOutcome]) -> dict[str, float]:
+    """Return accuracies and costs by the names that they have as metrics."""
+    found: dict[str, float] = {}
+    for outcome in outcomes:
+        words = WORDS_OF_METRIC[outcome.judged]
+        # Where an answer is taken at one exit its cost does not depend on how it is judged.
+        words_of_cost = words if outcome.is_budget else ""
+        found[f"{outcome.answer} test accuracy{words}"] = outcome.accuracy
+        found[f"{outcome.answer} multiply-adds{words_of_cost}"] = outcome.multiply_adds
+    return found
+
+
+def keep_exits(record: RunLog, outcomes: Sequence[ExitOutcome]) -> None:
+    """Add what exits are worth to the points of a run."""
+    for outcome in outcomes:
+        numbers = {"accuracy": outcome.accuracy, "multiply_adds": outcome.multiply_adds}
+        labels = {"answer": outcome.answer, "judged": outcome.judged}
+        record.log(EXIT_LINE, outcome.step, numbers, labels)
+
+
+def kept_exits(folder: ResultsFolder) -> list[ExitOutcome]:
+    """Return what the exits of the runs that ended are worth."""
+    return folder.kept(EXIT_LINE, ExitOutcome)
 
 
 def running_sums(outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -67,18 +67,27 @@ def binary_network(
     return model
 
 
-def _signs_of(values: Tensor) -> Tensor:
-    """Return -1 and +1, 1 of 0, in the number format of the values."""
+def plain_signs(values: Tensor) -> Tensor:
+    """Return the signs of values as numbers: -1 and +1, 1 of 0, in the values' number format.
+
+    Example:
+        >>> plain_signs(torch.tensor([-0.25, 0.0, 3.0]))
+        tensor([-1.,  1.,  1.])
+    """
     return torch.where(values >= 0, 1.0, -1.0).to(values.dtype)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The sign, 1 of 0, with the derivative 1 within [-1, 1] and 0 outside."""
+class _Sign(torch.autograd.Function):
+    """The sign, 1 of 0; a subclass says what stands for its derivative, in `backward`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
         ctx.save_for_backward(values)
-        return _signs_of(values)
+        return plain_signs(values)
+
+
+class _StraightThrough(_Sign):
+    """The sign with the derivative 1 within [-1, 1] and 0 outside."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -87,13 +96,8 @@ class _StraightThrough(torch.autograd.Function):
         return passed
 
 
-class _ApproxSign(torch.autograd.Function):
-    """The sign, 1 of 0, with the derivative 2 - 2|x| within [-1, 1] and 0 outside."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        ctx.save_for_backward(values)
-        return _signs_of(values)
+class _ApproxSign(_Sign):
+    """The sign with the derivative 2 - 2|x| within [-1, 1] and 0 outside."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from regrad_runner.addresses import shown_address
 from regrad_runner.diagnostics.effects import EFFECTS_FILE, Effect, kept_effects
+from regrad_runner.diagnostics.exits import EXITS_FILE, ExitOutcome, kept_exits
 from regrad_runner.diagnostics.explaining import Explanation
 from regrad_runner.diagnostics.gradient_quality import (
     QUALITY_FILE,
@@ -95,6 +96,7 @@ def export_tables(folder: ResultsFolder) -> None:
         "curves.csv": (folder.curves, CurvePoint),
         QUALITY_FILE: (kept_qualities(folder), Quality),
         EFFECTS_FILE: (kept_effects(folder), Effect),
+        EXITS_FILE: (kept_exits(folder), ExitOutcome),
         "results.csv": (folder.results, Result),
     }
     for name, (rows, kind) in tables.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from regrad_runner.diagnostics.effects import Effect, kept_effects
+from regrad_runner.diagnostics.exits import ExitOutcome, kept_exits
 from regrad_runner.diagnostics.gradient_quality import Quality, kept_qualities
 from regrad_runner.diagnostics.step_times import StepTime, kept_step_times
 from regrad_runner.reporting.styles import Style, arm_styles
@@ -35,6 +36,7 @@ class ReportData:
         settings: Its resolved settings; none if the file is missing.
         receipts: One per arm that has any: the first seed's.
         step_times: Time per step by arm, as far as it was measured.
+        exits: What the exits of models with several are worth, if there are any.
     """
 
     folder: ResultsFolder
@@ -46,6 +48,7 @@ class ReportData:
     settings: Mapping[str, Any]
     receipts: Mapping[str, Mapping[str, Any]]
     step_times: Mapping[str, StepTime] = field(default_factory=dict)
+    exits: list[ExitOutcome] = field(default_factory=list)
 
     @property
     def styles(self) -> dict[str, Style]:
@@ -84,6 +87,7 @@ def read_report_data(
         effects=kept_effects(folder),
         qualities=kept_qualities(folder),
         step_times=kept_step_times(folder.path),
+        exits=kept_exits(folder),
         about=read_about(folder.path),
         settings=_settings(folder),
         receipts=_first_receipts(folder),

@@ -37,6 +37,7 @@ from regrad_runner.tracking.projector import Projector, Source
 EXPORTS = (
     "results.csv",
     "effects.csv",
+    "exits.csv",
     "gradient_quality.csv",
     "step_times.json",
     "curves.png",

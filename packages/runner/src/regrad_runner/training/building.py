@@ -10,6 +10,7 @@ from regrad.correction import Control
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from regrad_runner.models.binary import plain_signs
 from regrad_runner.models.exits import SumOverExits, exits_of
 from regrad_runner.models.heads import own_head
 from regrad_runner.settings.arms import Arm
@@ -109,7 +110,7 @@ def _give_signs(optimizer: Optimizer, binary: Sequence[Tensor], spec: str) -> No
             "without any; use --workload digits-binary"
         )
     for weight in binary:
-        weight.copy_(torch.where(weight >= 0, 1.0, -1.0))
+        weight.copy_(plain_signs(weight))
 
 
 def _refuse_rates_of_signs(optimizer: Optimizer, control: Control) -> None:

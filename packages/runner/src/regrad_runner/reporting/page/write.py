@@ -15,12 +15,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from regrad_runner.files import make_folder, write_whole
-from regrad_runner.reporting.figures import curves, rows
+from regrad_runner.reporting.figures import curves, exits, rows
 from regrad_runner.reporting.figures.drawing import draw_plain
 from regrad_runner.reporting.figures.families import families, in_families
 from regrad_runner.reporting.figures.marks import Drawing, write_marks
 from regrad_runner.reporting.figures.svg import as_svg
 from regrad_runner.reporting.page import content
+from regrad_runner.reporting.page.exits_table import exits_table
 from regrad_runner.reporting.page.headline import headline, rest
 from regrad_runner.reporting.page.plots import look_of, plot_of, small_multiples
 from regrad_runner.reporting.page.repeat import command_to_repeat
@@ -126,6 +127,17 @@ def _sections(data: ReportData) -> list[Section]:
             folded_drawings=further_curves,
             families=families(data.summaries),
             baseline=data.baseline,
+            is_folded=False,
+        ),
+        Section(
+            name="exits",
+            title="Exits",
+            text=(
+                "What answers taken early are worth on the test images, against what they cost; "
+                "no verdict rests on it."
+            ),
+            drawings=exits.exit_curves(data),
+            tables=_present(exits_table(data)),
             is_folded=False,
         ),
         Section(
