@@ -59,20 +59,22 @@ class Forward:
         self.hooks: saved_tensors_hooks | None = None
         self._frame = frame
 
-    def frames_inside(self) -> list[FrameType] | None:
-        """Return the frames that run inside this call; None once the call is over."""
-        inside: list[FrameType] = []
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame is self._frame:
-                return inside
-            inside.append(frame)
-            frame = frame.f_back
-        return None
-
     def is_over(self) -> bool:
         """Say whether the call has ended, without notice where Ctrl-C interrupted it."""
-        return self.frames_inside() is None
+        # A list of frames would keep their tensors until the garbage collector comes.
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is None
+
+    def runs_compiled_code(self) -> bool:
+        """Say whether compiled code runs inside the call that is under way."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self._frame:
+            if str(frame.f_globals.get("__name__")).startswith(RUNS_COMPILED_CODE):
+                return True
+            frame = frame.f_back
+        return False
 
 
 class SavedTensors:
@@ -150,10 +152,9 @@ class SavedTensors:
     def _pack(self, tensor: Tensor) -> Any:
         """Return what stands for a tensor until backward."""
         forward = self._forwards[-1] if self._forwards else None
-        inside = None if forward is None else forward.frames_inside()
-        if forward is None or inside is None:
+        if forward is None or forward.is_over():
             return Untouched(tensor)
-        if any(_runs_compiled_code(frame) for frame in inside):
+        if forward.runs_compiled_code():
             raise RegradError(COMPILED.format(name=self._name))
         return self._pack_one(self._module, forward.inputs, tensor)
 
@@ -174,10 +175,6 @@ def _frame_of_call() -> FrameType | None:
     while frame is not None and frame.f_globals.get("__name__") != CALLS_MODULES:
         frame = frame.f_back
     return frame
-
-
-def _runs_compiled_code(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith(RUNS_COMPILED_CODE)
 
 
 def _pack_on_top() -> Any:

@@ -238,16 +238,19 @@ def test_neither_the_input_nor_its_short_form_outlive_their_use(kind):
     attachment = attached(model, correction)
     attachment.engine.applied = 33  # no step that the effect meter measures
     inputs = drawn(64, 6)
-    output = model(inputs)
-    reference = weakref.ref(inputs)
-    kept = weakref.ref(next(iter(correction._shared.values()))[1]())
-    del inputs
     gc.collect()
-    assert reference() is None
-    output.sum().backward()
-    del output
-    gc.collect()
-    assert kept() is None
+    gc.disable()
+    try:
+        output = model(inputs)
+        reference = weakref.ref(inputs)
+        kept = weakref.ref(next(iter(correction._shared.values()))[1]())
+        del inputs
+        assert reference() is None
+        output.sum().backward()
+        del output
+        assert kept() is None
+    finally:
+        gc.enable()
     assert len(correction._shared) == 0
 
 
