@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -318,7 +319,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
                 compiled code, inside other hooks on saved tensors, as in a non-reentrant
                 activation checkpoint, or again in backward, as in a re-entrant one.
         """
-        if any(is_compiled(part) for called in self._called for part in called.modules()):
+        parts = itertools.chain.from_iterable(called.modules() for called in self._called)
+        if any(is_compiled(part) for part in parts):
             raise RegradError(
                 "saved tensors cannot be hooked in a compiled model, which saves others; "
                 "attach to the model before compiling it, and leave it uncompiled"

@@ -23,8 +23,10 @@ def row_probabilities(norms: Tensor) -> Tensor:
         Shape [M], float64, with sum 1; NaN where a norm is not finite.
 
     Example:
-        >>> row_probabilities(torch.tensor([3.0, 1.0])), row_probabilities(torch.zeros(2))
-        (tensor([0.7500, 0.2500], dtype=torch.float64), tensor([0.5000, 0.5000], dtype=torch.float64))
+        >>> row_probabilities(torch.tensor([3.0, 1.0]))
+        tensor([0.7500, 0.2500], dtype=torch.float64)
+        >>> row_probabilities(torch.zeros(2))
+        tensor([0.5000, 0.5000], dtype=torch.float64)
 
     References:
         The published code of WTA-CRS adds 1e-8 to norms and sum, so that small norms have
