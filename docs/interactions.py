@@ -25,6 +25,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD with momentum": lambda parameters, lr: SGD(parameters, lr=lr, momentum=0.9),
     "AdamW": lambda parameters, lr: AdamW(parameters, lr=lr),
 }
+# Of these the optimizer reads, or does, something that the order of two corrections can change.
+MEASURED = ("gradient", "moment", "update")
 IN_TIME = ("weights", "criterion", "hidden", "gradient", "moment", "update")
 # By their defaults these do nothing here: the network has one exit, and AdamW's steps are short.
 TRIED = {"boosted": "boosted:alpha=0.25", "clip-update": "clip-update:max_rms=0.01"}
@@ -78,7 +80,7 @@ class Interaction:
 
     def row(self) -> str:
         """Return one line of the table."""
-        size = "different stages" if self.verdict == "ok" else ""
+        size = "different stages" if self.verdict == "ok" and not self.shared else ""
         if self.commutator is not None:
             size = "0" if self.commutator < ROUNDING else f"{self.commutator:.1e}"
         names = ", ".join(f"`{name}`" for name in self.pair)
@@ -224,7 +226,8 @@ def interaction_of(pair: tuple[str, str], optimizer: str) -> Interaction:
     if not all(stages):  # one may leave the other nothing to do: a norm of 1 has no element above 1
         stages = stages_of(pair[::-1], optimizer)[::-1]
     found = Interaction(pair=pair, optimizer=optimizer, verdict="ok", stages=stages)
-    if not found.shared:
+    measured = [stage for stage in found.shared if stage in MEASURED]
+    if not measured:
         return found
     moved = {given: resolve_order(made(given))[1] for given in (pair, pair[::-1])}
     for given, reasons in moved.items():
@@ -233,7 +236,7 @@ def interaction_of(pair: tuple[str, str], optimizer: str) -> Interaction:
             found = replace(found, verdict="ordered", first=given[1], reason=why)
     first = found.first or pair[0]
     second = pair[1 - pair.index(first)]
-    return replace(found, commutator=commutator_of(first, second, optimizer, found.shared[0]))
+    return replace(found, commutator=commutator_of(first, second, optimizer, measured[0]))
 
 
 def interactions() -> list[Interaction]:

@@ -20,6 +20,7 @@ PUBLIC = {
         ),
         *("RegradError", "PluginLoadError", "RegradWarning"),
     },
+    "regrad_activations": {"Int8Rows", "UniformRows", "WTACRS"},
     "regrad_adafisher": {"AdaFisher"},
     "regrad_adanorm": {"AdaNorm"},
     "regrad_bop": {"Bop", "Bop2", "binarise_"},
@@ -77,7 +78,10 @@ ENTRY_POINTS = {
             "gcgd",
             "gcode",
             "gcw",
+            "int8-rows",
             "powergrad",
+            "uniform-rows",
+            "wta-crs",
             "xgrad",
         )
     },
@@ -169,7 +173,10 @@ OPTIONS = {
     "clip-norm": {"max_norm": 1.0},
     "clip-update": {"max_rms": 1.0},
     "clip-value": {"max_value": 1.0},
+    "int8-rows": {"layers": "linear"},
     "powergrad": {"alpha": 0.25},
+    "uniform-rows": {"share": 0.3, "layers": "linear", "seed": 0},
+    "wta-crs": {"share": 0.3, "layers": "linear", "seed": 0},
     "gcode": {
         **{
             "weight": 0.1,

@@ -6,6 +6,7 @@ is an error (`warn_unused_ignores`).
 
 from typing import Any
 
+from regrad_activations import WTACRS, Int8Rows, UniformRows
 from regrad_adafisher import AdaFisher
 from regrad_adanorm import AdaNorm
 from regrad_boosted import Boosted
@@ -37,7 +38,10 @@ def right_calls() -> None:
     GCW(layers="all", slots=("last",), prior=0.9, predictor="prior", fit_target="hindsight")
     GCW(target="gradient", norm="keep", gate=False, warmup_steps=0, fit_every=5)
     GCW(allow_double_lookahead=True)
+    Int8Rows(layers=("blocks.*", "head"))
     PowerGrad(alpha=0.3)
+    UniformRows(share=0.5, layers="linear", seed=1)
+    WTACRS(share=0.5, layers=("0", 1), seed=1)
     XGrad(horizon=2.0, decoupled_decay=0.01, allow_double_lookahead=True, compiled=True)
 
 
@@ -54,6 +58,7 @@ def wrong_names() -> None:
     ClipValue(value=0.5)  # type: ignore[call-arg]
     GCODE(weights=0.2)  # type: ignore[call-arg]
     GCW(layer="all")  # type: ignore[call-arg]
+    Int8Rows(share=0.5)  # type: ignore[call-arg]
     PowerGrad(beta=0.3)  # type: ignore[call-arg]
     XGrad(horizont=1)  # type: ignore[call-arg]
 
@@ -71,6 +76,7 @@ def wrong_values() -> None:
     ClipValue(max_value="1")  # type: ignore[arg-type]
     GCODE(solver="rk5")  # type: ignore[arg-type]
     GCW(predictor="slots")  # type: ignore[arg-type]
+    Int8Rows(layers=1)  # type: ignore[arg-type]
     PowerGrad(alpha=None)  # type: ignore[arg-type]
     XGrad(horizon="a")  # type: ignore[arg-type]
 

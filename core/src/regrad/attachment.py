@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from regrad.inside import CrossEntropyInside
 from regrad.optimizer_state import StateInOptimizer, form_problem
 from regrad.optimizers import parameters_of
 from regrad.record import ForwardRecord
+from regrad.saved_tensors import Pack, SavedTensors, Unpack
 from regrad.wrappers import (
     holder_of_all,
     innermost_module,
@@ -294,6 +296,39 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
                 "submodule hooks must be set before the first compiled call; attach earlier"
             )
         self._hook(module, module.register_forward_hook, function)
+
+    def hook_saved(self, module: nn.Module, pack: Pack, unpack: Unpack) -> None:
+        """Pack what autograd saves in a module's training forwards, until detach.
+
+        While the module runs in training mode with gradients, and with it the modules inside of
+        it, `pack(module, inputs, tensor)` is called with every tensor that autograd saves, and
+        `unpack(packed)` in backward with what it returned, as torch's
+        `torch.autograd.graph.saved_tensors_hooks` call theirs. The hooks of a module inside
+        another come before the other's.
+
+        Args:
+            module: A module of the model.
+            pack: `inputs` is what the module was called with: positional arguments, then those by
+                keyword. Keep none of them for longer than the call; a tensor that is not to be
+                packed may be returned as it is. Must not change the tensor.
+            unpack: Returns a tensor of the same shape, dtype and device as the saved one. May be
+                called several times, and after detach.
+
+        Raises:
+            RegradError: If the model is compiled. Later, in the module's forward, where it runs in
+                compiled code, inside other hooks on saved tensors, as in a non-reentrant
+                activation checkpoint, or again in backward, as in a re-entrant one.
+        """
+        parts = itertools.chain.from_iterable(called.modules() for called in self._called)
+        if any(is_compiled(part) for part in parts):
+            raise RegradError(
+                "saved tensors cannot be hooked in a compiled model, which saves others; "
+                "attach to the model before compiling it, and leave it uncompiled"
+            )
+        names = {part: name for name, part in self.model.named_modules()}
+        saved = SavedTensors(module, names.get(module, type(module).__name__), pack, unpack)
+        self._handles.append(saved)
+        saved.register()
 
     def remove_at_detach(self, handle: module_hooks.Handle) -> None:
         """Keep something whose `remove` is to be called at detach."""

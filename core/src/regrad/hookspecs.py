@@ -231,6 +231,14 @@ class AttachmentInSetup(Protocol):
     def hook_forward(self, module: nn.Module, function: Callable[..., Any]) -> None:
         """Call `function(module, inputs, output)` after each forward of a module, until detach."""
 
+    def hook_saved(
+        self,
+        module: nn.Module,
+        pack: Callable[[nn.Module, tuple[Any, ...], Tensor], Any],
+        unpack: Callable[[Any], Tensor],
+    ) -> None:
+        """Pack what autograd saves in a module's training forwards, until detach."""
+
 
 class OwnStep(Protocol):
     """What an engine that steps its own tensors shows in their place.
@@ -402,8 +410,8 @@ class CorrectionSpec:
         """Build state, or refuse by raising.
 
         Called once, at attach, after every argument was validated and before any
-        hook is on the model. Submodule hooks go through
-        `attachment.hook_forward`, so that detach removes them. The state of the global random
+        hook is on the model. Submodule hooks go through `attachment.hook_forward` and
+        `attachment.hook_saved`, so that detach removes them. The state of the global random
         generators is restored afterwards: use your own generator.
         """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from regrad_bench.activation_cases import activation_cases
 from regrad_bench.alone_cases import alone_cases
 from regrad_bench.cases import Case
 from regrad_bench.growth_cases import growth_cases
@@ -21,6 +22,7 @@ SECONDS = {
     "vit": 15,
     "gpt": 4,
     "memory": 7,
+    "activations": 4,
     "together": 20,
     "processes": 20,
 }
@@ -39,6 +41,7 @@ def chosen_cases(only: str = "*") -> list[Case]:
         *start_cases(),
         *transformer_cases(),
         *memory_cases(),
+        *activation_cases(),
         *together_cases(),
         *process_cases(),
     ]

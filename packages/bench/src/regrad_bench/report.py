@@ -27,6 +27,7 @@ SECTIONS = {
     "vit": "The whole step of a ViT-tiny",
     "gpt": "The whole step of a small GPT",
     "memory": "Peak memory of training",
+    "activations": "Peak memory of one step of a small GPT",
     "together": "Several corrections at once",
     "processes": "Several processes",
 }

@@ -36,6 +36,7 @@ OUR_DISTRIBUTIONS = {
     "bench",
     "deepspeed",
     "accelerate",
+    "activations",
     "adafisher",
     "adanorm",
     "boosted",
@@ -64,8 +65,11 @@ OUR_PLUGINS = {
     "digits-binary",
     "fashion-mnist",
     "imagefolder",
+    "int8-rows",
     "parquet",
     "text",
+    "uniform-rows",
+    "wta-crs",
 }
 # Of distributions and plugins, whether they are installed or not.
 OURS = OUR_DISTRIBUTIONS | OUR_PLUGINS
