@@ -59,7 +59,9 @@ def data(tmp_path):
     return ReportData(
         folder=ResultsFolder(tmp_path),
         measure=measure,
-        summaries=summarize([result.as_run_row() for result in results], controls={"boosted": None}),
+        summaries=summarize(
+            [result.as_run_row() for result in results], controls={"boosted": None}
+        ),
         effects=[],
         qualities=[],
         about={},

@@ -73,12 +73,11 @@ def _curve(
 ) -> list[Drawing]:
     """Return a figure whose curves have a point per exit or budget, in the order of their costs."""
     numbers: dict[str, int] = {}
-    for rows in series.values():
+    values: list[tuple[str, int, float]] = []
+    for arm, rows in series.items():
         for row in rows:
-            numbers.setdefault(row.answer, len(numbers))
-    values = [
-        (arm, numbers[row.answer], row.accuracy) for arm, rows in series.items() for row in rows
-    ]
+            number = numbers.setdefault(row.answer, len(numbers))
+            values.append((arm, number, row.accuracy))
     places = {arm: _mean_costs(rows, numbers) for arm, rows in series.items()}
     marks = marks_of_bands(name, bands(values), places)
     if not marks:
