@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import regrad
 import torch
-from regrad.sharding import total_norm
+from regrad.sharding import local, total_norm
+from regrad_bop import Bop, Bop2
 from regrad_centralization.functional import Unit as Means
 from regrad_centralization.functional import subtract_, unit_means
 from regrad_clipping.functional import Unit, clip_units_
@@ -171,6 +172,29 @@ adamw = functools.partial(torch.optim.AdamW, lr=0.05)
 adam = functools.partial(torch.optim.Adam, lr=0.05, weight_decay=0.05)
 adagrad = functools.partial(torch.optim.Adagrad, lr=0.05)
 
+
+def with_binary_matrices(
+    kind: type[torch.optim.Optimizer], **options: float
+) -> Callable[..., torch.optim.Optimizer]:
+    """Return what makes an optimizer whose matrices are binary; it replaces them by their signs."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for parameter in parameters:
+            if parameter.dim() < 2:
+                others.append(parameter)
+                continue
+            part = local(parameter.detach())
+            part.copy_(torch.where(part >= 0, 1.0, -1.0))
+            matrices.append(parameter)
+        # The own eps, 1e-8, lets AdamW's steps amplify the rounding of small gradients: 6e-12.
+        rest = {"params": others, "eps": 1e-2}
+        return kind([{"params": matrices, "binary": True}, rest], **options)
+
+    return make
+
+
 TRIALS = {
     "clip-norm": Trial("clip-norm:max_norm=0.05", momentum),
     "clip-value": Trial("clip-value:max_value=0.003", momentum),
@@ -200,6 +224,8 @@ TRIALS = {
     "boosted": Trial("boosted:alpha=0.25", momentum),
     "adam3": Trial(None, functools.partial(AdaM3, lr=0.01)),
     "tom": Trial(None, functools.partial(Tom, lr=0.01)),
+    "bop": Trial(None, with_binary_matrices(Bop, lr=0.2, threshold=1e-3)),
+    "bop2": Trial(None, with_binary_matrices(Bop2, lr=0.2, threshold=0.1, second_rate=0.05)),
 }
 READ_STATE = ("xgrad", "xgrad adamw", "adanorm", "adanorm decayed", "gcw moment")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from regrad import RegradWarning, exchange
-from regrad.exchange import adopt_, extrapolate_, join_, part_, swap_
+from regrad.exchange import adopt_, extrapolate_, join_, part_, scale_, swap_
 from regrad.hookspecs import LastStep
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -194,8 +194,34 @@ def test_the_operations_on_a_device_do_not_grow_with_the_number_of_tensors(monke
             swap_(weights, kept)
             part_(weights, kept, [0.1] * number)
             join_(weights, kept, [0.1] * number)
+            join_(weights, kept, [0.1] * number, goes_back=False)
+            scale_(weights, [torch.tensor(0.5)] * number)
             spares = seen.names.count("aten.empty_like.default") - spares
         assert not any("_local_scalar_dense" in name for name in seen.names)
         counts.append(len(seen.launches) - spares)
     assert counts[0] == counts[1]
-    assert counts[0] <= 26
+    assert counts[0] <= 35
+
+
+@pytest.mark.usefixtures("place")
+def test_a_step_is_joined_to_the_same_bits_where_the_way_back_is_not_needed():
+    decays = [0.0, 0.25, 0.0, 0.25, 0.25, 0.0][: len(tensors(0))]
+    decays += [0.5] * (len(tensors(0)) - len(decays))
+    weights, steps = tensors(1), tensors(2)
+    wanted = [weight.clone() for weight in weights]
+    join_(wanted, [step.clone() for step in steps], decays)
+    before = [step.clone() for step in steps]
+    join_(weights, steps, decays, goes_back=False)
+    for got, want, step, same in zip(weights, wanted, steps, before, strict=True):
+        assert torch.equal(got, want)
+        assert torch.equal(step, same)
+
+
+@pytest.mark.usefixtures("place")
+def test_each_tensor_is_scaled_by_its_own_number():
+    scaled = tensors(1)
+    factors = [torch.tensor(0.5 + index, dtype=torch.float64) for index in range(len(scaled))]
+    wanted = [tensor * factor for tensor, factor in zip(scaled, factors, strict=True)]
+    scale_(scaled, factors)
+    for got, want in zip(scaled, wanted, strict=True):
+        assert torch.equal(got, want)

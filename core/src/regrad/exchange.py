@@ -184,7 +184,7 @@ def _extrapolate_compiled_(weights: Tensor, kept: Tensor, rule: _Extrapolation) 
     """Do the same to a large tensor on a CPU in one pass; say whether that was possible."""
     if not _is_large_on_host(weights):
         return False
-    live, before = _rows(weights, kept)
+    live, before = as_rows(weights, kept)
     if live.dim() != 1 or live.dtype is not torch.float32:
         return False
     in_one_pass = _compiled()
@@ -258,13 +258,16 @@ def part_(weights: Tensors, kept: Tensors, decays: Sequence[Scalar]) -> None:
 
 
 @torch.no_grad()
-def join_(weights: Tensors, kept: Tensors, decays: Sequence[Scalar]) -> None:
+def join_(
+    weights: Tensors, kept: Tensors, decays: Sequence[Scalar], *, goes_back: bool = True
+) -> None:
     r"""Undo `part_`, up to rounding, with the steps that `kept` holds now.
 
     Args:
         weights: n plain tensors θ'. Overwritten with :math:`(1-\delta)\theta' + \Delta`.
         kept: Steps :math:`\Delta`. Overwritten with θ'.
         decays: :math:`\delta`, n of them.
+        goes_back: Whether θ' is needed; else `kept` stays as it is, at a pass over it less.
 
     Example:
         >>> weights, steps = [torch.tensor([2.0])], [torch.tensor([1.0])]
@@ -275,10 +278,13 @@ def join_(weights: Tensors, kept: Tensors, decays: Sequence[Scalar]) -> None:
     scratch = _Scratch()
     for alike in _alike([_identity(decay) for decay in decays]):
         rule = _Joining(decays[alike[0]])
-        _pass_on_(_chosen(kept, alike), _chosen(weights, alike), rule, scratch)
+        steps = _chosen(kept, alike)
+        _pass_on_(steps, _chosen(weights, alike), rule, scratch, takes_over=goes_back)
 
 
-def _pass_on_(xs: Tensors, ys: Tensors, rule: _Rule, scratch: _Scratch) -> None:
+def _pass_on_(
+    xs: Tensors, ys: Tensors, rule: _Rule, scratch: _Scratch, *, takes_over: bool = True
+) -> None:
     """Let each x take over what its y holds, and each y become what a rule makes of both.
 
     Args:
@@ -286,6 +292,7 @@ def _pass_on_(xs: Tensors, ys: Tensors, rule: _Rule, scratch: _Scratch) -> None:
         ys: Tensors like them. Overwritten.
         rule: Called with the values of both.
         scratch: Memory for the pieces.
+        takes_over: Whether x takes anything over; else it stays.
     """
     together: list[int] = []
     for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
@@ -294,7 +301,8 @@ def _pass_on_(xs: Tensors, ys: Tensors, rule: _Rule, scratch: _Scratch) -> None:
             continue
         for piece, its_other, spare in scratch.pieces(x, y):
             rule.write(piece, its_other, spare)
-            piece.copy_(its_other)
+            if takes_over:
+                piece.copy_(its_other)
             if rule.size == 1:
                 its_other.copy_(spare)
             else:
@@ -303,8 +311,52 @@ def _pass_on_(xs: Tensors, ys: Tensors, rule: _Rule, scratch: _Scratch) -> None:
         first = _chosen(xs, group)
         second = _chosen(ys, group)
         results = rule.results(first, second)
-        torch._foreach_copy_(first, second)
+        if takes_over:
+            torch._foreach_copy_(first, second)
         torch._foreach_copy_(second, results)
+
+
+@torch.no_grad()
+def scale_(tensors: Tensors, factors: Tensors) -> None:
+    """Multiply each tensor by a number of its own, which is not read from its device.
+
+    Args:
+        tensors: n plain tensors. Overwritten.
+        factors: n scalars on their devices.
+
+    Example:
+        >>> tensors = [torch.ones(2), torch.ones(1)]
+        >>> scale_(tensors, [torch.tensor(0.5), torch.tensor(3.0)])
+        >>> tensors
+        [tensor([0.5000, 0.5000]), tensor([3.])]
+    """
+    for group in _launches(range(len(tensors)), tensors):
+        _scale_group_(_chosen(tensors, group), _chosen(factors, group))
+
+
+def _scale_group_(tensors: list[Tensor], factors: list[Tensor]) -> None:
+    """Do the same for tensors of one device and dtype, in few launches."""
+    rows: list[Tensor] = []
+    of_rows: list[Tensor] = []
+    for tensor, factor in zip(tensors, factors, strict=True):
+        row, _ = as_rows(tensor, tensor)
+        if len(tensors) == 1 or row.dim() != 1:
+            tensor.mul_(factor)
+        else:
+            rows.append(row)
+            of_rows.append(factor)
+    if rows:
+        # Factors that broadcast would be a launch each.
+        lengths = [row.numel() for row in rows]
+        torch._foreach_mul_(rows, list(torch.split(_spread(of_rows, rows), lengths)))
+
+
+def _spread(numbers: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """Return each number as often as its row has elements, in one row."""
+    lengths = tuple(row.numel() for row in rows)
+    return torch.repeat_interleave(
+        torch.stack(numbers), _on_device(lengths, rows[0].device), output_size=sum(lengths)
+    )
 
 
 @torch.no_grad()
@@ -332,7 +384,7 @@ def _adopt_group_(kept: list[Tensor], weights: list[Tensor], flags: list[Tensor]
     newer: list[Tensor] = []
     of_rows: list[Tensor] = []
     for own, live, flag in zip(kept, weights, flags, strict=True):
-        row, live_row = _rows(own, live)
+        row, live_row = as_rows(own, live)
         if len(kept) == 1 or row.dim() != 1:
             torch.where(flag, live, own, out=own)
         else:
@@ -341,12 +393,10 @@ def _adopt_group_(kept: list[Tensor], weights: list[Tensor], flags: list[Tensor]
             of_rows.append(flag)
     if not rows:
         return
-    lengths = tuple(row.numel() for row in rows)
-    is_newer = torch.repeat_interleave(
-        torch.stack(of_rows), _on_device(lengths, rows[0].device), output_size=sum(lengths)
-    )
+    lengths = [row.numel() for row in rows]
+    is_newer = _spread(of_rows, rows)
     chosen = torch.where(is_newer, torch.cat(newer), torch.cat(rows))
-    torch._foreach_copy_(rows, list(torch.split(chosen, list(lengths))))
+    torch._foreach_copy_(rows, list(torch.split(chosen, lengths)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -363,7 +413,7 @@ class _Scratch:
 
     def pieces(self, weights: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Iterate over pieces of two tensors of one layout, with memory of the same length."""
-        live, other = _rows(weights, kept)
+        live, other = as_rows(weights, kept)
         if live.dim() != 1:
             yield live, other, torch.empty_like(other)
             return
@@ -380,8 +430,13 @@ class _Scratch:
             yield piece, its_other, spare[: piece.numel()]
 
 
-def _rows(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Return views of the memory of two tensors as rows, or, with gaps in it, the tensors."""
+def as_rows(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of the memory of two tensors as rows, or, with gaps in it, the tensors.
+
+    Example:
+        >>> as_rows(torch.zeros(2, 2), torch.ones(2, 2))
+        (tensor([0., 0., 0., 0.]), tensor([1., 1., 1., 1.]))
+    """
     one = one.detach()
     if one.is_contiguous() and other.is_contiguous():
         return one.view(-1), other.view(-1)

@@ -297,12 +297,16 @@ class Window:
             and shape.
         """
         stepped = [k for k in self._kept.values() if k.is_corrected and k.was_stepped()]
-        shares = [decays[kept.parameter] for kept in stepped]
-        part_(*_pairs(stepped), shares)
+        part_(*_pairs(stepped), [decays[kept.parameter] for kept in stepped])
         try:
             yield {kept.parameter: kept.as_parameter for kept in stepped}
         finally:
-            join_(*_pairs(stepped), shares)
+            followed = [kept for kept in stepped if kept.is_followed]
+            others = [kept for kept in stepped if not kept.is_followed]
+            join_(*_pairs(followed), [decays[kept.parameter] for kept in followed])
+            join_(*_pairs(others), [decays[kept.parameter] for kept in others], goes_back=False)
+            for kept in others:
+                kept.holds = Holds.NOTHING
 
     def end_step(self) -> None:
         """Note that the optimizer stepped the parameters with a gradient, and those it wrote."""

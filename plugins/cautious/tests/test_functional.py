@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from regrad_cautious import functional
 from regrad_cautious.functional import keep_agreeing_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def pair(shape, seed=0, dtype=torch.float64):
@@ -109,3 +111,70 @@ def test_no_element_ever_goes_up_and_the_sum_of_equal_steps_is_kept(seed, size):
     assert (equal * gradient <= 0).all()
     if equal.any():
         assert equal.abs().sum().item() == pytest.approx(size)
+
+
+SHAPES = [(3,), (2, 5), (), (4, 1, 2), (0,), (2, 3, 4, 5)]
+
+
+def pairs(dtype=torch.float32):
+    """Return steps and gradients of several shapes, one of them with gaps in its memory."""
+    both = [pair(shape, seed, dtype) for seed, shape in enumerate(SHAPES)]
+    wide, slope = pair((6, 8), 9, dtype)
+    both.append((wide[:, ::2], slope[:, ::2]))
+    return [step for step, _ in both], [slope for _, slope in both]
+
+
+@pytest.mark.parametrize("keep", ["agreeing", "all"])
+@pytest.mark.parametrize("divisor", ["share", "count"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("way", ["pieces", "device"])
+def test_pieces_and_launches_give_what_each_tensor_alone_does(
+    monkeypatch, way, dtype, divisor, keep
+):
+    steps, slopes = pairs(dtype)
+    climbs = [index % 2 == 0 for index in range(len(steps))]
+    wanted, _ = pairs(dtype)
+    options = {"divisor": divisor, "keep": keep}
+    shares = [
+        functional.keep_agreeing_(step, slope, maximize=up, **options)
+        for step, slope, up in zip(wanted, slopes, climbs, strict=True)
+    ]
+    if way == "pieces":
+        monkeypatch.setattr(functional, "PIECE", 7)
+    else:
+        monkeypatch.setattr(functional, "_is_on_host", lambda tensor: False)
+    found = functional.keep_agreeing_in_all_(steps, slopes, maximize=climbs, **options)
+    rounding = 0 if way == "pieces" else 2 * torch.finfo(dtype).eps
+    for got, want in zip([*steps, *found], [*wanted, *shares], strict=True):
+        torch.testing.assert_close(got, want, rtol=rounding, atol=0)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are launches on a device."""
+
+    VIEWS = ("view", "detach", "split", "unbind", "permute", "slice", "as_strided")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if not name.startswith(self.VIEWS):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_launches_on_a_device_do_not_grow_with_the_number_of_tensors(monkeypatch):
+    monkeypatch.setattr(functional, "_is_on_host", lambda tensor: False)
+    counts = []
+    for number in (5, 50):
+        steps = [torch.full((3,), -1.0) for _ in range(number)]
+        slopes = [torch.ones(3) for _ in range(number)]
+        rest = {"divisor": "share", "keep": "agreeing", "maximize": [False] * number}
+        functional.keep_agreeing_in_all_(steps, slopes, **rest)  # lengths come to the device once
+        with Operations() as seen:
+            functional.keep_agreeing_in_all_(steps, slopes, **rest)
+        assert not any("_local_scalar_dense" in name for name in seen.names)
+        counts.append(len(seen.names))
+    assert counts[0] == counts[1]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from regrad_clipping import functional
 from regrad_clipping.functional import (
     Unit,
     clip_adaptive_,
@@ -366,3 +367,14 @@ def test_a_non_finite_update_spreads_over_its_tensor():
 def test_a_bound_of_an_update_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="max_rms must be positive, got 0"):
         clip_update_(torch.ones(2), 0.1, max_rms=0)
+
+
+def test_updates_are_clipped_alike_on_a_device_and_none_is_read_there(monkeypatch):
+    steps = [pair(shape)[0] for shape in SHAPES]
+    wanted = [step.clone() for step in steps]
+    rates = [0.5] * len(steps)
+    factors = [clip_update_(step, 0.5, max_rms=0.7).reshape(()) for step in wanted]
+    monkeypatch.setattr(functional, "_is_on_host", lambda tensor: False)
+    found = functional.clip_updates_(steps, rates, max_rms=0.7)
+    for got, want in zip([*steps, *found], [*wanted, *factors], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-15, atol=0)

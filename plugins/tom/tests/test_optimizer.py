@@ -3,6 +3,7 @@ import math
 import pytest
 import regrad
 import torch
+from regrad.optimizers import decoupled_decay
 from regrad_tom import Tom
 
 ORACLE = {
@@ -247,3 +248,15 @@ def test_a_sparse_gradient_is_refused_before_anything_moves():
     ):
         optimizer.step()
     assert torch.equal(dense.weight, before)
+
+
+def test_a_group_says_that_its_decay_is_decoupled_also_after_an_older_checkpoint():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = Tom([weight], lr=0.1, weight_decay=0.1)
+    assert decoupled_decay(optimizer, optimizer.param_groups[0]) == 0.1
+    older = optimizer.state_dict()
+    del older["param_groups"][0]["decoupled_weight_decay"]
+    optimizer.load_state_dict(older)
+    assert decoupled_decay(optimizer, optimizer.param_groups[0]) == 0.1
+    weight.grad = torch.ones(2)
+    optimizer.step()

@@ -8,8 +8,8 @@ import regrad
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from regrad.optimizers import decoupled_decay
 from regrad_xgrad import AdaM3, XGrad
-from regrad_xgrad.decay import decoupled_decay
 
 RATES = [0.1, 0.1, 0.07, 0.2, 0.0, 0.05, 0.03, 0.11, 0.09, 0.02]
 WIDTH = 7
@@ -387,7 +387,7 @@ class OfPytorchOptimizer(torch.optim.Adam):
         (torch.optim.RAdam, {"weight_decay": 0.1, "decoupled_weight_decay": True}, 0.1),
         (torch.optim.SGD, {"weight_decay": 0.1}, 0.0),
         (torch.optim.Muon, {"weight_decay": 0.1}, 0.1),
-        (AdaM3, {"weight_decay": 0.1}, 0.1),
+        (AdaM3, {"weight_decay": 0.1, "decoupled_weight_decay": True}, 0.1),
         (ForeignSGD, {"weight_decay": 0.0}, 0.0),
         (ForeignSGD, {"weight_decay": 0.1}, None),
         (OfPytorchOptimizer, {"weight_decay": 0.1, "weight_decouple": True}, 0.1),

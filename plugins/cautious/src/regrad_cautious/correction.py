@@ -13,7 +13,7 @@ from regrad.signatures import takes
 from torch import Tensor
 from torch.optim import Optimizer
 
-from regrad_cautious.functional import Divisor, Keep, keep_agreeing_
+from regrad_cautious.functional import Divisor, Keep, keep_agreeing_in_all_
 
 
 class Cautious(Correction):
@@ -76,23 +76,24 @@ class Cautious(Correction):
 
     def correct_update(self, step: Step) -> None:
         """Mask what the optimizer did."""
-        shares: list[Tensor] = []
-        sizes: list[int] = []
+        displacements: list[Tensor] = []
+        gradients: list[Tensor] = []
+        climbs: list[bool] = []
         rows = zip(step.parameters, step.displacements, step.gradients, strict=True)
         for parameter, displacement, gradient in rows:
             if displacement is None or gradient is None:
                 continue
-            share = keep_agreeing_(
-                displacement,
-                gradient,
-                divisor=self.options.divisor,
-                keep=self.options.keep,
-                maximize=bool(step.group_of(parameter).get("maximize")),
-            )
-            shares.append(share)
-            sizes.append(displacement.numel())
-        self._shares = shares
-        self._sizes = sizes
+            displacements.append(displacement)
+            gradients.append(gradient)
+            climbs.append(bool(step.group_of(parameter).get("maximize")))
+        self._shares = keep_agreeing_in_all_(
+            displacements,
+            gradients,
+            divisor=self.options.divisor,
+            keep=self.options.keep,
+            maximize=climbs,
+        )
+        self._sizes = [displacement.numel() for displacement in displacements]
 
     def metrics(self) -> dict[str, float]:
         """Return the share of all elements that agreed with their gradient in the last step."""

@@ -20,10 +20,9 @@ from torch.optim import Optimizer
 from regrad_clipping.functional import (
     check_positive,
     clip_norm_,
+    clip_updates_,
     clip_value_,
     gradient_norm,
-    scale_units_,
-    update_factor,
 )
 
 CLIPPING = Needs(
@@ -245,22 +244,18 @@ class ClipUpdate(Correction):
     def correct_update(self, step: Step) -> None:
         """Clip what the optimizer did."""
         displacements: list[Tensor] = []
-        factors: list[Tensor] = []
-        pairs = zip(step.parameters, step.displacements, strict=True)
-        for parameter, displacement in pairs:
-            if displacement is None or not displacement.numel():
-                continue
-            rate = step.lr_of(parameter)
-            displacements.append(displacement)
-            factors.append(update_factor(displacement, rate, max_rms=self.options.max_rms))
-        scale_units_(displacements, factors)
-        self._factors = factors
+        rates: list[float | Tensor] = []
+        for parameter, displacement in zip(step.parameters, step.displacements, strict=True):
+            if displacement is not None and displacement.numel():
+                displacements.append(displacement)
+                rates.append(step.lr_of(parameter))
+        self._factors = clip_updates_(displacements, rates, max_rms=self.options.max_rms)
 
     def metrics(self) -> dict[str, float]:
         """Return the share of tensors clipped in the last step, and the smallest factor."""
         if not self._factors:
             return {}
-        factors = torch.stack([factor.reshape(()).double().cpu() for factor in self._factors])
+        factors = torch.stack([factor.double().cpu() for factor in self._factors])
         return {
             "share_clipped": (factors < 1).double().mean().item(),
             "smallest_factor": factors.min().item(),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from regrad.exchange import scale_
 from regrad.sharding import is_sharded, local, locals_of, row_norms, total_norm
 from torch import Tensor
 
@@ -416,27 +417,81 @@ def clip_update_(displacement: Tensor, rate: float | Tensor, *, max_rms: float =
         section 6, where Δ/η is the update before the rate.
     """
     check_positive("max_rms", max_rms)
-    factor = update_factor(displacement, rate, max_rms=max_rms)
-    scale_units_([displacement], [factor])
-    return factor
+    (factor,) = clip_updates_([displacement], [rate], max_rms=max_rms)
+    return factor.view([1] * displacement.dim())
 
 
 @torch.no_grad()
-def update_factor(displacement: Tensor, rate: float | Tensor, *, max_rms: float) -> Tensor:
-    """Return what `clip_update_` multiplies a step by.
+def clip_updates_(
+    displacements: Sequence[Tensor], rates: Sequence[float | Tensor], *, max_rms: float
+) -> list[Tensor]:
+    """Do the same to n steps.
 
     Args:
-        displacement: Shape [*], plain or DTensor.
-        rate: Of the step.
+        displacements: n steps, plain or DTensor. Overwritten.
+        rates: Of the steps.
         max_rms: Positive.
+
+    Returns:
+        n scalars that the steps were multiplied by.
     """
-    norm = row_norms(displacement, axis=None)
-    if isinstance(rate, Tensor):
-        rate = rate.detach().reshape(())
-    largest = max_rms * math.sqrt(displacement.numel()) * rate
+    units = [Unit(axis=None)] * len(displacements)
+    norms = [norm.reshape(()) for norm in _norms(displacements, units)]
+    factors: dict[int, Tensor] = {}
+    for alike in _of_one_kind(norms):
+        largest = [
+            max_rms * math.sqrt(displacements[i].numel()) * _as_scalar(rates[i]) for i in alike
+        ]
+        norms_of = [norms[i] for i in alike]
+        found = _factors_of_updates(norms_of, largest)
+        factors.update(zip(alike, found, strict=True))
+    _scale_each_(locals_of(displacements), [factors[i] for i in range(len(norms))])
+    return [factors[i] for i in range(len(norms))]
+
+
+def _of_one_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the numbers of the tensors, together where device and dtype are equal."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        alike[tensor.device, tensor.dtype].append(index)
+    return list(alike.values())
+
+
+def _as_scalar(rate: float | Tensor) -> float | Tensor:
+    """Return a rate without dimensions."""
+    return rate.detach().reshape(()) if isinstance(rate, Tensor) else rate
+
+
+def _factors_of_updates(norms: list[Tensor], largest: list[float | Tensor]) -> list[Tensor]:
+    """Return what steps with these norms are multiplied by, as scalars of one device and dtype."""
     # A step of zero, as with a rate of zero, stays zero.
-    factor: Tensor = largest / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return factor.clamp(max=1)
+    divisors = torch._foreach_clamp_min(norms, torch.finfo(norms[0].dtype).tiny)
+    factors = torch._foreach_reciprocal(divisors)
+    numbers = [bound for bound in largest if not isinstance(bound, Tensor)]
+    if len(numbers) == len(largest):
+        torch._foreach_mul_(factors, numbers)
+    else:
+        bounds = [torch.as_tensor(bound).to(norms[0]) for bound in largest]
+        torch._foreach_mul_(factors, bounds)
+    torch._foreach_clamp_max_(factors, 1)
+    return list(factors)
+
+
+def _scale_each_(parts: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each tensor by its scalar, in place."""
+    elsewhere: list[int] = []
+    for index, (part, factor) in enumerate(zip(parts, factors, strict=True)):
+        if not _is_on_host(part):
+            elsewhere.append(index)
+        elif not factor >= 1:  # so that NaN spreads; reading it is free here
+            part.mul_(factor)
+    # All of them: reading the factors would wait for the device.
+    scale_([parts[i] for i in elsewhere], [factors[i] for i in elsewhere])
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Say whether a tensor lives on a CPU."""
+    return tensor.device.type == "cpu"
 
 
 @torch.no_grad()

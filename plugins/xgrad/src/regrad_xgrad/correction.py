@@ -13,12 +13,11 @@ import torch
 from regrad import Attachment, Correction, RegradError, RegradWarning
 from regrad.correction import Control, Needs
 from regrad.hookspecs import LastStep, Step, learning_rate
-from regrad.optimizers import looks_ahead, nesterov_control
+from regrad.optimizers import decoupled_decay, looks_ahead, nesterov_control
 from regrad.signatures import takes
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrad_xgrad.decay import decoupled_decay
 from regrad_xgrad.functional import Scalar
 
 
@@ -39,8 +38,8 @@ class XGrad(Correction):
         horizon: s, how many updates ahead. Real, at least 0.
         decoupled_decay: Decay rate λ of a foreign optimizer whose step contains
             :math:`-\eta\lambda\theta`; at least 0. None reads it from torch's own
-            classes, AdaM3 and pytorch_optimizer's groups, and warns if another optimizer has a
-            weight decay.
+            classes, pytorch_optimizer's groups and any group with `decoupled_weight_decay`, and
+            warns if another optimizer has a weight decay.
         compiled: Compile the pass over large tensors on a CPU by `torch.compile`, once in a
             process; without a compiler it continues uncompiled, after a warning. The weights differ
             by rounding.

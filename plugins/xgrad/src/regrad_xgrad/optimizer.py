@@ -71,10 +71,17 @@ class AdaM3(Optimizer):
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": True,  # as torch's groups say it
             "maximize": maximize,
             "foreach": foreach,
         }
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state, also of a version whose groups did not say that the decay is decoupled."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("decoupled_weight_decay", True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own or the defaults.
