@@ -235,9 +235,9 @@ def seen_on(page: Path, summaries: dict[str, list[ArmSummary]]) -> str:
         for name, arms in claim["seen"].items():
             told[name] = [*dict.fromkeys((*told.get(name, []), *arms))]
         for workload in claim.get("optimizer_on", []):
-            found = optimizer_results.sentence_on(claim["method"], workload)
+            said = optimizer_results.sentence_on(claim["method"], workload)
             anchor = f"optimizers-{workload}"
-            lines.append(f"- [{anchor}](../results.md#{anchor}): {found}\n")
+            lines.append(f"- [{anchor}](../results.md#{anchor}): {said}\n")
     for name, found in sentences(told, summaries).items():
         lines += [f"- [{name}](../results.md#{name}): {line}\n" for line in found]
     return "".join(lines) or "No comparison is kept: not measured.\n"

@@ -266,6 +266,25 @@ def test_an_input_that_is_not_finite_shows_in_the_weight_gradient(kind, value):
         assert not model[0].weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_a_scaled_loss_trains_as_an_unscaled_one(kind):
+    """The scale is a power of two, and the rows are drawn without a look at gradients."""
+    ends = []
+    for enabled in (False, True):
+        model = filled(nn.Linear(6, 3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        with regrad.attach(model, optimizer, [kind()]):
+            for step in range(3):
+                loss = model(drawn(64, 6, seed=step)).square().mean()
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("kind", SAMPLED)
 def test_the_same_seed_draws_the_same_and_a_resumed_run_goes_on(kind):
     def gradients(correction, steps):
