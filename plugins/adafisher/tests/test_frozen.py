@@ -291,7 +291,7 @@ def test_a_layer_needs_a_parameter_of_its_own():
 
 
 @pytest.mark.parametrize("options", [{}, {"average": "ema"}, {"fisher": "mean"}], ids=str)
-@pytest.mark.parametrize("make_constant", [None, freeze, put_in_a_buffer], ids=str)
+@pytest.mark.parametrize("make_constant", [None, freeze, put_in_a_buffer])
 def test_layers_that_share_weight_and_bias_are_one_layer_that_is_called_twice(
     make_constant, options
 ):
