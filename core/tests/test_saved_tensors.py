@@ -31,7 +31,7 @@ class Packs(Correction):
     def setup(self, attachment):
         for target in self.targets:
             module = attachment.model.get_submodule(target)
-            attachment.hook_saved(module, self.pack, self.unpack)
+            attachment.hook_saved(module, self.pack, self.unpack, with_inputs=True)
 
     def pack(self, module, inputs, tensor):
         self.packed.append((module, tuple(tensor.shape)))
@@ -41,6 +41,16 @@ class Packs(Correction):
     def unpack(self, packed):
         self.unpacked += 1
         return packed * self.factor
+
+
+class PacksTensors(Correction):
+    """Double what backward reads, by torch's own signature of a pack function."""
+
+    name = "packs-tensors"
+    needs = Needs(stages=("hidden",), reads=("elements",))
+
+    def setup(self, attachment):
+        attachment.hook_saved(attachment.model.body, torch.Tensor.clone, lambda saved: 2 * saved)
 
 
 def attached(toys, *, targets=("body",), factor=1.0, model=None):
@@ -370,3 +380,13 @@ def test_a_second_backward_through_a_kept_graph_unpacks_again(toys):
     loss.backward()
     assert packs.unpacked == 2
     assert torch.equal(model.body.weight.grad, first["body.weight"])
+
+
+def test_pack_is_called_with_the_tensor_alone_as_torchs_is(toys):
+    plain, packed = toys.Net(), toys.Net()
+    packed.load_state_dict(plain.state_dict())
+    inputs = torch.ones_like(plain.body.weight)
+    with regrad.attach(packed, toys.sgd(packed), [PacksTensors()]):
+        for model in (plain, packed):
+            model.body(inputs).sum().backward()
+    assert torch.equal(packed.body.weight.grad, 2 * plain.body.weight.grad)

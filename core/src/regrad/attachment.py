@@ -297,22 +297,25 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
             )
         self._hook(module, module.register_forward_hook, function)
 
-    def hook_saved(self, module: nn.Module, pack: Pack, unpack: Unpack) -> None:
+    def hook_saved(
+        self, module: nn.Module, pack: Pack, unpack: Unpack, *, with_inputs: bool = False
+    ) -> None:
         """Pack what autograd saves in a module's training forwards, until detach.
 
         While the module runs in training mode with gradients, and with it the modules inside of
-        it, `pack(module, inputs, tensor)` is called with every tensor that autograd saves, and
-        `unpack(packed)` in backward with what it returned, as torch's
-        `torch.autograd.graph.saved_tensors_hooks` call theirs. The hooks of a module inside
-        another come before the other's.
+        it, `pack(tensor)` is called with every tensor that autograd saves, and `unpack(packed)` in
+        backward with what it returned, as torch's `torch.autograd.graph.saved_tensors_hooks` call
+        theirs. The hooks of a module inside another come before the other's.
 
         Args:
             module: A module of the model.
-            pack: `inputs` is what the module was called with: positional arguments, then those by
-                keyword. Keep none of them for longer than the call; a tensor that is not to be
-                packed may be returned as it is. Must not change the tensor.
+            pack: Returns anything. A tensor that is not to be packed may be returned as it is. Must
+                not change the tensor.
             unpack: Returns a tensor of the same shape, dtype and device as the saved one. May be
                 called several times, and after detach.
+            with_inputs: Whether `pack(module, inputs, tensor)` is called instead, where `inputs` is
+                what the module was called with: positional arguments, then those by keyword. Keep
+                none of them for longer than the call.
 
         Raises:
             RegradError: If the model is compiled. Later, in the module's forward, where it runs in
@@ -326,7 +329,8 @@ class Attachment(contextlib.AbstractContextManager["Attachment"]):
                 "attach to the model before compiling it, and leave it uncompiled"
             )
         names = {part: name for name, part in self.model.named_modules()}
-        saved = SavedTensors(module, names.get(module, type(module).__name__), pack, unpack)
+        name = names.get(module, type(module).__name__)
+        saved = SavedTensors(module, name, pack, unpack, with_inputs=with_inputs)
         self._handles.append(saved)
         saved.register()
 

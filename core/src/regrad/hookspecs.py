@@ -234,8 +234,10 @@ class AttachmentInSetup(Protocol):
     def hook_saved(
         self,
         module: nn.Module,
-        pack: Callable[[nn.Module, tuple[Any, ...], Tensor], Any],
+        pack: Callable[..., Any],
         unpack: Callable[[Any], Tensor],
+        *,
+        with_inputs: bool = False,
     ) -> None:
         """Pack what autograd saves in a module's training forwards, until detach."""
 

@@ -15,7 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from regrad.errors import RegradError
 from regrad.module_hooks import Handle, add_hook
 
-Pack = Callable[[nn.Module, tuple[Any, ...], Tensor], Any]
+# Called with a tensor; or with the module, what went into it, and a tensor.
+Pack = Callable[..., Any]
 Unpack = Callable[[Any], Tensor]
 
 CALLS_MODULES = "torch.nn.modules.module"
@@ -90,16 +91,26 @@ class SavedTensors:
     Args:
         module: The module.
         name: Of the module, for messages.
-        pack: Called with the module, what went into it, and a tensor that autograd saves.
+        pack: Called with a tensor that autograd saves.
         unpack: Called in backward with what `pack` returned. Returns a tensor of the same shape,
             dtype and device.
+        with_inputs: Whether `pack` is called with the module and what went into it before that.
     """
 
-    def __init__(self, module: nn.Module, name: str, pack: Pack, unpack: Unpack) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        pack: Pack,
+        unpack: Unpack,
+        *,
+        with_inputs: bool = False,
+    ) -> None:
         self._module = module
         self._name = name
         self._pack_one = pack
         self._unpack_one = unpack
+        self._with_inputs = with_inputs
         self._forwards: list[Forward] = []
         self._handles: list[Handle] = []
 
@@ -156,7 +167,9 @@ class SavedTensors:
             return Untouched(tensor)
         if forward.runs_compiled_code():
             raise RegradError(COMPILED.format(name=self._name))
-        return self._pack_one(self._module, forward.inputs, tensor)
+        if self._with_inputs:
+            return self._pack_one(self._module, forward.inputs, tensor)
+        return self._pack_one(tensor)
 
     def _unpack(self, packed: Any) -> Tensor:
         """Return a saved tensor again."""

@@ -442,6 +442,16 @@ def test_the_controls_are_the_simpler_rules():
     assert WTACRS(share=0.5).control(optimizer).corrections == ("uniform-rows:share=0.5",)
     assert UniformRows().control(optimizer).corrections == ("int8-rows",)
     assert Int8Rows().control(optimizer) is None
+    assert WTACRS().control(optimizer).name == "uniform-rows"
+
+
+def test_a_control_shortens_the_inputs_of_the_same_layers():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    wanted = UniformRows(share=0.5, layers=("head", "body.*"))
+    control = WTACRS(share=0.5, layers=("head", "body.*")).control(optimizer)
+    assert vars(regrad.create(control.name).options) == vars(wanted.options)
+    control = wanted.control(optimizer)
+    assert regrad.create(control.name).options.layers == ("head", "body.*")
 
 
 def test_metrics_say_what_wta_crs_wins():

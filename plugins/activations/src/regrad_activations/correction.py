@@ -74,7 +74,7 @@ class SavedRows(Correction):
         layers = _selected(attachment.model, self.options.layers)
         self._names = {layer: name for name, layer in layers.items()}
         for layer in layers.values():
-            attachment.hook_saved(layer, self._pack, self._unpack)
+            attachment.hook_saved(layer, self._pack, self._unpack, with_inputs=True)
 
     @torch.no_grad()
     def _pack(self, layer: Any, inputs: tuple[Any, ...], tensor: Tensor) -> Any:
@@ -292,8 +292,9 @@ class UniformRows(Sampled):
         return indices, torch.where(is_finite, rows / count, torch.nan)
 
     def control(self, optimizer: Optimizer) -> Control:
-        """Return int8 rows, which keep less memory and all rows."""
-        return Control(name="int8-rows", corrections=("int8-rows",))
+        """Return int8 rows of the same layers, which keep less memory and all rows."""
+        spec = _as_text("int8-rows", layers=self.options.layers)
+        return Control(name=spec, corrections=(spec,))
 
 
 class WTACRS(Sampled):
@@ -346,10 +347,10 @@ class WTACRS(Sampled):
         return indices, torch.where(is_finite, weights, torch.nan)[:, None]
 
     def control(self, optimizer: Optimizer) -> Control:
-        """Return as many rows, chosen uniformly."""
-        return Control(
-            name="uniform-rows", corrections=(f"uniform-rows:share={self.options.share}",)
-        )
+        """Return as many rows of the same layers, chosen uniformly."""
+        options = self.options
+        spec = _as_text("uniform-rows", layers=options.layers, share=options.share)
+        return Control(name=spec, corrections=(spec,))
 
     def metrics(self) -> dict[str, float]:
         """Return, beside the share of bytes, what the last measured inputs gave, as layers' means.
@@ -363,6 +364,20 @@ class WTACRS(Sampled):
             found["certain_share"] = float(means[0])
             found["variance_ratio"] = float(means[1])
         return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _as_text(name: str, **options: Layers | float) -> str:
+    """Return a correction with options as `regrad.create` reads it, without defaults."""
+    defaults = {"layers": EVERY_LINEAR, "share": OfSample().share}
+    told = []
+    for option, value in options.items():
+        if value == defaults[option]:
+            continue
+        if isinstance(value, tuple):
+            told.append(f"{option}=[{','.join(map(str, value))}]")
+        else:
+            told.append(f"{option}={value}")
+    return f"{name}:{','.join(told)}" if told else name
 
 
 def _norms(matrix: Tensor) -> Tensor:
