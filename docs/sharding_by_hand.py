@@ -171,7 +171,11 @@ def with_hook(case: Case, make_hook: Callable[[], Hook]) -> Seen:
         numbers = {parameter: number for number, parameter in enumerate(model.parameters())}
         hook = make_hook()
 
-        def noting(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+        # Torch looks for this annotation.
+        def noting(
+            _: Any,
+            bucket: distributed.GradBucket,  # type: ignore[name-defined]
+        ) -> torch.futures.Future[Tensor]:
             if not bucket.is_last() or bucket.index() != 0:
                 raise NotImplementedError("the gradients must fit into one bucket")
             orders.append([numbers[parameter] for parameter in bucket.parameters()])
