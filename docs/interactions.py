@@ -175,7 +175,11 @@ def read_by_the_optimizer(
     rule, seen = OPTIMIZERS[optimizer](model.parameters(), lr=rate), []
     with regrad.attach(model, rule, corrections, nn.CrossEntropyLoss()):
         for step in gradients:
-            model(samples()[0][0])
+            images, labels = (batches[0] for batches in samples())
+            # What a correction reads in the modules it reads here; the gradients are then given.
+            rule.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
             for parameter, gradient in zip(model.parameters(), step, strict=True):
                 parameter.grad = gradient.clone()
             before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -106,8 +106,11 @@ def section(workload: str) -> str:
         told = "–" if folder.name == BESIDE else sentence_on(folder.name, workload)
         lines.append(f"| `{settings_of(folder)['optimizer']}` | {spread} | {told} |\n")
     kept = f"docs/results/optimizers/{workload}"
-    command = f"regrad compare --config {kept}/OPTIMIZER/config.yaml --data-dir FOLDER --out DIR"
-    lines.append(f"\n```bash\n{command}\n```\n\nEvery run and trial: `{kept}`.\n\n")
+    command = f"regrad compare --config {kept}/{BESIDE}/config.yaml --out DIR"
+    lines.append(
+        f"\n```bash\n{command}\n```\n\n"
+        f"The other optimizers have their own `config.yaml`. Every run and trial: `{kept}`.\n\n"
+    )
     return "".join(lines)
 
 

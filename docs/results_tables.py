@@ -183,8 +183,12 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
     text = io.StringIO()
     print_comparison(Console(file=text, width=200), summaries, measure_of(path))
     table = "\n".join(line.rstrip() for line in text.getvalue().strip("\n").splitlines())
-    trials = len(trials_of(path))
+    trials = trials_of(path)
     rates_tried = ", ".join(f"{lr:g}" for lr in settings["lr"])
+    chosen = f"{runs} runs at the rate {rates_tried}"
+    if trials:
+        chosen = f"{runs} runs and {len(trials)} trials of learning rates ({rates_tried})"
+    tables = ("results", "curves", "tuning") if trials else ("results", "curves")
     command = f"regrad compare --config docs/results/{name}/config.yaml"
     kept = f"results/{name}"
     return (
@@ -193,12 +197,10 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
         f"{settings['train_size'] or 'all'} training {about_of(path).get('samples', 'images')}, "
         f"{settings['epochs']} epoch{'s' * (settings['epochs'] != 1)}, batch "
         f"{settings['batch_size']}, {settings['warmup_steps']} steps of warm-up, "
-        f"{FORMATS[settings['mixed_precision']]}. {runs} runs and {trials} trials of "
-        f"learning rates ({rates_tried}). {environment(path)}.\n\n"
+        f"{FORMATS[settings['mixed_precision']]}. {chosen}. {environment(path)}.\n\n"
         f"```bash\n{command} --data-dir FOLDER --out DIR\n```\n\n"
         f"```text\n{table}\n```\n\n{rates(path)}"
-        f"Every run: [results.csv]({kept}/results.csv), [curves.csv]({kept}/curves.csv), "
-        f"[tuning.csv]({kept}/tuning.csv).\n\n"
+        f"Every run: {', '.join(f'[{one}.csv]({kept}/{one}.csv)' for one in tables)}.\n\n"
     )
 
 

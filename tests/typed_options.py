@@ -59,6 +59,8 @@ def wrong_names() -> None:
     GCODE(weights=0.2)  # type: ignore[call-arg]
     GCW(layer="all")  # type: ignore[call-arg]
     Int8Rows(share=0.5)  # type: ignore[call-arg]
+    UniformRows(shares=0.5)  # type: ignore[call-arg]
+    WTACRS(rows=10)  # type: ignore[call-arg]
     PowerGrad(beta=0.3)  # type: ignore[call-arg]
     XGrad(horizont=1)  # type: ignore[call-arg]
 
@@ -77,6 +79,8 @@ def wrong_values() -> None:
     GCODE(solver="rk5")  # type: ignore[arg-type]
     GCW(predictor="slots")  # type: ignore[arg-type]
     Int8Rows(layers=1)  # type: ignore[arg-type]
+    UniformRows(share="half")  # type: ignore[arg-type]
+    WTACRS(seed="first")  # type: ignore[arg-type]
     PowerGrad(alpha=None)  # type: ignore[arg-type]
     XGrad(horizon="a")  # type: ignore[arg-type]
 
