@@ -21,8 +21,9 @@ REFUSED = {
     "gcode": "gcode:warmup_steps=1,stages=[0,1]",
     "gcgd": "gcgd:gcw.warmup_steps=1,gcode.warmup_steps=1",
     "adafisher": "adafisher",
+    "int8-rows": "int8-rows",
 }
-"""Corrections that no trial of the tests has, because all of these layouts refuse them."""
+"""Corrections that no trial of the tests has, because all or some of these layouts refuse them."""
 OF_STAGES = {"gcw": "gcw:warmup_steps=1"}
 """Corrections with options by which they look for stages in the whole model."""
 

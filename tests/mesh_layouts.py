@@ -218,7 +218,6 @@ TRIALS = {
     "xgrad": Trial("xgrad", momentum),
     "xgrad adamw": Trial("xgrad", adamw),
     "xgrad displacement": Trial("xgrad", adagrad),
-    "int8-rows": Trial("int8-rows", momentum),
     "powergrad": Trial("powergrad", momentum),
     # The networks here have one exit, whose gradient alpha changes all the same.
     "boosted": Trial("boosted:alpha=0.25", momentum),
