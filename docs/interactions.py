@@ -118,8 +118,9 @@ def network(*, scale: float = 1.0) -> nn.Module:
 def samples() -> tuple[Tensor, Tensor]:
     """Return images and labels of eight batches."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(8, 6, 2, 8, 8, generator=generator, dtype=torch.float64)
-    return images, torch.randint(5, (8, 6), generator=generator)
+    # More than the ten rows that a sample of rows keeps at least.
+    images = torch.randn(8, 12, 2, 8, 8, generator=generator, dtype=torch.float64)
+    return images, torch.randint(5, (8, 12), generator=generator)
 
 
 @cache
