@@ -29,7 +29,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 MEASURED = ("gradient", "moment", "update")
 IN_TIME = ("weights", "criterion", "hidden", "gradient", "moment", "update")
 # By their defaults these do nothing here: the network has one exit, and AdamW's steps are short.
-TRIED = {"boosted": "boosted:alpha=0.25", "clip-update": "clip-update:max_rms=0.01"}
+# And AdaFisher refuses AdamW, whatever else is attached.
+TRIED = {
+    "adafisher": "adafisher:allow_adaptive=true",
+    "boosted": "boosted:alpha=0.25",
+    "clip-update": "clip-update:max_rms=0.01",
+}
 STEPS, BEFORE_MEASURING = 32, 16  # GC-W waits for ten steps and fits after ten more
 ROUNDING = 1e-12
 BEGIN, END = "<!-- pairs: written by docs/interactions.py -->\n", "<!-- end of pairs -->"
