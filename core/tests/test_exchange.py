@@ -14,7 +14,7 @@ SHAPES = [(3,), (2, 5), (), (4, 1, 2), (0,), (2, 3, 4, 5)]
 def place(request, monkeypatch):
     """Walk the way of a CPU, of a device (on the CPU), and of tensors larger than a piece."""
     if request.param == "device":
-        monkeypatch.setattr(exchange, "_is_on_host", lambda tensor: False)
+        monkeypatch.setattr(exchange, "is_on_host", lambda tensor: False)
         monkeypatch.setattr(exchange, "GROUP", 20)
     if request.param == "pieces":
         monkeypatch.setattr(exchange, "PIECE", 7)
@@ -180,7 +180,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_the_operations_on_a_device_do_not_grow_with_the_number_of_tensors(monkeypatch):
-    monkeypatch.setattr(exchange, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(exchange, "is_on_host", lambda tensor: False)
     counts = []
     for number in (10, 100):
         weights = [torch.ones(5) for _ in range(number)]

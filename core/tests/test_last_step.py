@@ -264,7 +264,7 @@ def on_a_device(monkeypatch):
         group.is_on_host = False
 
     monkeypatch.setattr(samples._Group, "__init__", made)
-    monkeypatch.setattr(exchange, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(exchange, "is_on_host", lambda tensor: False)
 
 
 @pytest.mark.usefixtures("on_a_device")

@@ -448,14 +448,19 @@ def as_rows(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return one, other
 
 
-def _is_on_host(tensor: Tensor) -> bool:
-    """Say whether a tensor lives on a CPU."""
+def is_on_host(tensor: Tensor) -> bool:
+    """Say whether a tensor lives on a CPU.
+
+    Example:
+        >>> is_on_host(torch.zeros(1))
+        True
+    """
     return tensor.device.type == "cpu"
 
 
 def _is_large_on_host(tensor: Tensor) -> bool:
     """Say whether a tensor lives on a CPU and is worth an operation of its own."""
-    return tensor.numel() >= ALONE_FROM and _is_on_host(tensor)
+    return tensor.numel() >= ALONE_FROM and is_on_host(tensor)
 
 
 def _identity(number: Scalar) -> Hashable:
@@ -483,7 +488,7 @@ def _launches(indexes: Sequence[int], tensors: Tensors) -> Iterator[list[int]]:
     """
     kinds = [(tensors[index].device, tensors[index].dtype) for index in indexes]
     for alike in _alike(kinds):
-        most = PIECE if _is_on_host(tensors[indexes[alike[0]]]) else GROUP
+        most = PIECE if is_on_host(tensors[indexes[alike[0]]]) else GROUP
         group: list[int] = []
         elements = 0
         for index in (indexes[place] for place in alike):

@@ -142,7 +142,7 @@ def test_pieces_and_launches_give_what_each_tensor_alone_does(
     if way == "pieces":
         monkeypatch.setattr(functional, "PIECE", 7)
     else:
-        monkeypatch.setattr(functional, "_is_on_host", lambda tensor: False)
+        monkeypatch.setattr(functional, "is_on_host", lambda tensor: False)
     found = functional.keep_agreeing_in_all_(steps, slopes, maximize=climbs, **options)
     rounding = 0 if way == "pieces" else 2 * torch.finfo(dtype).eps
     for got, want in zip([*steps, *found], [*wanted, *shares], strict=True):
@@ -166,7 +166,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_the_launches_on_a_device_do_not_grow_with_the_number_of_tensors(monkeypatch):
-    monkeypatch.setattr(functional, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(functional, "is_on_host", lambda tensor: False)
     counts = []
     for number in (5, 50):
         steps = [torch.full((3,), -1.0) for _ in range(number)]

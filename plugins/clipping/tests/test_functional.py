@@ -374,7 +374,7 @@ def test_updates_are_clipped_alike_on_a_device_and_none_is_read_there(monkeypatc
     wanted = [step.clone() for step in steps]
     rates = [0.5] * len(steps)
     factors = [clip_update_(step, 0.5, max_rms=0.7).reshape(()) for step in wanted]
-    monkeypatch.setattr(functional, "_is_on_host", lambda tensor: False)
+    monkeypatch.setattr(functional, "is_on_host", lambda tensor: False)
     found = functional.clip_updates_(steps, rates, max_rms=0.7)
     for got, want in zip([*steps, *found], [*wanted, *factors], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-15, atol=0)

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
-from regrad.exchange import PIECE, as_rows, scale_
+from regrad.exchange import PIECE, as_rows, is_on_host, scale_
 from regrad.sharding import is_sharded, locals_of, sum_over_shards
 from torch import Tensor
 
@@ -113,16 +113,11 @@ def _company(index: int, displacement: Any) -> Hashable:
     """
     if is_sharded(displacement):
         kind = displacement.device_mesh, displacement.placements
-    elif _is_on_host(displacement):
+    elif is_on_host(displacement):
         return index
     else:
         kind = None, None
     return *kind, displacement.device, displacement.dtype
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    """Say whether a tensor lives on a CPU."""
-    return tensor.device.type == "cpu"
 
 
 def _keep_agreeing_in_alike_(
@@ -136,9 +131,9 @@ def _keep_agreeing_in_alike_(
     """Mask and divide steps of one layout, device and dtype; return the shares that agree."""
     parts = locals_of(displacements)
     slopes = locals_of(gradients)
-    is_on_host = _is_on_host(parts[0])
+    on_host = is_on_host(parts[0])
     masks = keep == "agreeing"
-    if is_on_host:
+    if on_host:
         pairs = zip(parts, slopes, strict=True)
         counts = [_mask_in_pieces_(*pair, masks=masks, climbs=climbs) for pair in pairs]
     else:
@@ -150,7 +145,7 @@ def _keep_agreeing_in_alike_(
         divisors = torch._foreach_clamp_min(shares, SMALLEST_SHARE)
     else:
         divisors = torch._foreach_div(torch._foreach_add(counts, 1), sizes)
-    if is_on_host:
+    if on_host:
         for part, by in zip(parts, divisors, strict=True):
             part.div_(by)
     else:

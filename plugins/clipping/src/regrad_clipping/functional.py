@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from regrad.exchange import scale_
+from regrad.exchange import is_on_host, scale_
 from regrad.sharding import is_sharded, local, locals_of, row_norms, total_norm
 from torch import Tensor
 
@@ -481,17 +481,12 @@ def _scale_each_(parts: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """Multiply each tensor by its scalar, in place."""
     elsewhere: list[int] = []
     for index, (part, factor) in enumerate(zip(parts, factors, strict=True)):
-        if not _is_on_host(part):
+        if not is_on_host(part):
             elsewhere.append(index)
         elif not factor >= 1:  # so that NaN spreads; reading it is free here
             part.mul_(factor)
     # All of them: reading the factors would wait for the device.
     scale_([parts[i] for i in elsewhere], [factors[i] for i in elsewhere])
-
-
-def _is_on_host(tensor: Tensor) -> bool:
-    """Say whether a tensor lives on a CPU."""
-    return tensor.device.type == "cpu"
 
 
 @torch.no_grad()
