@@ -23,8 +23,8 @@ done
 # What the runner, the bench and the tests import, and the other machine lacks. Their own needs are
 # there or in this list.
 MISSING=(
-    annotated-doc annotated-types docstring-parser filelock pydantic pydantic-core
-    pytorch-optimizer shellingham timm typer typing-extensions typing-inspection
+    annotated-doc annotated-types docstring-parser filelock msgpack pydantic pydantic-core
+    pytorch-optimizer safetensors shellingham timm typer typing-extensions typing-inspection
 )
 
 mkdir -p "$folder/data"
