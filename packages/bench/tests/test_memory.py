@@ -53,3 +53,15 @@ def test_a_gpus_peak_and_launches():
     there = torch.zeros(1_000_000, device="cuda")
     assert peak_bytes(lambda: there + 1, there.device) >= 4_000_000
     assert launches(lambda: there.add_(1).mul_(2)) == 2
+
+
+def test_memory_from_an_earlier_measurement_does_not_count():
+    kept = {"block": torch.zeros(1000)}
+
+    def replace_the_block():
+        del kept["block"]
+        kept["block"] = torch.zeros(10)
+        kept["block"] = torch.zeros(1000)
+
+    peaks = [peak_bytes(replace_the_block, CPU) for _ in range(3)]
+    assert peaks == [4040] * 3

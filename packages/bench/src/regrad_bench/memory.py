@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
     On a CPU every allocation and release is read from the profiler's trace; on an
     accelerator it is the allocator's own count. Memory that libraries take for themselves is
-    not in it.
+    not in it. What the call releases of memory from before counts on an accelerator alone.
 
     Args:
         call: Called once. What it returns is released first.
@@ -43,11 +43,25 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.accelerator.synchronize(device)
         return torch.accelerator.max_memory_allocated(device) - before
-    return highest(
-        event["args"]["Bytes"]
-        for event in _trace(call, memory=True)
-        if event.get("name") == "[memory]"
-    )
+    return highest(_changes(_trace(call, memory=True)))
+
+
+def _changes(events: Iterable[dict[str, Any]]) -> Iterator[int]:
+    """Yield what each allocation adds, and each release of what was allocated in these events.
+
+    Of memory from before them the profiler knows no size, or that of an older block that lay at
+    the same address in an earlier trace.
+    """
+    held: dict[int, int] = {}
+    for event in events:
+        if event.get("name") != "[memory]":
+            continue
+        address, change = event["args"]["Addr"], event["args"]["Bytes"]
+        if change > 0:
+            held[address] = change
+            yield change
+        elif address in held:
+            yield -held.pop(address)
 
 
 def highest(changes: Iterable[int]) -> int:
