@@ -193,3 +193,42 @@ def test_no_text_raises_anything_but_a_value_type_or_load_error(text):
 def test_no_name_raises_anything_but_a_value_type_or_load_error(text):
     with pytest.raises((ValueError, TypeError, PluginLoadError)):
         regrad.load(f"no-such-{text}")
+
+
+TEXTS = st.text("ab1,=[](). -", max_size=8)
+REALS = st.floats(allow_nan=False)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    real=REALS,
+    whole=st.integers(min_value=0),
+    flag=st.booleans(),
+    text=TEXTS,
+    kind=st.sampled_from(["plain", "fancy"]),
+    maybe=st.none() | REALS,
+    several=st.lists(REALS, max_size=3).map(tuple),
+    words=st.lists(TEXTS, max_size=3).map(tuple),
+)
+def test_a_correction_written_as_text_comes_back_with_all_of_its_options(**options):
+    correction = Sample(**options)
+    assert regrad.create(correction.as_text()).options == correction.options
+
+
+def test_options_at_their_defaults_are_not_written():
+    assert Sample().as_text() == "sample"
+    assert Sample(whole=0, text="0.5", words=("a", "b,c")).as_text() == (
+        "sample:text='0.5',words=[a,'b,c']"
+    )
+
+
+def test_an_option_without_a_default_is_always_written():
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        rate: float
+
+    class Rated(Correction):
+        name = "rated"
+
+    Rated.Options = Options
+    assert Rated(rate=0.5).as_text() == "rated:rate=0.5"

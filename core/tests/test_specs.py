@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from regrad.specs import read_spec
+from regrad.specs import read_spec, write_spec
 
 
 @pytest.mark.parametrize(
@@ -123,20 +123,39 @@ values = st.one_of(
 )
 
 
-def written(value):
-    """Write a value as a user would who quotes every text."""
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(written, value))}]"
-    return str(value)
+options_of_all_kinds = st.dictionaries(
+    st.sampled_from(["a", "b.c", "d"]), values | st.tuples(values, values)
+)
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from(["a", "b.c", "d"]), values | st.tuples(values, values)))
-def test_what_is_written_with_quotes_comes_back(options):
-    text = ",".join(f"{name}={written(value)}" for name, value in options.items())
-    assert read_spec(f"agc:{text}") == ("agc", options)
+@given(options_of_all_kinds)
+def test_what_is_written_comes_back(options):
+    assert read_spec(write_spec("agc", options)) == ("agc", options)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20))
+def test_any_text_comes_back_or_is_refused_for_its_quotes(text):
+    options = {"axis": (text,)}
+    if "'" in text and '"' in text:
+        with pytest.raises(ValueError, match="axis must be without one kind of quotes"):
+            write_spec("agc", options)
+    else:
+        assert read_spec(write_spec("agc", options)) == ("agc", options)
+
+
+def test_numbers_that_are_not_finite_come_back():
+    name, options = read_spec(write_spec("agc", {"a": float("inf"), "b": float("nan")}))
+    assert name == "agc"
+    assert options["a"] == float("inf")
+    assert math.isnan(options["b"])
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, object(), ((1, 2), 3), 1j])
+def test_a_value_without_a_form_is_refused(value):
+    with pytest.raises(TypeError, match="option must be a number, a text, true, false, none"):
+        write_spec("agc", {"option": value})
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import typing
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from regrad.errors import RegradError
 from regrad.reading import EVERYTHING, Implied, Reading, layouts_with
 from regrad.signatures import ClassSignature
+from regrad.specs import write_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,6 +181,8 @@ class Correction:
         ...                 gradient.mul_(self.options.factor)
         >>> Scale(factor=0.1)
         Scale(factor=0.1)
+        >>> Scale(factor=0.1).as_text()
+        'scale:factor=0.1'
     """
 
     name: ClassVar[str]
@@ -202,6 +206,21 @@ class Correction:
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self.options).items())
         return f"{type(self).__name__}({options})"
+
+    def as_text(self) -> str:
+        """Return this correction as `regrad.create` reads it, without options at their defaults.
+
+        Raises:
+            TypeError: If an option is of a type that cannot be written, such as a list in a list.
+            ValueError: If an option is a text with both kinds of quotes.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self.Options)}
+        options = {
+            name: value
+            for name, value in vars(self.options).items()
+            if value is not defaults[name] and value != defaults[name]
+        }
+        return write_spec(self.name, options)
 
     def control(self, optimizer: Optimizer) -> Control | None:
         """Return the trivial change that this correction must beat on `optimizer`, or None."""

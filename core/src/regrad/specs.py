@@ -1,12 +1,14 @@
-"""Names with options, such as "agc:max_ratio=0.02,axis=auto", read into Python values."""
+"""Names with options, such as "agc:max_ratio=0.02,axis=auto", read into Python values and back."""
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 FORM = "'name:option=value,option=value'"
 WORDS: dict[str, bool | None] = {"true": True, "false": False, "none": None}
 CLOSING = {"[": "]", "(": ")"}
+BARE_WORD = re.compile(r"[\w.*/-]+")
 CHARACTERS_SHOWN = 200  # characters of a long text that an error repeats
 
 
@@ -37,6 +39,63 @@ def read_spec(text: str, what: str = "options") -> tuple[str, dict[str, Any]]:
     """
     name, _, options = text.partition(":")
     return name.strip(), _Reader(options, text, what).options()
+
+
+def write_spec(name: str, options: Mapping[str, Any]) -> str:
+    """Return "name:option=value,option=value", which `read_spec` reads back.
+
+    Args:
+        name: What has the options.
+        options: Numbers, truth values, None, texts, and tuples or lists of these. A list is read
+            back as a tuple.
+
+    Returns:
+        The text; the name alone where there is no option.
+
+    Raises:
+        TypeError: If a value is of another type, such as a list in a list.
+        ValueError: If a text has both kinds of quotes.
+
+    Example:
+        >>> write_spec("agc", {"max_ratio": 0.01, "exclude": ("head", "blocks[0]"), "axis": "1"})
+        "agc:max_ratio=0.01,exclude=[head,'blocks[0]'],axis='1'"
+        >>> write_spec("agc", {})
+        'agc'
+    """
+    if not options:
+        return name
+    told = ",".join(f"{option}={_written(option, value)}" for option, value in options.items())
+    return f"{name}:{told}"
+
+
+def _written(option: str, value: Any) -> str:
+    """Return one value as `read_spec` reads it."""
+    if isinstance(value, tuple | list):
+        return f"[{','.join(_written_item(option, item) for item in value)}]"
+    return _written_item(option, value)
+
+
+def _written_item(option: str, value: Any) -> str:
+    """Return a value that is no list as `read_spec` reads it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{option} must be a number, a text, true, false, none or a list of these to be "
+            f"written as text, got {value!r}; pass the correction itself instead"
+        )
+    is_read_as_text = value.lower() not in WORDS and _number(value) is None
+    if is_read_as_text and BARE_WORD.fullmatch(value):
+        return value
+    for quote in "'\"":
+        if quote not in value:
+            return f"{quote}{value}{quote}"
+    raise ValueError(
+        f"{option} must be without one kind of quotes to be written as text, got {value!r}; pass "
+        "the correction itself instead"
+    )
 
 
 class _Reader:

@@ -149,7 +149,7 @@ def test_momentum_goes_against_some_gradients_and_the_metric_says_against_how_ma
 def test_its_control_lengthens_every_element_alike():
     optimizer = torch.optim.SGD(make_model().parameters())
     control = Cautious(divisor="count").control(optimizer)
-    assert control == Control(name="larger-step", corrections=("cautious:keep=all,divisor=count",))
+    assert control == Control(name="larger-step", corrections=("cautious:divisor=count,keep=all",))
     made = regrad.create(control.corrections[0])
     assert made.options.keep == "all"
     assert made.control(optimizer) is None

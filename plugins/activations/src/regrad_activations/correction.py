@@ -293,7 +293,7 @@ class UniformRows(Sampled):
 
     def control(self, optimizer: Optimizer) -> Control:
         """Return int8 rows of the same layers, which keep less memory and all rows."""
-        spec = _as_text("int8-rows", layers=self.options.layers)
+        spec = Int8Rows(layers=self.options.layers).as_text()
         return Control(name=spec, corrections=(spec,))
 
 
@@ -349,7 +349,7 @@ class WTACRS(Sampled):
     def control(self, optimizer: Optimizer) -> Control:
         """Return as many rows of the same layers, chosen uniformly."""
         options = self.options
-        spec = _as_text("uniform-rows", layers=options.layers, share=options.share)
+        spec = UniformRows(layers=options.layers, share=options.share).as_text()
         return Control(name=spec, corrections=(spec,))
 
     def metrics(self) -> dict[str, float]:
@@ -364,20 +364,6 @@ class WTACRS(Sampled):
             found["certain_share"] = float(means[0])
             found["variance_ratio"] = float(means[1])
         return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def _as_text(name: str, **options: Layers | float) -> str:
-    """Return a correction with options as `regrad.create` reads it, without defaults."""
-    defaults = {"layers": EVERY_LINEAR, "share": OfSample().share}
-    told = []
-    for option, value in options.items():
-        if value == defaults[option]:
-            continue
-        if isinstance(value, tuple):
-            told.append(f"{option}=[{','.join(map(str, value))}]")
-        else:
-            told.append(f"{option}={value}")
-    return f"{name}:{','.join(told)}" if told else name
 
 
 def _norms(matrix: Tensor) -> Tensor:

@@ -343,14 +343,8 @@ class AdaFisher(Correction):
         """Return the same steps with the mean of F for every element: a warm-up of the rate."""
         if self.options.fisher == "mean":
             return None
-        options = {
-            name: value
-            for name, value in vars(self.options).items()
-            if value != getattr(self.Options, name)
-        }
-        options["fisher"] = "mean"
-        written = ",".join(f"{name}={_written(value)}" for name, value in options.items())
-        return Control(name="mean-fisher", corrections=(f"{self.name}:{written}",))
+        with_the_mean = type(self)(**vars(self.options) | {"fisher": "mean"})
+        return Control(name="mean-fisher", corrections=(with_the_mean.as_text(),))
 
     def metrics(self) -> dict[str, float]:
         """Return the mean, smallest and largest F/λ of all elements that have a divisor."""
@@ -400,11 +394,6 @@ def _base_of(output: Tensor) -> Tensor:
     """
     base = output._base
     return output if base is None or base.numel() != output.numel() else base
-
-
-def _written(value: Any) -> str:
-    """Return an option as `regrad.create` reads it."""
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _refuse_a_model_in_parts(attachment: Attachment) -> None:

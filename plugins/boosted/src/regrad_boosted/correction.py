@@ -143,15 +143,8 @@ class Boosted(Correction):
         """
         if self.options.decay == 0 or not self.options.rescale:
             return None
-        spec = f"boosted:decay=0.0,rescale=true{self._exits}"
-        return Control(name="rescaled-sum", corrections=(spec,))
-
-    @property
-    def _exits(self) -> str:
-        """The option `exits` as it is written in a name with options; empty without."""
-        if not self.options.exits:
-            return ""
-        return f",exits=[{','.join(map(repr, self.options.exits))}]"
+        plain_sum = Boosted(decay=0.0, rescale=True, exits=self.options.exits)
+        return Control(name="rescaled-sum", corrections=(plain_sum.as_text(),))
 
     def metrics(self) -> dict[str, float]:
         """Return, of each exit on the last training batch, loss, accuracy and share of increment.

@@ -107,10 +107,8 @@ class Cautious(Correction):
         """Return the same lengthening of every element: a larger step, without a mask."""
         if self.options.keep == "all":
             return None
-        return Control(
-            name="larger-step",
-            corrections=(f"cautious:keep=all,divisor={self.options.divisor}",),
-        )
+        without_a_mask = type(self)(divisor=self.options.divisor, keep="all")
+        return Control(name="larger-step", corrections=(without_a_mask.as_text(),))
 
     def idle_reason(self) -> str:
         """Say why no step may have changed."""

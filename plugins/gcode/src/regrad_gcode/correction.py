@@ -314,14 +314,8 @@ class GCODE(Correction):
         """Return the same gradients, scaled as the branches scale them; None if norms are kept."""
         if self.options.flow == "scale" or self.options.norm == "keep":
             return None
-        options = {
-            name: value
-            for name, value in vars(self.options).items()
-            if value != getattr(self.Options, name)
-        }
-        options["flow"] = "scale"
-        written = ",".join(f"{name}={_written(value)}" for name, value in options.items())
-        return Control(name="scaled-flow", corrections=(f"{self.name}:{written}",))
+        scaled = type(self)(**vars(self.options) | {"flow": "scale"})
+        return Control(name="scaled-flow", corrections=(scaled.as_text(),))
 
     def metrics(self) -> dict[str, float]:
         """Return by pair how the corrected gradient compares with the stage's, and the last fit."""
@@ -361,8 +355,3 @@ def _is_repeated(pair: Pair, origin: GradientEdge) -> bool:
         return True
     marks[mark] = True
     return False
-
-
-def _written(value: Any) -> str:
-    """Return an option as `regrad.create` reads it."""
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
