@@ -41,7 +41,7 @@ def summaries():
         *BASELINE,
         *rows_of("xgrad", 0.008, steps=80),
         *rows_of("powergrad", 0.008, wobble=WOBBLE[::-1]),
-        *rows_of("agc:axis=[0,1]", touched=False),
+        *rows_of("agc:axis=[0,1]", wobble=[0.0] * 10, touched=False),
         *rows_of("slow", -0.02, failed=(3,), steps=None),
         *rows_of("nesterov", 0.001, wobble=WOBBLE[::-1]),
         *rows_of("scaled-head", 0.008),
@@ -255,6 +255,16 @@ def test_a_control_that_was_not_run_is_named():
     assert "but no control was run" in sentence_about("xgrad", summarize(rows, controls={}))
     text = sentence_about("xgrad", summarize(rows, controls={"xgrad": None}))
     assert "; it has no control to beat" in text
+
+
+def test_an_arm_without_a_measured_effect_is_not_called_equal_where_its_numbers_differ():
+    rows = [*BASELINE, *rows_of("clip-update", 0.008, touched=False)]
+    text = sentence_about("clip-update", summarize(rows, controls={}))
+    assert text.startswith(
+        "clip-update: changed nothing in the measured steps of 10 runs; its diff"
+    )
+    assert "from the baseline, +.0082 [+.0073, +.0091], comes" in text
+    assert text.endswith(" comes from rounding, or from steps between those.")
 
 
 def test_no_evidence_says_so_with_its_numbers():

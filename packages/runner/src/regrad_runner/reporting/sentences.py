@@ -55,13 +55,25 @@ def _verdict(summary: ArmSummary, measure: Measure) -> str:
         difference = difference_in_brackets(summary, measure) or "unknown"
         return f"a control; difference from the baseline {difference}"
     if summary.verdict == "inert":
-        return f"changed nothing in {count(summary.seeds, 'run')}: it equals the baseline"
+        return _inert(summary, measure)
     if summary.verdict == "too few seeds":
         return (
             f"too few seeds for a verdict: {summary.pairs} shared with the baseline, at least "
             f"{FEWEST_SEEDS} are needed"
         )
     return _tested_verdict(summary, measure)
+
+
+def _inert(summary: ArmSummary, measure: Measure) -> str:
+    """Say that an arm changed nothing, and where numbers that differ may come from."""
+    runs = count(summary.seeds, "run")
+    if not summary.difference and (summary.interval is None or not any(summary.interval)):
+        return f"changed nothing in {runs}: it equals the baseline"
+    difference = difference_in_brackets(summary, measure)
+    return (
+        f"changed nothing in the measured steps of {runs}; its difference from the baseline, "
+        f"{difference}, comes from rounding, or from steps between those"
+    )
 
 
 def _tested_verdict(summary: ArmSummary, measure: Measure) -> str:

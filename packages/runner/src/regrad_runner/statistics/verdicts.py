@@ -116,7 +116,8 @@ def summarize(
 
     ===================  ===========================================================================
     baseline, control    the arms that the others are compared with
-    inert                no run was touched: the arm is the baseline under another name
+    inert                no run was touched in a measured step: the arm is the baseline under
+                         another name, but for what rounding does
     too few seeds        fewer than 6 pairs
     worse                :math:`p_b` ≤ level, on the wrong side
     better than nothing  :math:`p_b` ≤ level, on the right side, but the control was not run or not

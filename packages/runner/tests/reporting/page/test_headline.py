@@ -71,7 +71,7 @@ def test_the_second_sentence_leaves_no_correction_out_and_repeats_none():
     ]
     assert rest([BASELINE, *arms]) == (
         "b is better than the baseline, but not shown to be better than its control, nadam. c is "
-        "worse than the baseline. No evidence of a difference: d. e changed nothing."
+        "worse than the baseline. No evidence of a difference: d. e changed no measured step."
     )
     assert rest([BASELINE, arm("b", "better than nothing")]) == ""
 

@@ -59,7 +59,7 @@ def rest(summaries: Sequence[ArmSummary]) -> str:
     sentences: list[tuple[str, Callable[[list[ArmSummary]], str]]] = [
         ("worse", lambda arms: f"{_are(arms)} worse than the baseline."),
         ("no evidence", lambda arms: f"No evidence of a difference: {_names(arms)}."),
-        ("inert", lambda arms: f"{_names(arms)} changed nothing."),
+        ("inert", lambda arms: f"{_names(arms)} changed no measured step."),
         ("too few seeds", lambda arms: f"Too few seeds for a verdict: {_names(arms)}."),
     ]
     if has_better:
