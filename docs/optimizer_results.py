@@ -3,7 +3,8 @@
 A folder docs/results/optimizers/WORKLOAD/OPTIMIZER/ is a comparison without corrections, as
 `regrad compare --corrections --no-controls --optimizer OPTIMIZER` wrote it. All folders of one
 workload have the same seeds, and with them the same initial weights and batches: their runs are
-pairs. Adam stands in for the baseline.
+pairs. Adam stands in for the baseline. Where there are binary weights, Adam and SGD train latent
+ones, and latent SGD is a control: Bop is that.
 """
 
 import json
@@ -23,6 +24,7 @@ from regrad_runner.workloads.workload import Measure
 
 FOLDER = Path(__file__).parent / "results" / "optimizers"
 BESIDE = "adam"
+MUST_BEAT = {"bop": "sgd", "bop2": "sgd"}
 
 
 def workloads() -> list[str]:
@@ -48,6 +50,12 @@ def settings_of(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def command_of(kept: str, settings: dict[str, Any]) -> str:
+    """Return the command that runs a comparison again, from where it is kept."""
+    data = "" if settings["data_dir"] is None else " --data-dir FOLDER"
+    return f"regrad compare --config {kept}/config.yaml{data} --out DIR"
+
+
 def arm_of(folder: Path) -> str:
     """Return what an optimizer is called among the arms: Adam is the baseline."""
     return BASELINE if folder.name == BESIDE else folder.name
@@ -58,7 +66,13 @@ def results_of(workload: str) -> Iterator[Result]:
     for folder in folders_of(workload):
         for result in read_rows(folder / "results.csv", Result):
             # Nothing corrects these runs: what differs is the optimizer, in every step.
-            yield replace(result, arm=arm_of(folder), touched=True)
+            yield replace(
+                result,
+                arm=arm_of(folder),
+                touched=True,
+                must_beat=MUST_BEAT.get(folder.name),
+                control=folder.name in MUST_BEAT.values(),
+            )
 
 
 def curves_of(workload: str) -> Iterator[CurvePoint]:
@@ -91,11 +105,12 @@ def section(workload: str) -> str:
     folders = folders_of(workload)
     settings = settings_of(folders[0])
     grids = "; ".join(f"{folder.name}: {_rates(folder)}" for folder in folders)
+    fewest_trials = min(len(trials_of(folder)) for folder in folders)
     lines = [
         f"(optimizers-{workload})=\n\n### Optimizers beside Adam: {workload}\n\n"
         f"{settings['model']} (width {settings['width']}), {settings['epochs']} "
         f"epoch{'s' * (settings['epochs'] != 1)}, batch {settings['batch_size']}, "
-        f"{settings['warmup_steps']} steps of warm-up; {len(trials_of(folders[0]))} trials or more "
+        f"{settings['warmup_steps']} steps of warm-up; {fewest_trials} trials or more "
         "of learning rates for each optimizer, on the validation split. "
         f"{measure_of(workload).name}; pairs share the initial weights and batches. "
         f"Rates tried and chosen: {grids}.\n\n"
@@ -106,7 +121,7 @@ def section(workload: str) -> str:
         told = "–" if folder.name == BESIDE else sentence_on(folder.name, workload)
         lines.append(f"| `{settings_of(folder)['optimizer']}` | {spread} | {told} |\n")
     kept = f"docs/results/optimizers/{workload}"
-    command = f"regrad compare --config {kept}/{BESIDE}/config.yaml --out DIR"
+    command = command_of(f"{kept}/{BESIDE}", settings)
     lines.append(
         f"\n```bash\n{command}\n```\n\n"
         f"The other optimizers have their own `config.yaml`. Every run and trial: `{kept}`.\n\n"

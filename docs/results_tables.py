@@ -176,7 +176,7 @@ def rates(path: Path) -> str:
 def section(name: str, summaries: list[ArmSummary]) -> str:
     """Return one comparison's heading, command, table and sentences."""
     path = FOLDER / name
-    settings: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    settings = optimizer_results.settings_of(path)
     runs = sum(result.status == "finished" for result in results_of(path))
     named = {"width": settings["width"], "normalisation:": settings["norm"]}
     shape = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
@@ -188,8 +188,8 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
     chosen = f"{runs} runs at the rate {rates_tried}"
     if trials:
         chosen = f"{runs} runs and {len(trials)} trials of learning rates ({rates_tried})"
-    tables = ("results", "curves", "tuning") if trials else ("results", "curves")
-    command = f"regrad compare --config docs/results/{name}/config.yaml"
+    tables = [t for t in ("results", "curves", "tuning", "exits") if (path / f"{t}.csv").exists()]
+    command = optimizer_results.command_of(f"docs/results/{name}", settings)
     kept = f"results/{name}"
     return (
         f"({name})=\n\n### {name}\n\n"
@@ -198,7 +198,7 @@ def section(name: str, summaries: list[ArmSummary]) -> str:
         f"{settings['epochs']} epoch{'s' * (settings['epochs'] != 1)}, batch "
         f"{settings['batch_size']}, {settings['warmup_steps']} steps of warm-up, "
         f"{FORMATS[settings['mixed_precision']]}. {chosen}. {environment(path)}.\n\n"
-        f"```bash\n{command} --data-dir FOLDER --out DIR\n```\n\n"
+        f"```bash\n{command}\n```\n\n"
         f"```text\n{table}\n```\n\n{rates(path)}"
         f"Every run: {', '.join(f'[{one}.csv]({kept}/{one}.csv)' for one in tables)}.\n\n"
     )
