@@ -69,6 +69,23 @@ def test_both_sides_of_a_pair_compute_the_same(name):
     pair.close()
 
 
+def test_our_cautious_step_and_timms_move_the_weights_alike_and_mask_some():
+    (case,) = chosen_cases("update/cautious-timm")
+    pair = case.build(QUICK)
+    assert pair.difference() <= 1e-4
+    for _ in range(2):
+        pair.prepare()
+        pair.ours()
+    pair.prepare()  # turns the signs of every second row
+    (group,) = pair.ours.__self__.param_groups
+    before = [parameter.detach().clone() for parameter in group["params"]]
+    pair.ours()
+    pairs = zip(group["params"], before, strict=True)
+    stayed = [float((now == then).float().mean()) for now, then in pairs]
+    assert 0.1 < sum(stayed) / len(stayed) < 0.9
+    pair.close()
+
+
 @pytest.mark.parametrize(
     "name", [name for name in EQUAL if "agc" in name or "clip" in name or "central" in name]
 )

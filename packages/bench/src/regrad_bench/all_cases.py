@@ -12,11 +12,13 @@ from regrad_bench.growth_cases import growth_cases
 from regrad_bench.process_cases import process_cases
 from regrad_bench.start_cases import start_cases
 from regrad_bench.step_cases import memory_cases, step_cases, together_cases, transformer_cases
+from regrad_bench.update_cases import update_cases
 
 # Rough seconds of one case with 20 pairs on one thread of a server's processor.
 SECONDS = {
     "step": 25,
     "alone": 8,
+    "update": 15,
     "growth": 15,
     "start": 10,
     "vit": 15,
@@ -37,6 +39,7 @@ def chosen_cases(only: str = "*") -> list[Case]:
     cases = [
         *step_cases(),
         *alone_cases(),
+        *update_cases(),
         *growth_cases(),
         *start_cases(),
         *transformer_cases(),

@@ -22,6 +22,7 @@ END = "<!-- end of results -->"
 SECTIONS = {
     "step": "The whole step",
     "alone": "The correction alone",
+    "update": "A step that is corrected as a whole",
     "growth": "Growth",
     "start": "Start-up",
     "vit": "The whole step of a ViT-tiny",
