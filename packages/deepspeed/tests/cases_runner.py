@@ -1,6 +1,6 @@
 """What the processes of the tests run: `regrad train`'s own loop with DeepSpeed inside.
 
-`alone` is the same without DeepSpeed, for one process.
+`alone` is the same without DeepSpeed on one process, `with_ddp` on two.
 """
 
 import os
@@ -99,6 +99,17 @@ def alone():
         with closing(run_of(case)) as run:
             found[case], _ = train(run)
     return found
+
+
+def with_ddp(rank, folder):
+    """Train each case as one of two processes of torch's DDP; the first writes the weights."""
+    weights = {}
+    for case in CASES:
+        with closing(run_of(case)) as run:
+            came, _ = train(run)
+        weights[case] = came["weights"]
+    if rank == 0:
+        torch.save(weights, Path(folder, "out.pt"))
 
 
 def with_engine(rank, stage, folder):

@@ -43,6 +43,19 @@ def alone(cases):
     return cases.alone()
 
 
+@pytest.fixture(scope="module")
+def distances(cases, alone, tmp_path_factory):
+    """Return how far from one process two of torch's DDP end, by case.
+
+    AdamW divides what the order of sums changes by gradients that are nearly 0; how far that is
+    depends on the processor.
+    """
+    folder = tmp_path_factory.mktemp("ddp")
+    run_on_processes(cases.with_ddp, str(folder), patience=PATIENCE)
+    weights = torch.load(folder / "out.pt", weights_only=True)
+    return {case: farthest(weights[case], wanted["weights"]) for case, wanted in alone.items()}
+
+
 @pytest.fixture(scope="module", params=STAGES)
 def engine(request, cases, tmp_path_factory):
     """Return what two processes of a stage end with, and the stage."""
@@ -56,12 +69,13 @@ def farthest(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def test_two_processes_end_as_one_without_deepspeed(alone, engine):
+def test_two_processes_end_as_one_without_deepspeed(alone, distances, engine):
     stage, seen = engine
     for case, wanted in alone.items():
         found = seen[case]
         assert found["layout"] == f"zero-{stage}"
-        assert farthest(found["weights"], wanted["weights"]) <= TOLERANCE, case
+        nearest = max(TOLERANCE, 2 * distances[case])
+        assert farthest(found["weights"], wanted["weights"]) <= nearest <= 4 * TOLERANCE, case
         losses = pytest.approx(wanted["losses"], abs=TOLERANCE, nan_ok=case == "not finite")
         assert found["losses"] == losses, case
         assert found["values"] == wanted["values"], case
