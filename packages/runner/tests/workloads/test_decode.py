@@ -99,6 +99,14 @@ def test_a_file_that_ends_early_has_a_good_head_and_is_refused_when_it_is_decode
         eight_bit_image(ImageFile(tmp_path / "x.png"), grey=True)
 
 
+def skip_unless_pillow_reads(file):
+    """Skip where this Pillow cannot read what it wrote: before 13 a YCbCr TIFF."""
+    try:
+        Image.open(io.BytesIO(file.content)).load()
+    except OSError as error:
+        pytest.skip(f"this Pillow cannot read what it wrote: {error}")
+
+
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"]
 )
@@ -108,7 +116,10 @@ def test_odd_modes_are_read_as_what_they_show(mode, grey):
     image = Image.new("L", (6, 6), 255).convert(mode)
     if mode == "I;16":
         image = Image.fromarray(np.full((6, 6), 65535, np.uint16))
-    pixels = decode_images([encoded(image, kind)], Format(side=6, grey=grey))
+    file = encoded(image, kind)
+    if mode == "YCbCr":
+        skip_unless_pillow_reads(file)
+    pixels = decode_images([file], Format(side=6, grey=grey))
     assert pixels.shape == (1, 1 if grey else 3, 6, 6)
     assert (pixels >= 253).all()
 
