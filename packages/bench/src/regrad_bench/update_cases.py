@@ -9,16 +9,16 @@ from timm.optim.adamw import AdamWLegacy
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from regrad_bench.alone_cases import BETAS
 from regrad_bench.cases import Attached, Case, Pair, Setting
 from regrad_bench.tensors import Gradients, largest_difference, resnet50_gradients
 
-CORRECTIONS = {
+SPECS = {
     "cautious": "cautious",
     "clip-update": "clip-update",
     "centralization": "centralization:placement=update",
 }
 RATE = 1e-3
-BETAS = (0.9, 0.999)
 # Gradients keep their signs for two steps and are turned for one: the average of a step does not
 # follow, so that elements disagree with it.
 PERIOD = 3
@@ -33,7 +33,7 @@ def update_cases() -> list[Case]:
             peer="AdamW step, fused",
             build=_beside_the_step(spec),
         )
-        for name, spec in CORRECTIONS.items()
+        for name, spec in SPECS.items()
     ]
     beside_timm = Case(
         name="update/cautious-timm",
