@@ -505,8 +505,10 @@ def test_a_search_for_the_rate_leaves_no_trace(toys, tmp_path):
         module.lr = 0.1
         callbacks = [LearningRateFinder(num_training_steps=4, update_attr=False)]
         callbacks.insert(place, callback)
-        toys.trainer(tmp_path, *callbacks).fit(module, toys.loader())
-        assert callback.attachment.metrics()["steps_applied"] == 12
+        trainer = toys.trainer(tmp_path, *callbacks)
+        trainer.fit(module, toys.loader())
+        # Lightning 2.5.0 itself takes the search's steps off those of the fit.
+        assert callback.attachment.metrics()["steps_applied"] == trainer.global_step >= 8
         fits.append(toys.weights(module))
     assert toys.difference(*fits) == 0
 

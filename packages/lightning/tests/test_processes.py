@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+FLAT_SHARDS_CAN_BE_SAVED = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
 GLOBAL_BATCH = 8
 ACCUMULATE = 2
 SPECS = ["powergrad", "xgrad", "centralization", "adanorm", "agc:max_ratio=0.05"]
@@ -220,7 +221,8 @@ def all_fits(rank, folder):
     """Return what came of every fit."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    return data_parallel(folder) | resumed(folder) | sharded(folder) | flat(folder)
+    found = data_parallel(folder) | resumed(folder) | sharded(folder)
+    return found | flat(folder) if FLAT_SHARDS_CAN_BE_SAVED else found
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +252,10 @@ def test_shards_are_one_process_and_resume_with_each_process_its_own_part(seen):
     assert seen["fsdp2-steps"] == 12
 
 
+@pytest.mark.skipif(
+    not FLAT_SHARDS_CAN_BE_SAVED,
+    reason="torch before 2.14 crashes where FSDP1 saves whole weights on CPUs",
+)
 def test_flat_shards_are_one_process_for_what_reads_single_elements_and_refused_for_the_rest(seen):
     assert seen["flat"] <= 1e-12
     assert seen["flat-resume"] <= 1e-12
