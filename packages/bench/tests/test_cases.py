@@ -76,13 +76,17 @@ def test_our_cautious_step_and_timms_move_the_weights_alike_and_mask_some():
     for _ in range(2):
         pair.prepare()
         pair.ours()
+        pair.prepare()  # as a timing does: the sides take turns
+        pair.peer()
     pair.prepare()  # turns the signs of every second row
-    (group,) = pair.ours.__self__.param_groups
+    (group,) = pair.ours.__self__.optimizer.param_groups
     before = [parameter.detach().clone() for parameter in group["params"]]
     pair.ours()
     pairs = zip(group["params"], before, strict=True)
     stayed = [float((now == then).float().mean()) for now, then in pairs]
     assert 0.1 < sum(stayed) / len(stayed) < 0.9
+    pair.peer()
+    assert pair.difference() <= 1e-4
     pair.close()
 
 

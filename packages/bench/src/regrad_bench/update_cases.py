@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 
 from regrad_bench.alone_cases import BETAS
 from regrad_bench.cases import Attached, Case, Pair, Setting
-from regrad_bench.tensors import Gradients, largest_difference, resnet50_gradients
+from regrad_bench.tensors import largest_difference, resnet50_gradients
 
 SPECS = {
     "cautious": "cautious",
@@ -81,47 +81,61 @@ def _pair(
         make_peer: Makes the peer's optimizer.
         is_equal: Whether both should move the weights alike.
     """
-    corrected = resnet50_gradients(setting.device, quick=setting.quick)
-    others = resnet50_gradients(setting.device, quick=setting.quick)
-    optimizer = _fused(corrected.parameters)
-    peer = make_peer(others.parameters)
-    attached = Attached(corrected.model, optimizer, [spec])
-    sides = (corrected, others)
-    calls = 0
+    corrected = _Side(setting, _fused)
+    others = _Side(setting, make_peer)
+    attached = Attached(corrected.weights.model, corrected.optimizer, [spec])
 
     def prepare() -> None:
-        nonlocal calls
-        calls += 1
-        for side in sides:
-            _turn(side, is_turned=calls % PERIOD == 0)
-        attached.engine.before_forward(corrected.model)
+        corrected.turn()
+        others.turn()
+        attached.engine.before_forward(corrected.weights.model)
         attached.pass_the_meter()
 
     def difference() -> float:
+        # Through a whole period: in one of its steps elements disagree.
         for _ in range(PERIOD):
             prepare()
-            ours = _displacements(corrected, optimizer)
-            theirs = _displacements(others, peer)
+            ours = corrected.displacements()
+            theirs = others.displacements()
         return largest_difference(ours, theirs)
 
     return Pair(
-        ours=optimizer.step,
-        peer=peer.step,
+        ours=corrected.step,
+        peer=others.step,
         prepare=prepare,
         difference=difference if is_equal else None,
         close=attached.attachment.detach,
     )
 
 
-def _turn(side: Gradients, *, is_turned: bool) -> None:
-    """Restore the gradients, or turn the sign of every second row."""
-    side.refill()
-    if is_turned:
-        torch._foreach_neg_([gradient[::2] for gradient in side.gradients])
+class _Side:
+    """Weights, their gradients, and an optimizer that has stepped some times.
 
+    Args:
+        setting: Device and size.
+        make: Makes the optimizer.
+    """
 
-def _displacements(side: Gradients, optimizer: Optimizer) -> list[Tensor]:
-    """Take a step and return what it added to each parameter."""
-    before = [parameter.detach().clone() for parameter in side.parameters]
-    optimizer.step()
-    return list(torch._foreach_sub([p.detach() for p in side.parameters], before))
+    def __init__(
+        self, setting: Setting, make: Callable[[list[torch.nn.Parameter]], Optimizer]
+    ) -> None:
+        self.weights = resnet50_gradients(setting.device, quick=setting.quick)
+        self.optimizer = make(self.weights.parameters)
+        self._steps = 0
+
+    def turn(self) -> None:
+        """Restore the gradients; before the last step of a period turn every second row."""
+        self.weights.refill()
+        if self._steps % PERIOD == PERIOD - 1:
+            torch._foreach_neg_([gradient[::2] for gradient in self.weights.gradients])
+
+    def step(self) -> None:
+        """Take a step."""
+        self.optimizer.step()
+        self._steps += 1
+
+    def displacements(self) -> list[Tensor]:
+        """Take a step and return what it added to each parameter."""
+        before = [parameter.detach().clone() for parameter in self.weights.parameters]
+        self.step()
+        return list(torch._foreach_sub([p.detach() for p in self.weights.parameters], before))
