@@ -23,6 +23,7 @@ def raise_on_the_second(rank):
 
 def die_on_the_second(rank):
     os.write(1, b"before the end")
+    distributed.barrier()  # or the other may fail as it connects
     if rank == 1:
         os._exit(3)
     time.sleep(60)
@@ -31,6 +32,7 @@ def die_on_the_second(rank):
 def abort_once(rank, folder):
     """Abort, as a thread of gloo does now and then; the next attempt finds the file."""
     file = Path(folder) / str(rank)
+    distributed.barrier()
     if rank == 1 and not file.exists():
         file.touch()
         os.abort()
@@ -38,6 +40,7 @@ def abort_once(rank, folder):
 
 
 def abort_always(rank):
+    distributed.barrier()
     os.abort()
 
 
