@@ -1,6 +1,6 @@
 """Options: read from text, checked before anything changes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
@@ -220,6 +220,24 @@ def test_options_at_their_defaults_are_not_written():
     assert Sample(whole=0, text="0.5", words=("a", "b,c")).as_text() == (
         "sample:text='0.5',words=[a,'b,c']"
     )
+
+
+def test_what_options_derive_from_others_is_not_written():
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        rate: float = 1.0
+        square: float = field(init=False, default=0.0)
+
+        def __post_init__(self):
+            object.__setattr__(self, "square", self.rate**2)
+            object.__setattr__(self, "root", self.rate**0.5)
+
+    class Rated(Correction):
+        name = "rated"
+
+    Rated.Options = Options
+    assert Rated(rate=4.0).as_text() == "rated:rate=4.0"
+    assert Rated().as_text() == "rated"
 
 
 def test_an_option_without_a_default_is_always_written():

@@ -214,12 +214,11 @@ class Correction:
             TypeError: If an option is of a type that cannot be written, such as a list in a list.
             ValueError: If an option is a text with both kinds of quotes.
         """
-        defaults = {field.name: field.default for field in dataclasses.fields(self.Options)}
-        options = {
-            name: value
-            for name, value in vars(self.options).items()
-            if value is not defaults[name] and value != defaults[name]
-        }
+        options: dict[str, Any] = {}
+        for option in dataclasses.fields(self.Options):
+            value = getattr(self.options, option.name)
+            if option.init and value != option.default:
+                options[option.name] = value
         return write_spec(self.name, options)
 
     def control(self, optimizer: Optimizer) -> Control | None:
